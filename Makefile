@@ -1,0 +1,53 @@
+# Each target works from a fresh clone on a bare Linux x86-64 machine with Python 3.11 (venv, pip); the first one installs
+# everything into .venv, later ones see that nothing changed and go straight to work.
+#
+#   make demo     train a 135M model with PPO through `ray job submit`, on CPU, and show what it learned
+#   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
+#   make check    lint, formatting, types, import layers
+#   make clean    remove what the others made, except .venv
+#
+# torch comes as a CPU wheel (torch 2.13.0+cpu). Unless your package index serves it, add PyTorch's index of CPU wheels:
+#   make demo PIP_EXTRA_INDEX_URL=<that index>
+# Another interpreter: make demo PYTHON=/opt/python3.11/bin/python3.11
+
+SHELL := bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Extra arguments for pytest: make test PYTEST_ARGS="tests/algorithms -x"
+PYTEST_ARGS ?=
+
+ifdef PIP_EXTRA_INDEX_URL
+export PIP_EXTRA_INDEX_URL
+endif
+
+.PHONY: help install model demo test check format clean
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+install:
+	@requirements/install.sh $(PYTHON) $(VENV)
+
+model: install
+	@$(BIN)/python -m jobs.demo.model
+
+demo: install
+	@$(BIN)/python -m jobs.demo.run
+
+test: model
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf runs models jobs/demo/data .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find rayrlhf jobs cluster tests -type d -name __pycache__ -prune -exec rm -rf {} +

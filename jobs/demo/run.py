@@ -1,0 +1,109 @@
+"""`make demo`: PPO on a real model through a real `ray job submit`, on a Ray cluster that lives as long as this script.
+
+It makes the model and the prompts when they are missing, starts a local Ray head, submits jobs/ppo.py, follows its
+log, shows what the run came to, and stops what it started. Exit code 0 when the job succeeded, whatever it learned.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from cluster.local.head import LocalHead
+from jobs.demo.data import ensure_data
+from jobs.demo.model import MODEL_PATH, REPOSITORY
+from jobs.demo.summary import show_summary
+
+RUNS_PATH = REPOSITORY / "runs"
+RUN_NAME = "demo"
+CONFIG = "jobs/configs/demo.yaml"
+
+# Slots for the roles of demo.yaml, not cores: its processes take turns, so they may outnumber the cores.
+NUM_CPUS = 4
+
+# A line of Ray's own logger at level INFO or SUCC, perhaps forwarded from a worker: "(Name pid=1) 2026-01-01 00:00:00,000\tINFO …".
+RAY_CHATTER = re.compile(
+    r"(\x1b\[\d+m)*(\([^)]*\bpid=\d+[^)]*\)(\x1b\[\d+m)* )?\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(INFO|SUCC)\s+\w+\.py:\d+ -- "
+    r"|Running entrypoint for job "
+)
+
+
+def main() -> int:
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, _leave)  # so that the head's `with` block ends in order
+    run_path = RUNS_PATH / RUN_NAME
+    # In a process of its own: it loads torch, whose memory the training needs later.
+    subprocess.run([sys.executable, "-m", "jobs.demo.model"], cwd=REPOSITORY, check=True)
+    train, test = ensure_data()
+    if run_path.exists():
+        print(f"Removing the previous run {run_path}")
+        shutil.rmtree(run_path)
+    command = submit_command(train, test)
+    print("Starting a local Ray head ...", flush=True)
+    with LocalHead(num_cpus=NUM_CPUS, num_gpus=0) as head:
+        print(f"Ray is up at {head.jobs_address}\n$ {shlex.join(command)}", flush=True)
+        code = follow(command, head.client_env())
+        succeeded = code == 0 and (run_path / "summary.json").exists()
+        if not succeeded:
+            head.save_logs(run_path / "ray-logs")
+    if not succeeded:
+        print(f"The job failed (exit code {code}); Ray's logs are in {run_path / 'ray-logs'}", file=sys.stderr)
+        return 1
+    show_summary(run_path)
+    print(f"Done in {time.monotonic() - started:.0f} s; the Ray head is stopped.")
+    return 0
+
+
+def submit_command(train: Path, test: Path) -> list[str]:
+    """The command line a user would type. Paths are absolute: the job runs in an uploaded copy of this repository."""
+    overrides = {
+        "run.dir": RUNS_PATH,
+        "run.name": RUN_NAME,
+        "model.path": MODEL_PATH,
+        "data.train": train,
+        "data.eval": test,
+    }
+    entrypoint = ["python", "jobs/ppo.py", CONFIG, *(f"{key}={value}" for key, value in overrides.items())]
+    return ["ray", "job", "submit", "--working-dir", ".", "--", *entrypoint]
+
+
+def follow(command: list[str], environment: dict[str, str]) -> int:
+    """Run `command` in the repository and pass its lines on as they come, Ray's chatter left out; the exit code."""
+    submitter = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        assert submitter.stdout is not None
+        for line in submitter.stdout:
+            if not RAY_CHATTER.match(line):
+                print(line, end="", flush=True)
+        return submitter.wait()
+    finally:
+        if submitter.poll() is None:
+            submitter.kill()
+            submitter.wait()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

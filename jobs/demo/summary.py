@@ -1,0 +1,94 @@
+"""Shows a run's `summary.json` in the terminal: what the training changed, what it took, and where the model is.
+
+Usage: `python -m jobs.demo.summary <run folder>`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LOG_WIDTH = 110  # where the output is not a terminal
+
+
+def show_summary(run_path: Path, console: Console | None = None) -> None:
+    """Print the summary of the run in `run_path`. Raises `FileNotFoundError` when the run has not written one."""
+    summary = json.loads((run_path / "summary.json").read_text())
+    # Responses are a language model's words: they are printed as Text, never parsed as markup.
+    console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+    console.print()
+    console.print(rewards_table(summary))
+    console.print(verdict(summary))
+    for sample in summary["samples"]:
+        console.print()
+        console.print(sample_lines(sample))
+    console.print()
+    console.print(phases_table(summary))
+    if summary["export"]:
+        console.print(Text(f"The trained model, for AutoModelForCausalLM.from_pretrained: {summary['export']}"), soft_wrap=True)
+    console.print(Text(f"Metrics, rollouts and the resolved config: {run_path}"), soft_wrap=True)
+
+
+def rewards_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"Held-out reward, {summary['steps']} training steps", title_justify="left")
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for when in ("before", "after"):
+        mean, interval = summary[f"reward_{when}"], summary[f"reward_{when}_ci"]
+        if mean is None or interval is None:
+            table.add_row(when, "not measured", "")
+        else:
+            table.add_row(when, f"{mean:+.3f}", f"{interval[0]:+.3f} to {interval[1]:+.3f}")
+    return table
+
+
+def verdict(summary: dict[str, Any]) -> Text:
+    """What the two intervals allow one to say."""
+    before, after = summary["reward_before_ci"], summary["reward_after_ci"]
+    if before is None or after is None:
+        return Text("Warning: without held-out prompts nothing can be said about the effect.", style="yellow")
+    if after[0] > before[1]:
+        return Text("The reward rose: the intervals do not overlap.", style="green")
+    if after[1] < before[0]:
+        return Text("Warning: the reward fell: the intervals do not overlap.", style="yellow")
+    return Text("Warning: the intervals overlap, so this run does not show that the reward changed.", style="yellow")
+
+
+def sample_lines(sample: dict[str, Any]) -> Text:
+    """One held-out prompt with the model's response before and after training."""
+    lines = Text()
+    lines.append(f"{_prompt_text(sample['prompt'])}\n", style="bold")
+    for when, end in (("before", "\n"), ("after", "")):
+        lines.append(f"  {when:<6} {sample[f'reward_{when}']:+.2f}  ", style="dim")
+        lines.append(" ".join(sample[when].split()) + end)
+    return lines
+
+
+def phases_table(summary: dict[str, Any]) -> Table:
+    """Seconds per phase, the longest first; what no phase accounts for stands last."""
+    phases = sorted(summary["seconds_per_phase"].items(), key=lambda item: -item[1])
+    total = summary["seconds_total"]
+    rest = total - sum(seconds for _, seconds in phases)
+    table = Table(title="Where the time went", title_justify="left", show_footer=True)
+    table.add_column("phase", footer="total")
+    table.add_column("seconds", justify="right", footer=f"{total:.1f}")
+    table.add_column("share", justify="right")
+    for name, seconds in [*phases, ("other", max(0.0, rest))]:
+        table.add_row(name, f"{seconds:.1f}", f"{100 * seconds / total:.0f} %" if total else "")
+    return table
+
+
+def _prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """The prompt column holds plain text or chat messages; of a chat the last message is the question."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+if __name__ == "__main__":
+    show_summary(Path(sys.argv[1]))

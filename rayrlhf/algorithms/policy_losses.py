@@ -1,0 +1,167 @@
+"""Policy losses: per-token terms to be minimised, before aggregation.
+
+Every function takes the policy's `logprobs` (with gradient), `old_logprobs` of the policy before this step's
+updates, and `advantages`, all [T], and returns `(per_token_loss [T], metrics)`. Nothing is averaged here:
+metrics are sums over masked tokens, to be added up over micro-batches and ranks and divided by the global
+token count. Everything is fp32 and 0 outside the mask, whatever stands there.
+
+ratio = exp(logprobs - old_logprobs), the log-ratio clamped at ±20 (no gradient beyond).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.aggregate import masked, sequence_counts, sequence_sums
+from rayrlhf.algorithms.kl import k3
+from rayrlhf.batch import sequence_ids_of
+
+MAX_LOG_RATIO = 20.0
+
+PolicyLoss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+def ppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-min(ratio·A, clip(ratio, 1-ε_low, 1+ε_high)·A), per token (arXiv 1707.06347).
+
+    ε_low ≠ ε_high is DAPO's clip-higher (arXiv 2503.14476). With `dual_clip` c > 1, tokens with A < 0 use
+    -max(min(…), c·A) (arXiv 1912.09729).
+    """
+    logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
+    ratio = _ratio(logprobs - old_logprobs)
+    loss, metrics = _clipped(ratio, masked(advantages, loss_mask), loss_mask, clip_low, clip_high, dual_clip)
+    return loss, metrics | _drift(logprobs, old_logprobs, ratio, loss_mask)
+
+
+def gspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped term with one ratio per sequence, ratio = exp(mean token log-ratio) (arXiv 2507.18071).
+
+    The sequence's term stands on each of its policy tokens, so `sequence_mean` aggregation is the paper's
+    objective. The mean is clamped, not its summands. Clip ranges are far narrower than PPO's (the paper: 3e-4
+    and 4e-4).
+    """
+    logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
+    counts = sequence_counts(loss_mask, cu_seqlens).clamp_min(1.0)
+    mean_log_ratio = sequence_sums(logprobs - old_logprobs, loss_mask, cu_seqlens) / counts
+    ratio = _ratio(mean_log_ratio)[sequence_ids_of(cu_seqlens)]
+    loss, metrics = _clipped(ratio, masked(advantages, loss_mask), loss_mask, clip_low, clip_high, dual_clip)
+    return loss, metrics | _drift(logprobs, old_logprobs, ratio, loss_mask)
+
+
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-sg(clip(ratio, 1-ε_low, 1+ε_high))·A·logprobs (arXiv 2506.13585).
+
+    The clipped ratio is only a weight: a clipped token keeps its gradient, unlike in PPO.
+    """
+    _refuse_dual_clip("cispo", dual_clip)
+    logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
+    ratio = _ratio(logprobs - old_logprobs).detach()
+    weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    metrics = {"loss/clip_fraction": _masked_sum(weight != ratio, loss_mask)}
+    loss = masked(-weight * masked(advantages, loss_mask) * logprobs, loss_mask)
+    return loss, metrics | _drift(logprobs, old_logprobs, ratio, loss_mask)
+
+
+def reinforce(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-A·logprobs (Williams 1992): on-policy, so only the first update of a batch is what the theorem says.
+
+    There is no ratio to clip: `clip_low` and `clip_high` have no effect. `old_logprobs` feed the metrics
+    only.
+    """
+    _refuse_dual_clip("reinforce", dual_clip)
+    logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
+    metrics = {"loss/clip_fraction": torch.zeros_like(logprobs.detach()).sum()}
+    loss = masked(-masked(advantages, loss_mask) * logprobs, loss_mask)
+    return loss, metrics | _drift(logprobs, old_logprobs, _ratio(logprobs - old_logprobs), loss_mask)
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {"ppo": ppo, "gspo": gspo, "cispo": cispo, "reinforce": reinforce}
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _clipped(
+    ratio: Tensor,  # [T]
+    advantages: Tensor,  # [T] 0 outside the mask
+    loss_mask: Tensor,  # [T]
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's pessimistic term. A token counts as clipped when the bound decides it, i.e. its gradient is 0."""
+    if dual_clip is not None and dual_clip <= 1.0:
+        raise ValueError(
+            f"dual_clip={dual_clip} must be > 1 (it bounds the loss of tokens with a negative advantage)"
+        )
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    objective = torch.minimum(unclipped, clipped)
+    metrics = {"loss/clip_fraction": _masked_sum(clipped < unclipped, loss_mask)}
+    if dual_clip is not None:
+        bound = dual_clip * advantages
+        bounded = (advantages < 0) & (bound > objective)
+        objective = torch.where(bounded, bound, objective)
+        metrics["loss/dual_clip_fraction"] = _masked_sum(bounded, loss_mask)
+    return masked(-objective, loss_mask), metrics
+
+
+def _drift(logprobs: Tensor, old_logprobs: Tensor, ratio: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
+    """How far the policy has moved since the batch was made: KL(old || policy) by k3, and the ratio."""
+    approx_kl = k3(old_logprobs.detach(), logprobs.detach())
+    return {"loss/approx_kl": _masked_sum(approx_kl, loss_mask), "loss/ratio": _masked_sum(ratio, loss_mask)}
+
+
+def _masked_sum(per_token: Tensor, loss_mask: Tensor) -> Tensor:
+    return masked(per_token.detach(), loss_mask).sum()
+
+
+def _refuse_dual_clip(name: str, dual_clip: float | None) -> None:
+    if dual_clip is not None:
+        raise ValueError(
+            f"dual_clip={dual_clip} has no effect on policy_loss={name}: leave it out, or use ppo or gspo"
+        )

@@ -1,0 +1,145 @@
+"""The vocabulary of rayrlhf: what a prompt, a sample and a packed micro-batch are.
+
+Legend for shape comments, used all over the code:
+  T  tokens of one packed stream      S  sequences packed into it      V  vocabulary      H  hidden size
+
+Every per-token field has the length T of `input_ids`; index t describes token t. `logprobs[t]` is the
+log-probability of token t given the tokens before it and `values[t]` the value of the state before it, so position
+0 of every sequence carries no prediction and is always masked. Nothing has length T-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the prompt data set, rendered and tokenised."""
+
+    row_id: int  # position in the prepared data set, stable across epochs and resumes
+    prompt_ids: list[int]
+    prompt: str  # what `prompt_ids` decodes to, special tokens included
+    columns: dict[str, Any] = field(default_factory=dict)  # every column of the data row, `label` included
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response to one prompt, as the engine produced it. Token ids are never re-made from text."""
+
+    group_id: int  # the prompt's slot in this step; members of a group share it, on every rank
+    sample_index: int  # 0 .. group_size-1
+    prompt: Prompt
+    response_ids: list[int]
+    response: str  # decoded without special tokens, for reward functions and people
+    rollout_logprobs: list[float]  # one per response token
+    loss_mask: list[int]  # one per response token; 0 on tokens the policy did not produce
+    policy_version: int
+    truncated: bool  # stopped by the token limit, not by a stop token
+    score: float | None = None  # weighted sum of the reward sources; None until scored
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid end to end in one stream; the unit of one forward and backward pass."""
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, restarts at 0 in every sequence
+    cu_seqlens: Tensor  # [S+1] int32, first 0 and last T
+    loss_mask: Tensor  # [T] float32, 1 where the token is to be learnt
+    scores: Tensor | None = None  # [S] float32
+    group_ids: Tensor | None = None  # [S] int64, equal for samples of one prompt; -1 for a sequence that weighs nothing
+    rollout_logprobs: Tensor | None = None  # [T] float32, 0 outside the loss mask
+    old_logprobs: Tensor | None = None  # [T] the policy before this step's updates
+    ref_logprobs: Tensor | None = None  # [T]
+    values: Tensor | None = None  # [T] the critic before this step's updates
+    advantages: Tensor | None = None  # [T]
+    returns: Tensor | None = None  # [T]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    def with_fields(self, **tensors: Tensor) -> PackedBatch:
+        return replace(self, **tensors)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackedBatch(**{name: t.to(device) if t is not None else None for name, t in moved.items()})
+
+
+def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
+    """Lay scored samples end to end. Raises `ValueError` for an empty list or an unscored sample."""
+    if not samples:
+        raise ValueError("pack_samples needs at least one sample")
+    unscored = [s.group_id for s in samples if s.score is None]
+    if unscored:
+        raise ValueError(f"samples of groups {unscored[:5]} have no score yet")
+    input_ids: list[int] = []
+    loss_mask: list[float] = []
+    rollout_logprobs: list[float] = []
+    lengths: list[int] = []
+    for sample in samples:
+        prompt_ids = sample.prompt.prompt_ids
+        input_ids += [*prompt_ids, *sample.response_ids]
+        loss_mask += [*[0.0] * len(prompt_ids), *map(float, sample.loss_mask)]
+        rollout_logprobs += [*[0.0] * len(prompt_ids), *sample.rollout_logprobs]
+        lengths.append(sample.num_tokens)
+    mask = torch.tensor(loss_mask)
+    return PackedBatch(
+        input_ids=torch.tensor(input_ids),
+        position_ids=position_ids_of(lengths),
+        cu_seqlens=cu_seqlens_of(lengths),
+        loss_mask=mask,
+        scores=torch.tensor([s.score for s in samples], dtype=torch.float32),
+        group_ids=torch.tensor([s.group_id for s in samples]),
+        rollout_logprobs=torch.tensor(rollout_logprobs) * mask,
+    )
+
+
+def empty_like_batch(token_id: int) -> PackedBatch:
+    """A micro-batch that weighs nothing: it keeps a rank in step with ranks that have one more to do."""
+    zero = torch.zeros(2)
+    return PackedBatch(
+        input_ids=torch.full((2,), token_id),
+        position_ids=position_ids_of([2]),
+        cu_seqlens=cu_seqlens_of([2]),
+        loss_mask=zero,
+        scores=torch.zeros(1),
+        group_ids=torch.tensor([-1]),
+        rollout_logprobs=zero,
+        old_logprobs=zero,
+        ref_logprobs=zero,
+        values=zero,
+        advantages=zero,
+        returns=zero,
+    )
+
+
+def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
+    """Boundaries [S+1] of sequences with these lengths."""
+    return torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def position_ids_of(lengths: Sequence[int]) -> Tensor:
+    """Positions [T] that restart at 0 in every sequence."""
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+def sequence_ids_of(cu_seqlens: Tensor) -> Tensor:
+    """For every token the index of its sequence, [T]."""
+    lengths = cu_seqlens.diff().long()
+    return torch.repeat_interleave(torch.arange(lengths.numel(), device=cu_seqlens.device), lengths)

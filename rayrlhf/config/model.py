@@ -1,0 +1,40 @@
+"""`model`, `critic` and `ref`: the networks of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayrlhf.config.base import Section
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder of the actor's Hugging Face checkpoint, or a hub id (owner/name)."""
+    dtype: Dtype = "auto"
+    """Dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
+    """Attention kernel; auto is FlashAttention-2 on a GPU that has it, per-sequence SDPA elsewhere."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+
+class CriticConfig(Section):
+    path: str | None = None
+    """Checkpoint to start the critic from (language model or reward model); the actor's when left out."""
+    lr: float = Field(1e-5, ge=0)
+    """Learning rate of the critic; schedule and the rest are train's."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """How far a value may move from the old one before its loss is clipped; null switches it off."""
+
+
+class RefConfig(Section):
+    path: str | None = None
+    """Checkpoint of the reference policy; the actor's when left out."""
+    location: Literal["worker", "serve"] = "worker"
+    """A frozen copy in every training worker, or replicas behind Serve."""
+    num_replicas: int = Field(1, ge=1)
+    """Serve replicas of the reference (with location: serve)."""

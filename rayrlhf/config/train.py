@@ -1,0 +1,73 @@
+"""`train`, `checkpoint`, `eval`: the optimisation and what surrounds it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayrlhf.config.base import Section
+from rayrlhf.config.rollout import SamplingConfig
+
+
+class TrainConfig(Section):
+    num_workers: int = Field(1, ge=1)
+    """Training workers (data-parallel ranks)."""
+    num_steps: int = Field(ge=1)
+    """Steps of the run: one batch of rollouts each."""
+    max_tokens_per_micro_batch: int = Field(8192, ge=1)
+    """Tokens of one packed forward and backward pass."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed's ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory."""
+    overlap_comm: bool = False
+    """Overlap gradient reduction with the backward pass."""
+    lr: float = Field(1e-6, ge=0)
+    """Learning rate of the actor."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Where a decaying learning rate ends, as a share of lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradient norm is clipped to this; 0 switches it off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    logprob_chunk_tokens: int = Field(1024, ge=1)
+    """Rows of logits that are alive at once."""
+    num_threads: int | None = Field(None, ge=1)
+    """Threads of a CPU worker; the node's cores divided by its workers when left out."""
+    collective_timeout_seconds: int = Field(600, ge=1)
+    """Deadline of a collective between workers."""
+    max_failures: int = Field(1, ge=0)
+    """How often crashed workers are restarted from the newest checkpoint."""
+    max_bad_steps: int = Field(3, ge=1)
+    """Stop after this many updates in a row with a gradient that is not finite."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(None, ge=1)
+    """Save every n steps; null saves at the end only."""
+    keep: int = Field(2, ge=1)
+    """How many checkpoints are kept."""
+    export: bool = True
+    """Write the actor as a Hugging Face folder at the end."""
+
+
+class EvalConfig(Section):
+    every_steps: int | None = Field(None, ge=1)
+    """Evaluate every n steps, beside before the first and after the last."""
+    num_prompts: int | None = Field(None, ge=1)
+    """Held-out prompts used; all when left out."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    """How evaluation responses are drawn; greedy unless told otherwise."""
+    show_samples: int = Field(5, ge=0)
+    """Pairs of responses, before and after, in the summary."""

@@ -1,0 +1,110 @@
+"""From a row of the data to what the model reads: chat template or plain text, then token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.data.rows import BadRow, DataError, prompt_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(
+    path: str, trust_remote_code: bool = False, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, loaded once per process; `chat_template` (Jinja text) replaces its own."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"no tokenizer can be loaded from {path}: {error}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def read_chat_template(config: PromptDataConfig) -> str | None:
+    """The text of `data.chat_template`. Raises `DataError` where it cannot be read."""
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template={config.chat_template} cannot be read: {error}") from error
+
+
+def render_prompt(
+    columns: Mapping[str, Any], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[int]]:
+    """What the model is given for a row: the text that the ids decode to (special tokens included), the ids.
+
+    With `apply_chat_template` a text becomes one user message, `system_prompt` goes before a conversation
+    that has no system message of its own, and the template ends with the opening of the assistant's turn.
+    Otherwise the text goes into `input_template`, or stands as it is. A beginning-of-sequence token comes
+    from the template or from the tokenizer, never from both, and no end-of-sequence token is ever added: the
+    answer is still to come.
+
+    Raises `BadRow` for a row that cannot be rendered and `DataError` for a tokenizer without a chat template.
+    """
+    prompt = prompt_of(columns, config.prompt_key, config.label_key)
+    if config.apply_chat_template:
+        text = _render_chat(prompt, config, tokenizer)
+        prompt_ids = _encode(text, tokenizer)
+    elif isinstance(prompt, str):
+        text = prompt if config.input_template is None else config.input_template.replace("{}", prompt)
+        prompt_ids = _encode(text, tokenizer)
+        bos = tokenizer.bos_token_id
+        if prompt_ids[:1] != [bos] and _adds_bos(tokenizer):
+            prompt_ids = [bos, *prompt_ids]
+    else:
+        raise BadRow(
+            f"column {config.prompt_key!r} holds messages, but data.apply_chat_template is false; "
+            "wanted a text, or data.apply_chat_template=true"
+        )
+    if not prompt_ids:
+        raise BadRow(f"column {config.prompt_key!r} has no token that the tokenizer knows")
+    return decode_prompt(prompt_ids, tokenizer), prompt_ids
+
+
+def decode_prompt(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the ids as the model sees it."""
+    text = tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _render_chat(
+    prompt: str | list[dict[str, Any]], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"data.apply_chat_template is true, but the tokenizer {tokenizer.name_or_path} has no template; "
+            "name one with data.chat_template, or set data.apply_chat_template=false"
+        )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if config.system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise BadRow(f"the chat template rejects it: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("").input_ids[:1] == [bos]

@@ -1,0 +1,76 @@
+"""What can be said about the data within a second, before anything is started: no Ray and no torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import islice
+
+from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.data.files import DataFile, Split, resolve_source
+from rayrlhf.data.readers import plan_chunks, read_chunk
+from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json, describe_bad_rows, prompt_of
+
+HEAD_ROWS = 1000  # looked at in each file
+TOTAL_ROWS = 20_000  # … and in all, so that a data set of a thousand files answers quickly too
+MAX_JSON_ARRAY_BYTES = 64 << 20  # a JSON array can only be read whole; a larger one is left to the real pass
+
+
+def check_sources(config: PromptDataConfig) -> None:
+    """Raises one `DataError` listing what is wrong with the files that the section `data` names.
+
+    Paths that do not exist, types that are unknown, files that hold no rows, rows in the head of each file
+    that do not parse or have no usable prompt or label. With `on_bad_row: skip` rows count only where no row
+    is usable. What lies further down in the files is found when they are read.
+    """
+    problems = []
+    if config.chat_template is not None and not os.path.isfile(config.chat_template):
+        problems.append(f"data.chat_template={config.chat_template}: no such file; wanted a Jinja template")
+    for split, sources in (("train", config.train), ("eval", config.eval)):
+        for index, source in enumerate(sources):
+            problem = _source_problem(source.path, split, config)
+            if problem:
+                problems.append(f"data.{split}[{index}]: {problem}")
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _source_problem(path: str, split: Split, config: PromptDataConfig) -> str:
+    try:
+        files = resolve_source(path, split)
+        budget = max(10, min(HEAD_ROWS, TOTAL_ROWS // len(files)))
+        heads = [_head(file, budget) for file in files]
+    except DataError as error:
+        return str(error)
+    rows = [row for head in heads if head is not None for row in head]
+    if not rows and None not in heads:
+        return f"{path} holds no rows; wanted at least one"
+    bad = [f"{row.place}: {problem}" for row in rows if (problem := row_problem(row, config))]
+    if not bad or (config.on_bad_row == "skip" and len(bad) < len(rows)):
+        return ""
+    if len(bad) == len(rows) and config.on_bad_row == "skip":
+        return f"{path} has no usable row among the first {len(rows)}\n{describe_bad_rows(bad)}"
+    return f"{path} has rows that cannot be used\n{describe_bad_rows(bad)}\n{on_bad_row_fix()}"
+
+
+def _head(file: DataFile, rows: int) -> Sequence[RawRow] | None:
+    """The first rows of a file; None where they cannot be had quickly."""
+    if file.type == "json" and os.path.getsize(file.path) > MAX_JSON_ARRAY_BYTES:
+        return None
+    return list(islice((row for chunk in plan_chunks(file) for row in read_chunk(chunk)), rows))
+
+
+def row_problem(row: RawRow, config: PromptDataConfig) -> str:
+    """Why a row cannot be used, as far as that is visible without a tokenizer; empty for a good row."""
+    if row.problem:
+        return row.problem
+    try:
+        prompt_of(row.columns, config.prompt_key, config.label_key)
+        columns_to_json(row.columns)
+    except BadRow as error:
+        return str(error)
+    return ""
+
+
+def on_bad_row_fix() -> str:
+    return "mend the rows, or leave them out with data.on_bad_row=skip"

@@ -1,0 +1,106 @@
+"""Ray Data over the sources of the config, and their mixing by probability."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import ray.data
+from ray.data import DataContext, Dataset
+from ray.exceptions import RayTaskError
+
+from rayrlhf.config.data import SourceConfig
+from rayrlhf.data.files import Split, resolve_source
+from rayrlhf.data.readers import Chunk, plan_chunks, read_chunk
+from rayrlhf.data.rows import BadRow, DataError, columns_to_json
+
+# A share of a CPU, so that reading goes on where the CPUs are few and partly taken.
+READ_TASK_CPUS = 0.5
+
+
+def read_sources(sources: Sequence[SourceConfig], split: Split) -> Dataset:
+    """All rows of all sources, in the order of the sources, their files and their rows.
+
+    Columns: `source` (index into `sources`), `_file`, `_row` (1-based), `columns_json` (the row as one JSON
+    object: rows of one file need not share a schema, so Arrow columns cannot hold them), `problem` (why the
+    row could not be read; empty for a good one). Lazy, and one task per few megabytes. Raises `DataError` for
+    files that do not exist or cannot be opened; call it inside `ordered_and_quiet`.
+    """
+    chunks: list[dict[str, Any]] = []
+    for index, source in enumerate(sources):
+        for file in resolve_source(source.path, split):
+            chunks += [{"source": index, **asdict(chunk)} for chunk in plan_chunks(file)]
+    if not chunks:
+        raise DataError(
+            f"data.{split} holds no rows: {', '.join(s.path for s in sources) or 'no source is given'}"
+        )
+    dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks))
+    return dataset.flat_map(_rows_of_chunk, num_cpus=READ_TASK_CPUS)
+
+
+def _rows_of_chunk(described: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    source = described.pop("source")
+    for row in read_chunk(Chunk(**described)):
+        columns_json, problem = "", row.problem
+        if not problem:
+            try:
+                columns_json = columns_to_json(row.columns)
+            except BadRow as error:
+                problem = str(error)
+        yield {
+            "source": source,
+            "_file": row.file,
+            "_row": row.row,
+            "columns_json": columns_json,
+            "problem": problem,
+        }
+
+
+@contextmanager
+def ordered_and_quiet() -> Iterator[None]:
+    """Data sets made in here keep their order and print no progress; a task's `DataError` comes out bare."""
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    with DataContext.current(context):
+        try:
+            yield
+        except RayTaskError as error:
+            raise _data_error_in(error) or error from None
+
+
+def _data_error_in(error: BaseException) -> DataError | None:
+    """The `DataError` that a task raised, out of the wrappings that Ray puts around it."""
+    seen: set[int] = set()
+    inner: BaseException | None = error
+    while inner is not None and id(inner) not in seen:
+        # A RayTaskError is made to be an instance of its cause's class too, with a traceback as its message.
+        if isinstance(inner, DataError) and not isinstance(inner, RayTaskError):
+            return inner
+        seen.add(id(inner))
+        inner = getattr(inner, "cause", None) or inner.__cause__ or inner.__context__
+    return None
+
+
+def mixing_order(counts: Sequence[int], probabilities: Sequence[float], seed: int) -> np.ndarray:
+    """Which row comes at which place when sources are mixed: indices into their concatenation, [rows] int64.
+
+    Each place draws its source with the given probabilities (they need not sum to 1) from
+    `default_rng(seed)`, and takes that source's next row. The mixture ends where a source has no row left to
+    give, so that the proportions hold and nothing repeats; what the others had left is not used.
+    """
+    weights = np.asarray(probabilities, dtype=np.float64)
+    drawn = np.random.default_rng(seed).choice(len(counts), size=sum(counts) + 1, p=weights / weights.sum())
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    order = np.empty(len(drawn), dtype=np.int64)
+    end = len(drawn)  # some source is asked once too often by then: there are more draws than rows
+    for source, count in enumerate(counts):
+        places = np.flatnonzero(drawn == source)
+        order[places] = starts[source] + np.arange(len(places))
+        if len(places) > count:
+            end = min(end, int(places[count]))
+    return order[:end]

@@ -1,0 +1,112 @@
+"""The prepared prompts of a run: one Arrow file, memory-mapped by whoever reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from rayrlhf.batch import Prompt
+from rayrlhf.data.rows import DataError
+
+PROMPT_FIELDS = [
+    pa.field("prompt_ids", pa.list_(pa.int32())),
+    pa.field("prompt", pa.string()),
+    pa.field("columns_json", pa.string()),
+]
+STORE_SCHEMA = pa.schema([pa.field("row_id", pa.int64()), *PROMPT_FIELDS])
+STORE_BATCH_ROWS = 1024
+COUNTS_KEY, FINGERPRINT_KEY = b"rayrlhf.counts", b"rayrlhf.fingerprint"
+
+
+class ArrowRows:
+    """Random access to the rows of an Arrow IPC file without reading the rest of it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.schema = reader.schema
+        self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def take(self, indices: Iterable[int]) -> pa.Table:
+        """These rows in this order; Arrow's own `take` copies a chunked column whole. Raises `IndexError`."""
+        wanted = np.fromiter(indices, dtype=np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        if outside.size:
+            raise IndexError(f"row {outside[0]} of {len(self)}")
+        which = np.searchsorted(self._ends, wanted, side="right")
+        picked = []
+        for index, batch_index in zip(wanted.tolist(), which.tolist(), strict=True):
+            batch = self._batches[batch_index]
+            picked.append(batch.slice(index - int(self._ends[batch_index]) + batch.num_rows, 1))
+        return pa.Table.from_batches(picked, schema=self.schema).combine_chunks()
+
+
+class PromptStore:
+    """Row `i` of the store is the prompt with `row_id == i`.
+
+    `counts` says how the rows came about: `rows`, `skipped_bad`, `dropped_long`, `truncated` and
+    `unused_by_mixing`. `fingerprint` is a hash of the token ids, the columns and the order: equal data gives
+    an equal one.
+    """
+
+    def __init__(self, path: Path, rows: ArrowRows) -> None:
+        metadata = rows.schema.metadata or {}
+        self.path = path
+        self.counts: dict[str, int] = json.loads(metadata[COUNTS_KEY])
+        self.fingerprint = metadata[FINGERPRINT_KEY].decode()
+        self._rows = rows
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> PromptStore:
+        """Memory-maps the store. Raises `DataError` where there is none."""
+        try:
+            return cls(Path(path), ArrowRows(path))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise DataError(f"{path} is not a prompt store ({error!r}); prepare the prompts again") from error
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row_id: int) -> Prompt:
+        return prompts_of(self.take([row_id]))[0]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for row_id in range(len(self)):
+            yield self[row_id]
+
+    def take(self, row_ids: Iterable[int]) -> pa.Table:
+        """The rows with these ids, in this order, with the columns of `STORE_SCHEMA`. Raises `IndexError`."""
+        return self._rows.take(row_ids).replace_schema_metadata(None)
+
+
+def prompts_of(table: pa.Table) -> list[Prompt]:
+    """The rows of a table that has the columns of `STORE_SCHEMA`."""
+    columns = [table.column(name).to_pylist() for name in STORE_SCHEMA.names]
+    return [
+        Prompt(row_id=row_id, prompt_ids=prompt_ids, prompt=prompt, columns=json.loads(columns_json))
+        for row_id, prompt_ids, prompt, columns_json in zip(*columns, strict=True)
+    ]
+
+
+def write_store(
+    rows: ArrowRows, order: np.ndarray, counts: Mapping[str, int], fingerprint: str, path: Path
+) -> None:
+    """Writes rows with `PROMPT_FIELDS` in the given order [rows]. The file appears when it is complete."""
+    metadata = {COUNTS_KEY: json.dumps(dict(counts)), FINGERPRINT_KEY: fingerprint}
+    schema = STORE_SCHEMA.with_metadata(metadata)
+    partial_path = path.with_name(path.name + ".partial")
+    with pa.OSFile(str(partial_path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for start in range(0, len(order), STORE_BATCH_ROWS):
+            table = rows.take(order[start : start + STORE_BATCH_ROWS])
+            row_ids = pa.array(np.arange(start, start + table.num_rows, dtype=np.int64))
+            fields = [table.column(field.name) for field in PROMPT_FIELDS]
+            writer.write_table(pa.Table.from_arrays([row_ids, *fields], schema=schema))
+    os.replace(partial_path, path)

@@ -1,0 +1,111 @@
+"""The run's Serve apps: rollout engines, reward sources, and the reference when it is served."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.loops.job import PolicyJob
+from rayrlhf.models.load import resolve_dtype
+from rayrlhf.placement.apply import Slots
+from rayrlhf.reward.functions import function_deployment
+from rayrlhf.reward.model import model_deployment
+from rayrlhf.rollout.engine import EngineSettings, rollout_deployment
+from rayrlhf.train.reference import reference_deployment
+
+KV_BLOCK_TOKENS = 32
+
+
+def run_apps(job: PolicyJob, slots: Slots, reward_functions: dict[int, Any], *, threads: int) -> dict[str, Any]:
+    """App name -> bound deployment, the rollout app first."""
+    config = job.config
+    apps: dict[str, Any] = {
+        job.rollout_app: rollout_deployment(
+            engine_settings(job, on_gpu=slots.gpus_per_slot > 0, threads=threads),
+            slots,
+            num_engines=config.rollout.num_engines,
+            max_requests=config.rollout.max_concurrent_requests,
+        )
+    }
+    for index, (source, (_, _, app)) in enumerate(zip(config.reward.sources, job.reward_apps, strict=True)):
+        if source.type == "function":
+            apps[app] = function_deployment(
+                reward_functions[index], label_key=config.data.label_key, num_replicas=source.num_replicas
+            )
+        else:
+            apps[app] = model_deployment(
+                source,
+                role=f"reward:{index}",
+                policy_path=config.model.path,
+                prompt_key=config.data.prompt_key,
+                slots=slots,
+            )
+    if config.needs_ref and config.ref is not None and config.ref.location == "serve":
+        apps[job.ref_app] = reference_deployment(
+            config.model,
+            config.ref.path or config.model.path,
+            chunk_tokens=config.train.logprob_chunk_tokens,
+            num_replicas=config.ref.num_replicas,
+            slots=slots,
+        )
+    return apps
+
+
+def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSettings:
+    config = job.config
+    rollout = config.rollout
+    engine_args: dict[str, Any] = {
+        "model": config.model.path,
+        "trust_remote_code": config.model.trust_remote_code,
+        "max_model_len": max_model_tokens(config),
+        "max_num_seqs": rollout.max_concurrent_requests,
+        "seed": config.run.seed,
+        "disable_log_stats": True,
+        # What the engine reports must be what the trainer computes: log-probabilities at the sampling temperature.
+        "logprobs_mode": "processed_logprobs",
+    }
+    env_vars = {
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    if on_gpu:
+        dtype = rollout.dtype if rollout.dtype != "auto" else config.model.dtype
+        engine_args |= {
+            "dtype": "bfloat16" if dtype == "auto" else dtype,
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "tensor_parallel_size": rollout.tensor_parallel_size,
+        }
+    else:
+        dtype = rollout.dtype if rollout.dtype != "auto" else config.model.dtype
+        engine_args |= {
+            "dtype": str(resolve_dtype(dtype, torch.device("cpu"))).removeprefix("torch."),
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            "kv_cache_memory_bytes": rollout.kv_cache_bytes,
+            "block_size": KV_BLOCK_TOKENS,
+        }
+        env_vars |= {
+            "OMP_NUM_THREADS": str(rollout.num_threads or threads),
+            "KMP_BLOCKTIME": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" binds every engine of a node to the same core
+            "TORCH_COMPILE_DISABLE": "1",  # saves a 20 s compilation at the first request
+        }
+    return EngineSettings(
+        engine_args=engine_args,
+        env_vars=env_vars,
+        weight_hub=job.weight_hub,
+        rpc_timeout_seconds=rollout.timeout_seconds,
+        start_timeout_seconds=rollout.start_timeout_seconds,
+    )
+
+
+def max_model_tokens(config: PolicyRunConfig) -> int:
+    """The longest sequence an engine may hold: the prompt budget and the longer of the two response budgets."""
+    new_tokens = max(config.rollout.sampling.max_new_tokens, config.eval.sampling.max_new_tokens)
+    return config.data.max_prompt_tokens + new_tokens

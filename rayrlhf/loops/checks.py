@@ -1,0 +1,85 @@
+"""What can be known to be wrong before Ray starts: paths, data, reward functions. Seconds, not minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.data.checks import check_sources
+from rayrlhf.data.prompts import PromptStore
+from rayrlhf.reward.functions import RewardError, RewardFunction, load_function, try_function
+from rayrlhf.train.checkpoint import newest_step
+
+TRIED_PROMPTS = 2
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names the key, what it got and the fix."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    reward_functions: dict[int, RewardFunction]  # by index of the source
+
+
+def check_before_ray(config: PolicyRunConfig) -> Prepared:
+    """Raises `InputError`, `DataError` or `RewardError`."""
+    for key, path in _model_paths(config):
+        _check_model(key, path)
+    _check_resume(config)
+    check_sources(config.data)
+    functions: dict[int, RewardFunction] = {}
+    for index, source in enumerate(config.reward.sources):
+        if source.type == "function":
+            try:
+                functions[index] = load_function(source.function)
+            except RewardError as error:
+                raise RewardError(f"reward.sources.{index}.function: {error}") from error
+    return Prepared(functions)
+
+
+def try_rewards(config: PolicyRunConfig, prompts: PromptStore) -> None:
+    """Call every reward function once on real prompts, before any model is loaded. Raises `RewardError`."""
+    tried = [prompts[i] for i in range(min(TRIED_PROMPTS, len(prompts)))]
+    for index, source in enumerate(config.reward.sources):
+        if source.type == "function":
+            try:
+                try_function(source.function, tried, config.data.label_key)
+            except RewardError as error:
+                raise RewardError(f"reward.sources.{index}.function: {error}") from error
+
+
+def _model_paths(config: PolicyRunConfig) -> Iterator[tuple[str, str]]:
+    yield "model.path", config.model.path
+    if config.critic is not None and config.critic.path is not None:
+        yield "critic.path", config.critic.path
+    if config.ref is not None and config.ref.path is not None:
+        yield "ref.path", config.ref.path
+    for index, source in enumerate(config.reward.sources):
+        if source.type == "model":
+            yield f"reward.sources.{index}.path", source.path
+
+
+def _check_model(key: str, path: str) -> None:
+    """A local folder must hold a checkpoint; anything else must look like a hub id (`owner/name`)."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{key}={path}: the folder has no config.json; wanted a Hugging Face checkpoint folder")
+        return
+    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir()
+    if not looks_like_hub_id:
+        raise InputError(
+            f"{key}={path}: no such folder (looked from {Path.cwd()}); give the path of a Hugging Face checkpoint folder"
+        )
+
+
+def _check_resume(config: PolicyRunConfig) -> None:
+    step = newest_step(Path(config.run.path) / "checkpoints")
+    if step and config.run.resume == "never":
+        raise InputError(
+            f"run.resume=never but {config.run.path} holds a checkpoint of step {step}; choose another run.name, "
+            "delete the folder, or set run.resume=auto"
+        )

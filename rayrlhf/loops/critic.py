@@ -1,0 +1,84 @@
+"""The critic as the policy loop sees it: beside the actor in the same workers, or not there at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.value_loss import explained_variance, explained_variance_sums
+from rayrlhf.batch import PackedBatch
+from rayrlhf.config.model import CriticConfig
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.loops.objectives import StepCounts, per_token, value_forward, value_objective
+from rayrlhf.models.load import load_critic, resolve_dtype
+from rayrlhf.train import collectives
+from rayrlhf.train.learner import Learner
+
+
+class Critic(Protocol):
+    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor] | None: ...
+
+    def update(self, batches: list[PackedBatch], counts: StepCounts, *, step: int) -> dict[str, float]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class NoCritic:
+    """For estimators that take their baseline from elsewhere."""
+
+    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor] | None:
+        return None
+
+    def update(self, batches: list[PackedBatch], counts: StepCounts, *, step: int) -> dict[str, float]:
+        return {}
+
+    def save(self, folder: Path) -> None:
+        pass
+
+    def load(self, folder: Path) -> None:
+        pass
+
+
+class LocalCritic:
+    """A second DeepSpeed engine in the actor's workers: one failure domain, one checkpoint."""
+
+    def __init__(self, config: PolicyRunConfig) -> None:
+        critic = config.critic or CriticConfig()
+        self.algorithm = config.algorithm
+        self.clip = critic.value_clip
+        self.constant_length = float(config.rollout.sampling.max_new_tokens)
+        device = collectives.device()
+        self.learner = Learner(
+            load_critic(config.model, critic.path or config.model.path, device=device),
+            config.train,
+            lr=critic.lr,
+            dtype=resolve_dtype(config.model.dtype, device),
+            name="critic",
+        )
+
+    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        return self.learner.infer(batches, value_forward)
+
+    def update(self, batches: list[PackedBatch], counts: StepCounts, *, step: int) -> dict[str, float]:
+        objective = value_objective(self.algorithm, counts, clip=self.clip, constant_length=self.constant_length)
+        metrics = per_token(self.learner.update(batches, value_forward, objective, step=step), counts)
+        sums = [explained_variance_sums(_of(b.values), _of(b.returns), b.loss_mask) for b in batches]
+        total = collectives.sum_over_ranks(torch.stack(sums).sum(0).cpu())
+        return metrics | {"loss/explained_variance": explained_variance(total)}
+
+    def save(self, folder: Path) -> None:
+        self.learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.learner.load(folder)
+
+
+def _of(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

@@ -1,0 +1,170 @@
+"""From prompts to micro-batches that are ready to learn from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from rayrlhf.algorithms.advantages import (
+    ADVANTAGES,
+    gae,
+    group_advantages,
+    masked_moments,
+    return_to_go,
+    spread,
+    token_rewards,
+    whiten,
+)
+from rayrlhf.algorithms.kl import token_kl
+from rayrlhf.batch import PackedBatch, Prompt, Sample, empty_like_batch, pack_samples
+from rayrlhf.config.algorithm import AlgorithmConfig
+from rayrlhf.config.rollout import SamplingConfig
+from rayrlhf.data.packing import micro_batches, split_even
+from rayrlhf.reward.score import RewardClient
+from rayrlhf.rollout.client import RolloutClient
+from rayrlhf.train import collectives
+
+MiniBatch = list[PackedBatch]  # micro-batches of one optimizer step on this rank; equally many on every rank
+
+
+def collect(
+    prompts: Sequence[Prompt],
+    rollouts: RolloutClient,
+    rewards: RewardClient,
+    *,
+    step: int,
+    version: int,
+    group_size: int,
+    sampling: SamplingConfig,
+    first_group_id: int,
+    on_group: Callable[[int], None] = lambda done: None,
+) -> list[Sample]:
+    """Sample and score every prompt. A group is scored as soon as it is there, while others are still generated.
+
+    `on_group` hears how many groups are done. Samples that could not be scored keep `score=None`.
+    """
+
+    async def one(index: int, prompt: Prompt) -> list[Sample]:
+        samples = await rollouts.group(
+            prompt,
+            group_id=first_group_id + index,
+            group_size=group_size,
+            step=step,
+            min_version=version,
+            sampling=sampling,
+        )
+        return await rewards.score(samples)
+
+    async def everything() -> list[list[Sample]]:
+        tasks = [asyncio.ensure_future(one(index, prompt)) for index, prompt in enumerate(prompts)]
+        for done, task in enumerate(asyncio.as_completed(tasks), start=1):
+            await task
+            on_group(done)
+        return [task.result() for task in tasks]
+
+    return [sample for group in asyncio.run(everything()) for sample in group]
+
+
+def drop_unscored(samples: Sequence[Sample], advantage: str) -> list[Sample]:
+    """Samples with a score; group estimators also lose those whose whole group has failed around them."""
+    scored = [sample for sample in samples if sample.score is not None]
+    if not ADVANTAGES[advantage].needs_group:
+        return scored
+    sizes = np.bincount([sample.group_id for sample in scored]) if scored else np.zeros(1)
+    return [sample for sample in scored if sizes[sample.group_id] > 1]
+
+
+def make_mini_batches(
+    samples: Sequence[Sample], *, num_mini_batches: int, budget_tokens: int, seed: int, step: int
+) -> list[MiniBatch]:
+    """Shuffle samples into mini-batches and pack each under the token budget.
+
+    Every rank gets equally many micro-batches (ZeRO-3 would otherwise wait for ever): ranks with fewer add
+    micro-batches that weigh nothing. Collective.
+    """
+    order = np.random.default_rng([seed, step]).permutation(len(samples))
+    result: list[MiniBatch] = []
+    for part in split_even([samples[i] for i in order], num_mini_batches):
+        packs = micro_batches([sample.num_tokens for sample in part], budget_tokens)
+        batches = [pack_samples([part[i] for i in pack]) for pack in packs]
+        wanted = max(1, collectives.max_over_ranks(len(batches)))
+        batches += [empty_like_batch(token_id=0)] * (wanted - len(batches))
+        result.append([batch.to(collectives.device()) for batch in batches])
+    return result
+
+
+def add_advantages(
+    batches: Sequence[PackedBatch], algorithm: AlgorithmConfig, *, kl_coef: float
+) -> list[PackedBatch]:
+    """Rewards, advantages and (with a critic) returns; whitened over all ranks where the estimator wants it.
+
+    `batches` are all of this rank's micro-batches of the step, so that a group is compared as a whole. Collective.
+    """
+    if ADVANTAGES[algorithm.advantage].needs_group:
+        estimated = _against_group(batches, algorithm, kl_coef)
+    else:
+        estimated = [_per_token(batch, algorithm, kl_coef) for batch in batches]
+    if not (ADVANTAGES[algorithm.advantage].whitened and algorithm.whiten_advantages):
+        return estimated
+    moments = sum((masked_moments(_advantages(b), b.loss_mask) for b in estimated), torch.zeros(3).double())
+    moments = collectives.sum_over_ranks(moments)
+    return [b.with_fields(advantages=whiten(_advantages(b), b.loss_mask, moments)) for b in estimated]
+
+
+def _advantages(batch: PackedBatch) -> torch.Tensor:
+    assert batch.advantages is not None
+    return batch.advantages
+
+
+def _penalty(batch: PackedBatch, algorithm: AlgorithmConfig) -> torch.Tensor | None:
+    """KL per token [T] where it belongs in the reward; None where it is off or in the loss."""
+    if batch.ref_logprobs is None or algorithm.kl_in != "reward":
+        return None
+    assert batch.old_logprobs is not None
+    return token_kl(algorithm.kl_estimator, batch.old_logprobs, batch.ref_logprobs, batch.loss_mask)
+
+
+def _per_token(batch: PackedBatch, algorithm: AlgorithmConfig, kl_coef: float) -> PackedBatch:
+    assert batch.scores is not None
+    mask, cu_seqlens = batch.loss_mask, batch.cu_seqlens
+    rewards = token_rewards(batch.scores, _penalty(batch, algorithm), kl_coef, mask, cu_seqlens)
+    if batch.values is None:
+        return batch.with_fields(advantages=return_to_go(rewards, mask, cu_seqlens, gamma=algorithm.gamma))
+    advantages, returns = gae(rewards, batch.values, mask, cu_seqlens, gamma=algorithm.gamma, lam=algorithm.lam)
+    return batch.with_fields(advantages=advantages, returns=returns)
+
+
+def _against_group(
+    batches: Sequence[PackedBatch], algorithm: AlgorithmConfig, kl_coef: float
+) -> list[PackedBatch]:
+    """Baselines from the groups of all ranks; a KL penalty in the reward comes off per token, as return-to-go."""
+    mine = [
+        (int(group), float(score))
+        for batch in batches
+        for group, score in zip(_present(batch.group_ids), _present(batch.scores), strict=True)
+    ]
+    everyone = collectives.gather_lists([mine])
+    first = sum(map(len, everyone[: collectives.rank()]))
+    groups, scores = zip(*[sample for part in everyone for sample in part if sample[0] >= 0], strict=True)
+    known = iter(group_advantages(algorithm.advantage, torch.tensor(scores), torch.tensor(groups)).tolist())
+    estimates = [next(known) if group >= 0 else 0.0 for part in everyone for group, _ in part][first:]
+    result: list[PackedBatch] = []
+    for batch in batches:
+        per_sequence = torch.tensor(estimates[: batch.num_sequences], device=batch.loss_mask.device)
+        del estimates[: batch.num_sequences]
+        advantages = spread(per_sequence, batch.loss_mask, batch.cu_seqlens)
+        penalty = _penalty(batch, algorithm)
+        if penalty is not None:
+            no_score = torch.zeros_like(per_sequence)
+            rewards = token_rewards(no_score, penalty, kl_coef, batch.loss_mask, batch.cu_seqlens)
+            advantages += return_to_go(rewards, batch.loss_mask, batch.cu_seqlens, gamma=algorithm.gamma)
+        result.append(batch.with_fields(advantages=advantages))
+    return result
+
+
+def _present(tensor: torch.Tensor | None) -> list[float]:
+    assert tensor is not None
+    return tensor.tolist()

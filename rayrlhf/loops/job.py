@@ -1,0 +1,32 @@
+"""What the driver hands to every worker: the config and the names of what it has set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayrlhf.config.run import PolicyRunConfig
+
+
+@dataclass(frozen=True)
+class PolicyJob:
+    config: PolicyRunConfig
+    run_id: str  # unique per start of a run; prefixes the names of its actors and Serve apps
+    reward_apps: tuple[tuple[str, float, str], ...]  # (source name, weight, Serve app)
+    num_eval_prompts: int  # 0 = no evaluation
+    threads_per_worker: int
+
+    @property
+    def rollout_app(self) -> str:
+        return f"{self.run_id}-rollout"
+
+    @property
+    def ref_app(self) -> str:
+        return f"{self.run_id}-ref"
+
+    @property
+    def weight_hub(self) -> str:
+        return f"{self.run_id}-weights"
+
+    @property
+    def board(self) -> str:
+        return f"{self.run_id}-board"

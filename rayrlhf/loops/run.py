@@ -1,0 +1,228 @@
+"""The driver of a policy run: check, plan, place, serve, fit, tear down. No training data passes through here."""
+
+from __future__ import annotations
+
+import os
+
+# Ray Train reads these when it is imported. Reports are polled; at the default interval each costs two seconds.
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import signal
+import sys
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data import DataContext
+from ray.data._internal.execution.interfaces import ExecutionOptions
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
+from ray.train.torch import TorchConfig
+
+from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.data.prompts import PromptStore, prepare_prompts
+from rayrlhf.data.rows import DataError
+from rayrlhf.data.stream import prompt_dataset, prompt_plan
+from rayrlhf.loops.apps import run_apps
+from rayrlhf.loops.checks import InputError, check_before_ray, try_rewards
+from rayrlhf.loops.evaluate import eval_plan
+from rayrlhf.loops.job import PolicyJob
+from rayrlhf.loops.policy import policy_loop
+from rayrlhf.loops.session import DeploymentFailed, deploy, last_line, ray_session
+from rayrlhf.loops.summary import write_summary
+from rayrlhf.observe.board import NAMESPACE, Board
+from rayrlhf.observe.sinks import drain_in_background, make_sinks
+from rayrlhf.observe.console import Console
+from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
+from rayrlhf.placement.lease import delete_apps, start_reaper
+from rayrlhf.placement.plan import plan_placement
+from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
+from rayrlhf.reward.functions import RewardError
+from rayrlhf.rollout.weight_sync import WeightHub
+from rayrlhf.train.checkpoint import newest_step
+
+INPUT_ERRORS = (InputError, DataError, RewardError, PlacementError)
+TRAIN_FOLDER = "checkpoints"
+
+
+class RunFailed(RuntimeError):
+    """The run stopped by itself; the message is the whole story."""
+
+
+def run_policy(config: PolicyRunConfig) -> int:
+    """Run to the end. Returns the exit code: 0 done, 2 bad input, 1 anything else; errors are one clear message."""
+    console = Console(config.observe.console)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        prepared = check_before_ray(config)
+        with ray_session(NAMESPACE) as where:
+            console.say(where)
+            summary = _run(config, prepared.reward_functions, console)
+        console.summary(summary)
+        return 0
+    except INPUT_ERRORS as error:
+        console.error(str(error))
+        return 2
+    except (DeploymentFailed, RunFailed) as error:
+        console.error(f"{error}\n(details: {Path(config.run.path) / 'error.log'})")
+        return 1
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        return 130
+
+
+def _run(config: PolicyRunConfig, reward_functions: dict[int, Any], console: Console) -> dict[str, Any]:
+    run_path = Path(config.run.path).resolve()
+    run_path.mkdir(parents=True, exist_ok=True)
+    (run_path / "config.yaml").write_text(dump_resolved(config))
+    spec = plan_placement(config)
+    gpus_per_slot = resolve_gpus_per_slot(config.placement.gpus_per_slot)
+    check_fits(spec, gpus_per_slot)
+    train_prompts, eval_prompts = _prepare_data(config, run_path, console)
+    try_rewards(config, train_prompts)
+    run_id = f"rayrlhf-{config.run.name}-{uuid.uuid4().hex[:6]}"
+    slots = create_slots(
+        spec, gpus_per_slot=gpus_per_slot, name=run_id, timeout_seconds=config.placement.start_timeout_seconds
+    )
+    console.placement(slots)
+    with _torn_down(run_id, slots), make_sinks(config, run_path, console) as sinks:
+        hub = ray.remote(WeightHub).options(name=f"{run_id}-weights", num_cpus=0, namespace=NAMESPACE).remote()
+        board = ray.remote(Board).options(name=f"{run_id}-board", num_cpus=0, namespace=NAMESPACE).remote()
+        job = PolicyJob(
+            config=config,
+            run_id=run_id,
+            reward_apps=tuple(
+                (source.name or f"reward{i}", source.weight, f"{run_id}-reward{i}")
+                for i, source in enumerate(config.reward.sources)
+            ),
+            num_eval_prompts=_num_eval_prompts(config, eval_prompts),
+            threads_per_worker=config.train.num_threads or _threads(config.train.num_workers),
+        )
+        apps = run_apps(job, slots, reward_functions, threads=_threads(config.rollout.num_engines))
+        console.say(f"starting {config.rollout.num_engines} vLLM engine(s) and {len(apps) - 1} other app(s)")
+        deploy(apps, timeout_seconds=config.rollout.start_timeout_seconds, tell=console.say)
+        with drain_in_background(board, sinks):
+            result = _fit(job, slots, run_path, train_prompts, eval_prompts)
+        del hub
+    return write_summary(result, run_path)
+
+
+def _fit(
+    job: PolicyJob, slots: Slots, run_path: Path, train_prompts: PromptStore, eval_prompts: PromptStore | None
+) -> dict[str, Any]:
+    """Train, and return what rank 0's loop returned. Raises `RunFailed`."""
+    config = job.config
+    order = prompt_plan(
+        len(train_prompts),
+        config.rollout.prompts_per_step,
+        config.train.num_steps,
+        config.train.num_workers,
+        config.run.seed,
+        config.data.shuffle,
+    )
+    storage = run_path / TRAIN_FOLDER
+
+    def train_data() -> Any:  # called whenever the workers (re)start: this is where a resumed stream begins
+        done = newest_step(storage)
+        return prompt_dataset(train_prompts.path, order, min(done, len(order) - 1))
+
+    datasets: dict[str, Any] = {"train": train_data}
+    if eval_prompts is not None and job.num_eval_prompts:
+        held_out = eval_plan(job.num_eval_prompts, config.train.num_workers)
+        datasets["eval"] = lambda: prompt_dataset(eval_prompts.path, held_out, 0)
+    trainer = SlotTorchTrainer(
+        _work,
+        train_loop_config={"job": job},
+        scaling_config=slot_scaling(slots, "trainer"),
+        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_seconds),
+        run_config=RunConfig(
+            name=TRAIN_FOLDER,
+            storage_path=str(run_path),
+            failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            worker_runtime_env={"env_vars": _worker_environment(job)},
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+    )
+    try:
+        result = trainer.fit().return_value
+    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+        (run_path / "error.log").write_text(traceback.format_exc())
+        failures = getattr(error, "worker_failures", None) or {0: error}
+        raise RunFailed(f"training failed: {last_line(str(next(iter(failures.values()))))}") from error
+    if "failure" in result:
+        (run_path / "error.log").write_text(result["failure"])
+        raise RunFailed(result["failure"])
+    return result
+
+
+def _work(arguments: dict[str, Any]) -> dict[str, Any]:
+    return policy_loop(arguments["job"])
+
+
+def _prepare_data(
+    config: PolicyRunConfig, run_path: Path, console: Console
+) -> tuple[PromptStore, PromptStore | None]:
+    DataContext.get_current().execution_options.preserve_order = True
+    stores: list[PromptStore | None] = []
+    for split, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        if not sources:
+            stores.append(None)
+            continue
+        store = prepare_prompts(
+            sources, config.data, config.model.path, run_path / "data" / f"{split}.arrow", config.run.seed, split
+        )
+        console.say(f"{split}: {store.counts}")
+        stores.append(store)
+    train, held_out = stores
+    assert train is not None  # the config insists on data.train
+    return train, held_out
+
+
+def _num_eval_prompts(config: PolicyRunConfig, store: PromptStore | None) -> int:
+    if store is None:
+        return 0
+    return min(len(store), config.eval.num_prompts or len(store))
+
+
+def _threads(processes: int) -> int:
+    """Trainers and engines take turns in a synchronous loop, so each kind may use all cores of its node."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+def _worker_environment(job: PolicyJob) -> dict[str, str]:
+    return {
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(job.threads_per_worker),
+        "KMP_BLOCKTIME": "1",  # threads of the role that waits must not spin on cores that the other needs
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
+
+
+@contextmanager
+def _torn_down(run_id: str, slots: Slots) -> Iterator[None]:
+    """Whatever happens, this run's apps and group go; a kill -9 of the driver leaves that to the reaper."""
+    lease, reaper = start_reaper(run_id, run_id, slots.group)
+    try:
+        yield
+    finally:
+        delete_apps(run_id)
+        slots.remove()
+        ray.get(reaper.release.remote())
+        del lease
+
+
+def _exit_on_signal(_signal: int, _frame: Any) -> None:
+    """`ray job stop` sends SIGTERM: leave through every `finally`."""
+    sys.exit(143)
+
+

@@ -1,0 +1,52 @@
+"""What a run came to, as `summary.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+NUM_SAMPLES = 5
+
+
+def write_summary(result: dict[str, Any], run_path: Path) -> dict[str, Any]:
+    """Write and return the summary of what the loop returned. Rewards are None without evaluation prompts."""
+    before, after = result["before"], result["after"]
+    summary = {
+        **_reward("before", before),
+        **_reward("after", after),
+        "steps": result["steps"],
+        "seconds_total": round(result["seconds_total"], 1),
+        "seconds_per_phase": {name: round(spent, 1) for name, spent in result["seconds_per_phase"].items()},
+        "export": result["export"],
+        "samples": _pairs(before.get("rows", []), after.get("rows", [])),
+    }
+    (run_path / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _reward(when: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+    metrics = evaluation.get("metrics")
+    if not metrics:
+        return {f"reward_{when}": None, f"reward_{when}_ci": None}
+    return {
+        f"reward_{when}": metrics["eval/reward_mean"],
+        f"reward_{when}_ci": [metrics["eval/reward_ci_low"], metrics["eval/reward_ci_high"]],
+    }
+
+
+def _pairs(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same prompts before and after, spread evenly over the held-out set."""
+    later = {json.dumps(row["prompt"]): row for row in after}
+    both = [(row, later[json.dumps(row["prompt"])]) for row in before if json.dumps(row["prompt"]) in later]
+    step = max(1, len(both) // NUM_SAMPLES)
+    return [
+        {
+            "prompt": first["prompt"],
+            "before": first["response"],
+            "after": second["response"],
+            "reward_before": first["reward"],
+            "reward_after": second["reward"],
+        }
+        for first, second in both[::step][:NUM_SAMPLES]
+    ]

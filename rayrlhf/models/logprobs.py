@@ -1,0 +1,99 @@
+"""Log-probabilities of given tokens without ever holding a [tokens, vocab] tensor.
+
+The language-model head runs only where the loss mask is set, a chunk of rows at a time, and each chunk is computed
+again in the backward pass. At most one [chunk, V] block is alive, in fp32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from rayrlhf.models.attention import packed_inputs
+
+
+class TokenLogprobs(NamedTuple):
+    logprobs: Tensor  # [T] fp32; 0 where the loss mask is 0
+    entropy: Tensor  # [T] fp32; 0 where the loss mask is 0
+
+
+class LogprobHead(nn.Module):
+    """The model's own output projection, fused with log-softmax and gather.
+
+    It owns the projection's very parameters (tied or not) instead of calling the projection, so that ZeRO-3 gathers
+    them once per forward and once per backward, on every rank alike, however many chunks a rank has.
+    """
+
+    def __init__(self, projection: nn.Linear, *, chunk_tokens: int, softcap: float | None, divisor: float) -> None:
+        super().__init__()
+        self.weight = projection.weight  # [V, H]
+        self.bias = projection.bias
+        self.chunk_tokens = chunk_tokens
+        self.softcap = softcap
+        self.divisor = divisor
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """`hidden` [N, H] and the token that follows each, `targets` [N] -> log-probabilities and entropies [N]."""
+        pieces: list[tuple[Tensor, Tensor]] = []
+        for h, t in zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True):
+            if torch.is_grad_enabled():
+                pieces.append(checkpoint(self._chunk, h, t, temperature, use_reentrant=False, preserve_rng_state=False))
+            else:
+                pieces.append(self._chunk(h, t, temperature))
+        logprobs, entropy = zip(*pieces, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy)
+
+    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, self.weight, self.bias).float()  # [chunk, V]
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if temperature != 1.0:
+            logits = logits / temperature
+        log_normaliser = torch.logsumexp(logits, -1)
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser
+        entropy = log_normaliser - (torch.exp(logits - log_normaliser[:, None]) * logits).sum(-1)
+        return logprobs, entropy
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that answers with log-probabilities of the tokens it is shown."""
+
+    def __init__(self, causal_lm: nn.Module, *, chunk_tokens: int) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        config = causal_lm.config.get_text_config()
+        self.head = LogprobHead(
+            causal_lm.get_output_embeddings(),
+            chunk_tokens=chunk_tokens,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            divisor=getattr(config, "logits_scaling", 1.0) or 1.0,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [T]
+        position_ids: Tensor,  # [T]
+        cu_seqlens: Tensor,  # [S+1]
+        loss_mask: Tensor,  # [T]
+        temperature: float = 1.0,
+    ) -> TokenLogprobs:
+        """Log-probability and entropy of each token with `loss_mask` > 0, at `temperature`, given those before it."""
+        decoder = self.causal_lm.get_decoder()
+        hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
+        learnt = (loss_mask > 0) & (position_ids > 0)
+        where = learnt.nonzero().squeeze(-1)
+        if where.numel() == 0:
+            # A batch without learnt tokens still runs the head once: under ZeRO-3 every rank must.
+            where = torch.ones(1, dtype=torch.long, device=hidden.device)
+        logprobs, entropy = self.head(hidden[where - 1], input_ids[where], temperature)
+        weight = learnt[where].float()
+        empty = torch.zeros(input_ids.numel(), device=hidden.device)
+        return TokenLogprobs(
+            empty.index_put((where,), logprobs * weight), empty.index_put((where,), entropy * weight)
+        )

@@ -1,0 +1,122 @@
+"""The run as a person sees it: a live line in a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rayrlhf.observe.board import Report
+
+# (metric, label, format): one step, one line
+COLUMNS = [
+    ("reward/mean", "reward", "{:+.3f}"),
+    ("kl/mean", "kl", "{:.4f}"),
+    ("rollout/response_tokens_mean", "response", "{:.0f} tok"),
+    ("rollout/tokens_per_second", "rollout", "{:.0f} tok/s"),
+    ("train/tokens_per_second", "update", "{:.0f} tok/s"),
+    ("time/step", "step", "{:.1f} s"),
+]
+
+
+class Console:
+    """A sink. `mode`: live (a progress bar), lines, quiet (errors and summary only), auto (live on a terminal)."""
+
+    def __init__(self, mode: str) -> None:
+        interactive = sys.stdout.isatty()
+        self.mode = ("live" if interactive else "lines") if mode == "auto" else mode
+        self.rich = RichConsole(highlight=False, width=None if interactive else 140)
+        self.started = time.monotonic()
+        self.num_steps = 0
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.step_seconds: list[float] = []
+
+    def say(self, text: str) -> None:
+        if self.mode != "quiet":
+            self.rich.print(f"[dim]{self._clock()}[/dim] {text}")
+
+    def error(self, text: str) -> None:
+        self.close()
+        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/bold red] {text}", markup=True)
+
+    def placement(self, slots: Any) -> None:
+        from rayrlhf.placement.apply import describe
+
+        for role, units, where in describe(slots):
+            self.say(f"placed {role} x {units} on slot {where}")
+
+    def start(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        if self.mode == "live":
+            self.progress = Progress(
+                SpinnerColumn(),
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.description}"),
+                console=self.rich,
+            )
+            self.task = self.progress.add_task("starting", total=num_steps)
+            self.progress.start()
+
+    def write(self, report: Report) -> None:
+        if report.kind == "phase":
+            self._phase(report)
+        elif report.kind == "step":
+            self._step(report)
+        elif report.kind == "eval":
+            m = report.metrics
+            self.say(
+                f"evaluation {report.text} step {report.step}: reward {m['eval/reward_mean']:+.3f} "
+                f"(95 % interval {m['eval/reward_ci_low']:+.3f} to {m['eval/reward_ci_high']:+.3f}), "
+                f"responses {m['eval/response_tokens_mean']:.0f} tok"
+            )
+
+    def _phase(self, report: Report) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, description=report.text)
+        elif report.step == 0 and not self.step_seconds and "/" not in report.text:
+            self.say(report.text)  # before the first step is through, a log would be silent for long
+
+    def _step(self, report: Report) -> None:
+        self.step_seconds.append(report.metrics.get("time/step", 0.0))
+        parts = [
+            f"{label} {form.format(report.metrics[key])}" for key, label, form in COLUMNS if key in report.metrics
+        ]
+        left = (self.num_steps - report.step) * sum(self.step_seconds) / len(self.step_seconds)
+        self.say(f"step {report.step}/{self.num_steps}  " + "  ".join(parts) + f"  left {_minutes(left)}")
+        if self.progress is not None:
+            self.progress.update(self.task, completed=report.step)
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        self.close()
+        table = Table(title=f"{summary['steps']} steps in {_minutes(summary['seconds_total'])}", title_justify="left")
+        table.add_column("held-out reward")
+        table.add_column("mean", justify="right")
+        table.add_column("95 % interval", justify="right")
+        for when in ("before", "after"):
+            if summary[f"reward_{when}"] is not None:
+                low, high = summary[f"reward_{when}_ci"]
+                table.add_row(when, f"{summary[f'reward_{when}']:+.3f}", f"{low:+.3f} to {high:+.3f}")
+        self.rich.print(table)
+        if summary["export"]:
+            self.rich.print(f"export: {summary['export']}", soft_wrap=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def _clock(self) -> str:
+        seconds = int(time.monotonic() - self.started)
+        return f"{seconds // 60:3d}:{seconds % 60:02d}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

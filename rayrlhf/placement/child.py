@@ -1,0 +1,59 @@
+"""A Serve replica's heavy half: an actor on the slot of the replica's rank.
+
+Serve cannot place a replica on a bundle of somebody else's placement group, so replicas stay light (no CPU, no GPU)
+and the actor that does the work goes where the plan says. It belongs to its replica and dies with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import ray
+from ray import ObjectRef, serve
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rayrlhf.placement.apply import Slots
+
+
+class SlotChild:
+    """The actor on the slot of this replica's rank, and calls to it with a deadline."""
+
+    def __init__(
+        self, role: str, actor_class: type, *arguments: Any, slots: Slots, env_vars: dict[str, str], timeout_seconds: float
+    ) -> None:
+        self.role = role
+        self.rank = serve.get_replica_context().rank.rank
+        self.timeout_seconds = timeout_seconds
+        slot = slots.of(role, self.rank)
+        self.actor: ActorHandle = (
+            ray.remote(actor_class)
+            .options(
+                num_cpus=0,
+                num_gpus=slot.gpu_share,
+                max_concurrency=1000,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(slots.group, slot.bundle),
+                runtime_env={"env_vars": env_vars},
+            )
+            .remote(*arguments)
+        )
+
+    async def call(self, method: str, *arguments: Any, timeout_seconds: float | None = None) -> Any:
+        """The method's result. Raises `TimeoutError` at the deadline and whatever the method raises."""
+        ref = getattr(self.actor, method).remote(*arguments)
+        try:
+            return await asyncio.wait_for(_awaitable(ref), timeout_seconds or self.timeout_seconds)
+        except RayActorError:
+            if timeout_seconds is not None:  # still starting: let the constructor's error reach Serve
+                raise
+            # A replica without its actor must not take traffic until a health check finds out: leave at once. Serve
+            # starts a new one and callers retry elsewhere.
+            print(f"{self.role} replica {self.rank}: its actor died, restarting the replica", flush=True)
+            os._exit(1)
+
+
+async def _awaitable(ref: ObjectRef) -> Any:
+    return await ref

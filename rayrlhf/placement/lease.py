@@ -1,0 +1,76 @@
+"""Nothing of a run outlives its driver, not even after kill -9.
+
+Serve apps are detached by nature. A detached reaper watches a lease, an actor that dies with the driver; when the
+lease is gone the reaper deletes this run's apps and its placement group, and then itself. Serve as a whole and other
+runs' apps are never touched.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+NAMESPACE = "rayrlhf"
+WATCH_SECONDS = 1.0
+
+
+@ray.remote(num_cpus=0)
+class Lease:
+    def ping(self) -> bool:
+        return True
+
+
+@ray.remote(num_cpus=0)
+class Reaper:
+    def __init__(self, lease: ActorHandle, app_prefix: str, group: PlacementGroup) -> None:
+        self.lease = lease
+        self.app_prefix = app_prefix
+        self.group = group
+        self.released = False
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def ready(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        """The driver has tidied up by itself."""
+        self.released = True
+
+    def _watch(self) -> None:
+        while not self.released and self._driver_lives():
+            time.sleep(WATCH_SECONDS)
+        if not self.released:
+            delete_apps(self.app_prefix)
+            remove_placement_group(self.group)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    def _driver_lives(self) -> bool:
+        try:
+            return ray.get(self.lease.ping.remote(), timeout=20)
+        except ray.exceptions.GetTimeoutError:
+            return True  # slow is not dead
+        except ray.exceptions.RayActorError:
+            return False
+
+
+def delete_apps(prefix: str) -> None:
+    """Delete the Serve apps whose name starts with `prefix`, and wait until their replicas are gone."""
+    mine = [name for name in serve.status().applications if name.startswith(prefix)]
+    for name in mine:
+        serve.delete(name, _blocking=True)
+
+
+def start_reaper(run_id: str, app_prefix: str, group: PlacementGroup) -> tuple[ActorHandle, ActorHandle]:
+    """Lease and reaper; hold on to both for as long as the run lives."""
+    lease = Lease.remote()
+    ray.get(lease.ping.remote())
+    reaper = Reaper.options(name=f"{run_id}-reaper", namespace=NAMESPACE, lifetime="detached").remote(
+        lease, app_prefix, group
+    )
+    ray.get(reaper.ready.remote())
+    return lease, reaper

@@ -1,0 +1,96 @@
+"""A TorchTrainer whose workers live on given slots of the run's placement group.
+
+Ray Train has no public way to be given a placement group: it makes one of its own, which would tear the trainer from
+the engines that share its GPUs. This hook reaches into five internals of Ray 2.60 (pinned; tests/placement has the
+contract test that fails when one of them moves):
+`DataParallelTrainer._initialize_and_run_controller` and `._create_default_callbacks`,
+`TrainController.worker_group_cls`, `WorkerGroup._create_placement_group` and `._create_workers`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+from ray.train.v2.api import data_parallel_trainer as trainer_module
+from ray.util.placement_group import PlacementGroup
+
+from rayrlhf.placement.apply import Slots
+
+
+@dataclass
+class SlotScalingConfig(ScalingConfig):
+    group: PlacementGroup | None = None
+    bundles: tuple[int, ...] = ()  # worker of rank i goes on bundle i of this list
+
+
+class _BorrowedGroup(DefaultPlacementGroupHandle):
+    def shutdown(self) -> None:
+        """The group belongs to the run; a restarting worker group must find it again."""
+
+
+class _SlotWorkerGroup(WorkerGroup):
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
+        return _BorrowedGroup(scaling_config.group)
+
+    def _create_workers(
+        self, num_workers: int, placement_group: Any, resources_per_worker: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not args and kwargs.get("placement_group_bundle_indices") is None:
+            bundles = self._train_run_context.scaling_config.bundles
+            kwargs["placement_group_bundle_indices"] = list(bundles[:num_workers])
+        return super()._create_workers(num_workers, placement_group, resources_per_worker, *args, **kwargs)
+
+
+class _SlotController(TrainController):
+    worker_group_cls = _SlotWorkerGroup
+
+
+class SlotTorchTrainer(TorchTrainer):
+    def _create_default_callbacks(self) -> Any:
+        # Ray's cleaner would remove the group when the trainer ends, under the engines' feet.
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **controller_arguments: Any) -> Any:
+        env_vars = trainer_module.get_env_vars_to_propagate()
+        env_vars.setdefault(
+            trainer_module.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
+            trainer_module.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+        )
+        driver_node = ray.get_runtime_context().get_node_id()
+        controller = (
+            ray.remote(_SlotController)
+            .options(
+                num_cpus=0,
+                label_selector={ray._raylet.RAY_NODE_ID_KEY: driver_node},
+                runtime_env={"env_vars": env_vars},
+            )
+            .remote(**controller_arguments)
+        )
+        if threading.current_thread() is threading.main_thread():
+            self._register_sigint_handler(controller)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+def slot_scaling(slots: Slots, role: str) -> SlotScalingConfig:
+    """The scaling config that puts this role's workers on their slots."""
+    plan = slots.spec.of(role)
+    resources = {"CPU": slots.spec.cpus_per_slot}
+    if slots.gpus_per_slot:
+        resources["GPU"] = plan.gpu_share * slots.gpus_per_slot
+    return SlotScalingConfig(
+        num_workers=len(plan.slots),
+        use_gpu=slots.gpus_per_slot > 0,
+        resources_per_worker=resources,
+        group=slots.group,
+        bundles=tuple(slots.table[index].bundle for index in plan.slots),
+    )

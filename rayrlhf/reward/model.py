@@ -1,0 +1,116 @@
+"""Served reward models: any `AutoModelForSequenceClassification` checkpoint with one label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ray import serve
+from transformers import AutoModelForSequenceClassification
+
+from rayrlhf.batch import Prompt, cu_seqlens_of, position_ids_of
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.reward import ModelSource
+from rayrlhf.data.packing import micro_batches
+from rayrlhf.models.heads import ScoreModel
+from rayrlhf.models.load import has_packed_scorer, load_scorer, load_tokenizer, resolve_dtype
+from rayrlhf.placement.apply import Slots
+from rayrlhf.placement.child import SlotChild
+
+
+class ScoreActor:
+    """One reward model.
+
+    With the policy's own vocabulary it reads the very tokens of the sample. Otherwise it renders the conversation
+    with its own tokenizer and chat template. Decoders score packed batches; encoders, which have no causal mask to
+    cut, score padded ones.
+    """
+
+    def __init__(self, source: ModelSource, policy_path: str, prompt_key: str) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.source = source
+        self.prompt_key = prompt_key
+        self.tokenizer: Any = load_tokenizer(source.path)
+        self.same_tokens = self.tokenizer.get_vocab() == load_tokenizer(policy_path).get_vocab()
+        model_config = ModelConfig(path=source.path, dtype=source.dtype)
+        self.packed: ScoreModel | None = None
+        if has_packed_scorer(source.path):
+            self.packed = load_scorer(model_config, source.path, device=self.device).to(self.device)
+        else:
+            dtype = resolve_dtype(source.dtype, self.device)
+            model = AutoModelForSequenceClassification.from_pretrained(source.path, dtype=dtype)
+            self.padded: Any = model.eval().to(self.device)
+
+    def ready(self) -> bool:
+        return True
+
+    @torch.inference_mode()
+    def score(self, prompts: list[Prompt], responses: list[str], token_ids: list[list[int]]) -> list[float]:
+        if not self.same_tokens:
+            token_ids = [self._tokenise(p, r) for p, r in zip(prompts, responses, strict=True)]
+        scores = [0.0] * len(token_ids)
+        lengths = [len(ids) for ids in token_ids]
+        budget = max(self.source.max_tokens_per_batch, *lengths)
+        for members in micro_batches(lengths, budget):
+            rows = [token_ids[i] for i in members]
+            values = self._score_packed(rows) if self.packed is not None else self._score_padded(rows)
+            for i, value in zip(members, values, strict=True):
+                scores[i] = value
+        return scores
+
+    def _tokenise(self, prompt: Prompt, response: str) -> list[int]:
+        asked = prompt.columns.get(self.prompt_key, prompt.prompt)
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(f"{asked}{response}")["input_ids"]
+        messages = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        text = self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _score_packed(self, rows: Sequence[list[int]]) -> list[float]:
+        assert self.packed is not None
+        lengths = [len(row) for row in rows]
+        flat = torch.tensor([token for row in rows for token in row])
+        inputs = (flat, position_ids_of(lengths), cu_seqlens_of(lengths))
+        return self.packed(*(tensor.to(self.device) for tensor in inputs)).tolist()
+
+    def _score_padded(self, rows: Sequence[list[int]]) -> list[float]:
+        batch = self.tokenizer.pad({"input_ids": list(rows)}, return_tensors="pt").to(self.device)
+        return self.padded(**batch).logits.squeeze(-1).float().tolist()
+
+
+class ModelReward:
+    """The Serve replica in front of one reward model."""
+
+    async def __init__(self, role: str, source: ModelSource, policy_path: str, prompt_key: str, slots: Slots) -> None:
+        self.model = SlotChild(
+            role,
+            ScoreActor,
+            source,
+            policy_path,
+            prompt_key,
+            slots=slots,
+            env_vars={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            timeout_seconds=600,
+        )
+        await self.model.call("ready", timeout_seconds=600)
+
+    async def score(self, prompts: list[Prompt], responses: list[str], token_ids: list[list[int]]) -> list[float]:
+        return await self.model.call("score", prompts, responses, token_ids)
+
+    async def check_health(self) -> None:
+        await self.model.call("ready")
+
+
+def model_deployment(source: ModelSource, *, role: str, policy_path: str, prompt_key: str, slots: Slots) -> Any:
+    deployment = serve.deployment(ModelReward).options(
+        name="reward",
+        num_replicas=source.num_replicas,
+        max_ongoing_requests=256,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+        health_check_timeout_s=120,
+        graceful_shutdown_timeout_s=2,
+        max_constructor_retry_count=2,
+    )
+    return deployment.bind(role, source, policy_path, prompt_key, slots)

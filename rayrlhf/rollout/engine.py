@@ -1,0 +1,144 @@
+"""The rollout deployment: Serve replicas, each a CPU-only front with its vLLM engine as a child actor on a slot.
+
+A replica answers only with the newest published weights: it pulls them before it becomes healthy, when told to catch
+up, and when a request asks for a newer version than it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+
+from rayrlhf.placement.apply import Slots
+from rayrlhf.placement.child import SlotChild
+
+NAMESPACE = "rayrlhf"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the engine produced for one request."""
+
+    token_ids: list[int]
+    text: str  # without special tokens
+    logprobs: list[float]  # one per token
+    truncated: bool
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    engine_args: dict[str, Any]  # vLLM's EngineArgs
+    env_vars: dict[str, str]
+    weight_hub: str  # name of the actor that holds the newest weights
+    rpc_timeout_seconds: float
+    start_timeout_seconds: float
+
+
+class EngineActor:
+    """A vLLM engine and the version of the weights that it holds."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        from rayrlhf.rollout.stepper import Stepper  # vllm takes seconds to import: only here, where it runs
+
+        self.stepper = Stepper(settings.engine_args)
+        self.version = 0
+        self.hub = ray.get_actor(settings.weight_hub, namespace=NAMESPACE)
+        self.updating = asyncio.Lock()
+
+    async def start(self) -> int:
+        """Pull the newest weights and generate once, so that the first real request meets a warm engine."""
+        await self.catch_up(0)
+        await self.stepper.generate([1, 2, 3], [{"max_tokens": 2, "temperature": 1.0, "logprobs": 0}])
+        return self.version
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
+    ) -> list[Generation]:
+        if self.version < min_version:
+            await self.catch_up(min_version)
+        version = self.version
+        outputs = await self.stepper.generate(prompt_ids, sampling)
+        return [_generation(output, version) for output in outputs]
+
+    async def catch_up(self, at_least: int) -> int:
+        """Load the newest published weights, if they are newer than ours. Returns the version held then."""
+        async with self.updating:
+            version, buckets = await self.hub.newest.remote()
+            if version > self.version:
+                await self.stepper.pause()
+                await self.stepper.start_weight_update()
+                for slices, ref in buckets:
+                    await self.stepper.load_bucket(slices, await ref)
+                await self.stepper.finish_weight_update(version)
+                self.version = version
+                await self.stepper.resume()
+        if self.version < at_least:
+            raise RuntimeError(f"version {at_least} was asked for, the newest published one is {self.version}")
+        return self.version
+
+    async def check(self) -> int:
+        self.stepper.raise_if_dead()
+        return self.version
+
+
+def _generation(output: Any, version: int) -> Generation:
+    completion = output.outputs[0]
+    logprobs = [at[token].logprob for token, at in zip(completion.token_ids, completion.logprobs, strict=True)]
+    return Generation(
+        token_ids=list(completion.token_ids),
+        text=completion.text,
+        logprobs=logprobs,
+        truncated=completion.finish_reason == "length",
+        policy_version=version,
+    )
+
+
+class RolloutReplica:
+    """The Serve replica in front of one engine."""
+
+    async def __init__(self, settings: EngineSettings, slots: Slots) -> None:
+        self.engine = SlotChild(
+            "rollout",
+            EngineActor,
+            settings,
+            slots=slots,
+            env_vars=settings.env_vars,
+            timeout_seconds=settings.rpc_timeout_seconds,
+        )
+        await self.engine.call("start", timeout_seconds=settings.start_timeout_seconds)
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
+    ) -> list[Generation]:
+        """One generation per entry of `sampling` (vLLM's SamplingParams), by weights of at least `min_version`."""
+        return await self.engine.call("generate", prompt_ids, sampling, min_version)
+
+    async def catch_up(self, version: int) -> dict[str, int]:
+        return {"replica": self.engine.rank, "version": await self.engine.call("catch_up", version)}
+
+    async def describe(self) -> dict[str, int]:
+        return {"replica": self.engine.rank, "pid": os.getpid(), "version": await self.engine.call("check")}
+
+    async def check_health(self) -> None:
+        await self.engine.call("check")
+
+
+def rollout_deployment(settings: EngineSettings, slots: Slots, *, num_engines: int, max_requests: int) -> Any:
+    """The bound deployment for `serve.run`; the number of replicas is fixed, each owns the slot of its rank."""
+    deployment = serve.deployment(RolloutReplica).options(
+        name="rollout",
+        num_replicas=num_engines,
+        max_ongoing_requests=max_requests,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=2,
+        max_constructor_retry_count=2,
+    )
+    return deployment.bind(settings, slots)

@@ -1,0 +1,125 @@
+"""vLLM's in-process engine, stepped by one thread, with an asyncio face.
+
+The engine lives in the process of its actor: one failure domain, nothing to orphan, and weight buckets are read
+straight out of the object store instead of being copied through a socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from rayrlhf.rollout.bucket import TensorSlice
+from rayrlhf.rollout.vllm_worker import OBJECT_STORE
+
+Result = TypeVar("Result")
+
+
+class Stepper:
+    """All calls into the engine run on its thread; callers await the result."""
+
+    def __init__(self, engine_args: dict[str, Any]) -> None:
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                **engine_args,
+                worker_extension_cls="rayrlhf.rollout.vllm_worker.WorkerExtension",
+                weight_transfer_config=WeightTransferConfig(backend=OBJECT_STORE),
+            ),
+            enable_multiprocessing=False,
+        )
+        self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
+        self._waiting: dict[str, Future[RequestOutput]] = {}
+        self._paused = False
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True, name="vllm-step").start()
+
+    async def generate(self, prompt_ids: list[int], sampling: list[dict[str, Any]]) -> list[RequestOutput]:
+        """One finished output per entry of `sampling`, all for the same prompt."""
+
+        def enqueue() -> list[Future[RequestOutput]]:
+            return [self._enqueue(prompt_ids, SamplingParams(**params)) for params in sampling]
+
+        futures = await self._on_thread(enqueue)
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    async def pause(self) -> None:
+        """Stop stepping; running requests keep their tokens but lose their cache, which older weights have filled."""
+
+        def stop() -> None:
+            self._paused = True
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+
+        await self._on_thread(stop)
+
+    async def resume(self) -> None:
+        def go() -> None:
+            self._paused = False
+
+        await self._on_thread(go)
+
+    async def start_weight_update(self) -> None:
+        await self._rpc("start_weight_update")
+
+    async def load_bucket(self, slices: list[TensorSlice], bucket: Any) -> None:
+        await self._rpc("update_weights", update_info={"slices": slices, "bucket": bucket})
+
+    async def finish_weight_update(self, version: int) -> None:
+        await self._rpc("finish_weight_update")
+        await self._on_thread(lambda: self._engine.set_weight_version(str(version)))
+
+    def raise_if_dead(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError("the vLLM engine has died") from self._failure
+
+    async def _rpc(self, method: str, **kwargs: Any) -> list[Any]:
+        return await self._on_thread(lambda: self._engine.collective_rpc(method, None, (), kwargs))
+
+    async def _on_thread(self, call: Callable[[], Result]) -> Result:
+        self.raise_if_dead()
+        future: Future[Result] = Future()
+        self._commands.put((call, future))
+        return await asyncio.wrap_future(future)
+
+    def _enqueue(self, prompt_ids: list[int], params: SamplingParams) -> Future[RequestOutput]:
+        request_id = uuid.uuid4().hex
+        future: Future[RequestOutput] = Future()
+        self._waiting[request_id] = future
+        self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
+        return future
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._run_commands()
+                for output in self._engine.step():
+                    if output.finished:
+                        self._waiting.pop(output.request_id).set_result(output)
+        except BaseException as failure:
+            # Whatever it was, the engine cannot go on: everybody who waits learns of it, and so does the health check.
+            self._failure = failure
+            for future in self._waiting.values():
+                future.set_exception(failure)
+
+    def _run_commands(self) -> None:
+        """Run what was asked for; return only when there is something to step."""
+        while True:
+            busy = not self._paused and self._engine.has_unfinished_requests()
+            try:
+                call, future = self._commands.get(block=not busy)
+            except queue.Empty:
+                return
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)

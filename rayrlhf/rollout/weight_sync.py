@@ -1,0 +1,123 @@
+"""Weights from the trainer to every engine, by version.
+
+The trainer flattens its parameters into buckets of raw bytes, puts each into the object store and publishes the list
+under a version number; replicas pull. So a replica that was down during a push gets the same weights, by the same
+code, when it comes back, and one RPC moves a bucket, never a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import ray
+import torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor, nn
+
+from rayrlhf.rollout.bucket import TensorSlice
+
+Bucket = tuple[list[TensorSlice], ObjectRef]
+ALIGNMENT_BYTES = 16
+Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
+
+
+class WeightHub:
+    """A small actor of the run that knows the newest version and keeps its buckets alive."""
+
+    def __init__(self) -> None:
+        self.version = 0  # 0 = the checkpoint that engines load by themselves
+        self.buckets: list[Bucket] = []
+
+    def publish(self, version: int, buckets: list[Bucket]) -> None:
+        if version < self.version:
+            raise ValueError(f"version {version} is older than the published version {self.version}")
+        self.version, self.buckets = version, buckets
+
+    def newest(self) -> tuple[int, list[Bucket]]:
+        return self.version, self.buckets
+
+
+class WeightSync:
+    """The trainer's end. `push` is collective: every rank gathers, rank 0 sends."""
+
+    def __init__(
+        self,
+        hub: ActorHandle,
+        engines: DeploymentHandle,
+        *,
+        rank: int,
+        num_engines: int,
+        bucket_bytes: int,
+        timeout_seconds: float,
+        gathered: Gathered,
+    ) -> None:
+        self.hub = hub
+        self.engines = engines
+        self.rank = rank
+        self.num_engines = num_engines
+        self.bucket_bytes = bucket_bytes
+        self.timeout_seconds = timeout_seconds
+        self.gathered = gathered
+
+    def push(self, parameters: list[tuple[str, nn.Parameter]], version: int) -> None:
+        """Publish and wait until every running engine holds `version`. Raises `TimeoutError` naming who does not."""
+        buckets: list[Bucket] = []
+        for group in plan_buckets(parameters, self.bucket_bytes):
+            with self.gathered([parameter for _, parameter in group]):
+                if self.rank == 0:
+                    slices, flat = flatten(group)
+                    buckets.append((slices, ray.put(flat.numpy())))
+        if self.rank == 0:
+            ray.get(self.hub.publish.remote(version, buckets), timeout=self.timeout_seconds)
+            self._tell_engines(version)
+
+    def _tell_engines(self, version: int) -> None:
+        # A replica that dies meanwhile pulls this version when it restarts, before it is healthy: not our failure.
+        answers: list[Any] = self.engines.broadcast("catch_up", version).results(
+            timeout_s=self.timeout_seconds, return_exceptions=True
+        )
+        failed = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, ray.exceptions.RayActorError)]
+        if failed:
+            holding = sorted(a["replica"] for a in answers if isinstance(a, dict))
+            raise TimeoutError(
+                f"weight sync of version {version}: of {self.num_engines} engines only {holding} took it within "
+                f"{self.timeout_seconds:g} s; first failure: {failed[0]!r}"
+            ) from failed[0]
+
+
+def plan_buckets(
+    parameters: list[tuple[str, nn.Parameter]], bucket_bytes: int
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Consecutive parameters up to `bucket_bytes`; one larger than that gets a bucket of its own."""
+    group: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in parameters:
+        num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        if group and size + num_bytes > bucket_bytes:
+            yield group
+            group, size = [], 0
+        group.append((name, parameter))
+        size += num_bytes
+    if group:
+        yield group
+
+
+def flatten(group: list[tuple[str, nn.Parameter]]) -> tuple[list[TensorSlice], Tensor]:
+    """The parameters' bytes in one new uint8 tensor on the CPU, and where each of them lies."""
+    slices: list[TensorSlice] = []
+    end = 0
+    for name, parameter in group:
+        start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # a view of another dtype needs an aligned start
+        num_bytes = parameter.numel() * parameter.element_size()
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        slices.append(TensorSlice(name, dtype, tuple(parameter.shape), start, num_bytes))
+        end = start + num_bytes
+    flat = torch.empty(end, dtype=torch.uint8)
+    for (_, parameter), piece in zip(group, slices, strict=True):
+        raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes].copy_(raw)
+    return slices, flat

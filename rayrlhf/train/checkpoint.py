@@ -1,0 +1,79 @@
+"""Checkpoints under Ray Train: every rank saves its shard, Ray merges them into one folder per step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from rayrlhf.train import collectives
+
+STATE_FILE = "state.json"
+
+
+class Saved(Protocol):
+    """Anything with shards of its own: a learner, a critic."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass
+class LoopState:
+    """What a loop needs beside its learners' shards to go on where it stopped."""
+
+    step: int = 0  # optimizer steps done = the policy version = the next step's index
+    kl_controller: dict[str, float] = field(default_factory=dict)
+    eval_before: dict[str, Any] = field(default_factory=dict)  # the evaluation before the first step
+    seconds_per_phase: dict[str, float] = field(default_factory=dict)
+    seconds_total: float = 0.0
+
+
+def save(state: LoopState, saved: Sequence[Saved], scratch: Path) -> None:
+    """Write a checkpoint and wait until it is in the run's storage. Collective."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"step-{state.step:06d}-rank-{collectives.rank()}-", dir=scratch))
+    for item in saved:
+        item.save(folder)
+    if collectives.rank() == 0:
+        (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
+    ray.train.report(
+        {"step": state.step},
+        checkpoint=Checkpoint.from_directory(str(folder)),
+        checkpoint_dir_name=checkpoint_name(state.step),
+        checkpoint_upload_mode=CheckpointUploadMode.SYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def restore(saved: Sequence[Saved]) -> LoopState:
+    """The newest checkpoint's state, its shards loaded; a fresh state when there is none. Collective."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return LoopState()
+    with checkpoint.as_directory() as folder:
+        for item in saved:
+            item.load(Path(folder))
+        return LoopState(**json.loads((Path(folder) / STATE_FILE).read_text()))
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def newest_step(storage: Path) -> int:
+    """The step of the newest committed checkpoint under a Ray Train run's folder; 0 when there is none."""
+    snapshot = storage / "checkpoint_manager_snapshot.json"
+    if not snapshot.is_file():
+        return 0
+    newest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
+    return int(newest["metrics"]["step"]) if newest else 0

@@ -1,0 +1,56 @@
+"""The few collectives the loops need, over the process group that Ray Train set up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def device() -> torch.device:
+    """The device this rank's tensors live on: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum over ranks, as a new tensor on the caller's device."""
+    total = values.detach().to(device(), copy=True)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def sum_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Add up dictionaries of sums over ranks in one call; every rank must bring the same keys."""
+    keys = sorted(sums)
+    total = sum_over_ranks(torch.tensor([sums[key] for key in keys], dtype=torch.float64))
+    return dict(zip(keys, total.tolist(), strict=True))
+
+
+def max_over_ranks(value: int) -> int:
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """Concatenate the ranks' lists in rank order, on every rank."""
+    if not dist.is_initialized():
+        return items
+    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,102 @@
+"""DeepSpeed: from `train.*` in the config to an engine, and from an engine back to whole tensors."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Which accelerator DeepSpeed drives is decided at its import, and without CUDA it would first look for vendors' tools.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.runtime.zero import GatheredParameters
+from torch import Tensor, nn
+
+from rayrlhf.config.train import TrainConfig
+
+# On a CPU, DeepSpeed compiles a shared-memory collective at first use (about a minute); gloo does that job.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def deepspeed_config(train: TrainConfig, *, lr: float | None, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's own config. `lr=None` gives an engine without optimizer: a frozen, ZeRO-3 partitioned model."""
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "overlap_comm": train.overlap_comm,
+        "contiguous_gradients": True,
+    }
+    if train.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if train.offload_optimizer and lr is not None:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        # Micro-batches are counted by the learner, not by DeepSpeed: their number varies from step to step.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # Stage 0 in fp32 is clipped by the learner, which thereby learns the norm.
+        "gradient_clipping": train.max_grad_norm if train.zero_stage or dtype != torch.float32 else 0.0,
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+    if dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if lr is not None:
+        optimizer: dict[str, Any] = {
+            "lr": lr,
+            "betas": list(train.betas),
+            "eps": train.eps,
+            "weight_decay": train.weight_decay,
+        }
+        if not train.offload_optimizer:
+            # torch's fused AdamW: as fast as DeepSpeed's, and nothing to compile on the first step.
+            optimizer |= {"torch_adam": True, "fused": True}
+        config["optimizer"] = {"type": "AdamW", "params": optimizer}
+    return config
+
+
+def make_engine(
+    module: nn.Module, train: TrainConfig, *, lr: float | None, dtype: torch.dtype
+) -> deepspeed.DeepSpeedEngine:
+    """An engine over the process group that Ray Train has already set up."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        config=deepspeed_config(train, lr=lr, dtype=dtype),
+        model_parameters=trainable if lr is not None else None,
+    )
+    return engine
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters hold their whole tensors on every rank (a no-op below ZeRO-3). Collective."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    with GatheredParameters(partitioned):
+        yield
+
+
+def full_state_dict(module: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
+    """All parameters and buffers on the CPU, gathered one by one. Collective; empty where not `on_this_rank`."""
+    state: dict[str, Tensor] = {}
+    # Every rank walks the same names in the same order; tied tensors are gathered under each of their names.
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        with gathered([parameter]):
+            if on_this_rank:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if on_this_rank:
+        saved = module.state_dict().keys()  # leaves out buffers that are recomputed on loading
+        for name, buffer in module.named_buffers():
+            if name in saved:
+                state[name] = buffer.detach().to("cpu", copy=True)
+    return state

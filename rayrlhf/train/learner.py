@@ -1,0 +1,119 @@
+"""A learner: one module under one DeepSpeed engine, and what it does with a list of packed micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayrlhf.batch import PackedBatch
+from rayrlhf.config.train import TrainConfig
+from rayrlhf.train import collectives
+from rayrlhf.train.engine import full_state_dict, make_engine
+
+# forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the global
+# objective, metric sums). Shares add up over micro-batches and ranks.
+Forward = Callable[[nn.Module, PackedBatch], Any]
+Loss = Callable[[Any, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Learner:
+    """Trains `module`; every method is collective and must be called by all ranks with equally many micro-batches."""
+
+    def __init__(self, module: nn.Module, train: TrainConfig, *, lr: float, dtype: torch.dtype, name: str) -> None:
+        self.name = name
+        self.base_lr = lr
+        self.train = train
+        self.bad_steps_in_a_row = 0
+        self.engine = make_engine(module, train, lr=lr, dtype=dtype)
+        self._plain_norm: float | None = None
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            # Stage 0 in fp32 is torch's own optimizer: it neither reports the norm nor refuses a bad gradient.
+            self.engine.optimizer.register_step_pre_hook(self._clip_plain_gradients)
+
+    @property
+    def module(self) -> Any:
+        return self.engine.module
+
+    @torch.no_grad()
+    def infer(self, batches: Sequence[PackedBatch], forward: Forward) -> list[Any]:
+        """The module's outputs, one per micro-batch, without gradients."""
+        return [forward(self.engine, batch) for batch in batches]
+
+    def update(self, batches: Sequence[PackedBatch], forward: Forward, loss: Loss, *, step: int) -> dict[str, float]:
+        """One optimizer step over the micro-batches; `step` sets the learning rate.
+
+        Returns the loss and the metric sums, added up over micro-batches and ranks. A step whose gradient is not
+        finite is skipped and counted in `loss/<name>_bad_steps`; `train.max_bad_steps` of them in a row raise
+        `FloatingPointError`.
+        """
+        lr = learning_rate(self.base_lr, self.train, step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        sums: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            share, metrics = loss(forward(self.engine, batch), batch)
+            # The engine averages gradients over ranks while shares add up over ranks: undo the average, here only.
+            self.engine.backward(share * collectives.world_size(), scale_wrt_gas=False)
+            sums[f"loss/{self.name}"] += share.item()
+            for key, value in metrics.items():
+                sums[key] += float(value)
+        grad_norm = self._step()
+        totals = collectives.sum_metrics(sums)
+        return totals | {f"loss/{self.name}_grad_norm": grad_norm, f"loss/{self.name}_lr": lr} | self._judge(grad_norm)
+
+    def _step(self) -> float:
+        """Apply the accumulated gradients; returns their norm before clipping, inf when the step was skipped."""
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer) and not self._gradients_are_finite():
+            self.engine.zero_grad()
+            return math.inf
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm if norm is not None else self._plain_norm)
+
+    def _clip_plain_gradients(self, *_: Any) -> None:
+        limit = self.train.max_grad_norm or math.inf
+        self._plain_norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit))
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = (p.grad for p in self.engine.module.parameters() if p.grad is not None)
+        return collectives.max_over_ranks(sum(not bool(torch.isfinite(g).all()) for g in gradients)) == 0
+
+    def _judge(self, grad_norm: float) -> dict[str, float]:
+        bad = not math.isfinite(grad_norm)
+        self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if bad else 0
+        if self.bad_steps_in_a_row >= self.train.max_bad_steps:
+            raise FloatingPointError(
+                f"the {self.name}'s gradient was not finite in {self.bad_steps_in_a_row} steps in a row "
+                f"(train.max_bad_steps={self.train.max_bad_steps}): lower the learning rate or look at the rewards"
+            )
+        return {f"loss/{self.name}_bad_steps": float(bad)}
+
+    def state_dict(self, submodule: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
+        return full_state_dict(submodule, on_this_rank=on_this_rank)
+
+    def save(self, folder: Path) -> None:
+        """This rank's shard of parameters and optimizer. Collective."""
+        self.engine.save_checkpoint(str(folder / self.name), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder / self.name), tag="engine")
+        if path is None:
+            raise FileNotFoundError(f"no {self.name} checkpoint in {folder}")
+
+
+def learning_rate(base: float, train: TrainConfig, step: int) -> float:
+    """The learning rate of 0-based `step`: linear warm-up, then constant, linear or cosine decay to `min_lr_ratio`."""
+    if step < train.warmup_steps:
+        return base * (step + 1) / train.warmup_steps
+    if train.lr_schedule == "constant":
+        return base
+    progress = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
+    remaining = 1 - progress if train.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return base * (train.min_lr_ratio + (1 - train.min_lr_ratio) * remaining)
+

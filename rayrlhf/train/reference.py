@@ -1,0 +1,110 @@
+"""The frozen reference policy: a copy in the worker, or replicas behind Serve."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from ray import serve
+from torch import Tensor
+
+from rayrlhf.batch import PackedBatch
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.train import TrainConfig
+from rayrlhf.models.load import load_policy, resolve_dtype
+from rayrlhf.models.logprobs import PolicyModel
+from rayrlhf.placement.apply import Slots
+from rayrlhf.placement.child import SlotChild
+from rayrlhf.train import collectives
+from rayrlhf.train.engine import make_engine
+
+
+class Reference(Protocol):
+    def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        """Per-token log-probabilities [T] of each micro-batch."""
+        ...
+
+
+class LocalReference:
+    """A frozen copy beside the actor; partitioned over the ranks when the actor is (ZeRO-3)."""
+
+    def __init__(self, model: ModelConfig, path: str, train: TrainConfig) -> None:
+        device = collectives.device()
+        policy = load_policy(model, path, device=device, chunk_tokens=train.logprob_chunk_tokens).eval()
+        policy.requires_grad_(False)
+        if train.zero_stage == 3:
+            self.policy: Any = make_engine(policy, train, lr=None, dtype=resolve_dtype(model.dtype, device))
+        else:
+            self.policy = policy.to(device)
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        return [_logprobs(self.policy, batch, temperature) for batch in batches]
+
+
+class ServedReference:
+    """Asks the reference deployment, all micro-batches at once."""
+
+    def __init__(self, handle: Any, *, timeout_seconds: float) -> None:
+        self.handle = handle
+        self.timeout_seconds = timeout_seconds
+
+    def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        return asyncio.run(self._all(batches, temperature))
+
+    async def _all(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        answers = asyncio.gather(*(self._one(batch, temperature) for batch in batches))
+        return list(await asyncio.wait_for(answers, self.timeout_seconds))
+
+    async def _one(self, batch: PackedBatch, temperature: float) -> Tensor:
+        cpu = batch.to("cpu")
+        asked = PackedBatch(cpu.input_ids, cpu.position_ids, cpu.cu_seqlens, cpu.loss_mask)
+        return (await self.handle.logprobs.remote(asked, temperature)).to(batch.input_ids.device)
+
+
+class ReferenceActor:
+    def __init__(self, model: ModelConfig, path: str, chunk_tokens: int) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.policy = load_policy(model, path, device=self.device, chunk_tokens=chunk_tokens).eval().to(self.device)
+
+    def ready(self) -> bool:
+        return True
+
+    @torch.inference_mode()
+    def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
+        return _logprobs(self.policy, batch.to(self.device), temperature).cpu()
+
+
+class ReferenceReplica:
+    """The Serve replica in front of one reference model."""
+
+    async def __init__(self, model: ModelConfig, path: str, chunk_tokens: int, slots: Slots) -> None:
+        self.reference = SlotChild(
+            "ref", ReferenceActor, model, path, chunk_tokens, slots=slots, env_vars={}, timeout_seconds=600
+        )
+        await self.reference.call("ready", timeout_seconds=600)
+
+    async def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
+        return await self.reference.call("logprobs", batch, temperature)
+
+    async def check_health(self) -> None:
+        await self.reference.call("ready")
+
+
+def reference_deployment(model: ModelConfig, path: str, *, chunk_tokens: int, num_replicas: int, slots: Slots) -> Any:
+    deployment = serve.deployment(ReferenceReplica).options(
+        name="ref",
+        num_replicas=num_replicas,
+        max_ongoing_requests=64,
+        ray_actor_options={"num_cpus": 0},
+        health_check_timeout_s=120,
+        graceful_shutdown_timeout_s=2,
+        max_constructor_retry_count=2,
+    )
+    return deployment.bind(model, path, chunk_tokens, slots)
+
+
+def _logprobs(policy: PolicyModel, batch: PackedBatch, temperature: float) -> Tensor:
+    return policy(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature).logprobs
