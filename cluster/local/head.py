@@ -3,31 +3,35 @@
     with LocalHead(num_cpus=4) as head:
         subprocess.run(["ray", "job", "submit", ...], env=head.client_env())
 
-The head uses free ports, a session folder and an access token of its own: it never meets another Ray cluster on the
-same machine, and nobody else can submit work to it, although Ray's GCS listens on every network interface.
+The head uses free ports, a session folder and an access token of its own: it never meets another Ray cluster
+on the same machine, and nobody else can submit work to it, although Ray's GCS listens on every network
+interface.
 """
 
 from __future__ import annotations
 
+import http.client
 import os
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
-# A path to a UNIX socket has at most 107 bytes (sun_path in unix(7)); Ray appends about 70 to its temporary folder:
-# /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.
+# A path to a UNIX socket has at most 107 bytes (sun_path in unix(7)); Ray appends about 70 to its temporary
+# folder: /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.
 MAX_TEMP_DIR_BYTES = 107 - 72
 
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 20.0  # more than the supervisor's two deadlines together
 POLL_SECONDS = 0.1
+LAST_WORDS_CHARACTERS = 2000
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 # Settings of another cluster or of an enclosing Ray job, which must not reach this one.
@@ -44,14 +48,14 @@ FOREIGN_SETTINGS = (
 class LocalHead:
     """Starts `ray start --head --block` on entering and ends exactly its process tree on leaving.
 
-    Without a `temp_dir` a short one is made under /tmp; either way it is empty at first, and removed with the head.
-    `num_cpus` and `num_gpus` are what Ray may hand out, by default what the machine has; `num_cpus` counts slots, it may
-    exceed the number of cores. Start it from a thread that lives as long as the head (the main thread, usually): Linux
-    ties the head's life to the thread that started it.
+    Without a `temp_dir` a short one is made under /tmp; either way it is empty at first, and removed with the
+    head. `num_cpus` and `num_gpus` are what Ray may hand out, by default what the machine has; `num_cpus`
+    counts slots, it may exceed the number of cores. Start it from a thread that lives as long as the head
+    (the main thread, usually): Linux ties the head's life to the thread that started it.
 
     Entering raises `RuntimeError` with the end of Ray's own output when the head does not come up within
-    `start_timeout_seconds`, and `FileExistsError` when `temp_dir` holds something already. Making one raises `ValueError`
-    when the path of `temp_dir` is too long for Ray's sockets.
+    `start_timeout_seconds`, and `FileExistsError` when `temp_dir` holds something already. Making one raises
+    `ValueError` when the path of `temp_dir` is too long for Ray's sockets.
     """
 
     def __init__(
@@ -64,15 +68,21 @@ class LocalHead:
         start_timeout_seconds: float = START_TIMEOUT_SECONDS,
     ) -> None:
         self.temp_dir = Path(temp_dir or f"/tmp/ray-{secrets.token_hex(4)}")
-        if len(os.fsencode(self.temp_dir)) > MAX_TEMP_DIR_BYTES:
+        length = len(os.fsencode(self.temp_dir))
+        if length > MAX_TEMP_DIR_BYTES:
             raise ValueError(
-                f"temp_dir={str(self.temp_dir)!r} has {len(os.fsencode(self.temp_dir))} bytes but Ray's sockets in it "
-                f"allow {MAX_TEMP_DIR_BYTES}: choose a shorter path, such as one right under /tmp"
+                f"temp_dir={str(self.temp_dir)!r} has {length} bytes but Ray's sockets in it allow "
+                f"{MAX_TEMP_DIR_BYTES}: choose a shorter path, such as one right under /tmp"
             )
-        self._resources = {"num-cpus": num_cpus, "num-gpus": num_gpus, "object-store-memory": object_store_bytes}
+        self._resources = {
+            "num-cpus": num_cpus,
+            "num-gpus": num_gpus,
+            "object-store-memory": object_store_bytes,
+        }
         self._start_timeout_seconds = start_timeout_seconds
         self._token = secrets.token_hex(32)  # 256 bits, as Ray makes its own
         self._supervisor: subprocess.Popen[bytes] | None = None
+        self._output: IO[bytes] | None = None
         self._gcs_port = self._jobs_port = 0
 
     @property
@@ -106,10 +116,13 @@ class LocalHead:
     def __enter__(self) -> LocalHead:
         self.temp_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(self.temp_dir.iterdir()):
-            raise FileExistsError(f"temp_dir={str(self.temp_dir)!r} is not empty, and the head would remove it at its end")
+            raise FileExistsError(
+                f"temp_dir={str(self.temp_dir)!r} is not empty, and the head would remove it at its end"
+            )
         self._gcs_port, self._jobs_port, agent_port, client_port = free_ports(4)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-        command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+        command += ["--disable-usage-stats", "--include-dashboard=true"]
+        command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
         command += [f"--port={self._gcs_port}", f"--dashboard-port={self._jobs_port}"]
         command += [f"--dashboard-agent-listen-port={agent_port}", f"--ray-client-server-port={client_port}"]
         # 0: the system picks. Ray's default range would be shared with every other cluster on this machine.
@@ -120,16 +133,16 @@ class LocalHead:
             "RAY_AUTH_TOKEN": self._token,
             "PYTHONUNBUFFERED": "1",  # a job's lines arrive as it prints them
         }
-        with self._output_path.open("wb") as output:
-            self._supervisor = subprocess.Popen(
-                [sys.executable, str(SUPERVISOR), str(os.getpid()), str(self.temp_dir), *command],
-                env=environment,
-                cwd=self.temp_dir,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches this process only, which then leaves the `with` block
-            )
+        self._output = tempfile.TemporaryFile()  # not in temp_dir, which is gone once Ray has failed
+        self._supervisor = subprocess.Popen(
+            [sys.executable, str(SUPERVISOR), str(os.getpid()), str(self.temp_dir), *command],
+            env=environment,
+            cwd=self.temp_dir,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process only, which leaves the `with` block
+        )
         try:
             self._wait_until_ready()
         except BaseException:
@@ -142,21 +155,22 @@ class LocalHead:
     ) -> None:
         self._stop()
 
-    @property
-    def _output_path(self) -> Path:
-        return self.temp_dir / "ray-start.log"
-
     def _wait_until_ready(self) -> None:
         assert self._supervisor is not None
         deadline = time.monotonic() + self._start_timeout_seconds
         while not self._job_server_answers():
-            late = time.monotonic() > deadline
-            if late or self._supervisor.poll() is not None:
-                # The supervisor removes the folder when Ray ends by itself, so this may be all there is to show.
-                said = self._output_path.read_text(errors="replace")[-2000:] if self._output_path.exists() else ""
-                what = f"did not answer within {self._start_timeout_seconds:g} s" if late else "ended while starting"
-                raise RuntimeError(f"the local Ray head {what}; the end of its output:\n{said or '(nothing)'}")
+            if self._supervisor.poll() is not None:
+                raise RuntimeError(f"the local Ray head ended while starting. {self._last_words()}")
+            if time.monotonic() > deadline:
+                limit = f"{self._start_timeout_seconds:g} s"
+                raise RuntimeError(f"the local Ray head did not answer within {limit}. {self._last_words()}")
             time.sleep(POLL_SECONDS)
+
+    def _last_words(self) -> str:
+        assert self._output is not None
+        self._output.seek(0)
+        said = self._output.read().decode(errors="replace").strip()
+        return f"The end of its output:\n{said[-LAST_WORDS_CHARACTERS:]}" if said else "It said nothing."
 
     def _job_server_answers(self) -> bool:
         request = urllib.request.Request(
@@ -166,7 +180,7 @@ class LocalHead:
         try:
             with no_proxy.open(request, timeout=2) as response:
                 return response.status == 200
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):  # not listening yet, or not ready
             return False
 
     def _stop(self) -> None:
@@ -178,8 +192,10 @@ class LocalHead:
         except subprocess.TimeoutExpired:
             self._supervisor.kill()
             self._supervisor.wait()
-        shutil.rmtree(self.temp_dir, ignore_errors=True)
+        shutil.rmtree(self.temp_dir, ignore_errors=True)  # the supervisor did, unless it had to be killed
         self._supervisor = None
+        if self._output is not None:
+            self._output.close()
 
 
 def free_ports(count: int) -> list[int]:
@@ -195,7 +211,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _own_environment() -> dict[str, str]:
-    """This process's environment with this interpreter's `python` and `ray` first, and no other cluster's settings."""
+    """This environment with our own `python` and `ray` first on the PATH, without other clusters' settings."""
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN_SETTINGS}
     scripts = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([scripts, environment.get("PATH", os.defpath)])

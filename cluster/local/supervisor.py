@@ -1,15 +1,16 @@
-"""Runs one command and makes sure that nothing of it is left afterwards. A script of its own, without rayrlhf or Ray.
+"""Runs one command and makes sure that nothing of it is left afterwards.
 
 Usage: `python supervisor.py <parent's pid> <folder to remove at the end> <command> [argument ...]`
 
-The supervisor ends the command's whole process tree when the command exits, when it is told to (SIGTERM, SIGINT) and
-when its parent disappears, even by SIGKILL. Processes whose own parent died before them stay in the tree, since the
-supervisor adopts them (`PR_SET_CHILD_SUBREAPER`): what it ends is exactly its descendants, found by pid, never by name.
-Linux only.
+The supervisor ends the command's whole process tree when the command exits, when it is told to (SIGTERM,
+SIGINT) and when its parent disappears, even by SIGKILL. Processes whose own parent died before them stay in
+the tree, since the supervisor adopts them (`PR_SET_CHILD_SUBREAPER`): what it ends is exactly its
+descendants, found by pid, never by name. Linux only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -31,7 +32,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def supervise(parent_pid: int, folder: Path, command: list[str]) -> int:
-    """Run `command` to its end or to ours, end its process tree, remove `folder`; returns the command's exit code."""
+    """Run `command` to its end or to ours, end its process tree, remove `folder`; its exit code."""
     told_to_stop = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -62,7 +63,7 @@ def supervise(parent_pid: int, folder: Path, command: list[str]) -> int:
 
 
 def end_descendants() -> None:
-    """SIGTERM to the direct children, which know best how to stop theirs; SIGKILL to all that is left in time."""
+    """SIGTERM to the children, which know best how to stop theirs; SIGKILL to all that is left later."""
     for process in psutil.Process().children():
         _signal(process, signal.SIGTERM)
     if _none_left_within(GRACE_SECONDS):
@@ -90,10 +91,8 @@ def _none_left_within(seconds: float) -> bool:
 
 
 def _signal(process: psutil.Process, number: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):  # gone by itself meanwhile
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 if __name__ == "__main__":

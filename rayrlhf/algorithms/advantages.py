@@ -10,7 +10,7 @@ discount, no value. All results are fp32, constants to autograd, and 0 outside t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from rayrlhf.batch import sequence_ids_of
 GROUP_STD_EPS = 1e-6
 
 
-@dataclass(frozen=True)
-class AdvantageTraits:
+class AdvantageTraits(NamedTuple):
     """What a loop must know of an estimator before it runs one."""
 
     needs_critic: bool
@@ -78,7 +77,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438): (advantages [T], returns [T]).
 
-    δ_t = r_t + gamma·V_{t+1} - V_t, A_t = δ_t + gamma·λ·A_{t+1}, returns = A + V. t+1 is the next *policy*
+    δ_t = r_t + γ·V_{t+1} - V_t, A_t = δ_t + γλ·A_{t+1}, returns = A + V. t+1 is the next *policy*
     token of the same sequence; after the last one V and A are 0 (the episode has ended).
     """
     index, sequence, is_last = _policy_tokens(loss_mask, cu_seqlens)
@@ -98,7 +97,7 @@ def return_to_go(
     *,
     gamma: float,
 ) -> Tensor:
-    """Σ_{k≥t} gamma^(k-t)·r_k over the policy tokens from t to the end of the sequence, [T].
+    """Σ_{k≥t} γ^(k-t)·r_k over the policy tokens from t to the end of the sequence, [T].
 
     REINFORCE++ (arXiv 2501.03262) before whitening. k - t counts policy tokens, as in `gae`, of which this is
     the case V = 0, λ = 1.

@@ -110,13 +110,14 @@ def aggregate(
     *,
     global_tokens: float,
     global_sequences: float,
-    constant_length: float,
+    constant_length: float = 1.0,
 ) -> Tensor:
     """This micro-batch's share (a scalar) of the objective called `name` in `AGGREGATIONS`.
 
     `global_tokens` and `global_sequences` count masked tokens and sequences with a masked token over all
-    micro-batches and ranks of the optimizer step. A step that learns nothing (both 0) gives 0, still
-    connected to the graph so that its backward pass runs. Raises `ValueError` for an unknown name.
+    micro-batches and ranks of the optimizer step; only `sequence_sum_norm` reads `constant_length`. A step
+    that learns nothing (both 0) gives 0, still connected to the graph so that its backward pass runs. Raises
+    `ValueError` for an unknown name.
     """
     if name not in AGGREGATIONS:
         raise ValueError(f"aggregation={name!r} is not one of {', '.join(AGGREGATIONS)}")

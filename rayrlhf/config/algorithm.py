@@ -6,12 +6,81 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Section
+from rayrlhf.config.base import Problem, Section
+
+# Estimators whose baseline comes from the other samples of the same prompt.
+GROUP_ADVANTAGES = frozenset({"reinforce_pp_baseline", "rloo", "grpo", "dr_grpo"})
+
+
+def _adaptive_kl_has_a_target(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.kl_controller != "adaptive" or algorithm.kl_target is not None:
+        return None
+    return Problem(
+        "kl_target",
+        got="null with kl_controller=adaptive",
+        wanted="a target for the controller to steer to",
+        fix="set algorithm.kl_target (for example 0.05), or algorithm.kl_controller to fixed",
+    )
+
+
+def _kl_target_is_used(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.kl_target is None or algorithm.kl_controller == "adaptive":
+        return None
+    return Problem(
+        "kl_target",
+        got=f"{algorithm.kl_target:g} with kl_controller=fixed",
+        wanted="no target: a fixed coefficient steers to none",
+        fix="set algorithm.kl_controller to adaptive, or remove algorithm.kl_target",
+    )
+
+
+def _adaptive_kl_is_in_the_reward(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.kl_controller != "adaptive" or algorithm.kl_in == "reward":
+        return None
+    return Problem(
+        "kl_controller",
+        got="adaptive with kl_in=loss",
+        wanted="fixed, where the KL is part of the loss",
+        fix="set algorithm.kl_in to reward, or algorithm.kl_controller to fixed",
+    )
+
+
+def _adaptive_kl_can_move(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.kl_controller != "adaptive" or algorithm.kl_coef > 0:
+        return None
+    return Problem(
+        "kl_coef",
+        got="0 with kl_controller=adaptive",
+        wanted="a number > 0: the controller multiplies it, and 0 stays 0",
+        fix="set algorithm.kl_coef above 0, or algorithm.kl_controller to fixed",
+    )
+
+
+def _dual_clip_has_a_ratio(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.dual_clip is None or algorithm.policy_loss == "ppo":
+        return None
+    return Problem(
+        "dual_clip",
+        got=f"{algorithm.dual_clip:g} with policy_loss={algorithm.policy_loss}",
+        wanted="null: only policy_loss=ppo has a ratio to clip",
+        fix="set algorithm.policy_loss to ppo, or remove algorithm.dual_clip",
+    )
+
+
+def _critic_warmup_has_a_critic(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.critic_warmup_steps == 0 or algorithm.advantage == "gae":
+        return None
+    return Problem(
+        "critic_warmup_steps",
+        got=f"{algorithm.critic_warmup_steps} with advantage={algorithm.advantage}",
+        wanted="0: only advantage=gae has a critic to warm up",
+        fix="set algorithm.advantage to gae, or remove algorithm.critic_warmup_steps",
+    )
 
 
 class AlgorithmConfig(Section):
     advantage: Literal["gae", "reinforce_pp", "reinforce_pp_baseline", "rloo", "grpo", "dr_grpo"] = "gae"
-    """Advantage estimator; gae is PPO with a critic, the others do without one."""
+    """Advantage estimator; gae is PPO with a critic, the others do without one (rloo, grpo and kin need groups)."""
     policy_loss: Literal["ppo", "reinforce"] = "ppo"
     """Policy objective."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_norm"] = "token_mean"
@@ -29,7 +98,7 @@ class AlgorithmConfig(Section):
     kl_coef: float = Field(0.01, ge=0)
     """Coefficient of the KL to the reference; 0 runs without a reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token KL estimator."""
+    """Per-token KL estimator: k1 = Δ, k2 = Δ²/2, k3 = exp(−Δ) − 1 + Δ, with Δ = logp − ref_logp."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL goes: subtracted from each token's reward, or added to the loss."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
@@ -48,3 +117,12 @@ class AlgorithmConfig(Section):
     """Optimizer steps per pass."""
     critic_warmup_steps: int = Field(0, ge=0)
     """The actor stays frozen for this many first steps while the critic learns."""
+
+    checks = (
+        _adaptive_kl_has_a_target,
+        _kl_target_is_used,
+        _adaptive_kl_is_in_the_reward,
+        _adaptive_kl_can_move,
+        _dual_clip_has_a_ratio,
+        _critic_warmup_has_a_critic,
+    )

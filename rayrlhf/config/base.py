@@ -1,11 +1,81 @@
-"""The base of every config section."""
+"""The base of every config section, and how a problem in one is told."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration."""
+
+    path: str  # the key, `rollout.group_size`
+    got: str
+    wanted: str
+    fix: str
+    where: str = ""  # `jobs/configs/demo.yaml:12` or `command line`, when it is known
+
+    def __str__(self) -> str:
+        place = f"  ({self.where})" if self.where else ""
+        return (
+            f"  {self.path}{place}\n    got:    {self.got}\n    wanted: {self.wanted}\n    fix:    {self.fix}\n"
+        )
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; its text lists every problem."""
+
+    def __init__(self, problems: Sequence[Problem], source: str = "") -> None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        origin = f" ({source})" if source else ""
+        super().__init__("\n".join([f"{count} in the configuration{origin}:\n", *map(str, problems)]).rstrip())
+        self.problems = list(problems)
+        self.source = source
+
+
+# Looks at values that are valid each for itself; reading one that is not raises AttributeError and ends the check.
+Check = Callable[[Any], Problem | None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Says in words what a field wants, where its type and bounds do not. Put into its `Annotated[…]`."""
+
+    text: str
+
+
+def _reject_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("true and false are not numbers here")
+    return value
+
+
+# For literals with numbers in them: to Python, True is 1.
+NotBool = BeforeValidator(_reject_bool)
 
 
 class Section(BaseModel):
-    """Frozen and strict about keys; numbers may be written as YAML 1.1 leaves them (`1e-6` is a string there)."""
+    """Frozen, and strict about keys and types: no unknown key, no text or truth value where a number belongs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+    # What must hold between the fields of this section. Paths in the problems are relative to it.
+    checks: ClassVar[tuple[Check, ...]] = ()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        problems = [problem for check in self.checks if (problem := check(self)) is not None]
+        if problems:
+            raise ConfigError(problems)
+        return self

@@ -2,35 +2,97 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
-from rayrlhf.config.base import Section
+from rayrlhf.config.base import Problem, Section, Wanted
 
 
 class SourceConfig(Section):
-    path: str
+    path: str = Field(min_length=1)
     """`type@path` (jsonl, json, csv, parquet, arrow, dataset) or a path whose suffix tells; file, folder or glob."""
     probability: float | None = Field(None, gt=0)
-    """Share of this source in the mix; give it for all sources or for none."""
+    """Share of this source in the mix (shares need not sum to 1); give it for all sources or for none."""
+
+
+def _paths_are_sources(value: Any) -> Any:
+    if value is None:
+        return value
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[
+    list[SourceConfig],
+    BeforeValidator(_paths_are_sources),
+    Wanted("a path, or a list of paths or of {path, probability}"),
+]
+
+
+def _probabilities_for_all_or_none(split: Literal["train", "eval"], data: PromptDataConfig) -> Problem | None:
+    sources: list[SourceConfig] = getattr(data, split)
+    without = [i for i, source in enumerate(sources) if source.probability is None]
+    if len(without) in (0, len(sources)):
+        return None
+    return Problem(
+        split,
+        got=f"a probability for {len(sources) - len(without)} of {len(sources)} sources",
+        wanted="a probability for all sources or for none",
+        fix="add one to " + ", ".join(f"{split}.{i} ({sources[i].path})" for i in without),
+    )
+
+
+def _train_probabilities(data: PromptDataConfig) -> Problem | None:
+    return _probabilities_for_all_or_none("train", data)
+
+
+def _eval_probabilities(data: PromptDataConfig) -> Problem | None:
+    return _probabilities_for_all_or_none("eval", data)
+
+
+def _one_kind_of_template(data: PromptDataConfig) -> Problem | None:
+    if data.apply_chat_template and data.input_template is not None:
+        return Problem(
+            "input_template",
+            got=f"{data.input_template!r} with apply_chat_template=true",
+            wanted="one of the two: the chat template would leave input_template unused",
+            fix="set data.apply_chat_template to false, or remove data.input_template",
+        )
+    unused = list(_given_for_chat(data))
+    if data.apply_chat_template or not unused:
+        return None
+    return Problem(
+        unused[0],
+        got=f"{' and '.join(unused)} with apply_chat_template=false",
+        wanted="nothing for the chat template when it is off: it would be left unused",
+        fix=f"set data.apply_chat_template to true, or remove data.{' and data.'.join(unused)}",
+    )
+
+
+def _given_for_chat(data: PromptDataConfig) -> Iterator[str]:
+    if data.system_prompt is not None:
+        yield "system_prompt"
+    if data.chat_template is not None:
+        yield "chat_template"
 
 
 class PromptDataConfig(Section):
-    train: list[SourceConfig] = Field(min_length=1)
+    train: Sources = Field(min_length=1)
     """Sources of training prompts; a plain path or a list of paths will do."""
-    eval: list[SourceConfig] = []
+    eval: Sources = []
     """Sources of held-out prompts; none means no evaluation."""
     prompt_key: str = "prompt"
     """Column with the prompt: a string, or a list of {role, content} messages."""
     label_key: str | None = None
-    """Column handed to reward functions as `labels`."""
-    input_template: str | None = None
-    """Text around the prompt, with {} where it goes."""
+    """Column handed to reward functions as `labels`, for example the reference answer."""
+    input_template: Annotated[str, Field(pattern=r"\{\}"), Wanted("text with {} where the prompt goes")] | None = None
+    """Text around the prompt, with {} where it goes (with apply_chat_template: false)."""
     apply_chat_template: bool = True
     """Render with the tokenizer's chat template, ready for the assistant's turn."""
     system_prompt: str | None = None
-    """System message put before every conversation."""
+    """System message put before every conversation that has none."""
     chat_template: str | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
     max_prompt_tokens: int = Field(1024, ge=1)
@@ -42,15 +104,4 @@ class PromptDataConfig(Section):
     shuffle: bool = True
     """Another order in every epoch, fixed by run.seed."""
 
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _paths_are_sources(cls, value: Any) -> Any:
-        items = value if isinstance(value, list) else [value]
-        return [{"path": item} if isinstance(item, str) else item for item in items]
-
-    @field_validator("input_template")
-    @classmethod
-    def _template_has_a_place(cls, value: str | None) -> str | None:
-        if value is not None and "{}" not in value:
-            raise ValueError("must contain {} where the prompt goes")
-        return value
+    checks = (_train_probabilities, _eval_probabilities, _one_kind_of_template)

@@ -6,35 +6,48 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Section
+from rayrlhf.config.base import Problem, Section
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class ModelConfig(Section):
-    path: str
+    path: str = Field(min_length=1)
     """Folder of the actor's Hugging Face checkpoint, or a hub id (owner/name)."""
     dtype: Dtype = "auto"
     """Dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
     """Attention kernel; auto is FlashAttention-2 on a GPU that has it, per-sequence SDPA elsewhere."""
     trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint."""
+    """Run the Python code that comes with the checkpoint; only for checkpoints whose code you have read."""
 
 
 class CriticConfig(Section):
     path: str | None = None
     """Checkpoint to start the critic from (language model or reward model); the actor's when left out."""
     lr: float = Field(1e-5, ge=0)
-    """Learning rate of the critic; schedule and the rest are train's."""
+    """Learning rate of the critic; its schedule, warm-up and optimizer are those of `train`."""
     value_clip: float | None = Field(0.2, gt=0)
     """How far a value may move from the old one before its loss is clipped; null switches it off."""
+
+
+def _replicas_are_used(ref: RefConfig) -> Problem | None:
+    if ref.location == "serve" or ref.num_replicas == 1:
+        return None
+    return Problem(
+        "num_replicas",
+        got=f"{ref.num_replicas} with location=worker",
+        wanted="no replicas: with location=worker every training worker holds a copy of its own",
+        fix="set ref.location to serve, or remove num_replicas",
+    )
 
 
 class RefConfig(Section):
     path: str | None = None
     """Checkpoint of the reference policy; the actor's when left out."""
     location: Literal["worker", "serve"] = "worker"
-    """A frozen copy in every training worker, or replicas behind Serve."""
+    """A frozen copy in every training worker, or replicas behind Ray Serve on slots of their own."""
     num_replicas: int = Field(1, ge=1)
     """Serve replicas of the reference (with location: serve)."""
+
+    checks = (_replicas_are_used,)

@@ -6,8 +6,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Section
+from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.model import Dtype
+
+
+def _minimum_fits(sampling: SamplingConfig) -> Problem | None:
+    if sampling.min_new_tokens <= sampling.max_new_tokens:
+        return None
+    return Problem(
+        "min_new_tokens",
+        got=f"{sampling.min_new_tokens} with max_new_tokens={sampling.max_new_tokens}",
+        wanted=f"at most max_new_tokens, {sampling.max_new_tokens}",
+        fix="lower min_new_tokens or raise max_new_tokens",
+    )
 
 
 class SamplingConfig(Section):
@@ -15,14 +26,16 @@ class SamplingConfig(Section):
     """Sampling temperature; 0 is greedy (evaluation only)."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling."""
-    top_k: int = -1
+    top_k: int = Field(-1, ge=-1)
     """Keep the k likeliest tokens; -1 keeps all."""
     min_new_tokens: int = Field(0, ge=0)
     """No stop token before this many tokens."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest response, in tokens."""
     stop: list[str] = []
-    """Strings that end a response."""
+    """Strings that end a response, beside the model's own end of text."""
+
+    checks = (_minimum_fits,)
 
 
 class WeightSyncConfig(Section):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from rayrlhf.config.algorithm import AlgorithmConfig
-from rayrlhf.config.base import Section
+from rayrlhf.config.algorithm import GROUP_ADVANTAGES, AlgorithmConfig
+from rayrlhf.config.base import Problem, Section, Wanted
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.model import CriticConfig, ModelConfig, RefConfig
 from rayrlhf.config.placement import PlacementConfig
@@ -18,7 +18,11 @@ from rayrlhf.config.train import CheckpointConfig, EvalConfig, TrainConfig
 
 
 class RunSection(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"),
+        Wanted("letters, digits, '.', '_' and '-', not starting with '.'"),
+    ]
     """Name of the run; the same name resumes it."""
     dir: str = "runs"
     """Folder that holds the folders of runs."""
@@ -29,11 +33,12 @@ class RunSection(Section):
 
     @property
     def path(self) -> str:
+        """The run's folder: everything that the run writes lies in it."""
         return str(Path(self.dir) / self.name)
 
 
 class WandbConfig(Section):
-    project: str
+    project: str = Field(min_length=1)
     """Weights & Biases project."""
     entity: str | None = None
     """Team or user."""
@@ -52,19 +57,127 @@ class ObserveConfig(Section):
     """A live bar, plain lines, or nothing; auto is live on a terminal."""
 
 
+def _groups_have_a_baseline(config: PolicyRunConfig) -> Problem | None:
+    if config.algorithm.advantage not in GROUP_ADVANTAGES or config.rollout.group_size >= 2:
+        return None
+    return Problem(
+        "rollout.group_size",
+        got=f"{config.rollout.group_size} with algorithm.advantage={config.algorithm.advantage}",
+        wanted="an integer >= 2 (a group of one has no baseline)",
+        fix="set rollout.group_size to 2 or more, or algorithm.advantage to gae or reinforce_pp",
+    )
+
+
+def _critic_is_used(config: PolicyRunConfig) -> Problem | None:
+    if config.critic is None or config.needs_critic:
+        return None
+    return Problem(
+        "critic",
+        got=f"a section critic with algorithm.advantage={config.algorithm.advantage}",
+        wanted="no critic: only algorithm.advantage=gae has one",
+        fix="remove the section critic (on the command line: critic=null), or set algorithm.advantage to gae",
+    )
+
+
+def _ref_is_used(config: PolicyRunConfig) -> Problem | None:
+    if config.ref is None or config.needs_ref:
+        return None
+    return Problem(
+        "ref",
+        got="a section ref with algorithm.kl_coef=0",
+        wanted="no ref: without a KL term nothing asks the reference",
+        fix="remove the section ref (on the command line: ref=null), or set algorithm.kl_coef above 0",
+    )
+
+
+def _workers_share_prompts_evenly(config: PolicyRunConfig) -> Problem | None:
+    prompts, workers = config.rollout.prompts_per_step, config.train.num_workers
+    if prompts % workers == 0:
+        return None
+    below, above = prompts // workers * workers, (prompts // workers + 1) * workers
+    return Problem(
+        "rollout.prompts_per_step",
+        got=f"{prompts} with train.num_workers={workers}",
+        wanted=f"a multiple of train.num_workers, {workers}: every worker takes as many prompts",
+        fix=f"set rollout.prompts_per_step to {f'{below} or {above}' if below else above}",
+    )
+
+
+def _mini_batches_are_filled(config: PolicyRunConfig) -> Problem | None:
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    parts = config.algorithm.mini_batches * config.train.num_workers
+    if samples >= parts:
+        return None
+    return Problem(
+        "algorithm.mini_batches",
+        got=f"{config.algorithm.mini_batches} x {config.train.num_workers} workers for {samples} samples "
+        f"({config.rollout.prompts_per_step} prompts x {config.rollout.group_size})",
+        wanted="at least one sample per mini-batch and worker",
+        fix=f"lower algorithm.mini_batches, or raise rollout.prompts_per_step so that there are {parts} samples",
+    )
+
+
+def _longest_sample_fits(config: PolicyRunConfig) -> Problem | None:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.sampling.max_new_tokens
+    if config.train.max_tokens_per_micro_batch >= prompt + response:
+        return None
+    return Problem(
+        "train.max_tokens_per_micro_batch",
+        got=str(config.train.max_tokens_per_micro_batch),
+        wanted=f"an integer >= {prompt + response}, the longest sample: data.max_prompt_tokens={prompt} "
+        f"+ rollout.sampling.max_new_tokens={response}",
+        fix=f"set train.max_tokens_per_micro_batch to {prompt + response} or more, or lower one of the other two",
+    )
+
+
+def _training_samples(config: PolicyRunConfig) -> Problem | None:
+    if config.rollout.sampling.temperature > 0:
+        return None
+    return Problem(
+        "rollout.sampling.temperature",
+        got="0 (greedy)",
+        wanted="a number > 0: a policy gradient needs samples",
+        fix="set rollout.sampling.temperature to 1.0; eval.sampling may stay greedy",
+    )
+
+
+def _actor_leaves_warmup(config: PolicyRunConfig) -> Problem | None:
+    if config.algorithm.critic_warmup_steps < config.train.num_steps:
+        return None
+    return Problem(
+        "algorithm.critic_warmup_steps",
+        got=f"{config.algorithm.critic_warmup_steps} with train.num_steps={config.train.num_steps}",
+        wanted="fewer than train.num_steps: the actor would never be trained",
+        fix="lower algorithm.critic_warmup_steps or raise train.num_steps",
+    )
+
+
+def _evaluation_has_prompts(config: PolicyRunConfig) -> Problem | None:
+    given = [key for key in ("every_steps", "num_prompts") if getattr(config.eval, key) is not None]
+    if config.data.eval or not given:
+        return None
+    return Problem(
+        f"eval.{given[0]}",
+        got=f"{getattr(config.eval, given[0])} without data.eval",
+        wanted="held-out prompts in data.eval",
+        fix=f"give data.eval, or remove eval.{' and eval.'.join(given)}",
+    )
+
+
 class PolicyRunConfig(Section):
     run: RunSection
     """Name, folder and seed."""
     model: ModelConfig
     """The actor."""
-    critic: CriticConfig | None = None
-    """The critic, for advantage: gae."""
-    ref: RefConfig | None = None
-    """The reference policy of the KL penalty."""
     data: PromptDataConfig
     """Prompts."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """Estimator, objective, KL."""
+    # After `algorithm`, which decides whether they are needed: pydantic validates fields in this order.
+    critic: CriticConfig | None = None
+    """The critic, for advantage: gae; null with any other."""
+    ref: RefConfig | None = None
+    """The reference policy of the KL penalty; null when kl_coef is 0."""
     rollout: RolloutConfig = RolloutConfig()
     """Engines and sampling."""
     reward: RewardConfig
@@ -79,6 +192,33 @@ class PolicyRunConfig(Section):
     """Evaluation on held-out prompts."""
     observe: ObserveConfig = ObserveConfig()
     """Console, TensorBoard, Weights & Biases, kept rollouts."""
+
+    checks = (
+        _groups_have_a_baseline,
+        _critic_is_used,
+        _ref_is_used,
+        _workers_share_prompts_evenly,
+        _mini_batches_are_filled,
+        _longest_sample_fits,
+        _training_samples,
+        _actor_leaves_warmup,
+        _evaluation_has_prompts,
+    )
+
+    @field_validator("critic")
+    @classmethod
+    def _critic_where_needed(cls, critic: CriticConfig | None, info: ValidationInfo) -> CriticConfig | None:
+        """What is needed and left out gets its defaults, so that the resolved config tells them."""
+        algorithm = info.data.get("algorithm")
+        needed = algorithm is not None and algorithm.advantage == "gae"
+        return CriticConfig() if critic is None and needed else critic
+
+    @field_validator("ref")
+    @classmethod
+    def _ref_where_needed(cls, ref: RefConfig | None, info: ValidationInfo) -> RefConfig | None:
+        algorithm = info.data.get("algorithm")
+        needed = algorithm is not None and algorithm.kl_coef > 0
+        return RefConfig() if ref is None and needed else ref
 
     @property
     def needs_critic(self) -> bool:

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Section
+from rayrlhf.config.base import NotBool, Problem, Section, Wanted
 from rayrlhf.config.rollout import SamplingConfig
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _warmup_ends(train: TrainConfig) -> Problem | None:
+    if train.warmup_steps <= train.num_steps:
+        return None
+    return Problem(
+        "warmup_steps",
+        got=f"{train.warmup_steps} with num_steps={train.num_steps}",
+        wanted=f"at most train.num_steps, {train.num_steps}",
+        fix="lower train.warmup_steps or raise train.num_steps",
+    )
+
+
+def _offload_has_a_partition(train: TrainConfig) -> Problem | None:
+    if not train.offload_optimizer or train.zero_stage > 0:
+        return None
+    return Problem(
+        "offload_optimizer",
+        got="true with zero_stage=0",
+        wanted="zero_stage 1, 2 or 3: DeepSpeed offloads a partitioned optimizer only",
+        fix="set train.zero_stage to 2, or train.offload_optimizer to false",
+    )
 
 
 class TrainConfig(Section):
@@ -17,8 +42,8 @@ class TrainConfig(Section):
     """Steps of the run: one batch of rollouts each."""
     max_tokens_per_micro_batch: int = Field(8192, ge=1)
     """Tokens of one packed forward and backward pass."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed's ZeRO stage."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NotBool] = 2
+    """DeepSpeed's ZeRO stage: what workers share out (1 optimizer, 2 and gradients, 3 and weights)."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory."""
     overlap_comm: bool = False
@@ -31,7 +56,9 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises linearly."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Where a decaying learning rate ends, as a share of lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[
+        tuple[Beta, Beta], Field(strict=False), Wanted("a list of two numbers >= 0 and < 1")
+    ] = (0.9, 0.95)
     """AdamW's betas."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
@@ -51,6 +78,8 @@ class TrainConfig(Section):
     """How often crashed workers are restarted from the newest checkpoint."""
     max_bad_steps: int = Field(3, ge=1)
     """Stop after this many updates in a row with a gradient that is not finite."""
+
+    checks = (_warmup_ends, _offload_has_a_partition)
 
 
 class CheckpointConfig(Section):

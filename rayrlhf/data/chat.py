@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=4)
-def load_tokenizer(
+def prompt_tokenizer(
     path: str, trust_remote_code: bool = False, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`, loaded once per process; `chat_template` (Jinja text) replaces its own."""

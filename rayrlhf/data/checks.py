@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from itertools import islice
 
-from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.config.data import PromptDataConfig, SourceConfig
 from rayrlhf.data.files import DataFile, Split, resolve_source
 from rayrlhf.data.readers import plan_chunks, read_chunk
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json, describe_bad_rows, prompt_of
@@ -26,7 +26,8 @@ def check_sources(config: PromptDataConfig) -> None:
     problems = []
     if config.chat_template is not None and not os.path.isfile(config.chat_template):
         problems.append(f"data.chat_template={config.chat_template}: no such file; wanted a Jinja template")
-    for split, sources in (("train", config.train), ("eval", config.eval)):
+    splits: list[tuple[Split, Sequence[SourceConfig]]] = [("train", config.train), ("eval", config.eval)]
+    for split, sources in splits:
         for index, source in enumerate(sources):
             problem = _source_problem(source.path, split, config)
             if problem:

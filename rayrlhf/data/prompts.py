@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rayrlhf.config.data import PromptDataConfig, SourceConfig
-from rayrlhf.data.chat import decode_prompt, load_tokenizer, read_chat_template, render_prompt
+from rayrlhf.data.chat import decode_prompt, prompt_tokenizer, read_chat_template, render_prompt
 from rayrlhf.data.checks import on_bad_row_fix
 from rayrlhf.data.files import Split
 from rayrlhf.data.rows import MAX_SHOWN, BadRow, DataError, describe_bad_rows
@@ -43,8 +42,8 @@ def prepare_prompts(
     tokenizer_path: str,
     out_path: str | os.PathLike[str],
     seed: int,
-    *,
     split: Split = "train",
+    *,
     trust_remote_code: bool = False,
 ) -> PromptStore:
     """Reads, renders, tokenises and, where sources have probabilities, mixes; writes the store at `out_path`.
@@ -86,7 +85,7 @@ class _Renderer:
     chat_template: str | None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        tokenizer = load_tokenizer(self.tokenizer_path, self.trust_remote_code, self.chat_template)
+        tokenizer = prompt_tokenizer(self.tokenizer_path, self.trust_remote_code, self.chat_template)
         return pa.Table.from_pylist(
             [self._render(row, tokenizer) for row in batch.to_pylist()], RENDERED_SCHEMA
         )
@@ -113,14 +112,12 @@ class _Renderer:
             # The end is kept: it holds the question and the opening of the assistant's turn.
             prompt_ids = prompt_ids[-self.config.max_prompt_tokens :]
             prompt = decode_prompt(prompt_ids, tokenizer)
-        if self.config.label_key is not None:
-            columns["label"] = columns[self.config.label_key]
         return {
             **rendered,
             "num_tokens": num_tokens,
             "prompt_ids": prompt_ids,
             "prompt": prompt,
-            "columns_json": json.dumps(columns),
+            "columns_json": row["columns_json"],
         }
 
 
@@ -140,12 +137,13 @@ class _Tally:
         for source in rows.column("source").to_pylist():
             self.rows_of_source[source] += 1
         for batch in rows.to_batches():
-            prompt_ids, columns = batch.column("prompt_ids"), batch.column("columns_json").cast(pa.binary())
+            prompt_ids = batch.column("prompt_ids")
+            columns = [text.encode() for text in batch.column("columns_json").to_pylist()]
             contents = [
                 prompt_ids.value_lengths().to_numpy().tobytes(),
                 prompt_ids.flatten().to_numpy().tobytes(),
-                pc.binary_length(columns).to_numpy().tobytes(),
-                b"".join(columns.to_pylist()),
+                np.array([len(text) for text in columns], dtype="<i8").tobytes(),
+                b"".join(columns),
             ]
             for digest, content in zip(self.digests, contents, strict=True):
                 digest.update(content)
@@ -228,11 +226,6 @@ def _row_order(sources: Sequence[SourceConfig], tally: _Tally, seed: int) -> np.
     if not probabilities:
         return np.arange(sum(tally.rows_of_source))
     order = mixing_order(tally.rows_of_source, probabilities, seed)
-    if len(order) == 0:
-        raise DataError(
-            f"mixing {tally.rows_of_source} rows with probabilities {probabilities} leaves none, as the mixture "
-            "ends where a source runs out; give the smallest source more rows or a smaller probability"
-        )
     unused = sum(tally.rows_of_source) - len(order)
     if unused:
         logger.info("mixing by probability leaves %d rows unused, so that proportions hold", unused)

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from rayrlhf.batch import Prompt
 from rayrlhf.data.rows import DataError
+
+if TYPE_CHECKING:
+    from rayrlhf.batch import Prompt
 
 PROMPT_FIELDS = [
     pa.field("prompt_ids", pa.list_(pa.int32())),
@@ -59,7 +62,7 @@ class PromptStore:
 
     def __init__(self, path: Path, rows: ArrowRows) -> None:
         metadata = rows.schema.metadata or {}
-        self.path = path
+        self.path = path.absolute()
         self.counts: dict[str, int] = json.loads(metadata[COUNTS_KEY])
         self.fingerprint = metadata[FINGERPRINT_KEY].decode()
         self._rows = rows
@@ -71,6 +74,9 @@ class PromptStore:
             return cls(Path(path), ArrowRows(path))
         except (OSError, pa.ArrowException, KeyError) as error:
             raise DataError(f"{path} is not a prompt store ({error!r}); prepare the prompts again") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PromptStore.open, (self.path,)  # a worker maps the file itself; the rows do not travel
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -89,6 +95,8 @@ class PromptStore:
 
 def prompts_of(table: pa.Table) -> list[Prompt]:
     """The rows of a table that has the columns of `STORE_SCHEMA`."""
+    from rayrlhf.batch import Prompt  # not at the top: it imports torch, which the fetching tasks do without
+
     columns = [table.column(name).to_pylist() for name in STORE_SCHEMA.names]
     return [
         Prompt(row_id=row_id, prompt_ids=prompt_ids, prompt=prompt, columns=json.loads(columns_json))

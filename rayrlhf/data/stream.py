@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from rayrlhf.batch import Prompt
 from rayrlhf.data.store import PromptStore, prompts_of
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
-    from ray.train import DataConfig
+
+    from rayrlhf.batch import Prompt
 
 FETCH_TASK_CPUS = 0.25  # it only copies rows out of a mapped file
 MAX_BLOCKS = 4096  # each is an object of its own in the cluster, so a long run has several steps in one
@@ -63,12 +63,13 @@ def _put_off(rows: np.ndarray, taken: np.ndarray, needed: int) -> np.ndarray:
 
 
 def prompt_dataset(store_path: str | os.PathLike[str], plan: np.ndarray, start_step: int = 0) -> Dataset:
-    """The plan from `start_step` on as a Ray Data set whose blocks `streaming_split` hands to the ranks in turn.
+    """The plan from `start_step` on, as a data set whose blocks `streaming_split` hands to the ranks in turn.
 
     Columns: `step`, `rank`, `slot` (0 … prompts_per_step - 1, the same prompt's slot for any number of
     workers) and those of the store. The store must be readable where the tasks run. Give it to a trainer as a
     function, which Ray Train calls whenever it starts a worker group, so that a restart begins at its
-    checkpoint's step; with `plan_data_config()`. Raises `ValueError` where no step is left.
+    checkpoint's step; and with `DataConfig(execution_options=ExecutionOptions(preserve_order=True))`, since
+    Ray Train drops the option that the data set carries. Raises `ValueError` where no step is left.
     """
     import ray.data
 
@@ -113,14 +114,6 @@ def _fetch(store_path: str, block: pa.Table) -> pa.Table:
     return rows
 
 
-def plan_data_config() -> DataConfig:
-    """How a trainer must hand out `prompt_dataset`: in order. Ray Train drops the option of the data set."""
-    from ray.data import ExecutionOptions
-    from ray.train import DataConfig
-
-    return DataConfig(execution_options=ExecutionOptions(preserve_order=True))
-
-
 def iter_prompts(
     shard: DataIterator, rank: int, per_rank: int, start_step: int = 0
 ) -> Iterator[tuple[int, list[Prompt]]]:
@@ -132,6 +125,7 @@ def iter_prompts(
     slots = list(range(rank * per_rank, (rank + 1) * per_rank))
     batches = shard.iter_batches(batch_size=per_rank, batch_format="pyarrow", prefetch_batches=1)
     for step, batch in enumerate(batches, start=start_step):
+        assert isinstance(batch, pa.Table)
         found = {name: batch.column(name).to_pylist() for name in ("step", "rank", "slot")}
         wanted = {"step": [step] * per_rank, "rank": [rank] * per_rank, "slot": slots}
         for name, values in wanted.items():

@@ -11,9 +11,9 @@ from rayrlhf.loops.worker import PolicyWorker, stops_cleanly
 
 
 @stops_cleanly
-def policy_loop(job: PolicyJob) -> dict[str, Any]:
+def policy_loop(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
     """Sample, score, estimate advantages, update critic and actor, hand the new weights to the engines; repeat."""
-    w = PolicyWorker(job)
+    w = PolicyWorker(arguments["job"])
     w.resume()
     if w.state.step == 0:
         w.evaluate("before")

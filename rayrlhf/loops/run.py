@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.data import DataContext
-from ray.data._internal.execution.interfaces import ExecutionOptions
+from ray.data import ExecutionOptions
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig
 
 from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.data import SourceConfig
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.data.files import Split
 from rayrlhf.data.prompts import PromptStore, prepare_prompts
 from rayrlhf.data.rows import DataError
 from rayrlhf.data.stream import prompt_dataset, prompt_plan
@@ -138,7 +139,7 @@ def _fit(
         held_out = eval_plan(job.num_eval_prompts, config.train.num_workers)
         datasets["eval"] = lambda: prompt_dataset(eval_prompts.path, held_out, 0)
     trainer = SlotTorchTrainer(
-        _work,
+        policy_loop,
         train_loop_config={"job": job},
         scaling_config=slot_scaling(slots, "trainer"),
         torch_config=TorchConfig(timeout_s=config.train.collective_timeout_seconds),
@@ -164,23 +165,25 @@ def _fit(
     return result
 
 
-def _work(arguments: dict[str, Any]) -> dict[str, Any]:
-    return policy_loop(arguments["job"])
-
-
 def _prepare_data(
     config: PolicyRunConfig, run_path: Path, console: Console
 ) -> tuple[PromptStore, PromptStore | None]:
-    DataContext.get_current().execution_options.preserve_order = True
     stores: list[PromptStore | None] = []
-    for split, sources in (("train", config.data.train), ("eval", config.data.eval)):
+    splits: list[tuple[Split, list[SourceConfig]]] = [("train", config.data.train), ("eval", config.data.eval)]
+    for split, sources in splits:
         if not sources:
             stores.append(None)
             continue
         store = prepare_prompts(
-            sources, config.data, config.model.path, run_path / "data" / f"{split}.arrow", config.run.seed, split
+            sources,
+            config.data,
+            config.model.path,
+            run_path / "data" / f"{split}.arrow",
+            config.run.seed,
+            split=split,
+            trust_remote_code=config.model.trust_remote_code,
         )
-        console.say(f"{split}: {store.counts}")
+        console.say(f"{split} prompts: " + ", ".join(f"{n} {what}" for what, n in store.counts.items() if n))
         stores.append(store)
     train, held_out = stores
     assert train is not None  # the config insists on data.train

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.data import DataContext
-from ray.serve.config import RunTarget
+from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatus
 
 POLL_SECONDS = 0.25

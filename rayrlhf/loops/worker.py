@@ -42,13 +42,16 @@ from rayrlhf.train.reference import LocalReference, Reference, ServedReference
 FINAL_FAILURES = (RewardFailure, FloatingPointError)
 
 
-def stops_cleanly(loop: Callable[[PolicyJob], dict[str, Any]]) -> Callable[[PolicyJob], dict[str, Any]]:
+Loop = Callable[[dict[str, PolicyJob]], dict[str, Any]]
+
+
+def stops_cleanly(loop: Loop) -> Loop:
     """Turn a final failure into a result, so that Ray Train does not restart the workers for it."""
 
     @functools.wraps(loop)
-    def wrapped(job: PolicyJob) -> dict[str, Any]:
+    def wrapped(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
         try:
-            return loop(job)
+            return loop(arguments)
         except FINAL_FAILURES as failure:
             return {"failure": f"{type(failure).__name__}: {failure}"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -230,6 +231,17 @@ def test_group_advantages_match_loops_in_any_order(name: str, sizes: list[int], 
     np.testing.assert_allclose(result, expected, atol=1e-5, rtol=1e-5)
     order = torch.tensor(rng.permutation(group_ids.size))
     assert torch.equal(group_advantages(name, t_scores[order], t_groups[order]), result[order])  # bit for bit
+
+
+@pytest.mark.parametrize("name", GROUP_ADVANTAGES)
+def test_the_order_of_a_group_does_not_even_change_rounding(name: str) -> None:
+    # 1e17 + 1 - 1e17 is 0 in float64 but 1e17 - 1e17 + 1 is 1: a naive sum depends on the order of the ranks.
+    scores = [1e17, -1e17, 1.0]
+    by_order = []
+    for order in permutations(range(3)):
+        result = group_advantages(name, torch.tensor([scores[i] for i in order]), torch.zeros(3))
+        by_order.append({scores[i]: value for i, value in zip(order, result.tolist(), strict=True)})
+    assert all(result == by_order[0] for result in by_order)
 
 
 def test_spread_by_hand() -> None:
