@@ -20,7 +20,7 @@ for name, value in {
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A Ray of its own on this machine, for the whole test session. Tests that take it carry the mark `ray`."""
+    """A Ray of its own on this machine, for all tests of the session. They carry the mark `ray`."""
     import logging
 
     import ray

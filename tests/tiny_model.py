@@ -14,7 +14,7 @@ SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
-    """One token per byte after 8 special ones (264 in all: pad 0, bos 1, eos 2). Adds the bos, as Llama's does."""
+    """One token per byte after 8 special ones: 264 in all. It adds the bos by itself, as Llama's does."""
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
@@ -45,8 +45,8 @@ def make_tiny_model(
 ) -> str:
     """Saves model (float32, safetensors) and tokenizer to the folder `path`, and returns it.
 
-    Head size 32 and a vocabulary of 264, which vLLM takes on CPU too; initial weights wide enough for logits that
-    differ. With `sequence_classification` a reward model with one label.
+    Head size 32 and a vocabulary of 264, which vLLM takes on CPU too; initial weights wide enough for logits
+    that differ. With `sequence_classification` a reward model with one label.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -62,9 +62,9 @@ def make_tiny_model(
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         initializer_range=0.15,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
+        bos_token_id=SPECIAL_TOKENS.index("<s>"),
+        eos_token_id=SPECIAL_TOKENS.index("</s>"),
         dtype="float32",
     )
     if sequence_classification:

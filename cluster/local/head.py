@@ -211,7 +211,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _own_environment() -> dict[str, str]:
-    """This environment with our own `python` and `ray` first on the PATH, without other clusters' settings."""
+    """This environment with our `python` and `ray` first on the PATH and no other cluster's settings."""
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN_SETTINGS}
     scripts = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([scripts, environment.get("PATH", os.defpath)])

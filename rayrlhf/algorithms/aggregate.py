@@ -110,7 +110,7 @@ def aggregate(
     *,
     global_tokens: float,
     global_sequences: float,
-    constant_length: float = 1.0,
+    constant_length: float,
 ) -> Tensor:
     """This micro-batch's share (a scalar) of the objective called `name` in `AGGREGATIONS`.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"  ({self.where})" if self.where else ""
-        return (
-            f"  {self.path}{place}\n    got:    {self.got}\n    wanted: {self.wanted}\n    fix:    {self.fix}\n"
-        )
+        lines = f"got:    {self.got}", f"wanted: {self.wanted}", f"fix:    {self.fix}"
+        return "\n    ".join([f"  {self.path}{place}", *lines]) + "\n"
 
 
 class ConfigError(ValueError):
@@ -32,12 +31,13 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[Problem], source: str = "") -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         origin = f" ({source})" if source else ""
-        super().__init__("\n".join([f"{count} in the configuration{origin}:\n", *map(str, problems)]).rstrip())
+        title = f"{count} in the configuration{origin}:\n"
+        super().__init__("\n".join([title, *map(str, problems)]).rstrip())
         self.problems = list(problems)
         self.source = source
 
 
-# Looks at values that are valid each for itself; reading one that is not raises AttributeError and ends the check.
+# Is given a section without the fields that are not valid: reading one raises AttributeError and ends the check.
 Check = Callable[[Any], Problem | None]
 
 
@@ -58,8 +58,15 @@ def _reject_bool(value: object) -> object:
 NotBool = BeforeValidator(_reject_bool)
 
 
+Count = Annotated[int, Field(ge=1)]
+NaturalNumber = Annotated[int, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+NonNegativeNumber = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
 class Section(BaseModel):
-    """Frozen, and strict about keys and types: no unknown key, no text or truth value where a number belongs."""
+    """Frozen, and strict about keys and types: a number is neither a text nor a truth value."""
 
     model_config = ConfigDict(
         frozen=True,

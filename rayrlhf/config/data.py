@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rayrlhf.config.base import Problem, Section, Wanted
+from rayrlhf.config.base import Count, PositiveNumber, Problem, Section, Wanted
 
 
 class SourceConfig(Section):
     path: str = Field(min_length=1)
-    """`type@path` (jsonl, json, csv, parquet, arrow, dataset) or a path whose suffix tells; file, folder or glob."""
-    probability: float | None = Field(None, gt=0)
+    """File, folder or glob, as `type@path` (jsonl, json, csv, parquet, arrow, dataset) or by its suffix."""
+    probability: PositiveNumber | None = None
     """Share of this source in the mix (shares need not sum to 1); give it for all sources or for none."""
 
 
@@ -23,6 +23,8 @@ def _paths_are_sources(value: Any) -> Any:
     items = value if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
+
+Template = Annotated[str, Field(pattern=r"\{\}"), Wanted("a text with {} where the prompt goes")]
 
 Sources = Annotated[
     list[SourceConfig],
@@ -81,13 +83,13 @@ def _given_for_chat(data: PromptDataConfig) -> Iterator[str]:
 class PromptDataConfig(Section):
     train: Sources = Field(min_length=1)
     """Sources of training prompts; a plain path or a list of paths will do."""
-    eval: Sources = []
+    eval: Sources = Field(default_factory=list)
     """Sources of held-out prompts; none means no evaluation."""
     prompt_key: str = "prompt"
     """Column with the prompt: a string, or a list of {role, content} messages."""
     label_key: str | None = None
     """Column handed to reward functions as `labels`, for example the reference answer."""
-    input_template: Annotated[str, Field(pattern=r"\{\}"), Wanted("text with {} where the prompt goes")] | None = None
+    input_template: Template | None = None
     """Text around the prompt, with {} where it goes (with apply_chat_template: false)."""
     apply_chat_template: bool = True
     """Render with the tokenizer's chat template, ready for the assistant's turn."""
@@ -95,7 +97,7 @@ class PromptDataConfig(Section):
     """System message put before every conversation that has none."""
     chat_template: str | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: Count = 1024
     """Longest prompt, in tokens."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """What to do with a row that cannot be read: stop and name it, or skip and count it."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Problem, Section
+from rayrlhf.config.base import Count, NonNegativeNumber, PositiveNumber, Problem, Section
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -25,9 +25,9 @@ class ModelConfig(Section):
 class CriticConfig(Section):
     path: str | None = None
     """Checkpoint to start the critic from (language model or reward model); the actor's when left out."""
-    lr: float = Field(1e-5, ge=0)
+    lr: NonNegativeNumber = 1e-5
     """Learning rate of the critic; its schedule, warm-up and optimizer are those of `train`."""
-    value_clip: float | None = Field(0.2, gt=0)
+    value_clip: PositiveNumber | None = 0.2
     """How far a value may move from the old one before its loss is clipped; null switches it off."""
 
 
@@ -47,7 +47,7 @@ class RefConfig(Section):
     """Checkpoint of the reference policy; the actor's when left out."""
     location: Literal["worker", "serve"] = "worker"
     """A frozen copy in every training worker, or replicas behind Ray Serve on slots of their own."""
-    num_replicas: int = Field(1, ge=1)
+    num_replicas: Count = 1
     """Serve replicas of the reference (with location: serve)."""
 
     checks = (_replicas_are_used,)

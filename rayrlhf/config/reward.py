@@ -6,22 +6,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Problem, Section, Wanted
+from rayrlhf.config.base import Count, Fraction, NaturalNumber, PositiveNumber, Problem, Section, Wanted
 from rayrlhf.config.model import Dtype
+
+FunctionName = Annotated[
+    str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"), Wanted("module:function or path/to/file.py:function")
+]
 
 
 class FunctionSource(Section):
     type: Literal["function"]
     """A Python function of yours: f(prompts, responses, labels, **columns) -> one number per response."""
-    function: Annotated[
-        str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"), Wanted("module:function or path/to/file.py:function")
-    ]
+    function: FunctionName
     """`module:function` or `path/file.py:function`."""
     weight: float = 1.0
     """Weight in the sum of sources."""
     name: str | None = None
     """Name in logs and metrics; reward0, reward1, … when left out."""
-    num_replicas: int = Field(1, ge=1)
+    num_replicas: Count = 1
     """Serve replicas of this source."""
 
 
@@ -34,9 +36,9 @@ class ModelSource(Section):
     """Weight in the sum of sources."""
     name: str | None = None
     """Name in logs and metrics; reward0, reward1, … when left out."""
-    num_replicas: int = Field(1, ge=1)
+    num_replicas: Count = 1
     """Serve replicas of this source."""
-    max_tokens_per_batch: int = Field(8192, ge=1)
+    max_tokens_per_batch: Count = 8192
     """Tokens per forward pass."""
     dtype: Dtype = "auto"
     """Dtype of its weights."""
@@ -77,11 +79,11 @@ class RewardConfig(Section):
     """Reward sources; the score is their weighted sum."""
     clip: Pair | None = None
     """Lowest and highest score; what lies outside is clipped."""
-    max_failed_fraction: float = Field(0.1, ge=0, le=1)
+    max_failed_fraction: Fraction = 0.1
     """The run stops when more than this share of a step's samples cannot be scored."""
-    retries: int = Field(2, ge=0)
+    retries: NaturalNumber = 2
     """How often a failed sample is scored again before it is dropped."""
-    timeout_seconds: float = Field(60, gt=0)
+    timeout_seconds: PositiveNumber = 60
     """Deadline of one scoring request."""
     truncation_penalty: float | None = None
     """Score of a response that hit the token limit; null leaves its own."""

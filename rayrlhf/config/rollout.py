@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Problem, Section
+from rayrlhf.config.base import Count, NaturalNumber, NonNegativeNumber, PositiveNumber, Problem, Section
 from rayrlhf.config.model import Dtype
 
 
@@ -22,17 +22,17 @@ def _minimum_fits(sampling: SamplingConfig) -> Problem | None:
 
 
 class SamplingConfig(Section):
-    temperature: float = Field(1.0, ge=0)
+    temperature: NonNegativeNumber = 1.0
     """Sampling temperature; 0 is greedy (evaluation only)."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
-    top_k: int = Field(-1, ge=-1)
+    top_k: Annotated[int, Field(ge=-1)] = -1
     """Keep the k likeliest tokens; -1 keeps all."""
-    min_new_tokens: int = Field(0, ge=0)
+    min_new_tokens: NaturalNumber = 0
     """No stop token before this many tokens."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: Count = 256
     """Longest response, in tokens."""
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
     """Strings that end a response, beside the model's own end of text."""
 
     checks = (_minimum_fits,)
@@ -41,36 +41,36 @@ class SamplingConfig(Section):
 class WeightSyncConfig(Section):
     backend: Literal["auto", "object_store"] = "auto"
     """How weights travel to the engines."""
-    bucket_bytes: int = Field(134_217_728, ge=1)
+    bucket_bytes: Count = 134_217_728
     """Size of one transfer, in bytes."""
-    timeout_seconds: float = Field(300, gt=0)
+    timeout_seconds: PositiveNumber = 300
     """Deadline for all engines to hold the new weights."""
 
 
 class RolloutConfig(Section):
-    num_engines: int = Field(1, ge=1)
+    num_engines: Count = 1
     """vLLM engines, each a Serve replica."""
-    tensor_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: Count = 1
     """GPUs per engine."""
-    group_size: int = Field(1, ge=1)
+    group_size: Count = 1
     """Samples per prompt."""
-    prompts_per_step: int = Field(64, ge=1)
+    prompts_per_step: Count = 64
     """Prompts per step, over all workers."""
     sampling: SamplingConfig = SamplingConfig()
     """How training samples are drawn."""
-    kv_cache_bytes: int = Field(1_073_741_824, ge=1)
+    kv_cache_bytes: Count = 1_073_741_824
     """Key-value cache of a CPU engine, in bytes."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of its GPU's memory that an engine takes."""
-    max_concurrent_requests: int = Field(256, ge=1)
+    max_concurrent_requests: Count = 256
     """Requests an engine works on at once."""
-    num_threads: int | None = Field(None, ge=1)
+    num_threads: Count | None = None
     """Threads of a CPU engine; the node's cores divided by its engines when left out."""
     dtype: Dtype = "auto"
     """Dtype of the engines' weights; auto is the model's."""
-    timeout_seconds: float = Field(600, gt=0)
+    timeout_seconds: PositiveNumber = 600
     """Deadline of one generation request, retries included."""
-    start_timeout_seconds: float = Field(600, gt=0)
+    start_timeout_seconds: PositiveNumber = 600
     """Deadline for all engines to come up."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """How new weights reach the engines."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from rayrlhf.config.algorithm import GROUP_ADVANTAGES, AlgorithmConfig
-from rayrlhf.config.base import Problem, Section, Wanted
+from rayrlhf.config.base import NaturalNumber, Problem, Section, Wanted
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.model import CriticConfig, ModelConfig, RefConfig
 from rayrlhf.config.placement import PlacementConfig
@@ -26,7 +26,7 @@ class RunSection(Section):
     """Name of the run; the same name resumes it."""
     dir: str = "runs"
     """Folder that holds the folders of runs."""
-    seed: int = Field(0, ge=0)
+    seed: NaturalNumber = 0
     """Seed of data order, sampling and initialisation."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest checkpoint; never refuses a folder that has one."""
@@ -51,7 +51,7 @@ class ObserveConfig(Section):
     """Write TensorBoard events."""
     wandb: WandbConfig | None = None
     """Log to Weights & Biases."""
-    rollouts_per_step: int = Field(8, ge=0)
+    rollouts_per_step: NaturalNumber = 8
     """Rollouts kept per step in rollouts.jsonl."""
     console: Literal["auto", "live", "lines", "quiet"] = "auto"
     """A live bar, plain lines, or nothing; auto is live on a terminal."""
@@ -113,7 +113,7 @@ def _mini_batches_are_filled(config: PolicyRunConfig) -> Problem | None:
         got=f"{config.algorithm.mini_batches} x {config.train.num_workers} workers for {samples} samples "
         f"({config.rollout.prompts_per_step} prompts x {config.rollout.group_size})",
         wanted="at least one sample per mini-batch and worker",
-        fix=f"lower algorithm.mini_batches, or raise rollout.prompts_per_step so that there are {parts} samples",
+        fix=f"lower algorithm.mini_batches, or raise rollout.prompts_per_step until there are {parts}",
     )
 
 
@@ -126,7 +126,7 @@ def _longest_sample_fits(config: PolicyRunConfig) -> Problem | None:
         got=str(config.train.max_tokens_per_micro_batch),
         wanted=f"an integer >= {prompt + response}, the longest sample: data.max_prompt_tokens={prompt} "
         f"+ rollout.sampling.max_new_tokens={response}",
-        fix=f"set train.max_tokens_per_micro_batch to {prompt + response} or more, or lower one of the other two",
+        fix=f"set train.max_tokens_per_micro_batch to {prompt + response} or more, or lower the others",
     )
 
 

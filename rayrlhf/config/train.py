@@ -6,11 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import NotBool, Problem, Section, Wanted
+from rayrlhf.config.base import (
+    Count,
+    Fraction,
+    NaturalNumber,
+    NonNegativeNumber,
+    NotBool,
+    PositiveNumber,
+    Problem,
+    Section,
+    Wanted,
+)
 from rayrlhf.config.rollout import SamplingConfig
 
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
+# YAML has lists, no tuples.
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False), Wanted("a list of two numbers >= 0 and < 1")]
 
 
 def _warmup_ends(train: TrainConfig) -> Problem | None:
@@ -36,11 +47,11 @@ def _offload_has_a_partition(train: TrainConfig) -> Problem | None:
 
 
 class TrainConfig(Section):
-    num_workers: int = Field(1, ge=1)
+    num_workers: Count = 1
     """Training workers (data-parallel ranks)."""
-    num_steps: int = Field(ge=1)
+    num_steps: Count
     """Steps of the run: one batch of rollouts each."""
-    max_tokens_per_micro_batch: int = Field(8192, ge=1)
+    max_tokens_per_micro_batch: Count = 8192
     """Tokens of one packed forward and backward pass."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotBool] = 2
     """DeepSpeed's ZeRO stage: what workers share out (1 optimizer, 2 and gradients, 3 and weights)."""
@@ -48,55 +59,53 @@ class TrainConfig(Section):
     """Keep the optimizer's state in host memory."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
-    lr: float = Field(1e-6, ge=0)
+    lr: NonNegativeNumber = 1e-6
     """Learning rate of the actor."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: NaturalNumber = 0
     """Steps over which the learning rate rises linearly."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: Fraction = 0.0
     """Where a decaying learning rate ends, as a share of lr."""
-    betas: Annotated[
-        tuple[Beta, Beta], Field(strict=False), Wanted("a list of two numbers >= 0 and < 1")
-    ] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     """AdamW's betas."""
-    eps: float = Field(1e-8, gt=0)
+    eps: PositiveNumber = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: NonNegativeNumber = 0.0
     """AdamW's weight decay."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: NonNegativeNumber = 1.0
     """Gradient norm is clipped to this; 0 switches it off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    logprob_chunk_tokens: int = Field(1024, ge=1)
+    logprob_chunk_tokens: Count = 1024
     """Rows of logits that are alive at once."""
-    num_threads: int | None = Field(None, ge=1)
+    num_threads: Count | None = None
     """Threads of a CPU worker; the node's cores divided by its workers when left out."""
-    collective_timeout_seconds: int = Field(600, ge=1)
+    collective_timeout_seconds: Count = 600
     """Deadline of a collective between workers."""
-    max_failures: int = Field(1, ge=0)
+    max_failures: NaturalNumber = 1
     """How often crashed workers are restarted from the newest checkpoint."""
-    max_bad_steps: int = Field(3, ge=1)
+    max_bad_steps: Count = 3
     """Stop after this many updates in a row with a gradient that is not finite."""
 
     checks = (_warmup_ends, _offload_has_a_partition)
 
 
 class CheckpointConfig(Section):
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: Count | None = None
     """Save every n steps; null saves at the end only."""
-    keep: int = Field(2, ge=1)
+    keep: Count = 2
     """How many checkpoints are kept."""
     export: bool = True
     """Write the actor as a Hugging Face folder at the end."""
 
 
 class EvalConfig(Section):
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: Count | None = None
     """Evaluate every n steps, beside before the first and after the last."""
-    num_prompts: int | None = Field(None, ge=1)
+    num_prompts: Count | None = None
     """Held-out prompts used; all when left out."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     """How evaluation responses are drawn; greedy unless told otherwise."""
-    show_samples: int = Field(5, ge=0)
+    show_samples: NaturalNumber = 5
     """Pairs of responses, before and after, in the summary."""

@@ -34,6 +34,7 @@ RENDERED_SCHEMA = pa.schema(
         *PROMPT_FIELDS,
     ]
 )
+NOT_RENDERED = {"num_tokens": 0, "prompt_ids": [], "prompt": "", "columns_json": ""}
 
 
 def prepare_prompts(
@@ -85,20 +86,19 @@ class _Renderer:
     chat_template: str | None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        tokenizer = prompt_tokenizer(self.tokenizer_path, self.trust_remote_code, self.chat_template)
-        return pa.Table.from_pylist(
-            [self._render(row, tokenizer) for row in batch.to_pylist()], RENDERED_SCHEMA
-        )
+        try:
+            tokenizer = prompt_tokenizer(self.tokenizer_path, self.trust_remote_code, self.chat_template)
+            rows = [self._render(row, tokenizer) for row in batch.to_pylist()]
+        except DataError as error:  # no matter of a single row: it has no place
+            rows = [{**NOT_RENDERED, "source": 0, "place": "", "problem": str(error)}]
+        return pa.Table.from_pylist(rows, RENDERED_SCHEMA)
 
     def _render(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         rendered = {
+            **NOT_RENDERED,
             "source": row["source"],
-            "place": f"{row['_file']}:{row['_row']}",
+            "place": f"{row['_file']}:{row['_row']}" if row["_row"] else "",
             "problem": row["problem"],
-            "num_tokens": 0,
-            "prompt_ids": [],
-            "prompt": "",
-            "columns_json": "",
         }
         if row["problem"]:
             return rendered
@@ -183,6 +183,9 @@ def _usable_rows(batch: pa.Table, config: PromptDataConfig, tally: _Tally) -> pa
     problems = batch.column("problem").to_pylist()
     lengths = batch.column("num_tokens").to_pylist()
     places = batch.column("place").to_pylist()
+    of_no_row = [problem for place, problem in zip(places, problems, strict=True) if problem and not place]
+    if of_no_row:
+        raise DataError(of_no_row[0])
     bad = [f"{place}: {problem}" for place, problem in zip(places, problems, strict=True) if problem]
     long = [index for index, length in enumerate(lengths) if length > config.max_prompt_tokens]
     if bad and config.on_bad_row == "fail":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import ray.data
 from ray.data import DataContext, Dataset
-from ray.exceptions import RayTaskError
 
 from rayrlhf.config.data import SourceConfig
 from rayrlhf.data.files import Split, resolve_source
@@ -24,7 +24,8 @@ READ_TASK_CPUS = 0.5
 def read_sources(sources: Sequence[SourceConfig], split: Split) -> Dataset:
     """All rows of all sources, in the order of the sources, their files and their rows.
 
-    Columns: `source` (index into `sources`), `_file`, `_row` (1-based), `columns_json` (the row as one JSON
+    Columns: `source` (index into `sources`), `_file`, `_row` (1-based; 0 for a problem of the
+    file as a whole), `columns_json` (the row as one JSON
     object: rows of one file need not share a schema, so Arrow columns cannot hold them), `problem` (why the
     row could not be read; empty for a good one). Lazy, and one task per few megabytes. Raises `DataError` for
     files that do not exist or cannot be opened; call it inside `ordered_and_quiet`.
@@ -43,47 +44,41 @@ def read_sources(sources: Sequence[SourceConfig], split: Split) -> Dataset:
 
 def _rows_of_chunk(described: dict[str, Any]) -> Iterator[dict[str, Any]]:
     source = described.pop("source")
-    for row in read_chunk(Chunk(**described)):
-        columns_json, problem = "", row.problem
-        if not problem:
-            try:
-                columns_json = columns_to_json(row.columns)
-            except BadRow as error:
-                problem = str(error)
-        yield {
-            "source": source,
-            "_file": row.file,
-            "_row": row.row,
-            "columns_json": columns_json,
-            "problem": problem,
-        }
+    chunk = Chunk(**described)
+    try:
+        for row in read_chunk(chunk):
+            columns_json, problem = "", row.problem
+            if not problem:
+                try:
+                    columns_json = columns_to_json(row.columns)
+                except BadRow as error:
+                    problem = str(error)
+            yield _described(source, row.file, row.row, columns_json, problem)
+    except DataError as error:  # Ray would bury it in its own; as a row it arrives as it is
+        yield _described(source, chunk.path, 0, "", str(error))
+
+
+def _described(source: int, file: str, row: int, columns_json: str, problem: str) -> dict[str, Any]:
+    return {"source": source, "_file": file, "_row": row, "columns_json": columns_json, "problem": problem}
 
 
 @contextmanager
 def ordered_and_quiet() -> Iterator[None]:
-    """Data sets made in here keep their order and print no progress; a task's `DataError` comes out bare."""
+    """Data sets made in here yield their blocks in order; nothing but errors is printed while they run."""
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    with DataContext.current(context):
-        try:
+    consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
+    levels = [handler.level for handler in consoles]
+    for handler in consoles:
+        handler.setLevel(logging.ERROR)
+    try:
+        with DataContext.current(context):
             yield
-        except RayTaskError as error:
-            raise _data_error_in(error) or error from None
-
-
-def _data_error_in(error: BaseException) -> DataError | None:
-    """The `DataError` that a task raised, out of the wrappings that Ray puts around it."""
-    seen: set[int] = set()
-    inner: BaseException | None = error
-    while inner is not None and id(inner) not in seen:
-        # A RayTaskError is made to be an instance of its cause's class too, with a traceback as its message.
-        if isinstance(inner, DataError) and not isinstance(inner, RayTaskError):
-            return inner
-        seen.add(id(inner))
-        inner = getattr(inner, "cause", None) or inner.__cause__ or inner.__context__
-    return None
+    finally:
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)
 
 
 def mixing_order(counts: Sequence[int], probabilities: Sequence[float], seed: int) -> np.ndarray:

@@ -8,9 +8,9 @@ that it did.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,9 +123,10 @@ def iter_prompts(
     an uninterrupted run.
     """
     slots = list(range(rank * per_rank, (rank + 1) * per_rank))
-    batches = shard.iter_batches(batch_size=per_rank, batch_format="pyarrow", prefetch_batches=1)
+    batches: Iterable[Any] = shard.iter_batches(
+        batch_size=per_rank, batch_format="pyarrow", prefetch_batches=1
+    )
     for step, batch in enumerate(batches, start=start_step):
-        assert isinstance(batch, pa.Table)
         found = {name: batch.column(name).to_pylist() for name in ("step", "rank", "slot")}
         wanted = {"step": [step] * per_rank, "rank": [rank] * per_rank, "slot": slots}
         for name, values in wanted.items():

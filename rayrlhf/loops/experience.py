@@ -109,8 +109,8 @@ def add_advantages(
         estimated = [_per_token(batch, algorithm, kl_coef) for batch in batches]
     if not (ADVANTAGES[algorithm.advantage].whitened and algorithm.whiten_advantages):
         return estimated
-    moments = sum((masked_moments(_advantages(b), b.loss_mask) for b in estimated), torch.zeros(3).double())
-    moments = collectives.sum_over_ranks(moments)
+    local = torch.stack([masked_moments(_advantages(b), b.loss_mask) for b in estimated]).sum(0)
+    moments = collectives.sum_over_ranks(local)
     return [b.with_fields(advantages=whiten(_advantages(b), b.loss_mask, moments)) for b in estimated]
 
 
@@ -148,8 +148,9 @@ def _against_group(
     ]
     everyone = collectives.gather_lists([mine])
     first = sum(map(len, everyone[: collectives.rank()]))
-    groups, scores = zip(*[sample for part in everyone for sample in part if sample[0] >= 0], strict=True)
-    known = iter(group_advantages(algorithm.advantage, torch.tensor(scores), torch.tensor(groups)).tolist())
+    real = [sample for part in everyone for sample in part if sample[0] >= 0]
+    groups, scores = torch.tensor([group for group, _ in real]), torch.tensor([score for _, score in real])
+    known = iter(group_advantages(algorithm.advantage, scores, groups).tolist())
     estimates = [next(known) if group >= 0 else 0.0 for part in everyone for group, _ in part][first:]
     result: list[PackedBatch] = []
     for batch in batches:

@@ -9,6 +9,8 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A run has more processes than a small machine has cores, and Ray would warn of it at every start.
+os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
 
 import signal
 import sys
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.data import ExecutionOptions
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.config.data import SourceConfig
@@ -36,7 +40,7 @@ from rayrlhf.loops.checks import InputError, check_before_ray, try_rewards
 from rayrlhf.loops.evaluate import eval_plan
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.policy import policy_loop
-from rayrlhf.loops.session import DeploymentFailed, deploy, last_line, ray_session
+from rayrlhf.loops.session import DeploymentFailed, deploy, last_line, ray_session, watched
 from rayrlhf.loops.summary import write_summary
 from rayrlhf.observe.board import NAMESPACE, Board
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
@@ -93,9 +97,10 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, Any], console: Con
         spec, gpus_per_slot=gpus_per_slot, name=run_id, timeout_seconds=config.placement.start_timeout_seconds
     )
     console.placement(slots)
-    with _torn_down(run_id, slots), make_sinks(config, run_path, console) as sinks:
-        hub = ray.remote(WeightHub).options(name=f"{run_id}-weights", num_cpus=0, namespace=NAMESPACE).remote()
-        board = ray.remote(Board).options(name=f"{run_id}-board", num_cpus=0, namespace=NAMESPACE).remote()
+    actors = {"num_cpus": 0, "namespace": NAMESPACE}
+    board = ray.remote(Board).options(name=f"{run_id}-board", **actors).remote()
+    hub = ray.remote(WeightHub).options(name=f"{run_id}-weights", **actors).remote()
+    with _torn_down(run_id, board, slots), make_sinks(config, run_path, console) as sinks:
         job = PolicyJob(
             config=config,
             run_id=run_id,
@@ -106,19 +111,23 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, Any], console: Con
             num_eval_prompts=_num_eval_prompts(config, eval_prompts),
             threads_per_worker=config.train.num_threads or _threads(config.train.num_workers),
         )
+        trainer = _make_trainer(job, slots, run_path, train_prompts, eval_prompts)
         apps = run_apps(job, slots, reward_functions, threads=_threads(config.rollout.num_engines))
-        console.say(f"starting {config.rollout.num_engines} vLLM engine(s) and {len(apps) - 1} other app(s)")
-        deploy(apps, timeout_seconds=config.rollout.start_timeout_seconds, tell=console.say)
-        with drain_in_background(board, sinks):
-            result = _fit(job, slots, run_path, train_prompts, eval_prompts)
-        del hub
+        console.say(f"starting {config.train.num_workers} training worker(s), {config.rollout.num_engines} engine(s), …")
+        deploy(apps)
+        # Engines and trainer come up side by side; the workers' first request waits for the engines.
+        up = watched(
+            apps, timeout_seconds=config.rollout.start_timeout_seconds, tell=console.say, give_up=trainer.abort
+        )
+        with drain_in_background(board, sinks), up:
+            result = _fit(trainer, run_path)
+    del hub
     return write_summary(result, run_path)
 
 
-def _fit(
+def _make_trainer(
     job: PolicyJob, slots: Slots, run_path: Path, train_prompts: PromptStore, eval_prompts: PromptStore | None
-) -> dict[str, Any]:
-    """Train, and return what rank 0's loop returned. Raises `RunFailed`."""
+) -> SlotTorchTrainer:
     config = job.config
     order = prompt_plan(
         len(train_prompts),
@@ -138,7 +147,7 @@ def _fit(
     if eval_prompts is not None and job.num_eval_prompts:
         held_out = eval_plan(job.num_eval_prompts, config.train.num_workers)
         datasets["eval"] = lambda: prompt_dataset(eval_prompts.path, held_out, 0)
-    trainer = SlotTorchTrainer(
+    return SlotTorchTrainer(
         policy_loop,
         train_loop_config={"job": job},
         scaling_config=slot_scaling(slots, "trainer"),
@@ -153,9 +162,13 @@ def _fit(
         datasets=datasets,
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     )
+
+
+def _fit(trainer: SlotTorchTrainer, run_path: Path) -> dict[str, Any]:
+    """Train, and return what rank 0's loop returned. Raises `RunFailed`."""
     try:
         result = trainer.fit().return_value
-    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+    except TrainingFailedError as error:
         (run_path / "error.log").write_text(traceback.format_exc())
         failures = getattr(error, "worker_failures", None) or {0: error}
         raise RunFailed(f"training failed: {last_line(str(next(iter(failures.values()))))}") from error
@@ -212,16 +225,15 @@ def _worker_environment(job: PolicyJob) -> dict[str, str]:
 
 
 @contextmanager
-def _torn_down(run_id: str, slots: Slots) -> Iterator[None]:
+def _torn_down(run_id: str, lease: ActorHandle, slots: Slots) -> Iterator[None]:
     """Whatever happens, this run's apps and group go; a kill -9 of the driver leaves that to the reaper."""
-    lease, reaper = start_reaper(run_id, run_id, slots.group)
+    reaper = start_reaper(run_id, lease, slots.group)
     try:
         yield
     finally:
         delete_apps(run_id)
         slots.remove()
         ray.get(reaper.release.remote())
-        del lease
 
 
 def _exit_on_signal(_signal: int, _frame: Any) -> None:

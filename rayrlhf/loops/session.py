@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,8 +34,7 @@ def ray_session(namespace: str) -> Iterator[str]:
     ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
     for name in ("ray.serve", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
+    DataContext.get_current().enable_progress_bars = False
     try:
         resources = ray.cluster_resources()
         where = f"joined the cluster at {address}" if address else "started a local Ray"
@@ -43,17 +43,49 @@ def ray_session(namespace: str) -> Iterator[str]:
         ray.shutdown()
 
 
-def deploy(apps: dict[str, Any], *, timeout_seconds: float, tell: Callable[[str], None]) -> None:
-    """Start Serve apps (name -> bound deployment) side by side and wait until all run.
-
-    Raises `DeploymentFailed` with the reason of the first that fails, or at the deadline.
-    """
+def deploy(apps: dict[str, Any]) -> None:
+    """Ask Serve to start these apps (name -> bound deployment); returns while they are coming up."""
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
     targets = [RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
-    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    serve.run_many(targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
+
+
+@contextmanager
+def watched(
+    apps: Iterable[str], *, timeout_seconds: float, tell: Callable[[str], None], give_up: Callable[[], None]
+) -> Iterator[None]:
+    """While the body runs, wait for the apps to come up; call `give_up`, which must end the body, if one fails.
+
+    Raises `DeploymentFailed` with the app's own reason, whatever the body raised when it was ended.
+    """
+    failure: list[str] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        try:
+            _wait_for_apps(set(apps), timeout_seconds=timeout_seconds, tell=tell, stop=stop)
+        except DeploymentFailed as failed:
+            failure.append(str(failed))
+            give_up()
+
+    thread = threading.Thread(target=watch, daemon=True, name="serve-apps")
+    thread.start()
+    try:
+        yield
+    except Exception as error:
+        if failure:
+            raise DeploymentFailed(failure[0]) from error
+        raise
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _wait_for_apps(
+    waiting: set[str], *, timeout_seconds: float, tell: Callable[[str], None], stop: threading.Event
+) -> None:
     deadline = time.monotonic() + timeout_seconds
-    waiting = set(apps)
-    while waiting:
+    while waiting and not stop.wait(POLL_SECONDS):
         status = serve.status().applications
         for name in sorted(waiting & set(status)):
             app = status[name]
@@ -65,7 +97,6 @@ def deploy(apps: dict[str, Any], *, timeout_seconds: float, tell: Callable[[str]
                 raise DeploymentFailed(f"{name} did not start: {last_line(reasons[0])}")
         if waiting and time.monotonic() > deadline:
             raise DeploymentFailed(f"{', '.join(sorted(waiting))} did not start within {timeout_seconds:g} s")
-        time.sleep(POLL_SECONDS)
 
 
 def last_line(text: str) -> str:

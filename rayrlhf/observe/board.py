@@ -27,6 +27,10 @@ class Board:
         self.reports: list[Report] = []
         self.arrived = asyncio.Event()
 
+    async def ping(self) -> bool:
+        """The board doubles as the run's lease: it dies with the driver, and the reaper notices."""
+        return True
+
     async def post(self, report: Report) -> None:
         self.reports.append(report)
         self.arrived.set()

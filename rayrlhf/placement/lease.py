@@ -1,7 +1,7 @@
 """Nothing of a run outlives its driver, not even after kill -9.
 
-Serve apps are detached by nature. A detached reaper watches a lease, an actor that dies with the driver; when the
-lease is gone the reaper deletes this run's apps and its placement group, and then itself. Serve as a whole and other
+Serve apps are detached by nature. A detached reaper watches a lease, an actor that dies with the driver; when it is
+gone the reaper deletes this run's apps and its placement group, and then itself. Serve as a whole and other
 runs' apps are never touched.
 """
 
@@ -17,12 +17,6 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 NAMESPACE = "rayrlhf"
 WATCH_SECONDS = 1.0
-
-
-@ray.remote(num_cpus=0)
-class Lease:
-    def ping(self) -> bool:
-        return True
 
 
 @ray.remote(num_cpus=0)
@@ -65,12 +59,10 @@ def delete_apps(prefix: str) -> None:
         serve.delete(name, _blocking=True)
 
 
-def start_reaper(run_id: str, app_prefix: str, group: PlacementGroup) -> tuple[ActorHandle, ActorHandle]:
-    """Lease and reaper; hold on to both for as long as the run lives."""
-    lease = Lease.remote()
-    ray.get(lease.ping.remote())
+def start_reaper(run_id: str, lease: ActorHandle, group: PlacementGroup) -> ActorHandle:
+    """Watch `lease`, any actor of the driver's with a `ping` method; it must live as long as the run."""
     reaper = Reaper.options(name=f"{run_id}-reaper", namespace=NAMESPACE, lifetime="detached").remote(
-        lease, app_prefix, group
+        lease, run_id, group
     )
     ray.get(reaper.ready.remote())
-    return lease, reaper
+    return reaper

@@ -55,6 +55,13 @@ class _SlotController(TrainController):
 
 
 class SlotTorchTrainer(TorchTrainer):
+    controller: Any = None
+
+    def abort(self) -> None:
+        """End `fit()` from another thread: it raises, and the workers go with their controller."""
+        if self.controller is not None:
+            ray.kill(self.controller)
+
     def _create_default_callbacks(self) -> Any:
         # Ray's cleaner would remove the group when the trainer ends, under the engines' feet.
         return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
@@ -66,7 +73,7 @@ class SlotTorchTrainer(TorchTrainer):
             trainer_module.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
         )
         driver_node = ray.get_runtime_context().get_node_id()
-        controller = (
+        self.controller = controller = (
             ray.remote(_SlotController)
             .options(
                 num_cpus=0,

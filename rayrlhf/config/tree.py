@@ -1,0 +1,238 @@
+"""From YAML files and `key.path=value` overrides to one tree of plain values that knows where each came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrlhf.config.base import Problem
+
+COMMAND_LINE = "command line"
+OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars as in YAML 1.2: `1e-6` is a number, while `no`, `1:30` and `2026-01-01` are texts."""
+
+
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first_characters in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first_characters
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value).replace("_", "")))
+
+
+@dataclass
+class ConfigTree:
+    """What was read. With `unreadable`, parts are missing and nothing more can be said about the rest."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # key path -> where it was given
+    problems: list[Problem] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # YAML files
+    num_overrides: int = 0
+    unreadable: bool = False
+
+    @property
+    def source(self) -> str:
+        """`demo.yaml + 2 overrides`"""
+        overrides = f"{self.num_overrides} override{'s' if self.num_overrides > 1 else ''}"
+        return " + ".join([*self.sources, *([overrides] if self.num_overrides else [])])
+
+
+def read_tree(arguments: Sequence[str]) -> ConfigTree:
+    """Merge files from left to right, later ones winning, then apply the overrides in their order.
+
+    Mappings are merged key by key; lists and scalars are replaced. Problems are collected, none is raised.
+    """
+    tree = ConfigTree()
+    overrides: list[str] = []
+    for argument in arguments:
+        if OVERRIDE.match(argument):
+            overrides.append(argument)
+        elif argument.startswith("-"):
+            tree.problems.append(_option(argument))
+        elif argument.endswith((".yaml", ".yml")) or Path(argument).exists():
+            tree.sources.append(argument)
+            _read_file(tree, argument)
+        else:
+            tree.problems.append(_neither_file_nor_override(argument))
+    for override in overrides:
+        tree.num_overrides += 1
+        _apply_override(tree, override)
+    return tree
+
+
+def _option(argument: str) -> Problem:
+    key, equals, value = argument.lstrip("-").partition("=")
+    override = key.replace("-", "_") + equals + value
+    fix = f"write {override}, without dashes" if OVERRIDE.match(override) else "leave it out"
+    return Problem(argument, "an option", "YAML files, key.path=value, or --help", fix, COMMAND_LINE)
+
+
+def _neither_file_nor_override(argument: str) -> Problem:
+    if "=" in argument:
+        wanted, fix = "key.path=value", "name the key by its path, as in train.num_steps=10"
+    else:
+        wanted = "a YAML file (.yaml, .yml) or key.path=value"
+        fix = f"check the name (there is no such file), or write {argument}=VALUE for an override"
+    return Problem(argument, "neither a YAML file nor an override", wanted, fix, COMMAND_LINE)
+
+
+def _read_file(tree: ConfigTree, path: str) -> None:
+    """Merge the file into the tree; if that is impossible the tree becomes unreadable."""
+    try:
+        values, places, duplicates = _parse(Path(path).read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        problem = Problem(
+            path, "no such file", "a YAML file", f"mend the path; it was looked up in {Path.cwd()}"
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        problem = Problem(path, str(error), "a YAML file in UTF-8", "make it a readable text file")
+    except yaml.YAMLError as error:
+        problem = _broken_yaml(path, error)
+    else:
+        if values is None:
+            values = {}  # an empty file, or one with comments only
+        if isinstance(values, dict):
+            tree.problems += duplicates
+            tree.values = _merged(tree.values, values)
+            tree.places |= places
+            return
+        problem = Problem(
+            path,
+            got=f"{kind(values)} at the top level",
+            wanted="sections with keys, as in model: {path: ...}",
+            fix="put the keys under the name of their section",
+        )
+    tree.unreadable = True
+    tree.problems.append(problem)
+
+
+def _broken_yaml(path: str, error: yaml.YAMLError) -> Problem:
+    said = getattr(error, "problem", None) or str(error)
+    context, mark = getattr(error, "context", None), getattr(error, "problem_mark", None)
+    if mark is None:
+        return Problem(path, f"broken YAML: {said}", "YAML", "mend it")
+    snippet = (mark.get_snippet(indent=0) or "").partition("\n")[0].strip()
+    return Problem(
+        path,
+        got=f"broken YAML in line {mark.line + 1}: {snippet!r}",
+        wanted=f"YAML ({said}{f', {context}' if context else ''})",
+        fix=f"mend line {mark.line + 1}, or the one before it; look for indentation, quotes and a missing ':'",
+        where=f"{path}:{mark.line + 1}",
+    )
+
+
+def _parse(text: str, file: str) -> tuple[Any, dict[str, str], list[Problem]]:
+    """Values, the place of every key path, and the keys that are given twice. Raises `yaml.YAMLError`."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}, []
+        places: dict[str, str] = {}
+        duplicates: list[Problem] = []
+        _walk(node, "", file, places, duplicates)
+        return loader.construct_document(node), places, duplicates
+    finally:
+        loader.dispose()
+
+
+def _walk(node: yaml.Node, path: str, file: str, places: dict[str, str], duplicates: list[Problem]) -> None:
+    children: list[tuple[str, int, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(str(key.value), key.start_mark.line + 1, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(str(i), item.start_mark.line + 1, item) for i, item in enumerate(node.value)]
+    lines: dict[str, int] = {}
+    for key, line, value in children:
+        child = f"{path}.{key}" if path else key
+        if key in lines and key != "<<":
+            duplicates.append(
+                Problem(
+                    child,
+                    got=f"given twice, in lines {lines[key]} and {line}",
+                    wanted="every key once: YAML would silently take the last",
+                    fix="merge the two, or remove one",
+                    where=f"{file}:{line}",
+                )
+            )
+        lines[key] = line
+        places[child] = f"{file}:{line}"
+        _walk(value, child, file, places, duplicates)
+
+
+def _merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply_override(tree: ConfigTree, override: str) -> None:
+    """Set one value in the tree; sections on its way are made, list items are addressed by their index."""
+    path, _, text = override.partition("=")
+    try:
+        value, _, duplicates = _parse(text, COMMAND_LINE)
+        tree.values = _with_value(tree.values, path.split("."), value, ())
+    except yaml.YAMLError as error:
+        said = getattr(error, "problem", None) or str(error)
+        fix = f"put quotes around it: {path}='{json.dumps(text)}'"
+        tree.problems.append(Problem(path, f"{text} ({said})", "a YAML value", fix, COMMAND_LINE))
+    except LookupError as error:
+        got, wanted, fix = error.args
+        tree.problems.append(Problem(path, got, wanted, fix, COMMAND_LINE))
+    else:
+        tree.problems += duplicates
+        tree.places[path] = COMMAND_LINE
+
+
+def _with_value(node: Any, way: Sequence[str], value: Any, passed: tuple[str, ...]) -> Any:
+    """A copy of `node` with `value` at the end of `way`; a copy, since YAML anchors may share nodes.
+
+    Raises `LookupError` (got, wanted, fix) where the way ends early.
+    """
+    if not way:
+        return value
+    here, key = ".".join(passed), way[0]
+    if node is None:
+        node = {}
+    if isinstance(node, dict):
+        return node | {key: _with_value(node.get(key), way[1:], value, (*passed, key))}
+    if not isinstance(node, list):
+        raise LookupError(
+            f"a path through {here}, which is {kind(node)}: {node!r}",
+            "a key below a section or a list",
+            f"mend the path, or give {here} as a whole: {here}=...",
+        )
+    if not key.isdecimal() or int(key) >= len(node):
+        raise LookupError(
+            f"item {key} of {here}, which has {len(node)}",
+            f"an index from 0 to {len(node) - 1}" if node else f"an item that exists; {here} is empty",
+            f"mend the index, or give {here} as a whole: {here}=[...]",
+        )
+    index = int(key)
+    changed = _with_value(node[index], way[1:], value, (*passed, key))
+    return [*node[:index], changed, *node[index + 1 :]]
+
+
+def kind(value: Any) -> str:
+    """What a YAML value is, in a user's words."""
+    words = {dict: "a section", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return words.get(type(value), "a number")
