@@ -27,8 +27,8 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || f
 [ "$version" = 3.11 ] || fail "'$python' is Python $version, but the locked packages are for Python 3.11." \
     "Say where a 3.11 is: make PYTHON=/path/to/python3.11"
 
-# An environment that was moved or is half made is made again; a complete one is only brought up to date.
-if ! "$venv/bin/pip" --version >/dev/null 2>&1; then
+# An environment that was moved, copied or is half made is made again; a complete one is only brought up to date.
+if ! { head -n 3 "$venv/bin/pip" | grep -qF "$PWD/$venv/bin/python" && "$venv/bin/pip" --version; } >/dev/null 2>&1; then
     rm -rf "$venv"
     "$python" -m venv "$venv" || fail "'$python -m venv' failed (on Debian and Ubuntu it needs the package python3.11-venv)."
 fi

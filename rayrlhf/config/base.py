@@ -37,7 +37,7 @@ class ConfigError(ValueError):
         self.source = source
 
 
-# Is given a section without the fields that are not valid: reading one raises AttributeError and ends the check.
+# Is given a section without its invalid fields: reading one raises AttributeError, which ends the check.
 Check = Callable[[Any], Problem | None]
 
 

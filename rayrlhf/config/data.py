@@ -18,9 +18,9 @@ class SourceConfig(Section):
 
 
 def _paths_are_sources(value: Any) -> Any:
-    if value is None:
-        return value
-    items = value if isinstance(value, list) else [value]
+    items = [value] if isinstance(value, str | dict | SourceConfig) else value
+    if not isinstance(items, list):
+        return items
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 

@@ -1,4 +1,4 @@
-"""From YAML files and `key.path=value` overrides to one tree of plain values that knows where each came from."""
+"""From YAML files and `key.path=value` overrides to one tree of plain values, and where each came from."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ class _Loader(yaml.SafeLoader):
     """Scalars as in YAML 1.2: `1e-6` is a number, while `no`, `1:30` and `2026-01-01` are texts."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or `_Loader` would read as something else."""
+
+
 _FLOAT = r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first_characters in (
+for _type, _pattern, _first_characters in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
     ("float", _FLOAT, list("-+.0123456789")),
     ("merge", r"<<", ["<"]),
 ):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first_characters
-    )
+    for _class in (_Loader, _Dumper):
+        _tag, _regexp = f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_pattern})$")
+        _class.add_implicit_resolver(_tag, _regexp, _first_characters)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value).replace("_", "")))
 
 
@@ -133,7 +137,7 @@ def _broken_yaml(path: str, error: yaml.YAMLError) -> Problem:
         path,
         got=f"broken YAML in line {mark.line + 1}: {snippet!r}",
         wanted=f"YAML ({said}{f', {context}' if context else ''})",
-        fix=f"mend line {mark.line + 1}, or the one before it; look for indentation, quotes and a missing ':'",
+        fix=f"mend line {mark.line + 1} or the one before it: indentation, quotes, or a missing ':'",
         where=f"{path}:{mark.line + 1}",
     )
 
@@ -230,6 +234,11 @@ def _with_value(node: Any, way: Sequence[str], value: Any, passed: tuple[str, ..
     index = int(key)
     changed = _with_value(node[index], way[1:], value, (*passed, key))
     return [*node[:index], changed, *node[index + 1 :]]
+
+
+def write_tree(values: dict[str, Any]) -> str:
+    """YAML that `read_tree` and other readers understand alike."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def kind(value: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.data.rows import BadRow, DataError, prompt_of
+from rayrlhf.data.rows import BadRow, DataError, check_unicode, prompt_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ def prompt_tokenizer(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a broken or foreign tokenizer raises is not specified
         raise DataError(f"no tokenizer can be loaded from {path}: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -56,6 +56,7 @@ def render_prompt(
     prompt = prompt_of(columns, config.prompt_key, config.label_key)
     if config.apply_chat_template:
         text = _render_chat(prompt, config, tokenizer)
+        check_unicode(text, f"the conversation in column {config.prompt_key!r}")  # roles and other keys too
         prompt_ids = _encode(text, tokenizer)
     elif isinstance(prompt, str):
         text = prompt if config.input_template is None else config.input_template.replace("{}", prompt)

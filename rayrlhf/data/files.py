@@ -48,13 +48,20 @@ def resolve_source(source: str, split: Split) -> list[DataFile]:
     `DataError` naming what is there instead when nothing fits.
     """
     type_, path = _type_and_path(source)
+    try:
+        return _resolve(source, type_, path, split)
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error}") from error
+
+
+def _resolve(source: str, type_: str | None, path: str, split: Split) -> list[DataFile]:
     if glob.has_magic(path) and not os.path.exists(path):
         paths = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
         if not paths:
             raise DataError(f"{source}: no file matches this pattern; check the path (it is {path})")
         return _files(source, type_, paths, "the files that match")
     if not os.path.exists(path):
-        raise DataError(f"{source}: {path} does not exist; {_nearest_existing(path)}")
+        raise DataError(f"{source}: no such file or folder; {_nearest_existing(path)}")
     if os.path.isfile(path):
         return _files(source, type_, [path], "the file")
     if type_ in (None, "dataset") and (found := _saved_dataset(source, path, split)):

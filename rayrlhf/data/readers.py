@@ -112,7 +112,7 @@ def _read_lines(chunk: Chunk) -> Iterator[RawRow]:
 
 def _row_of_line(path: str, number: int, line: bytes) -> RawRow:
     try:
-        columns = json.loads(line.decode("utf-8"))
+        columns = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         byte = line[error.start]
         return RawRow(path, number, {}, f"not UTF-8 (byte 0x{byte:02x} at position {error.start + 1})")

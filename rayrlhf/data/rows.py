@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -59,8 +59,7 @@ def prompt_of(
 
 def _column(columns: Mapping[str, Any], key: str, key_path: str) -> Any:
     if key not in columns:
-        existing = ", ".join(columns) or "none"
-        raise BadRow(f"no column {key!r} ({key_path}); the columns are: {existing}")
+        raise BadRow(f"no column {key!r} ({key_path}); the columns are: {_quoted(columns)}")
     return columns[key]
 
 
@@ -75,13 +74,13 @@ def _messages_of(messages: Sequence[Any], prompt_key: str) -> list[dict[str, Any
         # Arrow gives every struct the keys of all others, as nulls, and templates ask "is the key there?".
         present = {key: value for key, value in message.items() if value is not None}
         if not isinstance(present.get("role"), str) or not present["role"]:
-            raise BadRow(f"{where} has no role; its keys are: {', '.join(present) or 'none'}")
+            raise BadRow(f"{where} has no role; its keys are: {_quoted(present)}")
         if "content" not in present and "tool_calls" not in present:
-            raise BadRow(f"{where} has no content; its keys are: {', '.join(present)}")
+            raise BadRow(f"{where} has no content; its keys are: {_quoted(present)}")
         content = present.get("content", "")
         if not isinstance(content, str):
             raise BadRow(f"the content of {where} is {_type_name(content)}; wanted a text")
-        _check_unicode(content, where)
+        check_unicode(content, where)
         checked.append(present)
     last = checked[-1]
     if last["role"] == "assistant":
@@ -96,16 +95,21 @@ def _messages_of(messages: Sequence[Any], prompt_key: str) -> list[dict[str, Any
 def _check_text(text: str, where: str) -> None:
     if not text.strip():
         raise BadRow(f"{where} is empty")
-    _check_unicode(text, where)
+    check_unicode(text, where)
 
 
-def _check_unicode(text: str, where: str) -> None:
+def check_unicode(text: str, where: str) -> None:
+    """Raises `BadRow` for a text that no tokenizer and no file takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell as \ud800
         raise BadRow(
             f"{where} is not valid Unicode text (character {error.start + 1} is half a pair)"
         ) from error
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"  # quotes show a stray blank, and escapes what is unprintable
 
 
 def _type_name(value: Any) -> str:

@@ -24,11 +24,11 @@ READ_TASK_CPUS = 0.5
 def read_sources(sources: Sequence[SourceConfig], split: Split) -> Dataset:
     """All rows of all sources, in the order of the sources, their files and their rows.
 
-    Columns: `source` (index into `sources`), `_file`, `_row` (1-based; 0 for a problem of the
-    file as a whole), `columns_json` (the row as one JSON
-    object: rows of one file need not share a schema, so Arrow columns cannot hold them), `problem` (why the
-    row could not be read; empty for a good one). Lazy, and one task per few megabytes. Raises `DataError` for
-    files that do not exist or cannot be opened; call it inside `ordered_and_quiet`.
+    Columns: `source` (index into `sources`), `_file`, `_row` (1-based; 0 for a problem of the file as a
+    whole), `columns_json` (the row as one JSON object: rows of one file need not share a schema, so Arrow
+    columns cannot hold them), `problem` (why the row could not be read; empty for a good one). Lazy, and one
+    task per few megabytes. Raises `DataError` for files that do not exist or cannot be opened; call it inside
+    `ordered_and_quiet`.
     """
     chunks: list[dict[str, Any]] = []
     for index, source in enumerate(sources):

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
     from rayrlhf.batch import Prompt
 
-FETCH_TASK_CPUS = 0.25  # it only copies rows out of a mapped file
+# Fetching only copies rows out of a mapped file. It asks for no CPU, so that workers which take them all
+# cannot keep their own prompts from coming; since nothing else limits tasks without a CPU, their number is
+# limited here.
+FETCH_TASKS = 2
 MAX_BLOCKS = 4096  # each is an object of its own in the cluster, so a long run has several steps in one
 
 
@@ -89,7 +92,8 @@ def prompt_dataset(store_path: str | os.PathLike[str], plan: np.ndarray, start_s
             partial(_fetch, os.path.abspath(store_path)),
             batch_size=None,  # a block in, a block out: the split must see the blocks of the plan
             batch_format="pyarrow",
-            num_cpus=FETCH_TASK_CPUS,
+            num_cpus=0,
+            concurrency=FETCH_TASKS,
         )
 
 

@@ -11,15 +11,16 @@ from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.models.load import resolve_dtype
 from rayrlhf.placement.apply import Slots
-from rayrlhf.reward.functions import function_deployment
+from rayrlhf.reward.functions import FunctionSpec, function_deployment
 from rayrlhf.reward.model import model_deployment
 from rayrlhf.rollout.engine import EngineSettings, rollout_deployment
 from rayrlhf.train.reference import reference_deployment
 
 KV_BLOCK_TOKENS = 32
+PREFILL_TOKENS = 4096  # of a CPU engine, per engine step
 
 
-def run_apps(job: PolicyJob, slots: Slots, reward_functions: dict[int, Any], *, threads: int) -> dict[str, Any]:
+def run_apps(job: PolicyJob, slots: Slots, reward_functions: dict[int, FunctionSpec], *, threads: int) -> dict[str, Any]:
     """App name -> bound deployment, the rollout app first."""
     config = job.config
     apps: dict[str, Any] = {
@@ -89,6 +90,10 @@ def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSett
             "distributed_executor_backend": "uni",
             "kv_cache_memory_bytes": rollout.kv_cache_bytes,
             "block_size": KV_BLOCK_TOKENS,
+            # A prefill in pieces kills vLLM's CPU engine when the request has a seed (it rewinds a generator that
+            # cannot): prompts go in whole.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens(config)),
         }
         env_vars |= {
             "OMP_NUM_THREADS": str(rollout.num_threads or threads),

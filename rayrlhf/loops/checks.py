@@ -9,7 +9,7 @@ from pathlib import Path
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.prompts import PromptStore
-from rayrlhf.reward.functions import RewardError, RewardFunction, load_function, try_function
+from rayrlhf.reward.functions import FunctionSpec, RewardError, find_function, try_function
 from rayrlhf.train.checkpoint import newest_step
 
 TRIED_PROMPTS = 2
@@ -21,7 +21,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Prepared:
-    reward_functions: dict[int, RewardFunction]  # by index of the source
+    reward_functions: dict[int, FunctionSpec]  # by index of the source
 
 
 def check_before_ray(config: PolicyRunConfig) -> Prepared:
@@ -30,25 +30,24 @@ def check_before_ray(config: PolicyRunConfig) -> Prepared:
         _check_model(key, path)
     _check_resume(config)
     check_sources(config.data)
-    functions: dict[int, RewardFunction] = {}
+    functions: dict[int, FunctionSpec] = {}
     for index, source in enumerate(config.reward.sources):
         if source.type == "function":
             try:
-                functions[index] = load_function(source.function)
+                functions[index] = find_function(source.function)
             except RewardError as error:
                 raise RewardError(f"reward.sources.{index}.function: {error}") from error
     return Prepared(functions)
 
 
-def try_rewards(config: PolicyRunConfig, prompts: PromptStore) -> None:
+def try_rewards(functions: dict[int, FunctionSpec], config: PolicyRunConfig, prompts: PromptStore) -> None:
     """Call every reward function once on real prompts, before any model is loaded. Raises `RewardError`."""
     tried = [prompts[i] for i in range(min(TRIED_PROMPTS, len(prompts)))]
-    for index, source in enumerate(config.reward.sources):
-        if source.type == "function":
-            try:
-                try_function(source.function, tried, config.data.label_key)
-            except RewardError as error:
-                raise RewardError(f"reward.sources.{index}.function: {error}") from error
+    for index, function in functions.items():
+        try:
+            try_function(function, tried, config.data.label_key)
+        except RewardError as error:
+            raise RewardError(f"reward.sources.{index}.function: {error}") from error
 
 
 def _model_paths(config: PolicyRunConfig) -> Iterator[tuple[str, str]]:

@@ -49,7 +49,7 @@ from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_sl
 from rayrlhf.placement.lease import delete_apps, start_reaper
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
-from rayrlhf.reward.functions import RewardError
+from rayrlhf.reward.functions import FunctionSpec, RewardError
 from rayrlhf.rollout.weight_sync import WeightHub
 from rayrlhf.train.checkpoint import newest_step
 
@@ -83,7 +83,7 @@ def run_policy(config: PolicyRunConfig) -> int:
         return 130
 
 
-def _run(config: PolicyRunConfig, reward_functions: dict[int, Any], console: Console) -> dict[str, Any]:
+def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], console: Console) -> dict[str, Any]:
     run_path = Path(config.run.path).resolve()
     run_path.mkdir(parents=True, exist_ok=True)
     (run_path / "config.yaml").write_text(dump_resolved(config))
@@ -91,7 +91,7 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, Any], console: Con
     gpus_per_slot = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     check_fits(spec, gpus_per_slot)
     train_prompts, eval_prompts = _prepare_data(config, run_path, console)
-    try_rewards(config, train_prompts)
+    try_rewards(reward_functions, config, train_prompts)
     run_id = f"rayrlhf-{config.run.name}-{uuid.uuid4().hex[:6]}"
     slots = create_slots(
         spec, gpus_per_slot=gpus_per_slot, name=run_id, timeout_seconds=config.placement.start_timeout_seconds

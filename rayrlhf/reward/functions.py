@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
 import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import cloudpickle
 from ray import serve
 
 from rayrlhf.batch import Prompt
@@ -29,40 +29,60 @@ class RewardError(ValueError):
     """A reward function that cannot be found or breaks the contract."""
 
 
-def load_function(spec: str) -> RewardFunction:
-    """Resolve `module:function` or `path/file.py:function`. Raises `RewardError` that names what was not found."""
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise RewardError(f"{spec!r} is not of the form module:function or path/file.py:function")
-    module = _load_file(Path(place)) if place.endswith(".py") else _import(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        public = sorted(n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_"))
-        raise RewardError(f"{place} has no function {name!r}; it has: {', '.join(public) or 'none'}")
-    return function
+@dataclass(frozen=True)
+class FunctionSpec:
+    """A reward function that can travel: a file is carried along as text, since other nodes may not have it."""
+
+    text: str  # as in the config
+    file_source: str | None  # the file's content, for path/file.py:function
+
+    @property
+    def place(self) -> str:
+        return self.text.rpartition(":")[0]
+
+    @property
+    def name(self) -> str:
+        return self.text.rpartition(":")[2]
+
+    def load(self) -> RewardFunction:
+        """Raises `RewardError` that says what was not found."""
+        module = _import(self.place) if self.file_source is None else _run_file(self.place, self.file_source)
+        function = getattr(module, self.name, None)
+        if not callable(function):
+            own = sorted(n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_"))
+            raise RewardError(f"{self.place} has no function {self.name!r}; it has: {', '.join(own) or 'none'}")
+        return function
 
 
-def _import(name: str) -> Any:
+def find_function(text: str) -> FunctionSpec:
+    """Resolve `module:function` or `path/file.py:function` on the driver. Raises `RewardError`."""
+    spec = FunctionSpec(text, None)
+    if not spec.place or not spec.name:
+        raise RewardError(f"{text!r} is not of the form module:function or path/file.py:function")
+    if spec.place.endswith(".py"):
+        path = Path(spec.place)
+        if not path.is_file():
+            raise RewardError(f"{path} is not a file (looked from {Path.cwd()})")
+        spec = FunctionSpec(text, path.read_text())
+    spec.load()
+    return spec
+
+
+def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise RewardError(f"cannot import {name!r} ({error}); is it on PYTHONPATH, or did you mean a .py file?") from error
 
 
-def _load_file(path: Path) -> Any:
-    if not path.is_file():
-        raise RewardError(f"{path} is not a file (looked from {Path.cwd()})")
-    name = f"rayrlhf_user_{path.stem}"
-    module_spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
+def _run_file(path: str, source: str) -> ModuleType:
+    module = ModuleType(f"reward_file_{Path(path).stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses and the like look their module up
     try:
-        module_spec.loader.exec_module(module)
+        exec(compile(source, path, "exec"), module.__dict__)
     except Exception as error:
         raise RewardError(f"{path} fails at import: {type(error).__name__}: {error}") from error
-    # The file need not exist on other nodes: the function travels there as code.
-    cloudpickle.register_pickle_by_value(module)
     return module
 
 
@@ -99,29 +119,28 @@ async def call_function(function: RewardFunction, arguments: dict[str, list[Any]
     return rewards
 
 
-def try_function(spec: str, prompts: Sequence[Prompt], label_key: str | None) -> RewardFunction:
-    """Resolve the function and call it once, with the first prompts and a plain answer. Raises `RewardError`."""
-    function = load_function(spec)
+def try_function(spec: FunctionSpec, prompts: Sequence[Prompt], label_key: str | None) -> None:
+    """Call it once, with the first prompts and a plain answer. Raises `RewardError`."""
+    function = spec.load()
     responses = ["A short answer, to see whether the reward function works."] * len(prompts)
     arguments = arguments_for(function, prompts, responses, label_key)
     try:
         rewards = asyncio.run(call_function(function, arguments, len(prompts)))
     except RewardError as error:
-        raise RewardError(f"{spec} {error}") from error
+        raise RewardError(f"{spec.text} {error}") from error
     except Exception as error:
         raise RewardError(
-            f"{spec} raised {type(error).__name__}: {error} when called with {', '.join(arguments)}"
+            f"{spec.text} raised {type(error).__name__}: {error} when called with {', '.join(arguments)}"
         ) from error
     if all(reward is None for reward in rewards):
-        raise RewardError(f"{spec} returned only NaN or None, which means that scoring failed")
-    return function
+        raise RewardError(f"{spec.text} returned only NaN or None, which means that scoring failed")
 
 
 class FunctionReward:
     """The Serve replica that runs a user's function; CPU work, so it has no slot."""
 
-    def __init__(self, function: bytes, label_key: str | None) -> None:
-        self.function: RewardFunction = cloudpickle.loads(function)
+    def __init__(self, spec: FunctionSpec, label_key: str | None) -> None:
+        self.function = spec.load()
         self.label_key = label_key
 
     async def score(self, prompts: list[Prompt], responses: list[str], _token_ids: Any) -> list[float | None]:
@@ -129,7 +148,7 @@ class FunctionReward:
         return await call_function(self.function, arguments, len(prompts))
 
 
-def function_deployment(function: RewardFunction, *, label_key: str | None, num_replicas: int) -> Any:
+def function_deployment(spec: FunctionSpec, *, label_key: str | None, num_replicas: int) -> Any:
     deployment = serve.deployment(FunctionReward).options(
         name="reward",
         num_replicas=num_replicas,
@@ -138,4 +157,4 @@ def function_deployment(function: RewardFunction, *, label_key: str | None, num_
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=2,
     )
-    return deployment.bind(cloudpickle.dumps(function), label_key)
+    return deployment.bind(spec, label_key)

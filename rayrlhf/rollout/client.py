@@ -13,8 +13,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.rollout import RolloutConfig, SamplingConfig
 from rayrlhf.rollout.engine import Generation
+from rayrlhf.rollout.failures import EngineDied
 
 RETRY_SECONDS = 0.5
+MAX_ENGINE_DEATHS = 2  # that one request survives
 GREEDY = 1e-6  # below this temperature vLLM takes the likeliest token
 
 
@@ -62,6 +64,7 @@ class RolloutClient:
         self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int
     ) -> list[Generation]:
         deadline = time.monotonic() + self.config.timeout_seconds
+        deaths = 0
         while True:
             try:
                 response = self.engines.generate.remote(prompt_ids, params, min_version)
@@ -69,8 +72,11 @@ class RolloutClient:
             except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
                 last_error: Exception = error
             except RayTaskError as error:
-                if not isinstance(error.cause, RayActorError | RayServeException):
+                if not isinstance(error.cause, RayActorError | RayServeException | EngineDied):
                     raise
+                deaths += isinstance(error.cause, EngineDied)
+                if deaths > MAX_ENGINE_DEATHS:
+                    raise  # the request itself kills engines: trying on would only take the others down
                 last_error = error
             except TimeoutError as error:
                 raise TimeoutError(

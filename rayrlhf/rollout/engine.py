@@ -16,8 +16,10 @@ from ray import serve
 
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
+from rayrlhf.rollout.failures import EngineDied
 
 NAMESPACE = "rayrlhf"
+EXIT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,11 @@ class RolloutReplica:
         self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
     ) -> list[Generation]:
         """One generation per entry of `sampling` (vLLM's SamplingParams), by weights of at least `min_version`."""
-        return await self.engine.call("generate", prompt_ids, sampling, min_version)
+        try:
+            return await self.engine.call("generate", prompt_ids, sampling, min_version)
+        except EngineDied:
+            asyncio.get_running_loop().call_later(EXIT_SECONDS, os._exit, 1)  # tell the caller first, then restart
+            raise
 
     async def catch_up(self, version: int) -> dict[str, int]:
         return {"replica": self.engine.rank, "version": await self.engine.call("catch_up", version)}

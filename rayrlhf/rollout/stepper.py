@@ -21,6 +21,7 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from rayrlhf.rollout.bucket import TensorSlice
+from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.rollout.vllm_worker import OBJECT_STORE
 
 Result = TypeVar("Result")
@@ -80,7 +81,7 @@ class Stepper:
 
     def raise_if_dead(self) -> None:
         if self._failure is not None:
-            raise RuntimeError("the vLLM engine has died") from self._failure
+            raise EngineDied(f"{type(self._failure).__name__}: {self._failure}") from self._failure
 
     async def _rpc(self, method: str, **kwargs: Any) -> list[Any]:
         return await self._on_thread(lambda: self._engine.collective_rpc(method, None, (), kwargs))
@@ -109,7 +110,7 @@ class Stepper:
             # Whatever it was, the engine cannot go on: everybody who waits learns of it, and so does the health check.
             self._failure = failure
             for future in self._waiting.values():
-                future.set_exception(failure)
+                future.set_exception(EngineDied(f"{type(failure).__name__}: {failure}"))
 
     def _run_commands(self) -> None:
         """Run what was asked for; return only when there is something to step."""

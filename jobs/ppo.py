@@ -1,0 +1,20 @@
+"""PPO and its kin, online: python jobs/ppo.py CONFIG.yaml [OTHER.yaml ...] [key.path=value ...]"""
+
+from __future__ import annotations
+
+import sys
+
+from rayrlhf.config.load import load_or_exit
+from rayrlhf.config.run import PolicyRunConfig
+
+
+def main() -> int:
+    config = load_or_exit(PolicyRunConfig, sys.argv[1:])
+    # Only now that the config is known to be good: this imports torch and ray, which takes seconds.
+    from rayrlhf.loops.run import run_policy
+
+    return run_policy(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,60 @@
+"""From the command line to a validated configuration, or to every problem at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from rayrlhf.config.base import ConfigError, Problem, Section
+from rayrlhf.config.explain import explain
+from rayrlhf.config.reference import help_text
+from rayrlhf.config.tree import read_tree, write_tree
+
+S = TypeVar("S", bound=Section)
+
+
+def load_config(schema: type[S], argv: Sequence[str]) -> S:
+    """The configuration of `argv`: YAML files merged from left to right, then `key.path=value` overrides.
+
+    `--help` prints the key reference and raises `SystemExit(0)`. Raises `ConfigError` with all problems.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(schema, _program()))
+        raise SystemExit(0)
+    if not argv:
+        fix = f"{_program()} CONFIG.yaml [key.path=value ...]; --help lists the keys"
+        raise ConfigError([Problem("the command line", "nothing", "at least one YAML file", fix)])
+    tree = read_tree(argv)
+    problems = list(tree.problems)
+    if not tree.unreadable:
+        try:
+            config = schema.model_validate(tree.values)
+            if not problems:
+                return config
+        except ValidationError as error:
+            problems += explain(error, schema, tree.values)
+    placed = [replace(p, where=p.where or tree.places.get(p.path, "")) for p in problems]
+    raise ConfigError(placed, tree.source)
+
+
+def load_or_exit(schema: type[S], argv: Sequence[str]) -> S:
+    """`load_config`, for a job: problems go to stderr and the process ends with exit code 2."""
+    try:
+        return load_config(schema, argv)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def dump_resolved(config: Section) -> str:
+    """The whole configuration as YAML, defaults included; loading it gives an equal one."""
+    return write_tree(config.model_dump(mode="json"))
+
+
+def _program() -> str:
+    return f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "python job.py"

@@ -1,0 +1,193 @@
+"""What must hold between fields: each rule fires when broken, and not when the same keys fit together."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.config.conftest import Load, Problems
+
+# name: (overrides that break one rule, the path of its problem, what to add so that the rule holds)
+RULES = {
+    "rloo needs a group": (["algorithm.advantage=rloo"], "rollout.group_size", ["rollout.group_size=2"]),
+    "grpo needs a group": (["algorithm.advantage=grpo"], "rollout.group_size", ["rollout.group_size=2"]),
+    "dr_grpo needs a group": (["algorithm.advantage=dr_grpo"], "rollout.group_size", ["rollout.group_size=2"]),
+    "reinforce_pp_baseline needs a group": (
+        ["algorithm.advantage=reinforce_pp_baseline"],
+        "rollout.group_size",
+        ["rollout.group_size=2"],
+    ),
+    "a critic only with gae": (
+        ["algorithm.advantage=reinforce_pp", "critic.lr=1e-5"],
+        "critic",
+        ["algorithm.advantage=gae"],
+    ),
+    "a critic warm-up only with gae": (
+        ["algorithm.advantage=reinforce_pp", "algorithm.critic_warmup_steps=1"],
+        "algorithm.critic_warmup_steps",
+        ["algorithm.advantage=gae"],
+    ),
+    "the actor leaves its warm-up": (
+        ["algorithm.critic_warmup_steps=10"],
+        "algorithm.critic_warmup_steps",
+        ["train.num_steps=11"],
+    ),
+    "workers share prompts evenly": (
+        ["train.num_workers=3", "rollout.prompts_per_step=64"],
+        "rollout.prompts_per_step",
+        ["rollout.prompts_per_step=63"],
+    ),
+    # 4 prompts x 2 samples, 2 workers x 5 mini-batches: 8 < 10
+    "mini-batches are filled": (
+        ["rollout.prompts_per_step=4", "rollout.group_size=2", "train.num_workers=2", "algorithm.mini_batches=5"],
+        "algorithm.mini_batches",
+        ["algorithm.mini_batches=4"],
+    ),
+    # 100 + 28 = 128 > 127
+    "the longest sample fits": (
+        [
+            "data.max_prompt_tokens=100",
+            "rollout.sampling.max_new_tokens=28",
+            "train.max_tokens_per_micro_batch=127",
+        ],
+        "train.max_tokens_per_micro_batch",
+        ["train.max_tokens_per_micro_batch=128"],
+    ),
+    "training samples": (
+        ["rollout.sampling.temperature=0"],
+        "rollout.sampling.temperature",
+        ["rollout.sampling.temperature=0.1"],
+    ),
+    "adaptive KL has a target": (
+        ["algorithm.kl_controller=adaptive"],
+        "algorithm.kl_target",
+        ["algorithm.kl_target=0.1"],
+    ),
+    "a KL target is used": (
+        ["algorithm.kl_target=0.1"],
+        "algorithm.kl_target",
+        ["algorithm.kl_controller=adaptive"],
+    ),
+    "adaptive KL is in the reward": (
+        ["algorithm.kl_controller=adaptive", "algorithm.kl_target=0.1", "algorithm.kl_in=loss"],
+        "algorithm.kl_controller",
+        ["algorithm.kl_in=reward"],
+    ),
+    "adaptive KL can move": (
+        ["algorithm.kl_controller=adaptive", "algorithm.kl_target=0.1", "algorithm.kl_coef=0"],
+        "algorithm.kl_coef",
+        ["algorithm.kl_coef=0.1"],
+    ),
+    "a reference is asked": (
+        ["algorithm.kl_coef=0", "ref.location=worker"],
+        "ref",
+        ["algorithm.kl_coef=0.1"],
+    ),
+    "replicas of the reference are used": (
+        ["ref.num_replicas=2"],
+        "ref.num_replicas",
+        ["ref.location=serve"],
+    ),
+    "dual clip has a ratio": (
+        ["algorithm.policy_loss=reinforce", "algorithm.dual_clip=3"],
+        "algorithm.dual_clip",
+        ["algorithm.policy_loss=ppo"],
+    ),
+    "probabilities of train for all or none": (
+        ["data.train=[a, {path: b, probability: 0.5}]"],
+        "data.train",
+        ["data.train=[{path: a, probability: 1}, {path: b, probability: 0.5}]"],
+    ),
+    "probabilities of eval for all or none": (
+        ["data.eval=[a, {path: b, probability: 0.5}]"],
+        "data.eval",
+        ["data.eval=[a, b]"],
+    ),
+    "one kind of template": (
+        ["data.input_template='Q: {}'"],
+        "data.input_template",
+        ["data.apply_chat_template=false"],
+    ),
+    "a system prompt needs the chat template": (
+        ["data.apply_chat_template=false", "data.system_prompt=Be brief."],
+        "data.system_prompt",
+        ["data.apply_chat_template=true"],
+    ),
+    "fewest tokens fit": (
+        ["rollout.sampling.min_new_tokens=257"],
+        "rollout.sampling.min_new_tokens",
+        ["rollout.sampling.max_new_tokens=257"],
+    ),
+    "fewest tokens of an evaluation fit": (
+        ["eval.sampling.min_new_tokens=257"],
+        "eval.sampling.min_new_tokens",
+        ["eval.sampling.max_new_tokens=257"],
+    ),
+    "evaluation at steps has prompts": (["eval.every_steps=5"], "eval.every_steps", ["data.eval=held-out.jsonl"]),
+    "evaluation of prompts has prompts": (["eval.num_prompts=5"], "eval.num_prompts", ["data.eval=held-out.jsonl"]),
+    "the learning rate's warm-up ends": (["train.warmup_steps=11"], "train.warmup_steps", ["train.num_steps=11"]),
+    "offloading has a partition": (
+        ["train.offload_optimizer=true", "train.zero_stage=0"],
+        "train.offload_optimizer",
+        ["train.zero_stage=1"],
+    ),
+    "a clip is a range": (["reward.clip=[1, -1]"], "reward.clip", ["reward.clip=[-1, 1]"]),
+    "names of rewards differ": (
+        ["reward.sources=[{type: model, path: a, name: x}, {type: model, path: b, name: x}]"],
+        "reward.sources",
+        ["reward.sources.1.name=y"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("broken", "path", "mended"), RULES.values(), ids=RULES)
+def test_a_rule_is_told_when_broken_and_only_then(
+    broken: list[str], path: str, mended: list[str], load: Load, problems: Problems
+) -> None:
+    found = problems(*broken)
+    assert list(found) == [path]
+    assert found[path].got and found[path].wanted and found[path].fix
+    load(*broken, *mended)
+
+
+@pytest.mark.parametrize(("broken", "path", "mended"), RULES.values(), ids=RULES)
+def test_an_unrelated_error_hides_no_rule(
+    broken: list[str], path: str, mended: list[str], problems: Problems
+) -> None:
+    # One bad value in the section that nearly every rule reads, one at the top, one unknown key.
+    found = problems(*broken, "train.lr=fast", "run.seed=-1", "checkpoint.evry_steps=3")
+    assert found.keys() == {path, "train.lr", "run.seed", "checkpoint.evry_steps"}
+
+
+def test_rules_broken_together_are_told_together(problems: Problems) -> None:
+    found = problems(
+        "algorithm.advantage=grpo", "critic.lr=1e-5", "train.num_workers=7", "train.warmup_steps=11", "algorithm.lam=2"
+    )
+    assert found.keys() == {
+        "rollout.group_size",
+        "critic",
+        "rollout.prompts_per_step",
+        "train.warmup_steps",
+        "algorithm.lam",
+    }
+
+
+def test_a_rule_keeps_quiet_about_a_value_that_is_wrong_already(problems: Problems) -> None:
+    # With the default group_size, 1, the rule of grpo would fire; what the user meant is not known.
+    assert problems("algorithm.advantage=grpo", "rollout.group_size=many").keys() == {"rollout.group_size"}
+    assert problems("algorithm.advantage=grpo", "rollout.gruop_size=4").keys() == {"rollout.gruop_size"}
+
+
+def test_the_arithmetic_is_told(problems: Problems) -> None:
+    prompts = problems("train.num_workers=7")["rollout.prompts_per_step"]
+    assert "63 or 70" in prompts.fix  # the multiples of 7 around 64
+    longest = problems("train.max_tokens_per_micro_batch=1000")["train.max_tokens_per_micro_batch"]
+    assert "1280" in longest.wanted and "1280" in longest.fix  # 1024 + 256, the defaults
+
+
+def test_what_is_needed_and_left_out_gets_its_defaults(load: Load) -> None:
+    ppo = load()
+    assert ppo.needs_critic and ppo.critic is not None and ppo.critic.lr == 1e-5
+    assert ppo.needs_ref and ppo.ref is not None and ppo.ref.location == "worker"
+    bare = load("algorithm.advantage=reinforce_pp", "algorithm.kl_coef=0")
+    assert not bare.needs_critic and bare.critic is None
+    assert not bare.needs_ref and bare.ref is None
