@@ -4,8 +4,8 @@ Legend for shape comments, used all over the code:
   T  tokens of one packed stream      S  sequences packed into it      V  vocabulary      H  hidden size
 
 Every per-token field has the length T of `input_ids`; index t describes token t. `logprobs[t]` is the
-log-probability of token t given the tokens before it and `values[t]` the value of the state before it, so position
-0 of every sequence carries no prediction and is always masked. Nothing has length T-1.
+log-probability of token t given the tokens before it and `values[t]` the value of the state before it, so
+position 0 of every sequence carries no prediction and is always masked. Nothing has length T-1.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class PackedBatch:
     cu_seqlens: Tensor  # [S+1] int32, first 0 and last T
     loss_mask: Tensor  # [T] float32, 1 where the token is to be learnt
     scores: Tensor | None = None  # [S] float32
-    group_ids: Tensor | None = None  # [S] int64, equal for samples of one prompt; -1 for a sequence that weighs nothing
+    group_ids: Tensor | None = (
+        None  # [S] int64, equal for samples of one prompt; -1 for a sequence that weighs nothing
+    )
     rollout_logprobs: Tensor | None = None  # [T] float32, 0 outside the loss mask
     old_logprobs: Tensor | None = None  # [T] the policy before this step's updates
     ref_logprobs: Tensor | None = None  # [T]

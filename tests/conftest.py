@@ -14,6 +14,8 @@ for name, value in {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(name, value)
 
@@ -32,7 +34,6 @@ def ray_session() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=500_000_000,
-        runtime_env={"env_vars": {"DS_ACCELERATOR": "cpu"}},
     )
     yield
     ray.shutdown()

@@ -28,10 +28,12 @@ from typing import IO
 # folder: /session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.
 MAX_TEMP_DIR_BYTES = 107 - 72
 
-START_TIMEOUT_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 120.0  # it takes 3 s on an idle machine, and 20 s on a busy one with two cores
 STOP_TIMEOUT_SECONDS = 20.0  # more than the supervisor's two deadlines together
 POLL_SECONDS = 0.1
 LAST_WORDS_CHARACTERS = 2000
+MAX_OUTPUT_BYTES = 1_000_000  # `ray start` says a few kilobytes
+STARTED = "Ray runtime started"  # what `ray start` prints when all of its processes are up
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 # Settings of another cluster or of an enclosing Ray job, which must not reach this one.
@@ -67,7 +69,8 @@ class LocalHead:
         object_store_bytes: int | None = None,
         start_timeout_seconds: float = START_TIMEOUT_SECONDS,
     ) -> None:
-        self.temp_dir = Path(temp_dir or f"/tmp/ray-{secrets.token_hex(4)}")
+        # Absolute: the supervisor and Ray run in that folder, not in ours.
+        self.temp_dir = Path(temp_dir or f"/tmp/ray-{secrets.token_hex(4)}").absolute()
         length = len(os.fsencode(self.temp_dir))
         if length > MAX_TEMP_DIR_BYTES:
             raise ValueError(
@@ -158,7 +161,8 @@ class LocalHead:
     def _wait_until_ready(self) -> None:
         assert self._supervisor is not None
         deadline = time.monotonic() + self._start_timeout_seconds
-        while not self._job_server_answers():
+        # The job server answers before the node is complete, so wait for Ray's own word first.
+        while not (STARTED in self._read_output() and self._job_server_answers()):
             if self._supervisor.poll() is not None:
                 raise RuntimeError(f"the local Ray head ended while starting. {self._last_words()}")
             if time.monotonic() > deadline:
@@ -166,10 +170,13 @@ class LocalHead:
                 raise RuntimeError(f"the local Ray head did not answer within {limit}. {self._last_words()}")
             time.sleep(POLL_SECONDS)
 
-    def _last_words(self) -> str:
+    def _read_output(self) -> str:
         assert self._output is not None
-        self._output.seek(0)
-        said = self._output.read().decode(errors="replace").strip()
+        # Not seek and read: the position is shared with the processes that write.
+        return os.pread(self._output.fileno(), MAX_OUTPUT_BYTES, 0).decode(errors="replace").strip()
+
+    def _last_words(self) -> str:
+        said = self._read_output()
         return f"The end of its output:\n{said[-LAST_WORDS_CHARACTERS:]}" if said else "It said nothing."
 
     def _job_server_answers(self) -> bool:

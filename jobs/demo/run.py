@@ -30,10 +30,10 @@ CONFIG = "jobs/configs/demo.yaml"
 NUM_CPUS = 4
 
 # A line of Ray's own logger at level INFO or SUCC, perhaps forwarded from a worker:
-# "(Name pid=1) 2026-01-01 00:00:00,000<tab>INFO cli.py:39 -- ...".
+# "(Name pid=1) 2026-01-01 00:00:00,000<tab>INFO cli.py:39 -- ...", or its word that .git stays here.
 RAY_CHATTER = re.compile(
     r"(\x1b\[\d+m)*(\([^)]*\bpid=\d+[^)]*\)(\x1b\[\d+m)* )?"
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(INFO|SUCC)\s+\w+\.py:\d+ -- "
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+((INFO|SUCC)\s+\w+\.py|WARNING\s+working_dir\.py):\d+ -- "
     r"|Running entrypoint for job "
 )
 

@@ -25,6 +25,7 @@ from rayrlhf.config.reference import (
 
 S = TypeVar("S", bound=Section)
 
+UNKNOWN_KEY = ("extra_forbidden", "invalid_key")  # the second is a key that is not even a text
 MAX_SHOWN = 100  # characters of a wrong value
 BOUND_FIXES = {
     "greater_than_equal": ("ge", "to {} or more"),
@@ -36,8 +37,16 @@ BOUND_FIXES = {
 
 def explain(error: ValidationError, schema: type[Section], values: Mapping[str, Any]) -> list[Problem]:
     """Every problem of `values`: unknown keys, bad values, and good values that do not fit together."""
-    details = [e for e in error.errors() if not isinstance(e.get("ctx", {}).get("error"), ConfigError)]
-    unknown = [_locate(schema, e["loc"])[0] for e in details if e["type"] == "extra_forbidden"]
+    details: list[ErrorDetails] = []
+    failed_checks: list[Problem] = []
+    for detail in error.errors():
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            path = _locate(schema, detail["loc"])[0]
+            failed_checks += [replace(p, path=f"{path}.{p.path}" if path else p.path) for p in cause.problems]
+        else:
+            details.append(detail)
+    unknown = [_locate(schema, e["loc"])[0] for e in details if e["type"] in UNKNOWN_KEY]
     meant = {suggestion for path in unknown for suggestion in suggest(schema, path)}
     problems: list[Problem] = []
     for detail in details:
@@ -46,7 +55,7 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
         if missing and isinstance(location[-1], int):
             location, missing = location[:-1], False  # a list of two numbers that has only one
         path, node, default = _locate(schema, location)
-        if detail["type"] == "extra_forbidden":
+        if detail["type"] in UNKNOWN_KEY:
             problems.append(_unknown_key(schema, path, detail))
         elif missing:
             problems += [p for p in _missing(path, node) if not meant & {p.path, path}]
@@ -55,7 +64,7 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
     good = valid_part(schema, values)
     for path in meant:
         _forget(good, path.split("."))  # its value is not the default: it was given under a wrong name
-    return [*problems, *_failed_checks(good)]
+    return [*problems, *dict.fromkeys([*failed_checks, *_failed_checks(good)])]
 
 
 def valid_part(schema: type[S], values: Mapping[str, Any]) -> S:
@@ -71,7 +80,9 @@ def valid_part(schema: type[S], values: Mapping[str, Any]) -> S:
             fields[name] = valid_part(sections[0], value)
             continue
         try:
-            fields[name] = TypeAdapter(node).validate_python(value, strict=True)
+            # As strict as its section, except where the field itself says otherwise; sections bring their own.
+            config = None if sections else Section.model_config
+            fields[name] = TypeAdapter(node, config=config).validate_python(value)
         except ValidationError:
             fields.pop(name, None)
     return part
@@ -146,18 +157,22 @@ def _bad_value(path: str, node: Any, default: str | None, detail: ErrorDetails) 
 def _fix(path: str, detail: ErrorDetails, node: Any, default: str | None) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     example = f", for example {path}={default}, the default" if default not in (None, "null", "[]") else ""
+    if kind == "model_type" and (sections := sections_in(node)):
+        return f"put its keys below it, as in {path}.{next(iter(sections[0].model_fields))}=..."
     if value is None:
-        return f"remove the key{f' to get the default, {default}' if default else ''}, or give it a value"
+        return (
+            f"remove the key to get the default, {default}, or give it a value"
+            if default
+            else "give it a value"
+        )
     if kind in BOUND_FIXES:
         name, words = BOUND_FIXES[kind]
-        return f"set {path} {words.format(show(context[name]))}"
+        return f"set {path} {words.format(f'{context[name]:g}')}"
     if kind == "literal_error":
         return _closest(value, [show(option) for option in _options(node)], path)
     if kind == "string_type" and isinstance(value, int | float):
         text = show(value)
         return f"put it in quotes: '{text}' in a file, {path}='\"{text}\"' on the command line"
-    if kind == "model_type" and (sections := sections_in(node)):
-        return f"put its keys below it, as in {path}.{next(iter(sections[0].model_fields))}=..."
     if kind in ("list_type", "tuple_type"):
         return f"write a list, as in {path}: [...]"
     if kind == "bool_type":
@@ -177,7 +192,7 @@ def _options(node: Any) -> list[Any]:
 
 
 def _closest(value: Any, options: list[str], path: str) -> str:
-    close = get_close_matches(str(value).lower(), options, n=1, cutoff=0.5)
+    close = get_close_matches(str(value).lower(), options, n=1)
     return f"did you mean {close[0]}?" if close else f"set {path} to one of them"
 
 
@@ -211,7 +226,8 @@ def suggest(schema: type[Section], path: str) -> list[str]:
         if same := [p for p in paths if _leaf(p) == leaf]:
             return [p for p in same if p.startswith(_numbered(section) + ".")] or same[:2]
     far = get_close_matches(leaf, {_leaf(p) for p in paths}, n=1, cutoff=0.8)
-    return [p for p in paths if _leaf(p) in far][:2] or get_close_matches(path, paths, n=1, cutoff=0.8)
+    others = [p for p in paths if not _numbered(path).startswith(f"{p}.")]  # not the section it stands in
+    return [p for p in paths if _leaf(p) in far][:2] or get_close_matches(path, others, n=1, cutoff=0.8)
 
 
 def _siblings(schema: type[Section], section: str) -> list[str]:

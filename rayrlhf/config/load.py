@@ -37,7 +37,8 @@ def load_config(schema: type[S], argv: Sequence[str]) -> S:
             if not problems:
                 return config
         except ValidationError as error:
-            problems += explain(error, schema, tree.values)
+            told = {problem.path for problem in problems}
+            problems += [p for p in explain(error, schema, tree.values) if p.path not in told]
     placed = [replace(p, where=p.where or tree.places.get(p.path, "")) for p in problems]
     raise ConfigError(placed, tree.source)
 

@@ -129,8 +129,6 @@ def show(value: Any) -> str:
     """A value as one would write it in YAML, on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return f"{value:g}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(show, value)) + "]"
     if isinstance(value, dict):

@@ -153,6 +153,8 @@ def _parse(text: str, file: str) -> tuple[Any, dict[str, str], list[Problem]]:
         duplicates: list[Problem] = []
         _walk(node, "", file, places, duplicates)
         return loader.construct_document(node), places, duplicates
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply, or an alias (*name) inside its own anchor (&name)") from None
     finally:
         loader.dispose()
 
@@ -193,7 +195,7 @@ def _apply_override(tree: ConfigTree, override: str) -> None:
     """Set one value in the tree; sections on its way are made, list items are addressed by their index."""
     path, _, text = override.partition("=")
     try:
-        value, _, duplicates = _parse(text, COMMAND_LINE)
+        value, places, duplicates = _parse(text, COMMAND_LINE)
         tree.values = _with_value(tree.values, path.split("."), value, ())
     except yaml.YAMLError as error:
         said = getattr(error, "problem", None) or str(error)
@@ -204,7 +206,9 @@ def _apply_override(tree: ConfigTree, override: str) -> None:
         tree.problems.append(Problem(path, got, wanted, fix, COMMAND_LINE))
     else:
         tree.problems += duplicates
-        tree.places[path] = COMMAND_LINE
+        # The value is replaced as a whole: where its parts stood before says nothing any more.
+        kept = {key: place for key, place in tree.places.items() if not key.startswith(f"{path}.")}
+        tree.places = kept | {path: COMMAND_LINE} | {f"{path}.{key}": COMMAND_LINE for key in places}
 
 
 def _with_value(node: Any, way: Sequence[str], value: Any, passed: tuple[str, ...]) -> Any:

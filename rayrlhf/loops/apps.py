@@ -20,7 +20,9 @@ KV_BLOCK_TOKENS = 32
 PREFILL_TOKENS = 4096  # of a CPU engine, per engine step
 
 
-def run_apps(job: PolicyJob, slots: Slots, reward_functions: dict[int, FunctionSpec], *, threads: int) -> dict[str, Any]:
+def run_apps(
+    job: PolicyJob, slots: Slots, reward_functions: dict[int, FunctionSpec], *, threads: int
+) -> dict[str, Any]:
     """App name -> bound deployment, the rollout app first."""
     config = job.config
     apps: dict[str, Any] = {
@@ -65,7 +67,8 @@ def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSett
         "max_num_seqs": rollout.max_concurrent_requests,
         "seed": config.run.seed,
         "disable_log_stats": True,
-        # What the engine reports must be what the trainer computes: log-probabilities at the sampling temperature.
+        # What the engine reports must be what the trainer computes: log-probabilities at the sampling
+        # temperature.
         "logprobs_mode": "processed_logprobs",
     }
     env_vars = {
@@ -90,8 +93,8 @@ def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSett
             "distributed_executor_backend": "uni",
             "kv_cache_memory_bytes": rollout.kv_cache_bytes,
             "block_size": KV_BLOCK_TOKENS,
-            # A prefill in pieces kills vLLM's CPU engine when the request has a seed (it rewinds a generator that
-            # cannot): prompts go in whole.
+            # A prefill in pieces kills vLLM's CPU engine when the request has a seed (it rewinds a generator
+            # that cannot): prompts go in whole.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens(config)),
         }
@@ -111,6 +114,8 @@ def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSett
 
 
 def max_model_tokens(config: PolicyRunConfig) -> int:
-    """The longest sequence an engine may hold: the prompt budget and the longer of the two response budgets."""
+    """The longest sequence an engine may hold: the prompt budget and the longer of the two response
+    budgets.
+    """
     new_tokens = max(config.rollout.sampling.max_new_tokens, config.eval.sampling.max_new_tokens)
     return config.data.max_prompt_tokens + new_tokens

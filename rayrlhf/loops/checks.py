@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.checks import check_sources
@@ -50,6 +51,30 @@ def try_rewards(functions: dict[int, FunctionSpec], config: PolicyRunConfig, pro
             raise RewardError(f"reward.sources.{index}.function: {error}") from error
 
 
+def with_absolute_paths(config: PolicyRunConfig) -> PolicyRunConfig:
+    """The config with the run's and the models' folders made absolute: workers run in folders of their
+    own.
+    """
+    changes: dict[str, Any] = {
+        "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    }
+    for section in ("model", "critic", "ref"):
+        part = getattr(config, section)
+        if part is not None and part.path is not None:
+            changes[section] = part.model_copy(update={"path": _absolute(part.path)})
+    sources = [
+        source.model_copy(update={"path": _absolute(source.path)}) if source.type == "model" else source
+        for source in config.reward.sources
+    ]
+    changes["reward"] = config.reward.model_copy(update={"sources": sources})
+    return config.model_copy(update=changes)
+
+
+def _absolute(path: str) -> str:
+    """A folder's absolute path; a hub id stays as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
 def _model_paths(config: PolicyRunConfig) -> Iterator[tuple[str, str]]:
     yield "model.path", config.model.path
     if config.critic is not None and config.critic.path is not None:
@@ -66,9 +91,13 @@ def _check_model(key: str, path: str) -> None:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"{key}={path}: the folder has no config.json; wanted a Hugging Face checkpoint folder")
+            raise InputError(
+                f"{key}={path}: the folder has no config.json; wanted a Hugging Face checkpoint folder"
+            )
         return
-    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir()
+    looks_like_hub_id = (
+        path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir()
+    )
     if not looks_like_hub_id:
         raise InputError(
             f"{key}={path}: no such folder (looked from {Path.cwd()}); give the path of a Hugging Face checkpoint folder"

@@ -66,7 +66,9 @@ class LocalCritic:
         return self.learner.infer(batches, value_forward)
 
     def update(self, batches: list[PackedBatch], counts: StepCounts, *, step: int) -> dict[str, float]:
-        objective = value_objective(self.algorithm, counts, clip=self.clip, constant_length=self.constant_length)
+        objective = value_objective(
+            self.algorithm, counts, clip=self.clip, constant_length=self.constant_length
+        )
         metrics = per_token(self.learner.update(batches, value_forward, objective, step=step), counts)
         sums = [explained_variance_sums(_of(b.values), _of(b.returns), b.loss_mask) for b in batches]
         total = collectives.sum_over_ranks(torch.stack(sums).sum(0).cpu())

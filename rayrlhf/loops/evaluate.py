@@ -16,7 +16,8 @@ from rayrlhf.reward.score import RewardClient
 from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.train import collectives
 
-# Evaluation draws from seeds of its own, the same at every evaluation: differences come from the policy alone.
+# Evaluation draws from seeds of its own, the same at every evaluation: differences come from the policy
+# alone.
 EVAL_STEP = 2**31
 
 
@@ -27,7 +28,9 @@ class Evaluation:
 
 
 def eval_plan(num_prompts: int, world_size: int) -> np.ndarray:
-    """Row ids [1, world_size, per_rank] that cover every prompt; the last ranks repeat some to come out even."""
+    """Row ids [1, world_size, per_rank] that cover every prompt; the last ranks repeat some to come out
+    even.
+    """
     per_rank = -(-num_prompts // world_size)
     return np.resize(np.arange(num_prompts), (1, world_size, per_rank))
 

@@ -42,7 +42,8 @@ def collect(
     first_group_id: int,
     on_group: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
-    """Sample and score every prompt. A group is scored as soon as it is there, while others are still generated.
+    """Sample and score every prompt. A group is scored as soon as it is there, while others are still
+    generated.
 
     `on_group` hears how many groups are done. Samples that could not be scored keep `score=None`.
     """
@@ -101,7 +102,8 @@ def add_advantages(
 ) -> list[PackedBatch]:
     """Rewards, advantages and (with a critic) returns; whitened over all ranks where the estimator wants it.
 
-    `batches` are all of this rank's micro-batches of the step, so that a group is compared as a whole. Collective.
+    `batches` are all of this rank's micro-batches of the step, so that a group is compared as a whole.
+    Collective.
     """
     if ADVANTAGES[algorithm.advantage].needs_group:
         estimated = _against_group(batches, algorithm, kl_coef)
@@ -133,14 +135,18 @@ def _per_token(batch: PackedBatch, algorithm: AlgorithmConfig, kl_coef: float) -
     rewards = token_rewards(batch.scores, _penalty(batch, algorithm), kl_coef, mask, cu_seqlens)
     if batch.values is None:
         return batch.with_fields(advantages=return_to_go(rewards, mask, cu_seqlens, gamma=algorithm.gamma))
-    advantages, returns = gae(rewards, batch.values, mask, cu_seqlens, gamma=algorithm.gamma, lam=algorithm.lam)
+    advantages, returns = gae(
+        rewards, batch.values, mask, cu_seqlens, gamma=algorithm.gamma, lam=algorithm.lam
+    )
     return batch.with_fields(advantages=advantages, returns=returns)
 
 
 def _against_group(
     batches: Sequence[PackedBatch], algorithm: AlgorithmConfig, kl_coef: float
 ) -> list[PackedBatch]:
-    """Baselines from the groups of all ranks; a KL penalty in the reward comes off per token, as return-to-go."""
+    """Baselines from the groups of all ranks; a KL penalty in the reward comes off per token, as return-
+    to-go.
+    """
     mine = [
         (int(group), float(score))
         for batch in batches

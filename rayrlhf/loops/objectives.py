@@ -78,7 +78,9 @@ def policy_objective(
             if algorithm.kl_in == "loss":
                 per_token = per_token + kl_coef * kl
         if batch.rollout_logprobs is not None:
-            metrics["rollout/logprob_diff_mean"] = masked((old_logprobs - batch.rollout_logprobs).abs(), mask).sum()
+            metrics["rollout/logprob_diff_mean"] = masked(
+                (old_logprobs - batch.rollout_logprobs).abs(), mask
+            ).sum()
         share = aggregate(
             algorithm.aggregation,
             per_token,

@@ -1,4 +1,6 @@
-"""Online reinforcement learning with a policy: PPO and its kin. Every actor worker runs this loop, under Ray Train."""
+"""Online reinforcement learning with a policy: PPO and its kin. Every actor worker runs this loop, under
+Ray Train.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from rayrlhf.loops.worker import PolicyWorker, stops_cleanly
 
 @stops_cleanly
 def policy_loop(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
-    """Sample, score, estimate advantages, update critic and actor, hand the new weights to the engines; repeat."""
+    """Sample, score, estimate advantages, update critic and actor, hand the new weights to the engines;
+    repeat.
+    """
     w = PolicyWorker(arguments["job"])
     w.resume()
     if w.state.step == 0:

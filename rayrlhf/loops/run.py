@@ -1,10 +1,13 @@
-"""The driver of a policy run: check, plan, place, serve, fit, tear down. No training data passes through here."""
+"""The driver of a policy run: check, plan, place, serve, fit, tear down. No training data passes through
+here.
+"""
 
 from __future__ import annotations
 
 import os
 
-# Ray Train reads these when it is imported. Reports are polled; at the default interval each costs two seconds.
+# Ray Train reads these when it is imported. Reports are polled; at the default interval each costs two
+# seconds.
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -28,23 +31,23 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from rayrlhf.config.load import dump_resolved
 from rayrlhf.config.data import SourceConfig
+from rayrlhf.config.load import dump_resolved
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.files import Split
 from rayrlhf.data.prompts import PromptStore, prepare_prompts
 from rayrlhf.data.rows import DataError
 from rayrlhf.data.stream import prompt_dataset, prompt_plan
 from rayrlhf.loops.apps import run_apps
-from rayrlhf.loops.checks import InputError, check_before_ray, try_rewards
+from rayrlhf.loops.checks import InputError, check_before_ray, try_rewards, with_absolute_paths
 from rayrlhf.loops.evaluate import eval_plan
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.session import DeploymentFailed, deploy, last_line, ray_session, watched
 from rayrlhf.loops.summary import write_summary
 from rayrlhf.observe.board import NAMESPACE, Board
-from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.observe.console import Console
+from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
 from rayrlhf.placement.lease import delete_apps, start_reaper
 from rayrlhf.placement.plan import plan_placement
@@ -62,11 +65,14 @@ class RunFailed(RuntimeError):
 
 
 def run_policy(config: PolicyRunConfig) -> int:
-    """Run to the end. Returns the exit code: 0 done, 2 bad input, 1 anything else; errors are one clear message."""
+    """Run to the end. Returns the exit code: 0 done, 2 bad input, 1 anything else; errors are one clear
+    message.
+    """
     console = Console(config.observe.console)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    previous = signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         prepared = check_before_ray(config)
+        config = with_absolute_paths(config)
         with ray_session(NAMESPACE) as where:
             console.say(where)
             summary = _run(config, prepared.reward_functions, console)
@@ -81,10 +87,14 @@ def run_policy(config: PolicyRunConfig) -> int:
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], console: Console) -> dict[str, Any]:
-    run_path = Path(config.run.path).resolve()
+def _run(
+    config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], console: Console
+) -> dict[str, Any]:
+    run_path = Path(config.run.path)
     run_path.mkdir(parents=True, exist_ok=True)
     (run_path / "config.yaml").write_text(dump_resolved(config))
     spec = plan_placement(config)
@@ -113,11 +123,16 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], con
         )
         trainer = _make_trainer(job, slots, run_path, train_prompts, eval_prompts)
         apps = run_apps(job, slots, reward_functions, threads=_threads(config.rollout.num_engines))
-        console.say(f"starting {config.train.num_workers} training worker(s), {config.rollout.num_engines} engine(s), …")
+        console.say(
+            f"starting {config.train.num_workers} training worker(s), {config.rollout.num_engines} engine(s), …"
+        )
         deploy(apps)
         # Engines and trainer come up side by side; the workers' first request waits for the engines.
         up = watched(
-            apps, timeout_seconds=config.rollout.start_timeout_seconds, tell=console.say, give_up=trainer.abort
+            apps,
+            timeout_seconds=config.rollout.start_timeout_seconds,
+            tell=console.say,
+            give_up=trainer.abort,
         )
         with drain_in_background(board, sinks), up:
             result = _fit(trainer, run_path)
@@ -182,7 +197,10 @@ def _prepare_data(
     config: PolicyRunConfig, run_path: Path, console: Console
 ) -> tuple[PromptStore, PromptStore | None]:
     stores: list[PromptStore | None] = []
-    splits: list[tuple[Split, list[SourceConfig]]] = [("train", config.data.train), ("eval", config.data.eval)]
+    splits: list[tuple[Split, list[SourceConfig]]] = [
+        ("train", config.data.train),
+        ("eval", config.data.eval),
+    ]
     for split, sources in splits:
         if not sources:
             stores.append(None)
@@ -239,5 +257,3 @@ def _torn_down(run_id: str, lease: ActorHandle, slots: Slots) -> Iterator[None]:
 def _exit_on_signal(_signal: int, _frame: Any) -> None:
     """`ray job stop` sends SIGTERM: leave through every `finally`."""
     sys.exit(143)
-
-

@@ -27,10 +27,15 @@ class DeploymentFailed(RuntimeError):
 def ray_session(namespace: str) -> Iterator[str]:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it set), or start a local one and stop it.
 
-    Yields a sentence for the console.
+    A process that has Ray running already (a notebook, a test) keeps it. Yields a sentence for the console.
     """
+    if ray.is_initialized():
+        yield "using the Ray of this process"
+        return
     address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+    options: dict[str, Any] = (
+        {"address": address} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+    )
     ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
     for name in ("ray.serve", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -54,7 +59,8 @@ def deploy(apps: dict[str, Any]) -> None:
 def watched(
     apps: Iterable[str], *, timeout_seconds: float, tell: Callable[[str], None], give_up: Callable[[], None]
 ) -> Iterator[None]:
-    """While the body runs, wait for the apps to come up; call `give_up`, which must end the body, if one fails.
+    """While the body runs, wait for the apps to come up; call `give_up`, which must end the body, if one
+    fails.
 
     Raises `DeploymentFailed` with the app's own reason, whatever the body raised when it was ended.
     """

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import torch
@@ -25,10 +23,11 @@ from rayrlhf.loops.evaluate import evaluate
 from rayrlhf.loops.experience import MiniBatch, collect
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.objectives import StepCounts, per_token, policy_forward, policy_objective
+from rayrlhf.loops.reporting import Reporter, rollout_metrics
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import load_policy, load_tokenizer, resolve_dtype
-from rayrlhf.observe.board import NAMESPACE, Report
-from rayrlhf.observe.metrics import Timer, check_keys
+from rayrlhf.observe.board import NAMESPACE
+from rayrlhf.observe.metrics import Timer
 from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource
 from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.rollout.weight_sync import WeightSync
@@ -66,7 +65,8 @@ class PolicyWorker:
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         torch.set_num_threads(job.threads_per_worker)
         torch.manual_seed(config.run.seed)
-        self.board = ray.get_actor(job.board, namespace=NAMESPACE)
+        self.state = LoopState()
+        self.reporter = Reporter(job.board, self.rank)
         self.timer = Timer()
         self.metrics: dict[str, float] = {}
         self.started = time.perf_counter()
@@ -75,13 +75,15 @@ class PolicyWorker:
         self.critic: Critic = LocalCritic(config) if config.needs_critic else NoCritic()
         self.reference = self._make_reference()
         self.kl = make_kl_controller(config.algorithm)
-        self.rollouts = RolloutClient(serve.get_app_handle(job.rollout_app), config.rollout, seed=config.run.seed)
+        self.rollouts = RolloutClient(
+            serve.get_app_handle(job.rollout_app), config.rollout, seed=config.run.seed
+        )
         self.rewards = RewardClient(
             [RewardSource(name, weight, serve.get_app_handle(app)) for name, weight, app in job.reward_apps],
             config.reward,
         )
         self.sync = self._make_sync()
-        self.state = LoopState()
+        self.last_evaluation: dict[str, Any] = {}
         self._eval_prompts: list[Prompt] | None = None
 
     def _make_actor(self) -> Learner:
@@ -147,7 +149,11 @@ class PolicyWorker:
     def count_failures(self, samples: Sequence[Sample], kept: Sequence[Sample]) -> None:
         unscored = sum(sample.score is None for sample in samples)
         totals = collectives.sum_metrics(
-            {"unscored": float(unscored), "dropped": float(len(samples) - len(kept)), "all": float(len(samples))}
+            {
+                "unscored": float(unscored),
+                "dropped": float(len(samples) - len(kept)),
+                "all": float(len(samples)),
+            }
         )
         self.metrics["reward/failed"] = totals["dropped"]
         self.rewards.check(int(totals["unscored"]), int(totals["all"]))
@@ -172,7 +178,9 @@ class PolicyWorker:
         return self.per_mini_batch(mini_batches, infer)
 
     def _needs_old_logprobs(self) -> bool:
-        """One update per batch starts at the old policy itself: its first forward pass gives the old log-probs."""
+        """One update per batch starts at the old policy itself: its first forward pass gives the old log-
+        probs.
+        """
         single_update = self.algorithm.updates_per_batch * self.algorithm.mini_batches == 1
         kl_in_reward = self.reference is not None and self.algorithm.kl_in == "reward"
         return kl_in_reward or not single_update
@@ -181,7 +189,9 @@ class PolicyWorker:
     def per_mini_batch(
         mini_batches: Sequence[MiniBatch], change: Callable[[MiniBatch], list[PackedBatch]]
     ) -> list[MiniBatch]:
-        """Apply `change` to all micro-batches of the step at once and cut the result into mini-batches again."""
+        """Apply `change` to all micro-batches of the step at once and cut the result into mini-batches
+        again.
+        """
         changed = iter(change([batch for batches in mini_batches for batch in batches]))
         return [[next(changed) for _ in batches] for batches in mini_batches]
 
@@ -238,11 +248,11 @@ class PolicyWorker:
         if when == "before":
             self.state.eval_before = kept
         self.last_evaluation = kept
-        self._post(Report("eval", self.state.step, when, result.metrics, result.rows))
+        self.reporter.evaluation(self.state.step, when, result.metrics, result.rows)
 
     def finish(self) -> dict[str, Any]:
         """The evaluation after the last step, the export, and what the summary is made of."""
-        self.last_evaluation: dict[str, Any] = {}
+        self.last_evaluation = {}
         self.evaluate("after")
         export = self._export() if self.config.checkpoint.export else None
         self._keep_time()
@@ -268,7 +278,7 @@ class PolicyWorker:
     # Telling what happens
 
     def say(self, text: str) -> None:
-        self._post(Report("phase", getattr(self, "state", LoopState()).step, text))
+        self.reporter.say(self.state.step, text)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -276,92 +286,32 @@ class PolicyWorker:
         with self.timer(name):
             yield
 
-    def report(self, samples: Sequence[Sample], kept: Sequence[Sample], mini_batches: Sequence[MiniBatch]) -> None:
+    def report(
+        self, samples: Sequence[Sample], kept: Sequence[Sample], mini_batches: Sequence[MiniBatch]
+    ) -> None:
         """The step's metrics and a few of its rollouts. Collective."""
         seconds = self.timer.drain()
-        for phase, spent in seconds.items():
-            name = phase.removeprefix("time/")
-            if name != "step":
-                self.state.seconds_per_phase[name] = self.state.seconds_per_phase.get(name, 0.0) + spent
-        metrics = (
-            self.metrics | seconds | self._rollout_metrics(samples, kept, mini_batches, seconds) | {"kl/coef": self.kl.coef}
+        self.state.add_seconds(seconds)
+        metrics = self.metrics | seconds | {"kl/coef": self.kl.coef}
+        metrics |= rollout_metrics(samples, kept, seconds, retries=self.rollouts.drain_retries())
+        metrics["data/micro_batches"] = float(sum(map(len, mini_batches)))
+        metrics["train/tokens_per_second"] = (
+            metrics["data/tokens"]
+            * self.algorithm.updates_per_batch
+            / max(seconds.get("time/update_actor", 0.0) + seconds.get("time/update_critic", 0.0), 1e-9)
         )
         self.metrics = {}
-        check_keys(metrics)
-        self._post(Report("step", self.state.step, metrics=metrics))
-        rows = [
-            {
-                "step": self.state.step,
-                "group": s.group_id,
-                "prompt": s.prompt.prompt,
-                "response": s.response,
-                "reward": s.score,
-                "policy_version": s.policy_version,
-                "truncated": s.truncated,
-            }
-            for s in samples[: self.config.observe.rollouts_per_step]
-        ]
-        self._post(Report("rollouts", self.state.step, rows=rows))
-
-    def _rollout_metrics(
-        self,
-        samples: Sequence[Sample],
-        kept: Sequence[Sample],
-        mini_batches: Sequence[MiniBatch],
-        seconds: dict[str, float],
-    ) -> dict[str, float]:
-        scores = np.array([sample.score for sample in kept], dtype=np.float64)
-        response_tokens = sum(len(sample.response_ids) for sample in samples)
-        trained_tokens = sum(sample.num_tokens for sample in kept)
-        totals = collectives.sum_metrics(
-            {
-                "kept": float(len(kept)),
-                "samples": float(len(samples)),
-                "score": float(scores.sum()),
-                "score_squared": float((scores**2).sum()),
-                "response_tokens": float(response_tokens),
-                "trained_tokens": float(trained_tokens),
-                "truncated": float(sum(sample.truncated for sample in samples)),
-                "retries": float(self.rollouts.retries),
-            }
-        )
-        self.rollouts.retries = 0
-        self.rewards.drain_failures()
-        mean = totals["score"] / max(totals["kept"], 1.0)
-        variance = max(0.0, totals["score_squared"] / max(totals["kept"], 1.0) - mean**2)
-        update_seconds = seconds.get("time/update_actor", 0.0) + seconds.get("time/update_critic", 0.0)
-        return {
-            "reward/mean": mean,
-            "reward/std": math.sqrt(variance),
-            "rollout/response_tokens_mean": totals["response_tokens"] / max(totals["samples"], 1.0),
-            "rollout/truncated_fraction": totals["truncated"] / max(totals["samples"], 1.0),
-            "rollout/tokens_per_second": totals["response_tokens"] / max(seconds["time/rollout"], 1e-9),
-            "rollout/retries": totals["retries"],
-            "data/samples": totals["kept"],
-            "data/tokens": totals["trained_tokens"],
-            "data/micro_batches": float(sum(map(len, mini_batches))),
-            "train/tokens_per_second": totals["trained_tokens"]
-            * self.algorithm.updates_per_batch
-            / max(update_seconds, 1e-9),
-        }
+        self.reporter.step(self.state.step, metrics, samples[: self.config.observe.rollouts_per_step])
 
     def _keep_time(self) -> None:
-        """Move what the timer holds into the state that a resumed run goes on from."""
-        for phase, spent in self.timer.drain().items():
-            name = phase.removeprefix("time/")
-            self.state.seconds_per_phase[name] = self.state.seconds_per_phase.get(name, 0.0) + spent
+        """Move what the clocks hold into the state that a resumed run goes on from."""
+        self.state.add_seconds(self.timer.drain())
         now = time.perf_counter()
         self.state.seconds_total += now - self.started
         self.started = now
-
-    def _post(self, report: Report) -> None:
-        if self.rank == 0:
-            self.board.post.remote(report)
 
 
 def make_kl_controller(algorithm: Any) -> FixedKL | AdaptiveKL:
     if algorithm.kl_controller == "adaptive":
         return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
     return FixedKL(algorithm.kl_coef)
-
-

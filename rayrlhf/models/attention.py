@@ -1,8 +1,9 @@
-"""Attention over packed sequences: FlashAttention's varlen kernel where it is there, per-sequence SDPA elsewhere.
+"""Attention over packed sequences: FlashAttention's varlen kernel where it is there, per-sequence SDPA
+elsewhere.
 
 Both take the same arguments, so a model is called the same way on every device. A packed stream must never go
-through a plain dense mask: transformers derives a block-diagonal mask from restarting `position_ids` only under
-conditions that are easy to miss, and otherwise lets sequences attend to each other without a word.
+through a plain dense mask: transformers derives a block-diagonal mask from restarting `position_ids` only
+under conditions that are easy to miss, and otherwise lets sequences attend to each other without a word.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ def varlen_sdpa(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal SDPA of each sequence on its own, exact and without a [T, T] mask. Returns [1, T, heads, head_dim]."""
+    """Causal SDPA of each sequence on its own, exact and without a [T, T] mask. Returns [1, T, heads,
+    head_dim].
+    """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         raise ValueError("varlen_sdpa needs cu_seq_lens_q: call the model through packed_inputs()")
     if softcap is not None:
-        raise ValueError("this model caps its attention scores, which SDPA cannot: use flash_attention_2 on a GPU")
+        raise ValueError(
+            "this model caps its attention scores, which SDPA cannot: use flash_attention_2 on a GPU"
+        )
     if sliding_window is not None and int(kwargs["max_length_q"]) > sliding_window:
         raise ValueError(
             f"a sequence of {int(kwargs['max_length_q'])} tokens exceeds the model's sliding window of "
@@ -45,7 +50,13 @@ def varlen_sdpa(
     grouped = getattr(module, "num_key_value_groups", 1) > 1
     outputs = [
         scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout if module.training else 0.0, enable_gqa=grouped
+            q,
+            k,
+            v,
+            is_causal=True,
+            scale=scaling,
+            dropout_p=dropout if module.training else 0.0,
+            enable_gqa=grouped,
         )
         for q, k, v in zip(
             query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True

@@ -11,7 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def export_causal_lm(
-    causal_lm: PreTrainedModel, state_dict: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, path: str | Path
+    causal_lm: PreTrainedModel,
+    state_dict: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
 ) -> None:
     """Write the folder in one move: a reader sees the old export or the whole new one, never half of it."""
     path = Path(path)

@@ -1,4 +1,6 @@
-"""Scalar heads: the critic's value per token and the reward model's score per sequence, over packed streams."""
+"""Scalar heads: the critic's value per token and the reward model's score per sequence, over packed
+streams.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from rayrlhf.models.attention import packed_inputs
 class ValueModel(nn.Module):
     """A decoder with one number per token: the value of the state *before* that token.
 
-    `values[t]` is read off the hidden state of token t-1, in line with `logprobs[t]` (see rayrlhf.batch); it is 0 at
-    the first token of every sequence, which is never a policy token.
+    `values[t]` is read off the hidden state of token t-1, in line with `logprobs[t]` (see rayrlhf.batch); it
+    is 0 at the first token of every sequence, which is never a policy token.
     """
 
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
@@ -22,7 +24,9 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Values [T] in fp32."""
-        hidden = self.decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
+        hidden = self.decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[
+            0
+        ]  # [T, H]
         after = self.head(hidden).squeeze(-1).float()  # [T], the value of the state after each token
         return torch.where(position_ids > 0, after.roll(1), 0.0)
 
@@ -37,5 +41,7 @@ class ScoreModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Scores [S] in fp32."""
-        hidden = self.decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
+        hidden = self.decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[
+            0
+        ]  # [T, H]
         return self.head(hidden[cu_seqlens[1:].long() - 1]).squeeze(-1).float()

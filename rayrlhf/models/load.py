@@ -41,7 +41,9 @@ def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_t
 
 
 def load_critic(config: ModelConfig, path: str, *, device: torch.device) -> ValueModel:
-    """A critic from a language model (new head, all values 0 at first) or from a reward model (its score head)."""
+    """A critic from a language model (new head, all values 0 at first) or from a reward model (its score
+    head).
+    """
     decoder, head = _decoder_and_head(config, path, device)
     return ValueModel(decoder, head).train()
 
@@ -58,7 +60,9 @@ def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> boo
 
 
 def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether this checkpoint's classifier is a decoder with a `score` head, which can read packed sequences."""
+    """Whether this checkpoint's classifier is a decoder with a `score` head, which can read packed
+    sequences.
+    """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     return classifier is not None and issubclass(classifier, GenericForSequenceClassification)
@@ -69,7 +73,9 @@ def _decoder_and_head(config: ModelConfig, path: str, device: torch.device) -> t
     if is_sequence_classifier(path, trust_remote_code=config.trust_remote_code):
         model = AutoModelForSequenceClassification.from_pretrained(path, **options)
         if model.config.num_labels != 1:
-            raise ValueError(f"{path} has {model.config.num_labels} labels; a reward model or critic needs exactly 1")
+            raise ValueError(
+                f"{path} has {model.config.num_labels} labels; a reward model or critic needs exactly 1"
+            )
         return model.base_model, model.score
     decoder = AutoModel.from_pretrained(path, **options)
     head = nn.Linear(decoder.config.get_text_config().hidden_size, 1, bias=False, dtype=options["dtype"])

@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens without ever holding a [tokens, vocab] tensor.
 
-The language-model head runs only where the loss mask is set, a chunk of rows at a time, and each chunk is computed
-again in the backward pass. At most one [chunk, V] block is alive, in fp32 whatever the model's dtype.
+The language-model head runs only where the loss mask is set, a chunk of rows at a time, and each chunk is
+computed again in the backward pass. At most one [chunk, V] block is alive, in fp32 whatever the model's
+dtype.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ class TokenLogprobs(NamedTuple):
 class LogprobHead(nn.Module):
     """The model's own output projection, fused with log-softmax and gather.
 
-    It owns the projection's very parameters (tied or not) instead of calling the projection, so that ZeRO-3 gathers
-    them once per forward and once per backward, on every rank alike, however many chunks a rank has.
+    It owns the projection's very parameters (tied or not) instead of calling the projection, so that ZeRO-3
+    gathers them once per forward and once per backward, on every rank alike, however many chunks a rank has.
     """
 
-    def __init__(self, projection: nn.Linear, *, chunk_tokens: int, softcap: float | None, divisor: float) -> None:
+    def __init__(
+        self, projection: nn.Linear, *, chunk_tokens: int, softcap: float | None, divisor: float
+    ) -> None:
         super().__init__()
         self.weight = projection.weight  # [V, H]
         self.bias = projection.bias
@@ -37,11 +40,15 @@ class LogprobHead(nn.Module):
         self.divisor = divisor
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """`hidden` [N, H] and the token that follows each, `targets` [N] -> log-probabilities and entropies [N]."""
+        """`hidden` [N, H] and the token that follows each, `targets` [N] -> log-probabilities and
+        entropies [N].
+        """
         pieces: list[tuple[Tensor, Tensor]] = []
         for h, t in zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True):
             if torch.is_grad_enabled():
-                pieces.append(checkpoint(self._chunk, h, t, temperature, use_reentrant=False, preserve_rng_state=False))
+                pieces.append(
+                    checkpoint(self._chunk, h, t, temperature, use_reentrant=False, preserve_rng_state=False)
+                )
             else:
                 pieces.append(self._chunk(h, t, temperature))
         logprobs, entropy = zip(*pieces, strict=True)
@@ -83,7 +90,9 @@ class PolicyModel(nn.Module):
         loss_mask: Tensor,  # [T]
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Log-probability and entropy of each token with `loss_mask` > 0, at `temperature`, given those before it."""
+        """Log-probability and entropy of each token with `loss_mask` > 0, at `temperature`, given those
+        before it.
+        """
         decoder = self.causal_lm.get_decoder()
         hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
         learnt = (loss_mask > 0) & (position_ids > 0)

@@ -1,4 +1,6 @@
-"""From the workers to the driver: a small actor that queues what rank 0 reports until the driver's sinks take it."""
+"""From the workers to the driver: a small actor that queues what rank 0 reports until the driver's sinks
+take it.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,14 @@ import time
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from rayrlhf.observe.board import Report
@@ -24,7 +31,9 @@ COLUMNS = [
 
 
 class Console:
-    """A sink. `mode`: live (a progress bar), lines, quiet (errors and summary only), auto (live on a terminal)."""
+    """A sink. `mode`: live (a progress bar), lines, quiet (errors and summary only), auto (live on a
+    terminal).
+    """
 
     def __init__(self, mode: str) -> None:
         interactive = sys.stdout.isatty()
@@ -42,7 +51,9 @@ class Console:
 
     def error(self, text: str) -> None:
         self.close()
-        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/bold red] {text}", markup=True)
+        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]error[/bold red] {text}", markup=True
+        )
 
     def placement(self, slots: Any) -> None:
         from rayrlhf.placement.apply import describe
@@ -87,7 +98,9 @@ class Console:
     def _step(self, report: Report) -> None:
         self.step_seconds.append(report.metrics.get("time/step", 0.0))
         parts = [
-            f"{label} {form.format(report.metrics[key])}" for key, label, form in COLUMNS if key in report.metrics
+            f"{label} {form.format(report.metrics[key])}"
+            for key, label, form in COLUMNS
+            if key in report.metrics
         ]
         left = (self.num_steps - report.step) * sum(self.step_seconds) / len(self.step_seconds)
         self.say(f"step {report.step}/{self.num_steps}  " + "  ".join(parts) + f"  left {_minutes(left)}")
@@ -96,7 +109,9 @@ class Console:
 
     def summary(self, summary: dict[str, Any]) -> None:
         self.close()
-        table = Table(title=f"{summary['steps']} steps in {_minutes(summary['seconds_total'])}", title_justify="left")
+        table = Table(
+            title=f"{summary['steps']} steps in {_minutes(summary['seconds_total'])}", title_justify="left"
+        )
         table.add_column("held-out reward")
         table.add_column("mean", justify="right")
         table.add_column("95 % interval", justify="right")

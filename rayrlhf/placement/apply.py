@@ -74,7 +74,8 @@ def create_slots(spec: PlacementSpec, *, gpus_per_slot: int, name: str, timeout_
         )
     where = [
         _where_am_i.options(
-            num_gpus=0.01 if gpus_per_slot else 0, scheduling_strategy=PlacementGroupSchedulingStrategy(group, index)
+            num_gpus=0.01 if gpus_per_slot else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
         ).remote()
         for index in range(spec.num_slots)
     ]

@@ -1,7 +1,7 @@
 """A Serve replica's heavy half: an actor on the slot of the replica's rank.
 
-Serve cannot place a replica on a bundle of somebody else's placement group, so replicas stay light (no CPU, no GPU)
-and the actor that does the work goes where the plan says. It belongs to its replica and dies with it.
+Serve cannot place a replica on a bundle of somebody else's placement group, so replicas stay light (no CPU,
+no GPU) and the actor that does the work goes where the plan says. It belongs to its replica and dies with it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ class SlotChild:
     """The actor on the slot of this replica's rank, and calls to it with a deadline."""
 
     def __init__(
-        self, role: str, actor_class: type, *arguments: Any, slots: Slots, env_vars: dict[str, str], timeout_seconds: float
+        self,
+        role: str,
+        actor_class: type,
+        *arguments: Any,
+        slots: Slots,
+        env_vars: dict[str, str],
+        timeout_seconds: float,
     ) -> None:
         self.role = role
         self.rank = serve.get_replica_context().rank.rank
@@ -49,8 +55,8 @@ class SlotChild:
         except RayActorError:
             if timeout_seconds is not None:  # still starting: let the constructor's error reach Serve
                 raise
-            # A replica without its actor must not take traffic until a health check finds out: leave at once. Serve
-            # starts a new one and callers retry elsewhere.
+            # A replica without its actor must not take traffic until a health check finds out: leave at once.
+            # Serve starts a new one and callers retry elsewhere.
             print(f"{self.role} replica {self.rank}: its actor died, restarting the replica", flush=True)
             os._exit(1)
 

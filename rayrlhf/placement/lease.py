@@ -1,8 +1,8 @@
 """Nothing of a run outlives its driver, not even after kill -9.
 
-Serve apps are detached by nature. A detached reaper watches a lease, an actor that dies with the driver; when it is
-gone the reaper deletes this run's apps and its placement group, and then itself. Serve as a whole and other
-runs' apps are never touched.
+Serve apps are detached by nature. A detached reaper watches a lease, an actor that dies with the driver; when
+it is gone the reaper deletes this run's apps and its placement group, and then itself. Serve as a whole and
+other runs' apps are never touched.
 """
 
 from __future__ import annotations

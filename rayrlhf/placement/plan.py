@@ -1,8 +1,8 @@
 """From the config to slots per role. Pure: neither Ray nor torch, so that a plan costs nothing.
 
-A slot is one bundle of the run's placement group: one whole GPU with its CPUs, or CPUs alone. A role has units (a
-training worker, an engine, a reward replica) and each unit owns the slot of its index; several roles on one slot
-share its GPU by fixed shares.
+A slot is one bundle of the run's placement group: one whole GPU with its CPUs, or CPUs alone. A role has
+units (a training worker, an engine, a reward replica) and each unit owns the slot of its index; several roles
+on one slot share its GPU by fixed shares.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from rayrlhf.config.run import PolicyRunConfig
 
-# What a role takes of a GPU that it shares: enough that all of a slot's roles fit, most for the one that trains.
+# What a role takes of a GPU that it shares: enough that all of a slot's roles fit, most for the one that
+# trains.
 SHARED_GPU_SHARES = {"trainer": 0.5, "rollout": 0.3, "reward": 0.1, "ref": 0.1}
 DATA_CPUS = 0.5  # Ray Data runs outside the group and stalls silently when the group has taken every CPU
 
@@ -39,7 +40,9 @@ class PlacementSpec:
 
 
 def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
-    """The slots of every role that wants one. Function rewards run on CPUs outside the group and have none."""
+    """The slots of every role that wants one. Function rewards run on CPUs outside the group and have
+    none.
+    """
     units = {"trainer": config.train.num_workers, "rollout": config.rollout.num_engines}
     if config.needs_ref and config.ref is not None and config.ref.location == "serve":
         units["ref"] = config.ref.num_replicas
@@ -61,8 +64,12 @@ def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
     )
 
 
-def shortfall(spec: PlacementSpec, *, total: dict[str, float], free: dict[str, float], gpus_per_slot: int) -> str | None:
-    """Why the spec does not fit a cluster with these resources, in one sentence with the arithmetic; None if it does."""
+def shortfall(
+    spec: PlacementSpec, *, total: dict[str, float], free: dict[str, float], gpus_per_slot: int
+) -> str | None:
+    """Why the spec does not fit a cluster with these resources, in one sentence with the arithmetic; None
+    if it does.
+    """
     wanted = {"CPU": spec.total_cpus + DATA_CPUS, "GPU": float(spec.num_slots * gpus_per_slot)}
     working = {
         "CPU": f"{spec.num_slots} slots x {spec.cpus_per_slot:g} + {DATA_CPUS:g} for Ray Data",
@@ -71,5 +78,7 @@ def shortfall(spec: PlacementSpec, *, total: dict[str, float], free: dict[str, f
     for resource, need in wanted.items():
         for have, whose in ((total, "the cluster has"), (free, "the cluster has free")):
             if need > have.get(resource, 0.0) + 1e-6:
-                return f"needs {need:g} {resource} ({working[resource]}) but {whose} {have.get(resource, 0.0):g}"
+                return (
+                    f"needs {need:g} {resource} ({working[resource]}) but {whose} {have.get(resource, 0.0):g}"
+                )
     return None

@@ -1,8 +1,8 @@
 """A TorchTrainer whose workers live on given slots of the run's placement group.
 
-Ray Train has no public way to be given a placement group: it makes one of its own, which would tear the trainer from
-the engines that share its GPUs. This hook reaches into five internals of Ray 2.60 (pinned; tests/placement has the
-contract test that fails when one of them moves):
+Ray Train has no public way to be given a placement group: it makes one of its own, which would tear the
+trainer from the engines that share its GPUs. This hook reaches into five internals of Ray 2.60 (pinned;
+tests/placement has the contract test that fails when one of them moves):
 `DataParallelTrainer._initialize_and_run_controller` and `._create_default_callbacks`,
 `TrainController.worker_group_cls`, `WorkerGroup._create_placement_group` and `._create_workers`.
 """
@@ -64,7 +64,9 @@ class SlotTorchTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> Any:
         # Ray's cleaner would remove the group when the trainer ends, under the engines' feet.
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+        return [
+            c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)
+        ]
 
     def _initialize_and_run_controller(self, **controller_arguments: Any) -> Any:
         env_vars = trainer_module.get_env_vars_to_propagate()

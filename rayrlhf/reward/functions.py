@@ -1,8 +1,8 @@
 """Reward functions of the user's: found, tried once on the driver, then run by Serve replicas.
 
-The contract: called with keyword arguments `prompts` (as the model saw them), `responses`, `labels` and every column
-of the data rows, all lists of one length; returns a list of that length of floats, where None or NaN means "failed".
-A function that names its arguments gets only those. Sync or async.
+The contract: called with keyword arguments `prompts` (as the model saw them), `responses`, `labels` and every
+column of the data rows, all lists of one length; returns a list of that length of floats, where None or NaN
+means "failed". A function that names its arguments gets only those. Sync or async.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class RewardError(ValueError):
 
 @dataclass(frozen=True)
 class FunctionSpec:
-    """A reward function that can travel: a file is carried along as text, since other nodes may not have it."""
+    """A reward function that can travel: a file is carried along as text, since other nodes may not have
+    it.
+    """
 
     text: str  # as in the config
     file_source: str | None  # the file's content, for path/file.py:function
@@ -49,8 +51,12 @@ class FunctionSpec:
         module = _import(self.place) if self.file_source is None else _run_file(self.place, self.file_source)
         function = getattr(module, self.name, None)
         if not callable(function):
-            own = sorted(n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_"))
-            raise RewardError(f"{self.place} has no function {self.name!r}; it has: {', '.join(own) or 'none'}")
+            own = sorted(
+                n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")
+            )
+            raise RewardError(
+                f"{self.place} has no function {self.name!r}; it has: {', '.join(own) or 'none'}"
+            )
         return function
 
 
@@ -72,7 +78,9 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise RewardError(f"cannot import {name!r} ({error}); is it on PYTHONPATH, or did you mean a .py file?") from error
+        raise RewardError(
+            f"cannot import {name!r} ({error}); is it on PYTHONPATH, or did you mean a .py file?"
+        ) from error
 
 
 def _run_file(path: str, source: str) -> ModuleType:
@@ -104,7 +112,9 @@ def arguments_for(
     return {name: values for name, values in arguments.items() if name in parameters}
 
 
-async def call_function(function: RewardFunction, arguments: dict[str, list[Any]], count: int) -> list[float | None]:
+async def call_function(
+    function: RewardFunction, arguments: dict[str, list[Any]], count: int
+) -> list[float | None]:
     """Call it and hold it to the contract; NaN becomes None. Raises `RewardError` on a broken one."""
     if inspect.iscoroutinefunction(function):
         returned = await function(**arguments)

@@ -22,9 +22,9 @@ from rayrlhf.placement.child import SlotChild
 class ScoreActor:
     """One reward model.
 
-    With the policy's own vocabulary it reads the very tokens of the sample. Otherwise it renders the conversation
-    with its own tokenizer and chat template. Decoders score packed batches; encoders, which have no causal mask to
-    cut, score padded ones.
+    With the policy's own vocabulary it reads the very tokens of the sample. Otherwise it renders the
+    conversation with its own tokenizer and chat template. Decoders score packed batches; encoders, which have
+    no causal mask to cut, score padded ones.
     """
 
     def __init__(self, source: ModelSource, policy_path: str, prompt_key: str) -> None:
@@ -64,7 +64,9 @@ class ScoreActor:
         if self.tokenizer.chat_template is None:
             return self.tokenizer(f"{asked}{response}")["input_ids"]
         messages = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        text = self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
+        text = self.tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": response}], tokenize=False
+        )
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _score_packed(self, rows: Sequence[list[int]]) -> list[float]:
@@ -82,7 +84,9 @@ class ScoreActor:
 class ModelReward:
     """The Serve replica in front of one reward model."""
 
-    async def __init__(self, role: str, source: ModelSource, policy_path: str, prompt_key: str, slots: Slots) -> None:
+    async def __init__(
+        self, role: str, source: ModelSource, policy_path: str, prompt_key: str, slots: Slots
+    ) -> None:
         self.model = SlotChild(
             role,
             ScoreActor,
@@ -95,14 +99,18 @@ class ModelReward:
         )
         await self.model.call("ready", timeout_seconds=600)
 
-    async def score(self, prompts: list[Prompt], responses: list[str], token_ids: list[list[int]]) -> list[float]:
+    async def score(
+        self, prompts: list[Prompt], responses: list[str], token_ids: list[list[int]]
+    ) -> list[float]:
         return await self.model.call("score", prompts, responses, token_ids)
 
     async def check_health(self) -> None:
         await self.model.call("ready")
 
 
-def model_deployment(source: ModelSource, *, role: str, policy_path: str, prompt_key: str, slots: Slots) -> Any:
+def model_deployment(
+    source: ModelSource, *, role: str, policy_path: str, prompt_key: str, slots: Slots
+) -> Any:
     deployment = serve.deployment(ModelReward).options(
         name="reward",
         num_replicas=source.num_replicas,

@@ -1,4 +1,6 @@
-"""Scores for samples: every source asked at once, weighted, clipped; what fails is retried, then dropped and counted."""
+"""Scores for samples: every source asked at once, weighted, clipped; what fails is retried, then dropped
+and counted.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class RewardClient:
         if sample.truncated and self.config.truncation_penalty is not None:
             return self.config.truncation_penalty
         total = sum(source.weight * value for source, value in zip(self.sources, known, strict=True))
-        return total if self.config.clip is None else min(max(total, self.config.clip[0]), self.config.clip[1])
+        return (
+            total if self.config.clip is None else min(max(total, self.config.clip[0]), self.config.clip[1])
+        )
 
     async def _ask(self, source: RewardSource, samples: Sequence[Sample]) -> list[float | None]:
         """One source's rewards; samples that fail are asked again, then given up as None."""
@@ -63,7 +67,9 @@ class RewardClient:
                 break
             if attempt:
                 await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
-            for i, reward in zip(missing, await self._try(source, [samples[i] for i in missing]), strict=True):
+            for i, reward in zip(
+                missing, await self._try(source, [samples[i] for i in missing]), strict=True
+            ):
                 rewards[i] = reward
         self.failures[source.name] += sum(reward is None for reward in rewards)
         return rewards
@@ -76,8 +82,11 @@ class RewardClient:
             response = source.handle.score.remote(prompts, responses, token_ids)
             rewards = await asyncio.wait_for(_result(response), self.config.timeout_seconds)
         except Exception as error:
-            # The border to code that is not ours: whatever it raises, the sample counts as failed, with the reason.
-            self.last_error[source.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:] or ['']}"
+            # The border to code that is not ours: whatever it raises, the sample counts as failed, with the
+            # reason.
+            self.last_error[source.name] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[-1:] or ['']}"
+            )
             return [None] * len(samples)
         bad = [reward for reward in rewards if reward is None or not math.isfinite(reward)]
         if bad:
@@ -93,7 +102,9 @@ class RewardClient:
     def check(self, num_failed: int, num_samples: int) -> None:
         """Stop the run when more than `reward.max_failed_fraction` of a step's samples failed."""
         if num_failed > self.config.max_failed_fraction * num_samples:
-            reasons = "; ".join(f"{name}: {error}" for name, error in self.last_error.items()) or "on another rank"
+            reasons = (
+                "; ".join(f"{name}: {error}" for name, error in self.last_error.items()) or "on another rank"
+            )
             raise RewardFailure(
                 f"{num_failed} of {num_samples} samples could not be scored after {self.config.retries} retries "
                 f"(reward.max_failed_fraction={self.config.max_failed_fraction:g}). Last error: {reasons}"

@@ -39,10 +39,12 @@ class RolloutClient:
         min_version: int,
         sampling: SamplingConfig,
     ) -> list[Sample]:
-        """`group_size` samples of one prompt. Seeds depend on (run seed, step, group, sample) alone, so that results
-        depend neither on which replica answers nor on how many there are."""
+        """`group_size` samples of one prompt. Seeds depend on (run seed, step, group, sample) alone, so that
+        results depend neither on which replica answers nor on how many there are.
+        """
         params = [
-            vllm_params(sampling, seed=sample_seed(self.seed, step, group_id, index)) for index in range(group_size)
+            vllm_params(sampling, seed=sample_seed(self.seed, step, group_id, index))
+            for index in range(group_size)
         ]
         generations = await self._request(prompt.prompt_ids, params, min_version)
         return [
@@ -59,6 +61,11 @@ class RolloutClient:
             )
             for index, generation in enumerate(generations)
         ]
+
+    def drain_retries(self) -> int:
+        """Requests sent again since the last call."""
+        retries, self.retries = self.retries, 0
+        return retries
 
     async def _request(
         self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int

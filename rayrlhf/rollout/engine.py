@@ -1,7 +1,8 @@
-"""The rollout deployment: Serve replicas, each a CPU-only front with its vLLM engine as a child actor on a slot.
+"""The rollout deployment: Serve replicas, each a CPU-only front with its vLLM engine as a child actor on a
+slot.
 
-A replica answers only with the newest published weights: it pulls them before it becomes healthy, when told to catch
-up, and when a request asks for a newer version than it holds.
+A replica answers only with the newest published weights: it pulls them before it becomes healthy, when told
+to catch up, and when a request asks for a newer version than it holds.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class EngineActor:
                 self.version = version
                 await self.stepper.resume()
         if self.version < at_least:
-            raise RuntimeError(f"version {at_least} was asked for, the newest published one is {self.version}")
+            raise RuntimeError(
+                f"version {at_least} was asked for, the newest published one is {self.version}"
+            )
         return self.version
 
     async def check(self) -> int:
@@ -91,7 +94,9 @@ class EngineActor:
 
 def _generation(output: Any, version: int) -> Generation:
     completion = output.outputs[0]
-    logprobs = [at[token].logprob for token, at in zip(completion.token_ids, completion.logprobs, strict=True)]
+    logprobs = [
+        at[token].logprob for token, at in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
     return Generation(
         token_ids=list(completion.token_ids),
         text=completion.text,
@@ -118,11 +123,15 @@ class RolloutReplica:
     async def generate(
         self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
     ) -> list[Generation]:
-        """One generation per entry of `sampling` (vLLM's SamplingParams), by weights of at least `min_version`."""
+        """One generation per entry of `sampling` (vLLM's SamplingParams), by weights of at least
+        `min_version`.
+        """
         try:
             return await self.engine.call("generate", prompt_ids, sampling, min_version)
         except EngineDied:
-            asyncio.get_running_loop().call_later(EXIT_SECONDS, os._exit, 1)  # tell the caller first, then restart
+            asyncio.get_running_loop().call_later(
+                EXIT_SECONDS, os._exit, 1
+            )  # tell the caller first, then restart
             raise
 
     async def catch_up(self, version: int) -> dict[str, int]:
@@ -136,7 +145,9 @@ class RolloutReplica:
 
 
 def rollout_deployment(settings: EngineSettings, slots: Slots, *, num_engines: int, max_requests: int) -> Any:
-    """The bound deployment for `serve.run`; the number of replicas is fixed, each owns the slot of its rank."""
+    """The bound deployment for `serve.run`; the number of replicas is fixed, each owns the slot of its
+    rank.
+    """
     deployment = serve.deployment(RolloutReplica).options(
         name="rollout",
         num_replicas=num_engines,

@@ -1,7 +1,7 @@
 """vLLM's in-process engine, stepped by one thread, with an asyncio face.
 
-The engine lives in the process of its actor: one failure domain, nothing to orphan, and weight buckets are read
-straight out of the object store instead of being copied through a socket.
+The engine lives in the process of its actor: one failure domain, nothing to orphan, and weight buckets are
+read straight out of the object store instead of being copied through a socket.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Stepper:
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
     async def pause(self) -> None:
-        """Stop stepping; running requests keep their tokens but lose their cache, which older weights have filled."""
+        """Stop stepping; running requests keep their tokens but lose their cache, which older weights have
+        filled.
+        """
 
         def stop() -> None:
             self._paused = True
@@ -107,7 +109,8 @@ class Stepper:
                     if output.finished:
                         self._waiting.pop(output.request_id).set_result(output)
         except BaseException as failure:
-            # Whatever it was, the engine cannot go on: everybody who waits learns of it, and so does the health check.
+            # Whatever it was, the engine cannot go on: everybody who waits learns of it, and so does the
+            # health check.
             self._failure = failure
             for future in self._waiting.values():
                 future.set_exception(EngineDied(f"{type(failure).__name__}: {failure}"))

@@ -1,7 +1,7 @@
 """What runs inside vLLM's worker: the receiving end of a weight sync.
 
-vLLM imports this module in every worker process because `worker_extension_cls` names `WorkerExtension`; the import
-registers the transfer backend. Only this module and `rollout.engine` may import vllm.
+vLLM imports this module in every worker process because `worker_extension_cls` names `WorkerExtension`; the
+import registers the transfer backend. Only this module and `rollout.engine` may import vllm.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from rayrlhf.rollout.bucket import TensorSlice
 OBJECT_STORE = "rayrlhf_object_store"
 
 if current_platform.is_cpu():
-    # oneDNN keeps packed copies of the weights which a reload does not reach; a tied lm_head would go on answering
-    # with the old ones. Without packing, the layers are plain F.linear over the parameters that we write to.
+    # oneDNN keeps packed copies of the weights which a reload does not reach; a tied lm_head would go on
+    # answering with the old ones. Without packing, the layers are plain F.linear over the parameters that we
+    # write to.
     _custom_ops._supports_onednn = False
 
 

@@ -1,8 +1,8 @@
 """Weights from the trainer to every engine, by version.
 
-The trainer flattens its parameters into buckets of raw bytes, puts each into the object store and publishes the list
-under a version number; replicas pull. So a replica that was down during a push gets the same weights, by the same
-code, when it comes back, and one RPC moves a bucket, never a parameter.
+The trainer flattens its parameters into buckets of raw bytes, puts each into the object store and publishes
+the list under a version number; replicas pull. So a replica that was down during a push gets the same
+weights, by the same code, when it comes back, and one RPC moves a bucket, never a parameter.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class WeightSync:
         self.gathered = gathered
 
     def push(self, parameters: list[tuple[str, nn.Parameter]], version: int) -> None:
-        """Publish and wait until every running engine holds `version`. Raises `TimeoutError` naming who does not."""
+        """Publish and wait until every running engine holds `version`. Raises `TimeoutError` naming who
+        does not.
+        """
         buckets: list[Bucket] = []
         for group in plan_buckets(parameters, self.bucket_bytes):
             with self.gathered([parameter for _, parameter in group]):
@@ -76,11 +78,16 @@ class WeightSync:
             self._tell_engines(version)
 
     def _tell_engines(self, version: int) -> None:
-        # A replica that dies meanwhile pulls this version when it restarts, before it is healthy: not our failure.
+        # A replica that dies meanwhile pulls this version when it restarts, before it is healthy: not our
+        # failure.
         answers: list[Any] = self.engines.broadcast("catch_up", version).results(
             timeout_s=self.timeout_seconds, return_exceptions=True
         )
-        failed = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, ray.exceptions.RayActorError)]
+        failed = [
+            a
+            for a in answers
+            if isinstance(a, BaseException) and not isinstance(a, ray.exceptions.RayActorError)
+        ]
         if failed:
             holding = sorted(a["replica"] for a in answers if isinstance(a, dict))
             raise TimeoutError(

@@ -36,6 +36,13 @@ class LoopState:
     seconds_per_phase: dict[str, float] = field(default_factory=dict)
     seconds_total: float = 0.0
 
+    def add_seconds(self, timed: dict[str, float]) -> None:
+        """Add a timer's `time/<phase>` seconds; the whole step's is left out, its phases are in it."""
+        for key, seconds in timed.items():
+            phase = key.removeprefix("time/")
+            if phase != "step":
+                self.seconds_per_phase[phase] = self.seconds_per_phase.get(phase, 0.0) + seconds
+
 
 def save(state: LoopState, saved: Sequence[Saved], scratch: Path) -> None:
     """Write a checkpoint and wait until it is in the run's storage. Collective."""

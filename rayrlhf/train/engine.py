@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Which accelerator DeepSpeed drives is decided at its import, and without CUDA it would first look for vendors' tools.
+# Which accelerator DeepSpeed drives is decided at its import, and without CUDA it would first look for
+# vendors' tools.
 import torch
 
 if not torch.cuda.is_available():
@@ -26,7 +27,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def deepspeed_config(train: TrainConfig, *, lr: float | None, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own config. `lr=None` gives an engine without optimizer: a frozen, ZeRO-3 partitioned model."""
+    """DeepSpeed's own config. `lr=None` gives an engine without optimizer: a frozen, ZeRO-3 partitioned
+    model.
+    """
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
         "overlap_comm": train.overlap_comm,
@@ -87,7 +90,9 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def full_state_dict(module: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
-    """All parameters and buffers on the CPU, gathered one by one. Collective; empty where not `on_this_rank`."""
+    """All parameters and buffers on the CPU, gathered one by one. Collective; empty where not
+    `on_this_rank`.
+    """
     state: dict[str, Tensor] = {}
     # Every rank walks the same names in the same order; tied tensors are gathered under each of their names.
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -16,16 +16,20 @@ from rayrlhf.config.train import TrainConfig
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import full_state_dict, make_engine
 
-# forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the global
-# objective, metric sums). Shares add up over micro-batches and ranks.
+# forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
+# global objective, metric sums). Shares add up over micro-batches and ranks.
 Forward = Callable[[nn.Module, PackedBatch], Any]
 Loss = Callable[[Any, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Learner:
-    """Trains `module`; every method is collective and must be called by all ranks with equally many micro-batches."""
+    """Trains `module`; every method is collective and must be called by all ranks with equally many micro-
+    batches.
+    """
 
-    def __init__(self, module: nn.Module, train: TrainConfig, *, lr: float, dtype: torch.dtype, name: str) -> None:
+    def __init__(
+        self, module: nn.Module, train: TrainConfig, *, lr: float, dtype: torch.dtype, name: str
+    ) -> None:
         self.name = name
         self.base_lr = lr
         self.train = train
@@ -33,7 +37,8 @@ class Learner:
         self.engine = make_engine(module, train, lr=lr, dtype=dtype)
         self._plain_norm: float | None = None
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
-            # Stage 0 in fp32 is torch's own optimizer: it neither reports the norm nor refuses a bad gradient.
+            # Stage 0 in fp32 is torch's own optimizer: it neither reports the norm nor refuses a bad
+            # gradient.
             self.engine.optimizer.register_step_pre_hook(self._clip_plain_gradients)
 
     @property
@@ -45,12 +50,14 @@ class Learner:
         """The module's outputs, one per micro-batch, without gradients."""
         return [forward(self.engine, batch) for batch in batches]
 
-    def update(self, batches: Sequence[PackedBatch], forward: Forward, loss: Loss, *, step: int) -> dict[str, float]:
+    def update(
+        self, batches: Sequence[PackedBatch], forward: Forward, loss: Loss, *, step: int
+    ) -> dict[str, float]:
         """One optimizer step over the micro-batches; `step` sets the learning rate.
 
-        Returns the loss and the metric sums, added up over micro-batches and ranks. A step whose gradient is not
-        finite is skipped and counted in `loss/<name>_bad_steps`; `train.max_bad_steps` of them in a row raise
-        `FloatingPointError`.
+        Returns the loss and the metric sums, added up over micro-batches and ranks. A step whose gradient is
+        not finite is skipped and counted in `loss/<name>_bad_steps`; `train.max_bad_steps` of them in a row
+        raise `FloatingPointError`.
         """
         lr = learning_rate(self.base_lr, self.train, step)
         for group in self.engine.optimizer.param_groups:
@@ -58,17 +65,24 @@ class Learner:
         sums: dict[str, float] = defaultdict(float)
         for batch in batches:
             share, metrics = loss(forward(self.engine, batch), batch)
-            # The engine averages gradients over ranks while shares add up over ranks: undo the average, here only.
+            # The engine averages gradients over ranks while shares add up over ranks: undo the average, here
+            # only.
             self.engine.backward(share * collectives.world_size(), scale_wrt_gas=False)
             sums[f"loss/{self.name}"] += share.item()
             for key, value in metrics.items():
                 sums[key] += float(value)
         grad_norm = self._step()
         totals = collectives.sum_metrics(sums)
-        return totals | {f"loss/{self.name}_grad_norm": grad_norm, f"loss/{self.name}_lr": lr} | self._judge(grad_norm)
+        return (
+            totals
+            | {f"loss/{self.name}_grad_norm": grad_norm, f"loss/{self.name}_lr": lr}
+            | self._judge(grad_norm)
+        )
 
     def _step(self) -> float:
-        """Apply the accumulated gradients; returns their norm before clipping, inf when the step was skipped."""
+        """Apply the accumulated gradients; returns their norm before clipping, inf when the step was
+        skipped.
+        """
         if isinstance(self.engine.optimizer, torch.optim.Optimizer) and not self._gradients_are_finite():
             self.engine.zero_grad()
             return math.inf
@@ -108,7 +122,9 @@ class Learner:
 
 
 def learning_rate(base: float, train: TrainConfig, step: int) -> float:
-    """The learning rate of 0-based `step`: linear warm-up, then constant, linear or cosine decay to `min_lr_ratio`."""
+    """The learning rate of 0-based `step`: linear warm-up, then constant, linear or cosine decay to
+    `min_lr_ratio`.
+    """
     if step < train.warmup_steps:
         return base * (step + 1) / train.warmup_steps
     if train.lr_schedule == "constant":
@@ -116,4 +132,3 @@ def learning_rate(base: float, train: TrainConfig, step: int) -> float:
     progress = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
     remaining = 1 - progress if train.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return base * (train.min_lr_ratio + (1 - train.min_lr_ratio) * remaining)
-

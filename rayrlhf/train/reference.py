@@ -67,7 +67,9 @@ class ServedReference:
 class ReferenceActor:
     def __init__(self, model: ModelConfig, path: str, chunk_tokens: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.policy = load_policy(model, path, device=self.device, chunk_tokens=chunk_tokens).eval().to(self.device)
+        self.policy = (
+            load_policy(model, path, device=self.device, chunk_tokens=chunk_tokens).eval().to(self.device)
+        )
 
     def ready(self) -> bool:
         return True
@@ -93,7 +95,9 @@ class ReferenceReplica:
         await self.reference.call("ready")
 
 
-def reference_deployment(model: ModelConfig, path: str, *, chunk_tokens: int, num_replicas: int, slots: Slots) -> Any:
+def reference_deployment(
+    model: ModelConfig, path: str, *, chunk_tokens: int, num_replicas: int, slots: Slots
+) -> Any:
     deployment = serve.deployment(ReferenceReplica).options(
         name="ref",
         num_replicas=num_replicas,
@@ -107,4 +111,6 @@ def reference_deployment(model: ModelConfig, path: str, *, chunk_tokens: int, nu
 
 
 def _logprobs(policy: PolicyModel, batch: PackedBatch, temperature: float) -> Tensor:
-    return policy(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature).logprobs
+    return policy(
+        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature
+    ).logprobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -78,8 +79,8 @@ def test_without_the_token_nobody_gets_in(head: LocalHead) -> None:
 def test_a_head_that_cannot_start_says_why() -> None:
     # Ray refuses an object store of less than 75 MiB.
     broken = LocalHead(num_cpus=1, num_gpus=0, object_store_bytes=1_000)
-    with pytest.raises(RuntimeError, match=r"(?s)ended while starting.*object.store"):
-        broken.__enter__()
+    with pytest.raises(RuntimeError, match=r"(?s)ended while starting.*object.store"), broken:
+        pass
     assert not broken.temp_dir.exists()
 
 
@@ -88,10 +89,15 @@ def test_a_long_temp_dir_is_refused_with_the_numbers() -> None:
         LocalHead(Path("/" + "x" * 59))
 
 
-def test_a_temp_dir_with_content_is_refused_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(FileExistsError, match="not empty"):
-        LocalHead(Path("mine")).__enter__()
-    assert (tmp_path / "mine" / "thesis.tex").exists()
+def test_a_temp_dir_with_content_is_refused_and_kept() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="head-") as mine:  # pytest's tmp_path is too long
+        thesis = Path(mine) / "thesis.tex"
+        thesis.write_text("")
+        with pytest.raises(FileExistsError, match="not empty"):
+            LocalHead(Path(mine)).__enter__()
+        assert thesis.exists()
+
+
+def test_a_relative_temp_dir_is_taken_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/tmp")
+    assert LocalHead(Path("mine")).temp_dir == Path("/tmp/mine")

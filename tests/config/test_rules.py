@@ -10,7 +10,11 @@ from tests.config.conftest import Load, Problems
 RULES = {
     "rloo needs a group": (["algorithm.advantage=rloo"], "rollout.group_size", ["rollout.group_size=2"]),
     "grpo needs a group": (["algorithm.advantage=grpo"], "rollout.group_size", ["rollout.group_size=2"]),
-    "dr_grpo needs a group": (["algorithm.advantage=dr_grpo"], "rollout.group_size", ["rollout.group_size=2"]),
+    "dr_grpo needs a group": (
+        ["algorithm.advantage=dr_grpo"],
+        "rollout.group_size",
+        ["rollout.group_size=2"],
+    ),
     "reinforce_pp_baseline needs a group": (
         ["algorithm.advantage=reinforce_pp_baseline"],
         "rollout.group_size",
@@ -38,7 +42,12 @@ RULES = {
     ),
     # 4 prompts x 2 samples, 2 workers x 5 mini-batches: 8 < 10
     "mini-batches are filled": (
-        ["rollout.prompts_per_step=4", "rollout.group_size=2", "train.num_workers=2", "algorithm.mini_batches=5"],
+        [
+            "rollout.prompts_per_step=4",
+            "rollout.group_size=2",
+            "train.num_workers=2",
+            "algorithm.mini_batches=5",
+        ],
         "algorithm.mini_batches",
         ["algorithm.mini_batches=4"],
     ),
@@ -122,9 +131,21 @@ RULES = {
         "eval.sampling.min_new_tokens",
         ["eval.sampling.max_new_tokens=257"],
     ),
-    "evaluation at steps has prompts": (["eval.every_steps=5"], "eval.every_steps", ["data.eval=held-out.jsonl"]),
-    "evaluation of prompts has prompts": (["eval.num_prompts=5"], "eval.num_prompts", ["data.eval=held-out.jsonl"]),
-    "the learning rate's warm-up ends": (["train.warmup_steps=11"], "train.warmup_steps", ["train.num_steps=11"]),
+    "evaluation at steps has prompts": (
+        ["eval.every_steps=5"],
+        "eval.every_steps",
+        ["data.eval=held-out.jsonl"],
+    ),
+    "evaluation of prompts has prompts": (
+        ["eval.num_prompts=5"],
+        "eval.num_prompts",
+        ["data.eval=held-out.jsonl"],
+    ),
+    "the learning rate's warm-up ends": (
+        ["train.warmup_steps=11"],
+        "train.warmup_steps",
+        ["train.num_steps=11"],
+    ),
     "offloading has a partition": (
         ["train.offload_optimizer=true", "train.zero_stage=0"],
         "train.offload_optimizer",
@@ -160,7 +181,11 @@ def test_an_unrelated_error_hides_no_rule(
 
 def test_rules_broken_together_are_told_together(problems: Problems) -> None:
     found = problems(
-        "algorithm.advantage=grpo", "critic.lr=1e-5", "train.num_workers=7", "train.warmup_steps=11", "algorithm.lam=2"
+        "algorithm.advantage=grpo",
+        "critic.lr=1e-5",
+        "train.num_workers=7",
+        "train.warmup_steps=11",
+        "algorithm.lam=2",
     )
     assert found.keys() == {
         "rollout.group_size",

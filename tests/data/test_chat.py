@@ -1,3 +1,14 @@
+"""Prompts as the model sees them.
+
+The tokenizer of tests/tiny_model.py: <pad> 0, <s> 1, </s> 2, <|system|> 3, <|user|> 4, <|assistant|> 5, and
+byte b of printable ASCII is b - 25, since the first of them, "!" (33), comes after 8 special tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from rayrlhf.config.data import PromptDataConfig
@@ -5,107 +16,92 @@ from rayrlhf.data.chat import prompt_tokenizer, read_chat_template, render_promp
 from rayrlhf.data.rows import BadRow, DataError
 from tests.tiny_model import make_tokenizer
 
-BOS, EOS, USER, SYSTEM, ASSISTANT = 1, 2, 4, 3, 5  # places in tests.tiny_model.SPECIAL_TOKENS
+HI = [79, 80]  # h is 104, i is 105
+BE = [73, 76]  # b is 98, e is 101
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
+def ids(text: str) -> list[int]:
+    return [ord(char) - 25 for char in text]
 
 
-def config(**options):
-    return PromptDataConfig.model_validate({"train": "unused.jsonl", **options})
+def render(prompt: Any, chat_template: str | None = None, **fields: Any) -> tuple[str, list[int]]:
+    config = PromptDataConfig.model_validate({"train": "a.jsonl", **fields})
+    tokenizer = make_tokenizer(chat_template) if chat_template is not None else make_tokenizer()
+    return render_prompt({"prompt": prompt}, config, tokenizer)
 
 
-def chars(tokenizer, text):
-    """Ids of plain ASCII text, looked up one by one; a space is Ġ in a byte-level vocabulary."""
-    return tokenizer.convert_tokens_to_ids(["Ġ" if char == " " else char for char in text])
+def test_a_text_becomes_one_user_message() -> None:
+    assert render("hi") == ("<s><|user|>hi</s><|assistant|>", [1, 4, *HI, 2, 5])
 
 
-def test_a_text_becomes_a_user_message(tokenizer):
-    text, ids = render_prompt({"prompt": "a b"}, config(), tokenizer)
-    assert text == "<s><|user|>a b</s><|assistant|>"
-    assert ids == [BOS, USER, *chars(tokenizer, "a b"), EOS, ASSISTANT]
+def test_the_system_prompt_comes_first() -> None:
+    wanted = ("<s><|system|>be</s><|user|>hi</s><|assistant|>", [1, 3, *BE, 2, 4, *HI, 2, 5])
+    assert render("hi", system_prompt="be") == wanted
+    conversation = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+    assert render(conversation, system_prompt="unlike") == wanted
 
 
-def test_messages_are_rendered_in_order(tokenizer):
-    messages = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    text, _ = render_prompt({"chat": messages}, config(prompt_key="chat"), tokenizer)
-    assert text == "<s><|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>"
+def test_a_conversation_keeps_its_turns() -> None:
+    turns = [("user", "hi"), ("assistant", "be"), ("user", "hi")]
+    _, prompt_ids = render([{"role": role, "content": content} for role, content in turns])
+    assert prompt_ids == [1, 4, *HI, 2, 5, *BE, 2, 4, *HI, 2, 5]
 
 
-def test_the_system_prompt_goes_first_unless_the_row_has_its_own(tokenizer):
-    with_system = config(system_prompt="be brief")
-    text, ids = render_prompt({"prompt": "a"}, with_system, tokenizer)
-    assert text == "<s><|system|>be brief</s><|user|>a</s><|assistant|>"
-    assert ids[:2] == [BOS, SYSTEM]
-    own = [{"role": "system", "content": "rhyme"}, {"role": "user", "content": "a"}]
-    text, _ = render_prompt({"prompt": own}, with_system, tokenizer)
-    assert text == "<s><|system|>rhyme</s><|user|>a</s><|assistant|>"
+def test_a_template_without_a_first_token_gets_none() -> None:
+    assert render("hi", "{{ messages[0]['content'] }}") == ("hi", HI)
 
 
-def test_plain_text_gets_the_bos_that_the_tokenizer_adds_and_no_eos(tokenizer):
-    text, ids = render_prompt({"prompt": "ab"}, config(apply_chat_template=False), tokenizer)
-    assert text == "<s>ab"
-    assert ids == [BOS, *chars(tokenizer, "ab")]
+@pytest.mark.parametrize("template, text", [(None, "hi"), ("Q:{}!", "Q:hi!")])
+def test_plain_text_begins_with_the_tokenizers_own_first_token(template: str | None, text: str) -> None:
+    fields = {"apply_chat_template": False, "input_template": template}
+    assert render("hi", **fields) == (f"<s>{text}", [1, *ids(text)])
 
 
-def test_a_bos_in_the_input_template_is_not_doubled(tokenizer):
-    options = {"apply_chat_template": False, "input_template": "<s>Q: {} {json: 1}\nA:"}
-    text, ids = render_prompt({"prompt": "a{b}"}, config(**options), tokenizer)
-    assert text == "<s>Q: a{b} {json: 1}\nA:"  # other braces, in the template or the prompt, are left alone
-    assert ids.count(BOS) == 1
+def test_a_prompt_with_braces_is_no_template() -> None:
+    assert render("a{}{b}", apply_chat_template=False, input_template="<{}>")[1] == [1, *ids("<a{}{b}>")]
 
 
-def test_other_text_than_ascii_survives(tokenizer):
-    text, ids = render_prompt({"prompt": "é日\n"}, config(apply_chat_template=False), tokenizer)
-    assert text == "<s>é日\n"
-    assert len(ids) == 1 + len("é日\n".encode())
+def test_special_tokens_are_never_doubled() -> None:
+    assert render("<s>hi", apply_chat_template=False) == ("<s>hi", [1, *HI])
 
 
-def test_messages_need_the_chat_template(tokenizer):
-    row = {"prompt": [{"role": "user", "content": "a"}]}
-    with pytest.raises(BadRow, match=r"holds messages, but data.apply_chat_template is false"):
-        render_prompt(row, config(apply_chat_template=False), tokenizer)
+def test_text_beyond_ascii_survives() -> None:
+    assert render("über 🙂", apply_chat_template=False)[0] == "<s>über 🙂"
 
 
-def test_a_tokenizer_without_a_template():
-    with pytest.raises(DataError, match=r"has no template; name one with data.chat_template, or set"):
-        render_prompt({"prompt": "a"}, config(), make_tokenizer(chat_template=None))
+def test_what_a_row_can_get_wrong() -> None:
+    with pytest.raises(BadRow, match="data.apply_chat_template is false"):
+        render([{"role": "user", "content": "hi"}], apply_chat_template=False)
+    with pytest.raises(BadRow, match="the chat template rejects it: no such role"):
+        render("hi", "{{ raise_exception('no such role') }}")
+    with pytest.raises(BadRow, match="no token that the tokenizer knows"):
+        render("hi", "{{ '' }}")
+    with pytest.raises(BadRow, match="the conversation in column 'prompt' is not valid Unicode"):
+        render([{"role": "\ud800", "content": "hi"}])
 
 
-def test_what_a_template_rejects_is_a_bad_row():
-    tokenizer = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(BadRow, match=r"the chat template rejects it: roles must alternate"):
-        render_prompt({"prompt": "a"}, config(), tokenizer)
+def test_a_tokenizer_without_a_template_is_an_error_of_the_config() -> None:
+    config = PromptDataConfig.model_validate({"train": "a.jsonl"})
+    with pytest.raises(DataError, match=r"data.chat_template, or set data.apply_chat_template=false"):
+        render_prompt({"prompt": "hi"}, config, make_tokenizer(None))
 
 
-def test_text_without_a_known_token_is_a_bad_row():
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    only_a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab={"a": 0}, merges=[])))
-    with pytest.raises(BadRow, match=r"no token that the tokenizer knows"):
-        render_prompt({"prompt": "zzz"}, config(apply_chat_template=False), only_a)
-
-
-def test_the_chat_template_of_the_config_replaces_the_tokenizers(tmp_path):
+def test_a_template_of_the_users_own(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "shout.jinja").write_text("{{ messages[0]['content'] | upper }}!")
-    with_template = config(chat_template=str(tmp_path / "shout.jinja"))
-    tokenizer = prompt_tokenizer(str(tmp_path), chat_template=read_chat_template(with_template))
-    assert render_prompt({"prompt": "hey"}, with_template, tokenizer)[0] == "HEY!"
-    assert prompt_tokenizer(str(tmp_path)).chat_template != tokenizer.chat_template
-    assert read_chat_template(config()) is None
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}!")
+    fields = {"train": "a.jsonl", "chat_template": str(tmp_path / "own.jinja")}
+    config = PromptDataConfig.model_validate(fields)
+    tokenizer = prompt_tokenizer(str(tmp_path), chat_template=read_chat_template(config))
+    assert render_prompt({"prompt": "hi"}, config, tokenizer) == ("hi!", [*HI, *ids("!")])
+    (tmp_path / "own.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_chat_template(config)
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no tokenizer can be loaded from .*nothing"):
-        prompt_tokenizer(str(tmp_path / "nothing"))
-    with pytest.raises(DataError, match=r"data.chat_template=.*gone.jinja cannot be read"):
-        read_chat_template(config(chat_template=str(tmp_path / "gone.jinja")))
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_tokenizer_that_cannot_be_loaded(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        make_tokenizer().save_pretrained(tmp_path)
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match="no tokenizer can be loaded from"):
+        prompt_tokenizer(str(tmp_path))

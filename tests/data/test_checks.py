@@ -1,95 +1,101 @@
+"""What is found before anything is started."""
+
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
-import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.data.checks import check_sources
+from rayrlhf.data.checks import HEAD_ROWS, check_sources
 from rayrlhf.data.rows import DataError
 
-
-@pytest.fixture
-def lines(tmp_path):
-    """Writes lines (objects as JSON) to a file and returns its path."""
-
-    def write(name, *rows):
-        path = tmp_path / name
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return str(path)
-
-    return write
+GOOD = '{"prompt": "a", "label": "b"}\n'
 
 
-def config(train, **options):
-    return PromptDataConfig.model_validate({"train": train, **options})
+def config_of(train: Any, **fields: Any) -> PromptDataConfig:
+    return PromptDataConfig.model_validate({"train": train, **fields})
 
 
-def test_good_data_passes(lines):
-    train = lines(
-        "train.jsonl",
-        {"prompt": "a", "answer": 1},
-        {"prompt": [{"role": "user", "content": "b"}], "answer": 2},
-    )
-    check_sources(config(train, eval=[train], label_key="answer"))
+def message(train: Any, **fields: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        check_sources(config_of(train, **fields))
+    return str(caught.value)
 
 
-def test_everything_wrong_is_said_at_once(lines, tmp_path):
-    broken = lines("broken.jsonl", {"prompt": "a"}, "{oops", {"prompt": ""})
-    renamed = lines("renamed.jsonl", {"question": "a", "id": 1})
-    with pytest.raises(DataError) as raised:
-        check_sources(
-            config([broken, f"{tmp_path}/gone.jsonl"], eval=renamed, chat_template=f"{tmp_path}/gone.jinja")
+def test_good_sources_pass(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(GOOD * 3)
+    (tmp_path / "test.jsonl").write_text(GOOD)
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    check_sources(
+        config_of(
+            f"jsonl@{tmp_path}",
+            eval=str(tmp_path),
+            label_key="label",
+            chat_template=str(tmp_path / "chat.jinja"),
         )
-    message = str(raised.value)
-    assert f"data.chat_template={tmp_path}/gone.jinja: no such file" in message
-    assert f"data.train[0]: {broken} has rows that cannot be used" in message
-    assert f"{broken}:2: not valid JSON" in message
-    assert f"{broken}:3: column 'prompt' is empty" in message
-    assert "data.on_bad_row=skip" in message
-    assert f"data.train[1]: {tmp_path}/gone.jsonl: no such file or folder" in message
-    assert f"data.eval[0]: {renamed} has rows" in message
-    assert "no column 'prompt' (data.prompt_key); the columns are: 'question', 'id'" in message
-
-
-def test_bad_rows_may_be_skipped_while_some_are_good(lines):
-    some = lines("some.jsonl", "{oops", {"prompt": "a"})
-    check_sources(config(some, on_bad_row="skip"))
-    none = lines("none.jsonl", "{oops", {"text": "a"})
-    with pytest.raises(DataError, match="no usable row among the first 2"):
-        check_sources(config(none, on_bad_row="skip"))
-
-
-def test_files_without_rows(lines):
-    with pytest.raises(DataError, match="holds no rows"):
-        check_sources(config(lines("empty.jsonl")))
-    with pytest.raises(DataError, match="holds no rows"):
-        check_sources(config(lines("header.csv", "prompt,label")))
-
-
-def test_a_missing_label_column(lines):
-    with pytest.raises(DataError, match=r"no column 'label' \(data.label_key\); the columns are: 'prompt'"):
-        check_sources(config(lines("a.jsonl", {"prompt": "a"}), label_key="label"))
-
-
-def test_only_the_head_of_a_large_file_is_read(lines):
-    rows = ['{"prompt": "' + "x" * 1000 + '"}'] * 60_000
-    large = lines("large.jsonl", *rows, "{oops")
-    start = time.monotonic()
-    check_sources(config(large))
-    assert time.monotonic() - start < 0.5
-
-
-def test_the_check_needs_no_heavy_import(lines):
-    """In a process of its own, since this one has imported them."""
-    program = (
-        "import sys\n"
-        "from rayrlhf.config.data import PromptDataConfig\n"
-        "from rayrlhf.data.checks import check_sources\n"
-        "check_sources(PromptDataConfig.model_validate({'train': sys.argv[1]}))\n"
-        "heavy = {'ray', 'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
     )
-    path = lines("a.jsonl", {"prompt": "a"})
-    subprocess.run([sys.executable, "-c", program, path], check=True, timeout=60)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD + '{"prompt": \n' + "[1]\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    told = message(
+        [f"{tmp_path}/a.jsonl", f"{tmp_path}/empty.jsonl"],
+        eval=f"{tmp_path}/none.csv",
+        chat_template=f"{tmp_path}/none.jinja",
+    )
+    assert f"{tmp_path}/a.jsonl:2: not valid JSON" in told
+    assert f"{tmp_path}/a.jsonl:3: an array, not an object" in told
+    assert "data.on_bad_row=skip" in told
+    assert f"data.train[1]: {tmp_path}/empty.jsonl holds no rows" in told
+    assert f"data.eval[0]: {tmp_path}/none.csv: no such file" in told
+    assert f"data.chat_template={tmp_path}/none.jinja: no such file" in told
+
+
+def test_missing_columns_are_named_with_those_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    path = f"{tmp_path}/a.jsonl"
+    assert f"{path}:1: no column 'question' (data.prompt_key)" in message(path, prompt_key="question")
+    told = message(path, label_key="answer")
+    assert "no column 'answer' (data.label_key); the columns are: 'prompt', 'label'" in told
+
+
+def test_skipping_bad_rows_needs_one_good_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("[1]\n" * 9 + GOOD)
+    check_sources(config_of(str(path), on_bad_row="skip"))
+    path.write_text("[1]\n" * 9)
+    assert "no usable row among the first 9" in message(str(path), on_bad_row="skip")
+
+
+def test_only_the_head_of_a_file_is_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD * HEAD_ROWS + "broken\n")
+    check_sources(config_of(str(path)))
+    path.write_text(GOOD * (HEAD_ROWS - 1) + "broken\n")
+    assert f"{path}:{HEAD_ROWS}: not valid JSON" in message(str(path))
+
+
+def test_every_file_of_a_folder_is_looked_at(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text(GOOD)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": ""}))
+    assert f"{tmp_path}/b.jsonl:1: column 'prompt' is empty" in message(str(tmp_path))
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    script = (
+        "import sys; from rayrlhf.config.data import PromptDataConfig; "
+        "from rayrlhf.data.checks import check_sources; "
+        "check_sources(PromptDataConfig.model_validate({'train': sys.argv[1]})); "
+        "print(sorted({'ray', 'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, f"{tmp_path}/a.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == "[]"

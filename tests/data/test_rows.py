@@ -1,80 +1,80 @@
-import json
+"""What makes a row unusable."""
+
+from __future__ import annotations
+
 from datetime import date
+from decimal import Decimal
+from typing import Any
 
 import pytest
 
 from rayrlhf.data.rows import BadRow, columns_to_json, describe_bad_rows, prompt_of
 
-USER = {"role": "user", "content": "hello"}
+USER = {"role": "user", "content": "hi"}
 
 
-def test_a_text_and_a_conversation_are_prompts():
-    assert prompt_of({"q": "hello"}, "q") == "hello"
-    conversation = [{"role": "system", "content": "be brief"}, USER]
-    assert prompt_of({"q": conversation}, "q") == conversation
+def test_a_text_or_messages() -> None:
+    assert prompt_of({"q": " hi ", "other": 1}, "q") == " hi "
+    assert prompt_of({"prompt": [{"role": "system", "content": ""}, USER]}, "prompt") == [
+        {"role": "system", "content": ""},
+        USER,
+    ]
 
 
-def test_nulls_that_arrow_adds_to_messages_are_dropped():
-    assert prompt_of({"q": [{**USER, "tool_calls": None, "name": None}]}, "q") == [USER]
-
-
-def test_an_assistant_turn_that_only_calls_a_tool_needs_no_content():
-    call = {"role": "assistant", "tool_calls": [{"name": "add"}]}
-    conversation = [USER, call, {"role": "tool", "content": "3"}]
-    assert prompt_of({"q": conversation}, "q") == conversation
+def test_null_keys_that_arrow_adds_to_messages_are_left_out() -> None:
+    assert prompt_of({"prompt": [{**USER, "tool_calls": None}]}, "prompt") == [USER]
 
 
 @pytest.mark.parametrize(
-    ("columns", "reason"),
+    "columns, problem",
     [
-        ({"question": "a", "answer": "b"}, r"no column 'q' .*the columns are: 'question', 'answer'"),
-        ({}, "the columns are: none"),
-        ({"q": None}, "holds null; wanted a text or a list"),
-        ({"q": 3}, "holds a value of type int"),
-        ({"q": True}, "holds a boolean"),
-        ({"q": {"role": "user"}}, "holds an object"),
-        ({"q": ""}, "column 'q' is empty"),
-        ({"q": " \n\t"}, "column 'q' is empty"),
-        ({"q": "\ud83d alone"}, r"not valid Unicode text \(character 1 "),
-        ({"q": []}, "empty list of messages"),
-        ({"q": ["hello"]}, "message 1 .* is a text; wanted"),
-        ({"q": [USER, {"content": "x"}]}, "message 2 .* has no role; its keys are: 'content'"),
-        ({"q": [{"role": "", "content": "x"}]}, "has no role"),
-        ({"q": [{"role": "user"}]}, "message 1 .* has no content; its keys are: 'role'"),
-        ({"q": [{"role": "user", "content": None}]}, "has no content"),
-        (
-            {"q": [{"role": "user", "content": [{"type": "text"}]}]},
-            "content of message 1 .* is a list; wanted a text",
-        ),
-        ({"q": [USER, {"role": "assistant", "content": "hi"}]}, "end with the assistant's answer"),
-        ({"q": [{"role": "user", "content": " "}]}, "the last message .* is empty"),
+        ({"question": "a", "answer ": "b"}, "no column 'prompt' .* are: 'question', 'answer '"),
+        ({}, "no column 'prompt' .* are: none"),
+        ({"prompt": None}, "holds null; wanted a text or a list"),
+        ({"prompt": 3}, "holds a value of type int"),
+        ({"prompt": {"role": "user"}}, "holds an object"),
+        ({"prompt": " \n"}, "column 'prompt' is empty"),
+        ({"prompt": "half \ud83d"}, "not valid Unicode text .character 6"),
+        ({"prompt": []}, "empty list of messages"),
+        ({"prompt": [USER, "hi"]}, "message 2 in column 'prompt' is a text"),
+        ({"prompt": [{"content": "hi"}]}, "message 1 .* has no role; its keys are: 'content'"),
+        ({"prompt": [{"role": "user"}]}, "message 1 .* has no content; its keys are: 'role'"),
+        ({"prompt": [{"role": "user", "content": ["hi"]}]}, "content of message 1 .* is a list"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "last message in column 'prompt' is empty"),
+        ({"prompt": [USER, {"role": "assistant", "content": "a"}]}, "end with the assistant's answer"),
     ],
 )
-def test_what_cannot_be_a_prompt(columns, reason):
-    with pytest.raises(BadRow, match=reason):
-        prompt_of(columns, "q")
+def test_bad_prompts(columns: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BadRow, match=problem):
+        prompt_of(columns, "prompt")
 
 
-def test_the_label_column_must_be_there_and_filled():
-    assert prompt_of({"q": "a", "answer": 0}, "q", "answer") == "a"
-    with pytest.raises(BadRow, match=r"no column 'answer' \(data.label_key\); the columns are: 'q'"):
-        prompt_of({"q": "a"}, "q", "answer")
-    with pytest.raises(BadRow, match="label column 'answer' is null"):
-        prompt_of({"q": "a", "answer": None}, "q", "answer")
+@pytest.mark.parametrize(
+    "columns, problem",
+    [({"prompt": "a"}, r"no column 'label' \(data.label_key\)"), ({"prompt": "a", "label": None}, "is null")],
+)
+def test_bad_labels(columns: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BadRow, match=problem):
+        prompt_of(columns, "prompt", "label")
 
 
-def test_columns_travel_as_json():
-    text = columns_to_json({"q": "é", "n": 2**70, "day": date(2024, 2, 29), "none": None})
-    assert json.loads(text) == {"q": "é", "n": 2**70, "day": "2024-02-29", "none": None}
+def test_columns_travel_as_json() -> None:
+    columns = {"a": 1, "b": ["ü", None], "day": date(2024, 2, 29), "price": Decimal("1.10")}
+    assert (
+        columns_to_json(columns) == '{"a": 1, "b": ["\\u00fc", null], "day": "2024-02-29", "price": "1.10"}'
+    )
 
 
-@pytest.mark.parametrize("value", [b"\x89PNG", [b"x"], object()])
-def test_columns_that_json_cannot_hold_are_bad(value):
-    with pytest.raises(BadRow):
-        columns_to_json({"image": value})
+@pytest.mark.parametrize(
+    "value, problem",
+    [(b"\x00", "column 'a' holds bytes"), (object(), "type object"), ({(1,): 2}, "kept as JSON")],
+)
+def test_columns_that_json_cannot_hold(value: Any, problem: str) -> None:
+    with pytest.raises(BadRow, match=problem):
+        columns_to_json({"a": value})
 
 
-def test_only_the_first_problems_are_listed():
-    described = describe_bad_rows([f"f:{n}: bad" for n in range(1, 8)])
-    assert described.splitlines() == [*(f"  f:{n}: bad" for n in range(1, 6)), "  … and 2 more"]
-    assert describe_bad_rows(["f:1: bad"], total=1) == "  f:1: bad"
+def test_only_the_first_problems_are_listed() -> None:
+    assert describe_bad_rows(["f:1: x"]) == "  f:1: x"
+    described = describe_bad_rows([f"f:{n}: x" for n in range(1, 6)], total=12).splitlines()
+    assert described[0] == "  f:1: x" and described[4:] == ["  f:5: x", "  … and 7 more"]

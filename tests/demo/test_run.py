@@ -20,6 +20,7 @@ DROPPED = [
     "2026-11-23 13:10:23,739\tINFO cli.py:42 -- Job submission server address: http://127.0.0.1:8265",
     "2026-11-23 13:10:24,993\tSUCC cli.py:66 -- \x1b[32m-----------\x1b[39m",
     "2026-11-23 13:10:24,845\tINFO job_manager.py:581 -- Runtime env is setting up.",
+    "2026-11-23 13:34:33,052\tWARNING working_dir.py:101 -- Directory '.git' is now ignored by default",
     "Running entrypoint for job raysubmit_x: python jobs/ppo.py",
     "\x1b[36m(TrainController pid=77)\x1b[0m 2026-11-23 13:10:24,845\tINFO controller.py:5 -- starting",
     "(raylet, ip=10.0.0.1, pid=5) 2026-11-23 13:10:24,845 INFO node.py:7 -- hello",

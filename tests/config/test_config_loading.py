@@ -1,0 +1,194 @@
+"""Files, merging, overrides: what the command line becomes, before any schema looks at it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrlhf.config.base import Problem
+from rayrlhf.config.tree import ConfigTree, read_tree
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write_file(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+def only_problem(tree: ConfigTree) -> Problem:
+    assert len(tree.problems) == 1, tree.problems
+    return tree.problems[0]
+
+
+def test_later_files_win_key_by_key_and_replace_lists(write: Any) -> None:
+    lower = write("lower.yaml", "train: {lr: 0.1, betas: [0.1, 0.2]}\nmodel: {path: a}\n")
+    upper = write("upper.yaml", "train: {betas: [0.3]}\nmodel: {dtype: auto}\nrun: {name: x}\n")
+    tree = read_tree([lower, upper])
+    assert tree.values == {
+        "train": {"lr": 0.1, "betas": [0.3]},
+        "model": {"path": "a", "dtype": "auto"},
+        "run": {"name": "x"},
+    }
+    assert tree.source == f"{lower} + {upper}"
+
+
+def test_a_null_removes_a_section_of_an_earlier_file(write: Any) -> None:
+    tree = read_tree([write("a.yaml", "critic: {lr: 0.1}\n"), write("b.yaml", "critic: null\n")])
+    assert tree.values == {"critic": None}
+
+
+def test_overrides_come_after_all_files_wherever_they_stand(write: Any) -> None:
+    path = write("a.yaml", "train: {lr: 0.1, num_steps: 3}\n")
+    tree = read_tree(["train.lr=0.5", path, "train.num_steps=4", "train.num_steps=5"])
+    assert tree.values == {"train": {"lr": 0.5, "num_steps": 5}}
+    assert tree.source == f"{path} + 3 overrides"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("-3", -3),
+        ("1_000", 1000),
+        ("010", 10),  # an octal 8 in YAML 1.1
+        ("1e-6", 1e-6),  # a text in YAML 1.1
+        ("-2.5E+3", -2500.0),
+        (".5", 0.5),
+        ("1.", 1.0),
+        (".inf", math.inf),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("no", "no"),  # false in YAML 1.1
+        ("1:30", "1:30"),  # 90 in YAML 1.1
+        ("2026-01-01", "2026-01-01"),  # a date in YAML 1.1
+        ("'3'", "3"),
+        ("[1, a]", [1, "a"]),
+        ("{a: 1, b: [x]}", {"a": 1, "b": ["x"]}),
+        ("a=b", "a=b"),
+        ("jsonl@dir/file", "jsonl@dir/file"),
+    ],
+)
+def test_override_values_are_yaml(text: str, value: Any) -> None:
+    found = read_tree([f"a.b={text}"]).values["a"]["b"]
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_make_the_sections_on_their_way(write: Any) -> None:
+    path = write("a.yaml", "critic: null\n")
+    assert read_tree([path, "critic.lr=0.1", "a.b.c=1"]).values == {
+        "critic": {"lr": 0.1},
+        "a": {"b": {"c": 1}},
+    }
+
+
+def test_overrides_reach_list_items_by_index(write: Any) -> None:
+    path = write("a.yaml", "sources: [{path: a}, {path: b}]\n")
+    assert read_tree([path, "sources.1.path=c"]).values == {"sources": [{"path": "a"}, {"path": "c"}]}
+
+
+def test_an_override_leaves_the_other_user_of_a_yaml_anchor_alone(write: Any) -> None:
+    path = write("a.yaml", "a: &shared {x: 1}\nb: *shared\n")
+    assert read_tree([path, "a.x=2"]).values == {"a": {"x": 2}, "b": {"x": 1}}
+
+
+def test_merge_keys_work_and_are_not_duplicates(write: Any) -> None:
+    path = write("a.yaml", "a: &base {x: 1, y: 1}\nb:\n  <<: *base\n  y: 2\n")
+    tree = read_tree([path])
+    assert tree.values["b"] == {"x": 1, "y": 2} and tree.problems == []
+
+
+@pytest.mark.parametrize("index", ["2", "-1", "x"])
+def test_an_index_that_is_not_there_is_told(write: Any, index: str) -> None:
+    path = write("a.yaml", "sources: [1, 2]\n")
+    problem = only_problem(read_tree([path, f"sources.{index}=3"])) if index != "-1" else None
+    if problem is not None:
+        assert problem.got == f"item {index} of sources, which has 2"
+        assert problem.wanted == "an index from 0 to 1"
+
+
+def test_an_override_through_a_scalar_is_an_error(write: Any) -> None:
+    problem = only_problem(read_tree([write("a.yaml", "run: {name: demo}\n"), "run.name.first=x"]))
+    assert problem.path == "run.name.first"
+    assert problem.got == "a path through run.name, which is a text: 'demo'"
+    assert "run.name=" in problem.fix
+    assert problem.where == "command line"
+
+
+def test_an_override_that_is_not_yaml_is_an_error() -> None:
+    problem = only_problem(read_tree(["a.b=[1"]))
+    assert problem.path == "a.b" and problem.got.startswith("[1 (")
+    assert problem.fix == "put quotes around it: a.b='\"[1\"'"
+    assert read_tree(['a.b="[1"']).values == {"a": {"b": "[1"}}  # what the fix makes of it, behind the shell
+
+
+def test_an_argument_without_equals_sign_is_an_error() -> None:
+    problem = only_problem(read_tree(["train.lr"]))
+    assert problem.path == "train.lr"
+    assert "key.path=value" in problem.wanted and "train.lr=VALUE" in problem.fix
+
+
+def test_an_option_is_answered_with_the_override_it_stands_for() -> None:
+    problem = only_problem(read_tree(["--train.num-steps=1e-3"]))
+    assert problem.fix == "write train.num_steps=1e-3, without dashes"
+
+
+def test_a_missing_file_is_told_with_the_folder_it_was_looked_up_in() -> None:
+    tree = read_tree(["nowhere.yaml"])
+    problem = only_problem(tree)
+    assert (problem.path, problem.got) == ("nowhere.yaml", "no such file")
+    assert str(Path.cwd()) in problem.fix
+    assert tree.unreadable
+
+
+def test_broken_yaml_is_told_with_its_line(write: Any) -> None:
+    path = write("a.yaml", "run:\n  name: demo\n  dir: [a, b\ntrain:\n  lr: 1\n")
+    tree = read_tree([path])
+    problem = only_problem(tree)
+    assert problem.where == f"{path}:4"  # the first line that cannot belong to the open list
+    assert "train:" in problem.got
+    assert "line 4" in problem.fix
+    assert tree.unreadable
+
+
+def test_a_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in only_problem(read_tree([str(path)])).wanted
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- a\n", "a list"), ("hello\n", "a text"), ("3\n", "a number")])
+def test_the_top_level_must_be_a_mapping(write: Any, text: str, kind: str) -> None:
+    assert only_problem(read_tree([write("a.yaml", text)])).got == f"{kind} at the top level"
+
+
+def test_an_empty_file_is_an_empty_configuration(write: Any) -> None:
+    tree = read_tree([write("a.yaml", "# nothing yet\n")])
+    assert tree.values == {} and tree.problems == [] and not tree.unreadable
+
+
+def test_duplicate_keys_are_errors_with_both_lines(write: Any) -> None:
+    path = write("a.yaml", "train:\n  lr: 1\n  num_steps: 2\n  lr: 3\nrun: {name: a, name: b}\ntrain: {}\n")
+    tree = read_tree([path])
+    assert [(p.path, p.got, p.where) for p in tree.problems] == [
+        ("train.lr", "given twice, in lines 2 and 4", f"{path}:4"),
+        ("run.name", "given twice, in lines 5 and 5", f"{path}:5"),
+        ("train", "given twice, in lines 1 and 6", f"{path}:6"),
+    ]
+
+
+def test_every_value_knows_where_it_was_given(write: Any) -> None:
+    lower = write("a.yaml", "train:\n  lr: 1\n  betas:\n  - 1\n  - 2\n")
+    upper = write("b.yaml", "\ntrain: {num_steps: 3}\n")
+    tree = read_tree([lower, upper, "train.lr=2"])
+    assert tree.places["train.betas.1"] == f"{lower}:5"
+    assert tree.places["train.num_steps"] == f"{upper}:2"
+    assert tree.places["train.lr"] == "command line"

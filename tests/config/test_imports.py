@@ -1,0 +1,63 @@
+"""A wrong configuration is told at once: nothing on the way imports what takes seconds to import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+HEAVY = {"torch", "ray", "numpy", "pyarrow", "transformers", "datasets", "deepspeed", "vllm"}
+
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+import rayrlhf.config
+for module in pkgutil.iter_modules(rayrlhf.config.__path__, "rayrlhf.config."):
+    importlib.import_module(module.name)
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_configuration_imports_nothing_heavy() -> None:
+    done = run_python("-c", IMPORT_ALL)
+    assert done.returncode == 0, done.stderr
+    modules = set(json.loads(done.stdout))
+    assert "rayrlhf.config.run" in modules and "rayrlhf.config.load" in modules
+    assert not {name.partition(".")[0] for name in modules} & HEAVY
+
+
+def test_the_job_tells_all_problems_before_it_imports_anything_heavy() -> None:
+    done = run_python(
+        "-X",
+        "importtime",
+        "jobs/ppo.py",
+        "jobs/configs/demo.yaml",
+        "algorithm.kll_coef=0.1",
+        "rollout.group_size=0",
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    imported = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time")
+    }
+    assert "pydantic" in imported and not imported & HEAVY
+    told = "\n".join(line for line in lines if not line.startswith("import time"))
+    assert told.startswith("2 problems in the configuration (jobs/configs/demo.yaml + 2 overrides):")
+    assert "did you mean algorithm.kl_coef?" in told and "an integer >= 1" in told
+    assert "Traceback" not in told
+
+
+def test_the_job_has_help() -> None:
+    done = run_python("jobs/ppo.py", "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert (
+        done.stdout.startswith("usage: python jobs/ppo.py CONFIG.yaml")
+        and "rollout.group_size" in done.stdout
+    )

@@ -1,0 +1,182 @@
+"""The plan of a run, and that Ray Data and the workers follow it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayrlhf.data.store import PROMPT_FIELDS, ArrowRows, PromptStore, write_store
+from rayrlhf.data.stream import iter_prompts, prompt_dataset, prompt_plan
+
+
+@pytest.mark.parametrize(
+    "num_rows, prompts_per_step, plan",
+    [
+        (4, 2, [[0, 1], [2, 3], [0, 1]]),  # epochs that end with a step
+        (5, 2, [[0, 1], [2, 3], [4, 0], [1, 2]]),  # steps that run on into the next epoch
+        (3, 2, [[0, 1], [2, 0], [1, 2]]),
+        (4, 3, [[0, 1, 2], [3, 0, 1], [2, 3, 0]]),
+        (2, 5, [[0, 1, 0, 1, 0], [1, 0, 1, 0, 1]]),  # fewer rows than a step takes: they must repeat
+    ],
+)
+def test_without_shuffle_rows_come_in_order(
+    num_rows: int, prompts_per_step: int, plan: list[list[int]]
+) -> None:
+    found = prompt_plan(num_rows, prompts_per_step, len(plan), 1, seed=0, shuffle=False)
+    assert found.tolist() == [[step] for step in plan]
+
+
+def test_ranks_share_a_step_in_turn() -> None:
+    plan = prompt_plan(8, 4, 2, 2, seed=0, shuffle=False)
+    assert plan.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_the_seed_and_the_epoch_decide_the_order() -> None:
+    first, second = prompt_plan(20, 20, 2, 1, seed=0)[:, 0].tolist()
+    other = prompt_plan(20, 20, 1, 1, seed=1)[0, 0].tolist()
+    assert len({tuple(first), tuple(second), tuple(other), tuple(range(20))}) == 4
+    assert first == np.random.default_rng([0, 0]).permutation(20).tolist()  # as documented
+    assert second == np.random.default_rng([0, 1]).permutation(20).tolist()
+
+
+@given(
+    num_rows=st.integers(1, 40),
+    per_rank=st.integers(1, 6),
+    world_size=st.integers(1, 4),
+    num_steps=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+    shuffle=st.booleans(),
+)
+def test_properties_of_a_plan(
+    num_rows: int, per_rank: int, world_size: int, num_steps: int, seed: int, shuffle: bool
+) -> None:
+    prompts_per_step = per_rank * world_size
+    plan = prompt_plan(num_rows, prompts_per_step, num_steps, world_size, seed, shuffle)
+    assert plan.shape == (num_steps, world_size, per_rank)
+    flat = plan.reshape(-1)
+    for start in range(0, len(flat) - num_rows + 1, num_rows):
+        assert sorted(flat[start : start + num_rows]) == list(range(num_rows)), "an epoch has every row once"
+    if num_rows >= prompts_per_step:
+        assert all(len(set(step.tolist())) == prompts_per_step for step in plan.reshape(num_steps, -1))
+    one_worker = prompt_plan(num_rows, prompts_per_step, num_steps, 1, seed, shuffle)
+    assert one_worker.reshape(-1).tolist() == flat.tolist()
+    longer = prompt_plan(num_rows, prompts_per_step, num_steps + 3, world_size, seed, shuffle)
+    assert longer[:num_steps].tolist() == plan.tolist()
+
+
+@pytest.mark.parametrize(
+    "num_rows, prompts_per_step, world_size, message",
+    [(0, 2, 1, "at least one row"), (9, 3, 2, "does not divide by 2"), (9, 0, 1, "prompts_per_step=0")],
+)
+def test_plans_that_cannot_be_made(
+    num_rows: int, prompts_per_step: int, world_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prompt_plan(num_rows, prompts_per_step, 1, world_size, seed=0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> PromptStore:
+    """Fifty rows; row i is i + 1 times the token i and the text "row i"."""
+    folder = tmp_path_factory.mktemp("store")
+    rows = [
+        {"prompt_ids": [i] * (i + 1), "prompt": f"row {i}", "columns_json": f'{{"label": {i}}}'}
+        for i in range(50)
+    ]
+    table = pa.Table.from_pylist(rows, pa.schema(PROMPT_FIELDS))
+    with pa.OSFile(str(folder / "spool"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    write_store(ArrowRows(folder / "spool"), np.arange(50), {"rows": 50}, "", folder / "store.arrow")
+    return PromptStore.open(folder / "store.arrow")
+
+
+class FakeShard:
+    """What a worker reads from, without Ray: gives tables of `batch_size` rows of one."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def iter_batches(self, *, batch_size: int, **_: Any) -> Any:
+        return (self.table.slice(start, batch_size) for start in range(0, len(self.table), batch_size))
+
+
+def planned_table(store: PromptStore, step: list[int], rank: list[int], slot: list[int]) -> Any:
+    table = store.take(range(len(step)))
+    for name, values in {"step": step, "rank": rank, "slot": slot}.items():
+        table = table.append_column(name, pa.array(values))
+    return cast(Any, FakeShard(table))
+
+
+def test_a_worker_gets_its_prompts_step_by_step(store: PromptStore) -> None:
+    shard = planned_table(store, step=[7, 7, 8, 8], rank=[1] * 4, slot=[2, 3, 2, 3])
+    steps = list(iter_prompts(shard, rank=1, per_rank=2, start_step=7))
+    assert [(step, [prompt.row_id for prompt in prompts]) for step, prompts in steps] == [
+        (7, [0, 1]),
+        (8, [2, 3]),
+    ]
+    assert steps[1][1][0] == store[2]
+
+
+@pytest.mark.parametrize(
+    "step, rank, slot, name",
+    [
+        ([7, 8], [1, 1], [2, 3], "step"),
+        ([8, 8], [1, 1], [2, 3], "step"),
+        ([7, 7], [1, 0], [2, 3], "rank"),
+        ([7, 7], [1, 1], [3, 2], "slot"),
+        ([7], [1], [2], "step"),  # a row is missing
+    ],
+)
+def test_a_worker_notices_what_is_not_as_planned(
+    store: PromptStore, step: list[int], rank: list[int], slot: list[int], name: str
+) -> None:
+    shard = planned_table(store, step, rank, slot)
+    with pytest.raises(AssertionError, match=f"rank 1 at step 7: planned {name}"):
+        list(iter_prompts(shard, rank=1, per_rank=2, start_step=7))
+
+
+def test_there_must_be_a_step_left(store: PromptStore) -> None:
+    with pytest.raises(ValueError, match="start_step=2 of a plan with 2 steps"):
+        prompt_dataset(store.path, prompt_plan(50, 4, 2, 2, seed=0), start_step=2)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("start_step, max_blocks", [(0, 4096), (9, 4096), (9, 10)])
+@pytest.mark.usefixtures("ray_session")
+def test_two_workers_get_the_plan(
+    store: PromptStore, start_step: int, max_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from a later step, and where a block holds several steps (18 of them in 10 blocks)."""
+    import ray
+
+    monkeypatch.setattr("rayrlhf.data.stream.MAX_BLOCKS", max_blocks)
+    plan = prompt_plan(50, 6, 18, 2, seed=3)  # 108 rows: two epochs and a bit
+
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def read(self, shard: Any, rank: int) -> list[tuple[int, list[tuple[int, list[int], str, dict]]]]:
+            return [
+                (step, [(p.row_id, p.prompt_ids, p.prompt, p.columns) for p in prompts])
+                for step, prompts in iter_prompts(shard, rank, 3, start_step)
+            ]
+
+    shards = prompt_dataset(store.path, plan, start_step).streaming_split(2, equal=True)
+    workers = [Worker.remote() for _ in shards]
+    reads = [
+        worker.read.remote(shard, rank)
+        for rank, (worker, shard) in enumerate(zip(workers, shards, strict=True))
+    ]
+    for rank, steps in enumerate(ray.get(reads, timeout=120)):
+        assert steps == [
+            (
+                step,
+                [(row, [row] * (row + 1), f"row {row}", {"label": row}) for row in plan[step, rank].tolist()],
+            )
+            for step in range(start_step, 18)
+        ]

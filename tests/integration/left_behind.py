@@ -1,0 +1,31 @@
+"""Prints as JSON what of policy runs is alive on the cluster at RAY_ADDRESS: apps, placement groups,
+actors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import ray
+from ray import serve
+from ray.util import placement_group_table
+from ray.util.state import list_actors
+
+OURS = ("Board", "WeightHub", "Reaper", "EngineActor", "_SlotController", "RayTrainWorker")
+
+
+def main() -> None:
+    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    actors = [actor.class_name for actor in list_actors(limit=1000) if actor.state != "DEAD"]
+    serving = "ServeController" in actors
+    alive = {
+        "apps": sorted(serve.status().applications) if serving else [],
+        "groups": [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"],
+        "actors": sorted(name for name in actors if name in OURS or name.startswith("ServeReplica")),
+    }
+    print(json.dumps(alive))
+
+
+if __name__ == "__main__":
+    main()

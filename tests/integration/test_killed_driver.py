@@ -1,0 +1,89 @@
+"""kill -9 of the driver and `ray job stop` leave no app, placement group or actor of the run behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.local.head import LocalHead
+from tests.integration.policy_runs import tiny_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START_SECONDS = 150
+GONE_SECONDS = 30
+NOTHING = {"apps": [], "groups": [], "actors": []}
+
+
+def left_behind(head: LocalHead) -> dict[str, Any]:
+    environment = head.client_env() | {"RAY_ADDRESS": head.gcs_address}
+    script = [sys.executable, "-m", "tests.integration.left_behind"]
+    done = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def submit(head: LocalHead, config: Path, submission_id: str) -> None:
+    command = ["ray", "job", "submit", "--no-wait", "--submission-id", submission_id, "--"]
+    job = [sys.executable, str(REPOSITORY / "jobs/ppo.py"), str(config)]
+    subprocess.run([*command, *job], env=head.client_env(), check=True, capture_output=True, timeout=60)
+
+
+def driver_of(config: Path) -> psutil.Process:
+    """The Python process that runs jobs/ppo.py with this config."""
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if str(config) in command and command[0].endswith("python") and command[1].endswith("jobs/ppo.py"):
+            return process
+    raise LookupError(f"no driver with {config}")
+
+
+def wait_until(what: str, seconds: float, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.5)
+
+
+def kill(head: LocalHead, config: Path) -> None:
+    driver_of(config).kill()
+
+
+def stop(head: LocalHead, config: Path) -> None:
+    subprocess.run(
+        ["ray", "job", "stop", "--no-wait", "stop"], env=head.client_env(), check=True, capture_output=True
+    )
+
+
+def test_nothing_outlives_the_driver(tmp_path: Path, tiny_model: str) -> None:
+    with LocalHead(num_cpus=4, num_gpus=0, object_store_bytes=300_000_000) as head:
+        for name, end in (("kill", kill), ("stop", stop)):
+            folder = tmp_path / name
+            folder.mkdir()
+            run = tiny_run(folder, tiny_model, train={"num_steps": 100_000})
+            reward = {
+                "type": "function",
+                "function": f"{REPOSITORY}/tests/integration/policy_runs.py:share_of_vowels",
+            }
+            tree = run.model_dump(mode="json", exclude_unset=True) | {"reward": {"sources": [reward]}}
+            config = folder / "run.yaml"
+            config.write_text(yaml.safe_dump(tree))
+            submit(head, config, name)
+            metrics = folder / "runs" / "tiny" / "metrics.jsonl"
+            wait_until(f"the first step before {name}", START_SECONDS, metrics.exists)
+            alive = left_behind(head)
+            assert alive["apps"] and alive["groups"] and "EngineActor" in alive["actors"]
+
+            end(head, config)
+            started = time.monotonic()
+            wait_until(f"a clean cluster after {name}", GONE_SECONDS, lambda: left_behind(head) == NOTHING)
+            print(f"{name}: nothing left after {time.monotonic() - started:.1f} s")

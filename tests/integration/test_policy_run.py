@@ -1,0 +1,100 @@
+"""The main job on a tiny model, with everything real: Data, Train + DeepSpeed, Serve + vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayrlhf.loops.run import run_policy
+from tests.integration.policy_runs import tiny_run, write_prompts
+from tests.tiny_model import make_tiny_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "runs" / "tiny" / "summary.json").read_text())
+
+
+def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None:
+    held_out = {"eval": str(write_prompts(tmp_path / "test.jsonl", 64))}
+    data = {"train": str(write_prompts(tmp_path / "train.jsonl", 64)), "max_prompt_tokens": 64, **held_out}
+
+    assert run_policy(tiny_run(tmp_path, tiny_model, data=data, train={"num_steps": 20})) == 0
+    halfway = summary_of(tmp_path)
+    assert run_policy(tiny_run(tmp_path, tiny_model, data=data, train={"num_steps": 40})) == 0
+    summary = summary_of(tmp_path)
+
+    # By chance the two 95 % intervals would part in less than one run of a hundred; learning parts them by
+    # far.
+    assert summary["reward_after_ci"][0] > summary["reward_before_ci"][1]
+    assert summary["reward_after"] > summary["reward_before"] + 0.2
+    assert summary["reward_before"] == halfway["reward_before"]  # kept in the checkpoint, not measured anew
+    metrics = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in metrics if "reward/mean" in line]
+    assert steps == list(range(1, 41)), "the second start must go on at step 21"
+    assert max(line["rollout/logprob_diff_mean"] for line in metrics if "reward/mean" in line) < 1e-3
+    rollouts = [json.loads(line) for line in (tmp_path / "runs/tiny/rollouts.jsonl").read_text().splitlines()]
+    assert all(row["policy_version"] == row["step"] - 1 for row in rollouts)
+    assert list((tmp_path / "runs/tiny/tensorboard").iterdir())
+
+    tokenizer = AutoTokenizer.from_pretrained(summary["export"])
+    model = AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say 3"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    assert sum(c in "aeiou" for c in text) > len(text) / 2, f"the export has not learnt: {text!r}"
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_workers_two_engines_served_reward_and_reference(
+    tmp_path: Path, tiny_model: str, zero_stage: int
+) -> None:
+    """Every role on slots of its own, and a reward model that reads the sample's own tokens."""
+    reward_model = make_tiny_model(tmp_path / "reward", seed=1, sequence_classification=True)
+    config = tiny_run(
+        tmp_path,
+        tiny_model,
+        train={"num_steps": 2, "num_workers": 2, "zero_stage": zero_stage},
+        rollout={"num_engines": 2, "group_size": 2, "prompts_per_step": 8},
+        ref={"location": "serve"},
+        reward={"sources": [{"type": "model", "path": reward_model}, *function_source()]},
+        placement={"preset": "disaggregated", "cpus_per_slot": 0.5},
+        algorithm={"kl_coef": 0.01, "mini_batches": 2, "updates_per_batch": 2},
+    )
+    assert run_policy(config) == 0
+    lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] == 2
+    assert last["data/samples"] == 16
+    assert last["reward/failed"] == 0
+    assert abs(last["kl/mean"]) < 1.0
+
+
+def function_source() -> list[dict[str, Any]]:
+    return [{"type": "function", "function": "tests.integration.policy_runs:share_of_vowels", "weight": 0.5}]
+
+
+def test_grpo_without_critic(tmp_path: Path, tiny_model: str) -> None:
+    config = tiny_run(
+        tmp_path,
+        tiny_model,
+        critic=None,
+        algorithm={"advantage": "grpo", "kl_coef": 0.0},
+        rollout={"group_size": 4, "prompts_per_step": 8},
+        train={"num_steps": 2},
+    )
+    assert run_policy(config) == 0
+    last = json.loads((tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1])
+    assert "loss/critic" not in last
+    assert last["loss/ratio"] == pytest.approx(1.0)  # one update per batch starts at the old policy itself

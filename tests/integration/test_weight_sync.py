@@ -1,0 +1,128 @@
+"""Weights reach every engine, and an engine that was down comes back with the newest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray import serve
+from transformers import AutoModelForCausalLM
+
+from rayrlhf.loops.apps import engine_settings
+from rayrlhf.loops.job import PolicyJob
+from rayrlhf.loops.session import deploy, watched
+from rayrlhf.placement.apply import create_slots
+from rayrlhf.placement.plan import plan_placement
+from rayrlhf.rollout.engine import NAMESPACE, rollout_deployment
+from rayrlhf.rollout.weight_sync import WeightHub, WeightSync
+from tests.integration.policy_runs import tiny_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+NUM_ENGINES = 2
+PROMPT = [1, *range(20, 90)]  # long enough to leave whole blocks in the prefix cache
+NEW_TOKENS = 24
+GREEDY = {"max_tokens": NEW_TOKENS, "temperature": 0.0, "logprobs": 0, "ignore_eos": True}
+
+
+class Engines:
+    """Two engines behind Serve, and the trainer's model."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        config = tiny_run(
+            folder,
+            model,
+            rollout={"num_engines": NUM_ENGINES},
+            data={"max_prompt_tokens": 100},
+            placement={"preset": "disaggregated", "cpus_per_slot": 0.5},
+        )
+        self.job = PolicyJob(config, f"sync-{os.getpid()}", (), 0, 1)
+        self.slots = create_slots(plan_placement(config), gpus_per_slot=0, name="sync", timeout_seconds=60)
+        self.hub = (
+            ray.remote(WeightHub).options(name=self.job.weight_hub, namespace=NAMESPACE, num_cpus=0).remote()
+        )
+        settings = engine_settings(self.job, on_gpu=False, threads=1)
+        app = rollout_deployment(settings, self.slots, num_engines=NUM_ENGINES, max_requests=64)
+        deploy({self.job.rollout_app: app})
+        with watched([self.job.rollout_app], timeout_seconds=120, tell=print, give_up=lambda: None):
+            while serve.status().applications[self.job.rollout_app].status != "RUNNING":
+                time.sleep(0.2)
+        self.handle = serve.get_app_handle(self.job.rollout_app)
+        self.sync = WeightSync(
+            self.hub,
+            self.handle,
+            rank=0,
+            num_engines=NUM_ENGINES,
+            bucket_bytes=100_000,  # several buckets, and parameters larger than one
+            timeout_seconds=60,
+            gathered=lambda _: nullcontext(),
+        )
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def change_weights(self, version: int) -> None:
+        torch.manual_seed(version)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.5)
+        self.sync.push(list(self.model.named_parameters()), version)
+
+    def ask_all(self, min_version: int) -> list[Any]:
+        answers = self.handle.broadcast("generate", PROMPT, [GREEDY], min_version).results(timeout_s=60)
+        return [answer[0] for answer in answers]
+
+    def expected(self) -> list[int]:
+        """Greedy continuation by plain transformers."""
+        ids = list(PROMPT)
+        with torch.no_grad():
+            for _ in range(NEW_TOKENS):
+                ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        return ids[len(PROMPT) :]
+
+    def close(self) -> None:
+        serve.delete(self.job.rollout_app)
+        self.slots.remove()
+
+
+@pytest.fixture
+def engines(tmp_path: Path, tiny_model: str):
+    running = Engines(tmp_path, tiny_model)
+    yield running
+    running.close()
+
+
+def test_every_engine_serves_the_newest_weights_even_after_it_was_killed(engines: Engines) -> None:
+    assert [a.token_ids for a in engines.ask_all(0)] == [engines.expected()] * NUM_ENGINES
+    old = engines.expected()
+
+    engines.change_weights(version=1)
+    assert engines.expected() != old, "the new weights must answer differently for this test to mean anything"
+    answers = engines.ask_all(1)  # the same prompt again: a stale prefix cache would show
+    assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
+    assert {a.policy_version for a in answers} == {1}
+
+    victim = engines.handle.broadcast("describe").results(timeout_s=30)[0]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    engines.change_weights(version=2)  # while one replica is down
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        described = engines.handle.broadcast("describe").results(timeout_s=30, return_exceptions=True)
+        alive = [d for d in described if isinstance(d, dict) and d["pid"] != victim]
+        if len(alive) == NUM_ENGINES:
+            break
+        time.sleep(0.5)
+    assert sorted(d["version"] for d in alive) == [2, 2], "the replica must come back with the newest weights"
+    answers = engines.ask_all(2)
+    assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
+    assert {a.policy_version for a in answers} == {2}
+
+
+def test_a_version_nobody_published_is_refused(engines: Engines) -> None:
+    with pytest.raises(Exception, match="version 7 was asked for, the newest published one is 0"):
+        engines.handle.generate.remote(PROMPT, [GREEDY], 7).result(timeout_s=30)

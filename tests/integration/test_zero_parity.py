@@ -1,0 +1,145 @@
+"""Two ranks under DeepSpeed equal one process of plain torch AdamW; the packing makes no difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rayrlhf.batch import PackedBatch, cu_seqlens_of, empty_like_batch, position_ids_of
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.train import TrainConfig
+from rayrlhf.models.load import load_policy
+
+NUM_STEPS = 5
+WORLD_SIZE = 2
+LR = 1e-3
+WEIGHT_DECAY = 0.01
+MAX_GRAD_NORM = 0.5
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def sequences(step: int, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(token ids, loss mask) of one rank's sequences; ranks have unequal tokens, rank 1 none at all in
+    step 2.
+    """
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    lengths = torch.randint(5, 20, (3 + rank,), generator=generator).tolist()
+    result = []
+    for length in lengths:
+        mask = torch.ones(length)
+        mask[: length // 3 + 1] = 0
+        if step == 2 and rank == 1:
+            mask[:] = 0
+        result.append((torch.randint(8, 264, (length,), generator=generator), mask))
+    return result
+
+
+def packed(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> PackedBatch:
+    lengths = [ids.numel() for ids, _ in parts]
+    return PackedBatch(
+        input_ids=torch.cat([ids for ids, _ in parts]),
+        position_ids=position_ids_of(lengths),
+        cu_seqlens=cu_seqlens_of(lengths),
+        loss_mask=torch.cat([mask for _, mask in parts]),
+    )
+
+
+def forward(module: Any, batch: PackedBatch) -> torch.Tensor:
+    return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask).logprobs
+
+
+def global_tokens(step: int) -> float:
+    return float(sum(mask.sum() for rank in range(WORLD_SIZE) for _, mask in sequences(step, rank)))
+
+
+def plain_adamw(model_path: str) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """One process, no packing: every sequence by itself."""
+    model = load_policy(
+        ModelConfig(path=model_path), model_path, device=torch.device("cpu"), chunk_tokens=10_000
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY
+    )
+    losses, norms = [], []
+    for step in range(NUM_STEPS):
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for rank in range(WORLD_SIZE):
+            for part in sequences(step, rank):
+                total = total - forward(model, packed([part])).sum() / global_tokens(step)
+        total.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)))
+        optimizer.step()
+        losses.append(float(total))
+    return losses, norms, model.causal_lm.state_dict()
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    """On each of two workers: the same steps through the learner, in two micro-batches and a filler."""
+    from rayrlhf.train import collectives
+    from rayrlhf.train.learner import Learner
+
+    torch.set_num_threads(1)
+    results = {}
+    for stage in arguments["stages"]:
+        config = TrainConfig(
+            num_steps=NUM_STEPS,
+            zero_stage=stage,
+            lr=LR,
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_GRAD_NORM,
+        )
+        policy = load_policy(
+            ModelConfig(path=arguments["model"]),
+            arguments["model"],
+            device=torch.device("cpu"),
+            chunk_tokens=7,
+        )
+        learner = Learner(policy, config, lr=LR, dtype=torch.float32, name="actor")
+        losses, norms = [], []
+        for step in range(NUM_STEPS):
+            parts = sequences(step, collectives.rank())
+            batches = [packed(parts[:2]), packed(parts[2:]), empty_like_batch(token_id=0)]
+            tokens = global_tokens(step)
+            metrics = learner.update(
+                batches, forward, lambda logprobs, _, n=tokens: (-logprobs.sum() / n, {}), step=step
+            )
+            losses.append(metrics["loss/actor"])
+            norms.append(metrics["loss/actor_grad_norm"])
+        weights = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
+        # A gradient that is not finite must leave the weights alone and be counted.
+        bad = learner.update(
+            batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), {}), step=4
+        )
+        after = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
+        unchanged = all(torch.equal(weights[name], after[name]) for name in weights)
+        results[stage] = (losses, norms, weights, bad["loss/actor_bad_steps"], unchanged)
+        learner.engine.destroy()
+    return results if collectives.rank() == 0 else {}
+
+
+def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
+    stages = (0, 1, 2, 3)
+    result = TorchTrainer(
+        train,
+        train_loop_config={"model": tiny_model, "stages": stages},
+        torch_config=TorchConfig(backend="gloo", timeout_s=60),
+        scaling_config=ScalingConfig(num_workers=WORLD_SIZE, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(name="parity", storage_path=str(tmp_path)),
+    ).fit()
+    losses, norms, weights = plain_adamw(tiny_model)
+    for stage in stages:
+        got_losses, got_norms, got_weights, bad_steps, unchanged = result.return_value[stage]
+        assert got_losses == pytest.approx(losses, abs=1e-5), f"ZeRO-{stage}"
+        assert got_norms == pytest.approx(norms, rel=1e-5), f"ZeRO-{stage}"
+        assert got_weights.keys() == weights.keys()
+        for name, wanted in weights.items():
+            distance = (got_weights[name] - wanted).norm() / wanted.norm()
+            assert distance < 1e-5, f"ZeRO-{stage} {name}: relative distance {distance:.1e}"
+        assert bad_steps == 1 and unchanged, f"ZeRO-{stage} must skip a step with a NaN gradient"
