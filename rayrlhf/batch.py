@@ -57,9 +57,7 @@ class PackedBatch:
     cu_seqlens: Tensor  # [S+1] int32, first 0 and last T
     loss_mask: Tensor  # [T] float32, 1 where the token is to be learnt
     scores: Tensor | None = None  # [S] float32
-    group_ids: Tensor | None = (
-        None  # [S] int64, equal for samples of one prompt; -1 for a sequence that weighs nothing
-    )
+    group_ids: Tensor | None = None  # [S] int64, one per prompt; -1 for a sequence that weighs nothing
     rollout_logprobs: Tensor | None = None  # [T] float32, 0 outside the loss mask
     old_logprobs: Tensor | None = None  # [T] the policy before this step's updates
     ref_logprobs: Tensor | None = None  # [T]

@@ -80,7 +80,7 @@ def valid_part(schema: type[S], values: Mapping[str, Any]) -> S:
             fields[name] = valid_part(sections[0], value)
             continue
         try:
-            # As strict as its section, except where the field itself says otherwise; sections bring their own.
+            # As strict as its section, except where the field itself says otherwise; sections know theirs.
             config = None if sections else Section.model_config
             fields[name] = TypeAdapter(node, config=config).validate_python(value)
         except ValidationError:

@@ -100,7 +100,8 @@ def _check_model(key: str, path: str) -> None:
     )
     if not looks_like_hub_id:
         raise InputError(
-            f"{key}={path}: no such folder (looked from {Path.cwd()}); give the path of a Hugging Face checkpoint folder"
+            f"{key}={path}: no such folder (looked from {Path.cwd()}); "
+            "give the path of a Hugging Face checkpoint folder"
         )
 
 
@@ -108,6 +109,6 @@ def _check_resume(config: PolicyRunConfig) -> None:
     step = newest_step(Path(config.run.path) / "checkpoints")
     if step and config.run.resume == "never":
         raise InputError(
-            f"run.resume=never but {config.run.path} holds a checkpoint of step {step}; choose another run.name, "
-            "delete the folder, or set run.resume=auto"
+            f"run.resume=never but {config.run.path} holds a checkpoint of step {step}; "
+            "choose another run.name, delete the folder, or set run.resume=auto"
         )

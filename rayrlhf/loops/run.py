@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.data import ExecutionOptions
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig
@@ -69,11 +68,12 @@ def run_policy(config: PolicyRunConfig) -> int:
     message.
     """
     console = Console(config.observe.console)
-    previous = signal.signal(signal.SIGTERM, _exit_on_signal)
+    previous = signal.getsignal(signal.SIGTERM)
     try:
         prepared = check_before_ray(config)
         config = with_absolute_paths(config)
         with ray_session(NAMESPACE) as where:
+            signal.signal(signal.SIGTERM, _exit_on_signal)  # after ray.init, which installs its own
             console.say(where)
             summary = _run(config, prepared.reward_functions, console)
         console.summary(summary)
@@ -124,7 +124,8 @@ def _run(
         trainer = _make_trainer(job, slots, run_path, train_prompts, eval_prompts)
         apps = run_apps(job, slots, reward_functions, threads=_threads(config.rollout.num_engines))
         console.say(
-            f"starting {config.train.num_workers} training worker(s), {config.rollout.num_engines} engine(s), …"
+            f"starting {config.train.num_workers} x trainer, {config.rollout.num_engines} x vLLM engine, "
+            f"{len(apps) - 1} x reward or reference"
         )
         deploy(apps)
         # Engines and trainer come up side by side; the workers' first request waits for the engines.
@@ -182,7 +183,7 @@ def _make_trainer(
 def _fit(trainer: SlotTorchTrainer, run_path: Path) -> dict[str, Any]:
     """Train, and return what rank 0's loop returned. Raises `RunFailed`."""
     try:
-        result = trainer.fit().return_value
+        result: Any = trainer.fit().return_value  # rank 0's
     except TrainingFailedError as error:
         (run_path / "error.log").write_text(traceback.format_exc())
         failures = getattr(error, "worker_failures", None) or {0: error}
@@ -243,7 +244,7 @@ def _worker_environment(job: PolicyJob) -> dict[str, str]:
 
 
 @contextmanager
-def _torn_down(run_id: str, lease: ActorHandle, slots: Slots) -> Iterator[None]:
+def _torn_down(run_id: str, lease: Any, slots: Slots) -> Iterator[None]:
     """Whatever happens, this run's apps and group go; a kill -9 of the driver leaves that to the reaper."""
     reaper = start_reaper(run_id, lease, slots.group)
     try:

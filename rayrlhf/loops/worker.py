@@ -131,7 +131,8 @@ class PolicyWorker:
         if self.state.step >= self.config.train.num_steps:
             return iter(())
         per_rank = self.config.rollout.prompts_per_step // self.world_size
-        return iter_prompts(ray.train.get_dataset_shard("train"), self.rank, per_rank, self.state.step)
+        shard: Any = ray.train.get_dataset_shard("train")
+        return iter_prompts(shard, self.rank, per_rank, self.state.step)
 
     def collect(self, prompts: Sequence[Prompt]) -> list[Sample]:
         return collect(
@@ -233,7 +234,7 @@ class PolicyWorker:
             return
         if self._eval_prompts is None:
             per_rank = -(-self.job.num_eval_prompts // self.world_size)
-            shard = ray.train.get_dataset_shard("eval")
+            shard: Any = ray.train.get_dataset_shard("eval")
             [(_, self._eval_prompts)] = list(iter_prompts(shard, self.rank, per_rank, 0))
         with self.phase("eval"):
             result = evaluate(

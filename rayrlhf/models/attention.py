@@ -1,5 +1,4 @@
-"""Attention over packed sequences: FlashAttention's varlen kernel where it is there, per-sequence SDPA
-elsewhere.
+"""Attention over packed sequences: FlashAttention's varlen kernel where there is one, else SDPA per sequence.
 
 Both take the same arguments, so a model is called the same way on every device. A packed stream must never go
 through a plain dense mask: transformers derives a block-diagonal mask from restarting `position_ids` only
@@ -31,9 +30,7 @@ def varlen_sdpa(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal SDPA of each sequence on its own, exact and without a [T, T] mask. Returns [1, T, heads,
-    head_dim].
-    """
+    """Causal SDPA of each sequence by itself, without a [T, T] mask; [1, T, heads, head_dim]."""
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         raise ValueError("varlen_sdpa needs cu_seq_lens_q: call the model through packed_inputs()")
@@ -78,7 +75,8 @@ def attention_implementation(requested: str, device: torch.device) -> str:
     has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     if requested == "flash_attention_2" and not has_flash:
         raise ValueError(
-            "model.attention=flash_attention_2 needs a CUDA GPU and the flash-attn package; use model.attention=auto"
+            "model.attention=flash_attention_2 needs a CUDA GPU and the flash-attn package; "
+            "use model.attention=auto"
         )
     return "flash_attention_2" if has_flash and requested != "sdpa" else VARLEN_SDPA
 

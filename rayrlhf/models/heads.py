@@ -1,6 +1,4 @@
-"""Scalar heads: the critic's value per token and the reward model's score per sequence, over packed
-streams.
-"""
+"""Scalar heads over packed streams: the critic's value per token, the reward model's score per sequence."""
 
 from __future__ import annotations
 
@@ -24,9 +22,8 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Values [T] in fp32."""
-        hidden = self.decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[
-            0
-        ]  # [T, H]
+        inputs = packed_inputs(input_ids, position_ids, cu_seqlens)
+        hidden = self.decoder(**inputs).last_hidden_state[0]  # [T, H]
         after = self.head(hidden).squeeze(-1).float()  # [T], the value of the state after each token
         return torch.where(position_ids > 0, after.roll(1), 0.0)
 
@@ -41,7 +38,6 @@ class ScoreModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Scores [S] in fp32."""
-        hidden = self.decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[
-            0
-        ]  # [T, H]
+        inputs = packed_inputs(input_ids, position_ids, cu_seqlens)
+        hidden = self.decoder(**inputs).last_hidden_state[0]  # [T, H]
         return self.head(hidden[cu_seqlens[1:].long() - 1]).squeeze(-1).float()

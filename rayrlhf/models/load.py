@@ -41,9 +41,7 @@ def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_t
 
 
 def load_critic(config: ModelConfig, path: str, *, device: torch.device) -> ValueModel:
-    """A critic from a language model (new head, all values 0 at first) or from a reward model (its score
-    head).
-    """
+    """A critic from a language model (a new head, all values 0) or from a reward model (its score head)."""
     decoder, head = _decoder_and_head(config, path, device)
     return ValueModel(decoder, head).train()
 
@@ -60,11 +58,9 @@ def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> boo
 
 
 def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether this checkpoint's classifier is a decoder with a `score` head, which can read packed
-    sequences.
-    """
+    """Whether this checkpoint's classifier is a decoder with a `score` head: it can read packed sequences."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     return classifier is not None and issubclass(classifier, GenericForSequenceClassification)
 
 

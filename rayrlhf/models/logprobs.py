@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from rayrlhf.models.attention import packed_inputs
 
@@ -40,9 +41,7 @@ class LogprobHead(nn.Module):
         self.divisor = divisor
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """`hidden` [N, H] and the token that follows each, `targets` [N] -> log-probabilities and
-        entropies [N].
-        """
+        """Log-probabilities [N] of `targets` [N], each after its row of `hidden` [N, H], and entropies [N]."""
         pieces: list[tuple[Tensor, Tensor]] = []
         for h, t in zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True):
             if torch.is_grad_enabled():
@@ -71,7 +70,7 @@ class LogprobHead(nn.Module):
 class PolicyModel(nn.Module):
     """A causal language model that answers with log-probabilities of the tokens it is shown."""
 
-    def __init__(self, causal_lm: nn.Module, *, chunk_tokens: int) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, *, chunk_tokens: int) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         config = causal_lm.config.get_text_config()
@@ -90,9 +89,7 @@ class PolicyModel(nn.Module):
         loss_mask: Tensor,  # [T]
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Log-probability and entropy of each token with `loss_mask` > 0, at `temperature`, given those
-        before it.
-        """
+        """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
         decoder = self.causal_lm.get_decoder()
         hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
         learnt = (loss_mask > 0) & (position_ids > 0)

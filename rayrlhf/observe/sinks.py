@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from ray.actor import ActorHandle
 
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.observe.board import Report
@@ -114,7 +113,7 @@ def make_sinks(config: PolicyRunConfig, run_path: Path, console: Console) -> Ite
 
 
 @contextmanager
-def drain_in_background(board: ActorHandle, sinks: Sinks) -> Iterator[None]:
+def drain_in_background(board: Any, sinks: Sinks) -> Iterator[None]:
     """Feed the board's reports to the sinks while the body runs, and the last ones before it is left."""
     stop = threading.Event()
 

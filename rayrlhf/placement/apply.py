@@ -50,9 +50,9 @@ def resolve_gpus_per_slot(wanted: int | str) -> int:
 
 
 def check_fits(spec: PlacementSpec, gpus_per_slot: int) -> None:
-    problem = shortfall(
-        spec, total=ray.cluster_resources(), free=ray.available_resources(), gpus_per_slot=gpus_per_slot
-    )
+    total: dict[str, float] = ray.cluster_resources()
+    free: dict[str, float] = ray.available_resources()
+    problem = shortfall(spec, total=total, free=free, gpus_per_slot=gpus_per_slot)
     if problem is not None:
         raise PlacementError(
             f"placement.preset={spec.preset} {problem}. Fix: fewer train.num_workers or rollout.num_engines, "

@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 from ray import ObjectRef, serve
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -35,7 +34,7 @@ class SlotChild:
         self.rank = serve.get_replica_context().rank.rank
         self.timeout_seconds = timeout_seconds
         slot = slots.of(role, self.rank)
-        self.actor: ActorHandle = (
+        self.actor: Any = (
             ray.remote(actor_class)
             .options(
                 num_cpus=0,

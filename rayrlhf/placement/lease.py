@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import ray
 from ray import serve
-from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 NAMESPACE = "rayrlhf"
 WATCH_SECONDS = 1.0
+PING_SECONDS = 20.0
 
 
 @ray.remote(num_cpus=0)
 class Reaper:
-    def __init__(self, lease: ActorHandle, app_prefix: str, group: PlacementGroup) -> None:
+    def __init__(self, lease: Any, app_prefix: str, group: PlacementGroup) -> None:
         self.lease = lease
         self.app_prefix = app_prefix
         self.group = group
@@ -45,11 +47,12 @@ class Reaper:
 
     def _driver_lives(self) -> bool:
         try:
-            return ray.get(self.lease.ping.remote(), timeout=20)
-        except ray.exceptions.GetTimeoutError:
+            ray.get(self.lease.ping.remote(), timeout=PING_SECONDS)
+        except GetTimeoutError:
             return True  # slow is not dead
-        except ray.exceptions.RayActorError:
+        except RayActorError:
             return False
+        return True
 
 
 def delete_apps(prefix: str) -> None:
@@ -59,7 +62,7 @@ def delete_apps(prefix: str) -> None:
         serve.delete(name, _blocking=True)
 
 
-def start_reaper(run_id: str, lease: ActorHandle, group: PlacementGroup) -> ActorHandle:
+def start_reaper(run_id: str, lease: Any, group: PlacementGroup) -> Any:
     """Watch `lease`, any actor of the driver's with a `ping` method; it must live as long as the run."""
     reaper = Reaper.options(name=f"{run_id}-reaper", namespace=NAMESPACE, lifetime="detached").remote(
         lease, run_id, group

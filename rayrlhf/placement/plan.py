@@ -40,9 +40,7 @@ class PlacementSpec:
 
 
 def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
-    """The slots of every role that wants one. Function rewards run on CPUs outside the group and have
-    none.
-    """
+    """The slots of every role that has some. Function rewards run on CPUs outside the group."""
     units = {"trainer": config.train.num_workers, "rollout": config.rollout.num_engines}
     if config.needs_ref and config.ref is not None and config.ref.location == "serve":
         units["ref"] = config.ref.num_replicas

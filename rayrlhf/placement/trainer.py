@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._raylet import RAY_NODE_ID_KEY
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import (
+    DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    get_env_vars_to_propagate,
+)
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
-from ray.train.v2.api import data_parallel_trainer as trainer_module
 from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.placement.apply import Slots
@@ -45,7 +50,8 @@ class _SlotWorkerGroup(WorkerGroup):
         self, num_workers: int, placement_group: Any, resources_per_worker: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if not args and kwargs.get("placement_group_bundle_indices") is None:
-            bundles = self._train_run_context.scaling_config.bundles
+            scaling: Any = self._train_run_context.scaling_config
+            bundles: tuple[int, ...] = scaling.bundles
             kwargs["placement_group_bundle_indices"] = list(bundles[:num_workers])
         return super()._create_workers(num_workers, placement_group, resources_per_worker, *args, **kwargs)
 
@@ -69,21 +75,21 @@ class SlotTorchTrainer(TorchTrainer):
         ]
 
     def _initialize_and_run_controller(self, **controller_arguments: Any) -> Any:
-        env_vars = trainer_module.get_env_vars_to_propagate()
+        env_vars = get_env_vars_to_propagate()
         env_vars.setdefault(
-            trainer_module.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
-            trainer_module.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+            RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
         )
         driver_node = ray.get_runtime_context().get_node_id()
-        self.controller = controller = (
+        controller: Any = (
             ray.remote(_SlotController)
             .options(
                 num_cpus=0,
-                label_selector={ray._raylet.RAY_NODE_ID_KEY: driver_node},
+                label_selector={RAY_NODE_ID_KEY: driver_node},
                 runtime_env={"env_vars": env_vars},
             )
             .remote(**controller_arguments)
         )
+        self.controller = controller
         if threading.current_thread() is threading.main_thread():
             self._register_sigint_handler(controller)
         ray.get(controller.run.remote())

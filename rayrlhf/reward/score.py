@@ -106,8 +106,9 @@ class RewardClient:
                 "; ".join(f"{name}: {error}" for name, error in self.last_error.items()) or "on another rank"
             )
             raise RewardFailure(
-                f"{num_failed} of {num_samples} samples could not be scored after {self.config.retries} retries "
-                f"(reward.max_failed_fraction={self.config.max_failed_fraction:g}). Last error: {reasons}"
+                f"{num_failed} of {num_samples} samples could not be scored after {self.config.retries} "
+                f"retries (reward.max_failed_fraction={self.config.max_failed_fraction:g}). "
+                f"Last error: {reasons}"
             )
 
 

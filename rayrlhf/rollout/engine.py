@@ -72,7 +72,8 @@ class EngineActor:
     async def catch_up(self, at_least: int) -> int:
         """Load the newest published weights, if they are newer than ours. Returns the version held then."""
         async with self.updating:
-            version, buckets = await self.hub.newest.remote()
+            newest: Any = self.hub.newest.remote()
+            version, buckets = await newest
             if version > self.version:
                 await self.stepper.pause()
                 await self.stepper.start_weight_update()

@@ -106,7 +106,7 @@ class Stepper:
             while True:
                 self._run_commands()
                 for output in self._engine.step():
-                    if output.finished:
+                    if isinstance(output, RequestOutput) and output.finished:
                         self._waiting.pop(output.request_id).set_result(output)
         except BaseException as failure:
             # Whatever it was, the engine cannot go on: everybody who waits learns of it, and so does the

@@ -56,14 +56,15 @@ class ObjectStoreTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         self.reached: set[str] = set()
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
-        self.reached |= self.model.load_weights(unpack(update_info.slices, update_info.bucket))
+        model: Any = self.model
+        self.reached |= model.load_weights(unpack(update_info.slices, update_info.bucket))
 
     def finish_weight_update(self) -> None:
         missing = sorted({name for name, _ in self.model.named_parameters()} - self.reached)
         if missing:
             raise RuntimeError(
-                f"weight sync left {len(missing)} engine parameters at their old values, among them {missing[:5]}: "
-                "the trainer's model and the engine's model differ"
+                f"weight sync left {len(missing)} engine parameters at their old values, among them "
+                f"{missing[:5]}: the trainer's model and the engine's model differ"
             )
 
     def shutdown(self) -> None:

@@ -15,6 +15,7 @@ import ray
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor, nn
 
@@ -83,16 +84,12 @@ class WeightSync:
         answers: list[Any] = self.engines.broadcast("catch_up", version).results(
             timeout_s=self.timeout_seconds, return_exceptions=True
         )
-        failed = [
-            a
-            for a in answers
-            if isinstance(a, BaseException) and not isinstance(a, ray.exceptions.RayActorError)
-        ]
+        failed = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, RayActorError)]
         if failed:
             holding = sorted(a["replica"] for a in answers if isinstance(a, dict))
             raise TimeoutError(
-                f"weight sync of version {version}: of {self.num_engines} engines only {holding} took it within "
-                f"{self.timeout_seconds:g} s; first failure: {failed[0]!r}"
+                f"weight sync of version {version}: of {self.num_engines} engines only {holding} took it "
+                f"within {self.timeout_seconds:g} s; first failure: {failed[0]!r}"
             ) from failed[0]
 
 

@@ -65,11 +65,9 @@ def deepspeed_config(train: TrainConfig, *, lr: float | None, dtype: torch.dtype
     return config
 
 
-def make_engine(
-    module: nn.Module, train: TrainConfig, *, lr: float | None, dtype: torch.dtype
-) -> deepspeed.DeepSpeedEngine:
+def make_engine(module: nn.Module, train: TrainConfig, *, lr: float | None, dtype: torch.dtype) -> Any:
     """An engine over the process group that Ray Train has already set up."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable: Any = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module,
         config=deepspeed_config(train, lr=lr, dtype=dtype),

@@ -34,8 +34,8 @@ class Learner:
         self.base_lr = lr
         self.train = train
         self.bad_steps_in_a_row = 0
-        self.engine = make_engine(module, train, lr=lr, dtype=dtype)
-        self._plain_norm: float | None = None
+        self.engine: Any = make_engine(module, train, lr=lr, dtype=dtype)
+        self._plain_norm = 0.0
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
             # Stage 0 in fp32 is torch's own optimizer: it neither reports the norm nor refuses a bad
             # gradient.
@@ -88,7 +88,7 @@ class Learner:
             return math.inf
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        return float(norm if norm is not None else self._plain_norm)
+        return float(self._plain_norm if norm is None else norm)
 
     def _clip_plain_gradients(self, *_: Any) -> None:
         limit = self.train.max_grad_norm or math.inf
@@ -104,7 +104,8 @@ class Learner:
         if self.bad_steps_in_a_row >= self.train.max_bad_steps:
             raise FloatingPointError(
                 f"the {self.name}'s gradient was not finite in {self.bad_steps_in_a_row} steps in a row "
-                f"(train.max_bad_steps={self.train.max_bad_steps}): lower the learning rate or look at the rewards"
+                f"(train.max_bad_steps={self.train.max_bad_steps}): "
+                "lower the learning rate or look at the rewards"
             )
         return {f"loss/{self.name}_bad_steps": float(bad)}
 

@@ -40,7 +40,7 @@ def submit(head: LocalHead, folder: Path, *entrypoint: str) -> str:
         env=head.client_env(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

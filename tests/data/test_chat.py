@@ -63,6 +63,7 @@ def test_a_prompt_with_braces_is_no_template() -> None:
 
 def test_special_tokens_are_never_doubled() -> None:
     assert render("<s>hi", apply_chat_template=False) == ("<s>hi", [1, *HI])
+    assert render("hi", apply_chat_template=False, input_template="<s>{}") == ("<s>hi", [1, *HI])
 
 
 def test_text_beyond_ascii_survives() -> None:
@@ -70,7 +71,7 @@ def test_text_beyond_ascii_survives() -> None:
 
 
 def test_what_a_row_can_get_wrong() -> None:
-    with pytest.raises(BadRow, match="data.apply_chat_template is false"):
+    with pytest.raises(BadRow, match=r"holds messages, but data.apply_chat_template is false"):
         render([{"role": "user", "content": "hi"}], apply_chat_template=False)
     with pytest.raises(BadRow, match="the chat template rejects it: no such role"):
         render("hi", "{{ raise_exception('no such role') }}")
@@ -93,6 +94,8 @@ def test_a_template_of_the_users_own(tmp_path: Path) -> None:
     config = PromptDataConfig.model_validate(fields)
     tokenizer = prompt_tokenizer(str(tmp_path), chat_template=read_chat_template(config))
     assert render_prompt({"prompt": "hi"}, config, tokenizer) == ("hi!", [*HI, *ids("!")])
+    assert prompt_tokenizer(str(tmp_path)).chat_template == make_tokenizer().chat_template
+    assert read_chat_template(PromptDataConfig.model_validate({"train": "a.jsonl"})) is None
     (tmp_path / "own.jinja").write_bytes(b"\xff")
     with pytest.raises(DataError, match="cannot be read"):
         read_chat_template(config)

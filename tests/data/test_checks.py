@@ -73,6 +73,11 @@ def test_skipping_bad_rows_needs_one_good_row(tmp_path: Path) -> None:
     assert "no usable row among the first 9" in message(str(path), on_bad_row="skip")
 
 
+def test_a_header_alone_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,label\n")
+    assert "holds no rows" in message(f"{tmp_path}/a.csv")
+
+
 def test_only_the_head_of_a_file_is_looked_at(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD * HEAD_ROWS + "broken\n")

@@ -3,101 +3,161 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from rayrlhf.data.files import DataFile, Split, resolve_source
+from rayrlhf.data.files import DataFile, resolve_source
 from rayrlhf.data.rows import DataError
 
 
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}\n")
+@pytest.fixture
+def folder(tmp_path):
+    """Makes empty files in a folder and returns it."""
+
+    def make(*names):
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return tmp_path
+
+    return make
 
 
-def names(source: str, split: Split = "train") -> list[tuple[str, str]]:
-    return [(file.type, Path(file.path).name) for file in resolve_source(source, split)]
+def names_of(files):
+    return [(file.type, file.path.rsplit("/", 1)[1]) for file in files]
 
 
-def message(source: str, split: Split = "train") -> str:
-    with pytest.raises(DataError) as caught:
-        resolve_source(source, split)
-    return str(caught.value)
+def test_a_file_by_suffix_or_by_type(folder):
+    root = folder("a.jsonl", "b.json", "c.csv", "d.parquet", "e.arrow", "f.txt")
+    types = {"a.jsonl": "jsonl", "b.json": "json", "c.csv": "csv", "d.parquet": "parquet", "e.arrow": "arrow"}
+    for name, type_ in types.items():
+        assert resolve_source(f"{root}/{name}", "train") == [DataFile(type_, f"{root}/{name}")]
+    assert resolve_source(f"jsonl@{root}/f.txt", "train") == [DataFile("jsonl", f"{root}/f.txt")]
+    with pytest.raises(DataError, match=r"no type is known for f.txt; name it, as in jsonl@"):
+        resolve_source(f"{root}/f.txt", "train")
+
+
+def test_relative_paths_become_absolute(folder, monkeypatch):
+    monkeypatch.chdir(folder("a.jsonl"))
+    [file] = resolve_source("a.jsonl", "train")
+    assert file.path == str(folder() / "a.jsonl")
+
+
+def test_a_folder_without_splits_is_read_whole_and_sorted(folder):
+    root = folder("b.jsonl", "a.jsonl", "training.jsonl", "notes.md", ".hidden.jsonl", "sub/c.jsonl")
+    for split in ("train", "eval"):
+        assert names_of(resolve_source(f"jsonl@{root}", split)) == [
+            ("jsonl", "a.jsonl"),
+            ("jsonl", "b.jsonl"),
+            ("jsonl", "training.jsonl"),
+        ]
+    assert resolve_source(str(root), "train") == resolve_source(f"jsonl@{root}", "train")
 
 
 @pytest.mark.parametrize(
-    "name, type_",
+    ("held_out", "chosen"),
     [
-        ("a.jsonl", "jsonl"),
-        ("a.ndjson", "jsonl"),
-        ("a.json", "json"),
-        ("a.csv", "csv"),
-        ("a.parquet", "parquet"),
-        ("a.arrow", "arrow"),
+        (["test.jsonl", "validation.jsonl", "eval.jsonl"], "test.jsonl"),
+        (["validation.jsonl", "eval.jsonl"], "eval.jsonl"),
+        (["validation.jsonl"], "validation.jsonl"),
     ],
 )
-def test_the_suffix_tells_the_type(tmp_path: Path, name: str, type_: str) -> None:
-    touch(tmp_path, name)
-    assert resolve_source(str(tmp_path / name), "train") == [DataFile(type_, str(tmp_path / name))]
+def test_a_folder_with_splits_gives_each_purpose_its_own(folder, held_out, chosen):
+    root = folder("train.jsonl", *held_out)
+    assert names_of(resolve_source(f"json@{root}", "train")) == [("json", "train.jsonl")]
+    assert names_of(resolve_source(f"json@{root}", "eval")) == [("json", chosen)]
 
 
-def test_a_named_type_wins_over_the_suffix(tmp_path: Path) -> None:
-    touch(tmp_path, "rows.txt", "b.json")
-    assert names(f"jsonl@{tmp_path}/rows.txt") == [("jsonl", "rows.txt")]
-    assert names(f"jsonl@{tmp_path}/b.json") == [("jsonl", "b.json")]
+def test_split_names_of_hub_shards_are_understood(folder):
+    root = folder(
+        "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"
+    )
+    assert len(resolve_source(str(root), "train")) == 2
+    assert names_of(resolve_source(str(root), "eval")) == [("parquet", "test-00000-of-00001.parquet")]
 
 
-def test_a_folder_without_splits_is_read_whole_and_sorted(tmp_path: Path) -> None:
-    touch(tmp_path, "b.jsonl", "a.jsonl", "training.jsonl", "README.md", ".hidden.jsonl", "deeper/c.jsonl")
-    wanted = [("jsonl", "a.jsonl"), ("jsonl", "b.jsonl"), ("jsonl", "training.jsonl")]
-    assert names(f"jsonl@{tmp_path}") == names(str(tmp_path)) == names(str(tmp_path), "eval") == wanted
+def test_test_files_are_never_trained_on_by_accident(folder):
+    root = folder("test.jsonl")
+    with pytest.raises(DataError, match=r"data.train takes train.\* .* holds: test.jsonl"):
+        resolve_source(str(root), "train")
+    with pytest.raises(DataError, match=r"data.eval takes test.\* or eval.\* or validation.\*"):
+        resolve_source(str(folder("x/train.jsonl") / "x"), "eval")
 
 
-def test_a_folder_with_splits_gives_each_its_own(tmp_path: Path) -> None:
-    touch(tmp_path, "train-00001-of-2.jsonl", "train-00000-of-2.jsonl", "test.jsonl", "validation.jsonl")
-    assert [name for _, name in names(str(tmp_path))] == ["train-00000-of-2.jsonl", "train-00001-of-2.jsonl"]
-    assert names(str(tmp_path), "eval") == [("jsonl", "test.jsonl")]
-    (tmp_path / "test.jsonl").unlink()
-    assert names(str(tmp_path), "eval") == [("jsonl", "validation.jsonl")]
-    (tmp_path / "validation.jsonl").unlink()
-    assert "data.eval takes test.* or eval.* or validation.*" in message(str(tmp_path), "eval")
+def test_a_glob_takes_what_matches(folder):
+    root = folder("b1.jsonl", "b0.jsonl", "b2.md", "c.jsonl")
+    assert names_of(resolve_source(f"jsonl@{root}/b*", "train")) == [
+        ("jsonl", "b0.jsonl"),
+        ("jsonl", "b1.jsonl"),
+    ]
+    folder("deep/er/d.jsonl")
+    assert names_of(resolve_source(f"{root}/**/d.*", "train")) == [("jsonl", "d.jsonl")]
+    with pytest.raises(DataError, match="no file matches this pattern"):
+        resolve_source(f"jsonl@{root}/x*.jsonl", "train")
 
 
-def test_a_glob_takes_every_matching_file_sorted(tmp_path: Path) -> None:
-    touch(tmp_path, "y/2.jsonl", "x/1.jsonl", "x/0.csv")
-    assert names(f"{tmp_path}/*/*.jsonl") == [("jsonl", "1.jsonl"), ("jsonl", "2.jsonl")]
-    assert names(f"jsonl@{tmp_path}/**/*") == [("jsonl", "1.jsonl"), ("jsonl", "2.jsonl")]
-    assert "no file matches" in message(f"{tmp_path}/*.parquet")
+def test_a_typo_in_the_path_is_answered_with_what_is_there(folder):
+    root = folder("prompts/train.jsonl")
+    with pytest.raises(DataError, match=r"no such file or folder; did you mean .*/prompts\?"):
+        resolve_source(f"{root}/promts/train.jsonl", "train")
+    with pytest.raises(DataError, match=r"/prompts exists and holds: train.jsonl"):
+        resolve_source(f"{root}/prompts/zzz.csv", "train")
 
 
-def test_a_path_may_hold_an_at_sign(tmp_path: Path) -> None:
-    touch(tmp_path, "a@b/c.jsonl")
-    assert names(f"{tmp_path}/a@b/c.jsonl") == [("jsonl", "c.jsonl")]
-    assert names(f"jsonl@{tmp_path}/a@b") == [("jsonl", "c.jsonl")]
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("jsnl@x", r"unknown type 'jsnl'; did you mean jsonl@x\?"),
+        ("zip@x", "unknown type 'zip'; the types are: jsonl, json, csv, parquet, arrow, dataset"),
+        ("jsonl@", "names no path"),
+        ("s3://bucket/x.jsonl", "not a URL"),
+        ("jsonl@https://host/x.jsonl", "not a URL"),
+    ],
+)
+def test_sources_that_cannot_be_meant(source, reason):
+    with pytest.raises(DataError, match=reason):
+        resolve_source(source, "train")
 
 
-def test_a_saved_data_set_is_known_by_its_files(tmp_path: Path) -> None:
-    touch(tmp_path, "one/state.json", "one/data-00000-of-00001.arrow", "many/train/state.json")
-    (tmp_path / "many" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "extra"]}))
-    assert resolve_source(f"dataset@{tmp_path}/one", "eval") == [DataFile("dataset", f"{tmp_path}/one")]
-    assert resolve_source(f"{tmp_path}/many", "train") == [DataFile("dataset", f"{tmp_path}/many/train")]
-    assert "this data set has: train, extra" in message(f"dataset@{tmp_path}/many", "eval")
+def test_a_folder_that_may_not_be_read(folder, monkeypatch):
+    root = folder("a.jsonl")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(
+        "rayrlhf.data.files.os.scandir", refuse
+    )  # tests may run as root, who reads everything
+    with pytest.raises(DataError, match=f"jsonl@{root} cannot be read: .*Permission denied"):
+        resolve_source(f"jsonl@{root}", "train")
 
 
-def test_what_is_wrong_is_said_with_what_is_there(tmp_path: Path) -> None:
-    touch(tmp_path, "train.jsonl", "table.csv", "notes.txt")
-    assert f"did you mean {tmp_path}/train.jsonl?" in message(f"{tmp_path}/trian.jsonl")
-    assert "did you mean jsonl@x?" in message("jsonnl@x")
-    assert "the types are: jsonl" in message("hub@x")
-    assert "no type is known for notes.txt" in message(f"{tmp_path}/notes.txt")
-    assert "no .parquet or .pq file" in message(f"parquet@{tmp_path}")
-    assert "not a URL" in message("s3://bucket/train.jsonl")
-    assert "names no path" in message("jsonl@")
-    assert "was not made by save_to_disk" in message(f"dataset@{tmp_path}")
-    assert "wants a folder" in message(f"dataset@{tmp_path}/train.jsonl")
-    (tmp_path / "train.jsonl").unlink()
-    touch(tmp_path, "more.jsonl")
-    assert "several types (csv, jsonl)" in message(str(tmp_path))
+def test_an_at_sign_may_belong_to_the_path(folder):
+    root = folder("me@host/a.jsonl", "v@1.jsonl")
+    assert names_of(resolve_source(f"{root}/me@host/a.jsonl", "train")) == [("jsonl", "a.jsonl")]
+    assert names_of(resolve_source(f"jsonl@{root}/v@1.jsonl", "train")) == [("jsonl", "v@1.jsonl")]
+
+
+def test_a_folder_of_several_types_must_be_told_apart(folder):
+    root = folder("a.jsonl", "b.csv")
+    with pytest.raises(DataError, match=r"several types \(csv, jsonl\); name one, as in jsonl@"):
+        resolve_source(str(root), "train")
+    assert names_of(resolve_source(f"csv@{root}", "train")) == [("csv", "b.csv")]
+    with pytest.raises(DataError, match=r"no .parquet or .pq file in .*; it holds: "):
+        resolve_source(f"parquet@{root}", "train")
+
+
+def test_saved_data_sets(folder):
+    root = folder("one/state.json", "both/train/state.json", "both/test/state.json")
+    (root / "both/dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    assert resolve_source(f"{root}/one", "eval") == [DataFile("dataset", f"{root}/one")]
+    assert resolve_source(f"dataset@{root}/both", "train") == [DataFile("dataset", f"{root}/both/train")]
+    assert resolve_source(f"{root}/both", "eval") == [DataFile("dataset", f"{root}/both/test")]
+    (root / "both/dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+    with pytest.raises(DataError, match=r"has: train; name one, as in dataset@.*/both/train"):
+        resolve_source(f"{root}/both", "eval")
+    with pytest.raises(DataError, match="was not made by save_to_disk"):
+        resolve_source(f"dataset@{root}", "train")
+    with pytest.raises(DataError, match="wants a folder"):
+        resolve_source(f"dataset@{root}/one/state.json", "train")

@@ -62,3 +62,4 @@ def test_split_even_keeps_order_and_evens_out(items: list[int], parts: int) -> N
     assert [item for part in split for item in part] == items
     sizes = [len(part) for part in split]
     assert len(sizes) == parts and max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)

@@ -25,6 +25,12 @@ def test_null_keys_that_arrow_adds_to_messages_are_left_out() -> None:
     assert prompt_of({"prompt": [{**USER, "tool_calls": None}]}, "prompt") == [USER]
 
 
+def test_an_assistant_turn_that_only_calls_a_tool_needs_no_content() -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "add"}]}
+    conversation = [USER, call, {"role": "tool", "content": "3"}]
+    assert prompt_of({"prompt": conversation}, "prompt") == conversation
+
+
 @pytest.mark.parametrize(
     "columns, problem",
     [
@@ -38,6 +44,9 @@ def test_null_keys_that_arrow_adds_to_messages_are_left_out() -> None:
         ({"prompt": []}, "empty list of messages"),
         ({"prompt": [USER, "hi"]}, "message 2 in column 'prompt' is a text"),
         ({"prompt": [{"content": "hi"}]}, "message 1 .* has no role; its keys are: 'content'"),
+        ({"prompt": True}, "holds a boolean"),
+        ({"prompt": [{"role": "", "content": "hi"}]}, "has no role"),
+        ({"prompt": [{"role": "user", "content": None}]}, "has no content"),
         ({"prompt": [{"role": "user"}]}, "message 1 .* has no content; its keys are: 'role'"),
         ({"prompt": [{"role": "user", "content": ["hi"]}]}, "content of message 1 .* is a list"),
         ({"prompt": [{"role": "user", "content": " "}]}, "last message in column 'prompt' is empty"),

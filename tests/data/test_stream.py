@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -147,18 +146,18 @@ def test_there_must_be_a_step_left(store: PromptStore) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("start_step, max_blocks", [(0, 4096), (9, 4096), (9, 10)])
+@pytest.mark.parametrize("start_step, max_blocks", [(0, 4096), (9, 10)])
 @pytest.mark.usefixtures("ray_session")
 def test_two_workers_get_the_plan(
     store: PromptStore, start_step: int, max_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from a later step, and where a block holds several steps (18 of them in 10 blocks)."""
+    """Also from a later step, with several steps in a block (18 of them in 10 blocks), and with no CPU left."""
     import ray
 
     monkeypatch.setattr("rayrlhf.data.stream.MAX_BLOCKS", max_blocks)
     plan = prompt_plan(50, 6, 18, 2, seed=3)  # 108 rows: two epochs and a bit
 
-    @ray.remote(num_cpus=0)
+    @ray.remote(num_cpus=2)  # of 4: the workers take them all, and the prompts must come nevertheless
     class Worker:
         def read(self, shard: Any, rank: int) -> list[tuple[int, list[tuple[int, list[int], str, dict]]]]:
             return [
@@ -172,7 +171,7 @@ def test_two_workers_get_the_plan(
         worker.read.remote(shard, rank)
         for rank, (worker, shard) in enumerate(zip(workers, shards, strict=True))
     ]
-    for rank, steps in enumerate(ray.get(reads, timeout=120)):
+    for rank, steps in enumerate(ray.get(reads, timeout=240)):
         assert steps == [
             (
                 step,
