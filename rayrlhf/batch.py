@@ -106,12 +106,17 @@ def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
         loss_mask=mask,
         scores=torch.tensor([s.score for s in samples], dtype=torch.float32),
         group_ids=torch.tensor([s.group_id for s in samples]),
-        rollout_logprobs=torch.tensor(rollout_logprobs) * mask,
+        # Selected, not multiplied: a token that the policy did not produce may have any logprob, NaN too.
+        rollout_logprobs=torch.where(mask > 0, torch.tensor(rollout_logprobs), 0.0),
     )
 
 
 def empty_like_batch(token_id: int) -> PackedBatch:
-    """A micro-batch that weighs nothing: it keeps a rank in step with ranks that have one more to do."""
+    """A micro-batch that weighs nothing: it keeps a rank in step with ranks that have one more to do.
+
+    It has the fields of `pack_samples` and no others: what is added to real batches is then added to it too, and
+    metrics that depend on a field have the same keys on every rank.
+    """
     zero = torch.zeros(2)
     return PackedBatch(
         input_ids=torch.full((2,), token_id),
@@ -121,11 +126,6 @@ def empty_like_batch(token_id: int) -> PackedBatch:
         scores=torch.zeros(1),
         group_ids=torch.tensor([-1]),
         rollout_logprobs=zero,
-        old_logprobs=zero,
-        ref_logprobs=zero,
-        values=zero,
-        advantages=zero,
-        returns=zero,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_every_sample_can_be_read_back(lengths: list[tuple[int, int]]) -> None:
     ]
     batch = pack_samples(samples)
     bounds = batch.cu_seqlens.tolist()
-    for sample, start, end in zip(samples, bounds, bounds[1:], strict=True):
+    for sample, (start, end) in zip(samples, pairwise(bounds), strict=True):
         assert batch.input_ids[start:end].tolist() == [*sample.prompt.prompt_ids, *sample.response_ids]
         assert batch.position_ids[start:end].tolist() == list(range(sample.num_tokens))
         mask = batch.loss_mask[start:end].tolist()

@@ -41,7 +41,7 @@ class LogprobHead(nn.Module):
         self.divisor = divisor
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [N] of `targets` [N], each after its row of `hidden` [N, H], and entropies [N]."""
+        """Log-probabilities and entropies [N] of `targets` [N], each after its row of `hidden` [N, H]."""
         pieces: list[tuple[Tensor, Tensor]] = []
         for h, t in zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True):
             if torch.is_grad_enabled():

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -47,12 +48,12 @@ class Console:
 
     def say(self, text: str) -> None:
         if self.mode != "quiet":
-            self.rich.print(f"[dim]{self._clock()}[/dim] {text}")
+            self.rich.print(f"[dim]{self._clock()}[/dim] {escape(text)}")
 
     def error(self, text: str) -> None:
         self.close()
         RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error[/bold red] {text}", markup=True
+            f"[bold red]error[/bold red] {escape(text)}"
         )
 
     def placement(self, slots: Any) -> None:
@@ -91,7 +92,7 @@ class Console:
 
     def _phase(self, report: Report) -> None:
         if self.progress is not None:
-            self.progress.update(self.task, description=report.text)
+            self.progress.update(self.task, description=escape(report.text))
         elif report.step == 0 and not self.step_seconds and "/" not in report.text:
             self.say(report.text)  # before the first step is through, a log would be silent for long
 
@@ -121,7 +122,7 @@ class Console:
                 table.add_row(when, f"{summary[f'reward_{when}']:+.3f}", f"{low:+.3f} to {high:+.3f}")
         self.rich.print(table)
         if summary["export"]:
-            self.rich.print(f"export: {summary['export']}", soft_wrap=True)
+            self.rich.print(f"export: {summary['export']}", soft_wrap=True, markup=False)
 
     def close(self) -> None:
         if self.progress is not None:

@@ -14,12 +14,13 @@ from rayrlhf.config.run import PolicyRunConfig
 # What a role takes of a GPU that it shares: enough that all of a slot's roles fit, most for the one that
 # trains.
 SHARED_GPU_SHARES = {"trainer": 0.5, "rollout": 0.3, "reward": 0.1, "ref": 0.1}
+SMALLEST_SHARES = 10_000  # of a GPU; Ray counts in these
 DATA_CPUS = 0.5  # Ray Data runs outside the group and stalls silently when the group has taken every CPU
 
 
 @dataclass(frozen=True)
 class RolePlan:
-    role: str  # "trainer", "rollout", "ref", or "reward:<name>"
+    role: str  # "trainer", "rollout", "ref", or "reward:<index of the source>"
     slots: tuple[int, ...]  # one per unit, in the order of the units' ranks
     gpu_share: float  # of a slot's GPU, where the slot has one
 
@@ -51,7 +52,7 @@ def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
     roles: list[RolePlan] = []
     first = 0
     for role, count in units.items():
-        share = SHARED_GPU_SHARES[role.partition(":")[0]] if shared else 1.0
+        share = _shared_gpu_share(role, list(units)) if shared else 1.0
         roles.append(RolePlan(role, tuple(range(first, first + count)), share))
         first += 0 if shared else count
     return PlacementSpec(
@@ -60,6 +61,13 @@ def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
         cpus_per_slot=config.placement.cpus_per_slot,
         roles=tuple(roles),
     )
+
+
+def _shared_gpu_share(role: str, roles: list[str]) -> float:
+    """Reward models divide theirs among them, rounded down to Ray's smallest amount, so that all fit."""
+    kind = role.partition(":")[0]
+    sharers = sum(other.partition(":")[0] == kind for other in roles)
+    return SHARED_GPU_SHARES[kind] * SMALLEST_SHARES // sharers / SMALLEST_SHARES
 
 
 def shortfall(

@@ -81,6 +81,8 @@ def _import(name: str) -> ModuleType:
         raise RewardError(
             f"cannot import {name!r} ({error}); is it on PYTHONPATH, or did you mean a .py file?"
         ) from error
+    except Exception as error:
+        raise RewardError(f"{name} fails at import: {type(error).__name__}: {error}") from error
 
 
 def _run_file(path: str, source: str) -> ModuleType:

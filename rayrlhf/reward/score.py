@@ -84,9 +84,8 @@ class RewardClient:
         except Exception as error:
             # The border to code that is not ours: whatever it raises, the sample counts as failed, with the
             # reason.
-            self.last_error[source.name] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[-1:] or ['']}"
-            )
+            lines = str(error).strip().splitlines()
+            self.last_error[source.name] = f"{type(error).__name__}: {lines[-1]}" if lines else repr(error)
             return [None] * len(samples)
         bad = [reward for reward in rewards if reward is None or not math.isfinite(reward)]
         if bad:

@@ -151,7 +151,7 @@ def test_there_must_be_a_step_left(store: PromptStore) -> None:
 def test_two_workers_get_the_plan(
     store: PromptStore, start_step: int, max_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from a later step, with several steps in a block (18 of them in 10 blocks), and with no CPU left."""
+    """Also from a later step, with several steps in a block (18 in 10 blocks), and with no CPU left."""
     import ray
 
     monkeypatch.setattr("rayrlhf.data.stream.MAX_BLOCKS", max_blocks)
