@@ -16,7 +16,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
 
 import signal
-import sys
 import traceback
 import uuid
 from collections.abc import Iterator
@@ -59,6 +58,10 @@ INPUT_ERRORS = (InputError, DataError, RewardError, PlacementError)
 TRAIN_FOLDER = "checkpoints"
 
 
+class Terminated(BaseException):
+    """Like KeyboardInterrupt: not an error that something on the way should handle."""
+
+
 class RunFailed(RuntimeError):
     """The run stopped by itself; the message is the whole story."""
 
@@ -85,8 +88,11 @@ def run_policy(config: PolicyRunConfig) -> int:
         console.error(f"{error}\n(details: {Path(config.run.path) / 'error.log'})")
         return 1
     except KeyboardInterrupt:
-        console.error("interrupted")
+        console.error("interrupted; the same command goes on from the newest checkpoint")
         return 130
+    except Terminated:
+        console.error("stopped by SIGTERM; the same command goes on from the newest checkpoint")
+        return 143
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -257,4 +263,4 @@ def _torn_down(run_id: str, lease: Any, slots: Slots) -> Iterator[None]:
 
 def _exit_on_signal(_signal: int, _frame: Any) -> None:
     """`ray job stop` sends SIGTERM: leave through every `finally`."""
-    sys.exit(143)
+    raise Terminated

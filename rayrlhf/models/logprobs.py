@@ -78,7 +78,8 @@ class PolicyModel(nn.Module):
             causal_lm.get_output_embeddings(),
             chunk_tokens=chunk_tokens,
             softcap=getattr(config, "final_logit_softcapping", None),
-            divisor=getattr(config, "logits_scaling", 1.0) or 1.0,
+            # Granite divides its logits, Cohere multiplies them.
+            divisor=(getattr(config, "logits_scaling", None) or 1.0) / (getattr(config, "logit_scale", None) or 1.0),
         )
 
     def forward(

@@ -173,18 +173,18 @@ def small_sizes() -> dict[str, Any]:
 
 
 def config_with_scaled_logits(name: str) -> Any:
+    from transformers import CohereConfig, Gemma2Config, GraniteConfig
+
     if name == "granite":
-        from transformers import GraniteConfig
-
         return GraniteConfig(**small_sizes(), logits_scaling=4.0)
-    from transformers import Gemma2Config
-
+    if name == "cohere":
+        return CohereConfig(**small_sizes(), logit_scale=0.25)
     return Gemma2Config(**small_sizes(), final_logit_softcapping=3.0, attn_logit_softcapping=None)
 
 
-@pytest.mark.parametrize("name", ["granite", "gemma2"])
+@pytest.mark.parametrize("name", ["granite", "cohere", "gemma2"])
 def test_models_that_change_their_logits(name: str) -> None:
-    """Granite divides them, Gemma 2 caps them: the head must do what the model's own forward does."""
+    """Granite divides them, Cohere multiplies them, Gemma 2 caps them: the head must do what the model's own forward does."""
     config, plain_config = config_with_scaled_logits(name), config_with_scaled_logits(name)
     causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA)
     plain = AutoModelForCausalLM.from_config(plain_config, attn_implementation="eager")

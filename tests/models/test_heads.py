@@ -1,0 +1,185 @@
+"""Scalar heads over packed streams against each sequence alone, and what attention refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma2Config,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+)
+
+from rayrlhf.batch import cu_seqlens_of, position_ids_of
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.models.attention import VARLEN_SDPA, attention_implementation, packed_inputs
+from rayrlhf.models.heads import ValueModel
+from rayrlhf.models.load import (
+    has_packed_scorer,
+    is_sequence_classifier,
+    load_critic,
+    load_scorer,
+    resolve_dtype,
+)
+from tests.tiny_model import make_tiny_model
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # naming a GPU needs none
+LENGTHS = [5, 1, 9, 2]
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_tiny_model(tmp_path_factory.mktemp("classifier"), sequence_classification=True)
+
+
+def tokens(count: int) -> Tensor:
+    return torch.randint(8, 264, (count,), generator=torch.Generator().manual_seed(0))  # no padding among them
+
+
+def packed(ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return ids, position_ids_of(lengths), cu_seqlens_of(lengths)
+
+
+def fp32(path: str) -> ModelConfig:
+    return ModelConfig(path=path, dtype="float32")
+
+
+def critic_with_random_head(path: str) -> ValueModel:
+    critic = load_critic(fp32(path), path, device=CPU)
+    nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(3))
+    return critic
+
+
+def test_a_value_is_read_before_its_token(tiny_model: str) -> None:
+    critic = critic_with_random_head(tiny_model)
+    ids = tokens(sum(LENGTHS))
+    values = critic(*packed(ids, LENGTHS))
+
+    plain = AutoModel.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
+    expected = []
+    for sequence in ids.split(LENGTHS):
+        hidden = plain(input_ids=sequence[None]).last_hidden_state[0]  # [t, H]
+        after = hidden @ critic.head.weight[0]
+        expected += [torch.zeros(1), after[:-1]]
+    torch.testing.assert_close(values, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_value_does_not_know_its_token(tiny_model: str) -> None:
+    critic = critic_with_random_head(tiny_model)
+    ids = tokens(7)
+    changed = ids.clone()
+    changed[3] += 1
+    values, values_changed = critic(*packed(ids, [7])), critic(*packed(changed, [7]))
+    assert (values != values_changed).tolist() == [False] * 4 + [True] * 3
+
+
+def test_a_critic_starts_at_zero_from_a_language_model(tiny_model: str) -> None:
+    critic = load_critic(fp32(tiny_model), tiny_model, device=CPU)
+    assert critic.training
+    assert not critic(*packed(tokens(6), [4, 2])).any()
+
+
+def test_a_critic_starts_as_the_reward_model_it_comes_from(classifier: str) -> None:
+    critic = load_critic(fp32(classifier), classifier, device=CPU)
+    scorer = AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float32)
+    assert torch.equal(critic.head.weight, scorer.score.weight) and critic.head.weight.any()
+    # The value before the last token is the score of the sequence without it.
+    ids = tokens(6)
+    score = scorer(input_ids=ids[None, :-1]).logits.item()
+    assert critic(*packed(ids, [6]))[-1].item() == pytest.approx(score, rel=1e-5, abs=1e-5)
+
+
+def test_a_critic_learns(tiny_model: str) -> None:
+    critic = critic_with_random_head(tiny_model)
+    critic(*packed(tokens(6), [4, 2])).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in critic.parameters())
+
+
+def test_scores_are_those_of_the_classifier(classifier: str) -> None:
+    scorer = load_scorer(fp32(classifier), classifier, device=CPU)
+    assert not scorer.training
+    plain = AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float32)
+    ids = tokens(sum(LENGTHS))
+    expected = [plain(input_ids=sequence[None]).logits.item() for sequence in ids.split(LENGTHS)]
+    assert scorer(*packed(ids, LENGTHS)).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_several_labels_are_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(**SMALL, num_labels=3)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 3 labels; a reward model or critic needs exactly 1"):
+        load_scorer(fp32(str(tmp_path)), str(tmp_path), device=CPU)
+
+
+def test_kinds_of_checkpoints_are_told_apart(tiny_model: str, classifier: str, tmp_path: Path) -> None:
+    BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
+    encoder = str(tmp_path)
+    found = {path: (is_sequence_classifier(path), has_packed_scorer(path)) for path in (tiny_model, classifier, encoder)}
+    # The second says what its family can do: an encoder has no last token that has seen all others.
+    assert found == {tiny_model: (False, True), classifier: (True, True), encoder: (True, False)}
+
+
+def test_dtypes_follow_the_device() -> None:
+    assert (resolve_dtype("auto", CPU), resolve_dtype("auto", CUDA)) == (torch.float32, torch.bfloat16)
+    assert (resolve_dtype("bfloat16", CPU), resolve_dtype("float32", CUDA)) == (torch.bfloat16, torch.float32)
+
+
+def test_flash_attention_needs_a_gpu() -> None:
+    assert attention_implementation("auto", CPU) == attention_implementation("sdpa", CPU) == VARLEN_SDPA
+    with pytest.raises(ValueError, match="flash_attention_2 needs a CUDA GPU .* use model.attention=auto"):
+        attention_implementation("flash_attention_2", CPU)
+
+
+def test_flash_attention_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flash_attn" or None)
+    assert attention_implementation("auto", CUDA) == "flash_attention_2"
+    assert attention_implementation("sdpa", CUDA) == VARLEN_SDPA
+
+
+def decoder_of(config: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA).get_decoder()
+
+
+def test_a_sequence_beyond_the_sliding_window_is_refused() -> None:
+    config = MistralConfig(**SMALL, sliding_window=4)
+    decoder = decoder_of(config)
+    ids = torch.arange(8)
+    with pytest.raises(ValueError, match="a sequence of 5 tokens exceeds the model's sliding window of 4"):
+        decoder(**packed_inputs(*packed(ids, [5, 3])))
+    # A window holds the token itself and those before it: 4 tokens fit, and see each other as without a window.
+    plain = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=4), attn_implementation="eager")
+    plain.get_decoder().load_state_dict(decoder.state_dict())
+    found = decoder(**packed_inputs(*packed(ids, [4, 4]))).last_hidden_state[0]
+    expected = [plain.get_decoder()(input_ids=part[None]).last_hidden_state[0] for part in ids.split(4)]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_capped_attention_scores_are_refused() -> None:
+    decoder = decoder_of(Gemma2Config(**SMALL, attn_logit_softcapping=50.0))
+    with pytest.raises(ValueError, match="caps its attention scores"):
+        decoder(**packed_inputs(*packed(torch.arange(4), [4])))
+
+
+def test_a_call_without_boundaries_is_refused(tiny_model: str) -> None:
+    # Without them, every sequence of the stream would attend to those before it.
+    decoder = load_critic(fp32(tiny_model), tiny_model, device=CPU).decoder
+    with pytest.raises(ValueError, match="needs cu_seq_lens_q"):
+        decoder(input_ids=tokens(4)[None])

@@ -1,0 +1,137 @@
+"""The five internals of Ray Train that rayrlhf.placement.trainer overrides: still there, still called the same way?
+
+When one of these fails after an upgrade of Ray: read the named method in the new Ray, change the override in
+rayrlhf/placement/trainer.py, then this test, and then move the pin of ray in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import placement_group_handle
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from rayrlhf.placement import trainer as ours
+
+LOOK = "Ray Train has changed: see {}, then rayrlhf/placement/trainer.py, which overrides it"
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def calls(caller: Callable[..., Any], callee: str) -> bool:
+    """Whether `caller` still mentions the name that we override."""
+    return callee in inspect.getsource(caller)
+
+
+def test_the_trainer_is_train_v2s() -> None:
+    assert issubclass(TorchTrainer, DataParallelTrainer), "RAY_TRAIN_V2_ENABLED=1 must be set before ray.train is imported"
+
+
+def test_the_controller_is_started_with_keyword_arguments() -> None:
+    look = LOOK.format("DataParallelTrainer._initialize_and_run_controller")
+    [_, arguments] = parameters(DataParallelTrainer._initialize_and_run_controller).values()
+    assert arguments.kind is inspect.Parameter.VAR_KEYWORD, look
+    assert calls(DataParallelTrainer.fit, "_initialize_and_run_controller("), look
+    for method in ("run", "get_result"):
+        assert list(parameters(getattr(TrainController, method))) == ["self"], look
+    assert list(parameters(DataParallelTrainer._register_sigint_handler)) == ["self", "controller"], look
+    body = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
+    for copied in ("get_env_vars_to_propagate()", "num_cpus=0", "RAY_NODE_ID_KEY", "controller.get_result.remote()"):
+        assert copied in body, look
+
+
+def test_the_default_callbacks_hold_the_cleaner_that_we_leave_out() -> None:
+    look = LOOK.format("DataParallelTrainer._create_default_callbacks")
+    assert list(parameters(DataParallelTrainer._create_default_callbacks)) == ["self"], look
+    assert calls(DataParallelTrainer.fit, "_create_default_callbacks()"), look
+
+
+def test_only_the_cleaner_is_left_out(tmp_path: Path) -> None:
+    def callbacks(trainer_class: type[TorchTrainer]) -> list[type]:
+        trainer = trainer_class(
+            print, scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(storage_path=str(tmp_path))
+        )
+        return [type(callback) for callback in trainer._create_default_callbacks()]
+
+    rays = callbacks(TorchTrainer)
+    assert rays.count(PlacementGroupCleanerCallback) == 1, LOOK.format("DataParallelTrainer._create_default_callbacks")
+    rays.remove(PlacementGroupCleanerCallback)
+    assert callbacks(ours.SlotTorchTrainer) == rays
+
+
+def test_the_controller_makes_its_worker_group_from_the_class_attribute() -> None:
+    look = LOOK.format("TrainController.worker_group_cls")
+    assert TrainController.worker_group_cls is WorkerGroup, look
+    assert calls(TrainController, "self.worker_group_cls.create("), look
+    assert ours._SlotController.worker_group_cls is ours._SlotWorkerGroup
+
+
+def test_the_worker_group_asks_for_its_placement_group() -> None:
+    look = LOOK.format("WorkerGroup._create_placement_group")
+    expected = ["self", "scaling_config", "worker_group_context"]
+    assert list(parameters(WorkerGroup._create_placement_group)) == expected, look
+    assert list(parameters(ours._SlotWorkerGroup._create_placement_group)) == expected
+    assert calls(WorkerGroup, "self._create_placement_group("), look
+
+
+def test_the_worker_group_asks_for_its_workers() -> None:
+    look = LOOK.format("WorkerGroup._create_workers")
+    expected = ["self", "num_workers", "placement_group", "resources_per_worker", "placement_group_bundle_indices"]
+    found = parameters(WorkerGroup._create_workers)
+    assert list(found)[:5] == expected, look
+    assert found["placement_group_bundle_indices"].default is None, look
+    assert calls(WorkerGroup, "self._create_workers("), look
+    assert "self._train_run_context = train_run_context" in inspect.getsource(WorkerGroup.__init__), look
+
+
+def test_a_borrowed_group_is_used_but_never_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Any] = []
+    monkeypatch.setattr(placement_group_handle, "remove_placement_group", removed.append)
+    group: Any = SimpleNamespace(ready=lambda: "a ref", wait=lambda timeout_seconds: True)
+    handle = ours._BorrowedGroup(group)
+    assert handle.placement_group is group and handle.ready() == "a ref" and handle.wait(1)
+    handle.shutdown()
+    assert removed == []
+    placement_group_handle.DefaultPlacementGroupHandle(group).shutdown()
+    assert removed == [group], "the probe sees nothing"
+
+
+class Created:
+    """Stands in for WorkerGroup._create_workers and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        self.bundles: list[Any] = []
+
+    def __call__(self, _group: Any, *arguments: Any, **keywords: Any) -> None:
+        bound = inspect.signature(ORIGINAL_CREATE_WORKERS).bind(_group, *arguments, **keywords)
+        self.bundles.append(bound.arguments.get("placement_group_bundle_indices"))
+
+
+ORIGINAL_CREATE_WORKERS = WorkerGroup._create_workers
+
+
+def test_workers_go_on_the_bundles_of_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    created = Created()
+    monkeypatch.setattr(WorkerGroup, "_create_workers", lambda *a, **k: created(*a, **k))
+    group = object.__new__(ours._SlotWorkerGroup)
+    scaling = ours.SlotScalingConfig(num_workers=3, bundles=(4, 0, 2))
+    monkeypatch.setattr(group, "_train_run_context", SimpleNamespace(scaling_config=scaling), raising=False)
+    resources = {"CPU": 1.0}
+    group._create_workers(3, None, resources, replica_group_size=None)
+    group._create_workers(2, None, resources)
+    # A single lost worker that Ray puts back comes with its own bundle, which must be left as it is.
+    group._create_workers(1, None, resources, placement_group_bundle_indices=[2])
+    group._create_workers(1, None, resources, [2])
+    assert created.bundles == [[4, 0, 2], [4, 0], [2], [2]]
