@@ -114,8 +114,8 @@ def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
 def empty_like_batch(token_id: int) -> PackedBatch:
     """A micro-batch that weighs nothing: it keeps a rank in step with ranks that have one more to do.
 
-    It has the fields of `pack_samples` and no others: what is added to real batches is then added to it too, and
-    metrics that depend on a field have the same keys on every rank.
+    It has the fields of `pack_samples` and no others: what is added to real batches is then added to it too,
+    and metrics that depend on a field have the same keys on every rank.
     """
     zero = torch.zeros(2)
     return PackedBatch(

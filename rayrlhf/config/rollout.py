@@ -50,8 +50,6 @@ class WeightSyncConfig(Section):
 class RolloutConfig(Section):
     num_engines: Count = 1
     """vLLM engines, each a Serve replica."""
-    tensor_parallel_size: Count = 1
-    """GPUs per engine."""
     group_size: Count = 1
     """Samples per prompt."""
     prompts_per_step: Count = 64

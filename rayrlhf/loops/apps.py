@@ -83,7 +83,6 @@ def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSett
         engine_args |= {
             "dtype": "bfloat16" if dtype == "auto" else dtype,
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
-            "tensor_parallel_size": rollout.tensor_parallel_size,
         }
     else:
         dtype = rollout.dtype if rollout.dtype != "auto" else config.model.dtype

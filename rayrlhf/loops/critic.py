@@ -14,7 +14,7 @@ from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import CriticConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.objectives import StepCounts, per_token, value_forward, value_objective
-from rayrlhf.models.load import load_critic, resolve_dtype
+from rayrlhf.models.load import checkpoint_activations, load_critic, resolve_dtype
 from rayrlhf.train import collectives
 from rayrlhf.train.learner import Learner
 
@@ -54,8 +54,11 @@ class LocalCritic:
         self.clip = critic.value_clip
         self.constant_length = float(config.rollout.sampling.max_new_tokens)
         device = collectives.device()
+        model = load_critic(config.model, critic.path or config.model.path, device=device)
+        if config.train.gradient_checkpointing:
+            checkpoint_activations(model.decoder)
         self.learner = Learner(
-            load_critic(config.model, critic.path or config.model.path, device=device),
+            model,
             config.train,
             lr=critic.lr,
             dtype=resolve_dtype(config.model.dtype, device),

@@ -78,9 +78,9 @@ def policy_objective(
             if algorithm.kl_in == "loss":
                 per_token = per_token + kl_coef * kl
         if batch.rollout_logprobs is not None:
-            metrics["rollout/logprob_diff_mean"] = masked(
-                (old_logprobs - batch.rollout_logprobs).abs(), mask
-            ).sum()
+            difference = masked((old_logprobs - batch.rollout_logprobs).abs(), mask)
+            metrics["rollout/logprob_diff_mean"] = difference.sum()
+            metrics["rollout/logprob_diff_max"] = difference.max()
         share = aggregate(
             algorithm.aggregation,
             per_token,
@@ -116,6 +116,9 @@ def value_objective(
 
 
 def per_token(metrics: dict[str, float], counts: StepCounts) -> dict[str, float]:
-    """Sums over learnt tokens become means; the objectives, norms and rates are already what they are."""
-    final = ("loss/actor", "loss/critic")
-    return {k: v if k.startswith(final) else v / max(counts.tokens, 1.0) for k, v in metrics.items()}
+    """Sums over learnt tokens become means; objectives, norms, rates and maxima are already what they are."""
+
+    def is_final(key: str) -> bool:
+        return key.startswith(("loss/actor", "loss/critic")) or key.endswith("_max")
+
+    return {k: v if is_final(k) else v / max(counts.tokens, 1.0) for k, v in metrics.items()}

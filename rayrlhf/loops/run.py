@@ -144,7 +144,7 @@ def _run(
         with drain_in_background(board, sinks), up:
             result = _fit(trainer, run_path)
     del hub
-    return write_summary(result, run_path)
+    return write_summary(result, run_path, num_samples=config.eval.show_samples)
 
 
 def _make_trainer(

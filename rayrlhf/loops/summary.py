@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-NUM_SAMPLES = 5
 
-
-def write_summary(result: dict[str, Any], run_path: Path) -> dict[str, Any]:
+def write_summary(result: dict[str, Any], run_path: Path, *, num_samples: int) -> dict[str, Any]:
     """Write and return the summary of what the loop returned. Rewards are None without evaluation prompts."""
     before, after = result["before"], result["after"]
     summary = {
@@ -19,7 +17,7 @@ def write_summary(result: dict[str, Any], run_path: Path) -> dict[str, Any]:
         "seconds_total": round(result["seconds_total"], 1),
         "seconds_per_phase": {name: round(spent, 1) for name, spent in result["seconds_per_phase"].items()},
         "export": result["export"],
-        "samples": _pairs(before.get("rows", []), after.get("rows", [])),
+        "samples": _pairs(before.get("rows", []), after.get("rows", []), num_samples),
     }
     (run_path / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
@@ -35,11 +33,11 @@ def _reward(when: str, evaluation: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pairs(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pairs(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The same prompts before and after, spread evenly over the held-out set."""
     later = {json.dumps(row["prompt"]): row for row in after}
     both = [(row, later[json.dumps(row["prompt"])]) for row in before if json.dumps(row["prompt"]) in later]
-    step = max(1, len(both) // NUM_SAMPLES)
+    step = max(1, len(both) // max(1, count))
     return [
         {
             "prompt": first["prompt"],
@@ -48,5 +46,5 @@ def _pairs(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[di
             "reward_before": first["reward"],
             "reward_after": second["reward"],
         }
-        for first, second in both[::step][:NUM_SAMPLES]
+        for first, second in both[::step][:count]
     ]

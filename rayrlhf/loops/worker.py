@@ -17,6 +17,7 @@ from torch import nn
 
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
 from rayrlhf.batch import PackedBatch, Prompt, Sample
+from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.stream import iter_prompts
 from rayrlhf.loops.critic import Critic, LocalCritic, NoCritic
 from rayrlhf.loops.evaluate import evaluate
@@ -25,7 +26,7 @@ from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.objectives import StepCounts, per_token, policy_forward, policy_objective
 from rayrlhf.loops.reporting import Reporter, rollout_metrics
 from rayrlhf.models.export import export_causal_lm
-from rayrlhf.models.load import load_policy, load_tokenizer, resolve_dtype
+from rayrlhf.models.load import checkpoint_activations, load_policy, resolve_dtype
 from rayrlhf.observe.board import NAMESPACE
 from rayrlhf.observe.metrics import Timer
 from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource
@@ -91,6 +92,8 @@ class PolicyWorker:
         policy = load_policy(
             config.model, config.model.path, device=device, chunk_tokens=config.train.logprob_chunk_tokens
         )
+        if config.train.gradient_checkpointing:
+            checkpoint_activations(policy.causal_lm)
         dtype = resolve_dtype(config.model.dtype, device)
         return Learner(policy, config.train, lr=config.train.lr, dtype=dtype, name="actor")
 
@@ -272,7 +275,11 @@ class PolicyWorker:
             causal_lm = self.actor.module.causal_lm
             state = self.actor.state_dict(causal_lm, on_this_rank=self.rank == 0)
             if self.rank == 0:
-                tokenizer = load_tokenizer(self.config.model.path)
+                tokenizer = prompt_tokenizer(
+                    self.config.model.path,
+                    self.config.model.trust_remote_code,
+                    read_chat_template(self.config.data),
+                )
                 export_causal_lm(causal_lm, state, tokenizer, path)
         return str(path)
 

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -55,6 +56,11 @@ def load_scorer(config: ModelConfig, path: str, *, device: torch.device) -> Scor
 def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> bool:
     architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only each layer's input in the forward pass and compute the rest again in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:

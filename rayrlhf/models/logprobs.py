@@ -79,7 +79,8 @@ class PolicyModel(nn.Module):
             chunk_tokens=chunk_tokens,
             softcap=getattr(config, "final_logit_softcapping", None),
             # Granite divides its logits, Cohere multiplies them.
-            divisor=(getattr(config, "logits_scaling", None) or 1.0) / (getattr(config, "logit_scale", None) or 1.0),
+            divisor=(getattr(config, "logits_scaling", None) or 1.0)
+            / (getattr(config, "logit_scale", None) or 1.0),
         )
 
     def forward(

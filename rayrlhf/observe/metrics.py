@@ -36,7 +36,6 @@ METRICS: dict[str, str] = {
     "loss/critic_lr": "learning rate",
     "loss/actor_bad_steps": "updates skipped because the gradient was not finite",
     "loss/critic_bad_steps": "updates skipped because the gradient was not finite",
-    "data/epoch": "passes over the prompt set",
     "data/samples": "samples trained on this step",
     "data/tokens": "tokens, prompts included, trained on this step",
     "data/micro_batches": "micro-batches per rank and update",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,9 @@ class JsonLines:
 
     def write(self, report: Report) -> None:
         if report.kind in ("step", "eval"):
-            self._append("metrics.jsonl", [{"step": report.step, **report.metrics}])
+            # NaN (an undefined explained variance, say) is not JSON.
+            known = {key: value if math.isfinite(value) else None for key, value in report.metrics.items()}
+            self._append("metrics.jsonl", [{"step": report.step, **known}])
         if report.kind == "rollouts":
             self._append("rollouts.jsonl", report.rows)
         if report.kind == "eval":

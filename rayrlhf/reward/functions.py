@@ -51,9 +51,8 @@ class FunctionSpec:
         module = _import(self.place) if self.file_source is None else _run_file(self.place, self.file_source)
         function = getattr(module, self.name, None)
         if not callable(function):
-            own = sorted(
-                n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")
-            )
+            public = {name: f for name, f in vars(module).items() if inspect.isfunction(f) and name[0] != "_"}
+            own = sorted(name for name, f in public.items() if f.__module__ == module.__name__)
             raise RewardError(
                 f"{self.place} has no function {self.name!r}; it has: {', '.join(own) or 'none'}"
             )

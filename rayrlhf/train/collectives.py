@@ -31,12 +31,12 @@ def sum_metrics(sums: dict[str, float]) -> dict[str, float]:
     return dict(zip(keys, total.tolist(), strict=True))
 
 
-def max_over_ranks(value: int) -> int:
+def max_over_ranks(value: float) -> float:
     if not dist.is_initialized():
         return value
-    tensor = torch.tensor(value, device=device())
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
+    return float(tensor)
 
 
 def gather_lists(items: list[Any]) -> list[Any]:

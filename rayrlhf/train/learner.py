@@ -55,14 +55,15 @@ class Learner:
     ) -> dict[str, float]:
         """One optimizer step over the micro-batches; `step` sets the learning rate.
 
-        Returns the loss and the metric sums, added up over micro-batches and ranks. A step whose gradient is
-        not finite is skipped and counted in `loss/<name>_bad_steps`; `train.max_bad_steps` of them in a row
-        raise `FloatingPointError`.
+        Returns the loss and the metrics over micro-batches and ranks: sums, or maxima of keys in `_max`. A
+        step whose gradient is not finite is skipped and counted in `loss/<name>_bad_steps`;
+        `train.max_bad_steps` of them in a row raise `FloatingPointError`.
         """
         lr = learning_rate(self.base_lr, self.train, step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         sums: dict[str, float] = defaultdict(float)
+        maxima: dict[str, float] = defaultdict(float)
         for batch in batches:
             share, metrics = loss(forward(self.engine, batch), batch)
             # The engine averages gradients over ranks while shares add up over ranks: undo the average, here
@@ -70,9 +71,13 @@ class Learner:
             self.engine.backward(share * collectives.world_size(), scale_wrt_gas=False)
             sums[f"loss/{self.name}"] += share.item()
             for key, value in metrics.items():
-                sums[key] += float(value)
+                if key.endswith("_max"):
+                    maxima[key] = max(maxima[key], float(value))
+                else:
+                    sums[key] += float(value)
         grad_norm = self._step()
         totals = collectives.sum_metrics(sums)
+        totals |= {key: collectives.max_over_ranks(maxima[key]) for key in sorted(maxima)}
         return (
             totals
             | {f"loss/{self.name}_grad_norm": grad_norm, f"loss/{self.name}_lr": lr}

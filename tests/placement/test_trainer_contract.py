@@ -108,23 +108,14 @@ def test_a_borrowed_group_is_used_but_never_removed(monkeypatch: pytest.MonkeyPa
     assert removed == [group], "the probe sees nothing"
 
 
-class Created:
-    """Stands in for WorkerGroup._create_workers and keeps what it was called with."""
-
-    def __init__(self) -> None:
-        self.bundles: list[Any] = []
-
-    def __call__(self, _group: Any, *arguments: Any, **keywords: Any) -> None:
-        bound = inspect.signature(ORIGINAL_CREATE_WORKERS).bind(_group, *arguments, **keywords)
-        self.bundles.append(bound.arguments.get("placement_group_bundle_indices"))
-
-
-ORIGINAL_CREATE_WORKERS = WorkerGroup._create_workers
-
-
 def test_workers_go_on_the_bundles_of_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    created = Created()
-    monkeypatch.setattr(WorkerGroup, "_create_workers", lambda *a, **k: created(*a, **k))
+    bundles: list[Any] = []
+    signature = inspect.signature(WorkerGroup._create_workers)
+
+    def create(*arguments: Any, **keywords: Any) -> None:
+        bundles.append(signature.bind(*arguments, **keywords).arguments["placement_group_bundle_indices"])
+
+    monkeypatch.setattr(WorkerGroup, "_create_workers", create)
     group = object.__new__(ours._SlotWorkerGroup)
     scaling = ours.SlotScalingConfig(num_workers=3, bundles=(4, 0, 2))
     monkeypatch.setattr(group, "_train_run_context", SimpleNamespace(scaling_config=scaling), raising=False)
@@ -134,4 +125,4 @@ def test_workers_go_on_the_bundles_of_their_slots(monkeypatch: pytest.MonkeyPatc
     # A single lost worker that Ray puts back comes with its own bundle, which must be left as it is.
     group._create_workers(1, None, resources, placement_group_bundle_indices=[2])
     group._create_workers(1, None, resources, [2])
-    assert created.bundles == [[4, 0, 2], [4, 0], [2], [2]]
+    assert bundles == [[4, 0, 2], [4, 0], [2], [2]]

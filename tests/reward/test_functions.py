@@ -1,0 +1,254 @@
+"""Reward functions of the user's: found, tried, and held to the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayrlhf.reward.functions import (
+    FunctionReward,
+    FunctionSpec,
+    RewardError,
+    arguments_for,
+    call_function,
+    find_function,
+    try_function,
+)
+from tests.samples import make_prompt
+
+SOURCE = '''
+import math
+from dataclasses import dataclass
+
+BONUS = 0.5
+
+@dataclass
+class Weights:
+    length: float = 1.0
+
+def length(responses):
+    return [float(len(r)) * Weights().length for r in responses]
+
+def letters(prompts, responses):
+    return [float(sum(map(str.isalpha, r))) for r in responses]
+
+async def slowly(responses):
+    return [BONUS for _ in responses]
+
+def _private(responses):
+    return [0.0 for _ in responses]
+'''
+PROMPTS = [make_prompt(prompt="a", answer="1", topic="x"), make_prompt(prompt="b", answer="2")]
+
+
+@pytest.fixture
+def reward_file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_rewards.py"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture
+def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """`reward_module(source)` makes an importable module and gives its name."""
+    folder = tmp_path / "importable"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+
+    def write(source: str) -> str:
+        name = f"rewards_of_{abs(hash((source, str(tmp_path))))}"
+        (folder / f"{name}.py").write_text(source)
+        return name
+
+    return write
+
+
+def test_a_function_of_a_module(reward_module: Callable[[str], str]) -> None:
+    spec = find_function(f"{reward_module(SOURCE)}:length")
+    assert spec.file_source is None, "every node imports it by itself"
+    assert spec.load()(["abc", ""]) == [3.0, 0.0]
+
+
+def test_a_function_of_a_file_travels_as_text(reward_file: Path) -> None:
+    spec = find_function(f"{reward_file}:length")
+    assert (spec.place, spec.name) == (str(reward_file), "length")
+    reward_file.unlink()  # as on another node
+    assert spec.load()(["abc", ""]) == [3.0, 0.0]
+
+
+@pytest.mark.parametrize("where", ["file", "module"])
+def test_a_missing_function_is_told_with_those_that_exist(
+    where: str, reward_file: Path, reward_module: Callable[[str], str]
+) -> None:
+    place = str(reward_file) if where == "file" else reward_module(SOURCE)
+    with pytest.raises(RewardError) as caught:
+        find_function(f"{place}:lenght")
+    # The dataclass decorator is imported, but no reward function; neither is what starts with an underscore.
+    assert str(caught.value) == f"{place} has no function 'lenght'; it has: length, letters, slowly"
+    with pytest.raises(RewardError, match="no function 'BONUS'"):
+        find_function(f"{place}:BONUS")
+
+
+@pytest.mark.parametrize("where", ["file", "module"])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("raise KeyError('no such table')", r"fails at import: KeyError: 'no such table'"),
+        ("def broken(:", r"fails at import: SyntaxError: "),
+    ],
+)
+def test_code_that_fails_at_import(
+    where: str, source: str, message: str, reward_file: Path, reward_module: Callable[[str], str]
+) -> None:
+    reward_file.write_text(source)
+    place = str(reward_file) if where == "file" else reward_module(source)
+    with pytest.raises(RewardError, match=message) as caught:
+        find_function(f"{place}:score")
+    assert str(caught.value).startswith(place)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("no_such_package_here.rewards:f", "cannot import 'no_such_package_here.rewards' .* on PYTHONPATH"),
+        ("no/such/file.py:f", "no/such/file.py is not a file .looked from /"),
+        ("just_a_name", "'just_a_name' is not of the form module:function or path/file.py:function"),
+        ("module:", "is not of the form"),
+    ],
+)
+def test_what_cannot_be_found(text: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        find_function(text)
+
+
+def test_arguments_are_narrowed_to_the_signature() -> None:
+    def asks_for_three(responses: list[str], labels: list[str], topic: list[str]) -> None: ...
+
+    def asks_for_all(**everything: Any) -> None: ...
+
+    responses = ["r0", "r1"]
+    narrowed = arguments_for(asks_for_three, PROMPTS, responses, "answer")
+    # A column that a row does not have is None there, so that all lists have one length.
+    assert narrowed == {"responses": responses, "labels": ["1", "2"], "topic": ["x", None]}
+    assert arguments_for(asks_for_all, PROMPTS, responses, "answer") == {
+        "prompts": ["a", "b"],
+        "responses": responses,
+        "labels": ["1", "2"],
+        "answer": ["1", "2"],
+        "topic": ["x", None],
+    }
+
+
+def test_without_a_label_column_labels_are_none() -> None:
+    def asks(labels: list[Any]) -> None: ...
+
+    assert arguments_for(asks, PROMPTS, ["r0", "r1"], None) == {"labels": [None, None]}
+
+
+def test_a_column_cannot_shadow_the_responses() -> None:
+    def asks(prompts: list[str], responses: list[str]) -> None: ...
+
+    prompts = [make_prompt(prompt="rendered", prompts="raw", responses="reference")]
+    assert arguments_for(asks, prompts, ["mine"], None) == {"prompts": ["rendered"], "responses": ["mine"]}
+
+
+def call(returned: Any, count: int = 2) -> list[float | None]:
+    return asyncio.run(call_function(lambda: returned, {}, count))
+
+
+@pytest.mark.parametrize(
+    "returned, rewards",
+    [
+        ([1, 0.5], [1.0, 0.5]),
+        ((True, False), [1.0, 0.0]),
+        (np.array([1.5, -2.0], dtype=np.float32), [1.5, -2.0]),
+        ([None, math.nan], [None, None]),
+        ([math.nan, 3.0], [None, 3.0]),
+    ],
+)
+def test_what_counts_as_rewards(returned: Any, rewards: list[float | None]) -> None:
+    found = call(returned)
+    assert found == rewards and all(reward is None or type(reward) is float for reward in found)
+
+
+@pytest.mark.parametrize("returned", [0.5, None, ["good", "bad"], [[1.0], [2.0]], [{"score": 1}, 2.0]])
+def test_what_is_no_list_of_floats_is_told(returned: Any) -> None:
+    with pytest.raises(RewardError, match="a list of 2 floats was wanted") as caught:
+        call(returned)
+    assert str(caught.value).startswith(f"returned {returned!r}")
+
+
+@pytest.mark.parametrize("returned", [[], [1.0], [1.0, 2.0, 3.0]])
+def test_one_reward_per_response(returned: list[float]) -> None:
+    with pytest.raises(RewardError, match=f"returned {len(returned)} rewards for 2 responses"):
+        call(returned)
+
+
+def test_functions_may_be_async(reward_file: Path) -> None:
+    function = find_function(f"{reward_file}:slowly").load()
+    assert asyncio.run(call_function(function, {"responses": ["a", "b"]}, 2)) == [0.5, 0.5]
+
+
+def test_a_slow_plain_function_does_not_hold_up_the_replica() -> None:
+    """It runs on a thread: two calls that wait for each other can only finish side by side."""
+    import threading
+
+    barrier = threading.Barrier(2, timeout=10)
+
+    def meets() -> list[float]:
+        barrier.wait()
+        return [1.0]
+
+    async def both() -> list[list[float | None]]:
+        return await asyncio.gather(call_function(meets, {}, 1), call_function(meets, {}, 1))
+
+    assert asyncio.run(both()) == [[1.0], [1.0]]
+
+
+def tried(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "tried.py"
+    path.write_text(source)
+    try_function(find_function(f"{path}:score"), PROMPTS, "answer")
+
+
+def test_a_trial_sees_what_training_will_show(tmp_path: Path) -> None:
+    tried(
+        """
+def score(prompts, responses, labels, answer, topic):
+    assert prompts == ["a", "b"] and labels == answer == ["1", "2"] and topic == ["x", None]
+    assert len(responses) == 2 and all(responses)
+    return [0.0, None]  # one failure is no reason to stop
+""",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("(responses): return [1 / 0]", r"score raised ZeroDivisionError: division by zero when called with responses$"),
+        (
+            "(responses, anwser): return [0, 0]",
+            r"score raised TypeError: .*missing 1 required positional argument: 'anwser' when called with responses$",
+        ),
+        ("(responses): return [1.0]", r"score returned 1 rewards for 2 responses"),
+        ("(responses): return 1.0", r"score returned 1\.0; a list of 2 floats was wanted"),
+        ("(responses): return [None, float('nan')]", r"score returned only NaN or None"),
+    ],
+)
+def test_a_trial_tells_what_is_wrong(body: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match=message) as caught:
+        tried(f"def score{body}", tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "tried.py"))
+
+
+def test_a_replica_scores(reward_file: Path) -> None:
+    spec: FunctionSpec = find_function(f"{reward_file}:letters")
+    replica = FunctionReward(spec, "answer")
+    assert asyncio.run(replica.score(PROMPTS, ["ab1", "--"], [[1], [2]])) == [2.0, 0.0]
