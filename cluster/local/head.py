@@ -135,6 +135,8 @@ class LocalHead:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
             "PYTHONUNBUFFERED": "1",  # a job's lines arrive as it prints them
+            # A job has more processes than a small machine has cores; Ray would warn of it at every start.
+            "RAY_worker_maximum_startup_concurrency": "16",
         }
         self._output = tempfile.TemporaryFile()  # not in temp_dir, which is gone once Ray has failed
         self._supervisor = subprocess.Popen(

@@ -91,7 +91,7 @@ def make_mini_batches(
     for part in split_even([samples[i] for i in order], num_mini_batches):
         packs = micro_batches([sample.num_tokens for sample in part], budget_tokens)
         batches = [pack_samples([part[i] for i in pack]) for pack in packs]
-        wanted = max(1, collectives.max_over_ranks(len(batches)))
+        wanted = max(1, int(collectives.max_over_ranks(len(batches))))
         batches += [empty_like_batch(token_id=0)] * (wanted - len(batches))
         result.append([batch.to(collectives.device()) for batch in batches])
     return result

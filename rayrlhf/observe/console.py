@@ -48,7 +48,7 @@ class Console:
 
     def say(self, text: str) -> None:
         if self.mode != "quiet":
-            self.rich.print(f"[dim]{self._clock()}[/dim] {escape(text)}")
+            self.rich.print(f"[dim]{self._clock()}[/dim] {escape(text)}", soft_wrap=True)
 
     def error(self, text: str) -> None:
         self.close()
