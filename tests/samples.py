@@ -9,7 +9,9 @@ from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.run import PolicyRunConfig
 
 
-def make_prompt(prompt_ids: Sequence[int] = (5, 6), *, row_id: int = 0, prompt: str = "ab", **columns: Any) -> Prompt:
+def make_prompt(
+    prompt_ids: Sequence[int] = (5, 6), *, row_id: int = 0, prompt: str = "ab", **columns: Any
+) -> Prompt:
     return Prompt(row_id=row_id, prompt_ids=list(prompt_ids), prompt=prompt, columns=columns)
 
 

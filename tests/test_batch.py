@@ -106,7 +106,7 @@ def test_a_batch_that_weighs_nothing() -> None:
 
 
 def test_a_batch_that_weighs_nothing_has_the_fields_of_a_real_one() -> None:
-    # A field that only the filling has would make metrics that only its rank has, and the sum over ranks would hang.
+    # A field that only the filling has makes metrics that only its rank has, and the sum over ranks hangs.
     real, filling = pack_samples([make_sample()]), empty_like_batch(token_id=0)
     assert set_fields(filling) == set_fields(real)
     for name in set_fields(real):

@@ -1,7 +1,7 @@
 """`make demo`: PPO on a real model through a real `ray job submit`, on a Ray cluster of its own.
 
 It makes the model and the prompts when they are missing, starts a local Ray head, submits jobs/ppo.py,
-follows its log, shows what the run came to, and stops what it started. Exit code 0 when the job succeeded,
+follows its log to the summary, and stops what it started. Exit code 0 when the job succeeded,
 whatever it learned.
 """
 
@@ -20,7 +20,6 @@ from types import FrameType
 from cluster.local.head import LocalHead
 from jobs.demo.data import ensure_data
 from jobs.demo.model import MODEL_PATH, REPOSITORY
-from jobs.demo.summary import show_summary
 
 RUNS_PATH = REPOSITORY / "runs"
 RUN_NAME = "demo"
@@ -61,7 +60,6 @@ def main() -> int:
             f"The job failed (exit code {code}); Ray's logs are in {run_path / 'ray-logs'}", file=sys.stderr
         )
         return 1
-    show_summary(run_path)
     print(f"Done in {time.monotonic() - started:.0f} s; the Ray head is stopped.")
     return 0
 

@@ -78,8 +78,8 @@ def run_policy(config: PolicyRunConfig) -> int:
         with ray_session(NAMESPACE) as where:
             signal.signal(signal.SIGTERM, _exit_on_signal)  # after ray.init, which installs its own
             console.say(where)
-            summary = _run(config, prepared.reward_functions, console)
-        console.summary(summary)
+            _run(config, prepared.reward_functions, console)
+        console.summary(Path(config.run.path))
         return 0
     except INPUT_ERRORS as error:
         console.error(str(error))
@@ -97,9 +97,7 @@ def run_policy(config: PolicyRunConfig) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _run(
-    config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], console: Console
-) -> dict[str, Any]:
+def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], console: Console) -> None:
     run_path = Path(config.run.path)
     run_path.mkdir(parents=True, exist_ok=True)
     (run_path / "config.yaml").write_text(dump_resolved(config))
@@ -144,7 +142,7 @@ def _run(
         with drain_in_background(board, sinks), up:
             result = _fit(trainer, run_path)
     del hub
-    return write_summary(result, run_path, num_samples=config.eval.show_samples)
+    write_summary(result, run_path, num_samples=config.eval.show_samples)
 
 
 def _make_trainer(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-def write_summary(result: dict[str, Any], run_path: Path, *, num_samples: int) -> dict[str, Any]:
-    """Write and return the summary of what the loop returned. Rewards are None without evaluation prompts."""
+def write_summary(result: dict[str, Any], run_path: Path, *, num_samples: int) -> None:
+    """Write the summary of what the loop returned. Rewards are None without evaluation prompts."""
     before, after = result["before"], result["after"]
     summary = {
         **_reward("before", before),
@@ -20,7 +20,6 @@ def write_summary(result: dict[str, Any], run_path: Path, *, num_samples: int) -
         "samples": _pairs(before.get("rows", []), after.get("rows", []), num_samples),
     }
     (run_path / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    return summary
 
 
 def _reward(when: str, evaluation: dict[str, Any]) -> dict[str, Any]:

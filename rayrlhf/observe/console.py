@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -16,9 +17,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 
 from rayrlhf.observe.board import Report
+from rayrlhf.observe.summary import show_summary
 
 # (metric, label, format): one step, one line
 COLUMNS = [
@@ -108,21 +109,9 @@ class Console:
         if self.progress is not None:
             self.progress.update(self.task, completed=report.step)
 
-    def summary(self, summary: dict[str, Any]) -> None:
+    def summary(self, run_path: Path) -> None:
         self.close()
-        table = Table(
-            title=f"{summary['steps']} steps in {_minutes(summary['seconds_total'])}", title_justify="left"
-        )
-        table.add_column("held-out reward")
-        table.add_column("mean", justify="right")
-        table.add_column("95 % interval", justify="right")
-        for when in ("before", "after"):
-            if summary[f"reward_{when}"] is not None:
-                low, high = summary[f"reward_{when}_ci"]
-                table.add_row(when, f"{summary[f'reward_{when}']:+.3f}", f"{low:+.3f} to {high:+.3f}")
-        self.rich.print(table)
-        if summary["export"]:
-            self.rich.print(f"export: {summary['export']}", soft_wrap=True, markup=False)
+        show_summary(run_path, self.rich)
 
     def close(self) -> None:
         if self.progress is not None:

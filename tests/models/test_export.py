@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_an_export_is_the_policy(tied: bool, tmp_path: Path) -> None:
     export = tmp_path / "export"
     export_causal_lm(policy.causal_lm, gathered(policy.causal_lm), load_tokenizer(source), export)
 
-    opened = AutoModelForCausalLM.from_pretrained(export)
+    opened: Any = AutoModelForCausalLM.from_pretrained(export)
     expected = policy.causal_lm.state_dict()
     assert opened.dtype == torch.float32 and opened.state_dict().keys() == expected.keys()
     for name, tensor in opened.state_dict().items():
@@ -49,7 +50,9 @@ def test_an_export_is_the_policy(tied: bool, tmp_path: Path) -> None:
 
     ids = torch.arange(40, 52)
     with torch.no_grad():
-        logprobs = opened(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
+        logprobs = (
+            opened(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
+        )
         ours = policy(ids, position_ids_of([12]), cu_seqlens_of([12]), torch.ones(12)).logprobs[1:]
     torch.testing.assert_close(ours, logprobs, rtol=1e-5, atol=1e-5)
 

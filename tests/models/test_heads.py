@@ -34,7 +34,7 @@ from tests.tiny_model import make_tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # naming a GPU needs none
 LENGTHS = [5, 1, 9, 2]
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -51,7 +51,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def tokens(count: int) -> Tensor:
-    return torch.randint(8, 264, (count,), generator=torch.Generator().manual_seed(0))  # no padding among them
+    return torch.randint(
+        8, 264, (count,), generator=torch.Generator().manual_seed(0)
+    )  # no padding among them
 
 
 def packed(ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +125,8 @@ def test_scores_are_those_of_the_classifier(classifier: str) -> None:
 
 
 def test_several_labels_are_refused(tmp_path: Path) -> None:
-    config = LlamaConfig(**SMALL, num_labels=3)
+    config: Any = LlamaConfig(**SMALL)
+    config.num_labels = 3
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has 3 labels; a reward model or critic needs exactly 1"):
         load_scorer(fp32(str(tmp_path)), str(tmp_path), device=CPU)
@@ -132,7 +135,10 @@ def test_several_labels_are_refused(tmp_path: Path) -> None:
 def test_kinds_of_checkpoints_are_told_apart(tiny_model: str, classifier: str, tmp_path: Path) -> None:
     BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
     encoder = str(tmp_path)
-    found = {path: (is_sequence_classifier(path), has_packed_scorer(path)) for path in (tiny_model, classifier, encoder)}
+    found = {
+        path: (is_sequence_classifier(path), has_packed_scorer(path))
+        for path in (tiny_model, classifier, encoder)
+    }
     # The second says what its family can do: an encoder has no last token that has seen all others.
     assert found == {tiny_model: (False, True), classifier: (True, True), encoder: (True, False)}
 
@@ -144,7 +150,7 @@ def test_dtypes_follow_the_device() -> None:
 
 def test_flash_attention_needs_a_gpu() -> None:
     assert attention_implementation("auto", CPU) == attention_implementation("sdpa", CPU) == VARLEN_SDPA
-    with pytest.raises(ValueError, match="flash_attention_2 needs a CUDA GPU .* use model.attention=auto"):
+    with pytest.raises(ValueError, match=r"flash_attention_2 needs a CUDA GPU .* use model\.attention=auto"):
         attention_implementation("flash_attention_2", CPU)
 
 
@@ -164,8 +170,10 @@ def test_a_sequence_beyond_the_sliding_window_is_refused() -> None:
     ids = torch.arange(8)
     with pytest.raises(ValueError, match="a sequence of 5 tokens exceeds the model's sliding window of 4"):
         decoder(**packed_inputs(*packed(ids, [5, 3])))
-    # A window holds the token itself and those before it: 4 tokens fit, and see each other as without a window.
-    plain = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=4), attn_implementation="eager")
+    # A window holds the token itself and those before it: 4 tokens fit, and see what they see without one.
+    plain = AutoModelForCausalLM.from_config(
+        MistralConfig(**SMALL, sliding_window=4), attn_implementation="eager"
+    )
     plain.get_decoder().load_state_dict(decoder.state_dict())
     found = decoder(**packed_inputs(*packed(ids, [4, 4]))).last_hidden_state[0]
     expected = [plain.get_decoder()(input_ids=part[None]).last_hidden_state[0] for part in ids.split(4)]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.models.attention import VARLEN_SDPA
-from rayrlhf.models.load import load_policy
+from rayrlhf.models.load import checkpoint_activations, load_policy
 from rayrlhf.models.logprobs import PolicyModel, TokenLogprobs
 
 CPU = torch.device("cpu")
@@ -30,14 +30,16 @@ def mask_with_holes(count: int) -> Tensor:
     return (torch.rand(count, generator=torch.Generator().manual_seed(1)) < 0.6).float()
 
 
-def run(policy: PolicyModel, ids: Tensor, lengths: list[int], mask: Tensor, temperature: float = 1.0) -> TokenLogprobs:
+def run(
+    policy: PolicyModel, ids: Tensor, lengths: list[int], mask: Tensor, temperature: float = 1.0
+) -> TokenLogprobs:
     return policy(ids, position_ids_of(lengths), cu_seqlens_of(lengths), mask, temperature)
 
 
 def plain_logprobs(
     model: Any, ids: Tensor, lengths: list[int], mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """One sequence at a time through the model's own forward; log-softmax, gather and -Σ p·log p as written."""
+    """One sequence at a time through the model's own forward: log-softmax, gather, -Σ p·log p."""
     logprobs, entropies = [], []
     for sequence in ids.split(lengths):
         logits = model(input_ids=sequence[None]).logits[0].float() / temperature  # [t, V]
@@ -70,7 +72,9 @@ def test_packed_is_unpacked(tiny_model: str, chunk_tokens: int, temperature: flo
     packed = run(policy, ids, LENGTHS, mask, temperature)
     (weights[0] * packed.logprobs + weights[1] * packed.entropy).sum().backward()
 
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").train()
+    plain = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation="eager"
+    ).train()
     logprobs, entropy = plain_logprobs(plain, ids, LENGTHS, mask, temperature)
     (weights[0] * logprobs + weights[1] * entropy).sum().backward()
 
@@ -92,6 +96,29 @@ def test_without_gradients_the_numbers_are_the_same(tiny_model: str) -> None:
         without = run(policy, ids, LENGTHS, mask)
     assert torch.equal(without.logprobs, with_gradients.logprobs)
     assert torch.equal(without.entropy, with_gradients.entropy)
+
+
+def test_checkpointed_activations_change_no_gradient(tiny_model: str) -> None:
+    ids, mask = tokens(sum(LENGTHS)), mask_with_holes(sum(LENGTHS))
+    found, kept = [], []
+    for checkpointed in (False, True):
+        policy = load(tiny_model, 7)
+        if checkpointed:
+            checkpoint_activations(policy.causal_lm)
+        saved: list[int] = []
+
+        def pack(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = run(policy, ids, LENGTHS, mask)
+        (output.logprobs + output.entropy).sum().backward()
+        found.append(gradients(policy.causal_lm))
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 2, "the layers' activations are not kept"
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_token_of_a_sequence_is_never_learnt(tiny_model: str) -> None:
@@ -139,7 +166,9 @@ def test_no_tensor_over_tokens_and_vocabulary(tiny_model: str) -> None:
     lengths = [100, 100, 100]  # 297 learnt tokens: more logits than any weight has elements
     learnt_logits = 297 * VOCABULARY
     assert largest_tensor(load(tiny_model, chunk_tokens=50), lengths) < learnt_logits
-    assert largest_tensor(load(tiny_model, chunk_tokens=1000), lengths) >= learnt_logits, "the probe sees nothing"
+    assert largest_tensor(load(tiny_model, chunk_tokens=1000), lengths) >= learnt_logits, (
+        "the probe sees nothing"
+    )
 
 
 def test_the_forward_pass_keeps_no_logits_for_the_backward_pass(tiny_model: str) -> None:
@@ -184,7 +213,7 @@ def config_with_scaled_logits(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["granite", "cohere", "gemma2"])
 def test_models_that_change_their_logits(name: str) -> None:
-    """Granite divides them, Cohere multiplies them, Gemma 2 caps them: the head must do what the model's own forward does."""
+    """Granite divides them, Cohere multiplies them, Gemma 2 caps them; the head must do the same."""
     config, plain_config = config_with_scaled_logits(name), config_with_scaled_logits(name)
     causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA)
     plain = AutoModelForCausalLM.from_config(plain_config, attn_implementation="eager")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,8 @@ SUMMARY = {
     "reward_before_ci": [0.1, 0.15],
     "reward_after": 0.5,
     "reward_after_ci": [0.4, 0.6],
+    "seconds_per_phase": {"rollout": 100.0},
+    "samples": [],
     "export": "runs/demo/export",
 }
 
@@ -72,8 +75,12 @@ def test_a_line_of_a_log_is_never_broken_in_two(capsys: Captured) -> None:
 
 def test_an_evaluation_is_a_line(capsys: Captured) -> None:
     Console("lines").write(Report("eval", 4, "during", metrics=EVALUATION))
-    assert capsys.readouterr().out.strip().endswith(
-        "evaluation during step 4: reward +0.500 (95 % interval -0.250 to +1.250), responses 28 tok"
+    assert (
+        capsys.readouterr()
+        .out.strip()
+        .endswith(
+            "evaluation during step 4: reward +0.500 (95 % interval -0.250 to +1.250), responses 28 tok"
+        )
     )
 
 
@@ -96,7 +103,9 @@ def test_rollouts_are_not_printed(capsys: Captured) -> None:
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("text", ["no file [/data/train.jsonl]", "pip install rayrlhf[cpu]", "got [1, 5], wanted [b]"])
+@pytest.mark.parametrize(
+    "text", ["no file [/data/train.jsonl]", "pip install rayrlhf[cpu]", "got [1, 5], wanted [b]"]
+)
 def test_brackets_in_a_text_are_text(text: str, capsys: Captured) -> None:
     console = Console("lines")
     console.say(text)
@@ -113,7 +122,7 @@ def test_an_error_is_not_wrapped(capsys: Captured) -> None:
     assert captured.err == f"error {text}\n" and captured.out == ""
 
 
-def test_quiet_is_errors_and_the_summary(capsys: Captured) -> None:
+def test_quiet_is_errors_and_the_summary(capsys: Captured, tmp_path: Path) -> None:
     console = Console("quiet")
     console.start(2)
     console.say("hello")
@@ -121,26 +130,11 @@ def test_quiet_is_errors_and_the_summary(capsys: Captured) -> None:
     console.write(Report("eval", 1, "during", metrics=EVALUATION))
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
-    console.summary(SUMMARY)
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    console.summary(tmp_path)
     console.error("no more")
     captured = capsys.readouterr()
     assert "+0.500" in captured.out and captured.err == "error no more\n"
-
-
-def test_the_summary(capsys: Captured) -> None:
-    Console("lines").summary(SUMMARY)
-    out = capsys.readouterr().out
-    assert "16 steps in 2:05 min" in out
-    assert re.search(r"before +│ +\+0\.125 +│ +\+0\.100 to \+0\.150", out)
-    assert re.search(r"after +│ +\+0\.500 +│ +\+0\.400 to \+0\.600", out)
-    assert "export: runs/demo/export" in out
-
-
-def test_the_summary_of_a_run_without_evaluation(capsys: Captured) -> None:
-    nothing: dict[str, Any] = dict.fromkeys(SUMMARY) | {"steps": 3, "seconds_total": 1.0}
-    Console("lines").summary(nothing)
-    out = capsys.readouterr().out
-    assert "3 steps in 0:01 min" in out and "before" not in out and "export" not in out
 
 
 def test_auto_is_lines_in_a_log() -> None:

@@ -62,6 +62,13 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
+def test_what_is_undefined_is_null(tmp_path: Path) -> None:
+    JsonLines(tmp_path).write(STEP_2)
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 2, "reward/mean": 0.75, "loss/actor": null}\n'
+
+
 def test_what_json_does_not_know_is_written_as_text(tmp_path: Path) -> None:
     JsonLines(tmp_path).write(Report("rollouts", 1, rows=[{"path": Path("a/b")}]))
     assert lines(tmp_path / "rollouts.jsonl") == [{"path": "a/b"}]

@@ -26,8 +26,8 @@ def test_what_does_not_vary_has_no_width() -> None:
     ],
 )
 def test_two_values_by_hand(level: float, interval: tuple[float, float]) -> None:
-    # Means of two draws from {0, 1} are 0, 1/2 and 1 with probability 1/4, 1/2 and 1/4. With tails of 2.5 % or 20 %
-    # the quantiles lie in the quarters; with tails of 30 % in the half between.
+    # Means of two draws from {0, 1} are 0, 1/2 and 1 with probability 1/4, 1/2 and 1/4. With tails of 2.5 %
+    # or 20 % the quantiles lie in the quarters; with tails of 30 % in the half between.
     assert bootstrap_interval([0.0, 1.0], level=level) == interval
 
 
@@ -41,7 +41,9 @@ def test_many_values_are_near_the_normal_interval() -> None:
 
 def test_it_covers_the_true_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
-    intervals = [bootstrap_interval(rng.normal(3.0, 2.0, 60).tolist(), resamples=400, seed=i) for i in range(300)]
+    intervals = [
+        bootstrap_interval(rng.normal(3.0, 2.0, 60).tolist(), resamples=400, seed=i) for i in range(300)
+    ]
     covered = np.mean([low <= 3.0 <= high for low, high in intervals])
     # 0.95, a little less for 60 samples; over 300 draws give or take 3 · sqrt(0.95 · 0.05 / 300) = 0.038.
     assert 0.90 <= covered <= 0.985

@@ -26,7 +26,9 @@ def slots_of(spec: PlacementSpec) -> dict[str, tuple[int, ...]]:
     return {plan.role: plan.slots for plan in spec.roles}
 
 
-def plan(preset: str, sources: list[dict[str, Any]], ref: dict[str, Any] | None = None, **placement: Any) -> PlacementSpec:
+def plan(
+    preset: str, sources: list[dict[str, Any]], ref: dict[str, Any] | None = None, **placement: Any
+) -> PlacementSpec:
     return plan_placement(
         make_config(
             train=TRAIN,
@@ -40,7 +42,10 @@ def plan(preset: str, sources: list[dict[str, Any]], ref: dict[str, Any] | None 
 
 def test_disaggregated_gives_every_unit_a_slot_of_its_own() -> None:
     spec = plan(
-        "disaggregated", [FUNCTION, model_source(2)], ref={"location": "serve", "num_replicas": 2}, cpus_per_slot=1.5
+        "disaggregated",
+        [FUNCTION, model_source(2)],
+        ref={"location": "serve", "num_replicas": 2},
+        cpus_per_slot=1.5,
     )
     assert slots_of(spec) == {"trainer": (0, 1), "rollout": (2, 3, 4), "ref": (5, 6), "reward:1": (7, 8)}
     assert [plan.gpu_share for plan in spec.roles] == [1.0] * 4
@@ -106,9 +111,17 @@ def nine_slots() -> PlacementSpec:
             {"CPU": 13.5, "GPU": 16.0},
             "needs 14 CPU (9 slots x 1.5 + 0.5 for Ray Data) but the cluster has free 13.5",
         ),
-        ({"CPU": 14.0, "GPU": 8.0}, {"CPU": 14.0, "GPU": 8.0}, "needs 9 GPU (9 slots x 1) but the cluster has 8"),
+        (
+            {"CPU": 14.0, "GPU": 8.0},
+            {"CPU": 14.0, "GPU": 8.0},
+            "needs 9 GPU (9 slots x 1) but the cluster has 8",
+        ),
         ({"CPU": 14.0}, {"CPU": 14.0}, "needs 9 GPU (9 slots x 1) but the cluster has 0"),
-        ({"CPU": 14.0, "GPU": 9.0}, {"CPU": 14.0, "GPU": 7.5}, "needs 9 GPU (9 slots x 1) but the cluster has free 7.5"),
+        (
+            {"CPU": 14.0, "GPU": 9.0},
+            {"CPU": 14.0, "GPU": 7.5},
+            "needs 9 GPU (9 slots x 1) but the cluster has free 7.5",
+        ),
         # Ray leaves out a resource of which nothing is free.
         ({"CPU": 14.0, "GPU": 9.0}, {"CPU": 14.0}, "needs 9 GPU (9 slots x 1) but the cluster has free 0"),
         ({"CPU": 14.0, "GPU": 9.0}, {"CPU": 14.0, "GPU": 9.0}, None),
@@ -131,8 +144,11 @@ def test_rounding_is_no_shortfall() -> None:
 
 
 def test_planning_imports_nothing_heavy() -> None:
-    code = "import json, sys, rayrlhf.placement.plan, rayrlhf.config.load; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    imports = "import json, sys, rayrlhf.placement.plan, rayrlhf.config.load"
+    code = f"{imports}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     modules = json.loads(done.stdout)
     assert "rayrlhf.config.run" in modules

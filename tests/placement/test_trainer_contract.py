@@ -1,4 +1,4 @@
-"""The five internals of Ray Train that rayrlhf.placement.trainer overrides: still there, still called the same way?
+"""The five internals of Ray Train that rayrlhf.placement.trainer overrides are there and called as before.
 
 When one of these fails after an upgrade of Ray: read the named method in the new Ray, change the override in
 rayrlhf/placement/trainer.py, then this test, and then move the pin of ray in pyproject.toml.
@@ -36,7 +36,9 @@ def calls(caller: Callable[..., Any], callee: str) -> bool:
 
 
 def test_the_trainer_is_train_v2s() -> None:
-    assert issubclass(TorchTrainer, DataParallelTrainer), "RAY_TRAIN_V2_ENABLED=1 must be set before ray.train is imported"
+    assert issubclass(TorchTrainer, DataParallelTrainer), (
+        "RAY_TRAIN_V2_ENABLED=1 must be set before ray.train is imported"
+    )
 
 
 def test_the_controller_is_started_with_keyword_arguments() -> None:
@@ -48,7 +50,12 @@ def test_the_controller_is_started_with_keyword_arguments() -> None:
         assert list(parameters(getattr(TrainController, method))) == ["self"], look
     assert list(parameters(DataParallelTrainer._register_sigint_handler)) == ["self", "controller"], look
     body = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
-    for copied in ("get_env_vars_to_propagate()", "num_cpus=0", "RAY_NODE_ID_KEY", "controller.get_result.remote()"):
+    for copied in (
+        "get_env_vars_to_propagate()",
+        "num_cpus=0",
+        "RAY_NODE_ID_KEY",
+        "controller.get_result.remote()",
+    ):
         assert copied in body, look
 
 
@@ -61,12 +68,16 @@ def test_the_default_callbacks_hold_the_cleaner_that_we_leave_out() -> None:
 def test_only_the_cleaner_is_left_out(tmp_path: Path) -> None:
     def callbacks(trainer_class: type[TorchTrainer]) -> list[type]:
         trainer = trainer_class(
-            print, scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(storage_path=str(tmp_path))
+            print,
+            scaling_config=ScalingConfig(num_workers=1),
+            run_config=RunConfig(storage_path=str(tmp_path)),
         )
         return [type(callback) for callback in trainer._create_default_callbacks()]
 
     rays = callbacks(TorchTrainer)
-    assert rays.count(PlacementGroupCleanerCallback) == 1, LOOK.format("DataParallelTrainer._create_default_callbacks")
+    assert rays.count(PlacementGroupCleanerCallback) == 1, LOOK.format(
+        "DataParallelTrainer._create_default_callbacks"
+    )
     rays.remove(PlacementGroupCleanerCallback)
     assert callbacks(ours.SlotTorchTrainer) == rays
 
@@ -88,7 +99,13 @@ def test_the_worker_group_asks_for_its_placement_group() -> None:
 
 def test_the_worker_group_asks_for_its_workers() -> None:
     look = LOOK.format("WorkerGroup._create_workers")
-    expected = ["self", "num_workers", "placement_group", "resources_per_worker", "placement_group_bundle_indices"]
+    expected = [
+        "self",
+        "num_workers",
+        "placement_group",
+        "resources_per_worker",
+        "placement_group_bundle_indices",
+    ]
     found = parameters(WorkerGroup._create_workers)
     assert list(found)[:5] == expected, look
     assert found["placement_group_bundle_indices"].default is None, look

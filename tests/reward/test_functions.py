@@ -22,7 +22,7 @@ from rayrlhf.reward.functions import (
 )
 from tests.samples import make_prompt
 
-SOURCE = '''
+SOURCE = """
 import math
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ async def slowly(responses):
 
 def _private(responses):
     return [0.0 for _ in responses]
-'''
+"""
 PROMPTS = [make_prompt(prompt="a", answer="1", topic="x"), make_prompt(prompt="b", answer="2")]
 
 
@@ -206,7 +206,7 @@ def test_a_slow_plain_function_does_not_hold_up_the_replica() -> None:
         return [1.0]
 
     async def both() -> list[list[float | None]]:
-        return await asyncio.gather(call_function(meets, {}, 1), call_function(meets, {}, 1))
+        return list(await asyncio.gather(call_function(meets, {}, 1), call_function(meets, {}, 1)))
 
     assert asyncio.run(both()) == [[1.0], [1.0]]
 
@@ -232,10 +232,13 @@ def score(prompts, responses, labels, answer, topic):
 @pytest.mark.parametrize(
     "body, message",
     [
-        ("(responses): return [1 / 0]", r"score raised ZeroDivisionError: division by zero when called with responses$"),
+        (
+            "(responses): return [1 / 0]",
+            r"score raised ZeroDivisionError: division by zero when called with responses$",
+        ),
         (
             "(responses, anwser): return [0, 0]",
-            r"score raised TypeError: .*missing 1 required positional argument: 'anwser' when called with responses$",
+            r"score raised TypeError: .* argument: 'anwser' when called with responses$",
         ),
         ("(responses): return [1.0]", r"score returned 1 rewards for 2 responses"),
         ("(responses): return 1.0", r"score returned 1\.0; a list of 2 floats was wanted"),

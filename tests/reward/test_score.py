@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ Rewards = list[float | None]
 
 
 class Handle:
-    """Answers request n with `answers[n]`, the last one for ever: rewards, an exception, or a function of responses."""
+    """Answers request n with `answers[n]`, then with the last: rewards, an error, or an async function."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers = answers
@@ -28,12 +29,14 @@ class Handle:
 
     def remote(self, prompts: list[Prompt], responses: list[str], token_ids: list[list[int]]) -> Any:
         self.requests.append((prompts, responses, token_ids))
-        answer = self.answers[min(len(self.requests), len(self.answers)) - 1]
+        answer: Any = self.answers[min(len(self.requests), len(self.answers)) - 1]
 
         async def answered() -> Any:
             if isinstance(answer, Exception):
                 raise answer
-            return await answer(responses) if callable(answer) else answer
+            if inspect.iscoroutinefunction(answer):
+                return await answer(responses)
+            return answer
 
         return answered()
 
@@ -171,7 +174,11 @@ def test_a_run_stops_when_too_many_fail() -> None:
 
 @pytest.mark.parametrize(
     "answer, told",
-    [([None], "source0: returned None"), ([math.nan], "source0: returned nan"), (ValueError(), "source0: ValueError()")],
+    [
+        ([None], "source0: returned None"),
+        ([math.nan], "source0: returned nan"),
+        (ValueError(), "source0: ValueError()"),
+    ],
 )
 def test_the_last_error_says_what_came_back(answer: Any, told: str) -> None:
     rewards = client(Handle(answer), retries=0)

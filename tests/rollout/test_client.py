@@ -47,7 +47,9 @@ class Engines:
                 else:
                     raise failure
             return [
-                Generation([10 + i, 11], f"text {i}", [-0.5, -i], truncated=i == 1, policy_version=min_version + 1)
+                Generation(
+                    [10 + i, 11], f"text {i}", [-0.5, -i], truncated=i == 1, policy_version=min_version + 1
+                )
                 for i in range(len(params))
             ]
 
@@ -66,7 +68,12 @@ def make_client(engines: Engines, timeout_seconds: float = 60.0) -> RolloutClien
 def ask(client: RolloutClient, group_size: int = 2) -> list[Sample]:
     return asyncio.run(
         client.group(
-            PROMPT, group_id=7, group_size=group_size, step=4, min_version=4, sampling=SamplingConfig(max_new_tokens=9)
+            PROMPT,
+            group_id=7,
+            group_size=group_size,
+            step=4,
+            min_version=4,
+            sampling=SamplingConfig(max_new_tokens=9),
         )
     )
 
@@ -131,7 +138,9 @@ def test_a_request_that_kills_engines_is_given_up() -> None:
     assert len(engines.requests) == MAX_ENGINE_DEATHS + 1
 
 
-@pytest.mark.parametrize("cause", [ValueError("prompt is too long"), TimeoutError("the engine's own deadline")])
+@pytest.mark.parametrize(
+    "cause", [ValueError("prompt is too long"), TimeoutError("the engine's own deadline")]
+)
 def test_an_error_of_the_request_itself_is_not_repeated(cause: Exception) -> None:
     engines = Engines(in_task(cause))
     with pytest.raises(type(cause)):
@@ -149,21 +158,25 @@ def test_the_deadline_covers_all_retries(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = SimpleNamespace(now=0.0)
 
     class SlowToFail(Engines):
-        def remote(self, *request: Any) -> Any:
+        def remote(self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int) -> Any:
             clock.now += 3.0
-            return super().remote(*request)
+            return super().remote(prompt_ids, params, min_version)
 
     # The client's clock alone: asyncio keeps its own.
     monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     engines = SlowToFail(*[gone] * 100)
-    with pytest.raises(TimeoutError, match=r"^no engine came back within rollout.timeout_seconds=10$") as caught:
+    with pytest.raises(
+        TimeoutError, match=r"^no engine came back within rollout.timeout_seconds=10$"
+    ) as caught:
         ask(make_client(engines, timeout_seconds=10))
     assert caught.value.__cause__ is gone
     assert len(engines.requests) == 4  # at 0, 3, 6 and 9 s; the last fails at 12
 
 
 def test_sampling_parameters_by_name() -> None:
-    sampling = SamplingConfig(temperature=0.8, top_p=0.9, top_k=20, min_new_tokens=2, max_new_tokens=64, stop=["\n\n"])
+    sampling = SamplingConfig(
+        temperature=0.8, top_p=0.9, top_k=20, min_new_tokens=2, max_new_tokens=64, stop=["\n\n"]
+    )
     assert vllm_params(sampling, seed=11) == {
         "temperature": 0.8,
         "top_p": 0.9,

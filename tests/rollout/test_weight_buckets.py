@@ -1,7 +1,8 @@
-"""Parameters as raw bytes, read back here by numpy alone: the engine's end needs vLLM and has its own test."""
+"""Parameters as raw bytes, read back here by numpy alone: the engine's end needs vLLM."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,19 +61,23 @@ def test_a_bucket_by_hand() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     tensors=st.lists(
-        st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(list(ITEM_BYTES))), min_size=1, max_size=12
+        st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(list(ITEM_BYTES))),
+        min_size=1,
+        max_size=12,
     ),
     bucket_bytes=st.integers(1, 400),
 )
 def test_what_goes_in_comes_out(tensors: list[tuple[list[int], torch.dtype]], bucket_bytes: int) -> None:
-    parameters: Group = [(f"p{i}", parameter(*shape, dtype=dtype)) for i, (shape, dtype) in enumerate(tensors)]
+    parameters: Group = [
+        (f"p{i}", parameter(*shape, dtype=dtype)) for i, (shape, dtype) in enumerate(tensors)
+    ]
     found: dict[str, np.ndarray] = {}
     for group in plan_buckets(parameters, bucket_bytes):
         slices, flat = flatten(group)
         assert [piece.name for piece in slices] == [name for name, _ in group]
         assert all(piece.offset_bytes % ALIGNMENT_BYTES == 0 for piece in slices)
         bounds = [(piece.offset_bytes, piece.offset_bytes + piece.num_bytes) for piece in slices]
-        assert all(end <= start for (_, end), (start, _) in zip(bounds, bounds[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(bounds))
         found |= decode(slices, flat.numpy())
     assert list(found) == [name for name, _ in parameters]
     for name, tensor in parameters:

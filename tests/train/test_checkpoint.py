@@ -39,7 +39,7 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
 
 
 def test_ray_still_writes_what_is_read(tmp_path: Path) -> None:
-    """The snapshot is Ray Train's own: when this fails after an upgrade, newest_step must learn the new form."""
+    """The snapshot is Ray Train's own: when this fails, newest_step must learn the new form."""
     from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
         _CheckpointManagerState,

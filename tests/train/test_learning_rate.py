@@ -39,9 +39,13 @@ def test_warm_up_reaches_the_full_rate_in_its_last_step() -> None:
     ],
 )
 def test_decay(schedule: str, warmup_steps: int, min_lr_ratio: float, expected: list[float]) -> None:
-    found = rates(1.0, len(expected), lr_schedule=schedule, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    found = rates(
+        1.0, len(expected), lr_schedule=schedule, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio
+    )
     assert found == pytest.approx(expected)
-    scaled = rates(3e-6, len(expected), lr_schedule=schedule, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    scaled = rates(
+        3e-6, len(expected), lr_schedule=schedule, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio
+    )
     assert scaled == pytest.approx([3e-6 * rate for rate in expected])
 
 

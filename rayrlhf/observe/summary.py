@@ -1,6 +1,6 @@
 """Shows a run's `summary.json` in the terminal: what training changed, what it took, where the model is.
 
-Usage: `python -m jobs.demo.summary <run folder>`
+Usage: `python -m rayrlhf.observe.summary <run folder>`
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.demo.summary import show_summary, verdict
+from rayrlhf.observe.summary import show_summary, verdict
 
 
 def summary(**changes: Any) -> dict[str, Any]:
