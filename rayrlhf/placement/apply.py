@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import ray
@@ -9,6 +10,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.placement.plan import PlacementSpec, shortfall
+
+
+RELEASE_SECONDS = 10.0
 
 
 class PlacementError(RuntimeError):
@@ -50,14 +54,22 @@ def resolve_gpus_per_slot(wanted: int | str) -> int:
 
 
 def check_fits(spec: PlacementSpec, gpus_per_slot: int) -> None:
+    """Raises `PlacementError` with the arithmetic; resources that another run is just giving back get a moment."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while (problem := _problem(spec, gpus_per_slot)) is not None:
+        if "has free" not in problem or time.monotonic() > deadline:
+            raise PlacementError(
+                f"placement.preset={spec.preset} {problem}. Fix: fewer train.num_workers or "
+                "rollout.num_engines, placement.preset=colocate_all, a smaller placement.cpus_per_slot, or a "
+                "larger cluster"
+            )
+        time.sleep(0.5)
+
+
+def _problem(spec: PlacementSpec, gpus_per_slot: int) -> str | None:
     total: dict[str, float] = ray.cluster_resources()
     free: dict[str, float] = ray.available_resources()
-    problem = shortfall(spec, total=total, free=free, gpus_per_slot=gpus_per_slot)
-    if problem is not None:
-        raise PlacementError(
-            f"placement.preset={spec.preset} {problem}. Fix: fewer train.num_workers or rollout.num_engines, "
-            "placement.preset=colocate_all, a smaller placement.cpus_per_slot, or a larger cluster"
-        )
+    return shortfall(spec, total=total, free=free, gpus_per_slot=gpus_per_slot)
 
 
 def create_slots(spec: PlacementSpec, *, gpus_per_slot: int, name: str, timeout_seconds: float) -> Slots:

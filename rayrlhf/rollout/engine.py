@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import ObjectLostError
 
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
+from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
 
 NAMESPACE = "rayrlhf"
 EXIT_SECONDS = 0.2
+LOST_WEIGHTS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class EngineActor:
     def __init__(self, settings: EngineSettings) -> None:
         from rayrlhf.rollout.stepper import Stepper  # vllm takes seconds to import: only here, where it runs
 
+        self.settings = settings
         self.stepper = Stepper(settings.engine_args)
         self.version = 0
         self.hub = ray.get_actor(settings.weight_hub, namespace=NAMESPACE)
@@ -72,13 +77,12 @@ class EngineActor:
     async def catch_up(self, at_least: int) -> int:
         """Load the newest published weights, if they are newer than ours. Returns the version held then."""
         async with self.updating:
-            newest: Any = self.hub.newest.remote()
-            version, buckets = await newest
-            if version > self.version:
+            version, buckets = await self._fetch_newer()
+            if buckets:
                 await self.stepper.pause()
                 await self.stepper.start_weight_update()
-                for slices, ref in buckets:
-                    await self.stepper.load_bucket(slices, await ref)
+                for slices, flat in buckets:
+                    await self.stepper.load_bucket(slices, flat)
                 await self.stepper.finish_weight_update(version)
                 self.version = version
                 await self.stepper.resume()
@@ -87,6 +91,25 @@ class EngineActor:
                 f"version {at_least} was asked for, the newest published one is {self.version}"
             )
         return self.version
+
+    async def _fetch_newer(self) -> tuple[int, list[tuple[list[TensorSlice], Any]]]:
+        """Version and buckets newer than ours, already on this node; no buckets when there is nothing newer.
+
+        A trainer that dies takes its buckets along; restarted, it publishes the version it resumes from. Until
+        then this waits.
+        """
+        deadline = time.monotonic() + self.settings.start_timeout_seconds
+        while True:
+            newest: Any = self.hub.newest.remote()
+            version, buckets = await newest
+            if version <= self.version:
+                return version, []
+            try:
+                return version, [(slices, await ref) for slices, ref in buckets]
+            except ObjectLostError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(LOST_WEIGHTS_SECONDS)
 
     async def check(self) -> int:
         self.stepper.raise_if_dead()

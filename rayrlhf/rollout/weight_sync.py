@@ -16,6 +16,7 @@ import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor, nn
 
@@ -79,11 +80,13 @@ class WeightSync:
             self._tell_engines(version)
 
     def _tell_engines(self, version: int) -> None:
-        # A replica that dies meanwhile pulls this version when it restarts, before it is healthy: not our
-        # failure.
-        answers: list[Any] = self.engines.broadcast("catch_up", version).results(
-            timeout_s=self.timeout_seconds, return_exceptions=True
-        )
+        # Engines that are not running now (still starting, or dead) pull this version before they are healthy.
+        try:
+            answers: list[Any] = self.engines.broadcast("catch_up", version).results(
+                timeout_s=self.timeout_seconds, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
+            return
         failed = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, RayActorError)]
         if failed:
             holding = sorted(a["replica"] for a in answers if isinstance(a, dict))

@@ -21,11 +21,11 @@ def write_prompts(path: Path, count: int) -> Path:
     return path
 
 
-def tiny_run(folder: Path, model: str, **changes: Any) -> PolicyRunConfig:
+def tiny_run(folder: Path, model_path: str, /, **changes: Any) -> PolicyRunConfig:
     """A run of seconds; `changes` are nested sections merged into the base, e.g. `train={"num_steps": 3}`."""
     base: dict[str, Any] = {
         "run": {"name": "tiny", "dir": str(folder / "runs")},
-        "model": {"path": model},
+        "model": {"path": model_path},
         "data": {"train": str(write_prompts(folder / "train.jsonl", 64)), "max_prompt_tokens": 64},
         "critic": {"lr": 1e-3},
         "algorithm": {"kl_coef": 0.001},

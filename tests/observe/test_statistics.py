@@ -17,6 +17,12 @@ def test_what_does_not_vary_has_no_width() -> None:
     assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
 
 
+@pytest.mark.parametrize("resamples", [1, 499, 500, 501, 1000, 1001])
+def test_every_resample_is_drawn(resamples: int) -> None:
+    value = 1000.0 + resamples
+    assert bootstrap_interval([value] * 3, level=1.0, resamples=resamples) == (value, value)
+
+
 @pytest.mark.parametrize(
     "level, interval",
     [

@@ -138,9 +138,9 @@ def test_a_run_on_cpus_wants_no_gpu(nine_slots: PlacementSpec) -> None:
 
 
 def test_rounding_is_no_shortfall() -> None:
-    tenths = PlacementSpec("disaggregated", num_slots=3, cpus_per_slot=0.1, roles=())
-    # 3 x 0.1 + 0.5 = 0.8000000000000000444
-    assert shortfall(tenths, total={"CPU": 0.8}, free={"CPU": 0.8}, gpus_per_slot=0) is None
+    spec = PlacementSpec("disaggregated", num_slots=3, cpus_per_slot=1.1, roles=())
+    assert 3 * 1.1 + 0.5 > 3.8, "in floating point"
+    assert shortfall(spec, total={"CPU": 3.8}, free={"CPU": 3.8}, gpus_per_slot=0) is None
 
 
 def test_planning_imports_nothing_heavy() -> None:
