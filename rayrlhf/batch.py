@@ -77,8 +77,11 @@ class PackedBatch:
         return replace(self, **tensors)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PackedBatch(**{name: t.to(device) if t is not None else None for name, t in moved.items()})
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            tensor: Tensor | None = getattr(self, f.name)
+            moved[f.name] = None if tensor is None else tensor.to(device)
+        return PackedBatch(**moved)
 
 
 def pack_samples(samples: Sequence[Sample]) -> PackedBatch:

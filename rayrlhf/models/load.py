@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -58,7 +57,7 @@ def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> boo
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Keep only each layer's input in the forward pass and compute the rest again in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -7,7 +7,7 @@ dtype.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,9 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         config = causal_lm.config.get_text_config()
+        projection: Any = causal_lm.get_output_embeddings()
         self.head = LogprobHead(
-            causal_lm.get_output_embeddings(),
+            projection,
             chunk_tokens=chunk_tokens,
             softcap=getattr(config, "final_logit_softcapping", None),
             # Granite divides its logits, Cohere multiplies them.

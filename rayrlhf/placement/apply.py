@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.placement.plan import PlacementSpec, shortfall
-
 
 RELEASE_SECONDS = 10.0
 
@@ -54,7 +54,7 @@ def resolve_gpus_per_slot(wanted: int | str) -> int:
 
 
 def check_fits(spec: PlacementSpec, gpus_per_slot: int) -> None:
-    """Raises `PlacementError` with the arithmetic; resources that another run is just giving back get a moment."""
+    """Raises `PlacementError` with the arithmetic; what another run is just giving back gets a moment."""
     deadline = time.monotonic() + RELEASE_SECONDS
     while (problem := _problem(spec, gpus_per_slot)) is not None:
         if "has free" not in problem or time.monotonic() > deadline:
@@ -67,8 +67,8 @@ def check_fits(spec: PlacementSpec, gpus_per_slot: int) -> None:
 
 
 def _problem(spec: PlacementSpec, gpus_per_slot: int) -> str | None:
-    total: dict[str, float] = ray.cluster_resources()
-    free: dict[str, float] = ray.available_resources()
+    total: Any = ray.cluster_resources()
+    free: Any = ray.available_resources()
     return shortfall(spec, total=total, free=free, gpus_per_slot=gpus_per_slot)
 
 

@@ -95,8 +95,8 @@ class EngineActor:
     async def _fetch_newer(self) -> tuple[int, list[tuple[list[TensorSlice], Any]]]:
         """Version and buckets newer than ours, already on this node; no buckets when there is nothing newer.
 
-        A trainer that dies takes its buckets along; restarted, it publishes the version it resumes from. Until
-        then this waits.
+        A trainer that dies takes its buckets along; restarted, it publishes the version it resumes from.
+        Until then this waits.
         """
         deadline = time.monotonic() + self.settings.start_timeout_seconds
         while True:

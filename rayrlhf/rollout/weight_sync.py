@@ -80,7 +80,7 @@ class WeightSync:
             self._tell_engines(version)
 
     def _tell_engines(self, version: int) -> None:
-        # Engines that are not running now (still starting, or dead) pull this version before they are healthy.
+        # Engines that are not running now, still starting or dead, pull this version before they are healthy.
         try:
             answers: list[Any] = self.engines.broadcast("catch_up", version).results(
                 timeout_s=self.timeout_seconds, return_exceptions=True

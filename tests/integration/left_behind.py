@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 import ray
 from ray import serve
@@ -17,7 +18,8 @@ OURS = ("Board", "WeightHub", "Reaper", "EngineActor", "_SlotController", "RayTr
 
 def main() -> None:
     ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    actors = [actor.class_name for actor in list_actors(limit=1000) if actor.state != "DEAD"]
+    listed: list[Any] = list(list_actors(limit=1000))
+    actors = [actor.class_name for actor in listed if actor.state != "DEAD"]
     serving = "ServeController" in actors
     alive = {
         "apps": sorted(serve.status().applications) if serving else [],

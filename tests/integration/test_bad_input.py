@@ -98,8 +98,8 @@ def test_bad_input(
     assert "Traceback" not in shown
     states = {group["state"] for group in placement_group_table().values()}
     assert states <= {"REMOVED"}, "no placement group may be left"
-    left = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "tiny" in actor["name"]]
-    assert left == []
+    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    assert [actor for actor in named if "tiny" in actor["name"]] == []
 
 
 def test_resume_never_refuses_a_used_folder(

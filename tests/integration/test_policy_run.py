@@ -44,7 +44,7 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
     assert list((tmp_path / "runs/tiny/tensorboard").iterdir())
 
     tokenizer = AutoTokenizer.from_pretrained(summary["export"])
-    model = AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "say 3"}],
         add_generation_prompt=True,

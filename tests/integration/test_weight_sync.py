@@ -45,7 +45,7 @@ class Engines:
         )
         self.job = PolicyJob(config, f"sync-{os.getpid()}", (), 0, 1)
         self.slots = create_slots(plan_placement(config), gpus_per_slot=0, name="sync", timeout_seconds=60)
-        self.hub = (
+        self.hub: Any = (
             ray.remote(WeightHub).options(name=self.job.weight_hub, namespace=NAMESPACE, num_cpus=0).remote()
         )
         settings = engine_settings(self.job, on_gpu=False, threads=1)
@@ -110,7 +110,7 @@ def test_every_engine_serves_the_newest_weights_even_after_it_was_killed(engines
     victim = engines.handle.broadcast("describe").results(timeout_s=30)[0]["pid"]
     os.kill(victim, signal.SIGKILL)
     engines.change_weights(version=2)  # while one replica is down
-    deadline = time.monotonic() + 60
+    deadline, alive = time.monotonic() + 60, []
     while time.monotonic() < deadline:
         described = engines.handle.broadcast("describe").results(timeout_s=30, return_exceptions=True)
         alive = [d for d in described if isinstance(d, dict) and d["pid"] != victim]

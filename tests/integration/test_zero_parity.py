@@ -102,7 +102,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             chunk_tokens=7,
         )
         learner = Learner(policy, config, lr=LR, dtype=torch.float32, name="actor")
-        losses, norms = [], []
+        losses, norms, batches = [], [], []
         for step in range(NUM_STEPS):
             parts = sequences(step, collectives.rank())
             batches = [packed(parts[:2]), packed(parts[2:]), empty_like_batch(token_id=0)]
@@ -134,6 +134,7 @@ def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
         scaling_config=ScalingConfig(num_workers=WORLD_SIZE, resources_per_worker={"CPU": 0.5}),
         run_config=RunConfig(name="parity", storage_path=str(tmp_path)),
     ).fit()
+    assert result.return_value is not None
     losses, norms, weights = plain_adamw(tiny_model)
     for stage in stages:
         got_losses, got_norms, got_weights, bad_steps, unchanged = result.return_value[stage]
