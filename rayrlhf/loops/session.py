@@ -16,6 +16,8 @@ from ray.data import DataContext
 from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatus
 
+from rayrlhf.loops.watchdog import start_watchdog
+
 POLL_SECONDS = 0.25
 
 
@@ -36,16 +38,20 @@ def ray_session(namespace: str) -> Iterator[str]:
     options: dict[str, Any] = (
         {"address": address} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
     )
-    ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
-    for name in ("ray.serve", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    DataContext.get_current().enable_progress_bars = False
+    watchdog = None if address else start_watchdog()
     try:
+        ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+        for name in ("ray.serve", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        DataContext.get_current().enable_progress_bars = False
         resources = ray.cluster_resources()
         where = f"joined the cluster at {address}" if address else "started a local Ray"
         yield f"{where}: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     finally:
         ray.shutdown()
+        if watchdog is not None:
+            watchdog.terminate()
+            watchdog.wait()
 
 
 def deploy(apps: dict[str, Any]) -> None:
