@@ -91,6 +91,12 @@ def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
     unscored = [s.group_id for s in samples if s.score is None]
     if unscored:
         raise ValueError(f"samples of groups {unscored[:5]} have no score yet")
+    for sample in samples:
+        wanted, got = len(sample.response_ids), (len(sample.loss_mask), len(sample.rollout_logprobs))
+        if got != (wanted, wanted):
+            raise ValueError(
+                f"a response of {wanted} tokens has (loss_mask, rollout_logprobs) of {got} entries"
+            )
     input_ids: list[int] = []
     loss_mask: list[float] = []
     rollout_logprobs: list[float] = []

@@ -12,8 +12,9 @@ import numpy as np
 import ray
 
 from rayrlhf.batch import Sample
-from rayrlhf.observe.board import NAMESPACE, Report
+from rayrlhf.observe.board import Report
 from rayrlhf.observe.metrics import check_keys
+from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.train import collectives
 
 
@@ -25,6 +26,9 @@ class Reporter:
 
     def say(self, step: int, text: str) -> None:
         self._post(Report("phase", step, text))
+
+    def warn(self, step: int, text: str) -> None:
+        self._post(Report("warning", step, text))
 
     def evaluation(self, step: int, when: str, metrics: dict[str, float], rows: list[dict[str, Any]]) -> None:
         self._post(Report("eval", step, when, metrics, rows))
@@ -43,6 +47,7 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
     return {
         "step": step,
         "group": sample.group_id,
+        "row_id": sample.prompt.row_id,
         "prompt": sample.prompt.prompt,
         "response": sample.response,
         "reward": sample.score,

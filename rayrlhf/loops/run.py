@@ -43,11 +43,11 @@ from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.session import DeploymentFailed, deploy, last_line, ray_session, watched
 from rayrlhf.loops.summary import write_summary
-from rayrlhf.observe.board import NAMESPACE, Board
+from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
-from rayrlhf.placement.lease import delete_apps, start_reaper
+from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.functions import FunctionSpec, RewardError

@@ -27,8 +27,8 @@ from rayrlhf.loops.objectives import StepCounts, per_token, policy_forward, poli
 from rayrlhf.loops.reporting import Reporter, rollout_metrics
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import checkpoint_activations, load_policy, resolve_dtype
-from rayrlhf.observe.board import NAMESPACE
 from rayrlhf.observe.metrics import Timer
+from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource
 from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.rollout.weight_sync import WeightSync
@@ -309,7 +309,12 @@ class PolicyWorker:
             / max(seconds.get("time/update_actor", 0.0) + seconds.get("time/update_critic", 0.0), 1e-9)
         )
         self.metrics = {}
-        self.reporter.step(self.state.step, metrics, samples[: self.config.observe.rollouts_per_step])
+        for source, what in self.rewards.drain_failures().items():
+            self.reporter.warn(self.state.step, f"reward source {source}: {what}")
+        failed = [sample for sample in samples if sample.score is None]  # all: a lost sample has a name
+        self.reporter.step(
+            self.state.step, metrics, [*failed, *kept[: self.config.observe.rollouts_per_step]]
+        )
 
     def _keep_time(self) -> None:
         """Move what the clocks hold into the state that a resumed run goes on from."""

@@ -8,14 +8,12 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-NAMESPACE = "rayrlhf"
-
 
 @dataclass(frozen=True)
 class Report:
     """One thing worth telling: a phase that began, a finished step, an evaluation, rollouts to keep."""
 
-    kind: str  # "phase" | "step" | "eval" | "rollouts"
+    kind: str  # "phase" | "step" | "eval" | "rollouts" | "warning"
     step: int
     text: str = ""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -83,6 +83,8 @@ class Console:
             self._phase(report)
         elif report.kind == "step":
             self._step(report)
+        elif report.kind == "warning":
+            self.say(f"warning: {report.text}")
         elif report.kind == "eval":
             m = report.metrics
             self.say(

@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-NAMESPACE = "rayrlhf"
+NAMESPACE = "rayrlhf"  # of the named actors of all runs
 WATCH_SECONDS = 1.0
 PING_SECONDS = 20.0
 

@@ -87,20 +87,29 @@ class RewardClient:
             lines = str(error).strip().splitlines()
             self.last_error[source.name] = f"{type(error).__name__}: {lines[-1]}" if lines else repr(error)
             return [None] * len(samples)
+        if len(rewards) != len(samples):
+            self.last_error[source.name] = f"returned {len(rewards)} rewards for {len(samples)} responses"
+            return [None] * len(samples)
         bad = [reward for reward in rewards if reward is None or not math.isfinite(reward)]
         if bad:
             self.last_error[source.name] = f"returned {bad[0]}"
         return [None if reward is None or not math.isfinite(reward) else float(reward) for reward in rewards]
 
-    def drain_failures(self) -> dict[str, int]:
-        """Failed samples per source since the last call."""
-        failures = dict(self.failures)
+    def drain_failures(self) -> dict[str, str]:
+        """What failed since the last call: source name -> how many samples, and the last reason."""
+        told = {
+            name: f"{count} samples failed: {self.last_error.get(name, 'no reason given')}"
+            for name, count in self.failures.items()
+            if count
+        }
         self.failures.clear()
-        return failures
+        self.last_error.clear()
+        return told
 
     def check(self, num_failed: int, num_samples: int) -> None:
-        """Stop the run when more than `reward.max_failed_fraction` of a step's samples failed."""
-        if num_failed > self.config.max_failed_fraction * num_samples:
+        """Stop the run when more than `reward.max_failed_fraction` of a step failed, or all of it."""
+        allowed = min(self.config.max_failed_fraction * num_samples, num_samples - 1)
+        if num_failed > max(allowed, 0):
             reasons = (
                 "; ".join(f"{name}: {error}" for name, error in self.last_error.items()) or "on another rank"
             )

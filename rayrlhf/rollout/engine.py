@@ -19,10 +19,10 @@ from ray.exceptions import ObjectLostError
 
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
+from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
 
-NAMESPACE = "rayrlhf"
 EXIT_SECONDS = 0.2
 LOST_WEIGHTS_SECONDS = 1.0
 

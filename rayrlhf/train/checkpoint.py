@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -60,6 +61,8 @@ def save(state: LoopState, saved: Sequence[Saved], scratch: Path) -> None:
         delete_local_checkpoint_after_upload=True,
     )
     shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another rank of this node is still saving
+        scratch.rmdir()
 
 
 def restore(saved: Sequence[Saved]) -> LoopState:

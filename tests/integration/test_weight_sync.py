@@ -19,8 +19,9 @@ from rayrlhf.loops.apps import engine_settings
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.placement.apply import create_slots
+from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
-from rayrlhf.rollout.engine import NAMESPACE, rollout_deployment
+from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.rollout.weight_sync import WeightHub, WeightSync
 from tests.integration.policy_runs import tiny_run
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
-from rayrlhf.observe.sinks import JsonLines, Sinks, TensorBoard, make_sinks
+from rayrlhf.observe.sinks import JsonLines, Sinks, TensorBoard, Wandb, make_sinks
 from tests.samples import make_config
 
 STEP_1 = Report("step", 1, metrics={"reward/mean": 0.5, "loss/actor": -0.25})
@@ -110,3 +110,11 @@ def test_sinks_are_closed_when_the_run_fails(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(RuntimeError, match="crash"), make_sinks(make_config(), tmp_path, Console("quiet")):
         raise RuntimeError("crash")
     assert sorted(closed) == ["Console", "JsonLines", "TensorBoard"]
+
+
+def test_wandb_writes_an_offline_run(tmp_path: Path) -> None:
+    config = make_config(observe={"wandb": {"project": "tests", "mode": "offline"}})
+    sink = Wandb(config, tmp_path)
+    sink.write(Report("step", 1, metrics={"reward/mean": 0.5}))
+    sink.close()
+    assert list((tmp_path / "wandb").rglob("*.wandb")), "an offline run is a file for `wandb sync`"
