@@ -16,7 +16,7 @@ from ray.data import DataContext
 from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatus
 
-from rayrlhf.loops.watchdog import start_watchdog
+from rayrlhf.loops.watchdog import name_session, start_watchdog
 
 POLL_SECONDS = 0.25
 
@@ -41,6 +41,8 @@ def ray_session(namespace: str) -> Iterator[str]:
     watchdog = None if address else start_watchdog()
     try:
         ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+        if watchdog is not None:
+            name_session(watchdog, ray.get_runtime_context().get_session_name())
         for name in ("ray.serve", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         DataContext.get_current().enable_progress_bars = False
