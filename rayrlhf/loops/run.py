@@ -85,6 +85,7 @@ def run_policy(config: PolicyRunConfig) -> int:
         console.error(str(error))
         return 2
     except (DeploymentFailed, RunFailed) as error:
+        (Path(config.run.path) / "error.log").write_text(traceback.format_exc())
         console.error(f"{error}\n(details: {Path(config.run.path) / 'error.log'})")
         return 1
     except KeyboardInterrupt:
@@ -140,7 +141,7 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], con
             give_up=trainer.abort,
         )
         with drain_in_background(board, sinks), up:
-            result = _fit(trainer, run_path)
+            result = _fit(trainer)
     del hub
     write_summary(result, run_path, num_samples=config.eval.show_samples)
 
@@ -184,16 +185,14 @@ def _make_trainer(
     )
 
 
-def _fit(trainer: SlotTorchTrainer, run_path: Path) -> dict[str, Any]:
+def _fit(trainer: SlotTorchTrainer) -> dict[str, Any]:
     """Train, and return what rank 0's loop returned. Raises `RunFailed`."""
     try:
         result: Any = trainer.fit().return_value  # rank 0's
     except TrainingFailedError as error:
-        (run_path / "error.log").write_text(traceback.format_exc())
         failures = getattr(error, "worker_failures", None) or {0: error}
         raise RunFailed(f"training failed: {last_line(str(next(iter(failures.values()))))}") from error
     if "failure" in result:
-        (run_path / "error.log").write_text(result["failure"])
         raise RunFailed(result["failure"])
     return result
 

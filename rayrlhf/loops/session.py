@@ -72,23 +72,23 @@ def watched(
 
     Raises `DeploymentFailed` with the app's own reason, whatever the body raised when it was ended.
     """
-    failure: list[str] = []
+    failure: list[DeploymentFailed] = []
     stop = threading.Event()
 
     def watch() -> None:
         try:
             _wait_for_apps(set(apps), timeout_seconds=timeout_seconds, tell=tell, stop=stop)
         except DeploymentFailed as failed:
-            failure.append(str(failed))
+            failure.append(failed)
             give_up()
 
     thread = threading.Thread(target=watch, daemon=True, name="serve-apps")
     thread.start()
     try:
         yield
-    except Exception as error:
+    except Exception:
         if failure:
-            raise DeploymentFailed(failure[0]) from error
+            raise failure[0] from failure[0].__cause__
         raise
     finally:
         stop.set()
@@ -108,7 +108,9 @@ def _wait_for_apps(
                 tell(f"{name.rpartition('-')[2]} is up")
             elif app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 reasons = [d.message for d in app.deployments.values() if d.message] or [app.message]
-                raise DeploymentFailed(f"{name} did not start: {last_line(reasons[0])}")
+                raise DeploymentFailed(f"{name} did not start: {last_line(reasons[0])}") from RuntimeError(
+                    reasons[0]
+                )
         if waiting and time.monotonic() > deadline:
             raise DeploymentFailed(f"{', '.join(sorted(waiting))} did not start within {timeout_seconds:g} s")
 

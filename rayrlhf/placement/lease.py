@@ -23,9 +23,9 @@ PING_SECONDS = 20.0
 
 @ray.remote(num_cpus=0)
 class Reaper:
-    def __init__(self, lease: Any, app_prefix: str, group: PlacementGroup) -> None:
+    def __init__(self, lease: Any, run_id: str, group: PlacementGroup) -> None:
         self.lease = lease
-        self.app_prefix = app_prefix
+        self.run_id = run_id
         self.group = group
         self.released = False
         threading.Thread(target=self._watch, daemon=True).start()
@@ -41,7 +41,7 @@ class Reaper:
         while not self.released and self._driver_lives():
             time.sleep(WATCH_SECONDS)
         if not self.released:
-            delete_apps(self.app_prefix)
+            delete_apps(self.run_id)
             remove_placement_group(self.group)
         ray.kill(ray.get_runtime_context().current_actor)
 
@@ -55,9 +55,9 @@ class Reaper:
         return True
 
 
-def delete_apps(prefix: str) -> None:
-    """Delete the Serve apps whose name starts with `prefix`, and wait until their replicas are gone."""
-    mine = [name for name in serve.status().applications if name.startswith(prefix)]
+def delete_apps(run_id: str) -> None:
+    """Delete this run's Serve apps, `<run_id>-<role>`, and wait until their replicas are gone."""
+    mine = [name for name in serve.status().applications if name.startswith(f"{run_id}-")]
     for name in mine:
         serve.delete(name, _blocking=True)
 

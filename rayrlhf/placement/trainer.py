@@ -10,6 +10,7 @@ tests/placement has the contract test that fails when one of them moves):
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGro
 from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.placement.apply import Slots
+
+CONTROLLER_SECONDS = 60.0
 
 
 @dataclass
@@ -65,6 +68,9 @@ class SlotTorchTrainer(TorchTrainer):
 
     def abort(self) -> None:
         """End `fit()` from another thread: it raises, and the workers go with their controller."""
+        deadline = time.monotonic() + CONTROLLER_SECONDS
+        while self.controller is None and time.monotonic() < deadline:
+            time.sleep(0.1)  # `fit()` has only just begun
         if self.controller is not None:
             ray.kill(self.controller)
 
