@@ -5,6 +5,7 @@ here.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Ray Train reads these when it is imported. Reports are polled; at the default interval each costs two
 # seconds.
@@ -14,13 +15,15 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # A run has more processes than a small machine has cores, and Ray would warn of it at every start.
 os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+# transformers imports DeepSpeed, which otherwise tells everybody that it has found no accelerator.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import signal
 import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
