@@ -118,7 +118,7 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], con
     actors = {"num_cpus": 0, "namespace": NAMESPACE}
     board = ray.remote(Board).options(name=f"{run_id}-board", **actors).remote()
     hub = ray.remote(WeightHub).options(name=f"{run_id}-weights", **actors).remote()
-    with _torn_down(run_id, board, slots), make_sinks(config, run_path, console) as sinks:
+    with _torn_down(run_id, board, hub, slots), make_sinks(config, run_path, console) as sinks:
         job = PolicyJob(
             config=config,
             run_id=run_id,
@@ -145,7 +145,6 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], con
         )
         with drain_in_background(board, sinks), up:
             result = _fit(trainer)
-    del hub
     write_summary(result, run_path, num_samples=config.eval.show_samples)
 
 
@@ -250,15 +249,17 @@ def _worker_environment(job: PolicyJob) -> dict[str, str]:
 
 
 @contextmanager
-def _torn_down(run_id: str, lease: Any, slots: Slots) -> Iterator[None]:
+def _torn_down(run_id: str, board: Any, hub: Any, slots: Slots) -> Iterator[None]:
     """Whatever happens, this run's apps and group go; a kill -9 of the driver leaves that to the reaper."""
-    reaper = start_reaper(run_id, lease, slots.group)
+    reaper = start_reaper(run_id, board, slots.group)
     try:
         yield
     finally:
         delete_apps(run_id)
         slots.remove()
         ray.get(reaper.release.remote())
+        for actor in (board, hub):  # in a process that keeps its Ray, they would stay as long as it
+            ray.kill(actor)
 
 
 def _exit_on_signal(_signal: int, _frame: Any) -> None:
