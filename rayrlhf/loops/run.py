@@ -257,8 +257,7 @@ def _torn_down(run_id: str, board: Any, hub: Any, slots: Slots) -> Iterator[None
     finally:
         delete_apps(run_id)
         slots.remove()
-        ray.get(reaper.release.remote())
-        for actor in (board, hub):  # in a process that keeps its Ray, they would stay as long as it
+        for actor in (reaper, board, hub):  # in a process that keeps its Ray, they would stay as long as it
             ray.kill(actor)
 
 
