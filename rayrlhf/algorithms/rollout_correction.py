@@ -1,0 +1,117 @@
+"""Importance weights that correct for the rollout engine's probabilities not being the trainer's.
+
+An engine samples with other kernels, another precision or older weights than the trainer computes gradients
+with. The expectation over its samples becomes the trainer's once each token's loss is multiplied by
+w = exp(old_logprobs - rollout_logprobs), the trainer's policy before this step's updates against the engine's
+record (importance sampling). Since w has a heavy tail, it is bounded: how is `ROLLOUT_CORRECTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.aggregate import masked, sequence_sums
+from rayrlhf.batch import sequence_ids_of
+
+MAX_LOG_WEIGHT = 20.0
+
+
+def truncate(weights: Tensor, low: float, high: float) -> Tensor:
+    """min(w, high), [T]: truncated importance sampling, "TIS".
+
+    Ionides 2008; for RL of language models Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training". Raises `ValueError` for `low` other than 0: nothing is done at the lower end.
+    """
+    if low != 0:
+        raise ValueError(
+            f"rollout correction: low={low} has no effect with mode=truncate, which only bounds from above: "
+            "leave it at 0, or use mode=mask"
+        )
+    return weights.clamp(max=high)
+
+
+def mask_outside(weights: Tensor, low: float, high: float) -> Tensor:
+    """w where low ≤ w ≤ high, else 0, [T]: a token outside learns nothing, one inside keeps its weight.
+
+    IcePop (Ling team 2025, arXiv 2510.18855) per token. A weight that is NaN counts as outside.
+    """
+    return torch.where((weights >= low) & (weights <= high), weights, 0.0)
+
+
+ROLLOUT_CORRECTIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "truncate": truncate,
+    "mask": mask_outside,
+}
+
+
+def token_log_weights(log_ratios: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Each token's own log-ratio, [T]: less variance than the sequence's, but biased by what came before."""
+    return log_ratios
+
+
+def sequence_log_weights(log_ratios: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The log-ratio of the whole sequence, Σ over its masked tokens, on each of its tokens, [T]: unbiased."""
+    return sequence_sums(log_ratios, loss_mask, cu_seqlens)[sequence_ids_of(cu_seqlens)]
+
+
+WEIGHT_LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "token": token_log_weights,
+    "sequence": sequence_log_weights,
+}
+
+
+@torch.no_grad()
+def rollout_weights(
+    old_logprobs: Tensor,  # [T] the trainer's, before this step's updates
+    rollout_logprobs: Tensor,  # [T] the engine's, from when it sampled
+    loss_mask: Tensor,  # [T]
+    cu_seqlens: Tensor,  # [S+1]
+    *,
+    mode: str | None,
+    level: str,
+    low: float,
+    high: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weight of every token's loss, [T] in fp32, constant to autograd and 0 outside the mask; metrics.
+
+    w = exp(old - rollout) of the token, or exp(Σ (old - rollout)) of its sequence, as `level` in
+    `WEIGHT_LEVELS` says; the log-ratio, after the sum, is clamped at ±20. `mode` in `ROLLOUT_CORRECTIONS`
+    bounds w by `low` and `high`; `mode=None` corrects nothing (weight 1, bounds unread) but still measures.
+
+    Metrics are sums over masked tokens, maxima where the key ends in `_max`. `loss/is_weight_*` are of w
+    before it is bounded; `loss/is_masked_fraction` counts tokens that the bound changed (clipped or zeroed).
+
+    Raises `ValueError` for an unknown name, or unless 0 ≤ low ≤ 1 ≤ high: an engine that agrees exactly has
+    w = 1 and must be left alone.
+    """
+    if level not in WEIGHT_LEVELS:
+        raise ValueError(f"rollout correction: level={level!r} is not one of {', '.join(WEIGHT_LEVELS)}")
+    log_ratios = masked(old_logprobs, loss_mask) - masked(rollout_logprobs, loss_mask)
+    log_weights = WEIGHT_LEVELS[level](log_ratios, loss_mask, cu_seqlens)
+    raw = masked(log_weights.clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp(), loss_mask)
+    weights = masked(torch.ones_like(raw), loss_mask) if mode is None else _bounded(raw, mode, low, high)
+    changed = torch.zeros_like(raw) if mode is None else (weights != raw).float()
+    difference = log_ratios.abs()
+    return weights, {
+        "loss/is_weight_mean": raw.sum(),
+        "loss/is_weight_max": raw.max(),
+        "loss/is_masked_fraction": changed.sum(),
+        "rollout/logprob_diff_mean": difference.sum(),
+        "rollout/logprob_diff_max": difference.max(),
+    }
+
+
+def _bounded(weights: Tensor, mode: str, low: float, high: float) -> Tensor:
+    if mode not in ROLLOUT_CORRECTIONS:
+        raise ValueError(
+            f"rollout correction: mode={mode!r} is not one of {', '.join(ROLLOUT_CORRECTIONS)}, or None"
+        )
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(
+            f"rollout correction: low={low}, high={high}, but wanted 0 <= low <= 1 <= high "
+            "(a token on which trainer and engine agree has weight 1 and must be left alone)"
+        )
+    return ROLLOUT_CORRECTIONS[mode](weights, low, high)
