@@ -32,20 +32,28 @@ class Prompt:
 class Sample:
     """One response to one prompt, as the engine produced it. Token ids are never re-made from text."""
 
-    group_id: int  # the prompt's slot in this step; members of a group share it, on every rank
+    group_id: int  # the prompt's place in the run's stream of prompts; members of a group share it
     sample_index: int  # 0 .. group_size-1
     prompt: Prompt
     response_ids: list[int]
     response: str  # decoded without special tokens, for reward functions and people
     rollout_logprobs: list[float]  # one per response token
     loss_mask: list[int]  # one per response token; 0 on tokens the policy did not produce
-    policy_version: int
+    policy_versions: list[int]  # one per response token: the weights that sampled it (or read it, where masked)
     truncated: bool  # stopped by the token limit, not by a stop token
-    score: float | None = None  # weighted sum of the reward sources; None until scored
+    source_rewards: tuple[float | None, ...] = ()  # raw, one per reward source; None where it failed for good
+    score: float | None = None  # what the sources come to together; None until scored, and where one failed
+    episode_reward: float | None = None  # sum over the turns of an environment; None without one, or if it failed
+    num_turns: int = 1  # responses of the policy within the sample
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt.prompt_ids) + len(self.response_ids)
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest weights that had a part in it; -1 for a sample without tokens."""
+        return min(self.policy_versions, default=-1)
 
 
 @dataclass(frozen=True)

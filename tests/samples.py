@@ -25,6 +25,7 @@ def make_sample(
     rollout_logprobs: Sequence[float] | None = None,
     loss_mask: Sequence[int] | None = None,
     truncated: bool = False,
+    policy_version: int = 0,
     score: float | None = 0.0,
 ) -> Sample:
     """Every response token is the policy's, at log-probability -1, unless told otherwise."""
@@ -36,7 +37,7 @@ def make_sample(
         response=response,
         rollout_logprobs=list(rollout_logprobs or [-1.0] * len(response_ids)),
         loss_mask=list(loss_mask or [1] * len(response_ids)),
-        policy_version=0,
+        policy_versions=[policy_version] * len(response_ids),
         truncated=truncated,
         score=score,
     )

@@ -65,13 +65,35 @@ def _adaptive_kl_can_move(algorithm: AlgorithmConfig) -> Problem | None:
 
 
 def _dual_clip_has_a_ratio(algorithm: AlgorithmConfig) -> Problem | None:
-    if algorithm.dual_clip is None or algorithm.policy_loss == "ppo":
+    if algorithm.dual_clip is None or algorithm.policy_loss in ("ppo", "gspo"):
         return None
     return Problem(
         "dual_clip",
         got=f"{algorithm.dual_clip:g} with policy_loss={algorithm.policy_loss}",
-        wanted="null: only policy_loss=ppo has a ratio to clip",
+        wanted="null: only policy_loss=ppo and gspo bound the loss by a clipped ratio",
         fix="set algorithm.policy_loss to ppo, or remove algorithm.dual_clip",
+    )
+
+
+def _reinforce_is_on_policy(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.policy_loss != "reinforce" or algorithm.updates_per_batch == 1:
+        return None
+    return Problem(
+        "updates_per_batch",
+        got=f"{algorithm.updates_per_batch} with policy_loss=reinforce",
+        wanted="1: without a ratio, a second pass would take the batch for the new policy's own",
+        fix="set algorithm.updates_per_batch to 1, or algorithm.policy_loss to ppo",
+    )
+
+
+def _kl_loss_has_a_gradient(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.kl_in != "loss" or algorithm.kl_estimator != "k1" or algorithm.kl_coef == 0:
+        return None
+    return Problem(
+        "kl_estimator",
+        got="k1 with kl_in=loss",
+        wanted="k2 or k3: the expected gradient of k1 is zero, so the policy would drift freely",
+        fix="set algorithm.kl_estimator to k2, or algorithm.kl_in to reward",
     )
 
 
@@ -86,11 +108,68 @@ def _critic_warmup_has_a_critic(algorithm: AlgorithmConfig) -> Problem | None:
     )
 
 
+def _truncation_has_no_low_end(correction: RolloutCorrectionConfig) -> Problem | None:
+    if correction.mode == "mask" or correction.low == 0:
+        return None
+    return Problem(
+        "low",
+        got=f"{correction.low:g} with mode=truncate",
+        wanted="0: truncation bounds weights from above only",
+        fix="remove algorithm.rollout_correction.low, or set algorithm.rollout_correction.mode to mask",
+    )
+
+
+def _weights_have_a_range(correction: RolloutCorrectionConfig) -> Problem | None:
+    if correction.low < correction.high:
+        return None
+    return Problem(
+        "low",
+        got=f"{correction.low:g} with high={correction.high:g}",
+        wanted="less than high",
+        fix="lower algorithm.rollout_correction.low or raise algorithm.rollout_correction.high",
+    )
+
+
+class RolloutCorrectionConfig(Section):
+    mode: Literal["truncate", "mask"] = "truncate"
+    """Weights above high are cut to it (TIS), or tokens whose weight is outside [low, high] are left out."""
+    level: Literal["token", "sequence"] = "token"
+    """One weight per token, or one per sequence: the product over its tokens."""
+    low: NonNegativeNumber = 0.0
+    """Smallest weight that is kept (mode: mask)."""
+    high: PositiveNumber = 2.0
+    """Largest weight."""
+
+    checks = (_truncation_has_no_low_end, _weights_have_a_range)
+
+
+def _score_range_is_a_range(sampling: DynamicSamplingConfig) -> Problem | None:
+    if sampling.low < sampling.high:
+        return None
+    return Problem(
+        "low",
+        got=f"{sampling.low:g} with high={sampling.high:g}",
+        wanted="less than high: groups with a mean score strictly between the two are kept",
+        fix="lower algorithm.dynamic_sampling.low or raise algorithm.dynamic_sampling.high",
+    )
+
+
+class DynamicSamplingConfig(Section):
+    low: float = 0.0
+    """Groups whose mean score is this or less are dropped: nothing was solved."""
+    high: float = 1.0
+    """Groups whose mean score is this or more are dropped: everything was solved."""
+    max_draws: Count = 4
+    """Draws of rollout.prompts_per_step prompts per step; then the step goes on with the groups it has."""
+
+    checks = (_score_range_is_a_range,)
+
+
 class AlgorithmConfig(Section):
     advantage: Literal["gae", "reinforce_pp", "reinforce_pp_baseline", "rloo", "grpo", "dr_grpo"] = "gae"
     """Advantage estimator: gae is PPO with a critic, reinforce_pp has no baseline, others compare groups."""
-    policy_loss: Literal["ppo", "reinforce"] = "ppo"
-    """Policy objective."""
+    policy_loss: Literal["ppo", "gspo", "cispo", "reinforce"] = "ppo"
+    """Policy objective: clipped ratio per token (ppo) or sequence (gspo), clipped weight, or no ratio."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_norm"] = "token_mean"
     """How per-token losses become one number."""
     gamma: Fraction = 1.0
@@ -103,6 +182,10 @@ class AlgorithmConfig(Section):
     """The ratio is clipped above 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on the loss of tokens with a negative advantage (> 1); null switches it off."""
+    rollout_correction: RolloutCorrectionConfig | None = None
+    """Importance weights for what engine and trainer, or old and new weights, disagree on; null is off."""
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    """Drop groups that teach nothing and draw more prompts (DAPO); null keeps every group."""
     kl_coef: NonNegativeNumber = 0.01
     """Coefficient of the KL to the reference; 0 runs without a reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -125,6 +208,10 @@ class AlgorithmConfig(Section):
     """Optimizer steps per pass."""
     critic_warmup_steps: NaturalNumber = 0
     """The actor stays frozen for this many first steps while the critic learns."""
+    ema_beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of a moving average of the actor's weights, exported beside them; null keeps none."""
+    ptx_coef: NonNegativeNumber = 0.0
+    """Coefficient of the language-model loss on data.ptx (PPO-ptx)."""
 
     checks = (
         _adaptive_kl_has_a_target,
@@ -132,5 +219,7 @@ class AlgorithmConfig(Section):
         _adaptive_kl_is_in_the_reward,
         _adaptive_kl_can_move,
         _dual_clip_has_a_ratio,
+        _reinforce_is_on_policy,
+        _kl_loss_has_a_gradient,
         _critic_warmup_has_a_critic,
     )

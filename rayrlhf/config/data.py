@@ -80,11 +80,24 @@ def _given_for_chat(data: PromptDataConfig) -> Iterator[str]:
         yield "chat_template"
 
 
+class PtxDataConfig(Section):
+    sources: Sources = Field(min_length=1)
+    """Sources of text; a plain path or a list of paths will do."""
+    text_key: str = "text"
+    """Column with the text: a string, learnt as it stands, or messages, put into the chat template."""
+    max_tokens: Count = 1024
+    """Longest text, in tokens; the rest is cut off and counted."""
+    texts_per_step: Count
+    """Texts per step, over all workers."""
+
+
 class PromptDataConfig(Section):
     train: Sources = Field(min_length=1)
     """Sources of training prompts; a plain path or a list of paths will do."""
     eval: Sources = Field(default_factory=list)
     """Sources of held-out prompts; none means no evaluation."""
+    ptx: PtxDataConfig | None = None
+    """Texts for the language-model loss beside the policy's (algorithm.ptx_coef); null is none."""
     prompt_key: str = "prompt"
     """Column with the prompt: a string, or a list of {role, content} messages."""
     label_key: str | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayrlhf.config.base import Count, NaturalNumber, NonNegativeNumber, PositiveNumber, Problem, Section
+from rayrlhf.config.environment import EnvironmentConfig
 from rayrlhf.config.model import Dtype
 
 
@@ -47,6 +48,17 @@ class WeightSyncConfig(Section):
     """Deadline for all engines to hold the new weights."""
 
 
+def _only_the_pool_oversamples(rollout: RolloutConfig) -> Problem | None:
+    if rollout.oversampling == 1 or rollout.max_staleness is not None:
+        return None
+    return Problem(
+        "oversampling",
+        got=f"{rollout.oversampling:g} with max_staleness=null",
+        wanted="1: the synchronous loop waits for every response of a step",
+        fix="set rollout.max_staleness (for example to 1), or remove rollout.oversampling",
+    )
+
+
 class RolloutConfig(Section):
     num_engines: Count = 1
     """vLLM engines, each a Serve replica."""
@@ -56,6 +68,12 @@ class RolloutConfig(Section):
     """Prompts per step, over all workers."""
     sampling: SamplingConfig = SamplingConfig()
     """How training samples are drawn."""
+    max_staleness: NaturalNumber | None = None
+    """Policy versions that rollouts may run ahead of training; null rolls out and trains by turns."""
+    oversampling: Annotated[float, Field(ge=1)] = 1.0
+    """Groups in flight per group needed: a step takes those that finish first, the others go on (> 1)."""
+    environment: EnvironmentConfig | None = None
+    """Multi-turn episodes with your environment; null is one response per prompt."""
     kv_cache_bytes: Count = 1_073_741_824
     """Key-value cache of a CPU engine, in bytes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
@@ -72,3 +90,10 @@ class RolloutConfig(Section):
     """Deadline for all engines to come up."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """How new weights reach the engines."""
+
+    checks = (_only_the_pool_oversamples,)
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Longest response of a training sample, in tokens; with an environment all turns together."""
+        return self.environment.max_response_tokens if self.environment else self.sampling.max_new_tokens

@@ -118,14 +118,15 @@ def _mini_batches_are_filled(config: PolicyRunConfig) -> Problem | None:
 
 
 def _longest_sample_fits(config: PolicyRunConfig) -> Problem | None:
-    prompt, response = config.data.max_prompt_tokens, config.rollout.sampling.max_new_tokens
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     if config.train.max_tokens_per_micro_batch >= prompt + response:
         return None
+    key = "environment.max_response_tokens" if config.rollout.environment else "sampling.max_new_tokens"
     return Problem(
         "train.max_tokens_per_micro_batch",
         got=str(config.train.max_tokens_per_micro_batch),
         wanted=f"an integer >= {prompt + response}, the longest sample: data.max_prompt_tokens={prompt} "
-        f"+ rollout.sampling.max_new_tokens={response}",
+        f"+ rollout.{key}={response}",
         fix=f"set train.max_tokens_per_micro_batch to {prompt + response} or more, or lower the others",
     )
 
@@ -149,6 +150,104 @@ def _actor_leaves_warmup(config: PolicyRunConfig) -> Problem | None:
         got=f"{config.algorithm.critic_warmup_steps} with train.num_steps={config.train.num_steps}",
         wanted="fewer than train.num_steps: the actor would never be trained",
         fix="lower algorithm.critic_warmup_steps or raise train.num_steps",
+    )
+
+
+def _dynamic_sampling_has_groups(config: PolicyRunConfig) -> Problem | None:
+    if config.algorithm.dynamic_sampling is None or config.rollout.group_size >= 2:
+        return None
+    return Problem(
+        "algorithm.dynamic_sampling",
+        got=f"a section dynamic_sampling with rollout.group_size={config.rollout.group_size}",
+        wanted="groups of 2 or more: it compares the samples of a prompt",
+        fix="set rollout.group_size to 2 or more, or remove algorithm.dynamic_sampling",
+    )
+
+
+def _dynamic_sampling_has_a_fixed_scale(config: PolicyRunConfig) -> Problem | None:
+    normalized = [i for i, source in enumerate(config.reward.sources) if source.normalize]
+    if config.algorithm.dynamic_sampling is None or not normalized:
+        return None
+    return Problem(
+        f"reward.sources.{normalized[0]}.normalize",
+        got="true with algorithm.dynamic_sampling",
+        wanted="false: the range of dynamic_sampling would mean another thing at every step",
+        fix="remove normalize from the source, or remove algorithm.dynamic_sampling",
+    )
+
+
+def _adaptive_kl_is_slow(config: PolicyRunConfig) -> Problem | None:
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    if config.algorithm.kl_controller != "adaptive" or 5 * config.algorithm.kl_horizon > samples:
+        return None
+    return Problem(
+        "algorithm.kl_horizon",
+        got=f"{config.algorithm.kl_horizon} for {samples} samples per step",
+        wanted=f"more than {samples // 5}: a single step could otherwise bring the coefficient to 0",
+        fix="raise algorithm.kl_horizon",
+    )
+
+
+def _ptx_has_both_halves(config: PolicyRunConfig) -> Problem | None:
+    if (config.algorithm.ptx_coef > 0) == (config.data.ptx is not None):
+        return None
+    if config.data.ptx is None:
+        return Problem(
+            "algorithm.ptx_coef",
+            got=f"{config.algorithm.ptx_coef:g} without data.ptx",
+            wanted="texts to learn from in data.ptx",
+            fix="give data.ptx, or remove algorithm.ptx_coef",
+        )
+    return Problem(
+        "data.ptx",
+        got="texts with algorithm.ptx_coef=0",
+        wanted="a coefficient above 0: the texts would be left unused",
+        fix="set algorithm.ptx_coef (for example to 0.05), or remove data.ptx",
+    )
+
+
+def _ptx_fits(config: PolicyRunConfig) -> Problem | None:
+    ptx = config.data.ptx
+    if ptx is None:
+        return None
+    if ptx.texts_per_step % config.train.num_workers:
+        return Problem(
+            "data.ptx.texts_per_step",
+            got=f"{ptx.texts_per_step} with train.num_workers={config.train.num_workers}",
+            wanted="a multiple of train.num_workers: every worker takes as many texts",
+            fix=f"set data.ptx.texts_per_step to a multiple of {config.train.num_workers}",
+        )
+    if ptx.max_tokens <= config.train.max_tokens_per_micro_batch:
+        return None
+    return Problem(
+        "data.ptx.max_tokens",
+        got=f"{ptx.max_tokens} with train.max_tokens_per_micro_batch={config.train.max_tokens_per_micro_batch}",
+        wanted="at most one micro-batch",
+        fix="lower data.ptx.max_tokens or raise train.max_tokens_per_micro_batch",
+    )
+
+
+def _episodes_come_from_an_environment(config: PolicyRunConfig) -> Problem | None:
+    asked = [i for i, source in enumerate(config.reward.sources) if source.type == "environment"]
+    if not asked or config.rollout.environment is not None:
+        return None
+    return Problem(
+        f"reward.sources.{asked[0]}.type",
+        got="environment without rollout.environment",
+        wanted="an environment that gives the rewards",
+        fix="give rollout.environment, or take another reward source",
+    )
+
+
+def _overlong_buffer_fits(config: PolicyRunConfig) -> Problem | None:
+    overlong, longest = config.reward.overlong, config.rollout.max_response_tokens
+    if overlong is None or overlong.buffer_tokens < longest:
+        return None
+    return Problem(
+        "reward.overlong.buffer_tokens",
+        got=f"{overlong.buffer_tokens} with responses of at most {longest} tokens",
+        wanted="fewer: the penalty begins that many tokens before the limit",
+        fix="lower reward.overlong.buffer_tokens",
     )
 
 
@@ -203,6 +302,13 @@ class PolicyRunConfig(Section):
         _training_samples,
         _actor_leaves_warmup,
         _evaluation_has_prompts,
+        _dynamic_sampling_has_groups,
+        _dynamic_sampling_has_a_fixed_scale,
+        _adaptive_kl_is_slow,
+        _ptx_has_both_halves,
+        _ptx_fits,
+        _episodes_come_from_an_environment,
+        _overlong_buffer_fits,
     )
 
     @field_validator("critic")

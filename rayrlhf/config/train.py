@@ -91,6 +91,17 @@ class TrainConfig(Section):
     checks = (_warmup_ends, _offload_has_a_partition)
 
 
+def _several_responses_differ(evaluation: EvalConfig) -> Problem | None:
+    if evaluation.group_size == 1 or evaluation.sampling.temperature > 0:
+        return None
+    return Problem(
+        "group_size",
+        got=f"{evaluation.group_size} with sampling.temperature=0 (greedy)",
+        wanted="1: greedy responses to one prompt are all the same",
+        fix="set eval.sampling.temperature above 0, or remove eval.group_size",
+    )
+
+
 class CheckpointConfig(Section):
     every_steps: Count | None = None
     """Save every n steps; null saves at the end only."""
@@ -98,6 +109,8 @@ class CheckpointConfig(Section):
     """How many checkpoints are kept."""
     export: bool = True
     """Write the actor as a Hugging Face folder at the end."""
+    best: bool = True
+    """Keep an export of the actor with the best evaluation so far in best/ (with eval.every_steps)."""
 
 
 class EvalConfig(Section):
@@ -107,5 +120,11 @@ class EvalConfig(Section):
     """Held-out prompts used; all when left out."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     """How evaluation responses are drawn; greedy unless told otherwise."""
+    group_size: Count = 1
+    """Responses per held-out prompt; with 2 or more, pass@k for k = 1, 2, 4, … up to it."""
+    pass_score: float = 1.0
+    """Score from which a response counts as a pass."""
     show_samples: NaturalNumber = 5
     """Pairs of responses, before and after, in the summary."""
+
+    checks = (_several_responses_differ,)
