@@ -1,7 +1,8 @@
-"""Intervals for evaluation results."""
+"""Estimates for evaluation results, and their intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,3 +24,19 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of `k` answers to a prompt is right (arXiv 2107.03374).
+
+    1 - C(n-c, k)/C(n, k): of all ways to pick k of the n answers sampled, the share with at least one of the
+    c right ones. Computed as 1 - Π_{i=n-c+1..n} (1 - k/i), since the binomials overflow. The estimate over a
+    data set is the mean over its prompts. Raises `ValueError` unless 0 ≤ c ≤ n and 1 ≤ k ≤ n.
+    """
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"{num_correct} correct of {num_samples} samples; wanted 0 <= correct <= samples")
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} of {num_samples} samples; wanted 1 <= k <= samples")
+    if num_samples - num_correct < k:  # any k answers hold a right one
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))

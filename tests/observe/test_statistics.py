@@ -1,13 +1,16 @@
-"""The bootstrap interval where it can be worked out by hand, and how often it covers the truth."""
+"""Bootstrap intervals and pass@k where they can be worked out by hand, and how often they hold."""
 
 from __future__ import annotations
+
+from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.observe.statistics import bootstrap_interval
+from rayrlhf.observe.statistics import bootstrap_interval, pass_at_k
 
 values = st.lists(st.floats(-10, 10), min_size=1, max_size=20)
 
@@ -73,3 +76,55 @@ def test_the_same_sample_has_the_same_interval() -> None:
 def test_no_value_no_interval() -> None:
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap_interval([])
+
+
+@pytest.mark.parametrize(
+    "num_samples, num_correct, k, expected",
+    [
+        (4, 1, 1, 1 / 4),  # one answer: the share of right ones
+        (4, 1, 2, 1 / 2),  # C(3,2)/C(4,2) = 3/6 of the pairs miss it
+        (5, 2, 2, 7 / 10),  # C(3,2)/C(5,2) = 3/10
+        (5, 2, 3, 9 / 10),  # C(3,3)/C(5,3) = 1/10
+        (5, 2, 4, 1.0),  # only three are wrong
+        (5, 0, 5, 0.0),
+        (5, 5, 1, 1.0),
+        (1, 1, 1, 1.0),
+        (1, 0, 1, 0.0),
+    ],
+)
+def test_pass_at_k_by_hand(num_samples: int, num_correct: int, k: int, expected: float) -> None:
+    assert pass_at_k(num_samples, num_correct, k) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_picks_with_a_right_answer(num_samples: int) -> None:
+    for num_correct in range(num_samples + 1):
+        for k in range(1, num_samples + 1):
+            picks = list(combinations(range(num_samples), k))  # answers 0 .. num_correct-1 are right
+            share = sum(min(pick) < num_correct for pick in picks) / len(picks)
+            assert pass_at_k(num_samples, num_correct, k) == pytest.approx(share, abs=1e-12)
+
+
+@settings(derandomize=True)
+@given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_with_many_samples_equals_exact_binomials(numbers: tuple[int, int, int]) -> None:
+    num_samples, num_correct, k = numbers
+    missed = comb(num_samples - num_correct, k) / comb(num_samples, k)  # of whole numbers, however large
+    assert pass_at_k(num_samples, num_correct, k) == pytest.approx(1 - missed, abs=1e-9)
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    # Six answers, each right with probability 0.3: the mean estimate for k = 3 is the true 1 - 0.7³ = 0.657.
+    # The plain 1 - (w/n)³ of the w wrong ones is biased: E[w³] = np + 3n(n-1)p² + n(n-1)(n-2)p³ at p = 0.7 is
+    # 4.2 + 44.1 + 41.16 = 89.46, and 1 - 89.46/216 = 0.58583.
+    p, n, k = 0.3, 6, 3
+    chances = [comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    assert sum(w * pass_at_k(n, c, k) for c, w in enumerate(chances)) == pytest.approx(0.657)
+    plain = sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(chances))
+    assert plain == pytest.approx(0.58583, abs=1e-5)
+
+
+@pytest.mark.parametrize("numbers", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)])
+def test_pass_at_k_refuses_what_cannot_be(numbers: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="wanted"):
+        pass_at_k(*numbers)
