@@ -1,0 +1,112 @@
+"""An exponential moving average of a module's weights, kept on the CPU beside the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayrlhf.train import collectives
+
+
+class ExponentialMovingAverage:
+    """average ← β·average + (1-β)·weight after each optimizer step (Polyak & Juditsky 1992), in fp32.
+
+    It begins with the weights that `module` has when this is made, which must be after its engine (ZeRO-3
+    partitions parameters only then). Only trainable parameters are averaged; the others never change. Under
+    ZeRO-3 each rank averages its own partition. Below, all ranks have the same weights and rank 0 alone keeps
+    averages: on the others this object is empty, and every method does nothing.
+
+    What is averaged are the weights that the module computes with, in bfloat16 perhaps, not the optimizer's
+    fp32 copy of them. Raises `ValueError` unless 0 < beta < 1.
+    """
+
+    def __init__(self, module: nn.Module, beta: float) -> None:
+        if not 0 < beta < 1:
+            raise ValueError(f"ema beta={beta} must be > 0 (which keeps nothing) and < 1 (which never moves)")
+        self.beta = beta
+        self._module = module
+        self._averages = {
+            name: weight.to("cpu", torch.float32, copy=True) for name, weight in self._weights()
+        }
+
+    def update(self) -> None:
+        """Move the averages towards the weights, once per optimizer step."""
+        for name, weight in self._weights():
+            # Cast after the copy, which is thereby half as long for 16-bit weights.
+            self._averages[name].lerp_(weight.to("cpu").float(), 1 - self.beta)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the module holds the averages, cast to its dtype; afterwards its own weights, bit for bit.
+
+        For an export or an evaluation, not for a step. All ranks must enter it, whatever they hold: under
+        ZeRO-3 a tensor gathered inside is put together from all ranks' averages. Below ZeRO-3 only rank 0's
+        weights change, which is all that `engine.full_state_dict` reads; a forward pass of all ranks would
+        mix the two.
+        """
+        kept: dict[str, Tensor] = {}
+        try:
+            for name, weight in self._weights():
+                kept[name] = weight.to("cpu", copy=True)
+                weight.copy_(self._averages[name])
+            self._forget_gathered()
+            yield
+        finally:
+            for name, weight in self._weights():
+                if name in kept:
+                    weight.copy_(kept[name])
+            self._forget_gathered()
+
+    def save(self, folder: Path) -> None:
+        """This rank's averages, if it has any."""
+        if self._averages:
+            torch.save(self._averages, self._file(folder))
+
+    def load(self, folder: Path) -> None:
+        """Raises `FileNotFoundError` if the folder has none, `ValueError` if they are of other weights."""
+        if not self._averages:
+            return
+        path = self._file(folder)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {path.name} in {folder}: the checkpoint was made without an average of the weights "
+                "(algorithm.ema_beta), or by fewer workers"
+            )
+        saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        shapes, wanted = ({n: tuple(t.shape) for n, t in a.items()} for a in (saved, self._averages))
+        if shapes != wanted:
+            wrong = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+            raise ValueError(
+                f"{path} does not fit this model or number of workers: {len(wrong)} parameters differ, "
+                f"e.g. {wrong[0]} is {shapes.get(wrong[0])} there and {wanted.get(wrong[0])} here"
+            )
+        self._averages = saved
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The trainable weights in this rank's charge, by name: its partitions, or on rank 0 everything."""
+        for name, parameter in self._module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if hasattr(parameter, "ds_tensor"):
+                partitioned: Any = parameter
+                yield name, partitioned.ds_tensor.data
+            elif collectives.rank() == 0:
+                yield name, parameter.data
+
+    def _forget_gathered(self) -> None:
+        """Free whole tensors under ZeRO-3, so that the next use gathers them from the partitions again.
+
+        DeepSpeed leaves small ones gathered between steps (`stage3_param_persistence_threshold`).
+        """
+        partitioned: list[Any] = [p for p in self._module.parameters() if hasattr(p, "ds_tensor")]
+        if partitioned:
+            partitioned[0].partition(param_list=partitioned)
+
+    @staticmethod
+    def _file(folder: Path) -> Path:
+        return folder / f"ema-rank-{collectives.rank()}.pt"
