@@ -1,8 +1,7 @@
 """Log-probabilities of given tokens without ever holding a [tokens, vocab] tensor.
 
-The language-model head runs only where the loss mask is set, a chunk of rows at a time, and each chunk is
-computed again in the backward pass. At most one [chunk, V] block is alive, in fp32 whatever the model's
-dtype.
+The language-model head runs only where the loss mask is set, a chunk of rows at a time, in fp32 whatever the
+model's dtype (rayrlhf.models.fused_head).
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rayrlhf.models.attention import packed_inputs
+from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 
 
 class TokenLogprobs(NamedTuple):
@@ -42,29 +40,8 @@ class LogprobHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [N] of `targets` [N], each after its row of `hidden` [N, H]."""
-        pieces: list[tuple[Tensor, Tensor]] = []
-        for h, t in zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True):
-            if torch.is_grad_enabled():
-                pieces.append(
-                    checkpoint(self._chunk, h, t, temperature, use_reentrant=False, preserve_rng_state=False)
-                )
-            else:
-                pieces.append(self._chunk(h, t, temperature))
-        logprobs, entropy = zip(*pieces, strict=True)
-        return torch.cat(logprobs), torch.cat(entropy)
-
-    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, self.weight, self.bias).float()  # [chunk, V]
-        if self.divisor != 1.0:
-            logits = logits / self.divisor
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        if temperature != 1.0:
-            logits = logits / temperature
-        log_normaliser = torch.logsumexp(logits, -1)
-        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser
-        entropy = log_normaliser - (torch.exp(logits - log_normaliser[:, None]) * logits).sum(-1)
-        return logprobs, entropy
+        scaling = LogitScaling(self.divisor, self.softcap, temperature)
+        return FusedLogprobs.apply(hidden, self.weight, self.bias, targets, scaling, self.chunk_tokens)
 
 
 class PolicyModel(nn.Module):
