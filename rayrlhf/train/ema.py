@@ -44,7 +44,7 @@ class ExponentialMovingAverage:
     def swapped(self) -> Iterator[None]:
         """Inside, the module holds the averages, cast to its dtype; afterwards its own weights, bit for bit.
 
-        For an export or an evaluation, not for a step. All ranks must enter it, whatever they hold: under
+        For an export, not for a step. All ranks must enter it, whatever they hold: under
         ZeRO-3 a tensor gathered inside is put together from all ranks' averages. Below ZeRO-3 only rank 0's
         weights change, which is all that `engine.full_state_dict` reads; a forward pass of all ranks would
         mix the two.
