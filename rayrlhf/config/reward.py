@@ -1,57 +1,51 @@
-"""`reward`: what scores a sample."""
+"""`reward`: what scores a sample, and how several scores become one."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from rayrlhf.config.base import Count, Fraction, NaturalNumber, PositiveNumber, Problem, Section, Wanted
-from rayrlhf.config.model import Dtype
+from rayrlhf.config.base import Count, Fraction, NaturalNumber, PositiveNumber, Problem, Section
+from rayrlhf.config.reward_sources import (
+    EnvironmentSource,
+    FunctionSource,
+    MathSource,
+    ModelSource,
+    ReasoningGymSource,
+    RemoteSource,
+    RewardSourceConfig,
+)
 
-FunctionName = Annotated[
-    str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"), Wanted("module:function or path/to/file.py:function")
+if TYPE_CHECKING:
+    from rayrlhf.config.run import PolicyRunConfig
+
+__all__ = [
+    "EnvironmentSource",
+    "FunctionSource",
+    "MathSource",
+    "ModelSource",
+    "OverlongConfig",
+    "ReasoningGymSource",
+    "RemoteSource",
+    "RewardConfig",
+    "RewardSourceConfig",
+    "check_reward_needs",
 ]
-
-
-class FunctionSource(Section):
-    type: Literal["function"]
-    """A Python function of yours: f(prompts, responses, labels, **columns) -> one number per response."""
-    function: FunctionName
-    """`module:function` or `path/file.py:function`."""
-    weight: float = 1.0
-    """Weight in the sum of sources."""
-    name: str | None = None
-    """Name in logs and metrics; reward0, reward1, … when left out."""
-    num_replicas: Count = 1
-    """Serve replicas of this source."""
-
-
-class ModelSource(Section):
-    type: Literal["model"]
-    """A reward model."""
-    path: str = Field(min_length=1)
-    """Folder of an AutoModelForSequenceClassification checkpoint with one label."""
-    weight: float = 1.0
-    """Weight in the sum of sources."""
-    name: str | None = None
-    """Name in logs and metrics; reward0, reward1, … when left out."""
-    num_replicas: Count = 1
-    """Serve replicas of this source."""
-    max_tokens_per_batch: Count = 8192
-    """Tokens per forward pass."""
-    dtype: Dtype = "auto"
-    """Dtype of its weights."""
-
 
 # YAML has lists, no tuples.
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 
-RewardSourceConfig = Annotated[FunctionSource | ModelSource, Field(discriminator="type")]
+
+class OverlongConfig(Section):
+    buffer_tokens: Count
+    """The penalty begins this many tokens before the limit of responses, and is full at the limit."""
+    factor: PositiveNumber = 1.0
+    """The full penalty, taken off the score."""
 
 
 def _names_differ(reward: RewardConfig) -> Problem | None:
-    names = [source.name for source in reward.sources if source.name is not None]
+    names = reward.source_names
     twice = sorted({name for name in names if names.count(name) > 1})
     if not twice:
         return None
@@ -59,7 +53,7 @@ def _names_differ(reward: RewardConfig) -> Problem | None:
         "sources",
         got=f"more than one source with the name {' and '.join(twice)}",
         wanted="a name of its own for each source: metrics are kept by name",
-        fix="rename one of them",
+        fix="rename one of them (a source without a name is called reward0, reward1, … by its place)",
     )
 
 
@@ -74,18 +68,63 @@ def _clip_is_a_range(reward: RewardConfig) -> Problem | None:
     )
 
 
+def _penalty_survives_the_clip(reward: RewardConfig) -> Problem | None:
+    clip, penalty = reward.clip, reward.truncation_penalty
+    if clip is None or penalty is None or clip[0] >= clip[1] or clip[0] <= penalty <= clip[1]:
+        return None
+    return Problem(
+        "truncation_penalty",
+        got=f"{penalty:g} with clip=[{clip[0]:g}, {clip[1]:g}]",
+        wanted="a score within reward.clip, which is applied last",
+        fix="move it into the range, or widen reward.clip",
+    )
+
+
+def _requests_end_before_the_deadline(reward: RewardConfig) -> Problem | None:
+    for index, source in enumerate(reward.sources):
+        own = getattr(source, "timeout_seconds", None)
+        if own is not None and own >= reward.timeout_seconds:
+            return Problem(
+                f"sources.{index}.timeout_seconds",
+                got=f"{own:g} with reward.timeout_seconds={reward.timeout_seconds:g}",
+                wanted="less than reward.timeout_seconds, which includes waiting in line",
+                fix="raise reward.timeout_seconds (to some times as much), or lower the source's own",
+            )
+    return None
+
+
 class RewardConfig(Section):
     sources: list[RewardSourceConfig] = Field(min_length=1)
     """Reward sources; the score is their weighted sum."""
+    overlong: OverlongConfig | None = None
+    """Soft penalty on responses that come close to the limit (DAPO, arXiv 2503.14476)."""
+    truncation_penalty: float | None = None
+    """Score of a response that hit the token limit; null leaves its own."""
     clip: Pair | None = None
-    """Lowest and highest score; what lies outside is clipped."""
+    """Lowest and highest score, applied last; what lies outside is clipped."""
     max_failed_fraction: Fraction = 0.1
     """The run stops when more than this share of a step's samples cannot be scored."""
     retries: NaturalNumber = 2
     """How often a failed sample is scored again before it is dropped."""
     timeout_seconds: PositiveNumber = 60
-    """Deadline of one scoring request."""
-    truncation_penalty: float | None = None
-    """Score of a response that hit the token limit; null leaves its own."""
+    """Deadline of scoring a sample once, waiting in line included."""
 
-    checks = (_names_differ, _clip_is_a_range)
+    checks = (_names_differ, _clip_is_a_range, _penalty_survives_the_clip, _requests_end_before_the_deadline)
+
+    @property
+    def source_names(self) -> list[str]:
+        """One per source: what it is called in logs and metrics."""
+        return [source.name or f"reward{index}" for index, source in enumerate(self.sources)]
+
+
+def check_reward_needs(config: PolicyRunConfig) -> Problem | None:
+    """What a reward source needs of other sections. One of the checks of the run's config."""
+    asked = [i for i, source in enumerate(config.reward.sources) if source.type == "math"]
+    if not asked or config.data.label_key is not None:
+        return None
+    return Problem(
+        "data.label_key",
+        got=f"null with reward.sources.{asked[0]}.type=math",
+        wanted="the column that holds the right answer",
+        fix="set data.label_key to its name",
+    )
