@@ -45,6 +45,7 @@ class Sample:
     score: float | None = None  # what the sources come to together; None until scored, and where one failed
     episode_reward: float | None = None  # sum over the turns of an environment; None without one, or if it failed
     num_turns: int = 1  # responses of the policy within the sample
+    failure: str = ""  # why an episode has no reward
 
     @property
     def num_tokens(self) -> int:

@@ -119,28 +119,17 @@ def _truncation_has_no_low_end(correction: RolloutCorrectionConfig) -> Problem |
     )
 
 
-def _weights_have_a_range(correction: RolloutCorrectionConfig) -> Problem | None:
-    if correction.low < correction.high:
-        return None
-    return Problem(
-        "low",
-        got=f"{correction.low:g} with high={correction.high:g}",
-        wanted="less than high",
-        fix="lower algorithm.rollout_correction.low or raise algorithm.rollout_correction.high",
-    )
-
-
 class RolloutCorrectionConfig(Section):
     mode: Literal["truncate", "mask"] = "truncate"
     """Weights above high are cut to it (TIS), or tokens whose weight is outside [low, high] are left out."""
     level: Literal["token", "sequence"] = "token"
     """One weight per token, or one per sequence: the product over its tokens."""
-    low: NonNegativeNumber = 0.0
+    low: Fraction = 0.0
     """Smallest weight that is kept (mode: mask)."""
-    high: PositiveNumber = 2.0
+    high: Annotated[float, Field(ge=1)] = 2.0
     """Largest weight."""
 
-    checks = (_truncation_has_no_low_end, _weights_have_a_range)
+    checks = (_truncation_has_no_low_end,)
 
 
 def _score_range_is_a_range(sampling: DynamicSamplingConfig) -> Problem | None:

@@ -84,9 +84,9 @@ class PtxDataConfig(Section):
     sources: Sources = Field(min_length=1)
     """Sources of text; a plain path or a list of paths will do."""
     text_key: str = "text"
-    """Column with the text: a string, learnt as it stands, or messages, put into the chat template."""
+    """Column with the text, learnt as it stands."""
     max_tokens: Count = 1024
-    """Longest text, in tokens; the rest is cut off and counted."""
+    """Longest text, in tokens; of a longer one the last tokens are learnt."""
     texts_per_step: Count
     """Texts per step, over all workers."""
 

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.data.chat import read_chat_template
+from rayrlhf.loops.checks import Prepared
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.models.load import resolve_dtype
 from rayrlhf.placement.apply import Slots
-from rayrlhf.reward.functions import FunctionSpec, function_deployment
+from rayrlhf.reward.functions import function_deployment
 from rayrlhf.reward.model import model_deployment
 from rayrlhf.rollout.engine import EngineSettings, rollout_deployment
+from rayrlhf.rollout.environments import EnvironmentSetup, environment_deployment
 from rayrlhf.train.reference import reference_deployment
 
 KV_BLOCK_TOKENS = 32
 PREFILL_TOKENS = 4096  # of a CPU engine, per engine step
 
 
-def run_apps(
-    job: PolicyJob, slots: Slots, reward_functions: dict[int, FunctionSpec], *, threads: int
-) -> dict[str, Any]:
+def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) -> dict[str, Any]:
     """App name -> bound deployment, the rollout app first."""
     config = job.config
     apps: dict[str, Any] = {
@@ -36,7 +37,9 @@ def run_apps(
     for index, (source, (_, _, app)) in enumerate(zip(config.reward.sources, job.reward_apps, strict=True)):
         if source.type == "function":
             apps[app] = function_deployment(
-                reward_functions[index], label_key=config.data.label_key, num_replicas=source.num_replicas
+                prepared.reward_functions[index],
+                label_key=config.data.label_key,
+                num_replicas=source.num_replicas,
             )
         else:
             apps[app] = model_deployment(
@@ -46,6 +49,17 @@ def run_apps(
                 prompt_key=config.data.prompt_key,
                 slots=slots,
             )
+    if prepared.environment is not None:
+        setup = EnvironmentSetup(
+            code=prepared.environment,
+            rollout=config.rollout,
+            data=config.data,
+            tokenizer_path=config.model.path,
+            trust_remote_code=config.model.trust_remote_code,
+            chat_template=read_chat_template(config.data),
+            rollout_app=job.rollout_app,
+        )
+        apps[job.environment_app] = environment_deployment(setup)
     if config.needs_ref and config.ref is not None and config.ref.location == "serve":
         apps[job.ref_app] = reference_deployment(
             config.model,
@@ -116,5 +130,6 @@ def max_model_tokens(config: PolicyRunConfig) -> int:
     """The longest sequence an engine may hold: the prompt budget and the longer of the two response
     budgets.
     """
-    new_tokens = max(config.rollout.sampling.max_new_tokens, config.eval.sampling.max_new_tokens)
+    rollout = config.rollout
+    new_tokens = max(rollout.max_response_tokens, config.eval.sampling.max_new_tokens)
     return config.data.max_prompt_tokens + new_tokens

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.prompts import PromptStore
 from rayrlhf.reward.functions import FunctionSpec, RewardError, find_function, try_function
+from rayrlhf.rollout.environments import find_environment, try_environment
+from rayrlhf.rollout.turns import Turns
+from rayrlhf.rollout.user_environment import EnvironmentFailure
 from rayrlhf.train.checkpoint import newest_step
+from rayrlhf.usercode import UserCode, UserCodeError
 
 TRIED_PROMPTS = 2
 
@@ -23,6 +28,7 @@ class InputError(ValueError):
 @dataclass(frozen=True)
 class Prepared:
     reward_functions: dict[int, FunctionSpec]  # by index of the source
+    environment: UserCode | None = None
 
 
 def check_before_ray(config: PolicyRunConfig) -> Prepared:
@@ -38,7 +44,33 @@ def check_before_ray(config: PolicyRunConfig) -> Prepared:
                 functions[index] = find_function(source.function)
             except RewardError as error:
                 raise RewardError(f"reward.sources.{index}.function: {error}") from error
-    return Prepared(functions)
+    return Prepared(functions, _find_environment(config))
+
+
+def _find_environment(config: PolicyRunConfig) -> UserCode | None:
+    if config.rollout.environment is None:
+        return None
+    try:
+        return find_environment(config.rollout.environment.environment)
+    except UserCodeError as error:
+        raise InputError(f"rollout.environment.environment: {error}") from error
+
+
+def try_out_environment(code: UserCode | None, config: PolicyRunConfig, prompts: PromptStore) -> None:
+    """Play the beginning of an episode on real rows, before any model is loaded. Raises `InputError` and
+    `DataError` (for a chat template that cannot continue a conversation).
+    """
+    environment = config.rollout.environment
+    if code is None or environment is None:
+        return
+    tokenizer = prompt_tokenizer(
+        config.model.path, config.model.trust_remote_code, read_chat_template(config.data)
+    )
+    rows = [prompts[i].columns for i in range(min(TRIED_PROMPTS, len(prompts)))]
+    try:
+        try_environment(code, environment, rows, Turns(tokenizer, config.data))
+    except EnvironmentFailure as error:
+        raise InputError(f"rollout.environment: {error}") from error
 
 
 def try_rewards(functions: dict[int, FunctionSpec], config: PolicyRunConfig, prompts: PromptStore) -> None:

@@ -16,7 +16,7 @@ from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.objectives import StepCounts, per_token, value_forward, value_objective
 from rayrlhf.models.load import checkpoint_activations, load_critic, resolve_dtype
 from rayrlhf.train import collectives
-from rayrlhf.train.learner import Learner
+from rayrlhf.train.learner import Learner, Term
 
 
 class Critic(Protocol):
@@ -52,7 +52,7 @@ class LocalCritic:
         critic = config.critic or CriticConfig()
         self.algorithm = config.algorithm
         self.clip = critic.value_clip
-        self.constant_length = float(config.rollout.sampling.max_new_tokens)
+        self.constant_length = float(config.rollout.max_response_tokens)
         device = collectives.device()
         model = load_critic(config.model, critic.path or config.model.path, device=device)
         if config.train.gradient_checkpointing:
@@ -72,7 +72,7 @@ class LocalCritic:
         objective = value_objective(
             self.algorithm, counts, clip=self.clip, constant_length=self.constant_length
         )
-        metrics = per_token(self.learner.update(batches, value_forward, objective, step=step), counts)
+        metrics = per_token(self.learner.update(Term(batches, value_forward, objective), step=step), counts)
         sums = [explained_variance_sums(_of(b.values), _of(b.returns), b.loss_mask) for b in batches]
         total = collectives.sum_over_ranks(torch.stack(sums).sum(0).cpu())
         return metrics | {"loss/explained_variance": explained_variance(total)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +11,20 @@ import numpy as np
 
 from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.run import PolicyRunConfig
-from rayrlhf.loops.experience import collect
-from rayrlhf.observe.statistics import bootstrap_interval
-from rayrlhf.reward.score import RewardClient
-from rayrlhf.rollout.client import RolloutClient
+from rayrlhf.loops.collect import Collector
+from rayrlhf.observe.statistics import bootstrap_interval, pass_at_k
+from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.train import collectives
 
-# Evaluation draws from seeds of its own, the same at every evaluation: differences come from the policy
-# alone.
-EVAL_STEP = 2**31
+# Evaluation has group ids, and thereby seeds, of its own, the same at every evaluation: differences come from
+# the policy alone.
+FIRST_GROUP_ID = 2**40
 
 
 @dataclass(frozen=True)
 class Evaluation:
     metrics: dict[str, float]
-    rows: list[dict[str, Any]]  # one per prompt, in the order of the data: prompt, response, reward
+    rows: list[dict[str, Any]]  # one per response, in the order of the data: prompt, response, reward
 
 
 def eval_plan(num_prompts: int, world_size: int) -> np.ndarray:
@@ -37,36 +37,35 @@ def eval_plan(num_prompts: int, world_size: int) -> np.ndarray:
 
 def evaluate(
     prompts: Sequence[Prompt],
-    rollouts: RolloutClient,
-    rewards: RewardClient,
+    collector: Collector,
+    combiner: RewardCombiner,
     config: PolicyRunConfig,
     *,
     num_prompts: int,
     version: int,
 ) -> Evaluation:
-    """Score one response per held-out prompt. Collective: every rank brings its share of the prompts."""
-    first = collectives.rank() * len(prompts)
-    samples = collect(
-        prompts,
-        rollouts,
-        rewards,
-        step=EVAL_STEP,
+    """`eval.group_size` responses per held-out prompt. Collective: every rank brings its share of them."""
+    first = FIRST_GROUP_ID + collectives.rank() * len(prompts)
+    samples = collector.collect(
+        list(enumerate(prompts, start=first)),
         version=version,
-        group_size=1,
+        group_size=config.eval.group_size,
         sampling=config.eval.sampling,
-        first_group_id=first,
     )
-    everyone: list[Sample] = [s for s in collectives.gather_lists(samples) if s.group_id < num_prompts]
-    scored = [sample for sample in everyone if sample.score is not None]
-    rewards.check(len(everyone) - len(scored), len(everyone))
-    scores = [float(sample.score or 0.0) for sample in scored]
-    low, high = bootstrap_interval(scores)
+    samples = combiner.combine(samples, collectives.sum_over_ranks, update=False)
+    everyone = collectives.gather_lists(samples)
+    asked = [s for s in everyone if s.group_id < FIRST_GROUP_ID + num_prompts]  # without the repeated ones
+    scored = [sample for sample in asked if sample.score is not None]
+    collector.rewards.check(len(asked) - len(scored), len(asked))
+    means = _mean_per_prompt(scored)
+    low, high = bootstrap_interval(means)
     return Evaluation(
         metrics={
-            "eval/reward_mean": float(np.mean(scores)),
+            "eval/reward_mean": float(np.mean(means)),
             "eval/reward_ci_low": low,
             "eval/reward_ci_high": high,
             "eval/response_tokens_mean": float(np.mean([len(sample.response_ids) for sample in scored])),
+            **pass_rates(scored, config.eval.group_size, config.eval.pass_score),
         },
         rows=[
             {
@@ -77,3 +76,29 @@ def evaluate(
             for sample in scored
         ],
     )
+
+
+def _mean_per_prompt(scored: Sequence[Sample]) -> list[float]:
+    """Prompts are what the interval resamples: responses to one prompt are not independent of each other."""
+    scores: dict[int, list[float]] = {}
+    for sample in scored:
+        assert sample.score is not None
+        scores.setdefault(sample.group_id, []).append(sample.score)
+    return [float(np.mean(group)) for group in scores.values()]
+
+
+def pass_rates(scored: Sequence[Sample], group_size: int, pass_score: float) -> dict[str, float]:
+    """`eval/pass_at_<k>` for k = 1, 2, 4, … up to `group_size`; nothing for single responses.
+
+    A prompt that lost samples to failed rewards counts with what is left, where that is at least k.
+    """
+    if group_size < 2:
+        return {}
+    sizes = Counter(sample.group_id for sample in scored)
+    passed = Counter(s.group_id for s in scored if s.score is not None and s.score >= pass_score)
+    rates: dict[str, float] = {}
+    for k in (2**i for i in range(group_size.bit_length())):
+        estimates = [pass_at_k(size, passed[group_id], k) for group_id, size in sizes.items() if size >= k]
+        if k <= group_size and estimates:
+            rates[f"eval/pass_at_{k}"] = float(np.mean(estimates))
+    return rates

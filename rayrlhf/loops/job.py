@@ -11,13 +11,19 @@ from rayrlhf.config.run import PolicyRunConfig
 class PolicyJob:
     config: PolicyRunConfig
     run_id: str  # unique per start of a run; prefixes the names of its actors and Serve apps
-    reward_apps: tuple[tuple[str, float, str], ...]  # (source name, weight, Serve app)
+    reward_apps: tuple[
+        tuple[str, float, str], ...
+    ]  # (source name, weight, Serve app; "" where it needs none)
     num_eval_prompts: int  # 0 = no evaluation
     threads_per_worker: int
 
     @property
     def rollout_app(self) -> str:
         return f"{self.run_id}-rollout"
+
+    @property
+    def environment_app(self) -> str:
+        return f"{self.run_id}-environment"
 
     @property
     def ref_app(self) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 from rayrlhf.algorithms.aggregate import aggregate, learnt_sequences, masked
 from rayrlhf.algorithms.kl import token_kl
 from rayrlhf.algorithms.policy_losses import POLICY_LOSSES
+from rayrlhf.algorithms.rollout_correction import rollout_weights
 from rayrlhf.algorithms.value_loss import value_loss
 from rayrlhf.batch import PackedBatch
-from rayrlhf.config.algorithm import AlgorithmConfig
+from rayrlhf.config.algorithm import AlgorithmConfig, RolloutCorrectionConfig
 from rayrlhf.models.logprobs import TokenLogprobs
 from rayrlhf.train import collectives
 from rayrlhf.train.learner import Loss
@@ -51,8 +52,12 @@ def value_forward(module: Any, batch: PackedBatch) -> Tensor:
 def policy_objective(
     algorithm: AlgorithmConfig, counts: StepCounts, *, kl_coef: float, constant_length: float
 ) -> Loss:
-    """Policy loss + KL (where it is in the loss) - entropy bonus. Metric sums are over learnt tokens."""
+    """Policy loss, weighted by the rollout correction, + KL (where it is in the loss) - entropy bonus.
+
+    Metric sums are over learnt tokens.
+    """
     policy_loss = POLICY_LOSSES[algorithm.policy_loss]
+    correction = algorithm.rollout_correction or RolloutCorrectionConfig()
 
     def objective(output: TokenLogprobs, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch.loss_mask
@@ -69,18 +74,27 @@ def policy_objective(
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
         )
+        if batch.rollout_logprobs is not None:
+            weights, told = rollout_weights(
+                old_logprobs,
+                batch.rollout_logprobs,
+                mask,
+                batch.cu_seqlens,
+                mode=correction.mode if algorithm.rollout_correction is not None else None,
+                level=correction.level,
+                low=correction.low,
+                high=correction.high,
+            )
+            per_token = weights * per_token
+            metrics |= told
         metrics["loss/entropy"] = masked(output.entropy.detach(), mask).sum()
         if algorithm.entropy_coef:
-            per_token = per_token - algorithm.entropy_coef * output.entropy
+            per_token = per_token - algorithm.entropy_coef * masked(output.entropy, mask)
         if batch.ref_logprobs is not None:
             kl = token_kl(algorithm.kl_estimator, output.logprobs, batch.ref_logprobs, mask)
             metrics["kl/mean"] = kl.detach().sum()
             if algorithm.kl_in == "loss":
                 per_token = per_token + kl_coef * kl
-        if batch.rollout_logprobs is not None:
-            difference = masked((old_logprobs - batch.rollout_logprobs).abs(), mask)
-            metrics["rollout/logprob_diff_mean"] = difference.sum()
-            metrics["rollout/logprob_diff_max"] = difference.max()
         share = aggregate(
             algorithm.aggregation,
             per_token,
@@ -91,6 +105,18 @@ def policy_objective(
             constant_length=constant_length,
         )
         return share, metrics
+
+    return objective
+
+
+def language_model_objective(coef: float, num_tokens: float) -> Loss:
+    """coef · mean negative log-probability over `num_tokens` learnt tokens of the step (PPO-ptx, arXiv
+    2203.02155).
+    """
+
+    def objective(output: TokenLogprobs, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        mean = -masked(output.logprobs, batch.loss_mask).sum() / max(num_tokens, 1.0)
+        return coef * mean, {"loss/ptx": mean.detach()}
 
     return objective
 
@@ -119,6 +145,6 @@ def per_token(metrics: dict[str, float], counts: StepCounts) -> dict[str, float]
     """Sums over learnt tokens become means; objectives, norms, rates and maxima are already what they are."""
 
     def is_final(key: str) -> bool:
-        return key.startswith(("loss/actor", "loss/critic")) or key.endswith("_max")
+        return key.startswith(("loss/actor", "loss/critic", "loss/ptx")) or key.endswith("_max")
 
     return {k: v if is_final(k) else v / max(counts.tokens, 1.0) for k, v in metrics.items()}

@@ -32,19 +32,23 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from rayrlhf.config.data import SourceConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.config.run import PolicyRunConfig
-from rayrlhf.data.files import Split
-from rayrlhf.data.prompts import PromptStore, prepare_prompts
 from rayrlhf.data.rows import DataError
-from rayrlhf.data.stream import prompt_dataset, prompt_plan
 from rayrlhf.loops.apps import run_apps
-from rayrlhf.loops.checks import InputError, check_before_ray, try_rewards, with_absolute_paths
-from rayrlhf.loops.evaluate import eval_plan
+from rayrlhf.loops.checks import (
+    InputError,
+    Prepared,
+    check_before_ray,
+    try_out_environment,
+    try_rewards,
+    with_absolute_paths,
+)
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.policy import policy_loop
+from rayrlhf.loops.policy_async import async_policy_loop
 from rayrlhf.loops.session import DeploymentFailed, deploy, last_line, ray_session, watched
+from rayrlhf.loops.streams import Stores, prepare_stores, training_streams
 from rayrlhf.loops.summary import write_summary
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
@@ -53,9 +57,8 @@ from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_sl
 from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
-from rayrlhf.reward.functions import FunctionSpec, RewardError
+from rayrlhf.reward.functions import RewardError
 from rayrlhf.rollout.weight_sync import WeightHub
-from rayrlhf.train.checkpoint import newest_step
 
 INPUT_ERRORS = (InputError, DataError, RewardError, PlacementError)
 TRAIN_FOLDER = "checkpoints"
@@ -81,7 +84,7 @@ def run_policy(config: PolicyRunConfig) -> int:
         with ray_session(NAMESPACE) as where:
             signal.signal(signal.SIGTERM, _exit_on_signal)  # after ray.init, which installs its own
             console.say(where)
-            _run(config, prepared.reward_functions, console)
+            _run(config, prepared, console)
         console.summary(Path(config.run.path))
         return 0
     except INPUT_ERRORS as error:
@@ -101,15 +104,16 @@ def run_policy(config: PolicyRunConfig) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], console: Console) -> None:
+def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> None:
     run_path = Path(config.run.path)
     run_path.mkdir(parents=True, exist_ok=True)
     (run_path / "config.yaml").write_text(dump_resolved(config))
     spec = plan_placement(config)
     gpus_per_slot = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     check_fits(spec, gpus_per_slot)
-    train_prompts, eval_prompts = _prepare_data(config, run_path, console)
-    try_rewards(reward_functions, config, train_prompts)
+    stores = prepare_stores(config, run_path, console.say)
+    try_rewards(prepared.reward_functions, config, stores.train)
+    try_out_environment(prepared.environment, config, stores.train)
     run_id = f"rayrlhf-{config.run.name}-{uuid.uuid4().hex[:6]}"
     slots = create_slots(
         spec, gpus_per_slot=gpus_per_slot, name=run_id, timeout_seconds=config.placement.start_timeout_seconds
@@ -123,17 +127,21 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], con
             config=config,
             run_id=run_id,
             reward_apps=tuple(
-                (source.name or f"reward{i}", source.weight, f"{run_id}-reward{i}")
+                (
+                    source.name or f"reward{i}",
+                    source.weight,
+                    "" if source.type == "environment" else f"{run_id}-reward{i}",
+                )
                 for i, source in enumerate(config.reward.sources)
             ),
-            num_eval_prompts=_num_eval_prompts(config, eval_prompts),
+            num_eval_prompts=stores.num_eval_prompts(config),
             threads_per_worker=config.train.num_threads or _threads(config.train.num_workers),
         )
-        trainer = _make_trainer(job, slots, run_path, train_prompts, eval_prompts)
-        apps = run_apps(job, slots, reward_functions, threads=_threads(config.rollout.num_engines))
+        trainer = _make_trainer(job, slots, run_path, stores)
+        apps = run_apps(job, slots, prepared, threads=_threads(config.rollout.num_engines))
         console.say(
             f"starting {config.train.num_workers} x trainer, {config.rollout.num_engines} x vLLM engine, "
-            f"{len(apps) - 1} x reward or reference"
+            f"{len(apps) - 1} x reward, reference or environment"
         )
         deploy(apps)
         # Engines and trainer come up side by side; the workers' first request waits for the engines.
@@ -148,30 +156,10 @@ def _run(config: PolicyRunConfig, reward_functions: dict[int, FunctionSpec], con
     write_summary(result, run_path, num_samples=config.eval.show_samples)
 
 
-def _make_trainer(
-    job: PolicyJob, slots: Slots, run_path: Path, train_prompts: PromptStore, eval_prompts: PromptStore | None
-) -> SlotTorchTrainer:
+def _make_trainer(job: PolicyJob, slots: Slots, run_path: Path, stores: Stores) -> SlotTorchTrainer:
     config = job.config
-    order = prompt_plan(
-        len(train_prompts),
-        config.rollout.prompts_per_step,
-        config.train.num_steps,
-        config.train.num_workers,
-        config.run.seed,
-        config.data.shuffle,
-    )
-    storage = run_path / TRAIN_FOLDER
-
-    def train_data() -> Any:  # called whenever the workers (re)start: this is where a resumed stream begins
-        done = newest_step(storage)
-        return prompt_dataset(train_prompts.path, order, min(done, len(order) - 1))
-
-    datasets: dict[str, Any] = {"train": train_data}
-    if eval_prompts is not None and job.num_eval_prompts:
-        held_out = eval_plan(job.num_eval_prompts, config.train.num_workers)
-        datasets["eval"] = lambda: prompt_dataset(eval_prompts.path, held_out, 0)
     return SlotTorchTrainer(
-        policy_loop,
+        policy_loop if config.rollout.max_staleness is None else async_policy_loop,
         train_loop_config={"job": job},
         scaling_config=slot_scaling(slots, "trainer"),
         torch_config=TorchConfig(timeout_s=config.train.collective_timeout_seconds),
@@ -182,7 +170,7 @@ def _make_trainer(
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             worker_runtime_env={"env_vars": _worker_environment(job)},
         ),
-        datasets=datasets,
+        datasets=training_streams(job, stores, storage=run_path / TRAIN_FOLDER),
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     )
 
@@ -197,40 +185,6 @@ def _fit(trainer: SlotTorchTrainer) -> dict[str, Any]:
     if "failure" in result:
         raise RunFailed(result["failure"])
     return result
-
-
-def _prepare_data(
-    config: PolicyRunConfig, run_path: Path, console: Console
-) -> tuple[PromptStore, PromptStore | None]:
-    stores: list[PromptStore | None] = []
-    splits: list[tuple[Split, list[SourceConfig]]] = [
-        ("train", config.data.train),
-        ("eval", config.data.eval),
-    ]
-    for split, sources in splits:
-        if not sources:
-            stores.append(None)
-            continue
-        store = prepare_prompts(
-            sources,
-            config.data,
-            config.model.path,
-            run_path / "data" / f"{split}.arrow",
-            config.run.seed,
-            split=split,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        console.say(f"{split} prompts: " + ", ".join(f"{n} {what}" for what, n in store.counts.items() if n))
-        stores.append(store)
-    train, held_out = stores
-    assert train is not None  # the config insists on data.train
-    return train, held_out
-
-
-def _num_eval_prompts(config: PolicyRunConfig, store: PromptStore | None) -> int:
-    if store is None:
-        return 0
-    return min(len(store), config.eval.num_prompts or len(store))
 
 
 def _threads(processes: int) -> int:

@@ -1,4 +1,4 @@
-"""What a policy worker holds and does: the verbs of `loops.policy`."""
+"""What a policy worker holds and does: the verbs of `loops.policy` and `loops.policy_async`."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ import ray
 import ray.train
 import torch
 from ray import serve
-from torch import nn
 
-from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
-from rayrlhf.batch import PackedBatch, Prompt, Sample
-from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
+from rayrlhf.algorithms.advantages import ADVANTAGES
+from rayrlhf.batch import Prompt, Sample
 from rayrlhf.data.stream import iter_prompts
-from rayrlhf.loops.critic import Critic, LocalCritic, NoCritic
+from rayrlhf.loops.ahead import RolloutsAhead
+from rayrlhf.loops.collect import Collector
+from rayrlhf.loops.dynamic_sampling import count_groups, first_groups, in_range, scored_groups
 from rayrlhf.loops.evaluate import evaluate
-from rayrlhf.loops.experience import MiniBatch, collect
+from rayrlhf.loops.exports import export_actor
 from rayrlhf.loops.job import PolicyJob
-from rayrlhf.loops.objectives import StepCounts, per_token, policy_forward, policy_objective
+from rayrlhf.loops.learners import Learners
+from rayrlhf.loops.prompt_queue import PromptQueue
 from rayrlhf.loops.reporting import Reporter, rollout_metrics
-from rayrlhf.models.export import export_causal_lm
-from rayrlhf.models.load import checkpoint_activations, load_policy, resolve_dtype
+from rayrlhf.loops.texts import TextStream
 from rayrlhf.observe.metrics import Timer
 from rayrlhf.placement.lease import NAMESPACE
+from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource
 from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.rollout.weight_sync import WeightSync
 from rayrlhf.train import collectives
 from rayrlhf.train.checkpoint import LoopState, restore, save
 from rayrlhf.train.engine import gathered
-from rayrlhf.train.learner import Learner
-from rayrlhf.train.reference import LocalReference, Reference, ServedReference
+from rayrlhf.train.reference import ServedReference
 
 # Failures that a restart of the workers would only repeat: the run ends and says why.
 FINAL_FAILURES = (RewardFailure, FloatingPointError)
-
 
 Loop = Callable[[dict[str, PolicyJob]], dict[str, Any]]
 
@@ -69,43 +68,43 @@ class PolicyWorker:
         self.state = LoopState()
         self.reporter = Reporter(job.board, self.rank)
         self.timer = Timer()
-        self.metrics: dict[str, float] = {}
-        self.started = time.perf_counter()
+        self.started = self.step_started = time.perf_counter()
         self.say("loading the actor" + (" and the critic" if config.needs_critic else ""))
-        self.actor = self._make_actor()
-        self.critic: Critic = LocalCritic(config) if config.needs_critic else NoCritic()
-        self.reference = self._make_reference()
-        self.kl = make_kl_controller(config.algorithm)
-        self.rollouts = RolloutClient(
-            serve.get_app_handle(job.rollout_app), config.rollout, seed=config.run.seed
-        )
-        self.rewards = RewardClient(
-            [RewardSource(name, weight, serve.get_app_handle(app)) for name, weight, app in job.reward_apps],
-            config.reward,
-        )
+        self.learners = Learners(config, self._served_reference())
+        self.collector = self._make_collector()
+        self.combiner = RewardCombiner(config.reward, response_limit=config.rollout.max_response_tokens)
         self.sync = self._make_sync()
+        self.queue = PromptQueue(
+            rank=self.rank,
+            per_rank=config.rollout.prompts_per_step // self.world_size,
+            prompts_per_draw=config.rollout.prompts_per_step,
+        )
+        self.texts: TextStream | None = None
+        self.ahead: RolloutsAhead | None = None
+        self.sampled: list[Sample] = []  # of this step, dropped ones included
+        self.trained: list[Sample] = []  # those of them that were trained on
+        self.metrics: dict[str, float] = {}  # of this step, beside the learners'
         self.last_evaluation: dict[str, Any] = {}
         self._eval_prompts: list[Prompt] | None = None
 
-    def _make_actor(self) -> Learner:
-        config, device = self.config, collectives.device()
-        policy = load_policy(
-            config.model, config.model.path, device=device, chunk_tokens=config.train.logprob_chunk_tokens
-        )
-        if config.train.gradient_checkpointing:
-            checkpoint_activations(policy.causal_lm)
-        dtype = resolve_dtype(config.model.dtype, device)
-        return Learner(policy, config.train, lr=config.train.lr, dtype=dtype, name="actor")
-
-    def _make_reference(self) -> Reference | None:
-        config = self.config
-        if not config.needs_ref:
+    def _served_reference(self) -> ServedReference | None:
+        ref = self.config.ref
+        if not self.config.needs_ref or ref is None or ref.location != "serve":
             return None
-        if config.ref is not None and config.ref.location == "serve":
-            handle = serve.get_app_handle(self.job.ref_app)
-            return ServedReference(handle, timeout_seconds=config.rollout.timeout_seconds)
-        path = config.ref.path if config.ref is not None else None
-        return LocalReference(config.model, path or config.model.path, config.train)
+        handle = serve.get_app_handle(self.job.ref_app)
+        return ServedReference(handle, timeout_seconds=self.config.rollout.timeout_seconds)
+
+    def _make_collector(self) -> Collector:
+        config, job = self.config, self.job
+        episodes = serve.get_app_handle(job.environment_app) if config.rollout.environment else None
+        rollouts = RolloutClient(
+            serve.get_app_handle(job.rollout_app), config.rollout, seed=config.run.seed, episodes=episodes
+        )
+        sources = [
+            RewardSource(name, weight, serve.get_app_handle(app) if app else None)
+            for name, weight, app in job.reward_apps
+        ]
+        return Collector(rollouts, RewardClient(sources, config.reward))
 
     def _make_sync(self) -> WeightSync:
         settings = self.config.rollout.weight_sync
@@ -119,117 +118,141 @@ class PolicyWorker:
             gathered=gathered,
         )
 
-    # The verbs of the loop
+    # The verbs of the loops
 
     def resume(self) -> None:
-        """Take up the newest checkpoint, if there is one, and give its weights to the engines."""
-        self.state = restore([self.actor, self.critic])
+        """Take up the newest checkpoint, if there is one, and see to it that the engines hold its weights.
+
+        Without one, engines hold newer weights than ours when workers have died before the first checkpoint.
+        """
+        self.state = restore([self.learners, self.queue])
         if self.state.step:
-            self.kl.load_state_dict(self.state.kl_controller)
+            self.learners.kl.load_state_dict(self.state.kl_controller)
+            self.combiner.load_state_dict(self.state.reward_normalizers)
             self.say(f"resuming after step {self.state.step}")
-            self.sync.push(self.actor_parameters(), version=self.state.step)
+        if self.sync.is_news(self.state.step):
+            self.push_weights(version=self.state.step)
 
-    def prompts(self) -> Iterator[tuple[int, list[Prompt]]]:
-        """(step, this rank's prompts) from where the run stands to its end."""
-        if self.state.step >= self.config.train.num_steps:
-            return iter(())
-        per_rank = self.config.rollout.prompts_per_step // self.world_size
-        shard: Any = ray.train.get_dataset_shard("train")
-        return iter_prompts(shard, self.rank, per_rank, self.state.step)
+    def steps(self) -> Iterator[int]:
+        """The steps from where the run stands to its end, with their data connected."""
+        if not self.is_last():
+            budget = self.config.train.max_tokens_per_micro_batch
+            per_rank = self.queue.per_rank
+            self.queue.connect(iter_prompts(_shard("train"), self.rank, per_rank, self.state.first_draw))
+            if self.config.data.ptx is not None:
+                per_rank = self.config.data.ptx.texts_per_step // self.world_size
+                texts = iter_prompts(_shard("ptx"), self.rank, per_rank, self.state.step)
+                self.texts = TextStream(texts, budget_tokens=budget)
+        for step in range(self.state.step, self.config.train.num_steps):
+            self.step_started = time.perf_counter()
+            yield step
 
-    def collect(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        return collect(
+    def collect_draw(self) -> list[Sample]:
+        """The next draw of prompts, sampled by the newest weights and scored; waits for all of it."""
+        prompts = self.queue.take(self.queue.per_rank)
+        samples = self.collector.collect(
             prompts,
-            self.rollouts,
-            self.rewards,
-            step=self.state.step,
             version=self.state.step,
             group_size=self.config.rollout.group_size,
             sampling=self.config.rollout.sampling,
-            first_group_id=self.rank * len(prompts),
-            on_group=lambda done: self.say(f"rollout {done}/{len(prompts)} prompts"),
+            on_group=self._say_progress,
+        )
+        self.queue.finish(group_id for group_id, _ in prompts)
+        return samples
+
+    def start_rollouts_ahead(self) -> None:
+        rollout = self.config.rollout
+        assert rollout.max_staleness is not None
+        self.ahead = RolloutsAhead(
+            self.queue,
+            functools.partial(self.collector.group, group_size=rollout.group_size, sampling=rollout.sampling),
+            self.collector.background,
+            per_step=self.queue.per_rank,
+            max_staleness=rollout.max_staleness,
+            oversampling=rollout.oversampling,
+            timeout_seconds=rollout.timeout_seconds,
         )
 
-    def count_failures(self, samples: Sequence[Sample], kept: Sequence[Sample]) -> None:
-        unscored = sum(sample.score is None for sample in samples)
+    def take_draw(self) -> list[Sample]:
+        """A draw from the pool of rollouts in flight, which is filled up again first."""
+        assert self.ahead is not None
+        remaining = self.config.train.num_steps - self.state.step
+        return self.ahead.draw(self.state.step, remaining, on_group=self._say_progress)
+
+    def enough_groups(self, draw: Callable[[], list[Sample]]) -> list[Sample]:
+        """This rank's samples to train on: one draw, or with dynamic sampling as many as it takes."""
+        dynamic = self.algorithm.dynamic_sampling
+        needs_group = ADVANTAGES[self.algorithm.advantage].needs_group
+        wanted = self.config.rollout.prompts_per_step
+        kept: list[Sample] = []
+        self.sampled, num_scored, num_draws = [], 0, 0
+        while num_draws < (dynamic.max_draws if dynamic else 1) and count_groups(kept) < wanted:
+            samples = self.combiner.combine(draw(), collectives.sum_over_ranks)
+            scored = scored_groups(samples, needs_group=needs_group)
+            kept += in_range(scored, dynamic) if dynamic else scored
+            self.sampled += samples
+            num_scored += len(scored)
+            num_draws += 1
+        self._count_failures(num_scored)
+        if dynamic is not None:
+            self.metrics["rollout/draws"] = float(num_draws)
+            self.metrics["rollout/groups_in_range"] = float(count_groups(kept))
+            kept = first_groups(kept, wanted)
+        return kept
+
+    def _count_failures(self, num_scored: int) -> None:
+        unscored = sum(sample.score is None for sample in self.sampled)
         totals = collectives.sum_metrics(
             {
                 "unscored": float(unscored),
-                "dropped": float(len(samples) - len(kept)),
-                "all": float(len(samples)),
+                "dropped": float(len(self.sampled) - num_scored),
+                "all": float(len(self.sampled)),
             }
         )
         self.metrics["reward/failed"] = totals["dropped"]
-        self.rewards.check(int(totals["unscored"]), int(totals["all"]))
+        self.collector.rewards.check(int(totals["unscored"]), int(totals["all"]))
 
-    def with_inferences(self, mini_batches: Sequence[MiniBatch]) -> list[MiniBatch]:
-        """Old and reference log-probabilities and values, where the algorithm needs them."""
-        temperature = self.config.rollout.sampling.temperature
+    def learn(self, samples: Sequence[Sample], step: int) -> None:
+        """Update critic and actor; a step whose samples were all dropped is counted and learns nothing."""
+        texts = self.texts.take() if self.texts is not None else []
+        nothing = count_groups(samples) == 0
+        self.metrics["rollout/empty_steps"] = float(nothing)
+        if nothing:
+            self.reporter.warn(step, "no group within algorithm.dynamic_sampling's range: nothing to learn")
+        else:
+            self.learners.learn(samples, step, self.phase, texts=texts)
+        self.state.step = step + 1
+        self.trained = list(samples)
 
-        def infer(batches: MiniBatch) -> MiniBatch:
-            fields: dict[str, Sequence[torch.Tensor] | None] = {"values": self.critic.values(batches)}
-            if self._needs_old_logprobs():
-                outputs = self.actor.infer(batches, policy_forward(temperature))
-                fields["old_logprobs"] = [output.logprobs for output in outputs]
-            if self.reference is not None:
-                fields["ref_logprobs"] = self.reference.logprobs(batches, temperature)
-            known = {name: tensors for name, tensors in fields.items() if tensors is not None}
-            return [
-                batch.with_fields(**{name: tensors[i] for name, tensors in known.items()})
-                for i, batch in enumerate(batches)
-            ]
+    def push_weights(self, version: int) -> None:
+        self.sync.push(self.learners.actor_parameters(), version=version)
 
-        return self.per_mini_batch(mini_batches, infer)
+    def end_step(self) -> None:
+        """Report; evaluate and save where it is due."""
+        self.timer.seconds["step"] += time.perf_counter() - self.step_started
+        self._report()
+        if self._is_due(self.config.eval.every_steps) and not self.is_last():
+            self.evaluate("during")
+        if self._is_due(self.config.checkpoint.every_steps) or self.is_last():
+            self.save()
 
-    def _needs_old_logprobs(self) -> bool:
-        """One update per batch starts at the old policy itself: its first forward pass gives the old log-
-        probs.
-        """
-        single_update = self.algorithm.updates_per_batch * self.algorithm.mini_batches == 1
-        kl_in_reward = self.reference is not None and self.algorithm.kl_in == "reward"
-        return kl_in_reward or not single_update
-
-    @staticmethod
-    def per_mini_batch(
-        mini_batches: Sequence[MiniBatch], change: Callable[[MiniBatch], list[PackedBatch]]
-    ) -> list[MiniBatch]:
-        """Apply `change` to all micro-batches of the step at once and cut the result into mini-batches
-        again.
-        """
-        changed = iter(change([batch for batches in mini_batches for batch in batches]))
-        return [[next(changed) for _ in batches] for batches in mini_batches]
-
-    def update_actor(self, batches: MiniBatch, counts: StepCounts, *, step: int) -> dict[str, float]:
-        if step < self.algorithm.critic_warmup_steps:
-            return {}
-        objective = policy_objective(
-            self.algorithm,
-            counts,
-            kl_coef=self.kl.coef,
-            constant_length=float(self.config.rollout.sampling.max_new_tokens),
-        )
-        forward = policy_forward(self.config.rollout.sampling.temperature)
-        return per_token(self.actor.update(batches, forward, objective, step=step), counts)
-
-    def actor_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The actor's parameters under their names in a Hugging Face checkpoint."""
-        return list(self.actor.module.causal_lm.named_parameters())
-
-    def adapt_kl(self, *, num_samples: int) -> None:
-        if "kl/mean" in self.metrics:
-            self.kl.update(self.metrics["kl/mean"], num_samples * self.world_size)
-        self.state.kl_controller = self.kl.state_dict()
-
-    def is_due(self, every_steps: int | None) -> bool:
+    def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.state.step % every_steps == 0
 
     def is_last(self) -> bool:
-        return self.state.step == self.config.train.num_steps
+        return self.state.step >= self.config.train.num_steps
 
     def save(self) -> None:
         with self.phase("checkpoint"):
             self._keep_time()
-            save(self.state, [self.actor, self.critic], Path(self.config.run.path) / "scratch")
+            self.state.kl_controller = self.learners.kl.state_dict()
+            self.state.reward_normalizers = self.combiner.state_dict()
+            self.state.first_draw = int(-collectives.max_over_ranks(-self.queue.next_draw))
+            save(self.state, [self.learners, self.queue], Path(self.config.run.path) / "scratch")
+
+    def evaluate_before(self) -> None:
+        if self.state.step == 0:
+            self.evaluate("before")
 
     def evaluate(self, when: str) -> None:
         """Held-out prompts; the evaluation before the first step is kept for the summary."""
@@ -237,13 +260,12 @@ class PolicyWorker:
             return
         if self._eval_prompts is None:
             per_rank = -(-self.job.num_eval_prompts // self.world_size)
-            shard: Any = ray.train.get_dataset_shard("eval")
-            [(_, self._eval_prompts)] = list(iter_prompts(shard, self.rank, per_rank, 0))
+            [(_, self._eval_prompts)] = list(iter_prompts(_shard("eval"), self.rank, per_rank, 0))
         with self.phase("eval"):
             result = evaluate(
                 self._eval_prompts,
-                self.rollouts,
-                self.rewards,
+                self.collector,
+                self.combiner,
                 self.config,
                 num_prompts=self.job.num_eval_prompts,
                 version=self.state.step,
@@ -253,34 +275,39 @@ class PolicyWorker:
             self.state.eval_before = kept
         self.last_evaluation = kept
         self.reporter.evaluation(self.state.step, when, result.metrics, result.rows)
+        self._keep_if_best(when, result.metrics["eval/reward_mean"])
+
+    def _keep_if_best(self, when: str, reward: float) -> None:
+        """`best/` holds the actor of the best evaluation so far; every rank has the same numbers."""
+        best = self.state.best
+        if when == "before" or (best and reward <= best["reward"]):
+            return
+        self.state.best = {"step": self.state.step, "reward": reward}
+        if self.config.checkpoint.best and self.config.eval.every_steps is not None:
+            self._export("best")
 
     def finish(self) -> dict[str, Any]:
         """The evaluation after the last step, the export, and what the summary is made of."""
+        if self.ahead is not None:
+            self.ahead.close()
         self.last_evaluation = {}
         self.evaluate("after")
-        export = self._export() if self.config.checkpoint.export else None
+        export = self._export("export") if self.config.checkpoint.export else None
         self._keep_time()
         return {
             "before": self.state.eval_before,
             "after": self.last_evaluation,
+            "best": self.state.best,
             "steps": self.state.step,
             "seconds_per_phase": self.state.seconds_per_phase,
             "seconds_total": self.state.seconds_total,
             "export": export,
         }
 
-    def _export(self) -> str:
-        path = Path(self.config.run.path) / "export"
+    def _export(self, name: str) -> str:
+        path = Path(self.config.run.path) / name
         with self.phase("export"):
-            causal_lm = self.actor.module.causal_lm
-            state = self.actor.state_dict(causal_lm, on_this_rank=self.rank == 0)
-            if self.rank == 0:
-                tokenizer = prompt_tokenizer(
-                    self.config.model.path,
-                    self.config.model.trust_remote_code,
-                    read_chat_template(self.config.data),
-                )
-                export_causal_lm(causal_lm, state, tokenizer, path)
+            export_actor(self.learners, self.config, path)
         return str(path)
 
     # Telling what happens
@@ -288,33 +315,40 @@ class PolicyWorker:
     def say(self, text: str) -> None:
         self.reporter.say(self.state.step, text)
 
+    def _say_progress(self, done: int) -> None:
+        self.say(f"rollout {done}/{self.queue.per_rank} prompts")
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.say(name.replace("_", " "))
         with self.timer(name):
             yield
 
-    def report(
-        self, samples: Sequence[Sample], kept: Sequence[Sample], mini_batches: Sequence[MiniBatch]
-    ) -> None:
+    def _report(self) -> None:
         """The step's metrics and a few of its rollouts. Collective."""
         seconds = self.timer.drain()
         self.state.add_seconds(seconds)
-        metrics = self.metrics | seconds | {"kl/coef": self.kl.coef}
-        metrics |= rollout_metrics(samples, kept, seconds, retries=self.rollouts.drain_retries())
-        metrics["data/micro_batches"] = float(sum(map(len, mini_batches)))
-        metrics["train/tokens_per_second"] = (
-            metrics["data/tokens"]
-            * self.algorithm.updates_per_batch
-            / max(seconds.get("time/update_actor", 0.0) + seconds.get("time/update_critic", 0.0), 1e-9)
+        metrics = self.metrics | self.learners.metrics | seconds | {"kl/coef": self.learners.kl.coef}
+        metrics |= rollout_metrics(
+            self.sampled,
+            self.trained,
+            seconds,
+            step=self.state.step - 1,
+            retries=self.collector.rollouts.drain_retries(),
         )
-        self.metrics = {}
-        for source, what in self.rewards.drain_failures().items():
+        metrics |= self.combiner.source_means(self.sampled, collectives.sum_over_ranks)
+        if self.ahead is not None:
+            restarted = float(self.ahead.drain_restarted())
+            metrics |= collectives.sum_metrics({"rollout/restarted_groups": restarted})
+        spent = seconds.get("time/update_actor", 0.0) + seconds.get("time/update_critic", 0.0)
+        trained_tokens = metrics.get("data/tokens", 0.0) * self.algorithm.updates_per_batch
+        metrics["train/tokens_per_second"] = trained_tokens / spent if spent else 0.0
+        self.metrics, self.learners.metrics = {}, {}
+        for source, what in self.collector.rewards.drain_failures().items():
             self.reporter.warn(self.state.step, f"reward source {source}: {what}")
-        failed = [sample for sample in samples if sample.score is None]  # all: a lost sample has a name
-        self.reporter.step(
-            self.state.step, metrics, [*failed, *kept[: self.config.observe.rollouts_per_step]]
-        )
+        failed = [sample for sample in self.sampled if sample.score is None]  # all: a lost sample has a name
+        shown = self.trained[: self.config.observe.rollouts_per_step]
+        self.reporter.step(self.state.step, metrics, [*failed, *shown])
 
     def _keep_time(self) -> None:
         """Move what the clocks hold into the state that a resumed run goes on from."""
@@ -324,7 +358,5 @@ class PolicyWorker:
         self.started = now
 
 
-def make_kl_controller(algorithm: Any) -> FixedKL | AdaptiveKL:
-    if algorithm.kl_controller == "adaptive":
-        return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
-    return FixedKL(algorithm.kl_coef)
+def _shard(name: str) -> Any:
+    return ray.train.get_dataset_shard(name)

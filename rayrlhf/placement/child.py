@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
 
 import ray
 from ray import ObjectRef, serve
@@ -54,10 +55,34 @@ class SlotChild:
         except RayActorError:
             if timeout_seconds is not None:  # still starting: let the constructor's error reach Serve
                 raise
-            # A replica without its actor must not take traffic until a health check finds out: leave at once.
-            # Serve starts a new one and callers retry elsewhere.
-            print(f"{self.role} replica {self.rank}: its actor died, restarting the replica", flush=True)
-            os._exit(1)
+            self._leave()
+
+    async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
+        """What a generator method yields, each item within the deadline. Leaving early cancels the method."""
+        refs = getattr(self.actor, method).options(num_returns="streaming").remote(*arguments)
+        finished = False
+        try:
+            while True:
+                try:
+                    ref = await asyncio.wait_for(anext(refs), self.timeout_seconds)
+                except StopAsyncIteration:
+                    finished = True
+                    return
+                yield await ref
+        except RayActorError:
+            finished = True
+            self._leave()
+        finally:
+            if not finished:
+                ray.cancel(refs)
+
+    def _leave(self) -> NoReturn:
+        """A replica without its actor must not take traffic until a health check finds out: leave at once.
+
+        Serve starts a new one and callers retry elsewhere.
+        """
+        print(f"{self.role} replica {self.rank}: its actor died, restarting the replica", flush=True)
+        os._exit(1)
 
 
 async def _awaitable(ref: ObjectRef) -> Any:

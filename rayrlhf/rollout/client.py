@@ -1,10 +1,12 @@
-"""Prompts to samples, through the rollout deployment."""
+"""Prompts to samples, through the rollout deployment and, in multi-turn runs, the environments before it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray.exceptions import RayActorError, RayTaskError
@@ -15,86 +17,161 @@ from rayrlhf.config.rollout import RolloutConfig, SamplingConfig
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.failures import EngineDied
 
+if TYPE_CHECKING:
+    from rayrlhf.rollout.environments import Episode
+
 RETRY_SECONDS = 0.5
 MAX_ENGINE_DEATHS = 2  # that one request survives
 GREEDY = 1e-6  # below this temperature vLLM takes the likeliest token
+EPISODE_GRACE_SECONDS = 30.0  # an episode ends itself at its own deadline; this is for a replica that hangs
 
 
 class RolloutClient:
     """One per training worker. A request whose replica dies goes to another one, until the deadline."""
 
-    def __init__(self, engines: Any, config: RolloutConfig, *, seed: int) -> None:
+    def __init__(self, engines: Any, config: RolloutConfig, *, seed: int, episodes: Any = None) -> None:
         self.engines = engines
+        self.episodes = episodes  # the environments' handle, in multi-turn runs
         self.config = config
         self.seed = seed
         self.retries = 0
 
-    async def group(
+    async def samples(
         self,
         prompt: Prompt,
         *,
         group_id: int,
         group_size: int,
-        step: int,
         min_version: int,
         sampling: SamplingConfig,
-    ) -> list[Sample]:
-        """`group_size` samples of one prompt. Seeds depend on (run seed, step, group, sample) alone, so that
-        results depend neither on which replica answers nor on how many there are.
+    ) -> AsyncIterator[Sample]:
+        """`group_size` samples of one prompt, each as soon as it is finished.
+
+        Seeds depend on (run seed, group, sample) alone, so that results depend neither on which replica
+        answers nor on how many there are.
         """
         params = [
-            vllm_params(sampling, seed=sample_seed(self.seed, step, group_id, index))
-            for index in range(group_size)
+            vllm_params(sampling, seed=sample_seed(self.seed, group_id, index)) for index in range(group_size)
         ]
-        generations = await self._request(prompt.prompt_ids, params, min_version)
-        return [
-            Sample(
-                group_id=group_id,
-                sample_index=index,
-                prompt=prompt,
-                response_ids=generation.token_ids,
-                response=generation.text,
-                rollout_logprobs=generation.logprobs,
-                loss_mask=[1] * len(generation.token_ids),
-                policy_version=generation.policy_version,
-                truncated=generation.truncated,
-            )
-            for index, generation in enumerate(generations)
-        ]
+        if self.episodes is None:
+            async for index, generation in self._stream(prompt.prompt_ids, params, min_version):
+                yield _from_generation(generation, prompt, group_id, index)
+            return
+        episodes = {
+            asyncio.ensure_future(self._episode(prompt, params[i], min_version)): i for i in range(group_size)
+        }
+        try:
+            while episodes:
+                finished, _ = await asyncio.wait(episodes, return_when=asyncio.FIRST_COMPLETED)
+                for episode in sorted(finished, key=episodes.__getitem__):
+                    yield _from_episode(episode.result(), prompt, group_id, episodes.pop(episode))
+        finally:
+            for episode in episodes:
+                episode.cancel()
 
     def drain_retries(self) -> int:
         """Requests sent again since the last call."""
         retries, self.retries = self.retries, 0
         return retries
 
-    async def _request(
+    async def _stream(
         self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int
-    ) -> list[Generation]:
-        deadline = time.monotonic() + self.config.timeout_seconds
-        deaths = 0
+    ) -> AsyncIterator[tuple[int, Generation]]:
+        """(index, generation) for each of `params`, exactly once, whatever dies on the way."""
+        patience = Patience("engine", "rollout.timeout_seconds", self.config.timeout_seconds)
+        pending = list(range(len(params)))
+        while pending:
+            asked = list(pending)
+            response = self.engines.options(stream=True).generate.remote(
+                prompt_ids, [params[i] for i in asked], min_version
+            )
+            try:
+                while pending:
+                    position, generation = await patience.wait(anext(response))
+                    pending.remove(asked[position])
+                    yield asked[position], generation
+            except FAILURES as error:
+                self.retries += 1
+                await patience.after(error)
+            finally:
+                if pending:
+                    response.cancel()  # nobody listens any more: the engine need not go on
+
+    async def _episode(self, prompt: Prompt, params: dict[str, Any], min_version: int) -> Episode:
+        assert self.config.environment is not None
+        seconds = self.config.environment.timeout_seconds + EPISODE_GRACE_SECONDS
+        patience = Patience("environment", "rollout.environment.timeout_seconds", seconds)
         while True:
             try:
-                response = self.engines.generate.remote(prompt_ids, params, min_version)
-                return await asyncio.wait_for(_result(response), max(0.1, deadline - time.monotonic()))
-            except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
-                last_error: Exception = error
-            except RayTaskError as error:
-                if not isinstance(error.cause, RayActorError | RayServeException | EngineDied):
-                    raise
-                deaths += isinstance(error.cause, EngineDied)
-                if deaths > MAX_ENGINE_DEATHS:
-                    raise  # the request itself kills engines: trying on would only take the others down
-                last_error = error
-            except TimeoutError as error:
-                raise TimeoutError(
-                    f"no engine answered within rollout.timeout_seconds={self.config.timeout_seconds:g}"
-                ) from error
-            self.retries += 1
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"no engine came back within rollout.timeout_seconds={self.config.timeout_seconds:g}"
-                ) from last_error
-            await asyncio.sleep(RETRY_SECONDS)
+                return await patience.wait(_result(self.episodes.episode.remote(prompt, params, min_version)))
+            except FAILURES as error:
+                self.retries += 1
+                await patience.after(error)
+
+
+FAILURES = (RayActorError, DeploymentUnavailableError, BackPressureError, RayTaskError)
+
+
+class Patience:
+    """How long and how often one request is tried again after its replica died."""
+
+    def __init__(self, whom: str, key: str, seconds: float) -> None:
+        self.whom = whom
+        self.limit = f"{key}={seconds:g}"
+        self.deadline = time.monotonic() + seconds
+        self.deaths = 0
+
+    async def wait(self, answer: Any) -> Any:
+        """Await it until the deadline. Raises `TimeoutError`."""
+        try:
+            return await asyncio.wait_for(answer, max(0.1, self.deadline - time.monotonic()))
+        except TimeoutError as error:
+            if isinstance(error, RayTaskError):
+                raise  # the callee's own
+            raise TimeoutError(f"no {self.whom} answered within {self.limit}") from error
+
+    async def after(self, error: Exception) -> None:
+        """Return when the request is to be sent again; raise when it must not be, or no more."""
+        if isinstance(error, RayTaskError):
+            if not isinstance(error.cause, RayActorError | RayServeException | EngineDied):
+                raise error
+            self.deaths += isinstance(error.cause, EngineDied)
+            if self.deaths > MAX_ENGINE_DEATHS:
+                raise error  # the request itself kills engines: trying on would only take the others down
+        if time.monotonic() > self.deadline:
+            raise TimeoutError(f"no {self.whom} came back within {self.limit}") from error
+        await asyncio.sleep(RETRY_SECONDS)
+
+
+def _from_generation(generation: Generation, prompt: Prompt, group_id: int, index: int) -> Sample:
+    return Sample(
+        group_id=group_id,
+        sample_index=index,
+        prompt=prompt,
+        response_ids=generation.token_ids,
+        response=generation.text,
+        rollout_logprobs=generation.logprobs,
+        loss_mask=[1] * len(generation.token_ids),
+        policy_versions=generation.policy_versions,
+        truncated=generation.truncated,
+    )
+
+
+def _from_episode(episode: Episode, prompt: Prompt, group_id: int, index: int) -> Sample:
+    return Sample(
+        group_id=group_id,
+        sample_index=index,
+        prompt=replace(prompt, prompt_ids=episode.prompt_ids, prompt=episode.prompt),
+        response_ids=episode.response_ids,
+        response=episode.response,
+        rollout_logprobs=episode.logprobs,
+        loss_mask=episode.loss_mask,
+        policy_versions=episode.policy_versions,
+        truncated=episode.truncated,
+        episode_reward=episode.reward,
+        num_turns=episode.num_turns,
+        failure=episode.failure,
+    )
 
 
 def vllm_params(sampling: SamplingConfig, *, seed: int) -> dict[str, Any]:
@@ -111,9 +188,9 @@ def vllm_params(sampling: SamplingConfig, *, seed: int) -> dict[str, Any]:
     }
 
 
-def sample_seed(run_seed: int, step: int, group_id: int, sample_index: int) -> int:
+def sample_seed(run_seed: int, group_id: int, sample_index: int) -> int:
     """A seed of its own for every sample of a run."""
-    return int(np.random.SeedSequence([run_seed, step, group_id, sample_index]).generate_state(1)[0])
+    return int(np.random.SeedSequence([run_seed, group_id, sample_index]).generate_state(1)[0])
 
 
 async def _result(response: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from rayrlhf.placement.child import SlotChild
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.rollout.weight_sync import Publication
 
 EXIT_SECONDS = 0.2
 LOST_WEIGHTS_SECONDS = 1.0
@@ -35,7 +37,7 @@ class Generation:
     text: str  # without special tokens
     logprobs: list[float]  # one per token
     truncated: bool
-    policy_version: int
+    policy_versions: list[int]  # one per token: new weights may arrive while it runs
 
 
 @dataclass(frozen=True)
@@ -56,35 +58,37 @@ class EngineActor:
         self.settings = settings
         self.stepper = Stepper(settings.engine_args)
         self.version = 0
+        self.publication = 0  # which of the hub's these weights came with
         self.hub = ray.get_actor(settings.weight_hub, namespace=NAMESPACE)
         self.updating = asyncio.Lock()
 
     async def start(self) -> int:
         """Pull the newest weights and generate once, so that the first real request meets a warm engine."""
         await self.catch_up(0)
-        await self.stepper.generate([1, 2, 3], [{"max_tokens": 2, "temperature": 1.0, "logprobs": 0}])
+        params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
+        async for _ in self.stepper.stream([1, 2, 3], [params]):
+            pass
         return self.version
 
     async def generate(
         self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
-    ) -> list[Generation]:
+    ) -> AsyncIterator[tuple[int, Generation]]:
         if self.version < min_version:
             await self.catch_up(min_version)
-        version = self.version
-        outputs = await self.stepper.generate(prompt_ids, sampling)
-        return [_generation(output, version) for output in outputs]
+        async for index, output in self.stepper.stream(prompt_ids, sampling):
+            yield index, _generation(output)
 
     async def catch_up(self, at_least: int) -> int:
-        """Load the newest published weights, if they are newer than ours. Returns the version held then."""
+        """Load the newest published weights, if we do not hold them. Returns the version held then."""
         async with self.updating:
-            version, buckets = await self._fetch_newer()
+            publication, buckets = await self._fetch_newer()
             if buckets:
                 await self.stepper.pause()
                 await self.stepper.start_weight_update()
                 for slices, flat in buckets:
                     await self.stepper.load_bucket(slices, flat)
-                await self.stepper.finish_weight_update(version)
-                self.version = version
+                await self.stepper.finish_weight_update(publication.version)
+                self.publication, self.version = publication.number, publication.version
                 await self.stepper.resume()
         if self.version < at_least:
             raise RuntimeError(
@@ -92,8 +96,8 @@ class EngineActor:
             )
         return self.version
 
-    async def _fetch_newer(self) -> tuple[int, list[tuple[list[TensorSlice], Any]]]:
-        """Version and buckets newer than ours, already on this node; no buckets when there is nothing newer.
+    async def _fetch_newer(self) -> tuple[Publication, list[tuple[list[TensorSlice], Any]]]:
+        """A publication newer than ours with its buckets already on this node; no buckets when there is none.
 
         A trainer that dies takes its buckets along; restarted, it publishes the version it resumes from.
         Until then this waits.
@@ -101,11 +105,11 @@ class EngineActor:
         deadline = time.monotonic() + self.settings.start_timeout_seconds
         while True:
             newest: Any = self.hub.newest.remote()
-            version, buckets = await newest
-            if version <= self.version:
-                return version, []
+            publication: Publication = await newest
+            if publication.number <= self.publication:
+                return publication, []
             try:
-                return version, [(slices, await ref) for slices, ref in buckets]
+                return publication, [(slices, await ref) for slices, ref in publication.buckets]
             except ObjectLostError:
                 if time.monotonic() > deadline:
                     raise
@@ -116,7 +120,7 @@ class EngineActor:
         return self.version
 
 
-def _generation(output: Any, version: int) -> Generation:
+def _generation(output: Any) -> Generation:
     completion = output.outputs[0]
     logprobs = [
         at[token].logprob for token, at in zip(completion.token_ids, completion.logprobs, strict=True)
@@ -126,8 +130,17 @@ def _generation(output: Any, version: int) -> Generation:
         text=completion.text,
         logprobs=logprobs,
         truncated=completion.finish_reason == "length",
-        policy_version=version,
+        policy_versions=[
+            _version(span.version)
+            for span in completion.weight_versions or []
+            for _ in range(span.start, span.end)
+        ],
     )
+
+
+def _version(label: str) -> int:
+    """vLLM calls the weights that it loaded by itself "default": the checkpoint, version 0."""
+    return int(label) if label.isdecimal() else 0
 
 
 class RolloutReplica:
@@ -146,17 +159,23 @@ class RolloutReplica:
 
     async def generate(
         self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
-    ) -> list[Generation]:
-        """One generation per entry of `sampling` (vLLM's SamplingParams), by weights of at least
-        `min_version`.
+    ) -> AsyncIterator[tuple[int, Generation]]:
+        """(index, generation) per entry of `sampling` (vLLM's SamplingParams) as each finishes, begun with
+        weights of at least `min_version`. Whoever stops iterating aborts the rest.
         """
         try:
-            return await self.engine.call("generate", prompt_ids, sampling, min_version)
+            async for finished in self.engine.stream("generate", prompt_ids, sampling, min_version):
+                yield finished
         except EngineDied:
             asyncio.get_running_loop().call_later(
                 EXIT_SECONDS, os._exit, 1
             )  # tell the caller first, then restart
             raise
+
+    async def complete(self, prompt_ids: list[int], params: dict[str, Any], min_version: int) -> Generation:
+        """One generation for one set of vLLM's SamplingParams."""
+        [(_, generation)] = [item async for item in self.generate(prompt_ids, [params], min_version)]
+        return generation
 
     async def catch_up(self, version: int) -> dict[str, int]:
         return {"replica": self.engine.rank, "version": await self.engine.call("catch_up", version)}

@@ -10,7 +10,7 @@ import asyncio
 import queue
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from rayrlhf.rollout.bucket import TensorSlice
@@ -45,14 +46,28 @@ class Stepper:
         self._failure: BaseException | None = None
         threading.Thread(target=self._run, daemon=True, name="vllm-step").start()
 
-    async def generate(self, prompt_ids: list[int], sampling: list[dict[str, Any]]) -> list[RequestOutput]:
-        """One finished output per entry of `sampling`, all for the same prompt."""
+    async def stream(
+        self, prompt_ids: list[int], sampling: list[dict[str, Any]]
+    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(index, finished output) per entry of `sampling`, all for one prompt, in the order they finish.
 
-        def enqueue() -> list[Future[RequestOutput]]:
-            return [self._enqueue(prompt_ids, SamplingParams(**params)) for params in sampling]
+        Leaving the iteration early aborts what is still running.
+        """
+
+        def enqueue() -> dict[str, Future[RequestOutput]]:
+            return dict(self._enqueue(prompt_ids, SamplingParams(**params)) for params in sampling)
 
         futures = await self._on_thread(enqueue)
-        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures.values())}
+        try:
+            while waiting:
+                finished, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for future in sorted(finished, key=waiting.__getitem__):
+                    yield waiting.pop(future), future.result()
+        finally:
+            unfinished = [request_id for request_id, future in futures.items() if not future.done()]
+            if unfinished and self._failure is None:
+                self._commands.put((lambda: self._abort(unfinished), Future()))
 
     async def pause(self) -> None:
         """Stop stepping; running requests keep their tokens but lose their cache, which older weights have
@@ -94,12 +109,16 @@ class Stepper:
         self._commands.put((call, future))
         return await asyncio.wrap_future(future)
 
-    def _enqueue(self, prompt_ids: list[int], params: SamplingParams) -> Future[RequestOutput]:
+    def _enqueue(self, prompt_ids: list[int], params: SamplingParams) -> tuple[str, Future[RequestOutput]]:
         request_id = uuid.uuid4().hex
+        params.output_kind = RequestOutputKind.FINAL_ONLY
         future: Future[RequestOutput] = Future()
         self._waiting[request_id] = future
         self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
-        return future
+        return request_id, future
+
+    def _abort(self, request_ids: list[str]) -> None:
+        self._engine.abort_request([i for i in request_ids if self._waiting.pop(i, None) is not None])
 
     def _run(self) -> None:
         try:
@@ -107,13 +126,16 @@ class Stepper:
                 self._run_commands()
                 for output in self._engine.step():
                     if isinstance(output, RequestOutput) and output.finished:
-                        self._waiting.pop(output.request_id).set_result(output)
+                        future = self._waiting.pop(output.request_id)
+                        if future.set_running_or_notify_cancel():
+                            future.set_result(output)
         except BaseException as failure:
             # Whatever it was, the engine cannot go on: everybody who waits learns of it, and so does the
             # health check.
             self._failure = failure
             for future in self._waiting.values():
-                future.set_exception(EngineDied(f"{type(failure).__name__}: {failure}"))
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(EngineDied(f"{type(failure).__name__}: {failure}"))
 
     def _run_commands(self) -> None:
         """Run what was asked for; return only when there is something to step."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -27,20 +28,26 @@ ALIGNMENT_BYTES = 16
 Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
 
 
+@dataclass(frozen=True)
+class Publication:
+    number: int  # counts publications: unlike the version, it never goes back
+    version: int  # of the policy; 0 without buckets is the checkpoint that engines load by themselves
+    buckets: list[Bucket]
+
+
 class WeightHub:
     """A small actor of the run that knows the newest version and keeps its buckets alive."""
 
     def __init__(self) -> None:
-        self.version = 0  # 0 = the checkpoint that engines load by themselves
-        self.buckets: list[Bucket] = []
+        self.newest_publication = Publication(0, 0, [])
 
     def publish(self, version: int, buckets: list[Bucket]) -> None:
-        if version < self.version:
-            raise ValueError(f"version {version} is older than the published version {self.version}")
-        self.version, self.buckets = version, buckets
+        """A lower version than before comes from a trainer that was restarted from its last checkpoint."""
+        number = self.newest_publication.number + 1
+        self.newest_publication = Publication(number, version, buckets)
 
-    def newest(self) -> tuple[int, list[Bucket]]:
-        return self.version, self.buckets
+    def newest(self) -> Publication:
+        return self.newest_publication
 
 
 class WeightSync:
@@ -64,6 +71,11 @@ class WeightSync:
         self.bucket_bytes = bucket_bytes
         self.timeout_seconds = timeout_seconds
         self.gathered = gathered
+
+    def is_news(self, version: int) -> bool:
+        """Whether the engines may hold anything else than this version, as after a restart of the trainer."""
+        newest: Publication = ray.get(self.hub.newest.remote(), timeout=self.timeout_seconds)
+        return version > 0 or newest.number > 0
 
     def push(self, parameters: list[tuple[str, nn.Parameter]], version: int) -> None:
         """Publish and wait until every running engine holds `version`. Raises `TimeoutError` naming who

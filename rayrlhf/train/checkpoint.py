@@ -32,7 +32,10 @@ class LoopState:
     """What a loop needs beside its learners' shards to go on where it stopped."""
 
     step: int = 0  # optimizer steps done = the policy version = the next step's index
+    first_draw: int = 0  # of the prompts' stream, that some rank has not fetched
     kl_controller: dict[str, float] = field(default_factory=dict)
+    reward_normalizers: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)  # step and reward of the best evaluation
     eval_before: dict[str, Any] = field(default_factory=dict)  # the evaluation before the first step
     seconds_per_phase: dict[str, float] = field(default_factory=dict)
     seconds_total: float = 0.0
@@ -54,7 +57,7 @@ def save(state: LoopState, saved: Sequence[Saved], scratch: Path) -> None:
     if collectives.rank() == 0:
         (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
     ray.train.report(
-        {"step": state.step},
+        {"step": state.step, "first_draw": state.first_draw},
         checkpoint=Checkpoint.from_directory(str(folder)),
         checkpoint_dir_name=checkpoint_name(state.step),
         checkpoint_upload_mode=CheckpointUploadMode.SYNC,
@@ -82,8 +85,16 @@ def checkpoint_name(step: int) -> str:
 
 def newest_step(storage: Path) -> int:
     """The step of the newest committed checkpoint under a Ray Train run's folder; 0 when there is none."""
+    return _newest_metrics(storage)["step"]
+
+
+def newest_first_draw(storage: Path) -> int:
+    """Where the stream of prompts goes on after the newest committed checkpoint; 0 when there is none."""
+    return _newest_metrics(storage)["first_draw"]
+
+
+def _newest_metrics(storage: Path) -> dict[str, int]:
+    """What was reported with the newest checkpoint."""
     snapshot = storage / "checkpoint_manager_snapshot.json"
-    if not snapshot.is_file():
-        return 0
-    newest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
-    return int(newest["metrics"]["step"]) if newest else 0
+    newest = json.loads(snapshot.read_text()).get("latest_checkpoint_result") if snapshot.is_file() else None
+    return newest["metrics"] if newest else {"step": 0, "first_draw": 0}

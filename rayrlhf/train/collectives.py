@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
@@ -46,6 +47,30 @@ def gather_lists(items: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def exchange(outgoing: list[list[Any]]) -> list[Any]:
+    """Send `outgoing[r]` to rank r; returns what was sent here, in the order of the senders' ranks."""
+    if world_size() == 1:
+        return outgoing[0]
+    packets = [_to_bytes(items) for items in outgoing]
+    sizes = [torch.empty(world_size(), dtype=torch.int64, device=device()) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([packet.numel() for packet in packets], device=device()))
+    incoming = [
+        torch.empty(int(sizes[sender][rank()]), dtype=torch.uint8, device=device())
+        for sender in range(world_size())
+    ]
+    others = [other for other in range(world_size()) if other != rank()]
+    transfers = [dist.P2POp(dist.isend, packets[other], other) for other in others]
+    transfers += [dist.P2POp(dist.irecv, incoming[other], other) for other in others]
+    for transfer in dist.batch_isend_irecv(transfers):
+        transfer.wait()
+    incoming[rank()] = packets[rank()]
+    return [item for packet in incoming for item in pickle.loads(packet.cpu().numpy().tobytes())]
+
+
+def _to_bytes(items: list[Any]) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(items)), dtype=torch.uint8).to(device())
 
 
 def rank() -> int:

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ from rayrlhf.train.engine import full_state_dict, make_engine
 # global objective, metric sums). Shares add up over micro-batches and ranks.
 Forward = Callable[[nn.Module, PackedBatch], Any]
 Loss = Callable[[Any, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Term(NamedTuple):
+    """A part of the objective with micro-batches of its own; terms add up."""
+
+    batches: Sequence[PackedBatch]
+    forward: Forward
+    loss: Loss
 
 
 class Learner:
@@ -50,10 +58,8 @@ class Learner:
         """The module's outputs, one per micro-batch, without gradients."""
         return [forward(self.engine, batch) for batch in batches]
 
-    def update(
-        self, batches: Sequence[PackedBatch], forward: Forward, loss: Loss, *, step: int
-    ) -> dict[str, float]:
-        """One optimizer step over the micro-batches; `step` sets the learning rate.
+    def update(self, *terms: Term, step: int) -> dict[str, float]:
+        """One optimizer step over the micro-batches of all terms; `step` sets the learning rate.
 
         Returns the loss and the metrics over micro-batches and ranks: sums, or maxima of keys in `_max`. A
         step whose gradient is not finite is skipped and counted in `loss/<name>_bad_steps`;
@@ -64,7 +70,7 @@ class Learner:
             group["lr"] = lr
         sums: dict[str, float] = defaultdict(float)
         maxima: dict[str, float] = defaultdict(float)
-        for batch in batches:
+        for batch, forward, loss in ((b, t.forward, t.loss) for t in terms for b in t.batches):
             share, metrics = loss(forward(self.engine, batch), batch)
             # The engine averages gradients over ranks while shares add up over ranks: undo the average, here
             # only.

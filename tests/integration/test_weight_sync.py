@@ -40,7 +40,7 @@ class Engines:
         config = tiny_run(
             folder,
             model,
-            rollout={"num_engines": NUM_ENGINES},
+            rollout={"num_engines": NUM_ENGINES, "sampling": {"max_new_tokens": 400}},
             data={"max_prompt_tokens": 100},
             placement={"preset": "disaggregated", "cpus_per_slot": 0.5},
         )
@@ -75,16 +75,15 @@ class Engines:
         self.sync.push(list(self.model.named_parameters()), version)
 
     def ask_all(self, min_version: int) -> list[Any]:
-        answers = self.handle.broadcast("generate", PROMPT, [GREEDY], min_version).results(timeout_s=60)
-        return [answer[0] for answer in answers]
+        return self.handle.broadcast("complete", PROMPT, GREEDY, min_version).results(timeout_s=60)
 
-    def expected(self) -> list[int]:
+    def expected(self, after: list[int] = PROMPT, count: int = NEW_TOKENS) -> list[int]:
         """Greedy continuation by plain transformers."""
-        ids = list(PROMPT)
+        ids = list(after)
         with torch.no_grad():
-            for _ in range(NEW_TOKENS):
+            for _ in range(count):
                 ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
-        return ids[len(PROMPT) :]
+        return ids[len(after) :]
 
     def close(self) -> None:
         serve.delete(self.job.rollout_app)
@@ -106,7 +105,7 @@ def test_every_engine_serves_the_newest_weights_even_after_it_was_killed(engines
     assert engines.expected() != old, "the new weights must answer differently for this test to mean anything"
     answers = engines.ask_all(1)  # the same prompt again: a stale prefix cache would show
     assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
-    assert {a.policy_version for a in answers} == {1}
+    assert {v for a in answers for v in a.policy_versions} == {1}
 
     victim = engines.handle.broadcast("describe").results(timeout_s=30)[0]["pid"]
     os.kill(victim, signal.SIGKILL)
@@ -121,9 +120,32 @@ def test_every_engine_serves_the_newest_weights_even_after_it_was_killed(engines
     assert sorted(d["version"] for d in alive) == [2, 2], "the replica must come back with the newest weights"
     answers = engines.ask_all(2)
     assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
-    assert {a.policy_version for a in answers} == {2}
+    assert {v for a in answers for v in a.policy_versions} == {2}
+
+
+def test_a_response_goes_on_with_new_weights_where_the_old_ones_stopped(engines: Engines) -> None:
+    """Pause, keep, resume: no token is lost or made again, and each knows the weights that sampled it."""
+    count = 300
+    # A seed, as in training: what the sampler has drawn so far must survive the pause too.
+    params = GREEDY | {"max_tokens": count, "seed": 7}
+    old = engines.expected(count=count)
+    answers = [engines.handle.complete.remote(PROMPT, params, 0) for _ in range(6)]
+    time.sleep(0.3)  # some tokens are there; whatever their number, the claim below must hold
+    engines.change_weights(version=1)
+    for answer in answers:
+        generation = answer.result(timeout_s=60)
+        versions = generation.policy_versions
+        assert len(generation.token_ids) == len(versions) == count
+        kept = versions.count(0)
+        assert versions == [0] * kept + [1] * (count - kept)
+        assert generation.token_ids[:kept] == old[:kept]
+        assert generation.token_ids[kept:] == engines.expected(
+            PROMPT + generation.token_ids[:kept], count - kept
+        )
+        print(f"{kept} tokens of version 0, {count - kept} of version 1")
+        assert 0 < kept < count, "the update must arrive in the middle for this test to mean anything"
 
 
 def test_a_version_nobody_published_is_refused(engines: Engines) -> None:
     with pytest.raises(Exception, match="version 7 was asked for, the newest published one is 0"):
-        engines.handle.generate.remote(PROMPT, [GREEDY], 7).result(timeout_s=30)
+        engines.handle.complete.remote(PROMPT, GREEDY, 7).result(timeout_s=30)

@@ -83,7 +83,7 @@ def plain_adamw(model_path: str) -> tuple[list[float], list[float], dict[str, to
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """On each of two workers: the same steps through the learner, in two micro-batches and a filler."""
     from rayrlhf.train import collectives
-    from rayrlhf.train.learner import Learner
+    from rayrlhf.train.learner import Learner, Term
 
     torch.set_num_threads(1)
     results = {}
@@ -107,16 +107,14 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             parts = sequences(step, collectives.rank())
             batches = [packed(parts[:2]), packed(parts[2:]), empty_like_batch(token_id=0)]
             tokens = global_tokens(step)
-            metrics = learner.update(
-                batches, forward, lambda logprobs, _, n=tokens: (-logprobs.sum() / n, {}), step=step
-            )
+            term = Term(batches, forward, lambda logprobs, _, n=tokens: (-logprobs.sum() / n, {}))
+            metrics = learner.update(term, step=step)
             losses.append(metrics["loss/actor"])
             norms.append(metrics["loss/actor_grad_norm"])
         weights = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
         # A gradient that is not finite must leave the weights alone and be counted.
-        bad = learner.update(
-            batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), {}), step=4
-        )
+        bad_term = Term(batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), {}))
+        bad = learner.update(bad_term, step=4)
         after = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
         unchanged = all(torch.equal(weights[name], after[name]) for name in weights)
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}

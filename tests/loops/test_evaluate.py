@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from rayrlhf.batch import Prompt, Sample
 from rayrlhf.loops import evaluate as evaluate_module
-from rayrlhf.loops.evaluate import EVAL_STEP, Evaluation, eval_plan, evaluate
-from rayrlhf.observe.metrics import METRICS
+from rayrlhf.loops.collect import Collector
+from rayrlhf.loops.evaluate import FIRST_GROUP_ID, Evaluation, eval_plan, evaluate
+from rayrlhf.observe.metrics import check_keys
+from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.reward.score import RewardFailure
 from tests.samples import make_config, make_prompt, make_sample
 
@@ -36,38 +39,54 @@ def test_a_plan_covers_every_prompt_in_order(num_prompts: int, world_size: int) 
 
 
 class Rollouts:
+    """One token more per row."""
+
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    async def group(self, prompt: Prompt, *, group_id: int, **call: Any) -> list[Sample]:
-        self.calls.append({"group_id": group_id, **call})
-        tokens = range(prompt.row_id + 1)
-        return [
-            make_sample(tokens, prompt=prompt, group_id=group_id, response=f"r{prompt.row_id}", score=None)
-        ]
+    async def samples(
+        self, prompt: Prompt, *, group_id: int, group_size: int, **call: Any
+    ) -> AsyncIterator[Sample]:
+        self.calls.append({"group_id": group_id, "group_size": group_size, **call})
+        for i in range(group_size):
+            yield make_sample(
+                range(prompt.row_id + 1),
+                prompt=prompt,
+                group_id=group_id,
+                sample_index=i,
+                response=f"r{prompt.row_id}",
+                score=None,
+            )
 
 
 class Rewards:
-    """Scores a prompt by its row, but for those that fail; more than half of them must not."""
+    """Scores a prompt by its row plus the sample's index, but for those that fail."""
 
     def __init__(self, failing: tuple[int, ...] = ()) -> None:
         self.failing = failing
 
     async def score(self, samples: list[Sample]) -> list[Sample]:
         return [
-            replace(s, score=None if s.prompt.row_id in self.failing else float(s.prompt.row_id))
+            replace(s, source_rewards=(None if s.prompt.row_id in self.failing else self.raw(s),))
             for s in samples
         ]
+
+    def raw(self, sample: Sample) -> float:
+        return float(sample.prompt.row_id + sample.sample_index)
 
     def check(self, num_failed: int, num_samples: int) -> None:
         if num_failed > 0.5 * num_samples:
             raise RewardFailure(f"{num_failed} of {num_samples}")
 
 
-def run(rows: list[int], rollouts: Any, rewards: Any, num_prompts: int) -> Evaluation:
-    config = make_config(data={"train": "a.jsonl", "eval": "b.jsonl", "prompt_key": "question"})
+def run(rows: list[int], rollouts: Any, rewards: Any, num_prompts: int, **evaluation: Any) -> Evaluation:
+    config = make_config(
+        data={"train": "a.jsonl", "eval": "b.jsonl", "prompt_key": "question"}, eval=evaluation
+    )
     prompts = [make_prompt(row_id=row, prompt=f"rendered {row}", question=f"q{row}") for row in rows]
-    return evaluate(prompts, rollouts, rewards, config, num_prompts=num_prompts, version=7)
+    combiner = RewardCombiner(config.reward, response_limit=100)
+    collector = Collector(rollouts, rewards)
+    return evaluate(prompts, collector, combiner, config, num_prompts=num_prompts, version=7)
 
 
 def test_an_evaluation_by_hand() -> None:
@@ -76,16 +95,26 @@ def test_an_evaluation_by_hand() -> None:
     assert found.metrics["eval/reward_mean"] == 1.0
     assert found.metrics["eval/response_tokens_mean"] == 2.0
     assert 0.0 <= found.metrics["eval/reward_ci_low"] < 1.0 < found.metrics["eval/reward_ci_high"] <= 2.0
-    assert set(found.metrics) <= set(METRICS)
+    check_keys(found.metrics)
     assert found.rows == [{"prompt": f"q{i}", "response": f"r{i}", "reward": float(i)} for i in range(3)]
     [call, *_] = rollouts.calls
     sampling = call.pop("sampling")
-    assert call == {"group_id": 0, "group_size": 1, "step": EVAL_STEP, "min_version": 7}
+    assert call == {"group_id": FIRST_GROUP_ID, "group_size": 1, "min_version": 7}
     assert sampling.temperature == 0.0, "eval.sampling, not the training's"
 
 
-def test_seeds_of_training_are_never_used() -> None:
-    assert EVAL_STEP > 10**9
+def test_pass_rates_by_hand() -> None:
+    """Scores are 0, 1, 2, 3 for row 0 and 1 to 4 for row 1; a pass is 3 or more: 1 of 4 and 2 of 4."""
+    found = run(
+        [0, 1], Rollouts(), Rewards(), 2, group_size=4, pass_score=3.0, sampling={"temperature": 1.0}
+    )
+    check_keys(found.metrics)
+    assert found.metrics["eval/pass_at_1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
+    # pass@2 = 1 - C(4 - c, 2)/C(4, 2): 1 - 3/6 and 1 - 1/6
+    assert found.metrics["eval/pass_at_2"] == pytest.approx((1 / 2 + 5 / 6) / 2)
+    assert found.metrics["eval/pass_at_4"] == 1.0
+    assert found.metrics["eval/reward_mean"] == 2.0  # 1.5 and 2.5
+    assert len(found.rows) == 8
 
 
 def test_repeats_are_left_out() -> None:
@@ -97,14 +126,16 @@ def test_repeats_are_left_out() -> None:
 def test_all_ranks_results_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As rank 1 of two: prompts 3, 4 and a repeat of 0 are its own; 0, 1 and 2 come from rank 0."""
     theirs = [
-        make_sample(prompt=make_prompt(row_id=i, question=f"q{i}"), group_id=i, score=float(i))
+        make_sample(
+            prompt=make_prompt(row_id=i, question=f"q{i}"), group_id=FIRST_GROUP_ID + i, score=float(i)
+        )
         for i in range(3)
     ]
     monkeypatch.setattr(evaluate_module.collectives, "rank", lambda: 1)
     monkeypatch.setattr(evaluate_module.collectives, "gather_lists", lambda mine: [*theirs, *mine])
     rollouts = Rollouts()
     found = run([3, 4, 0], rollouts, Rewards(), num_prompts=5)
-    assert [call["group_id"] for call in rollouts.calls] == [3, 4, 5]
+    assert [call["group_id"] - FIRST_GROUP_ID for call in rollouts.calls] == [3, 4, 5]
     assert [row["prompt"] for row in found.rows] == ["q0", "q1", "q2", "q3", "q4"]
     assert found.metrics["eval/reward_mean"] == 2.0
 

@@ -29,31 +29,58 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Engines:
-    """Raises the given failures first, one per request (None: never answers), then generates."""
+    """Raises the given failures first, one per request (None: never answers), then generates.
 
-    def __init__(self, *failures: Exception | None) -> None:
+    A failure `(n, error)` comes after n finished generations.
+    """
+
+    def __init__(self, *failures: Exception | tuple[int, Exception] | None) -> None:
         self.failures = list(failures)
         self.requests: list[tuple[list[int], list[dict[str, Any]], int]] = []
+        self.num_cancelled = 0
         self.generate = self
+
+    def options(self, *, stream: bool) -> Engines:
+        assert stream
+        return self
 
     def remote(self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int) -> Any:
         self.requests.append((prompt_ids, params, min_version))
+        return Answer(self, params, min_version)
 
-        async def answered() -> list[Generation]:
-            if self.failures:
-                failure = self.failures.pop(0)
+
+class Answer:
+    """Serve's response generator: async iteration and `cancel`."""
+
+    def __init__(self, engines: Engines, params: list[dict[str, Any]], min_version: int) -> None:
+        self.engines = engines
+        self.iterator = self._generate(params, min_version)
+
+    def cancel(self) -> None:
+        self.engines.num_cancelled += 1
+
+    def __aiter__(self) -> Any:
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self.iterator)
+
+    async def _generate(self, params: list[dict[str, Any]], min_version: int) -> Any:
+        after, failure = 0, False
+        if self.engines.failures:
+            failure = self.engines.failures.pop(0)
+            if isinstance(failure, tuple):
+                after, failure = failure
+        for i in reversed(range(len(params))):  # the last to be asked for is the first to finish
+            if failure is not False and len(params) - 1 - i == after:
                 if failure is None:
                     await asyncio.Event().wait()
                 else:
+                    assert isinstance(failure, Exception)
                     raise failure
-            return [
-                Generation(
-                    [10 + i, 11], f"text {i}", [-0.5, -i], truncated=i == 1, policy_version=min_version + 1
-                )
-                for i in range(len(params))
-            ]
-
-        return answered()
+            versions = [min_version + 1] * 2
+            seed = params[i]["seed"]
+            yield i, Generation([seed, 11], f"text {seed}", [-0.5, -1.0], i == 1, versions)
 
 
 def in_task(cause: Exception) -> RayTaskError:
@@ -66,38 +93,63 @@ def make_client(engines: Engines, timeout_seconds: float = 60.0) -> RolloutClien
 
 
 def ask(client: RolloutClient, group_size: int = 2) -> list[Sample]:
-    return asyncio.run(
-        client.group(
+    async def samples() -> list[Sample]:
+        asked = client.samples(
             PROMPT,
             group_id=7,
             group_size=group_size,
-            step=4,
             min_version=4,
             sampling=SamplingConfig(max_new_tokens=9),
         )
-    )
+        return [sample async for sample in asked]
+
+    return asyncio.run(samples())
 
 
 def test_a_group_of_samples() -> None:
     engines = Engines()
     client = make_client(engines)
-    first, second = ask(client)
+    second, first = ask(client)  # in the order they finished
+    seed = sample_seed(3, 7, 0)
     assert first == Sample(
         group_id=7,
         sample_index=0,
         prompt=PROMPT,
-        response_ids=[10, 11],
-        response="text 0",
-        rollout_logprobs=[-0.5, 0],
+        response_ids=[seed, 11],
+        response=f"text {seed}",
+        rollout_logprobs=[-0.5, -1.0],
         loss_mask=[1, 1],
-        policy_version=5,  # the engine's, not the one that was asked for
+        policy_versions=[5, 5],  # the engine's, not the one that was asked for
         truncated=False,
     )
-    assert (second.sample_index, second.truncated, second.rollout_logprobs) == (1, True, [-0.5, -1])
+    assert (second.sample_index, second.truncated) == (1, True)
     [(prompt_ids, params, min_version)] = engines.requests
     assert (prompt_ids, min_version, client.retries) == ([5, 6], 4, 0)
-    assert [p["seed"] for p in params] == [sample_seed(3, 4, 7, 0), sample_seed(3, 4, 7, 1)]
+    assert [p["seed"] for p in params] == [sample_seed(3, 7, 0), sample_seed(3, 7, 1)]
     assert {p["max_tokens"] for p in params} == {9}
+
+
+def test_what_was_finished_is_not_asked_for_again() -> None:
+    engines = Engines((2, RayActorError()))
+    client = make_client(engines)
+    samples = ask(client, group_size=4)
+    assert sorted(s.sample_index for s in samples) == [0, 1, 2, 3]
+    assert all(s.response_ids[0] == sample_seed(3, 7, s.sample_index) for s in samples)
+    whole, rest = (request[1] for request in engines.requests)
+    assert rest == whole[:2], "the first two had not come yet"
+
+
+def test_who_stops_listening_cancels_the_rest() -> None:
+    engines = Engines()
+
+    async def first_only() -> None:
+        client = make_client(engines)
+        asked = client.samples(PROMPT, group_id=7, group_size=3, min_version=0, sampling=SamplingConfig())
+        await anext(asked)
+        await asked.aclose()
+
+    asyncio.run(first_only())
+    assert engines.num_cancelled == 1
 
 
 UNAVAILABLE = DeploymentUnavailableError(DeploymentID(name="rollout", app_name="run"))
@@ -200,13 +252,8 @@ SeedOf = Callable[[int], int]
 
 @pytest.mark.parametrize(
     "seed_of",
-    [
-        lambda i: sample_seed(i, 0, 0, 0),
-        lambda i: sample_seed(0, i, 0, 0),
-        lambda i: sample_seed(0, 0, i, 0),
-        lambda i: sample_seed(0, 0, 0, i),
-    ],
-    ids=["run", "step", "group", "sample"],
+    [lambda i: sample_seed(i, 0, 0), lambda i: sample_seed(0, i, 0), lambda i: sample_seed(0, 0, i)],
+    ids=["run", "group", "sample"],
 )
 def test_seeds_depend_on_every_index(seed_of: SeedOf) -> None:
     seeds = [seed_of(i) for i in range(500)]
@@ -216,7 +263,7 @@ def test_seeds_depend_on_every_index(seed_of: SeedOf) -> None:
 
 
 def test_seeds_of_a_run_are_distinct() -> None:
-    indices = [(step, group, sample) for step in range(10) for group in range(20) for sample in range(10)]
-    evaluation = [(2**31, group, 0) for group in range(100)]
+    indices = [(group, sample) for group in range(200) for sample in range(10)]
+    evaluation = [(2**40 + group, 0) for group in range(100)]
     seeds = {sample_seed(0, *index) for index in [*indices, *evaluation]}
     assert len(seeds) == len(indices) + len(evaluation)

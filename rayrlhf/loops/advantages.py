@@ -1,11 +1,9 @@
-"""From prompts to micro-batches that are ready to learn from."""
+"""Advantages of a step's micro-batches: token rewards, baselines from groups, whitening over all ranks."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from rayrlhf.algorithms.advantages import (
@@ -19,82 +17,9 @@ from rayrlhf.algorithms.advantages import (
     whiten,
 )
 from rayrlhf.algorithms.kl import token_kl
-from rayrlhf.batch import PackedBatch, Prompt, Sample, empty_like_batch, pack_samples
+from rayrlhf.batch import PackedBatch
 from rayrlhf.config.algorithm import AlgorithmConfig
-from rayrlhf.config.rollout import SamplingConfig
-from rayrlhf.data.packing import micro_batches, split_even
-from rayrlhf.reward.score import RewardClient
-from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.train import collectives
-
-MiniBatch = list[PackedBatch]  # micro-batches of one optimizer step on this rank; equally many on every rank
-
-
-def collect(
-    prompts: Sequence[Prompt],
-    rollouts: RolloutClient,
-    rewards: RewardClient,
-    *,
-    step: int,
-    version: int,
-    group_size: int,
-    sampling: SamplingConfig,
-    first_group_id: int,
-    on_group: Callable[[int], None] = lambda done: None,
-) -> list[Sample]:
-    """Sample and score every prompt. A group is scored as soon as it is there, while others are still
-    generated.
-
-    `on_group` hears how many groups are done. Samples that could not be scored keep `score=None`.
-    """
-
-    async def one(index: int, prompt: Prompt) -> list[Sample]:
-        samples = await rollouts.group(
-            prompt,
-            group_id=first_group_id + index,
-            group_size=group_size,
-            step=step,
-            min_version=version,
-            sampling=sampling,
-        )
-        return await rewards.score(samples)
-
-    async def everything() -> list[list[Sample]]:
-        tasks = [asyncio.ensure_future(one(index, prompt)) for index, prompt in enumerate(prompts)]
-        for done, task in enumerate(asyncio.as_completed(tasks), start=1):
-            await task
-            on_group(done)
-        return [task.result() for task in tasks]
-
-    return [sample for group in asyncio.run(everything()) for sample in group]
-
-
-def drop_unscored(samples: Sequence[Sample], advantage: str) -> list[Sample]:
-    """Samples with a score; group estimators also lose those whose whole group has failed around them."""
-    scored = [sample for sample in samples if sample.score is not None]
-    if not ADVANTAGES[advantage].needs_group:
-        return scored
-    sizes = np.bincount([sample.group_id for sample in scored]) if scored else np.zeros(1)
-    return [sample for sample in scored if sizes[sample.group_id] > 1]
-
-
-def make_mini_batches(
-    samples: Sequence[Sample], *, num_mini_batches: int, budget_tokens: int, seed: int, step: int
-) -> list[MiniBatch]:
-    """Shuffle samples into mini-batches and pack each under the token budget.
-
-    Every rank gets equally many micro-batches (ZeRO-3 would otherwise wait for ever): ranks with fewer add
-    micro-batches that weigh nothing. Collective.
-    """
-    order = np.random.default_rng([seed, step]).permutation(len(samples))
-    result: list[MiniBatch] = []
-    for part in split_even([samples[i] for i in order], num_mini_batches):
-        packs = micro_batches([sample.num_tokens for sample in part], budget_tokens)
-        batches = [pack_samples([part[i] for i in pack]) for pack in packs]
-        wanted = max(1, int(collectives.max_over_ranks(len(batches))))
-        batches += [empty_like_batch(token_id=0)] * (wanted - len(batches))
-        result.append([batch.to(collectives.device()) for batch in batches])
-    return result
 
 
 def add_advantages(

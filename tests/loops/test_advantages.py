@@ -1,192 +1,24 @@
-"""From prompts to advantages in one process; what other ranks would bring is put in by hand."""
+"""Advantages of a step in one process; what other ranks would bring is put in by hand."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from rayrlhf.batch import PackedBatch, Prompt, Sample, empty_like_batch, pack_samples
+from rayrlhf.batch import PackedBatch, empty_like_batch, pack_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
-from rayrlhf.config.rollout import SamplingConfig
-from rayrlhf.loops import experience
-from rayrlhf.loops.experience import MiniBatch, add_advantages, collect, drop_unscored, make_mini_batches
+from rayrlhf.loops import advantages as advantages_module
+from rayrlhf.loops.advantages import add_advantages
 from tests.samples import make_prompt, make_sample
 
 GROUP_ESTIMATORS = ["rloo", "grpo", "dr_grpo", "reinforce_pp_baseline"]
 
 
-class Rollouts:
-    """Answers the first prompt last."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    async def group(self, prompt: Prompt, *, group_id: int, group_size: int, **call: Any) -> list[Sample]:
-        self.calls.append(call)
-        for _ in range(10 - prompt.row_id):
-            await asyncio.sleep(0)
-        return [
-            make_sample(
-                prompt=prompt, group_id=group_id, sample_index=i, response=f"{prompt.row_id}{i}", score=None
-            )
-            for i in range(group_size)
-        ]
-
-
-class Rewards:
-    """Scores a response by its own number; those of row 1 cannot be scored."""
-
-    async def score(self, samples: list[Sample]) -> list[Sample]:
-        return [
-            make_sample(**vars_of(s), score=None if s.prompt.row_id == 1 else float(s.response))
-            for s in samples
-        ]
-
-
-def vars_of(sample: Sample) -> dict[str, Any]:
-    return {"prompt": sample.prompt, "group_id": sample.group_id, "response": sample.response}
-
-
-def collected(rollouts: Any, rewards: Any, on_group: Any = lambda done: None) -> list[Sample]:
-    return collect(
-        [make_prompt(row_id=row_id) for row_id in range(3)],
-        rollouts,
-        rewards,
-        step=4,
-        version=2,
-        group_size=2,
-        sampling=SamplingConfig(temperature=0.5),
-        first_group_id=6,
-        on_group=on_group,
-    )
-
-
-def test_samples_come_in_the_order_of_their_prompts() -> None:
-    rollouts, done = Rollouts(), []
-    samples = collected(rollouts, Rewards(), done.append)
-    assert [sample.response for sample in samples] == ["00", "01", "10", "11", "20", "21"]
-    assert [sample.group_id for sample in samples] == [6, 6, 7, 7, 8, 8]
-    assert [sample.score for sample in samples] == [0.0, 1.0, None, None, 20.0, 21.0]
-    assert rollouts.calls == [{"step": 4, "min_version": 2, "sampling": SamplingConfig(temperature=0.5)}] * 3
-    assert done == [1, 2, 3]
-
-
-def test_a_request_that_fails_for_good_ends_the_step() -> None:
-    class NoEngines:
-        async def group(self, prompt: Prompt, **_call: Any) -> list[Sample]:
-            if prompt.row_id == 1:
-                raise TimeoutError("no engine answered")
-            await asyncio.Event().wait()
-            return []
-
-    with pytest.raises(TimeoutError, match="no engine answered"):
-        collected(NoEngines(), Rewards())
-
-
-def groups_and_scores(*pairs: tuple[int, float | None]) -> list[Sample]:
-    return [make_sample(group_id=group, score=score) for group, score in pairs]
-
-
-@pytest.mark.parametrize("advantage", ["gae", "reinforce_pp"])
-def test_unscored_samples_are_dropped(advantage: str) -> None:
-    samples = groups_and_scores((0, 1.0), (1, None), (2, 0.0))
-    assert drop_unscored(samples, advantage) == [samples[0], samples[2]]
-
-
-@pytest.mark.parametrize("advantage", GROUP_ESTIMATORS)
-def test_the_last_of_a_group_has_nothing_to_be_compared_with(advantage: str) -> None:
-    samples = groups_and_scores((4, 1.0), (4, None), (0, None), (0, None), (2, 1.0), (2, 0.0), (2, None))
-    assert drop_unscored(samples, advantage) == [samples[4], samples[5]]
-    assert drop_unscored(samples[:4], advantage) == []
-    assert drop_unscored([], advantage) == []
-
-
-def numbered(lengths: Sequence[int]) -> list[Sample]:
-    """One-token prompts, and responses of which each token names its sample."""
-    return [
-        make_sample([100 + i] * (length - 1), prompt=make_prompt([7]), group_id=i, score=float(i))
-        for i, length in enumerate(lengths)
-    ]
-
-
-def members(batches: MiniBatch) -> list[list[int]]:
-    """The numbers of the samples in each micro-batch; none for one that weighs nothing."""
-    found = []
-    for batch in batches:
-        assert batch.group_ids is not None
-        found.append([group for group in batch.group_ids.tolist() if group >= 0])
-    return found
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(
-    lengths=st.lists(st.integers(2, 12), max_size=20),
-    num_mini_batches=st.integers(1, 5),
-    seed=st.integers(0, 9),
-)
-def test_every_sample_once_and_never_over_the_budget(
-    lengths: list[int], num_mini_batches: int, seed: int
-) -> None:
-    def make(step: int) -> list[MiniBatch]:
-        return make_mini_batches(
-            numbered(lengths), num_mini_batches=num_mini_batches, budget_tokens=15, seed=seed, step=step
-        )
-
-    mini_batches = make(3)
-    assert len(mini_batches) == num_mini_batches
-    found = [members(batches) for batches in mini_batches]
-    assert sorted(i for batches in found for batch in batches for i in batch) == list(range(len(lengths)))
-    sizes = [sum(map(len, batches)) for batches in found]
-    assert max(sizes) - min(sizes) <= 1
-    for batch in (batch for batches in mini_batches for batch in batches):
-        assert batch.num_tokens <= 15
-        assert batch.scores is not None and batch.group_ids is not None
-        for i, (start, end) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
-            number = int(batch.group_ids[i])
-            if number >= 0:
-                assert batch.input_ids[start:end].tolist() == [7] + [100 + number] * (lengths[number] - 1)
-                assert batch.scores[i] == number
-    assert [members(batches) for batches in make(3)] == found, "the same after a restart"
-
-
-def test_the_order_changes_with_seed_and_step() -> None:
-    def first(seed: int, step: int) -> list[list[int]]:
-        samples = numbered([2] * 30)
-        return members(
-            make_mini_batches(samples, num_mini_batches=2, budget_tokens=100, seed=seed, step=step)[0]
-        )
-
-    assert first(0, 0) == first(0, 0)
-    assert first(0, 0) != first(0, 1) and first(0, 0) != first(1, 0)
-
-
-def test_a_sample_over_the_budget_is_named() -> None:
-    with pytest.raises(ValueError, match="9 tokens, more than the micro-batch budget of 8"):
-        make_mini_batches(numbered([9]), num_mini_batches=1, budget_tokens=8, seed=0, step=0)
-
-
-def test_ranks_with_less_to_do_fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experience.collectives, "max_over_ranks", lambda count: max(count, 3))
-    mini_batches = make_mini_batches(
-        numbered([8, 8, 8]), num_mini_batches=2, budget_tokens=10, seed=0, step=0
-    )
-    assert [[len(batch) for batch in members(batches)] for batches in mini_batches] == [[1, 1, 0], [1, 0, 0]]
-    assert all(not batch.loss_mask.any() for batch in (mini_batches[0][2], *mini_batches[1][1:]))
-
-
-def test_without_samples_there_is_still_a_micro_batch() -> None:
-    mini_batches = make_mini_batches([], num_mini_batches=2, budget_tokens=10, seed=0, step=0)
-    assert [members(batches) for batches in mini_batches] == [[[]], [[]]]
-
-
-# Advantages. One-token prompts, so that position 0 of each sequence is masked and the rest is the policy's.
+# One-token prompts, so that position 0 of each sequence is masked and the rest is the policy's.
 
 
 def packed(*samples: tuple[int, float, int]) -> PackedBatch:
@@ -237,7 +69,7 @@ def test_gae_by_hand(whiten: bool, expected: list[float]) -> None:
 
 
 def test_a_kl_in_the_loss_is_not_in_the_reward() -> None:
-    gae = algorithm("gae", lam=0.5, whiten_advantages=False, kl_in="loss")
+    gae = algorithm("gae", lam=0.5, whiten_advantages=False, kl_in="loss", kl_estimator="k2")
     [batch] = add_advantages([critics_batch()], gae, kl_coef=0.1)
     # r = (0, 1): δ = (0.4 - 0.2, 1 - 0.4), A = (0.2 + 0.3, 0.6)
     assert advantages_of([batch]) == approximately([[0.0, 0.5, 0.6, 0.0, -0.5]])
@@ -288,7 +120,9 @@ def test_a_kl_in_the_reward_comes_off_every_token_of_a_group_estimate() -> None:
     # -β·KL = (-0.05, 0.1), 0, 0 and -0.2; its return-to-go with γ = 0.5 is (-0.05 + 0.05, 0.1), 0, 0, -0.2.
     rloo = add_advantages(batches, algorithm("rloo", gamma=0.5), kl_coef=0.1)
     assert advantages_of(rloo) == approximately([[0, -2.0, -1.9, 0, 0], [0, 0, 0, 1.8]])
-    in_loss = add_advantages(batches, algorithm("rloo", gamma=0.5, kl_in="loss"), kl_coef=0.1)
+    in_loss = add_advantages(
+        batches, algorithm("rloo", gamma=0.5, kl_in="loss", kl_estimator="k2"), kl_coef=0.1
+    )
     assert advantages_of(in_loss) == approximately([[0, -2, -2, 0, 0], [0, 0, 0, 2]])
 
 
@@ -336,8 +170,8 @@ def test_groups_reach_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert mine == [ranks[1]]
         return ranks
 
-    monkeypatch.setattr(experience.collectives, "gather_lists", gather)
-    monkeypatch.setattr(experience.collectives, "rank", lambda: 1)
+    monkeypatch.setattr(advantages_module.collectives, "gather_lists", gather)
+    monkeypatch.setattr(advantages_module.collectives, "rank", lambda: 1)
     done = add_advantages([packed(*APART[1])], algorithm("rloo"), kl_coef=0.1)
     assert advantages_of(done) == approximately([[0, 0, 0, 2]])
 
@@ -345,7 +179,7 @@ def test_groups_reach_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whitening_reaches_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Returns here are 1, 1 and -1; another rank brings two tokens of return 5."""
     elsewhere = torch.tensor([2.0, 10.0, 50.0], dtype=torch.float64)  # count, sum, sum of squares
-    monkeypatch.setattr(experience.collectives, "sum_over_ranks", lambda moments: moments + elsewhere)
+    monkeypatch.setattr(advantages_module.collectives, "sum_over_ranks", lambda moments: moments + elsewhere)
     [batch] = add_advantages([packed((0, 1.0, 2), (1, -1.0, 1))], algorithm("reinforce_pp"), kl_coef=0.1)
     # Over 1, 1, -1, 5, 5: mean 2.2, variance 53/5 - 4.84 = 5.76, deviation 2.4
     assert advantages_of([batch]) == approximately([[0.0, -0.5, -0.5, 0.0, -1.3333333]])

@@ -1,0 +1,171 @@
+"""The models that learn and the reference they are held to: the algorithm once the samples are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
+from rayrlhf.batch import PackedBatch, Sample
+from rayrlhf.config.algorithm import AlgorithmConfig
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.loops.advantages import add_advantages
+from rayrlhf.loops.critic import Critic, LocalCritic, NoCritic
+from rayrlhf.loops.objectives import (
+    StepCounts,
+    language_model_objective,
+    per_token,
+    policy_forward,
+    policy_objective,
+)
+from rayrlhf.loops.share import MiniBatch, share_out
+from rayrlhf.models.load import checkpoint_activations, load_policy, resolve_dtype
+from rayrlhf.train import collectives
+from rayrlhf.train.ema import ExponentialMovingAverage
+from rayrlhf.train.learner import Learner, Term
+from rayrlhf.train.reference import LocalReference, Reference
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class Learners:
+    """Actor, critic, reference and KL controller of one rank; every method is collective."""
+
+    def __init__(self, config: PolicyRunConfig, reference: Reference | None = None) -> None:
+        """`reference` answers instead of a local copy, where it is served."""
+        self.config = config
+        self.algorithm = config.algorithm
+        self.temperature = config.rollout.sampling.temperature
+        self.actor = _make_actor(config)
+        self.critic: Critic = LocalCritic(config) if config.needs_critic else NoCritic()
+        self.reference = reference
+        if reference is None and config.needs_ref:
+            path = config.ref.path if config.ref is not None else None
+            self.reference = LocalReference(config.model, path or config.model.path, config.train)
+        self.kl = make_kl_controller(config.algorithm)
+        self.average = (
+            ExponentialMovingAverage(self.actor.module.causal_lm, config.algorithm.ema_beta)
+            if config.algorithm.ema_beta is not None
+            else None
+        )
+        self.metrics: dict[str, float] = {}  # of the step, until the worker reports them
+
+    def learn(
+        self, samples: Sequence[Sample], step: int, phase: Phase, *, texts: Sequence[PackedBatch] = ()
+    ) -> None:
+        """One step of the algorithm on scored samples of all ranks: critic, then actor, `updates_per_batch`
+        passes over `mini_batches` optimizer steps. `texts` are learnt beside each (PPO-ptx).
+        """
+        with phase("logprobs"):
+            mini_batches = self._prepare(samples, step)
+        for _ in range(self.algorithm.updates_per_batch):
+            for batches in mini_batches:
+                counts = StepCounts.of(batches)
+                with phase("update_critic"):
+                    self.metrics |= self.critic.update(batches, counts, step=step)
+                with phase("update_actor"):
+                    self.metrics |= self._update_actor(batches, counts, texts, step=step)
+        if "kl/mean" in self.metrics:
+            self.kl.update(self.metrics["kl/mean"], int(self.metrics["data/samples"]))
+
+    def _prepare(self, samples: Sequence[Sample], step: int) -> list[MiniBatch]:
+        """Balanced, packed, with old and reference log-probabilities, values and advantages."""
+        shared = share_out(
+            samples,
+            num_mini_batches=self.algorithm.mini_batches,
+            budget_tokens=self.config.train.max_tokens_per_micro_batch,
+            seed=self.config.run.seed,
+            step=step,
+        )
+        self.metrics |= shared.metrics
+        mini_batches = _per_mini_batch(shared.mini_batches, self._with_inferences)
+        return _per_mini_batch(
+            mini_batches, lambda batches: add_advantages(batches, self.algorithm, kl_coef=self.kl.coef)
+        )
+
+    def _with_inferences(self, batches: MiniBatch) -> list[PackedBatch]:
+        fields: dict[str, Sequence[torch.Tensor] | None] = {"values": self.critic.values(batches)}
+        if self._needs_old_logprobs():
+            outputs = self.actor.infer(batches, policy_forward(self.temperature))
+            fields["old_logprobs"] = [output.logprobs for output in outputs]
+        if self.reference is not None:
+            fields["ref_logprobs"] = self.reference.logprobs(batches, self.temperature)
+        known = {name: tensors for name, tensors in fields.items() if tensors is not None}
+        return [
+            batch.with_fields(**{name: tensors[i] for name, tensors in known.items()})
+            for i, batch in enumerate(batches)
+        ]
+
+    def _needs_old_logprobs(self) -> bool:
+        """One update per batch starts at the old policy: its first forward pass gives the old log-probs."""
+        single_update = self.algorithm.updates_per_batch * self.algorithm.mini_batches == 1
+        kl_in_reward = self.reference is not None and self.algorithm.kl_in == "reward"
+        return kl_in_reward or not single_update
+
+    def _update_actor(
+        self, batches: MiniBatch, counts: StepCounts, texts: Sequence[PackedBatch], *, step: int
+    ) -> dict[str, float]:
+        if step < self.algorithm.critic_warmup_steps:
+            return {}
+        objective = policy_objective(
+            self.algorithm,
+            counts,
+            kl_coef=self.kl.coef,
+            constant_length=float(self.config.rollout.max_response_tokens),
+        )
+        terms = [Term(batches, policy_forward(self.temperature), objective)]
+        if texts:
+            num_tokens = StepCounts.of(list(texts)).tokens
+            text_loss = language_model_objective(self.algorithm.ptx_coef, num_tokens)
+            terms.append(Term(texts, policy_forward(temperature=1.0), text_loss))
+        metrics = per_token(self.actor.update(*terms, step=step), counts)
+        if self.average is not None:
+            self.average.update()
+        return metrics
+
+    def actor_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The actor's parameters under their names in a Hugging Face checkpoint."""
+        return list(self.actor.module.causal_lm.named_parameters())
+
+    def save(self, folder: Path) -> None:
+        self.actor.save(folder)
+        self.critic.save(folder)
+        if self.average is not None:
+            self.average.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.actor.load(folder)
+        self.critic.load(folder)
+        if self.average is not None:
+            self.average.load(folder)
+
+
+def _make_actor(config: PolicyRunConfig) -> Learner:
+    device = collectives.device()
+    policy = load_policy(
+        config.model, config.model.path, device=device, chunk_tokens=config.train.logprob_chunk_tokens
+    )
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(policy.causal_lm)
+    dtype = resolve_dtype(config.model.dtype, device)
+    return Learner(policy, config.train, lr=config.train.lr, dtype=dtype, name="actor")
+
+
+def make_kl_controller(algorithm: AlgorithmConfig) -> KLController:
+    if algorithm.kl_controller == "adaptive":
+        assert algorithm.kl_target is not None  # the config insists on it
+        return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
+    return FixedKL(algorithm.kl_coef)
+
+
+def _per_mini_batch(
+    mini_batches: Sequence[MiniBatch], change: Callable[[MiniBatch], list[PackedBatch]]
+) -> list[MiniBatch]:
+    """Apply `change` to all micro-batches of the step at once and cut the result into mini-batches again."""
+    changed: Any = iter(change([batch for batches in mini_batches for batch in batches]))
+    return [[next(changed) for _ in batches] for batches in mini_batches]

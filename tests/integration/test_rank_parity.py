@@ -1,0 +1,119 @@
+"""Two ranks, with groups scattered over them by the balancer, learn what one rank learns."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rayrlhf.batch import Sample
+from rayrlhf.config.run import PolicyRunConfig
+from tests.integration.policy_runs import tiny_run
+from tests.samples import make_prompt, make_sample
+
+NUM_STEPS = 3
+NUM_GROUPS, GROUP_SIZE = 5, 4
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def samples_of(step: int) -> list[Sample]:
+    """What all ranks together have collected: responses of 2 to 40 tokens, some groups much longer than
+    others, one of them with a tool's tokens in the middle.
+    """
+    rng = np.random.default_rng([17, step])
+    samples = []
+    for group in range(NUM_GROUPS):
+        prompt = make_prompt(rng.integers(8, 264, size=5).tolist(), row_id=group)
+        for index in range(GROUP_SIZE):
+            length = int(rng.integers(2, 9 + 8 * group))
+            mask = [1] * length
+            if group == 3 and length > 6:
+                mask[2:5] = [0, 0, 0]
+            samples.append(
+                make_sample(
+                    rng.integers(8, 264, size=length).tolist(),
+                    prompt=prompt,
+                    group_id=100 * step + group,
+                    sample_index=index,
+                    rollout_logprobs=rng.uniform(-7.0, -4.0, size=length).tolist(),
+                    loss_mask=mask,
+                    score=float(rng.normal()),
+                )
+            )
+    return samples
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    from rayrlhf.loops.learners import Learners
+    from rayrlhf.train import collectives
+
+    torch.set_num_threads(1)
+    config: PolicyRunConfig = arguments["config"]
+    learners = Learners(config)
+    rank, world_size = collectives.rank(), collectives.world_size()
+    history, ranks_of_group = [], []
+    for step in range(NUM_STEPS):
+        # Rank 0 has collected one group, the last rank all others.
+        mine = [s for s in samples_of(step) if (s.group_id % 100 > 0) == (rank > 0) or world_size == 1]
+        learners.learn(mine, step, lambda _: nullcontext())
+        history.append({key: value for key, value in learners.metrics.items() if key.startswith(("loss", "kl"))})
+        ranks_of_group.append(learners.metrics["data/imbalance"])
+    actor = learners.actor.state_dict(learners.actor.module.causal_lm, on_this_rank=rank == 0)
+    weights = {f"actor.{name}": tensor.numpy() for name, tensor in actor.items()}
+    if config.needs_critic:
+        learner: Any = learners.critic
+        critic = learner.learner.state_dict(learner.learner.module, on_this_rank=rank == 0)
+        weights |= {f"critic.{name}": tensor.numpy() for name, tensor in critic.items()}
+    return {"history": history, "imbalance": ranks_of_group, "weights": weights}
+
+
+def run_on(num_workers: int, folder: Path, config: PolicyRunConfig) -> dict[str, Any]:
+    result = TorchTrainer(
+        train,
+        train_loop_config={"config": config},
+        torch_config=TorchConfig(backend="gloo", timeout_s=60),
+        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(name=f"ranks-{num_workers}", storage_path=str(folder)),
+    ).fit()
+    assert result.return_value is not None
+    return result.return_value
+
+
+GRPO = {
+    "critic": None,
+    "algorithm": {
+        "advantage": "grpo",
+        "kl_coef": 0.05,
+        "kl_in": "loss",
+        "kl_estimator": "k3",
+        "mini_batches": 2,
+        "updates_per_batch": 2,
+        "rollout_correction": {"mode": "truncate", "high": 2.0},
+    },
+    "train": {"num_steps": NUM_STEPS, "zero_stage": 2},
+}
+PPO = {
+    "algorithm": {"advantage": "gae", "kl_coef": 0.05, "mini_batches": 2, "aggregation": "sequence_mean"},
+    "train": {"num_steps": NUM_STEPS, "zero_stage": 3},
+}
+
+
+@pytest.mark.parametrize("changes", [GRPO, PPO], ids=["grpo", "ppo with critic"])
+def test_two_ranks_equal_one(tmp_path: Path, tiny_model: str, changes: dict[str, Any]) -> None:
+    changes = {**changes, "train": {**changes["train"], "max_tokens_per_micro_batch": 128, "lr": 1e-3}}
+    config = tiny_run(tmp_path, tiny_model, rollout={"group_size": GROUP_SIZE}, **changes)
+    one, two = run_on(1, tmp_path, config), run_on(2, tmp_path, config)
+    assert max(two["imbalance"]) < 0.1, "the balancer has moved samples from the rank with four groups"
+    for alone, together in zip(one["history"], two["history"], strict=True):
+        assert alone.keys() == together.keys()
+        assert together == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    for name, wanted in one["weights"].items():
+        distance = np.linalg.norm(two["weights"][name] - wanted) / max(np.linalg.norm(wanted), 1e-12)
+        assert distance < 1e-5, f"{name}: relative distance {distance:.1e}"
