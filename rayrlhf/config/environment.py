@@ -1,4 +1,4 @@
-"""`rollout.environment`: multi-turn episodes with an environment of the user's."""
+"""`rollout.environment`: what the policy talks with over several turns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ClassName = Annotated[
 
 class EnvironmentConfig(Section):
     environment: ClassName
-    """`module:Class` or `path/file.py:Class`, with `reset(row)` and `step(response)`."""
+    """A Python class of yours with reset(row) and step(response): `module:Class` or `path/file.py:Class`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of its constructor."""
+    """Keyword arguments of its constructor; every episode has an instance of its own."""
     max_turns: Count = 8
-    """Responses of the policy per episode."""
-    timeout_seconds: PositiveNumber = 120
-    """Deadline of an episode; its sample is then dropped and counted."""
+    """Responses of the policy in an episode; after the last one it ends, done or not."""
     max_response_tokens: Count = 1024
-    """Tokens of an episode after its opening messages: responses and observations of all turns."""
+    """Everything after the opening messages, in tokens: responses and observations of all turns."""
+    timeout_seconds: PositiveNumber = 120
+    """Deadline of an episode, generation included; its sample is then dropped and counted."""
     num_replicas: Count = 1
-    """Serve replicas that run episodes."""
+    """Serve replicas that run episodes; each runs many at once."""
