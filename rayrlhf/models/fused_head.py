@@ -2,12 +2,13 @@
 
 Plain autograd makes several [rows, V] tensors (logits, probabilities, their gradients) and a [V, H] gradient
 per chunk. Here each chunk's logits are computed again in the backward pass and turned into their own gradient
-in place, in buffers that all chunks share: at most two blocks of [chunk, V], and one gradient of the weight
-that every chunk is added to.
+in place, in buffers that all chunks share: one block [chunk, V], a quarter of another, and one gradient of
+the weight that every chunk is added to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 
 # Rows of the weight whose gradient is one matrix product, where that must be widened before it is added.
 VOCABULARY_BLOCK = 8192
+# Matrix products want many rows; what follows them element by element is as fast with few, and then needs
+# only this part of a second block.
+SPARE_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,6 @@ class LogitScaling:
             projected.mul_(1.0 / (self.divisor * self.softcap)).tanh_()
             return projected.mul_(self.softcap / self.temperature)
         return projected if self.slope == 1.0 else projected.mul_(self.slope)
-
-    def tanh(self, logits: Tensor) -> Tensor:
-        """The capped logits as shares of the cap: tanh(u / divisor / softcap)."""
-        assert self.softcap is not None
-        return logits * (self.temperature / self.softcap)
 
 
 class FusedLogprobs(torch.autograd.Function):
@@ -72,18 +71,20 @@ class FusedLogprobs(torch.autograd.Function):
         scaling: LogitScaling,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        logits_buffer, spare_buffer = _buffers(hidden, weight, chunk_tokens, count=2)
-        logprobs, entropy, log_normaliser = (logits_buffer.new_empty(hidden.size(0)) for _ in range(3))
-        for rows in _chunks(hidden.size(0), chunk_tokens):
-            logits = scaling.apply_(_project(hidden[rows], weight, bias, out=logits_buffer))
-            largest = logits.amax(-1)
-            shifted = logits.sub_(largest[:, None])
-            weights = torch.exp(shifted, out=spare_buffer[: len(shifted)])  # of the softmax, not normalised
-            total = weights.sum(-1)
-            log_total = total.log()
-            logprobs[rows] = shifted.gather(-1, targets[rows, None]).squeeze(-1) - log_total
-            entropy[rows] = log_total - weights.mul_(shifted).sum(-1) / total
-            log_normaliser[rows] = largest + log_total
+        block, spare = _buffers(hidden, weight, chunk_tokens)
+        logprobs, entropy, log_normaliser = (block.new_empty(hidden.size(0)) for _ in range(3))
+        for rows in _slices(0, hidden.size(0), chunk_tokens):
+            projected = _project(hidden[rows], weight, bias, out=block)
+            for part, logits in _parts(projected, rows, spare):
+                scaling.apply_(logits)
+                largest = logits.amax(-1)
+                shifted = logits.sub_(largest[:, None])
+                weights = torch.exp(shifted, out=spare[: len(shifted)])  # of the softmax, not normalised
+                total = weights.sum(-1)
+                log_total = total.log()
+                logprobs[part] = shifted.gather(-1, targets[part, None]).squeeze(-1) - log_total
+                entropy[part] = log_total - weights.mul_(shifted).sum(-1) / total
+                log_normaliser[part] = largest + log_total
         ctx.save_for_backward(hidden, weight, bias, targets, logprobs, entropy, log_normaliser)
         ctx.scaling, ctx.chunk_tokens = scaling, chunk_tokens
         ctx.set_materialize_grads(False)  # an entropy that nobody uses costs nothing
@@ -96,24 +97,24 @@ class FusedLogprobs(torch.autograd.Function):
         grad_logprobs, grad_entropy = grad_outputs
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(logprobs)
-        needs_spare = grad_entropy is not None or ctx.scaling.softcap is not None
-        buffers = _buffers(hidden, weight, ctx.chunk_tokens, count=1 + needs_spare)
-        wide = buffers[0].dtype
+        block, spare = _buffers(hidden, weight, ctx.chunk_tokens)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        for rows in _chunks(hidden.size(0), ctx.chunk_tokens):
-            grad = _grad_projected(
-                ctx.scaling.apply_(_project(hidden[rows], weight, bias, out=buffers[0])),
-                targets[rows],
-                logprobs[rows],
-                entropy[rows],
-                log_normaliser[rows],
-                grad_logprobs[rows],
-                None if grad_entropy is None else grad_entropy[rows],
-                scaling=ctx.scaling,
-                spare=buffers[-1],
-            )
+        grad_weight = torch.zeros_like(weight, dtype=block.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=block.dtype) if ctx.needs_input_grad[2] else None
+        for rows in _slices(0, hidden.size(0), ctx.chunk_tokens):
+            grad = _project(hidden[rows], weight, bias, out=block)
+            for part, logits in _parts(grad, rows, spare):
+                _to_gradient_(
+                    ctx.scaling.apply_(logits),
+                    targets[part],
+                    logprobs[part],
+                    entropy[part],
+                    log_normaliser[part],
+                    grad_logprobs[part],
+                    None if grad_entropy is None else grad_entropy[part],
+                    scaling=ctx.scaling,
+                    spare=spare,
+                )
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)
@@ -131,8 +132,8 @@ class FusedLogprobs(torch.autograd.Function):
         )
 
 
-def _grad_projected(
-    logits: Tensor,  # [n, V], overwritten by the result
+def _to_gradient_(
+    logits: Tensor,  # [n, V], overwritten
     targets: Tensor,  # [n], as all that follow
     logprobs: Tensor,
     entropy: Tensor,
@@ -141,32 +142,31 @@ def _grad_projected(
     grad_entropy: Tensor | None,
     *,
     scaling: LogitScaling,
-    spare: Tensor,  # [>= n, V]; may be the buffer of `logits` where neither entropy nor a cap needs another
-) -> Tensor:
-    """The gradient [n, V] of the projection's output, from the logits made of it.
+    spare: Tensor,  # [>= n, V]
+) -> None:
+    """Write over the logits the gradient of the projection's output that they were made of.
 
     g_logprob · (onehot − p) − g_entropy · p · (log p + entropy), times dz/du.
     """
     grad_logprobs = grad_logprobs * scaling.slope
     at_target = grad_logprobs
-    if scaling.softcap is not None:
-        at_target = grad_logprobs * (1 - scaling.tanh(logprobs + log_normaliser) ** 2)
-    if grad_entropy is None and scaling.softcap is None:
-        grad = logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad_logprobs[:, None])
+    if scaling.softcap is None and grad_entropy is None:
+        logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad_logprobs[:, None])
     else:
         probs = torch.sub(logits, log_normaliser[:, None], out=spare[: len(logits)]).exp_()
         if scaling.softcap is not None:
             # p · (1 − tanh²) as p · (1 − tanh) · (1 + tanh): this needs no third block.
-            factor = scaling.temperature / scaling.softcap
+            factor = scaling.temperature / scaling.softcap  # tanh = factor · z
             probs.addcmul_(probs, logits, value=-factor).addcmul_(probs, logits, value=factor)
+            at_target = grad_logprobs * (1 - (factor * (logprobs + log_normaliser)) ** 2)
         if grad_entropy is None:
-            grad = probs.mul_(-grad_logprobs[:, None])
+            torch.mul(probs, -grad_logprobs[:, None], out=logits)
         else:
-            # log p + entropy = z + (entropy − log Σexp)
+            # log p + entropy = z + (entropy − logΣexp)
             grad_entropy = grad_entropy * scaling.slope
             constant = grad_logprobs + grad_entropy * (entropy - log_normaliser)
-            grad = logits.mul_(-grad_entropy[:, None]).sub_(constant[:, None]).mul_(probs)
-    return grad.scatter_add_(-1, targets[:, None], at_target[:, None])
+            logits.mul_(-grad_entropy[:, None]).sub_(constant[:, None]).mul_(probs)
+    logits.scatter_add_(-1, targets[:, None], at_target[:, None])
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
@@ -188,12 +188,18 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         part += rows @ right
 
 
-def _buffers(hidden: Tensor, weight: Tensor, chunk_tokens: int, *, count: int) -> list[Tensor]:
-    """`count` blocks [chunk, V] for every chunk in turn: on a CPU, touching fresh pages is slow."""
+def _buffers(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    """A block [chunk, V] and a part of one, for all chunks: on a CPU, touching fresh pages is slow."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rows = min(chunk_tokens, hidden.size(0))
-    return [hidden.new_empty(rows, weight.size(0), dtype=wide) for _ in range(count)]
+    block = hidden.new_empty(rows, weight.size(0), dtype=wide)
+    return block, block.new_empty(-(-rows // SPARE_SHARE), weight.size(0))
 
 
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]
+def _parts(block: Tensor, rows: slice, spare: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The block of these rows in parts no longer than `spare`: (which rows, [n, V])."""
+    return zip(_slices(rows.start, rows.stop, len(spare)), block.split(len(spare)), strict=True)
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -197,20 +197,16 @@ class NewStorages(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
-    "name, use, blocks", [("plain", "logprobs", 1), ("plain", "both", 2), ("all", "both", 2)]
-)
-def test_buffers_are_shared_by_all_chunks(name: str, use: str, blocks: int) -> None:
+@pytest.mark.parametrize("use", ["logprobs", "both"])
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_buffers_are_shared_by_all_chunks(name: str, use: str) -> None:
     chunk_tokens = 4  # 17 tokens: 5 chunks
+    block, weight = 4 * chunk_tokens * VOCABULARY, 4 * VOCABULARY * HIDDEN
     *leaves, targets = inputs(torch.float32)
-    with NewStorages(4 * chunk_tokens * VOCABULARY) as forward:
+    with NewStorages(block) as blocks, NewStorages(block // 4) as spares:
         outputs = FusedLogprobs.apply(*leaves, targets, SCALINGS[name], chunk_tokens)
-    assert forward.count == 2
+    assert blocks.count == spares.count == 1
     count = 1 if use == "logprobs" else 2
-    with (
-        NewStorages(4 * chunk_tokens * VOCABULARY) as of_logits,
-        NewStorages(4 * VOCABULARY * HIDDEN, leaves[1]) as of_weight,
-    ):
+    with NewStorages(block) as blocks, NewStorages(weight, leaves[1]) as weights:
         torch.autograd.grad(outputs[:count], leaves, list(upstream().float()[:count]))
-    assert of_logits.count == blocks
-    assert of_weight.count == 1
+    assert blocks.count == weights.count == 1
