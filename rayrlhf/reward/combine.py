@@ -1,0 +1,101 @@
+"""From the raw rewards of several sources to one score: normalise, weigh, add, penalise, clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayrlhf.batch import Sample
+from rayrlhf.config.reward import RewardConfig
+from rayrlhf.reward.normalize import RunningMoments, SumOverRanks, batch_moments
+
+
+class RewardCombiner:
+    """score = clip(Σ weight · (normalised) reward − overlong penalty), or the truncation penalty instead.
+
+    Its running moments are the same on every rank and belong into the checkpoint.
+    """
+
+    def __init__(self, config: RewardConfig, *, response_limit: int) -> None:
+        """`response_limit`: the longest response in tokens, which the overlong penalty ends at."""
+        self.config = config
+        self.response_limit = response_limit
+        self.names = config.source_names
+        self.weights = torch.tensor([source.weight for source in config.sources], dtype=torch.float64)
+        self.normalized = [i for i, source in enumerate(config.sources) if source.normalize]
+        self.moments = RunningMoments.none_yet(len(self.normalized))
+
+    def combine(
+        self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks, *, update: bool = True
+    ) -> list[Sample]:
+        """The same samples with `score`; it is None where a source failed. Collective where it updates.
+
+        The statistics that sources are normalised with take in these samples first, unless `update` is False:
+        then those of training are used as they stand, and none leave the rewards as they are. A sample with a
+        failed source counts in no statistic.
+        """
+        scored = [i for i, sample in enumerate(samples) if None not in sample.source_rewards]
+        raw = torch.tensor([samples[i].source_rewards for i in scored], dtype=torch.float64)
+        raw = raw.reshape(len(scored), len(self.names))  # [N, sources], also for no sample
+        if self.normalized:
+            if update:
+                batch = batch_moments(raw[:, self.normalized], sum_over_ranks)
+                self.moments = self.moments.merged(batch)
+            raw[:, self.normalized] = self.moments.normalized(raw[:, self.normalized])
+        result = [replace(sample, score=None) for sample in samples]
+        for i, total in zip(scored, (raw @ self.weights).tolist(), strict=True):
+            result[i] = replace(samples[i], score=self._final(samples[i], total))
+        return result
+
+    def _final(self, sample: Sample, total: float) -> float:
+        overlong, clip = self.config.overlong, self.config.clip
+        if overlong is not None:
+            total -= overlong.factor * overlong_share(
+                len(sample.response_ids), self.response_limit, overlong.buffer_tokens
+            )
+        if sample.truncated and self.config.truncation_penalty is not None:
+            total = self.config.truncation_penalty
+        return total if clip is None else min(max(total, clip[0]), clip[1])
+
+    def source_means(self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks) -> dict[str, float]:
+        """`reward/source/<name>`: mean raw reward over the ranks' samples that the source has scored.
+
+        A source that has scored none has no mean. Collective.
+        """
+        given = [[reward for reward in rewards if reward is not None] for rewards in self._columns(samples)]
+        local = torch.tensor([[sum(rewards), len(rewards)] for rewards in given], dtype=torch.float64)
+        totals = sum_over_ranks(local).tolist()
+        return {
+            f"reward/source/{name}": total / count
+            for name, (total, count) in zip(self.names, totals, strict=True)
+            if count
+        }
+
+    def _columns(self, samples: Sequence[Sample]) -> list[list[float | None]]:
+        rows = [sample.source_rewards for sample in samples]
+        return [[row[i] for row in rows] for i in range(len(self.names))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, by the name of the source: {"reward0": {"count": …, "mean": …, "m2": …}}."""
+        return {self.names[i]: self._state_of(column) for column, i in enumerate(self.normalized)}
+
+    def _state_of(self, column: int) -> dict[str, float]:
+        moments = self.moments
+        tensors: dict[str, Tensor] = {"count": moments.count, "mean": moments.mean, "m2": moments.m2}
+        return {name: float(tensor[column]) for name, tensor in tensors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state. A source that was not normalised then begins anew."""
+        nothing = {"count": 0.0, "mean": 0.0, "m2": 0.0}
+        rows = [state.get(self.names[i], nothing) for i in self.normalized]
+        columns = [[row[key] for row in rows] for key in ("count", "mean", "m2")]
+        self.moments = RunningMoments(*torch.tensor(columns, dtype=torch.float64))
+
+
+def overlong_share(num_tokens: int, limit: int, buffer_tokens: int) -> float:
+    """min(max(n − (L − b), 0), b) / b: 0 up to b tokens before the limit L, 1 at it (DAPO, arXiv 2503.14476)."""
+    return min(max(num_tokens - (limit - buffer_tokens), 0), buffer_tokens) / buffer_tokens
