@@ -11,7 +11,8 @@ from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.prompts import PromptStore
-from rayrlhf.reward.functions import FunctionSpec, RewardError, find_function, try_function
+from rayrlhf.reward.functions import find_function, try_function
+from rayrlhf.reward.items import RewardError
 from rayrlhf.rollout.environments import find_environment, try_environment
 from rayrlhf.rollout.turns import Turns
 from rayrlhf.rollout.user_environment import EnvironmentFailure
@@ -27,7 +28,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Prepared:
-    reward_functions: dict[int, FunctionSpec]  # by index of the source
+    reward_functions: dict[int, UserCode]  # by index of the source
     environment: UserCode | None = None
 
 
@@ -37,7 +38,7 @@ def check_before_ray(config: PolicyRunConfig) -> Prepared:
         _check_model(key, path)
     _check_resume(config)
     check_sources(config.data)
-    functions: dict[int, FunctionSpec] = {}
+    functions: dict[int, UserCode] = {}
     for index, source in enumerate(config.reward.sources):
         if source.type == "function":
             try:
@@ -73,7 +74,7 @@ def try_out_environment(code: UserCode | None, config: PolicyRunConfig, prompts:
         raise InputError(f"rollout.environment: {error}") from error
 
 
-def try_rewards(functions: dict[int, FunctionSpec], config: PolicyRunConfig, prompts: PromptStore) -> None:
+def try_rewards(functions: dict[int, UserCode], config: PolicyRunConfig, prompts: PromptStore) -> None:
     """Call every reward function once on real prompts, before any model is loaded. Raises `RewardError`."""
     tried = [prompts[i] for i in range(min(TRIED_PROMPTS, len(prompts)))]
     for index, function in functions.items():

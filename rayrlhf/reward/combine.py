@@ -25,7 +25,7 @@ class RewardCombiner:
         self.config = config
         self.response_limit = response_limit
         self.names = config.source_names
-        self.weights = torch.tensor([source.weight for source in config.sources], dtype=torch.float64)
+        self.weights = [source.weight for source in config.sources]
         self.normalized = [i for i, source in enumerate(config.sources) if source.normalize]
         self.moments = RunningMoments.none_yet(len(self.normalized))
 
@@ -47,7 +47,9 @@ class RewardCombiner:
                 self.moments = self.moments.merged(batch)
             raw[:, self.normalized] = self.moments.normalized(raw[:, self.normalized])
         result = [replace(sample, score=None) for sample in samples]
-        for i, total in zip(scored, (raw @ self.weights).tolist(), strict=True):
+        for i, rewards in zip(scored, raw.tolist(), strict=True):
+            # Added up in one order, so that a score does not depend on the samples around it.
+            total = sum(weight * reward for weight, reward in zip(self.weights, rewards, strict=True))
             result[i] = replace(samples[i], score=self._final(samples[i], total))
         return result
 
@@ -97,5 +99,8 @@ class RewardCombiner:
 
 
 def overlong_share(num_tokens: int, limit: int, buffer_tokens: int) -> float:
-    """min(max(n − (L − b), 0), b) / b: 0 up to b tokens before the limit L, 1 at it (DAPO, arXiv 2503.14476)."""
+    """min(max(n − (L − b), 0), b) / b: 0 up to b tokens before the limit L, 1 at it.
+
+    It is what DAPO takes off the reward (arXiv 2503.14476, equation 13).
+    """
     return min(max(num_tokens - (limit - buffer_tokens), 0), buffer_tokens) / buffer_tokens

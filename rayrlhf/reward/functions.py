@@ -8,91 +8,26 @@ means "failed". A function that names its arguments gets only those. Sync or asy
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ray import serve
 
 from rayrlhf.batch import Prompt
+from rayrlhf.reward.items import RewardError, ScoreItem
+from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
 
 RewardFunction = Callable[..., Any]
 
 
-class RewardError(ValueError):
-    """A reward function that cannot be found or breaks the contract."""
-
-
-@dataclass(frozen=True)
-class FunctionSpec:
-    """A reward function that can travel: a file is carried along as text, since other nodes may not have
-    it.
-    """
-
-    text: str  # as in the config
-    file_source: str | None  # the file's content, for path/file.py:function
-
-    @property
-    def place(self) -> str:
-        return self.text.rpartition(":")[0]
-
-    @property
-    def name(self) -> str:
-        return self.text.rpartition(":")[2]
-
-    def load(self) -> RewardFunction:
-        """Raises `RewardError` that says what was not found."""
-        module = _import(self.place) if self.file_source is None else _run_file(self.place, self.file_source)
-        function = getattr(module, self.name, None)
-        if not callable(function):
-            public = {name: f for name, f in vars(module).items() if inspect.isfunction(f) and name[0] != "_"}
-            own = sorted(name for name, f in public.items() if f.__module__ == module.__name__)
-            raise RewardError(
-                f"{self.place} has no function {self.name!r}; it has: {', '.join(own) or 'none'}"
-            )
-        return function
-
-
-def find_function(text: str) -> FunctionSpec:
+def find_function(text: str) -> UserCode:
     """Resolve `module:function` or `path/file.py:function` on the driver. Raises `RewardError`."""
-    spec = FunctionSpec(text, None)
-    if not spec.place or not spec.name:
-        raise RewardError(f"{text!r} is not of the form module:function or path/file.py:function")
-    if spec.place.endswith(".py"):
-        path = Path(spec.place)
-        if not path.is_file():
-            raise RewardError(f"{path} is not a file (looked from {Path.cwd()})")
-        spec = FunctionSpec(text, path.read_text())
-    spec.load()
-    return spec
-
-
-def _import(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RewardError(
-            f"cannot import {name!r} ({error}); is it on PYTHONPATH, or did you mean a .py file?"
-        ) from error
-    except Exception as error:
-        raise RewardError(f"{name} fails at import: {type(error).__name__}: {error}") from error
-
-
-def _run_file(path: str, source: str) -> ModuleType:
-    module = ModuleType(f"reward_file_{Path(path).stem}")
-    module.__file__ = path
-    sys.modules[module.__name__] = module  # dataclasses and the like look their module up
-    try:
-        exec(compile(source, path, "exec"), module.__dict__)
-    except Exception as error:
-        raise RewardError(f"{path} fails at import: {type(error).__name__}: {error}") from error
-    return module
+        return find_user_code(text, "function")
+    except UserCodeError as error:
+        raise RewardError(str(error)) from error
 
 
 def arguments_for(
@@ -130,36 +65,38 @@ async def call_function(
     return rewards
 
 
-def try_function(spec: FunctionSpec, prompts: Sequence[Prompt], label_key: str | None) -> None:
+def try_function(code: UserCode, prompts: Sequence[Prompt], label_key: str | None) -> None:
     """Call it once, with the first prompts and a plain answer. Raises `RewardError`."""
-    function = spec.load()
+    function = code.load()
     responses = ["A short answer, to see whether the reward function works."] * len(prompts)
     arguments = arguments_for(function, prompts, responses, label_key)
     try:
         rewards = asyncio.run(call_function(function, arguments, len(prompts)))
     except RewardError as error:
-        raise RewardError(f"{spec.text} {error}") from error
+        raise RewardError(f"{code.text} {error}") from error
     except Exception as error:
         raise RewardError(
-            f"{spec.text} raised {type(error).__name__}: {error} when called with {', '.join(arguments)}"
+            f"{code.text} raised {type(error).__name__}: {error} when called with {', '.join(arguments)}"
         ) from error
     if all(reward is None for reward in rewards):
-        raise RewardError(f"{spec.text} returned only NaN or None, which means that scoring failed")
+        raise RewardError(f"{code.text} returned only NaN or None, which means that scoring failed")
 
 
 class FunctionReward:
     """The Serve replica that runs a user's function; CPU work, so it has no slot."""
 
-    def __init__(self, spec: FunctionSpec, label_key: str | None) -> None:
-        self.function = spec.load()
+    def __init__(self, code: UserCode, label_key: str | None) -> None:
+        self.function = code.load()
         self.label_key = label_key
 
-    async def score(self, prompts: list[Prompt], responses: list[str], _token_ids: Any) -> list[float | None]:
+    async def score(self, items: list[ScoreItem]) -> list[float | None]:
+        """One call of the function per request: a user's function that raises fails no other request."""
+        prompts, responses = [item.prompt for item in items], [item.response for item in items]
         arguments = arguments_for(self.function, prompts, responses, self.label_key)
-        return await call_function(self.function, arguments, len(prompts))
+        return await call_function(self.function, arguments, len(items))
 
 
-def function_deployment(spec: FunctionSpec, *, label_key: str | None, num_replicas: int) -> Any:
+def function_deployment(code: UserCode, *, label_key: str | None, num_replicas: int) -> Any:
     deployment = serve.deployment(FunctionReward).options(
         name="reward",
         num_replicas=num_replicas,
@@ -168,4 +105,4 @@ def function_deployment(spec: FunctionSpec, *, label_key: str | None, num_replic
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=2,
     )
-    return deployment.bind(spec, label_key)
+    return deployment.bind(code, label_key)

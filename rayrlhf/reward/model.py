@@ -17,6 +17,11 @@ from rayrlhf.models.heads import ScoreModel
 from rayrlhf.models.load import has_packed_scorer, load_scorer, load_tokenizer, resolve_dtype
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
+from rayrlhf.reward.batching import Batcher
+from rayrlhf.reward.items import ScoreItem
+
+# Samples that go to the model together; it cuts them into forward passes by their tokens.
+MAX_BATCH = 256
 
 
 class ScoreActor:
@@ -46,9 +51,11 @@ class ScoreActor:
         return True
 
     @torch.inference_mode()
-    def score(self, prompts: list[Prompt], responses: list[str], token_ids: list[list[int]]) -> list[float]:
-        if not self.same_tokens:
-            token_ids = [self._tokenise(p, r) for p, r in zip(prompts, responses, strict=True)]
+    def score(self, items: list[ScoreItem]) -> list[float]:
+        if self.same_tokens:
+            token_ids = [item.token_ids for item in items]
+        else:
+            token_ids = [self._tokenise(item.prompt, item.response) for item in items]
         scores = [0.0] * len(token_ids)
         lengths = [len(ids) for ids in token_ids]
         budget = max(self.source.max_tokens_per_batch, *lengths)
@@ -98,11 +105,14 @@ class ModelReward:
             timeout_seconds=600,
         )
         await self.model.call("ready", timeout_seconds=600)
+        # One batch at a time: two in one model at once would only take turns.
+        self.batcher = Batcher[ScoreItem, float](self._score_batch, max_batch=MAX_BATCH)
 
-    async def score(
-        self, prompts: list[Prompt], responses: list[str], token_ids: list[list[int]]
-    ) -> list[float]:
-        return await self.model.call("score", prompts, responses, token_ids)
+    async def score(self, items: list[ScoreItem]) -> list[float]:
+        return await self.batcher.ask(items)
+
+    async def _score_batch(self, items: list[ScoreItem]) -> list[float]:
+        return await self.model.call("score", items)
 
     async def check_health(self) -> None:
         await self.model.call("ready")

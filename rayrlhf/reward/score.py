@@ -1,20 +1,22 @@
-"""Scores for samples: every source asked at once, weighted, clipped; what fails is retried, then dropped
-and counted.
-"""
+"""Raw rewards of samples: every source asked at once; what fails is retried, then given up and counted."""
 
 from __future__ import annotations
 
 import asyncio
-import math
+import random
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from rayrlhf.batch import Sample
 from rayrlhf.config.reward import RewardConfig
+from rayrlhf.reward.items import Failure, ScoreItem, checked_reward
 
-BACKOFF_SECONDS = 0.5
+BACKOFF_SECONDS = 0.5  # before the first retry; doubled from one to the next
+MAX_BACKOFF_SECONDS = 30.0
 
 
 class RewardFailure(RuntimeError):
@@ -23,101 +25,140 @@ class RewardFailure(RuntimeError):
 
 @dataclass(frozen=True)
 class RewardSource:
-    """A served source: anything with `score(prompts, responses, token_ids)` behind a Serve handle."""
+    """A served source: anything with `score(items)` behind a Serve handle.
+
+    Without a handle it is the environment, whose rewards come with the samples.
+    """
 
     name: str
     weight: float
-    handle: Any
+    handle: Any | None
 
 
 class RewardClient:
-    """Scores groups of samples. Keeps count of failures until `drain_failures` is called."""
+    """Scores samples, one or many at a time. Keeps count of failures until `drain_failures` is called."""
 
     def __init__(self, sources: Sequence[RewardSource], config: RewardConfig) -> None:
         self.sources = sources
         self.config = config
-        self.failures: Counter[str] = Counter()
-        self.last_error: dict[str, str] = {}
+        self._turns = {source.name: count() for source in sources}
+        # Samples may be scored on another thread than the one that asks what has failed.
+        self._lock = threading.Lock()
+        self._failures: Counter[str] = Counter()
+        self._last_reason: dict[str, str] = {}
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The same samples with `score` set; it stays None where a source failed for good."""
+        """The same samples, in their order, with `source_rewards`: None where a source failed for good."""
         per_source = await asyncio.gather(*(self._ask(source, samples) for source in self.sources))
         return [
-            replace(sample, score=self._combine(sample, list(values)))
-            for sample, values in zip(samples, zip(*per_source, strict=True), strict=True)
+            replace(sample, source_rewards=rewards)
+            for sample, rewards in zip(samples, zip(*per_source, strict=True), strict=True)
         ]
-
-    def _combine(self, sample: Sample, values: list[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            return None
-        if sample.truncated and self.config.truncation_penalty is not None:
-            return self.config.truncation_penalty
-        total = sum(source.weight * value for source, value in zip(self.sources, known, strict=True))
-        return (
-            total if self.config.clip is None else min(max(total, self.config.clip[0]), self.config.clip[1])
-        )
 
     async def _ask(self, source: RewardSource, samples: Sequence[Sample]) -> list[float | None]:
         """One source's rewards; samples that fail are asked again, then given up as None."""
-        rewards: list[float | None] = [None] * len(samples)
-        for attempt in range(self.config.retries + 1):
-            missing = [i for i, reward in enumerate(rewards) if reward is None]
+        rewards: list[float | Failure] = [Failure("never asked")] * len(samples)
+        retries = self.config.retries if source.handle is not None else 0
+        first_turn = next(self._turns[source.name])
+        for attempt in range(retries + 1):
+            missing = [i for i, reward in enumerate(rewards) if isinstance(reward, Failure)]
             if not missing:
                 break
             if attempt:
-                await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
-            for i, reward in zip(
-                missing, await self._try(source, [samples[i] for i in missing]), strict=True
-            ):
+                await asyncio.sleep(backoff_seconds(source.name, samples[missing[0]], attempt))
+            answers = await self._try(source, [samples[i] for i in missing], turn=first_turn + attempt)
+            for i, reward in zip(missing, answers, strict=True):
                 rewards[i] = reward
-        self.failures[source.name] += sum(reward is None for reward in rewards)
+        self._count(source.name, sum(isinstance(reward, Failure) for reward in rewards))
+        return [None if isinstance(reward, Failure) else reward for reward in rewards]
+
+    async def _try(
+        self, source: RewardSource, samples: Sequence[Sample], *, turn: int
+    ) -> list[float | Failure]:
+        if source.handle is None:
+            answers: list[Any] = [_environment_reward(sample) for sample in samples]
+        else:
+            answers = await self._request(source, samples, turn)
+        rewards = [checked_reward(answer) for answer in answers]
+        reasons = [reward.reason for reward in rewards if isinstance(reward, Failure)]
+        if reasons:
+            with self._lock:
+                self._last_reason[source.name] = reasons[-1]
         return rewards
 
-    async def _try(self, source: RewardSource, samples: Sequence[Sample]) -> list[float | None]:
-        prompts = [sample.prompt for sample in samples]
-        responses = [sample.response for sample in samples]
-        token_ids = [[*sample.prompt.prompt_ids, *sample.response_ids] for sample in samples]
+    async def _request(self, source: RewardSource, samples: Sequence[Sample], turn: int) -> list[Any]:
+        assert source.handle is not None
+        items = [
+            ScoreItem(
+                prompt=sample.prompt,
+                response=sample.response,
+                token_ids=[*sample.prompt.prompt_ids, *sample.response_ids],
+                turn=turn,
+            )
+            for sample in samples
+        ]
         try:
-            response = source.handle.score.remote(prompts, responses, token_ids)
-            rewards = await asyncio.wait_for(_result(response), self.config.timeout_seconds)
+            answers = await asyncio.wait_for(
+                _result(source.handle.score.remote(items)), self.config.timeout_seconds
+            )
         except Exception as error:
-            # The border to code that is not ours: whatever it raises, the sample counts as failed, with the
+            # The border to code that is not ours: whatever it raises, the samples count as failed, with the
             # reason.
-            lines = str(error).strip().splitlines()
-            self.last_error[source.name] = f"{type(error).__name__}: {lines[-1]}" if lines else repr(error)
-            return [None] * len(samples)
-        if len(rewards) != len(samples):
-            self.last_error[source.name] = f"returned {len(rewards)} rewards for {len(samples)} responses"
-            return [None] * len(samples)
-        bad = [reward for reward in rewards if reward is None or not math.isfinite(reward)]
-        if bad:
-            self.last_error[source.name] = f"returned {bad[0]}"
-        return [None if reward is None or not math.isfinite(reward) else float(reward) for reward in rewards]
+            return [Failure(self._reason(error))] * len(samples)
+        if len(answers) != len(samples):
+            return [Failure(f"returned {len(answers)} rewards for {len(samples)} responses")] * len(samples)
+        return answers
+
+    def _reason(self, error: Exception) -> str:
+        if type(error) is TimeoutError:
+            return f"no answer within reward.timeout_seconds={self.config.timeout_seconds:g}"
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[-1]}" if lines else repr(error)
+
+    def _count(self, name: str, num_failed: int) -> None:
+        with self._lock:
+            self._failures[name] += num_failed
 
     def drain_failures(self) -> dict[str, str]:
         """What failed since the last call: source name -> how many samples, and the last reason."""
-        told = {
-            name: f"{count} samples failed: {self.last_error.get(name, 'no reason given')}"
-            for name, count in self.failures.items()
-            if count
-        }
-        self.failures.clear()
-        self.last_error.clear()
+        with self._lock:
+            told = {
+                name: f"{failed} samples failed: {self._last_reason.get(name, 'no reason given')}"
+                for name, failed in self._failures.items()
+                if failed
+            }
+            self._failures.clear()
+            self._last_reason.clear()
         return told
 
     def check(self, num_failed: int, num_samples: int) -> None:
         """Stop the run when more than `reward.max_failed_fraction` of a step failed, or all of it."""
         allowed = min(self.config.max_failed_fraction * num_samples, num_samples - 1)
         if num_failed > max(allowed, 0):
-            reasons = (
-                "; ".join(f"{name}: {error}" for name, error in self.last_error.items()) or "on another rank"
-            )
+            with self._lock:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in self._last_reason.items())
             raise RewardFailure(
                 f"{num_failed} of {num_samples} samples could not be scored after {self.config.retries} "
                 f"retries (reward.max_failed_fraction={self.config.max_failed_fraction:g}). "
-                f"Last error: {reasons}"
+                f"Last error: {reasons or 'on another rank'}"
             )
+
+
+def backoff_seconds(source: str, sample: Sample, attempt: int) -> float:
+    """The wait before retry `attempt` (from 1): exponential, and shortened by up to a half at random.
+
+    The chance is of the sample's own: samples that failed together do not come back together, and a repeated
+    run waits alike.
+    """
+    longest = min(BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS)
+    chance = random.Random(f"{source}:{sample.group_id}:{sample.sample_index}:{attempt}")
+    return longest * (1 - chance.random() / 2)
+
+
+def _environment_reward(sample: Sample) -> float | Failure:
+    if sample.episode_reward is None:
+        return Failure("the environment failed in this episode")
+    return sample.episode_reward
 
 
 async def _result(response: Any) -> Any:

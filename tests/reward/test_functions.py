@@ -13,13 +13,12 @@ import pytest
 
 from rayrlhf.reward.functions import (
     FunctionReward,
-    FunctionSpec,
-    RewardError,
     arguments_for,
     call_function,
     find_function,
     try_function,
 )
+from rayrlhf.reward.items import RewardError, ScoreItem
 from tests.samples import make_prompt
 
 SOURCE = """
@@ -252,6 +251,8 @@ def test_a_trial_tells_what_is_wrong(body: str, message: str, tmp_path: Path) ->
 
 
 def test_a_replica_scores(reward_file: Path) -> None:
-    spec: FunctionSpec = find_function(f"{reward_file}:letters")
-    replica = FunctionReward(spec, "answer")
-    assert asyncio.run(replica.score(PROMPTS, ["ab1", "--"], [[1], [2]])) == [2.0, 0.0]
+    replica = FunctionReward(find_function(f"{reward_file}:letters"), "answer")
+    items = [
+        ScoreItem(prompt, response, [1]) for prompt, response in zip(PROMPTS, ["ab1", "--"], strict=True)
+    ]
+    assert asyncio.run(replica.score(items)) == [2.0, 0.0]

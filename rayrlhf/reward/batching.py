@@ -1,0 +1,72 @@
+"""Single requests answered in batches: samples come one by one, but models and servers like many at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Requests that are sent together arrive a few milliseconds apart.
+GATHER_SECONDS = 0.005
+
+
+class Batcher(Generic[Item, Result]):
+    """At most `max_concurrent` batches are under way; what arrives meanwhile waits and then goes together."""
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        *,
+        max_batch: int,
+        max_concurrent: int = 1,
+    ) -> None:
+        """`run` answers a batch: one result per item, in their order."""
+        self.run = run
+        self.max_batch = max_batch
+        self.max_concurrent = max_concurrent
+        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._runners: set[asyncio.Task[None]] = set()
+
+    async def ask(self, items: Sequence[Item]) -> list[Result]:
+        """The results of `items`, in their order. Raises what `run` raised for a batch that held one."""
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
+        self._waiting.extend(zip(items, futures, strict=True))
+        if len(self._runners) < self.max_concurrent:
+            runner = asyncio.ensure_future(self._run_batches())
+            self._runners.add(runner)
+            runner.add_done_callback(self._runners.discard)
+        return list(await asyncio.gather(*futures))
+
+    async def _run_batches(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(GATHER_SECONDS)
+            if batch := self._take():
+                await self._answer(batch)
+
+    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        batch: list[tuple[Item, asyncio.Future[Result]]] = []
+        while self._waiting and len(batch) < self.max_batch:
+            item, future = self._waiting.popleft()
+            if not future.done():  # nobody waits for one that was cancelled
+                batch.append((item, future))
+        return batch
+
+    async def _answer(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+        try:
+            results = await self.run([item for item, _ in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for a batch of {len(batch)}")
+        except Exception as error:
+            # It belongs to those who asked.
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            if not future.done():
+                future.set_result(result)
