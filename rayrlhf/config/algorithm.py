@@ -42,17 +42,6 @@ def _kl_target_is_used(algorithm: AlgorithmConfig) -> Problem | None:
     )
 
 
-def _adaptive_kl_is_in_the_reward(algorithm: AlgorithmConfig) -> Problem | None:
-    if algorithm.kl_controller != "adaptive" or algorithm.kl_in == "reward":
-        return None
-    return Problem(
-        "kl_controller",
-        got="adaptive with kl_in=loss",
-        wanted="fixed, where the KL is part of the loss",
-        fix="set algorithm.kl_in to reward, or algorithm.kl_controller to fixed",
-    )
-
-
 def _adaptive_kl_can_move(algorithm: AlgorithmConfig) -> Problem | None:
     if algorithm.kl_controller != "adaptive" or algorithm.kl_coef > 0:
         return None
@@ -205,7 +194,6 @@ class AlgorithmConfig(Section):
     checks = (
         _adaptive_kl_has_a_target,
         _kl_target_is_used,
-        _adaptive_kl_is_in_the_reward,
         _adaptive_kl_can_move,
         _dual_clip_has_a_ratio,
         _reinforce_is_on_policy,

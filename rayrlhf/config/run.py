@@ -12,7 +12,7 @@ from rayrlhf.config.base import NaturalNumber, Problem, Section, Wanted
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.model import CriticConfig, ModelConfig, RefConfig
 from rayrlhf.config.placement import PlacementConfig
-from rayrlhf.config.reward import RewardConfig
+from rayrlhf.config.reward import RewardConfig, check_reward_needs
 from rayrlhf.config.rollout import RolloutConfig
 from rayrlhf.config.train import CheckpointConfig, EvalConfig, TrainConfig
 
@@ -309,6 +309,7 @@ class PolicyRunConfig(Section):
         _ptx_fits,
         _episodes_come_from_an_environment,
         _overlong_buffer_fits,
+        check_reward_needs,
     )
 
     @field_validator("critic")

@@ -92,13 +92,13 @@ class TrainConfig(Section):
 
 
 def _several_responses_differ(evaluation: EvalConfig) -> Problem | None:
-    if evaluation.group_size == 1 or evaluation.sampling.temperature > 0:
+    if evaluation.samples_per_prompt == 1 or evaluation.sampling.temperature > 0:
         return None
     return Problem(
-        "group_size",
-        got=f"{evaluation.group_size} with sampling.temperature=0 (greedy)",
+        "samples_per_prompt",
+        got=f"{evaluation.samples_per_prompt} with sampling.temperature=0 (greedy)",
         wanted="1: greedy responses to one prompt are all the same",
-        fix="set eval.sampling.temperature above 0, or remove eval.group_size",
+        fix="set eval.sampling.temperature above 0, or remove eval.samples_per_prompt",
     )
 
 
@@ -120,7 +120,7 @@ class EvalConfig(Section):
     """Held-out prompts used; all when left out."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     """How evaluation responses are drawn; greedy unless told otherwise."""
-    group_size: Count = 1
+    samples_per_prompt: Count = 1
     """Responses per held-out prompt; with 2 or more, pass@k for k = 1, 2, 4, … up to it."""
     pass_score: float = 1.0
     """Score from which a response counts as a pass."""

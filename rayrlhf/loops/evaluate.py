@@ -44,12 +44,12 @@ def evaluate(
     num_prompts: int,
     version: int,
 ) -> Evaluation:
-    """`eval.group_size` responses per held-out prompt. Collective: every rank brings its share of them."""
+    """`eval.samples_per_prompt` responses per held-out prompt. Collective: every rank brings its share of them."""
     first = FIRST_GROUP_ID + collectives.rank() * len(prompts)
     samples = collector.collect(
         list(enumerate(prompts, start=first)),
         version=version,
-        group_size=config.eval.group_size,
+        group_size=config.eval.samples_per_prompt,
         sampling=config.eval.sampling,
     )
     samples = combiner.combine(samples, collectives.sum_over_ranks, update=False)
@@ -65,7 +65,7 @@ def evaluate(
             "eval/reward_ci_low": low,
             "eval/reward_ci_high": high,
             "eval/response_tokens_mean": float(np.mean([len(sample.response_ids) for sample in scored])),
-            **pass_rates(scored, config.eval.group_size, config.eval.pass_score),
+            **pass_rates(scored, config.eval.samples_per_prompt, config.eval.pass_score),
         },
         rows=[
             {

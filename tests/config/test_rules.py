@@ -76,11 +76,6 @@ RULES = {
         "algorithm.kl_target",
         ["algorithm.kl_controller=adaptive"],
     ),
-    "adaptive KL is in the reward": (
-        ["algorithm.kl_controller=adaptive", "algorithm.kl_target=0.1", "algorithm.kl_in=loss"],
-        "algorithm.kl_controller",
-        ["algorithm.kl_in=reward"],
-    ),
     "adaptive KL can move": (
         ["algorithm.kl_controller=adaptive", "algorithm.kl_target=0.1", "algorithm.kl_coef=0"],
         "algorithm.kl_coef",
@@ -100,6 +95,99 @@ RULES = {
         ["algorithm.policy_loss=reinforce", "algorithm.dual_clip=3"],
         "algorithm.dual_clip",
         ["algorithm.policy_loss=ppo"],
+    ),
+    "a clipped weight is no bound": (
+        ["algorithm.policy_loss=cispo", "algorithm.dual_clip=3"],
+        "algorithm.dual_clip",
+        ["algorithm.policy_loss=gspo"],
+    ),
+    "reinforce is on-policy": (
+        ["algorithm.policy_loss=reinforce", "algorithm.updates_per_batch=2"],
+        "algorithm.updates_per_batch",
+        ["algorithm.policy_loss=ppo"],
+    ),
+    "k1 in the loss has no gradient": (
+        ["algorithm.kl_in=loss"],
+        "algorithm.kl_estimator",
+        ["algorithm.kl_estimator=k2"],
+    ),
+    # 64 prompts per step: one step could take 20 % of it · 64/12 off the coefficient, all of it and more
+    "an adaptive KL is slow enough": (
+        ["algorithm.kl_controller=adaptive", "algorithm.kl_target=0.1", "algorithm.kl_horizon=12"],
+        "algorithm.kl_horizon",
+        ["algorithm.kl_horizon=13"],
+    ),
+    "truncation bounds from above": (
+        ["algorithm.rollout_correction={mode: truncate, low: 0.5}"],
+        "algorithm.rollout_correction.low",
+        ["algorithm.rollout_correction.mode=mask"],
+    ),
+    "a range of scores is a range": (
+        ["algorithm.dynamic_sampling={low: 1, high: 1}", "rollout.group_size=2"],
+        "algorithm.dynamic_sampling.low",
+        ["algorithm.dynamic_sampling.low=0"],
+    ),
+    "dynamic sampling compares": (
+        ["algorithm.dynamic_sampling={}"],
+        "algorithm.dynamic_sampling",
+        ["rollout.group_size=2"],
+    ),
+    "dynamic sampling has a fixed scale": (
+        [
+            "algorithm.dynamic_sampling={}",
+            "rollout.group_size=2",
+            "reward.sources=[{type: model, path: a, normalize: true}]",
+        ],
+        "reward.sources.0.normalize",
+        ["reward.sources.0.normalize=false"],
+    ),
+    "PPO-ptx has texts": (
+        ["algorithm.ptx_coef=0.1"],
+        "algorithm.ptx_coef",
+        ["data.ptx={sources: a.jsonl, texts_per_step: 2}"],
+    ),
+    "texts have a weight": (
+        ["data.ptx={sources: a.jsonl, texts_per_step: 2}"],
+        "data.ptx",
+        ["algorithm.ptx_coef=0.1"],
+    ),
+    "workers share texts evenly": (
+        ["algorithm.ptx_coef=0.1", "data.ptx={sources: a.jsonl, texts_per_step: 3}", "train.num_workers=2"],
+        "data.ptx.texts_per_step",
+        ["data.ptx.texts_per_step=4"],
+    ),
+    "texts fit a micro-batch": (
+        [
+            "algorithm.ptx_coef=0.1",
+            "data.ptx={sources: a.jsonl, texts_per_step: 2, max_tokens: 9000}",
+        ],
+        "data.ptx.max_tokens",
+        ["data.ptx.max_tokens=8192"],
+    ),
+    "only the pool oversamples": (
+        ["rollout.oversampling=1.5"],
+        "rollout.oversampling",
+        ["rollout.max_staleness=1"],
+    ),
+    "episodes come from an environment": (
+        ["reward.sources=[{type: environment}]"],
+        "reward.sources.0.type",
+        ["rollout.environment={environment: 'games:Guess'}"],
+    ),
+    "an overlong buffer is shorter than a response": (
+        ["reward.overlong={buffer_tokens: 256}"],
+        "reward.overlong.buffer_tokens",
+        ["reward.overlong.buffer_tokens=255"],
+    ),
+    "math needs the answer": (
+        ["reward.sources=[{type: math}]"],
+        "data.label_key",
+        ["data.label_key=answer"],
+    ),
+    "several greedy responses are one": (
+        ["data.eval=held-out.jsonl", "eval.samples_per_prompt=4"],
+        "eval.samples_per_prompt",
+        ["eval.sampling.temperature=0.7"],
     ),
     "probabilities of train for all or none": (
         ["data.train=[a, {path: b, probability: 0.5}]"],

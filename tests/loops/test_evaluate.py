@@ -106,7 +106,7 @@ def test_an_evaluation_by_hand() -> None:
 def test_pass_rates_by_hand() -> None:
     """Scores are 0, 1, 2, 3 for row 0 and 1 to 4 for row 1; a pass is 3 or more: 1 of 4 and 2 of 4."""
     found = run(
-        [0, 1], Rollouts(), Rewards(), 2, group_size=4, pass_score=3.0, sampling={"temperature": 1.0}
+        [0, 1], Rollouts(), Rewards(), 2, samples_per_prompt=4, pass_score=3.0, sampling={"temperature": 1.0}
     )
     check_keys(found.metrics)
     assert found.metrics["eval/pass_at_1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
