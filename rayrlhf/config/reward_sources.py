@@ -71,9 +71,9 @@ class RemoteSource(Section):
     max_batch: Count = 32
     """Samples per request."""
     max_concurrent: Count = 8
-    """Requests that a replica has under way at once, to all addresses together."""
+    """Requests that a replica has under way at once, shared out over the addresses (at least one each)."""
     headers: Headers | None = None
-    """HTTP headers; a value `env:NAME` is read from the driver's environment and written down nowhere."""
+    """HTTP headers; a value `env:NAME` is read from the driver's environment and stands in no file."""
     num_replicas: Count = 1
     """Serve replicas that send the requests."""
 

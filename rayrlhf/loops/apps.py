@@ -15,9 +15,12 @@ from rayrlhf.models.load import resolve_dtype
 from rayrlhf.placement.apply import Slots
 from rayrlhf.reward.functions import function_deployment
 from rayrlhf.reward.model import model_deployment
+from rayrlhf.reward.remote import remote_deployment
+from rayrlhf.reward.verifiable import verifiable_deployment
 from rayrlhf.rollout.engine import EngineSettings, rollout_deployment
 from rayrlhf.rollout.environments import EnvironmentSetup, environment_deployment
 from rayrlhf.train.reference import reference_deployment
+from rayrlhf.usercode import UserCode
 
 KV_BLOCK_TOKENS = 32
 PREFILL_TOKENS = 4096  # of a CPU engine, per engine step
@@ -34,21 +37,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
             max_requests=config.rollout.max_concurrent_requests,
         )
     }
-    for index, (source, (_, _, app)) in enumerate(zip(config.reward.sources, job.reward_apps, strict=True)):
-        if source.type == "function":
-            apps[app] = function_deployment(
-                prepared.reward_functions[index],
-                label_key=config.data.label_key,
-                num_replicas=source.num_replicas,
-            )
-        else:
-            apps[app] = model_deployment(
-                source,
-                role=f"reward:{index}",
-                policy_path=config.model.path,
-                prompt_key=config.data.prompt_key,
-                slots=slots,
-            )
+    apps |= reward_apps(job, slots, prepared.reward_functions)
     if prepared.environment is not None:
         setup = EnvironmentSetup(
             code=prepared.environment,
@@ -68,6 +57,34 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
             num_replicas=config.ref.num_replicas,
             slots=slots,
         )
+    return apps
+
+
+def reward_apps(job: PolicyJob, slots: Slots, functions: dict[int, UserCode]) -> dict[str, Any]:
+    """App name -> bound deployment of every reward source that has one."""
+    config = job.config
+    label_key = config.data.label_key
+    apps: dict[str, Any] = {}
+    for index, (source, (_, _, app)) in enumerate(zip(config.reward.sources, job.reward_apps, strict=True)):
+        match source.type:
+            case "function":
+                apps[app] = function_deployment(
+                    functions[index], label_key=label_key, num_replicas=source.num_replicas
+                )
+            case "model":
+                apps[app] = model_deployment(
+                    source,
+                    role=f"reward:{index}",
+                    policy_path=config.model.path,
+                    prompt_key=config.data.prompt_key,
+                    slots=slots,
+                )
+            case "remote":
+                apps[app] = remote_deployment(source, label_key=label_key)
+            case "math" | "reasoning_gym":
+                apps[app] = verifiable_deployment(source, label_key=label_key)
+            case "environment":  # its rewards come with the samples
+                pass
     return apps
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.batch import Prompt
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.prompts import PromptStore
 from rayrlhf.reward.functions import find_function, try_function
 from rayrlhf.reward.items import RewardError
+from rayrlhf.reward.remote import check_reachable, resolve_headers
+from rayrlhf.reward.verifiable import check_installed, try_rows
 from rayrlhf.rollout.environments import find_environment, try_environment
 from rayrlhf.rollout.turns import Turns
 from rayrlhf.rollout.user_environment import EnvironmentFailure
@@ -20,6 +24,7 @@ from rayrlhf.train.checkpoint import newest_step
 from rayrlhf.usercode import UserCode, UserCodeError
 
 TRIED_PROMPTS = 2
+TRIED_LABELS = 32
 
 
 class InputError(ValueError):
@@ -38,14 +43,31 @@ def check_before_ray(config: PolicyRunConfig) -> Prepared:
         _check_model(key, path)
     _check_resume(config)
     check_sources(config.data)
+    return Prepared(_find_rewards(config), _find_environment(config))
+
+
+def _find_rewards(config: PolicyRunConfig) -> dict[int, UserCode]:
+    """The reward functions, and that other sources have what they need on this machine."""
     functions: dict[int, UserCode] = {}
     for index, source in enumerate(config.reward.sources):
-        if source.type == "function":
-            try:
+        with _named(index, source.type):
+            if source.type == "function":
                 functions[index] = find_function(source.function)
-            except RewardError as error:
-                raise RewardError(f"reward.sources.{index}.function: {error}") from error
-    return Prepared(functions, _find_environment(config))
+            elif source.type == "math" or source.type == "reasoning_gym":
+                check_installed(source)
+            elif source.type == "remote":
+                resolve_headers(source.headers)
+    return functions
+
+
+@contextmanager
+def _named(index: int, kind: str) -> Iterator[None]:
+    """A `RewardError` from inside tells which source it is about."""
+    key = f"reward.sources.{index}" + (".function" if kind == "function" else f" ({kind})")
+    try:
+        yield
+    except RewardError as error:
+        raise RewardError(f"{key}: {error}") from error
 
 
 def _find_environment(config: PolicyRunConfig) -> UserCode | None:
@@ -67,7 +89,7 @@ def try_out_environment(code: UserCode | None, config: PolicyRunConfig, prompts:
     tokenizer = prompt_tokenizer(
         config.model.path, config.model.trust_remote_code, read_chat_template(config.data)
     )
-    rows = [prompts[i].columns for i in range(min(TRIED_PROMPTS, len(prompts)))]
+    rows = [prompt.columns for prompt in _first(prompts, TRIED_PROMPTS)]
     try:
         try_environment(code, environment, rows, Turns(tokenizer, config.data))
     except EnvironmentFailure as error:
@@ -75,13 +97,23 @@ def try_out_environment(code: UserCode | None, config: PolicyRunConfig, prompts:
 
 
 def try_rewards(functions: dict[int, UserCode], config: PolicyRunConfig, prompts: PromptStore) -> None:
-    """Call every reward function once on real prompts, before any model is loaded. Raises `RewardError`."""
-    tried = [prompts[i] for i in range(min(TRIED_PROMPTS, len(prompts)))]
-    for index, function in functions.items():
-        try:
-            try_function(function, tried, config.data.label_key)
-        except RewardError as error:
-            raise RewardError(f"reward.sources.{index}.function: {error}") from error
+    """Try every reward source that can be tried before any model is loaded: functions are called once on real
+    prompts, labels are read, servers must answer. Raises `RewardError`.
+    """
+    label_key = config.data.label_key
+    for index, source in enumerate(config.reward.sources):
+        with _named(index, source.type):
+            if source.type == "function":
+                try_function(functions[index], _first(prompts, TRIED_PROMPTS), label_key)
+            elif source.type == "math" or source.type == "reasoning_gym":
+                try_rows(source, _first(prompts, TRIED_LABELS), label_key)
+            elif source.type == "remote":
+                for url in source.urls:
+                    check_reachable(url)
+
+
+def _first(prompts: PromptStore, count: int) -> list[Prompt]:
+    return [prompts[i] for i in range(min(count, len(prompts)))]
 
 
 def with_absolute_paths(config: PolicyRunConfig) -> PolicyRunConfig:
