@@ -13,6 +13,7 @@ def write_summary(result: dict[str, Any], run_path: Path, *, num_samples: int) -
     summary = {
         **_reward("before", before),
         **_reward("after", after),
+        "best": result["best"] or None,
         "steps": result["steps"],
         "seconds_total": round(result["seconds_total"], 1),
         "seconds_per_phase": {name: round(spent, 1) for name, spent in result["seconds_per_phase"].items()},

@@ -45,7 +45,9 @@ Loop = Callable[[dict[str, PolicyJob]], dict[str, Any]]
 
 
 def stops_cleanly(loop: Loop) -> Loop:
-    """Turn a final failure into a result, so that Ray Train does not restart the workers for it."""
+    """Turn a final failure into a result, so that Ray Train does not restart the workers for it, and tell
+    every other one: a restart must not be silent.
+    """
 
     @functools.wraps(loop)
     def wrapped(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
@@ -53,6 +55,14 @@ def stops_cleanly(loop: Loop) -> Loop:
             return loop(arguments)
         except FINAL_FAILURES as failure:
             return {"failure": f"{type(failure).__name__}: {failure}"}
+        except Exception as failure:
+            job = arguments["job"]
+            Reporter(job.board, rank=0).warn(
+                0,
+                f"worker {collectives.rank()} failed: {type(failure).__name__}: {failure}; "
+                f"train.max_failures={job.config.train.max_failures} restarts from the newest checkpoint",
+            )
+            raise
 
     return wrapped
 

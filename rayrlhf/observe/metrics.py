@@ -68,6 +68,7 @@ METRICS: dict[str, str] = {
     "time/weight_sync": "seconds until every engine held the new weights",
     "time/checkpoint": "seconds saving",
     "time/eval": "seconds evaluating",
+    "time/export": "seconds writing the actor as a Hugging Face folder",
     "time/step": "seconds of the whole step",
 }
 

@@ -75,7 +75,7 @@ def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tin
     assert last["step"] == 2
     assert last["data/samples"] == 16
     assert last["reward/failed"] == 0
-    assert abs(last["kl/mean"]) < 1.0
+    assert abs(last["kl/mean"]) < 5.0
 
 
 def function_source() -> list[dict[str, Any]]:

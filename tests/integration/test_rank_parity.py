@@ -63,7 +63,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         # Rank 0 has collected one group, the last rank all others.
         mine = [s for s in samples_of(step) if (s.group_id % 100 > 0) == (rank > 0) or world_size == 1]
         learners.learn(mine, step, lambda _: nullcontext())
-        history.append({key: value for key, value in learners.metrics.items() if key.startswith(("loss", "kl"))})
+        learnt = learners.metrics.items()
+        history.append({key: value for key, value in learnt if key.startswith(("loss", "kl"))})
         ranks_of_group.append(learners.metrics["data/imbalance"])
     actor = learners.actor.state_dict(learners.actor.module.causal_lm, on_this_rank=rank == 0)
     weights = {f"actor.{name}": tensor.numpy() for name, tensor in actor.items()}

@@ -29,6 +29,7 @@ def result(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     return {
         "before": before,
         "after": after,
+        "best": {"step": 2, "reward": 0.8},
         "steps": 4,
         "seconds_total": 61.26,
         "seconds_per_phase": {"rollout": 30.04, "update_actor": 20.0},
@@ -49,6 +50,7 @@ def test_a_summary_by_hand(tmp_path: Path) -> None:
         "reward_before_ci": [0.4, 0.7],
         "reward_after": 0.75,
         "reward_after_ci": [0.65, 0.95],
+        "best": {"step": 2, "reward": 0.8},
         "steps": 4,
         "seconds_total": 61.3,
         "seconds_per_phase": {"rollout": 30.0, "update_actor": 20.0},
