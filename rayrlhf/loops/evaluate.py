@@ -44,7 +44,7 @@ def evaluate(
     num_prompts: int,
     version: int,
 ) -> Evaluation:
-    """`eval.samples_per_prompt` responses per held-out prompt. Collective: every rank brings its share of them."""
+    """`eval.samples_per_prompt` responses per held-out prompt. Collective: every rank brings its share."""
     first = FIRST_GROUP_ID + collectives.rank() * len(prompts)
     samples = collector.collect(
         list(enumerate(prompts, start=first)),

@@ -1,4 +1,4 @@
-"""The pool of rollouts in flight: order, age, carry-over and restarts, with rollouts that finish on command."""
+"""The pool of rollouts in flight: order, age, carry-over, restarts; rollouts finish on command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PER_STEP = 2
 
 
 class Engines:
-    """Finishes the groups it is told to; all others wait. A sample's score is the version it was started at."""
+    """Finishes the groups it is told to; others wait. A sample's score is the version it was started at."""
 
     def __init__(self) -> None:
         self.finished: set[int] = set()

@@ -91,7 +91,7 @@ def test_without_samples_there_is_still_a_micro_batch() -> None:
 
 
 class Ranks:
-    """Plays rank `rank` of several whose samples are known; what the others send is worked out the same way."""
+    """Plays one rank of several whose samples are known; what the others send is worked out alike."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, by_rank: Sequence[Sequence[Sample]]) -> None:
         self.by_rank = by_rank
@@ -110,14 +110,13 @@ class Ranks:
         return [sample for sender in sorted(self.sent) for sample in self.sent[sender][self.rank]]
 
     def share(self, parts: int) -> list[list[list[list[int]]]]:
-        """Per rank, per mini-batch, per micro-batch: sample numbers. Two rounds: in the first all have sent."""
+        """Per rank, mini-batch and micro-batch: sample numbers. Two rounds: in the first all have sent."""
         found: list[list[list[list[int]]]] = []
         for _ in range(2):
             found = []
-            for self.rank in range(len(self.by_rank)):
-                shared = share_out(
-                    self.by_rank[self.rank], num_mini_batches=parts, budget_tokens=64, seed=0, step=0
-                )
+            for rank, samples in enumerate(self.by_rank):
+                self.rank = rank
+                shared = share_out(samples, num_mini_batches=parts, budget_tokens=64, seed=0, step=0)
                 found.append([members(batches) for batches in shared.mini_batches])
                 self.metrics = shared.metrics
         return found
