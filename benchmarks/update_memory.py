@@ -14,7 +14,8 @@ measured is the head. Three paths, each in a process of its own:
 The peak counts every allocation of torch's CPU allocator during the second update (the first one makes the
 optimizer's moments), from the events of torch.profiler, on top of the tensors alive before it. The
 cross-check is the kernel's high-water mark of resident memory (VmHWM) over a third update, without profiler,
-under glibc's default malloc settings. Then come updates for the speed.
+with MALLOC_MMAP_THRESHOLD_=262144: by default glibc keeps freed blocks of up to 32 MB. Then come updates for
+the speed.
 
 The line to hold: the peak stays below the model's state (weights, gradients, moments) plus 15 % of what one
 [4096, 49152] tensor takes in fp32. The exit status is 1 where rayrlhf's head misses it.
@@ -57,6 +58,7 @@ FULL_LOGITS_BYTES = 4 * NUM_TOKENS * VOCABULARY
 ALLOWED_SHARE = 0.15
 NUM_TIMED_UPDATES = 2
 PATHS = ("fused", "fused + bonus", "whole logits")
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "MALLOC_MMAP_THRESHOLD_": "262144"}
 RESULTS = Path(__file__).parent / "results"
 HEAD = "head of the model"  # where the profiler sees the head begin
 MB = 1e6
@@ -157,7 +159,7 @@ def allocations(learner: Learner, term: Term) -> dict[str, int]:
 def resident(learner: Learner, term: Term) -> dict[str, int]:
     """Resident bytes before an update and at its high-water mark."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc itself returns only blocks over 32 MB at once
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: proc(5)
     before = _status("VmRSS")
     learner.update(term, step=2)
@@ -192,7 +194,7 @@ def in_a_process_of_its_own(path: str, chunk_tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "numbers.json"
         arguments = ["--path", path, "--chunk-tokens", str(chunk_tokens), "--answer", str(answer)]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+        environment = os.environ | ENVIRONMENT
         subprocess.run(
             [sys.executable, "-m", "benchmarks.update_memory", *arguments], env=environment, check=True
         )

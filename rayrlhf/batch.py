@@ -39,11 +39,11 @@ class Sample:
     response: str  # decoded without special tokens, for reward functions and people
     rollout_logprobs: list[float]  # one per response token
     loss_mask: list[int]  # one per response token; 0 on tokens the policy did not produce
-    policy_versions: list[int]  # one per response token: the weights that sampled it (or read it, where masked)
+    policy_versions: list[int]  # one per response token: the weights that sampled or read it
     truncated: bool  # stopped by the token limit, not by a stop token
     source_rewards: tuple[float | None, ...] = ()  # raw, one per reward source; None where it failed for good
     score: float | None = None  # what the sources come to together; None until scored, and where one failed
-    episode_reward: float | None = None  # sum over the turns of an environment; None without one, or if it failed
+    episode_reward: float | None = None  # sum over an environment's turns; None without one or if it failed
     num_turns: int = 1  # responses of the policy within the sample
     failure: str = ""  # why an episode has no reward
 

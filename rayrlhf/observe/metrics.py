@@ -33,7 +33,7 @@ METRICS: dict[str, str] = {
     "loss/ptx": "mean negative log-probability per token of data.ptx, nats",
     "loss/is_weight_mean": "mean importance weight of trainer over engine per response token, before bounds",
     "loss/is_weight_max": "largest such weight of the step",
-    "loss/is_masked_fraction": "share of response tokens whose weight algorithm.rollout_correction has changed",
+    "loss/is_masked_fraction": "share of response tokens whose weight algorithm.rollout_correction bounds",
     "loss/entropy": "mean entropy of the policy per response token, nats",
     "loss/approx_kl": "mean k3 estimate of KL(old policy || new policy) per response token",
     "loss/clip_fraction": "share of response tokens at which the ratio was clipped",

@@ -157,7 +157,7 @@ def backoff_seconds(source: str, sample: Sample, attempt: int) -> float:
 
 def _environment_reward(sample: Sample) -> float | Failure:
     if sample.episode_reward is None:
-        return Failure("the environment failed in this episode")
+        return Failure(sample.failure or "the environment gave no reward")
     return sample.episode_reward
 
 

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,14 +101,18 @@ def test_turns_count_requests_and_retries_have_the_next_one() -> None:
 
 
 def test_the_environment_needs_no_handle() -> None:
+    plain = samples(3)
     asked = [
-        make_sample(response="r0", score=None),
-        make_sample(response="r1", score=None),
+        replace(plain[0], episode_reward=2.5),
+        replace(plain[1], failure="its step took 9 s"),
+        replace(plain[2], episode_reward=math.nan),
     ]
-    asked = [Sample(**{**vars(asked[0]), "episode_reward": 2.5}), asked[1]]
-    rewards = client(None, Handle([1.0, 1.0]))
-    assert rewards_of(rewards, asked) == [(2.5, 1.0), (None, 1.0)]
-    assert rewards.drain_failures() == {"source0": "1 samples failed: the environment failed in this episode"}
+    rewards = client(None, Handle([1.0, 1.0], [1.0]))
+    assert rewards_of(rewards, asked[:2]) == [(2.5, 1.0), (None, 1.0)]
+    assert rewards.drain_failures() == {"source0": "1 samples failed: its step took 9 s"}
+    assert rewards_of(rewards, asked[2:]) == [(None, 1.0)]
+    assert rewards_of(rewards, plain[:1]) == [(None, 1.0)]
+    assert rewards.drain_failures() == {"source0": "2 samples failed: the environment gave no reward"}
 
 
 @pytest.mark.parametrize(
