@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.reward.graders import import_reasoning_gym
+
 DATA_PATH = Path(__file__).resolve().parent / "data"
 TASK = "chain_sum"
 SETTINGS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
@@ -33,10 +35,8 @@ def ensure_data(folder: Path = DATA_PATH) -> tuple[Path, Path]:
 
 def distinct_entries(count: int) -> list[dict[str, Any]]:
     """The first `count` entries that ask something new."""
-    import reasoning_gym
-
     asked: dict[str, dict[str, Any]] = {}
-    dataset: Any = reasoning_gym.create_dataset(TASK, size=4 * count, seed=SEED, **SETTINGS)
+    dataset: Any = import_reasoning_gym().create_dataset(TASK, size=4 * count, seed=SEED, **SETTINGS)
     for entry in dataset:
         asked.setdefault(entry["question"], entry)
         if len(asked) == count:

@@ -221,7 +221,7 @@ def _ptx_fits(config: PolicyRunConfig) -> Problem | None:
         return None
     return Problem(
         "data.ptx.max_tokens",
-        got=f"{ptx.max_tokens}, over train.max_tokens_per_micro_batch={config.train.max_tokens_per_micro_batch}",
+        got=f"{ptx.max_tokens} > train.max_tokens_per_micro_batch={config.train.max_tokens_per_micro_batch}",
         wanted="at most one micro-batch",
         fix="lower data.ptx.max_tokens or raise train.max_tokens_per_micro_batch",
     )
