@@ -52,7 +52,7 @@ def evaluate(
         group_size=config.eval.samples_per_prompt,
         sampling=config.eval.sampling,
     )
-    samples = combiner.combine(samples, collectives.sum_over_ranks, update=False)
+    samples = combiner.combine(samples, collectives.sum_over_ranks, normalize=False)
     everyone = collectives.gather_lists(samples)
     asked = [s for s in everyone if s.group_id < FIRST_GROUP_ID + num_prompts]  # without the repeated ones
     scored = [sample for sample in asked if sample.score is not None]

@@ -57,7 +57,7 @@ from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_sl
 from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
-from rayrlhf.reward.functions import RewardError
+from rayrlhf.reward.items import RewardError
 from rayrlhf.rollout.weight_sync import WeightHub
 
 INPUT_ERRORS = (InputError, DataError, RewardError, PlacementError)
@@ -127,12 +127,10 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> None:
             config=config,
             run_id=run_id,
             reward_apps=tuple(
-                (
-                    source.name or f"reward{i}",
-                    source.weight,
-                    "" if source.type == "environment" else f"{run_id}-reward{i}",
+                (name, source.weight, "" if source.type == "environment" else f"{run_id}-reward{i}")
+                for i, (name, source) in enumerate(
+                    zip(config.reward.source_names, config.reward.sources, strict=True)
                 )
-                for i, source in enumerate(config.reward.sources)
             ),
             num_eval_prompts=stores.num_eval_prompts(config),
             threads_per_worker=config.train.num_threads or _threads(config.train.num_workers),

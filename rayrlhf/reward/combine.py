@@ -30,21 +30,20 @@ class RewardCombiner:
         self.moments = RunningMoments.none_yet(len(self.normalized))
 
     def combine(
-        self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks, *, update: bool = True
+        self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks, *, normalize: bool = True
     ) -> list[Sample]:
-        """The same samples with `score`; it is None where a source failed. Collective where it updates.
+        """The same samples with `score`; it is None where a source failed. Collective where it normalises.
 
-        The statistics that sources are normalised with take in these samples first, unless `update` is False:
-        then those of training are used as they stand, and none leave the rewards as they are. A sample with a
-        failed source counts in no statistic.
+        The statistics that sources are normalised with take in these samples first; a sample with a failed
+        source counts in none. `normalize` False leaves rewards and statistics as they are: evaluations must
+        be on one scale to be compared with each other.
         """
         scored = [i for i, sample in enumerate(samples) if None not in sample.source_rewards]
         raw = torch.tensor([samples[i].source_rewards for i in scored], dtype=torch.float64)
         raw = raw.reshape(len(scored), len(self.names))  # [N, sources], also for no sample
-        if self.normalized:
-            if update:
-                batch = batch_moments(raw[:, self.normalized], sum_over_ranks)
-                self.moments = self.moments.merged(batch)
+        if self.normalized and normalize:
+            batch = batch_moments(raw[:, self.normalized], sum_over_ranks)
+            self.moments = self.moments.merged(batch)
             raw[:, self.normalized] = self.moments.normalized(raw[:, self.normalized])
         result = [replace(sample, score=None) for sample in samples]
         for i, rewards in zip(scored, raw.tolist(), strict=True):

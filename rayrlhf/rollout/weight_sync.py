@@ -74,7 +74,7 @@ class WeightSync:
 
     def is_news(self, version: int) -> bool:
         """Whether the engines may hold anything else than this version, as after a restart of the trainer."""
-        newest: Publication = ray.get(self.hub.newest.remote(), timeout=self.timeout_seconds)
+        newest: Any = ray.get(self.hub.newest.remote(), timeout=self.timeout_seconds)
         return version > 0 or newest.number > 0
 
     def push(self, parameters: list[tuple[str, nn.Parameter]], version: int) -> None:

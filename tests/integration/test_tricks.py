@@ -35,6 +35,7 @@ def test_the_tricks_of_ppo(tmp_path: Path, tiny_model: str) -> None:
             "ptx": {"sources": str(texts), "texts_per_step": 8, "max_tokens": 64},
         },
         "algorithm": {
+            "policy_loss": "cispo",
             "kl_coef": 0.01,
             "kl_controller": "adaptive",
             "kl_target": 0.5,
@@ -74,10 +75,7 @@ def test_the_tricks_of_ppo(tmp_path: Path, tiny_model: str) -> None:
     coefs = [row["kl/coef"] for row in steps]
     assert coefs[:2] == [0.01, 0.01] and len(set(coefs)) > 2, "no KL is measured while the actor is frozen"
     # β changes by at most 20 % · 32/100 a step, also over the restart.
-    assert all(
-        abs(later / earlier - 1) <= 0.2 * 0.32 + 1e-9
-        for earlier, later in pairwise(coefs)
-    )
+    assert all(abs(later / earlier - 1) <= 0.2 * 0.32 + 1e-9 for earlier, later in pairwise(coefs))
     assert all(0 <= row["reward/source/vowels"] <= 1 for row in steps), "raw, before normalisation"
     # In full: every response is 12 tokens long, the limit. Normalised scores of the first step have mean 0.
     assert steps[0]["reward/mean"] == pytest.approx(-0.5, abs=0.2)

@@ -98,17 +98,17 @@ def test_normalisation_takes_the_batch_in_first_and_weighs_afterwards() -> None:
     assert scores(by, sample(5.0, 0.0), sample(7.0, 0.0)) == pytest.approx(expected)
 
 
-def test_evaluation_leaves_the_statistics_alone() -> None:
+def test_evaluations_are_all_on_the_raw_scale() -> None:
     by = combiner({"normalize": True})
-    assert scores(by, sample(4.0), update=False) == [4.0], "nothing seen yet"
+    assert scores(by, sample(4.0), normalize=False) == [4.0]
     scores(by, sample(1.0), sample(3.0))
     before = by.state_dict()
 
     def no_collective(values: Tensor) -> Tensor:
         raise AssertionError("evaluation must not wait for other ranks here")
 
-    [after] = by.combine([sample(4.0)], no_collective, update=False)
-    assert after.score == pytest.approx(2.0)  # (4 - 2) / 1
+    [after] = by.combine([sample(4.0)], no_collective, normalize=False)
+    assert after.score == 4.0
     assert by.state_dict() == before
 
 
