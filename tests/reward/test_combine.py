@@ -178,5 +178,7 @@ def test_a_saved_state_goes_on_bit_by_bit() -> None:
 def test_a_state_from_before_a_source_was_normalised() -> None:
     by = combiner({"normalize": True, "name": "new"}, {"normalize": True, "name": "old"})
     by.load_state_dict({"old": {"count": 2.0, "mean": 2.0, "m2": 2.0}, "gone": {}})
-    assert scores(by, sample(4.0, 4.0), update=False) == pytest.approx([4.0 + 2.0])
+    assert by.state_dict()["old"] == {"count": 2.0, "mean": 2.0, "m2": 2.0}
     assert by.state_dict()["new"]["count"] == 0.0
+    # new: one value has no deviation. old: 1, 3 and now 5: mean 3, variance (4 + 0 + 4) / 3.
+    assert scores(by, sample(4.0, 5.0)) == pytest.approx([0.0 + 2.0 / (8 / 3) ** 0.5])
