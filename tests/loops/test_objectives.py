@@ -12,6 +12,7 @@ from rayrlhf.batch import PackedBatch, pack_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.loops.objectives import (
     StepCounts,
+    language_model_objective,
     per_token,
     policy_forward,
     policy_objective,
@@ -133,6 +134,42 @@ def test_the_engines_logprobs_are_compared_with_the_trainers() -> None:
     without = five_tokens()
     object.__setattr__(without, "rollout_logprobs", None)
     assert not any(key.startswith("rollout/") for key in objective(without, output())[1])
+
+
+@pytest.mark.parametrize(
+    "correction, weights",
+    [
+        # old - rollout = 0.5, 0.25 and 0: w = 1.6487, 1.2840 and 1
+        ({"mode": "truncate", "high": 1.5}, [1.5, 1.2840254, 1.0]),
+        ({"mode": "mask", "low": 0.5, "high": 1.5}, [0.0, 1.2840254, 1.0]),
+        # Of the first sequence e^0.75 = 2.117 for both tokens
+        ({"mode": "truncate", "level": "sequence", "high": 2.0}, [2.0, 2.0, 1.0]),
+    ],
+)
+def test_the_rollout_correction_weighs_the_policy_loss_alone(
+    correction: dict[str, Any], weights: list[float]
+) -> None:
+    out = output()
+    batch = five_tokens().with_fields(ref_logprobs=REF)
+    share, metrics = objective(
+        batch, out, rollout_correction=correction, kl_in="loss", kl_estimator="k2", entropy_coef=0.1
+    )
+    share.backward()
+    loss = sum(-a * w for a, w in zip([1.0, -2.0, 2.0], weights, strict=True))
+    assert share.item() == pytest.approx((loss + 0.2 * 0.625 - 0.1 * 6) / 6, rel=1e-5)
+    first, second, third = weights
+    expected = [0, (-first + 0.2 * 0.5) / 6, (2 * second - 0.2) / 6, 0, -2 * third / 6]
+    assert gradient(out.logprobs) == pytest.approx(expected, rel=1e-5)
+    assert metrics["loss/is_masked_fraction"] == sum(w in (0.0, 1.5, 2.0) for w in weights)
+
+
+def test_the_loss_of_texts_by_hand() -> None:
+    out = output()
+    share, metrics = language_model_objective(0.5, num_tokens=7.0)(out, batch_of(2, 1))
+    share.backward()
+    assert float(metrics["loss/ptx"]) == pytest.approx((1.0 + 2.0 + 0.5) / 7)
+    assert share.item() == pytest.approx(0.5 * 3.5 / 7)
+    assert gradient(out.logprobs) == pytest.approx([0, -0.5 / 7, -0.5 / 7, 0, -0.5 / 7])
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum_norm"])
