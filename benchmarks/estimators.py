@@ -102,8 +102,8 @@ def table(report: dict[str, Any]) -> str:
             f"# Four estimators, one task, one budget: {report['steps']} steps",
             "",
             f"SmolLM2-135M-Instruct on reasoning-gym's {report['task']['name']} (sums and differences of two "
-            "numbers with one or two digits), fp32 on CPUs. Held-out reward: 128 questions that are not in the "
-            "training set, answered greedily; the 95 % interval is a bootstrap over questions.",
+            "numbers with one or two digits), fp32 on CPUs. Held-out reward: 128 questions, none among "
+            "those of training, answered greedily; the 95 % interval is a bootstrap over questions.",
             "",
             "| estimator | held-out reward before | after | samples | seconds per step |",
             "|---|---|---|---|---|",

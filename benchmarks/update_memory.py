@@ -201,7 +201,7 @@ def in_a_process_of_its_own(path: str, chunk_tokens: int) -> dict[str, Any]:
         return json.loads(answer.read_text())
 
 
-def machine() -> dict[str, Any]:
+def machine(chunk_tokens: int) -> dict[str, Any]:
     cpu = next(
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
     )
@@ -210,7 +210,8 @@ def machine() -> dict[str, Any]:
         "cpu": cpu.split(":")[1].strip(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in packages},
-        "command": f".venv/bin/python -m benchmarks.{Path(__file__).stem}",
+        "load_average": round(os.getloadavg()[1], 1),  # over five minutes: what else the cores were doing
+        "command": f".venv/bin/python -m benchmarks.update_memory --chunk-tokens {chunk_tokens}",
     }
 
 
@@ -242,7 +243,8 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], chunk_tokens:
             "State: weights, gradients and AdamW's two moments. Decoder's part: what the decoder keeps alive "
             "when the head begins. How it is measured stands in `benchmarks/update_memory.py`.",
             "",
-            f"{where['cpu']}, {where['cores']} cores; {versions}. `{where['command']}`",
+            f"{where['cpu']}, {where['cores']} cores, load average {where['load_average']} (tokens/s suffer "
+            f"from what else runs, bytes do not); {versions}. `{where['command']}`",
             "",
         ]
     )
@@ -264,7 +266,7 @@ def main() -> int:
         f"{'PASS' if passed else 'FAIL'}: the fused paths stay {'' if passed else 'not '}under "
         f"{ALLOWED_SHARE:.0%} of the full tensor ({ALLOWED_SHARE * FULL_LOGITS_BYTES / MB:.1f} MB)."
     )
-    where = machine()
+    where = machine(options.chunk_tokens)
     report = as_markdown(rows, where, options.chunk_tokens, verdict)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "update_memory.md").write_text(report)

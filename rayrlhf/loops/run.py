@@ -64,10 +64,6 @@ INPUT_ERRORS = (InputError, DataError, RewardError, PlacementError)
 TRAIN_FOLDER = "checkpoints"
 
 
-class Terminated(BaseException):
-    """Like KeyboardInterrupt: not an error that something on the way should handle."""
-
-
 class RunFailed(RuntimeError):
     """The run stopped by itself; the message is the whole story."""
 
@@ -78,11 +74,12 @@ def run_policy(config: PolicyRunConfig) -> int:
     """
     console = Console(config.observe.console)
     previous = signal.getsignal(signal.SIGTERM)
+    stopped = _StopOnSignal()
     try:
         prepared = check_before_ray(config)
         config = with_absolute_paths(config)
         with ray_session(NAMESPACE) as where:
-            signal.signal(signal.SIGTERM, _exit_on_signal)  # after ray.init, which installs its own
+            signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own
             console.say(where)
             _run(config, prepared, console)
         console.summary(Path(config.run.path))
@@ -95,11 +92,9 @@ def run_policy(config: PolicyRunConfig) -> int:
         console.error(f"{error}\n(details: {Path(config.run.path) / 'error.log'})")
         return 1
     except KeyboardInterrupt:
-        console.error("interrupted; the same command goes on from the newest checkpoint")
-        return 130
-    except Terminated:
-        console.error("stopped by SIGTERM; the same command goes on from the newest checkpoint")
-        return 143
+        how, code = ("stopped by SIGTERM", 143) if stopped.received else ("interrupted", 130)
+        console.error(f"{how}; the same command goes on from the newest checkpoint")
+        return code
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -213,6 +208,15 @@ def _torn_down(run_id: str, board: Any, hub: Any, slots: Slots) -> Iterator[None
             ray.kill(actor)
 
 
-def _exit_on_signal(_signal: int, _frame: Any) -> None:
-    """`ray job stop` sends SIGTERM: leave through every `finally`."""
-    raise Terminated
+class _StopOnSignal:
+    """`ray job stop` sends SIGTERM: leave through every `finally`.
+
+    By KeyboardInterrupt, since Ray's blocking calls let no other exception of a signal handler through.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __call__(self, _signal: int, _frame: Any) -> None:
+        self.received = True
+        raise KeyboardInterrupt

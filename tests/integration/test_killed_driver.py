@@ -58,6 +58,17 @@ def kill(head: LocalHead, config: Path) -> None:
     driver_of(config).kill()
 
 
+def terminate(head: LocalHead, config: Path) -> None:
+    """What a scheduler does that gives a job time to leave."""
+    driver = driver_of(config)
+    driver.terminate()
+    driver.wait(GONE_SECONDS)
+    logs = subprocess.run(
+        ["ray", "job", "logs", "terminate"], env=head.client_env(), capture_output=True, text=True
+    )
+    assert "stopped by SIGTERM; the same command goes on" in logs.stdout
+
+
 def stop(head: LocalHead, config: Path) -> None:
     subprocess.run(
         ["ray", "job", "stop", "--no-wait", "stop"], env=head.client_env(), check=True, capture_output=True
@@ -66,7 +77,7 @@ def stop(head: LocalHead, config: Path) -> None:
 
 def test_nothing_outlives_the_driver(tmp_path: Path, tiny_model: str) -> None:
     with LocalHead(num_cpus=4, num_gpus=0, object_store_bytes=300_000_000) as head:
-        for name, end in (("kill", kill), ("stop", stop)):
+        for name, end in (("kill", kill), ("terminate", terminate), ("stop", stop)):
             folder = tmp_path / name
             folder.mkdir()
             run = tiny_run(folder, tiny_model, train={"num_steps": 100_000})
