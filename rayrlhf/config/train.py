@@ -77,7 +77,7 @@ class TrainConfig(Section):
     """Gradient norm is clipped to this; 0 switches it off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    logprob_chunk_tokens: Count = 1024
+    logprob_chunk_tokens: Count = 256
     """Rows of logits that are alive at once."""
     num_threads: Count | None = None
     """Threads of a CPU worker; the node's cores divided by its workers when left out."""
