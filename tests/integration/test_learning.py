@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from jobs.environments.calculator import make_rows, write_rows
 from rayrlhf.config.load import load_config
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.run import run_policy
@@ -95,8 +96,23 @@ def test_it_runs(tmp_path: Path, tiny_model: str, name: str) -> None:
         assert last[key] >= value
 
 
-def test_every_cpu_config_is_run_somewhere() -> None:
-    """agent-cpu.yaml is run by test_agents, demo.yaml by `make demo`."""
+def test_the_agent_runs(tmp_path: Path, tiny_model: str) -> None:
+    """Whether agents learn is test_agents' to show."""
+    rows = write_rows(tmp_path / "sums.jsonl", make_rows(64, seed=0, largest=9, num_terms=2))
+    config = shipped(
+        "agent",
+        tmp_path,
+        tiny_model,
+        "train.num_steps=2",
+        f"data.train={rows}",
+        "rollout.environment.arguments={instructions: ''}",
+        "reward.sources=[{type: environment}]",
+    )
+    assert run_policy(config) == 0
+    assert len(rewards_of(tmp_path)) == 2
+
+
+def test_every_cpu_config_is_run_here() -> None:
     shipped_names = {path.name.removesuffix("-cpu.yaml") for path in CONFIGS.glob("*-cpu.yaml")}
     assert shipped_names == {*LEARNERS, *OTHERS, "agent"}
 
