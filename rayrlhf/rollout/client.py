@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +101,10 @@ class RolloutClient:
         assert self.config.environment is not None
         seconds = self.config.environment.timeout_seconds + EPISODE_GRACE_SECONDS
         patience = Patience("environment", "rollout.environment.timeout_seconds", seconds)
-        while True:
-            try:
-                return await patience.wait(_result(self.episodes.episode.remote(prompt, params, min_version)))
-            except FAILURES as error:
-                self.retries += 1
-                await patience.after(error)
+        try:
+            return await patience.ask(lambda: self.episodes.episode.remote(prompt, params, min_version))
+        finally:
+            self.retries += patience.retries
 
 
 FAILURES = (RayActorError, DeploymentUnavailableError, BackPressureError, RayTaskError)
@@ -120,6 +118,15 @@ class Patience:
         self.limit = f"{key}={seconds:g}"
         self.deadline = time.monotonic() + seconds
         self.deaths = 0
+        self.retries = 0
+
+    async def ask(self, request: Callable[[], Any]) -> Any:
+        """The answer of a Serve response that `request` makes, however often it must be made."""
+        while True:
+            try:
+                return await self.wait(_result(request()))
+            except FAILURES as error:
+                await self.after(error)
 
     async def wait(self, answer: Any) -> Any:
         """Await it until the deadline. Raises `TimeoutError`."""
@@ -140,6 +147,7 @@ class Patience:
                 raise error  # the request itself kills engines: trying on would only take the others down
         if time.monotonic() > self.deadline:
             raise TimeoutError(f"no {self.whom} came back within {self.limit}") from error
+        self.retries += 1
         await asyncio.sleep(RETRY_SECONDS)
 
 

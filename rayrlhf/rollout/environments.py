@@ -19,7 +19,7 @@ from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.environment import EnvironmentConfig
 from rayrlhf.config.rollout import RolloutConfig
 from rayrlhf.data.chat import prompt_tokenizer
-from rayrlhf.rollout.client import FAILURES, Patience
+from rayrlhf.rollout.client import Patience
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.episodes import Episode, play
 from rayrlhf.rollout.turns import Turns
@@ -110,13 +110,7 @@ class EnvironmentReplica:
         patience = Patience("engine", "rollout.timeout_seconds", self.setup.rollout.timeout_seconds)
         if self._engines is None:  # not in the constructor: the engines' app may come up later
             self._engines = serve.get_app_handle(self.setup.rollout_app)
-        while True:
-            try:
-                return await patience.wait(
-                    _result(self._engines.complete.remote(prompt_ids, params, min_version))
-                )
-            except FAILURES as error:
-                await patience.after(error)
+        return await patience.ask(lambda: self._engines.complete.remote(prompt_ids, params, min_version))
 
     async def num_stuck(self) -> int:
         """Calls of the user's that never came back, and still run."""
@@ -141,7 +135,3 @@ def environment_deployment(setup: EnvironmentSetup) -> Any:
         max_constructor_retry_count=2,
     )
     return deployment.bind(setup)
-
-
-async def _result(response: Any) -> Any:
-    return await response
