@@ -54,7 +54,7 @@ class Answer:
 
     def __init__(self, engines: Engines, params: list[dict[str, Any]], min_version: int) -> None:
         self.engines = engines
-        self.iterator = self._generate(params, min_version)
+        self.iterator: Any = self._generate(params, min_version)
 
     def cancel(self) -> None:
         self.engines.num_cancelled += 1
@@ -144,7 +144,9 @@ def test_who_stops_listening_cancels_the_rest() -> None:
 
     async def first_only() -> None:
         client = make_client(engines)
-        asked = client.samples(PROMPT, group_id=7, group_size=3, min_version=0, sampling=SamplingConfig())
+        asked: Any = client.samples(
+            PROMPT, group_id=7, group_size=3, min_version=0, sampling=SamplingConfig()
+        )
         await anext(asked)
         await asked.aclose()
 
