@@ -3,6 +3,7 @@
 #
 #   make demo     train a 135M model with PPO through `ray job submit`, on CPU, and show what it learned
 #   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
+#   make learning every learning test from all its seeds, about 40 minutes
 #   make check    lint, formatting, types, import layers
 #   make clean    remove what the others made, except .venv
 #
@@ -21,7 +22,7 @@ ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
 
-.PHONY: help install model demo test check format clean
+.PHONY: help install model demo test learning check format clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -37,6 +38,9 @@ demo: install
 
 test: model
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+learning: model
+	$(BIN)/python -m pytest -m "not gpu" tests/integration/test_learning.py tests/integration/test_agents.py $(PYTEST_ARGS)
 
 check: install
 	$(BIN)/ruff check
