@@ -21,32 +21,31 @@ Url = Annotated[
 Headers = Annotated[dict[str, str], Wanted("a mapping of header names to texts")]
 
 
-class FunctionSource(Section):
+class Source(Section):
+    """What every source has."""
+
+    weight: float = 1.0
+    """Weight in the sum of sources."""
+    name: SourceName | None = None
+    """Name in logs and metrics; reward0, reward1, … when left out."""
+    normalize: bool = False
+    """Subtract the running mean of its rewards and divide by their running standard deviation."""
+
+
+class FunctionSource(Source):
     type: Literal["function"]
     """A Python function of yours: f(prompts, responses, labels, **columns) -> one number per response."""
     function: FunctionName
     """`module:function` or `path/file.py:function`."""
-    weight: float = 1.0
-    """Weight in the sum of sources."""
-    name: SourceName | None = None
-    """Name in logs and metrics; reward0, reward1, … when left out."""
-    normalize: bool = False
-    """Subtract the running mean of its rewards and divide by their running standard deviation."""
     num_replicas: Count = 1
     """Serve replicas of this source."""
 
 
-class ModelSource(Section):
+class ModelSource(Source):
     type: Literal["model"]
     """A reward model."""
     path: str = Field(min_length=1)
     """Folder of an AutoModelForSequenceClassification checkpoint with one label."""
-    weight: float = 1.0
-    """Weight in the sum of sources."""
-    name: SourceName | None = None
-    """Name in logs and metrics; reward0, reward1, … when left out."""
-    normalize: bool = False
-    """Subtract the running mean of its rewards and divide by their running standard deviation."""
     num_replicas: Count = 1
     """Serve replicas of this source."""
     max_tokens_per_batch: Count = 8192
@@ -55,17 +54,11 @@ class ModelSource(Section):
     """Dtype of its weights."""
 
 
-class RemoteSource(Section):
+class RemoteSource(Source):
     type: Literal["remote"]
     """A server: POST {"query": […], "prompts": […], "labels": […]} is answered by {"rewards": […]}."""
     urls: list[Url] = Field(min_length=1)
     """Its addresses, asked in turn; a sample that failed goes to the next one."""
-    weight: float = 1.0
-    """Weight in the sum of sources."""
-    name: SourceName | None = None
-    """Name in logs and metrics; reward0, reward1, … when left out."""
-    normalize: bool = False
-    """Subtract the running mean of its rewards and divide by their running standard deviation."""
     timeout_seconds: PositiveNumber = 30
     """Deadline of one HTTP request."""
     max_batch: Count = 32
@@ -78,19 +71,13 @@ class RemoteSource(Section):
     """Serve replicas that send the requests."""
 
 
-class MathSource(Section):
+class MathSource(Source):
     type: Literal["math"]
     """Verifiable answers: math-verify compares the response with the answer in the column data.label_key."""
     correct: float = 1.0
     """Reward of a response whose answer equals the label."""
     wrong: float = 0.0
     """Reward of any other response, those without an answer included."""
-    weight: float = 1.0
-    """Weight in the sum of sources."""
-    name: SourceName | None = None
-    """Name in logs and metrics; reward0, reward1, … when left out."""
-    normalize: bool = False
-    """Subtract the running mean of its rewards and divide by their running standard deviation."""
     timeout_seconds: PositiveNumber = 10
     """Deadline of one comparison; a response that takes longer has failed, since it may be right."""
     num_processes: Count = 1
@@ -99,19 +86,13 @@ class MathSource(Section):
     """Serve replicas of this source."""
 
 
-class ReasoningGymSource(Section):
+class ReasoningGymSource(Source):
     type: Literal["reasoning_gym"]
     """The scorer of a reasoning-gym data set; rows carry its columns `answer` and `metadata`."""
     dataset: str | None = None
     """Name of the data set; each row's metadata.source_dataset when left out."""
     answer: Literal["tag", "last_line", "whole"] = "tag"
     """What the answer is: the last <answer>…</answer>, the last line with text, or the whole response."""
-    weight: float = 1.0
-    """Weight in the sum of sources."""
-    name: SourceName | None = None
-    """Name in logs and metrics; reward0, reward1, … when left out."""
-    normalize: bool = False
-    """Subtract the running mean of its rewards and divide by their running standard deviation."""
     timeout_seconds: PositiveNumber = 10
     """Deadline of one scoring; a response that takes longer has failed, since it may be right."""
     num_processes: Count = 1
@@ -120,15 +101,9 @@ class ReasoningGymSource(Section):
     """Serve replicas of this source."""
 
 
-class EnvironmentSource(Section):
+class EnvironmentSource(Source):
     type: Literal["environment"]
     """The rewards that rollout.environment gave, added up over an episode."""
-    weight: float = 1.0
-    """Weight in the sum of sources."""
-    name: SourceName | None = None
-    """Name in logs and metrics; reward0, reward1, … when left out."""
-    normalize: bool = False
-    """Subtract the running mean of its rewards and divide by their running standard deviation."""
 
 
 RewardSourceConfig = Annotated[
