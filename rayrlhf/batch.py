@@ -58,6 +58,28 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class TokenSequence:
+    """Tokens that are read as one text, and which of them are to be learnt."""
+
+    input_ids: list[int]
+    loss_mask: list[int]  # one per token
+    targets: list[float] = field(default_factory=list)  # one per token where a token is labelled; else empty
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of supervised data: the sequences that a loss compares, which therefore stay together."""
+
+    row_id: int  # position in the prepared data set
+    sequences: tuple[TokenSequence, ...]  # one, or (chosen, rejected), or (response, mismatched response)
+    value: float = 0.0  # the margin of a pair; 1 for a desirable response and 0 for an undesirable one
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.input_ids) for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Sequences laid end to end in one stream; the unit of one forward and backward pass."""
 
@@ -73,6 +95,9 @@ class PackedBatch:
     values: Tensor | None = None  # [T] the critic before this step's updates
     advantages: Tensor | None = None  # [T]
     returns: Tensor | None = None  # [T]
+    targets: Tensor | None = None  # [T] float32, labels of tokens; 0 outside the loss mask
+    example_values: Tensor | None = None  # [S] float32, `Example.value` of the sequence's example
+    ref_sums: Tensor | None = None  # [S] the reference's log-probability of each sequence's learnt tokens
 
     @property
     def num_tokens(self) -> int:
@@ -127,6 +152,41 @@ def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
         # Selected, not multiplied: a token that the policy did not produce may have any logprob, NaN too.
         rollout_logprobs=torch.where(mask > 0, torch.tensor(rollout_logprobs), 0.0),
     )
+
+
+def pack_examples(examples: Sequence[Example]) -> PackedBatch:
+    """Lay the sequences of examples end to end, those of one example next to each other in their order.
+
+    `group_ids` hold the row id of each sequence's example. Raises `ValueError` for an empty list and for a
+    mask or targets of another length than the tokens.
+    """
+    sequences = [(example, sequence) for example in examples for sequence in example.sequences]
+    if not sequences:
+        raise ValueError("pack_examples needs at least one example")
+    for example, sequence in sequences:
+        wanted = len(sequence.input_ids)
+        if len(sequence.loss_mask) != wanted or len(sequence.targets) not in (0, wanted):
+            raise ValueError(
+                f"a sequence of row {example.row_id} has {wanted} tokens, {len(sequence.loss_mask)} mask "
+                f"entries and {len(sequence.targets)} targets"
+            )
+    lengths = [len(sequence.input_ids) for _, sequence in sequences]
+    targets = [t for _, seq in sequences for t in (seq.targets or [0.0] * len(seq.input_ids))]
+    return PackedBatch(
+        input_ids=torch.tensor([token for _, sequence in sequences for token in sequence.input_ids]),
+        position_ids=position_ids_of(lengths),
+        cu_seqlens=cu_seqlens_of(lengths),
+        loss_mask=torch.tensor([float(m) for _, sequence in sequences for m in sequence.loss_mask]),
+        group_ids=torch.tensor([example.row_id for example, _ in sequences]),
+        targets=torch.tensor(targets, dtype=torch.float32),
+        example_values=torch.tensor([example.value for example, _ in sequences], dtype=torch.float32),
+    )
+
+
+def empty_examples(sequences_per_example: int) -> PackedBatch:
+    """`pack_examples` of an example that weighs nothing (row id -1); it keeps ranks in step."""
+    nothing = TokenSequence(input_ids=[0, 0], loss_mask=[0, 0])
+    return pack_examples([Example(row_id=-1, sequences=(nothing,) * sequences_per_example)])
 
 
 def empty_like_batch(token_id: int) -> PackedBatch:
