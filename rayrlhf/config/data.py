@@ -1,4 +1,4 @@
-"""`data`: where prompts come from and how they become tokens."""
+"""`data`: where rows come from and how prompts become tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Sources = Annotated[
 ]
 
 
-def _probabilities_for_all_or_none(split: Literal["train", "eval"], data: PromptDataConfig) -> Problem | None:
+def _probabilities_for_all_or_none(split: Literal["train", "eval"], data: DataConfig) -> Problem | None:
     sources: list[SourceConfig] = getattr(data, split)
     without = [i for i, source in enumerate(sources) if source.probability is None]
     if len(without) in (0, len(sources)):
@@ -46,15 +46,15 @@ def _probabilities_for_all_or_none(split: Literal["train", "eval"], data: Prompt
     )
 
 
-def _train_probabilities(data: PromptDataConfig) -> Problem | None:
+def _train_probabilities(data: DataConfig) -> Problem | None:
     return _probabilities_for_all_or_none("train", data)
 
 
-def _eval_probabilities(data: PromptDataConfig) -> Problem | None:
+def _eval_probabilities(data: DataConfig) -> Problem | None:
     return _probabilities_for_all_or_none("eval", data)
 
 
-def _one_kind_of_template(data: PromptDataConfig) -> Problem | None:
+def _one_kind_of_template(data: DataConfig) -> Problem | None:
     if data.apply_chat_template and data.input_template is not None:
         return Problem(
             "input_template",
@@ -73,11 +73,34 @@ def _one_kind_of_template(data: PromptDataConfig) -> Problem | None:
     )
 
 
-def _given_for_chat(data: PromptDataConfig) -> Iterator[str]:
+def _given_for_chat(data: DataConfig) -> Iterator[str]:
     if data.system_prompt is not None:
         yield "system_prompt"
     if data.chat_template is not None:
         yield "chat_template"
+
+
+class DataConfig(Section):
+    """What every section `data` has: files, the text around a row, and what becomes of bad rows."""
+
+    train: Sources = Field(min_length=1)
+    """Sources of the training data; a plain path or a list of paths will do."""
+    eval: Sources = Field(default_factory=list)
+    """Sources of the held-out data; none means no evaluation."""
+    input_template: Template | None = None
+    """Text around the prompt, with {} where it goes (with apply_chat_template: false)."""
+    apply_chat_template: bool = True
+    """Render with the tokenizer's chat template, ready for the assistant's turn."""
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+    chat_template: str | None = None
+    """Path of a Jinja file that replaces the tokenizer's chat template."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What to do with a row that cannot be read: stop and name it, or skip and count it."""
+    shuffle: bool = True
+    """Another order in every epoch, fixed by run.seed."""
+
+    checks = (_train_probabilities, _eval_probabilities, _one_kind_of_template)
 
 
 class PtxDataConfig(Section):
@@ -91,32 +114,14 @@ class PtxDataConfig(Section):
     """Texts per step, over all workers."""
 
 
-class PromptDataConfig(Section):
-    train: Sources = Field(min_length=1)
-    """Sources of training prompts; a plain path or a list of paths will do."""
-    eval: Sources = Field(default_factory=list)
-    """Sources of held-out prompts; none means no evaluation."""
+class PromptDataConfig(DataConfig):
     ptx: PtxDataConfig | None = None
     """Texts for the language-model loss beside the policy's (algorithm.ptx_coef); null is none."""
     prompt_key: str = "prompt"
     """Column with the prompt: a string, or a list of {role, content} messages."""
     label_key: str | None = None
     """Column handed to reward functions as `labels`, for example the reference answer."""
-    input_template: Template | None = None
-    """Text around the prompt, with {} where it goes (with apply_chat_template: false)."""
-    apply_chat_template: bool = True
-    """Render with the tokenizer's chat template, ready for the assistant's turn."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
-    chat_template: str | None = None
-    """Path of a Jinja file that replaces the tokenizer's chat template."""
     max_prompt_tokens: Count = 1024
     """Longest prompt, in tokens."""
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    """What to do with a row that cannot be read: stop and name it, or skip and count it."""
     on_long_prompt: Literal["fail", "drop", "truncate"] = "fail"
     """What to do with a prompt over max_prompt_tokens: stop and name it, drop it, or keep its last tokens."""
-    shuffle: bool = True
-    """Another order in every epoch, fixed by run.seed."""
-
-    checks = (_train_probabilities, _eval_probabilities, _one_kind_of_template)
