@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
 from rayrlhf.config.algorithm import GROUP_ADVANTAGES, AlgorithmConfig
-from rayrlhf.config.base import NaturalNumber, Problem, Section, Wanted
+from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.model import CriticConfig, ModelConfig, RefConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig, check_reward_needs
 from rayrlhf.config.rollout import RolloutConfig
 from rayrlhf.config.train import CheckpointConfig, EvalConfig, TrainConfig
-
-
-class RunSection(Section):
-    name: Annotated[
-        str,
-        Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"),
-        Wanted("letters, digits, '.', '_' and '-', not starting with '.'"),
-    ]
-    """Name of the run; the same name resumes it."""
-    dir: str = "runs"
-    """Folder that holds the folders of runs."""
-    seed: NaturalNumber = 0
-    """Seed of data order, sampling and initialisation."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto continues from the newest checkpoint; never refuses a folder that has one."""
-
-    @property
-    def path(self) -> str:
-        """The run's folder: everything that the run writes lies in it."""
-        return str(Path(self.dir) / self.name)
-
-
-class WandbConfig(Section):
-    project: str = Field(min_length=1)
-    """Weights & Biases project."""
-    entity: str | None = None
-    """Team or user."""
-    mode: Literal["online", "offline", "disabled"] = "online"
-    """offline writes to the run's folder for a later upload."""
-
-
-class ObserveConfig(Section):
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-    wandb: WandbConfig | None = None
-    """Log to Weights & Biases."""
-    rollouts_per_step: NaturalNumber = 8
-    """Rollouts kept per step in rollouts.jsonl."""
-    console: Literal["auto", "live", "lines", "quiet"] = "auto"
-    """A live bar, plain lines, or nothing; auto is live on a terminal."""
 
 
 def _groups_have_a_baseline(config: PolicyRunConfig) -> Problem | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -35,7 +36,7 @@ def _warmup_ends(train: TrainConfig) -> Problem | None:
     )
 
 
-def _offload_has_a_partition(train: TrainConfig) -> Problem | None:
+def _offload_has_a_partition(train: OptimizerConfig) -> Problem | None:
     if not train.offload_optimizer or train.zero_stage > 0:
         return None
     return Problem(
@@ -46,11 +47,11 @@ def _offload_has_a_partition(train: TrainConfig) -> Problem | None:
     )
 
 
-class TrainConfig(Section):
+class OptimizerConfig(Section):
+    """What every trainer has."""
+
     num_workers: Count = 1
     """Training workers (data-parallel ranks)."""
-    num_steps: Count
-    """Steps of the run: one batch of rollouts each."""
     max_tokens_per_micro_batch: Count = 8192
     """Tokens of one packed forward and backward pass."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotBool] = 2
@@ -60,7 +61,7 @@ class TrainConfig(Section):
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     lr: NonNegativeNumber = 1e-6
-    """Learning rate of the actor."""
+    """Learning rate; of the actor, where there is a critic too."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: NaturalNumber = 0
@@ -88,7 +89,94 @@ class TrainConfig(Section):
     max_bad_steps: Count = 3
     """Stop after this many updates in a row with a gradient that is not finite."""
 
+    checks = (_offload_has_a_partition,)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run, on which the learning rate's schedule depends."""
+        raise NotImplementedError
+
+
+class TrainConfig(OptimizerConfig):
+    num_steps: Count
+    """Steps of the run: one batch of rollouts each."""
+
     checks = (_warmup_ends, _offload_has_a_partition)
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_steps
+
+
+def _steps_or_epochs(train: SupervisedTrainConfig) -> Problem | None:
+    if train.num_steps is None or train.num_epochs is None:
+        return None
+    return Problem(
+        "num_epochs",
+        got=f"{train.num_epochs:g} with num_steps={train.num_steps}",
+        wanted="one of the two: both say when the run ends",
+        fix="remove train.num_epochs or train.num_steps",
+    )
+
+
+def _one_warmup(train: SupervisedTrainConfig) -> Problem | None:
+    if not (train.warmup_steps and train.warmup_ratio):
+        return None
+    return Problem(
+        "warmup_ratio",
+        got=f"{train.warmup_ratio:g} with warmup_steps={train.warmup_steps}",
+        wanted="one of the two",
+        fix="remove train.warmup_ratio or train.warmup_steps",
+    )
+
+
+def _workers_share_samples(train: SupervisedTrainConfig) -> Problem | None:
+    if train.samples_per_step >= train.num_workers:
+        return None
+    return Problem(
+        "samples_per_step",
+        got=f"{train.samples_per_step} with num_workers={train.num_workers}",
+        wanted="at least one sample per worker",
+        fix=f"set train.samples_per_step to {train.num_workers} or more",
+    )
+
+
+class SupervisedTrainConfig(OptimizerConfig):
+    samples_per_step: Count = 64
+    """Samples (or pairs) of one optimizer step, over all workers; how they are packed does not matter."""
+    num_epochs: PositiveNumber | None = None
+    """Passes over the training data, 1 when neither this nor num_steps is given."""
+    num_steps: Count | None = None
+    """Optimizer steps, instead of num_epochs."""
+    warmup_ratio: Fraction = 0.0
+    """Share of the steps over which the learning rate rises linearly, instead of warmup_steps."""
+
+    checks = (_offload_has_a_partition, _steps_or_epochs, _one_warmup, _workers_share_samples)
+
+    @property
+    def total_steps(self) -> int:
+        assert self.num_steps is not None, "num_steps is filled in once the data have been counted"
+        return self.num_steps
+
+    def with_steps(self, num_rows: int) -> SupervisedTrainConfig:
+        """Steps and warm-up in numbers, for `num_rows` training samples. Raises `ConfigError`."""
+        num_steps = self.num_steps
+        if num_steps is None:
+            num_steps = math.ceil(self.num_rows_read(num_rows) / self.samples_per_step)
+        warmup_steps = self.warmup_steps or round(self.warmup_ratio * num_steps)
+        changes = {
+            "num_steps": num_steps,
+            "num_epochs": None,
+            "warmup_steps": warmup_steps,
+            "warmup_ratio": 0.0,
+        }
+        return self.model_copy(update=changes)
+
+    def num_rows_read(self, num_rows: int) -> int:
+        """How many samples the run learns from, repeats included."""
+        if self.num_steps is not None:
+            return self.num_steps * self.samples_per_step
+        return max(1, round((self.num_epochs or 1.0) * num_rows))
 
 
 def _several_responses_differ(evaluation: EvalConfig) -> Problem | None:
@@ -102,15 +190,39 @@ def _several_responses_differ(evaluation: EvalConfig) -> Problem | None:
     )
 
 
+def _patience_has_evaluations(evaluation: SupervisedEvalConfig) -> Problem | None:
+    if evaluation.patience is None or evaluation.every_steps is not None:
+        return None
+    return Problem(
+        "patience",
+        got=f"{evaluation.patience} without every_steps",
+        wanted="evaluations during training to be patient with",
+        fix="set eval.every_steps, or remove eval.patience",
+    )
+
+
 class CheckpointConfig(Section):
     every_steps: Count | None = None
     """Save every n steps; null saves at the end only."""
     keep: Count = 2
     """How many checkpoints are kept."""
     export: bool = True
-    """Write the actor as a Hugging Face folder at the end."""
+    """Write the trained model as a Hugging Face folder at the end."""
     best: bool = True
-    """Keep an export of the actor with the best evaluation so far in best/ (with eval.every_steps)."""
+    """Keep an export of the model with the best evaluation so far in best/ (with eval.every_steps)."""
+
+
+class SupervisedEvalConfig(Section):
+    every_steps: Count | None = None
+    """Evaluate every n steps, beside before the first and after the last."""
+    num_samples: Count | None = None
+    """Held-out samples used; all when left out."""
+    metric: str = "loss"
+    """What best/ and patience go by, without its "eval/"; errors, losses and KLs are better when low."""
+    patience: Count | None = None
+    """Stop after this many evaluations in a row without an improvement; null never does."""
+
+    checks = (_patience_has_evaluations,)
 
 
 class EvalConfig(Section):

@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from rayrlhf.loops.job import PolicyJob
-from rayrlhf.loops.worker import PolicyWorker, stops_cleanly
+from rayrlhf.loops.training_worker import stops_cleanly
+from rayrlhf.loops.worker import PolicyWorker
 
 
 @stops_cleanly

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray import serve
 
 from rayrlhf.algorithms.advantages import ADVANTAGES
@@ -25,60 +22,26 @@ from rayrlhf.loops.exports import export_actor
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.learners import Learners
 from rayrlhf.loops.prompt_queue import PromptQueue
-from rayrlhf.loops.reporting import Reporter, rollout_metrics
+from rayrlhf.loops.reporting import rollout_metrics
 from rayrlhf.loops.texts import TextStream
-from rayrlhf.observe.metrics import Timer
+from rayrlhf.loops.training_worker import TrainingWorker
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.reward.combine import RewardCombiner
-from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource
+from rayrlhf.reward.score import RewardClient, RewardSource
 from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.rollout.weight_sync import WeightSync
 from rayrlhf.train import collectives
-from rayrlhf.train.checkpoint import LoopState, restore, save
+from rayrlhf.train.checkpoint import Saved, restore
 from rayrlhf.train.engine import gathered
 from rayrlhf.train.reference import ServedReference
 
-# Failures that a restart of the workers would only repeat: the run ends and says why.
-FINAL_FAILURES = (RewardFailure, FloatingPointError)
 
-Loop = Callable[[dict[str, PolicyJob]], dict[str, Any]]
-
-
-def stops_cleanly(loop: Loop) -> Loop:
-    """Turn a final failure into a result, so that Ray Train does not restart the workers for it, and tell
-    every other one: a restart must not be silent.
-    """
-
-    @functools.wraps(loop)
-    def wrapped(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
-        try:
-            return loop(arguments)
-        except FINAL_FAILURES as failure:
-            return {"failure": f"{type(failure).__name__}: {failure}"}
-        except Exception as failure:
-            job = arguments["job"]
-            Reporter(job.board, rank=0).warn(
-                0,
-                f"worker {collectives.rank()} failed: {type(failure).__name__}: {failure}; "
-                f"train.max_failures={job.config.train.max_failures} restarts from the newest checkpoint",
-            )
-            raise
-
-    return wrapped
-
-
-class PolicyWorker:
+class PolicyWorker(TrainingWorker):
     def __init__(self, job: PolicyJob) -> None:
+        super().__init__(job.config, board=job.board, threads=job.threads_per_worker)
         self.job = job
         self.config = config = job.config
         self.algorithm = config.algorithm
-        self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        torch.set_num_threads(job.threads_per_worker)
-        torch.manual_seed(config.run.seed)
-        self.state = LoopState()
-        self.reporter = Reporter(job.board, self.rank)
-        self.timer = Timer()
-        self.started = self.step_started = time.perf_counter()
         self.say("loading the actor" + (" and the critic" if config.needs_critic else ""))
         self.learners = Learners(config, self._served_reference())
         self.collector = self._make_collector()
@@ -135,7 +98,7 @@ class PolicyWorker:
 
         Without one, engines hold newer weights than ours when workers have died before the first checkpoint.
         """
-        self.state = restore([self.learners, self.queue])
+        self.state = restore(self.saved)
         if self.state.step:
             self.learners.kl.load_state_dict(self.state.kl_controller)
             self.combiner.load_state_dict(self.state.reward_normalizers)
@@ -153,9 +116,7 @@ class PolicyWorker:
                 per_rank = self.config.data.ptx.texts_per_step // self.world_size
                 texts = iter_prompts(_shard("ptx"), self.rank, per_rank, self.state.step)
                 self.texts = TextStream(texts, budget_tokens=budget)
-        for step in range(self.state.step, self.config.train.num_steps):
-            self.step_started = time.perf_counter()
-            yield step
+        yield from self.count_steps()
 
     def collect_draw(self) -> list[Sample]:
         """The next draw of prompts, sampled by the newest weights and scored; waits for all of it."""
@@ -239,26 +200,22 @@ class PolicyWorker:
 
     def end_step(self) -> None:
         """Report; evaluate and save where it is due."""
-        self.timer.seconds["step"] += time.perf_counter() - self.step_started
         self._report()
-        if self._is_due(self.config.eval.every_steps) and not self.is_last():
+        if self.is_due(self.config.eval.every_steps) and not self.is_last():
             self.evaluate("during")
-        if self._is_due(self.config.checkpoint.every_steps) or self.is_last():
+        if self.is_due(self.config.checkpoint.every_steps) or self.is_last():
             self.save()
 
-    def _is_due(self, every_steps: int | None) -> bool:
-        return every_steps is not None and self.state.step % every_steps == 0
-
-    def is_last(self) -> bool:
-        return self.state.step >= self.config.train.num_steps
+    @property
+    def saved(self) -> Sequence[Saved]:
+        return [self.learners, self.queue]
 
     def save(self) -> None:
         with self.phase("checkpoint"):
-            self._keep_time()
             self.state.kl_controller = self.learners.kl.state_dict()
             self.state.reward_normalizers = self.combiner.state_dict()
             self.state.first_draw = int(-collectives.max_over_ranks(-self.queue.next_draw))
-            save(self.state, [self.learners, self.queue], Path(self.config.run.path) / "scratch")
+            self.save_state()
 
     def evaluate_before(self) -> None:
         if self.state.step == 0:
@@ -303,7 +260,7 @@ class PolicyWorker:
         self.last_evaluation = {}
         self.evaluate("after")
         export = self._export("export") if self.config.checkpoint.export else None
-        self._keep_time()
+        self.keep_time()
         return {
             "before": self.state.eval_before,
             "after": self.last_evaluation,
@@ -322,22 +279,12 @@ class PolicyWorker:
 
     # Telling what happens
 
-    def say(self, text: str) -> None:
-        self.reporter.say(self.state.step, text)
-
     def _say_progress(self, done: int) -> None:
         self.say(f"rollout {done}/{self.queue.per_rank} prompts")
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.say(name.replace("_", " "))
-        with self.timer(name):
-            yield
-
     def _report(self) -> None:
         """The step's metrics and a few of its rollouts. Collective."""
-        seconds = self.timer.drain()
-        self.state.add_seconds(seconds)
+        seconds = self.step_seconds()
         metrics = self.metrics | self.learners.metrics | seconds | {"kl/coef": self.learners.kl.coef}
         metrics |= rollout_metrics(
             self.sampled,
@@ -359,13 +306,6 @@ class PolicyWorker:
         failed = [sample for sample in self.sampled if sample.score is None]  # all: a lost sample has a name
         shown = self.trained[: self.config.observe.rollouts_per_step]
         self.reporter.step(self.state.step, metrics, [*failed, *shown])
-
-    def _keep_time(self) -> None:
-        """Move what the clocks hold into the state that a resumed run goes on from."""
-        self.state.add_seconds(self.timer.drain())
-        now = time.perf_counter()
-        self.state.seconds_total += now - self.started
-        self.started = now
 
 
 def _shard(name: str) -> Any:

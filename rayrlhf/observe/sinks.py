@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import ray
 
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.job import JobConfig
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 
@@ -68,7 +68,7 @@ class TensorBoard:
 
 
 class Wandb:
-    def __init__(self, config: PolicyRunConfig, run_path: Path) -> None:
+    def __init__(self, config: JobConfig, run_path: Path) -> None:
         import wandb
 
         settings = config.observe.wandb
@@ -102,8 +102,8 @@ class Sinks:
 
 
 @contextmanager
-def make_sinks(config: PolicyRunConfig, run_path: Path, console: Console) -> Iterator[Sinks]:
-    console.start(config.train.num_steps)
+def make_sinks(config: JobConfig, run_path: Path, console: Console) -> Iterator[Sinks]:
+    console.start(config.train.total_steps)
     with ExitStack() as stack:
         sinks: list[Sink] = [console, JsonLines(run_path)]
         if config.observe.tensorboard:

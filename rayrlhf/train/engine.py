@@ -19,14 +19,14 @@ import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
-from rayrlhf.config.train import TrainConfig
+from rayrlhf.config.train import OptimizerConfig
 
 # On a CPU, DeepSpeed compiles a shared-memory collective at first use (about a minute); gloo does that job.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def deepspeed_config(train: TrainConfig, *, lr: float | None, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(train: OptimizerConfig, *, lr: float | None, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own config. `lr=None` gives an engine without optimizer: a frozen, ZeRO-3 partitioned
     model.
     """
@@ -65,7 +65,7 @@ def deepspeed_config(train: TrainConfig, *, lr: float | None, dtype: torch.dtype
     return config
 
 
-def make_engine(module: nn.Module, train: TrainConfig, *, lr: float | None, dtype: torch.dtype) -> Any:
+def make_engine(module: nn.Module, train: OptimizerConfig, *, lr: float | None, dtype: torch.dtype) -> Any:
     """An engine over the process group that Ray Train has already set up."""
     trainable: Any = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(

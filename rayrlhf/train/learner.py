@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.batch import PackedBatch
-from rayrlhf.config.train import TrainConfig
+from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import full_state_dict, make_engine
 
@@ -36,7 +36,7 @@ class Learner:
     """
 
     def __init__(
-        self, module: nn.Module, train: TrainConfig, *, lr: float, dtype: torch.dtype, name: str
+        self, module: nn.Module, train: OptimizerConfig, *, lr: float, dtype: torch.dtype, name: str
     ) -> None:
         self.name = name
         self.base_lr = lr
@@ -134,7 +134,7 @@ class Learner:
             raise FileNotFoundError(f"no {self.name} checkpoint in {folder}")
 
 
-def learning_rate(base: float, train: TrainConfig, step: int) -> float:
+def learning_rate(base: float, train: OptimizerConfig, step: int) -> float:
     """The learning rate of 0-based `step`: linear warm-up, then constant, linear or cosine decay to
     `min_lr_ratio`.
     """
@@ -142,6 +142,6 @@ def learning_rate(base: float, train: TrainConfig, step: int) -> float:
         return base * (step + 1) / train.warmup_steps
     if train.lr_schedule == "constant":
         return base
-    progress = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
+    progress = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
     remaining = 1 - progress if train.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return base * (train.min_lr_ratio + (1 - train.min_lr_ratio) * remaining)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import ModelConfig
-from rayrlhf.config.train import TrainConfig
+from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.load import load_policy, resolve_dtype
 from rayrlhf.models.logprobs import PolicyModel
 from rayrlhf.placement.apply import Slots
@@ -30,7 +30,7 @@ class Reference(Protocol):
 class LocalReference:
     """A frozen copy beside the actor; partitioned over the ranks when the actor is (ZeRO-3)."""
 
-    def __init__(self, model: ModelConfig, path: str, train: TrainConfig) -> None:
+    def __init__(self, model: ModelConfig, path: str, train: OptimizerConfig) -> None:
         device = collectives.device()
         policy = load_policy(model, path, device=device, chunk_tokens=train.logprob_chunk_tokens).eval()
         policy.requires_grad_(False)

@@ -1,0 +1,305 @@
+"""The trees of the supervised jobs: one class per job, by the name in `job`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from rayrlhf.config.base import Count, Fraction, NonNegativeNumber, PositiveNumber, Problem, Section, Wanted
+from rayrlhf.config.examples import (
+    ExampleDataConfig,
+    KtoDataConfig,
+    PairDataConfig,
+    PrmDataConfig,
+    SftDataConfig,
+)
+from rayrlhf.config.job import ObserveConfig, RunSection
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.placement import PlacementConfig
+from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, SupervisedTrainConfig
+
+
+def _longest_example_fits(config: SupervisedConfig) -> Problem | None:
+    longest = config.data.max_tokens * config.sequences_per_pass
+    if config.train.max_tokens_per_micro_batch >= longest:
+        return None
+    together = f"{config.sequences_per_pass} x " if config.sequences_per_pass > 1 else ""
+    return Problem(
+        "train.max_tokens_per_micro_batch",
+        got=str(config.train.max_tokens_per_micro_batch),
+        wanted=f"an integer >= {longest}, the longest sample: {together}"
+        f"data.max_tokens={config.data.max_tokens}",
+        fix=f"set train.max_tokens_per_micro_batch to {longest} or more, or lower data.max_tokens",
+    )
+
+
+def _evaluation_has_samples(config: SupervisedConfig) -> Problem | None:
+    given = [key for key in ("every_steps", "num_samples") if getattr(config.eval, key) is not None]
+    if config.data.eval or config.data.eval_share or not given:
+        return None
+    return Problem(
+        f"eval.{given[0]}",
+        got=f"{getattr(config.eval, given[0])} without data.eval or data.eval_share",
+        wanted="held-out samples",
+        fix=f"give data.eval or data.eval_share, or remove eval.{' and eval.'.join(given)}",
+    )
+
+
+def _metric_is_known(config: SupervisedConfig) -> Problem | None:
+    if config.eval.metric in config.eval_metrics:
+        return None
+    return Problem(
+        "eval.metric",
+        got=config.eval.metric,
+        wanted="one of " + ", ".join(config.eval_metrics),
+        fix="set eval.metric to one of them",
+    )
+
+
+class SupervisedConfig(Section):
+    """What the supervised jobs have in common; `data` and what follows it is each job's own."""
+
+    run: RunSection
+    """Name, folder and seed."""
+    model: ModelConfig
+    """The model that learns."""
+    data: ExampleDataConfig
+    """Samples."""
+    placement: PlacementConfig = PlacementConfig()
+    """Which role sits where."""
+    train: SupervisedTrainConfig = SupervisedTrainConfig()
+    """Optimisation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    eval: SupervisedEvalConfig = SupervisedEvalConfig()
+    """Evaluation on held-out samples."""
+    observe: ObserveConfig = ObserveConfig()
+    """Console, TensorBoard, Weights & Biases."""
+
+    sequences_per_pass: ClassVar[int] = 1  # of a sample, that one forward pass must hold together
+    eval_metrics: ClassVar[tuple[str, ...]] = ("loss",)
+
+    checks = (_longest_example_fits, _evaluation_has_samples, _metric_is_known)
+
+
+class SftRunConfig(SupervisedConfig):
+    job: Literal["sft"] = "sft"
+    """Supervised fine-tuning."""
+    data: SftDataConfig
+    """Conversations, prompts with responses, or plain text."""
+
+    eval_metrics = ("loss", "accuracy")
+
+
+class RewardLossConfig(Section):
+    loss: Literal["bradley_terry", "log_exp"] = "bradley_terry"
+    """Pairwise loss; log_exp is the same number in another form."""
+    margin: bool = True
+    """Subtract the margin of the pair (data.margin_key) where it has one."""
+
+
+class RmRunConfig(SupervisedConfig):
+    job: Literal["rm"] = "rm"
+    """A reward model from pairs."""
+    data: PairDataConfig
+    """Pairs of a chosen and a rejected response."""
+    algorithm: RewardLossConfig = RewardLossConfig()
+    """The pairwise loss."""
+
+    sequences_per_pass = 2
+    eval_metrics = ("loss", "accuracy", "margin", "calibration_error")
+
+
+class StepLossConfig(Section):
+    reward_tokens: list[str] | None = Field(default=None, min_length=2, max_length=2)
+    """The words for a bad and a good step, one token each, whose rows of the language-model head the new
+    head starts from; null starts from zeros."""
+
+
+class PrmRunConfig(SupervisedConfig):
+    job: Literal["prm"] = "prm"
+    """A process reward model from labelled steps."""
+    data: PrmDataConfig
+    """Solutions in steps with a label each."""
+    algorithm: StepLossConfig = StepLossConfig()
+    """The head."""
+
+    eval_metrics = ("loss", "accuracy", "accuracy_good", "accuracy_bad")
+
+
+class FrozenRefConfig(Section):
+    path: str | None = None
+    """Checkpoint of the reference; the model's own start when left out."""
+    precompute: bool = False
+    """Ask the reference once about every sample before training, and keep the answers on disk: the reference
+    then takes no memory while training."""
+
+
+NEEDS_REF = ("dpo", "ipo", "cdpo")
+
+
+def _ref_is_used(config: DpoRunConfig) -> Problem | None:
+    if config.ref is None or config.needs_ref:
+        return None
+    return Problem(
+        "ref",
+        got=f"a section ref with algorithm.loss={config.algorithm.loss}",
+        wanted="no ref: this loss compares with none",
+        fix="remove the section ref (on the command line: ref=null), or set algorithm.loss to dpo",
+    )
+
+
+def _smoothing_is_used(algorithm: PreferenceConfig) -> Problem | None:
+    if (algorithm.label_smoothing > 0) == (algorithm.loss == "cdpo"):
+        return None
+    if algorithm.loss == "cdpo":
+        return Problem(
+            "label_smoothing",
+            got="0 with loss=cdpo",
+            wanted="a number > 0 and < 0.5: how often a label is taken to be wrong",
+            fix="set algorithm.label_smoothing (for example to 0.1), or algorithm.loss to dpo",
+        )
+    return Problem(
+        "label_smoothing",
+        got=f"{algorithm.label_smoothing:g} with loss={algorithm.loss}",
+        wanted="0: only cdpo smooths labels",
+        fix="set algorithm.loss to cdpo, or remove algorithm.label_smoothing",
+    )
+
+
+def _target_margin_is_used(algorithm: PreferenceConfig) -> Problem | None:
+    if algorithm.loss == "simpo" or not algorithm.gamma:
+        return None
+    return Problem(
+        "gamma",
+        got=f"{algorithm.gamma:g} with loss={algorithm.loss}",
+        wanted="0: only simpo has a target margin",
+        fix="set algorithm.loss to simpo, or remove algorithm.gamma",
+    )
+
+
+class PreferenceConfig(Section):
+    loss: Literal["dpo", "ipo", "cdpo", "orpo", "simpo"] = "dpo"
+    """dpo (arXiv 2305.18290), ipo (2310.12036), cdpo (smoothed labels), orpo (2403.07691) or simpo
+    (2405.14734)."""
+    beta: PositiveNumber = 0.1
+    """How strongly the policy is held to the reference; for orpo the weight of the odds ratio."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels taken to be wrong (cdpo)."""
+    gamma: NonNegativeNumber = 0.0
+    """Target margin of simpo."""
+    nll_coef: NonNegativeNumber = 0.0
+    """Weight of the chosen response's negative log-likelihood per token (arXiv 2404.19733)."""
+
+    checks = (_smoothing_is_used, _target_margin_is_used)
+
+
+class DpoRunConfig(SupervisedConfig):
+    job: Literal["dpo"] = "dpo"
+    """Direct preference optimisation and its kin."""
+    data: PairDataConfig
+    """Pairs of a chosen and a rejected response."""
+    algorithm: PreferenceConfig = PreferenceConfig()
+    """The preference loss."""
+    ref: FrozenRefConfig | None = None
+    """The reference; null with orpo and simpo."""
+
+    sequences_per_pass = 2
+    eval_metrics = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+    checks = (*SupervisedConfig.checks, _ref_is_used)
+
+    @field_validator("ref")
+    @classmethod
+    def _ref_where_needed(cls, ref: FrozenRefConfig | None, info: ValidationInfo) -> FrozenRefConfig | None:
+        """What is needed and left out gets its defaults, so that the resolved config tells them."""
+        algorithm = info.data.get("algorithm")
+        needed = algorithm is not None and algorithm.loss in NEEDS_REF
+        return FrozenRefConfig() if ref is None and needed else ref
+
+    @property
+    def needs_ref(self) -> bool:
+        return self.algorithm.loss in NEEDS_REF
+
+
+class KtoConfig(Section):
+    beta: PositiveNumber = 0.1
+    """How strongly the policy is held to the reference."""
+    desirable_weight: PositiveNumber = 1.0
+    """Weight of desirable responses; raise it where there are few (arXiv 2402.01306, section 4.2)."""
+    undesirable_weight: PositiveNumber = 1.0
+    """Weight of undesirable responses."""
+
+
+class KtoRunConfig(SupervisedConfig):
+    job: Literal["kto"] = "kto"
+    """Kahneman-Tversky optimisation from single responses."""
+    data: KtoDataConfig
+    """Responses judged one by one."""
+    algorithm: KtoConfig = KtoConfig()
+    """The loss."""
+    ref: FrozenRefConfig = FrozenRefConfig()
+    """The reference."""
+
+    eval_metrics = ("loss", "margin", "reward_desirable", "reward_undesirable", "kl")
+
+
+def _served_teacher_is_cut(config: TeacherConfig) -> Problem | None:
+    if config.location == "serve" or config.num_replicas == 1:
+        return None
+    return Problem(
+        "num_replicas",
+        got=f"{config.num_replicas} with location=worker",
+        wanted="no replicas: with location=worker every training worker holds a copy of its own",
+        fix="set teacher.location to serve, or remove teacher.num_replicas",
+    )
+
+
+class TeacherConfig(Section):
+    path: str = Field(min_length=1)
+    """The teacher's checkpoint; it has the student's vocabulary."""
+    location: Literal["worker", "serve"] = "worker"
+    """A frozen copy in every training worker (its whole distribution), or replicas behind Ray Serve on slots
+    of their own (its top_k tokens)."""
+    top_k: Count = 64
+    """Tokens per position that a served teacher sends; the rest of its distribution is one number."""
+    num_replicas: Count = 1
+    """Serve replicas (with location: serve)."""
+    timeout_seconds: PositiveNumber = 600
+    """Deadline of a served teacher's answer."""
+
+    checks = (_served_teacher_is_cut,)
+
+
+class DistillationConfig(Section):
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """KL(teacher || student), KL(student || teacher) (arXiv 2306.08543), or Jensen-Shannon (2306.13649)."""
+    jsd_beta: Annotated[float, Field(gt=0, lt=1), Wanted("a number > 0 and < 1")] = 0.5
+    """Weight of the teacher in the mixture of jsd."""
+    kd_coef: Fraction = 0.5
+    """The loss is (1 - kd_coef) * cross-entropy + kd_coef * divergence."""
+    temperature: PositiveNumber = 1.0
+    """Temperature of both distributions in the divergence."""
+
+
+class KdRunConfig(SupervisedConfig):
+    job: Literal["kd"] = "kd"
+    """Knowledge distillation."""
+    data: SftDataConfig
+    """Conversations, prompts with responses, or plain text."""
+    teacher: TeacherConfig
+    """The model that is imitated."""
+    algorithm: DistillationConfig = DistillationConfig()
+    """The divergence."""
+
+    eval_metrics = ("loss", "divergence", "nll")
+
+
+JOBS: dict[str, Any] = {
+    "sft": SftRunConfig,
+    "rm": RmRunConfig,
+    "prm": PrmRunConfig,
+    "dpo": DpoRunConfig,
+    "kto": KtoRunConfig,
+    "kd": KdRunConfig,
+}

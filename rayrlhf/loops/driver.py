@@ -1,0 +1,199 @@
+"""What the driver of every training job does around its own part: errors to exit codes, signals, the trainer,
+tearing down. No training data passes through here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Ray Train reads these when it is imported. Reports are polled; at the default interval each costs two
+# seconds.
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A run has more processes than a small machine has cores, and Ray would warn of it at every start.
+os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+# transformers imports DeepSpeed, which otherwise tells everybody that it has found no accelerator.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import signal
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import ray
+from ray.data import ExecutionOptions
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from rayrlhf.config.base import ConfigError
+from rayrlhf.config.job import JobConfig
+from rayrlhf.config.load import dump_resolved
+from rayrlhf.data.rows import DataError
+from rayrlhf.loops.checks import InputError
+from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
+from rayrlhf.observe.board import Board
+from rayrlhf.observe.console import Console
+from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
+from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
+from rayrlhf.placement.plan import PlacementSpec
+from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
+from rayrlhf.reward.items import RewardError
+
+INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError)
+TRAIN_FOLDER = "checkpoints"
+
+C = TypeVar("C", bound=JobConfig)
+
+
+class RunFailed(RuntimeError):
+    """The run stopped by itself; the message is the whole story."""
+
+
+def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
+    """Run a job to its end. `check` looks at what can be known without Ray and returns the rest of the job,
+    which returns the run's folder.
+
+    Returns the exit code: 0 done, 2 bad input, 1 anything else; errors are one clear message.
+    """
+    console = Console(config.observe.console)
+    previous = signal.getsignal(signal.SIGTERM)
+    stopped = _StopOnSignal()
+    try:
+        body = check(config)
+        with ray_session(NAMESPACE) as where:
+            signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own
+            console.say(where)
+            run_path = body(console)
+        console.summary(run_path)
+        return 0
+    except INPUT_ERRORS as error:
+        console.error(str(error))
+        return 2
+    except (DeploymentFailed, RunFailed) as error:
+        log = Path(config.run.path) / "error.log"
+        log.write_text(traceback.format_exc())
+        console.error(f"{error}\n(details: {log})")
+        return 1
+    except KeyboardInterrupt:
+        how, code = ("stopped by SIGTERM", 143) if stopped.received else ("interrupted", 130)
+        console.error(f"{how}; the same command goes on from the newest checkpoint")
+        return code
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def start_folder(config: Any) -> Path:
+    """The run's folder, with the resolved config in it."""
+    run_path = Path(config.run.path)
+    run_path.mkdir(parents=True, exist_ok=True)
+    (run_path / "config.yaml").write_text(dump_resolved(config))
+    return run_path
+
+
+def check_placement(spec: PlacementSpec, config: JobConfig) -> None:
+    """Raises `PlacementError` when the cluster is too small."""
+    check_fits(spec, resolve_gpus_per_slot(config.placement.gpus_per_slot))
+
+
+@contextmanager
+def placed(spec: PlacementSpec, config: JobConfig, console: Console) -> Iterator[tuple[str, Slots, Any]]:
+    """The run's id, its slots and its board. Whatever happens, this run's apps, actors and group go again; a
+    kill -9 of the driver leaves that to the reaper.
+    """
+    run_id = f"rayrlhf-{config.run.name}-{uuid.uuid4().hex[:6]}"
+    slots = create_slots(
+        spec,
+        gpus_per_slot=resolve_gpus_per_slot(config.placement.gpus_per_slot),
+        name=run_id,
+        timeout_seconds=config.placement.start_timeout_seconds,
+    )
+    console.placement(slots)
+    board = named_actor(Board, f"{run_id}-board")
+    reaper = start_reaper(run_id, board, slots.group)
+    try:
+        yield run_id, slots, board
+    finally:
+        delete_apps(run_id)
+        slots.remove()
+        for actor in (reaper, board):  # in a process that keeps its Ray, they would stay as long as it
+            ray.kill(actor)
+
+
+def named_actor(actor_class: type, name: str) -> Any:
+    """A light actor that others look up by its name."""
+    return ray.remote(actor_class).options(name=name, num_cpus=0, namespace=NAMESPACE).remote()
+
+
+def make_trainer(
+    loop: Callable[..., Any],
+    job: Any,
+    config: JobConfig,
+    slots: Slots,
+    *,
+    threads: int,
+    datasets: dict[str, Any],
+) -> SlotTorchTrainer:
+    """A trainer whose workers, on their slots, run `loop({"job": job})`."""
+    return SlotTorchTrainer(
+        loop,
+        train_loop_config={"job": job},
+        scaling_config=slot_scaling(slots, "trainer"),
+        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_seconds),
+        run_config=RunConfig(
+            name=TRAIN_FOLDER,
+            storage_path=str(config.run.path),
+            failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            worker_runtime_env={"env_vars": _worker_environment(threads)},
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+    )
+
+
+def fit(trainer: SlotTorchTrainer) -> dict[str, Any]:
+    """Train, and return what rank 0's loop returned. Raises `RunFailed`."""
+    try:
+        result: Any = trainer.fit().return_value  # rank 0's
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {0: error}
+        raise RunFailed(f"training failed: {last_line(str(next(iter(failures.values()))))}") from error
+    if "failure" in result:
+        raise RunFailed(result["failure"])
+    return result
+
+
+def threads_each(processes: int) -> int:
+    """Threads of each of so many processes on a node, if they may use all its cores."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+def _worker_environment(threads: int) -> dict[str, str]:
+    return {
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+        "KMP_BLOCKTIME": "1",  # threads of the role that waits must not spin on cores that the other needs
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
+
+
+class _StopOnSignal:
+    """`ray job stop` sends SIGTERM: leave through every `finally`.
+
+    By KeyboardInterrupt, since Ray's blocking calls let no other exception of a signal handler through.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __call__(self, _signal: int, _frame: Any) -> None:
+        self.received = True
+        raise KeyboardInterrupt

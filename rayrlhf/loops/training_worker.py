@@ -1,0 +1,107 @@
+"""What the worker of every training loop does beside training: steps, clocks, reports, checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayrlhf.config.job import JobConfig
+from rayrlhf.loops.reporting import Reporter
+from rayrlhf.observe.metrics import Timer
+from rayrlhf.reward.score import RewardFailure
+from rayrlhf.train import collectives
+from rayrlhf.train.checkpoint import LoopState, Saved, save
+
+# Failures that a restart of the workers would only repeat: the run ends and says why.
+FINAL_FAILURES = (RewardFailure, FloatingPointError)
+
+Loop = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def stops_cleanly(loop: Loop) -> Loop:
+    """Turn a final failure into a result, so that Ray Train does not restart the workers for it, and tell
+    every other one: a restart must not be silent.
+    """
+
+    @functools.wraps(loop)
+    def wrapped(arguments: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return loop(arguments)
+        except FINAL_FAILURES as failure:
+            return {"failure": f"{type(failure).__name__}: {failure}"}
+        except Exception as failure:
+            job = arguments["job"]
+            Reporter(job.board, rank=0).warn(
+                0,
+                f"worker {collectives.rank()} failed: {type(failure).__name__}: {failure}; "
+                f"train.max_failures={job.config.train.max_failures} restarts from the newest checkpoint",
+            )
+            raise
+
+    return wrapped
+
+
+class TrainingWorker:
+    """One rank. Subclasses give `saved`, what has shards in a checkpoint."""
+
+    def __init__(self, config: JobConfig, *, board: str, threads: int) -> None:
+        self.config = config
+        self.rank, self.world_size = collectives.rank(), collectives.world_size()
+        torch.set_num_threads(threads)
+        torch.manual_seed(config.run.seed)
+        self.state = LoopState()
+        self.reporter = Reporter(board, self.rank)
+        self.timer = Timer()
+        self.started = self.step_started = time.perf_counter()
+
+    @property
+    def saved(self) -> Sequence[Saved]:
+        raise NotImplementedError
+
+    def count_steps(self) -> Iterator[int]:
+        """The steps from where the run stands to its end."""
+        for step in range(self.state.step, self.config.train.total_steps):
+            self.step_started = time.perf_counter()
+            yield step
+
+    def is_due(self, every_steps: int | None) -> bool:
+        return every_steps is not None and self.state.step % every_steps == 0
+
+    def is_last(self) -> bool:
+        return self.state.step >= self.config.train.total_steps
+
+    def save_state(self) -> None:
+        """Collective."""
+        self.keep_time()
+        save(self.state, self.saved, Path(self.config.run.path) / "scratch")
+
+    # Telling what happens
+
+    def say(self, text: str) -> None:
+        self.reporter.say(self.state.step, text)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.say(name.replace("_", " "))
+        with self.timer(name):
+            yield
+
+    def step_seconds(self) -> dict[str, float]:
+        """`time/<phase>` of the step that ends here."""
+        self.timer.seconds["step"] += time.perf_counter() - self.step_started
+        seconds = self.timer.drain()
+        self.state.add_seconds(seconds)
+        return seconds
+
+    def keep_time(self) -> None:
+        """Move what the clocks hold into the state that a resumed run goes on from."""
+        self.state.add_seconds(self.timer.drain())
+        now = time.perf_counter()
+        self.state.seconds_total += now - self.started
+        self.started = now
