@@ -1,4 +1,4 @@
-"""Ray Data over the sources of the config, and their mixing by probability."""
+"""Ray Data over the sources of the config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import ray.data
 from ray.data import DataContext, Dataset
 
@@ -79,23 +78,3 @@ def ordered_and_quiet() -> Iterator[None]:
     finally:
         for handler, level in zip(consoles, levels, strict=True):
             handler.setLevel(level)
-
-
-def mixing_order(counts: Sequence[int], probabilities: Sequence[float], seed: int) -> np.ndarray:
-    """Which row comes at which place when sources are mixed: indices into their concatenation, [rows] int64.
-
-    Each place draws its source with the given probabilities (they need not sum to 1) from
-    `default_rng(seed)`, and takes that source's next row. The mixture ends where a source has no row left to
-    give, so that the proportions hold and nothing repeats; what the others had left is not used.
-    """
-    weights = np.asarray(probabilities, dtype=np.float64)
-    drawn = np.random.default_rng(seed).choice(len(counts), size=sum(counts) + 1, p=weights / weights.sum())
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    order = np.empty(len(drawn), dtype=np.int64)
-    end = len(drawn)  # some source is asked once too often by then: there are more draws than rows
-    for source, count in enumerate(counts):
-        places = np.flatnonzero(drawn == source)
-        order[places] = starts[source] + np.arange(len(places))
-        if len(places) > count:
-            end = min(end, int(places[count]))
-    return order[:end]

@@ -1,4 +1,4 @@
-"""The prepared prompts of a run: one Arrow file, memory-mapped by whoever reads it."""
+"""What was prepared of the data of a run: one Arrow file, memory-mapped by whoever reads it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -52,13 +52,15 @@ class ArrowRows:
         return pa.Table.from_batches(picked, schema=self.schema).combine_chunks()
 
 
-class PromptStore:
-    """Row `i` of the store is the prompt with `row_id == i`.
+class RowStore:
+    """Rows prepared once, in an Arrow file: row `i` is the one with `row_id == i`.
 
-    `counts` says how the rows came about: `rows`, `skipped_bad`, `dropped_long`, `truncated` and
-    `unused_by_mixing`. `fingerprint` is a hash of the token ids, the columns and the order: equal data gives
-    an equal one.
+    `counts` says how the rows came about: `rows`, `skipped_bad`, `dropped_long`, `truncated`,
+    `unused_by_mixing` and what else the kind of row counts. `fingerprint` is a hash of the contents and the
+    order: equal data gives an equal one.
     """
+
+    KIND: ClassVar[str] = "a row"  # what it holds, for messages
 
     def __init__(self, path: Path, rows: ArrowRows) -> None:
         metadata = rows.schema.metadata or {}
@@ -68,18 +70,31 @@ class PromptStore:
         self._rows = rows
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> PromptStore:
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Memory-maps the store. Raises `DataError` where there is none."""
         try:
             return cls(Path(path), ArrowRows(path))
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise DataError(f"{path} is not a prompt store ({error!r}); prepare the prompts again") from error
+            raise DataError(f"{path} is not {cls.KIND} store ({error!r}); prepare the data again") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PromptStore.open, (self.path,)  # a worker maps the file itself; the rows do not travel
+        return type(self).open, (self.path,)  # a worker maps the file itself; the rows do not travel
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def take(self, row_ids: Iterable[int]) -> pa.Table:
+        """The rows with these ids, in this order, with the columns of the store's schema.
+
+        Raises `IndexError` for an id that is not there.
+        """
+        return self._rows.take(row_ids).replace_schema_metadata(None)
+
+
+class PromptStore(RowStore):
+    """The prepared prompts; the columns are those of `STORE_SCHEMA`."""
+
+    KIND = "a prompt"
 
     def __getitem__(self, row_id: int) -> Prompt:
         return prompts_of(self.take([row_id]))[0]
@@ -87,10 +102,6 @@ class PromptStore:
     def __iter__(self) -> Iterator[Prompt]:
         for row_id in range(len(self)):
             yield self[row_id]
-
-    def take(self, row_ids: Iterable[int]) -> pa.Table:
-        """The rows with these ids, in this order, with the columns of `STORE_SCHEMA`. Raises `IndexError`."""
-        return self._rows.take(row_ids).replace_schema_metadata(None)
 
 
 def prompts_of(table: pa.Table) -> list[Prompt]:
@@ -107,14 +118,27 @@ def prompts_of(table: pa.Table) -> list[Prompt]:
 def write_store(
     rows: ArrowRows, order: np.ndarray, counts: Mapping[str, int], fingerprint: str, path: Path
 ) -> None:
-    """Writes rows with `PROMPT_FIELDS` in the given order [rows]. The file appears when it is complete."""
-    metadata = {COUNTS_KEY: json.dumps(dict(counts)), FINGERPRINT_KEY: fingerprint}
-    schema = STORE_SCHEMA.with_metadata(metadata)
+    """Writes prompts with `PROMPT_FIELDS` in the given order [rows]."""
+    tables = (
+        rows.take(order[start : start + STORE_BATCH_ROWS]) for start in range(0, len(order), STORE_BATCH_ROWS)
+    )
+    write_tables(tables, STORE_SCHEMA, counts, fingerprint, path)
+
+
+def write_tables(
+    tables: Iterable[pa.Table], schema: pa.Schema, counts: Mapping[str, int], fingerprint: str, path: Path
+) -> None:
+    """Writes tables that have all columns of `schema` but its first, `row_id`, which numbers the rows.
+
+    The file appears under its name when it is complete.
+    """
+    schema = schema.with_metadata({COUNTS_KEY: json.dumps(dict(counts)), FINGERPRINT_KEY: fingerprint})
     partial_path = path.with_name(path.name + ".partial")
+    start = 0
     with pa.OSFile(str(partial_path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for start in range(0, len(order), STORE_BATCH_ROWS):
-            table = rows.take(order[start : start + STORE_BATCH_ROWS])
+        for table in tables:
             row_ids = pa.array(np.arange(start, start + table.num_rows, dtype=np.int64))
-            fields = [table.column(field.name) for field in PROMPT_FIELDS]
-            writer.write_table(pa.Table.from_arrays([row_ids, *fields], schema=schema))
+            columns = [table.column(name) for name in schema.names[1:]]
+            writer.write_table(pa.Table.from_arrays([row_ids, *columns], schema=schema))
+            start += table.num_rows
     os.replace(partial_path, path)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.data.sources import mixing_order
+from rayrlhf.data.mixing import mixing_order
 
 
 @given(
@@ -44,3 +44,17 @@ def test_the_shares_are_those_asked_for(weights):
 
 def test_another_seed_mixes_otherwise():
     assert mixing_order([50, 50], [1, 1], 0).tolist() != mixing_order([50, 50], [1, 1], 1).tolist()
+
+
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 2**32 - 1))
+def test_a_mixture_until_all_are_through_gives_every_row(counts, seed):
+    weights = [1.0 + source for source in range(len(counts))]
+    order = mixing_order(counts, weights, seed, "all_exhausted").tolist()
+    assert set(order) == set(range(sum(counts)))
+    assert order[-1] not in order[:-1], "it ends with the last row that comes for the first time"
+    first = mixing_order(counts, weights, seed, "first_exhausted").tolist()
+    assert order[: len(first)] == first
+    for source, count in enumerate(counts):
+        start = sum(counts[:source])
+        rows = [row - start for row in order if start <= row < start + count]
+        assert rows == [place % count for place in range(len(rows))], "begins again when it is through"
