@@ -51,6 +51,11 @@ class ArrowRows:
             picked.append(batch.slice(index - int(self._ends[batch_index]) + batch.num_rows, 1))
         return pa.Table.from_batches(picked, schema=self.schema).combine_chunks()
 
+    def numbers(self, column: str) -> np.ndarray:
+        """A column of numbers [rows], read without the others."""
+        parts = [batch.column(column).to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
 
 class RowStore:
     """Rows prepared once, in an Arrow file: row `i` is the one with `row_id == i`.
