@@ -1,4 +1,6 @@
-"""Scalar heads over packed streams: the critic's value per token, the reward model's score per sequence."""
+"""Heads over packed streams: the critic's value per token, the reward model's score per sequence, and the
+process reward model's verdict per step.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +43,31 @@ class ScoreModel(nn.Module):
         inputs = packed_inputs(input_ids, position_ids, cu_seqlens)
         hidden = self.decoder(**inputs).last_hidden_state[0]  # [T, H]
         return self.head(hidden[cu_seqlens[1:].long() - 1]).squeeze(-1).float()
+
+
+class StepModel(nn.Module):
+    """A token classifier with the labels (bad, good), read at the tokens that end a step (PRM)."""
+
+    def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.head = head
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [T]
+        position_ids: Tensor,  # [T]
+        cu_seqlens: Tensor,  # [S+1]
+        loss_mask: Tensor,  # [T]
+    ) -> Tensor:
+        """Logits [N, 2] in fp32 at the N tokens in the mask, in their order.
+
+        Without any, the head still runs on one token, which then is cut off: under ZeRO-3 every rank must run
+        it, and the sum of no logits still has a (zero) gradient for every parameter.
+        """
+        inputs = packed_inputs(input_ids, position_ids, cu_seqlens)
+        hidden = self.decoder(**inputs).last_hidden_state[0]  # [T, H]
+        where = (loss_mask > 0).nonzero().squeeze(-1)
+        count = where.numel()
+        rows = hidden[where] if count else hidden[:1]
+        return self.head(rows)[:count].float()

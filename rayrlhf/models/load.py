@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a module: policy, critic, reward model, tokenizer."""
+"""From a checkpoint folder to a module: policy, critic, reward models, tokenizer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
 
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.models.attention import attention_implementation
-from rayrlhf.models.heads import ScoreModel, ValueModel
-from rayrlhf.models.logprobs import PolicyModel
+from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
+from rayrlhf.models.logprobs import PolicyModel, logit_scaling
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -52,9 +56,55 @@ def load_scorer(config: ModelConfig, path: str, *, device: torch.device) -> Scor
     return ScoreModel(decoder, head).eval()
 
 
+def load_reward_model(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
+    """A reward model to train, from a language model (a new head, all scores 0) or from a reward model.
+
+    Raises `ValueError` where transformers has no classifier to export it as.
+    """
+    if not has_packed_scorer(path, trust_remote_code=config.trust_remote_code):
+        raise ValueError(
+            f"{path}: transformers has no decoder-style sequence classifier for this architecture, "
+            "so a reward model made from it could not be exported; choose another checkpoint"
+        )
+    decoder, head = _decoder_and_head(config, path, device)
+    return ScoreModel(decoder, head).train()
+
+
+def load_step_model(
+    config: ModelConfig, path: str, *, device: torch.device, reward_token_ids: tuple[int, int] | None = None
+) -> StepModel:
+    """A process reward model to train, from a language model or from a token classifier with two labels.
+
+    From a language model with `reward_token_ids` (bad, good), its logits start as the language model's logits
+    of these two tokens; without them, all are 0. A classifier keeps its head. Raises `ValueError` where
+    transformers has no token classifier to export it as, for another number of labels, and for logits that
+    no linear head can give.
+    """
+    options = _load_options(config, device)
+    found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    classifier: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(found), None)
+    if classifier is None or not issubclass(classifier, GenericForTokenClassification):
+        raise ValueError(
+            f"{path}: transformers has no decoder-style token classifier for this architecture, "
+            "so a process reward model made from it could not be exported; choose another checkpoint"
+        )
+    if _is_made_for(path, "ForTokenClassification", trust_remote_code=config.trust_remote_code):
+        model = AutoModelForTokenClassification.from_pretrained(path, **options)
+        if model.config.num_labels != 2:
+            raise ValueError(
+                f"{path} has {model.config.num_labels} labels; "
+                "a process reward model needs exactly 2, (bad, good)"
+            )
+        return StepModel(model.base_model, model.score).train()
+    if reward_token_ids is None:
+        decoder = AutoModel.from_pretrained(path, **options)
+        return StepModel(decoder, _zero_step_head(decoder)).train()
+    causal_lm = AutoModelForCausalLM.from_pretrained(path, **options)
+    return StepModel(causal_lm.base_model, step_head_of(causal_lm, reward_token_ids)).train()
+
+
 def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> bool:
-    architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
+    return _is_made_for(path, "ForSequenceClassification", trust_remote_code=trust_remote_code)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -82,6 +132,43 @@ def _decoder_and_head(config: ModelConfig, path: str, device: torch.device) -> t
     head = nn.Linear(decoder.config.get_text_config().hidden_size, 1, bias=False, dtype=options["dtype"])
     nn.init.zeros_(head.weight)
     return decoder, head
+
+
+def _zero_step_head(decoder: Any) -> nn.Linear:
+    """With a bias, as transformers' token classifiers have one unless their config says otherwise."""
+    bias = getattr(decoder.config, "token_classification_bias", True)
+    head = nn.Linear(decoder.config.get_text_config().hidden_size, 2, bias=bias, dtype=decoder.dtype)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return head
+
+
+@torch.no_grad()
+def step_head_of(causal_lm: Any, reward_token_ids: tuple[int, int]) -> nn.Linear:
+    """The rows of the output projection for the tokens (bad, good)."""
+    scaling = logit_scaling(causal_lm.config)
+    projection: Any = causal_lm.get_output_embeddings()
+    rows, (bad, good) = list(reward_token_ids), reward_token_ids
+    if bad == good or not all(0 <= row < projection.out_features for row in rows):
+        raise ValueError(
+            f"reward tokens (bad, good) have the ids {reward_token_ids}; wanted two different ones "
+            f"below {projection.out_features}"
+        )
+    head = _zero_step_head(causal_lm)
+    if scaling.softcap is not None or (projection.bias is not None and head.bias is None):
+        raise ValueError(
+            "this language model's logits are not a linear function that a token classifier could start "
+            "from; leave the reward tokens out"
+        )
+    head.weight.copy_(projection.weight[rows] * scaling.slope)
+    if projection.bias is not None:
+        head.bias.copy_(projection.bias[rows] * scaling.slope)
+    return head
+
+
+def _is_made_for(path: str, suffix: str, *, trust_remote_code: bool) -> bool:
+    architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or []
+    return any(name.endswith(suffix) for name in architectures)
 
 
 def _load_options(config: ModelConfig, device: torch.device) -> dict[str, Any]:

@@ -6,11 +6,12 @@ model's dtype (rayrlhf.models.fused_head).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayrlhf.models.attention import packed_inputs
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
@@ -21,6 +22,14 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor  # [T] fp32; 0 where the loss mask is 0
 
 
+def logit_scaling(config: PreTrainedConfig) -> LogitScaling:
+    """What this model does to its projection's output."""
+    text = config.get_text_config()
+    # Granite divides its logits, Cohere multiplies them.
+    divisor = (getattr(text, "logits_scaling", None) or 1.0) / (getattr(text, "logit_scale", None) or 1.0)
+    return LogitScaling(divisor, getattr(text, "final_logit_softcapping", None))
+
+
 class LogprobHead(nn.Module):
     """The model's own output projection, fused with log-softmax and gather.
 
@@ -28,19 +37,16 @@ class LogprobHead(nn.Module):
     gathers them once per forward and once per backward, on every rank alike, however many chunks a rank has.
     """
 
-    def __init__(
-        self, projection: nn.Linear, *, chunk_tokens: int, softcap: float | None, divisor: float
-    ) -> None:
+    def __init__(self, projection: nn.Linear, *, chunk_tokens: int, scaling: LogitScaling) -> None:
         super().__init__()
         self.weight = projection.weight  # [V, H]
         self.bias = projection.bias
         self.chunk_tokens = chunk_tokens
-        self.softcap = softcap
-        self.divisor = divisor
+        self.scaling = scaling
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [N] of `targets` [N], each after its row of `hidden` [N, H]."""
-        scaling = LogitScaling(self.divisor, self.softcap, temperature)
+        scaling = replace(self.scaling, temperature=temperature)
         return FusedLogprobs.apply(hidden, self.weight, self.bias, targets, scaling, self.chunk_tokens)
 
 
@@ -50,15 +56,9 @@ class PolicyModel(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel, *, chunk_tokens: int) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        config = causal_lm.config.get_text_config()
         projection: Any = causal_lm.get_output_embeddings()
         self.head = LogprobHead(
-            projection,
-            chunk_tokens=chunk_tokens,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            # Granite divides its logits, Cohere multiplies them.
-            divisor=(getattr(config, "logits_scaling", None) or 1.0)
-            / (getattr(config, "logit_scale", None) or 1.0),
+            projection, chunk_tokens=chunk_tokens, scaling=logit_scaling(causal_lm.config)
         )
 
     def forward(

@@ -12,23 +12,31 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     MistralConfig,
 )
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.models.attention import VARLEN_SDPA, attention_implementation, packed_inputs
-from rayrlhf.models.heads import ValueModel
+from rayrlhf.models.heads import StepModel, ValueModel
 from rayrlhf.models.load import (
     has_packed_scorer,
     is_sequence_classifier,
     load_critic,
+    load_reward_model,
     load_scorer,
+    load_step_model,
     resolve_dtype,
+    step_head_of,
 )
 from tests.tiny_model import make_tiny_model
 
@@ -43,11 +51,23 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+ENCODER: dict[str, Any] = {
+    name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+} | {"num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tiny_model(tmp_path_factory.mktemp("classifier"), sequence_classification=True)
+
+
+@pytest.fixture(scope="module")
+def token_classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("token_classifier")
+    model: Any = LlamaForTokenClassification(LlamaConfig(**SMALL))  # two labels, unless told otherwise
+    nn.init.normal_(model.score.bias)
+    model.save_pretrained(path)
+    return str(path)
 
 
 def tokens(count: int) -> Tensor:
@@ -141,6 +161,101 @@ def test_kinds_of_checkpoints_are_told_apart(tiny_model: str, classifier: str, t
     }
     # The second says what its family can do: an encoder has no last token that has seen all others.
     assert found == {tiny_model: (False, True), classifier: (True, True), encoder: (True, False)}
+
+
+def test_a_reward_model_starts_at_zero_from_a_language_model_and_learns(tiny_model: str) -> None:
+    model = load_reward_model(fp32(tiny_model), tiny_model, device=CPU)
+    assert model.training and model.head.bias is None and not model(*packed(tokens(6), [4, 2])).any()
+    nn.init.normal_(model.head.weight)
+    model(*packed(tokens(6), [4, 2])).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_reward_model_goes_on_from_a_reward_model(classifier: str) -> None:
+    model = load_reward_model(fp32(classifier), classifier, device=CPU)
+    before = load_scorer(fp32(classifier), classifier, device=CPU)
+    scores = model(*packed(tokens(6), [4, 2]))
+    assert model.training and scores.all()
+    assert torch.equal(scores, before(*packed(tokens(6), [4, 2])))
+
+
+def test_an_encoder_makes_no_reward_model(tmp_path: Path) -> None:
+    BertConfig(**ENCODER).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no decoder-style sequence classifier for this architecture"):
+        load_reward_model(fp32(str(tmp_path)), str(tmp_path), device=CPU)
+    with pytest.raises(ValueError, match="no decoder-style token classifier for this architecture"):
+        load_step_model(fp32(str(tmp_path)), str(tmp_path), device=CPU)
+
+
+def step_mask(lengths: list[int]) -> Tensor:
+    """Two tokens of the first sequence and the last one of the last."""
+    mask = torch.zeros(sum(lengths))
+    mask[[1, lengths[0] - 1, -1]] = 1.0
+    return mask
+
+
+def step_model(path: str, reward_token_ids: tuple[int, int] | None = None) -> StepModel:
+    return load_step_model(fp32(path), path, device=CPU, reward_token_ids=reward_token_ids)
+
+
+def test_a_step_model_starts_as_the_language_model(tiny_model: str) -> None:
+    ids, mask = tokens(sum(LENGTHS)), step_mask(LENGTHS)
+    model = step_model(tiny_model, (30, 20))
+    logits = model(*packed(ids, LENGTHS), mask)
+    plain: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    whole = [plain(input_ids=sequence[None]).logits[0] for sequence in ids.split(LENGTHS)]  # [t, V] each
+    assert model.training and logits.abs().min() > 0.01
+    torch.testing.assert_close(logits, torch.cat(whole)[mask > 0][:, [30, 20]], rtol=1e-5, atol=1e-5)
+    assert not step_model(tiny_model)(*packed(ids, LENGTHS), mask).any()
+
+
+def test_a_step_model_goes_on_from_a_token_classifier(token_classifier: str) -> None:
+    ids, mask = tokens(sum(LENGTHS)) % 64, step_mask(LENGTHS)
+    model = step_model(token_classifier)
+    plain: Any = AutoModelForTokenClassification.from_pretrained(token_classifier, dtype=torch.float32).eval()
+    whole = [plain(input_ids=sequence[None]).logits[0] for sequence in ids.split(LENGTHS)]  # [t, 2] each
+    logits = model(*packed(ids, LENGTHS), mask)
+    torch.testing.assert_close(logits, torch.cat(whole)[mask > 0], rtol=1e-5, atol=1e-5)
+    assert model.training and torch.equal(model.head.bias, plain.score.bias) and model.head.bias.all()
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(6), step_mask([4, 2])], ids=["nothing to learn", "three steps"])
+def test_every_parameter_of_a_step_model_has_a_gradient(tiny_model: str, mask: Tensor) -> None:
+    # Under ZeRO-3 a rank without steps must take part in the backward pass of the others.
+    model = step_model(tiny_model, (30, 20))
+    logits = model(*packed(tokens(6), [4, 2]), mask)
+    assert logits.shape == (int(mask.sum()), 2)
+    logits[:, 1].sum().backward()
+    learnt = bool(mask.any())
+    assert all(p.grad is not None and bool(p.grad.any()) is learnt for p in model.parameters())
+
+
+def test_a_step_head_takes_over_scaled_logits() -> None:
+    """Cohere multiplies its logits by a constant: so does the head that gives two of them."""
+    plain: Any = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25, bos_token_id=1, eos_token_id=2))
+    ids = tokens(5)[None] % 64
+    hidden = plain.get_decoder()(input_ids=ids).last_hidden_state
+    expected = plain(input_ids=ids).logits[..., [3, 4]]
+    torch.testing.assert_close(step_head_of(plain, (3, 4))(hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_no_linear_head_can_start_from_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    config = Gemma2Config(**SMALL, final_logit_softcapping=30.0, attn_logit_softcapping=None)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a linear function"):
+        step_model(str(tmp_path), (3, 4))
+    assert not step_model(str(tmp_path))(*packed(tokens(6) % 64, [4, 2]), torch.ones(6)).any()
+    for wrong in [(20, 20), (20, 264), (-1, 20)]:
+        with pytest.raises(ValueError, match="wanted two different ones below 264"):
+            step_model(tiny_model, wrong)
+
+
+def test_a_step_model_has_two_labels(tmp_path: Path) -> None:
+    config: Any = LlamaConfig(**SMALL)
+    config.num_labels = 3
+    LlamaForTokenClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has 3 labels; .* needs exactly 2"):
+        step_model(str(tmp_path))
 
 
 def test_dtypes_follow_the_device() -> None:
