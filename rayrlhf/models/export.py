@@ -1,13 +1,30 @@
-"""What users load: a Hugging Face folder with safetensors, tokenizer and chat template."""
+"""What users load: a Hugging Face folder with safetensors, tokenizer and chat template.
+
+Written by rank 0 from whole tensors, as `full_state_dict` gathers them, and through transformers' own
+classes: what opens the folder needs nothing of ours.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rayrlhf.models.heads import ScoreModel, StepModel
+
+STEP_LABELS = {0: "bad", 1: "good"}
 
 
 def export_causal_lm(
@@ -16,11 +33,102 @@ def export_causal_lm(
     tokenizer: PreTrainedTokenizerBase,
     path: str | Path,
 ) -> None:
+    """Write an `AutoModelForCausalLM`; `state_dict` has the names of `causal_lm`'s parameters."""
+    _write(lambda folder: causal_lm.save_pretrained(folder, state_dict=state_dict), tokenizer, path)
+
+
+def export_reward_model(
+    model: ScoreModel,
+    state_dict: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    mean: float | None = None,
+    std: float | None = None,
+) -> None:
+    """Write an `AutoModelForSequenceClassification` with one label, from `model`'s own `state_dict`.
+
+    `mean` and `std` of the scores go into the config, for whoever wants to normalise them; the logits are
+    never normalised. Raises `ValueError` for a tokenizer without a token to pad with (see `padding_token`).
+    """
+    padded = with_padding(tokenizer)
+    extras = {name: value for name, value in {"mean": mean, "std": std}.items() if value is not None}
+    config = _config_of(model, padded, num_labels=1, **extras)
+    classifier: Any = AutoModelForSequenceClassification
+    _write(lambda folder: _save_classifier(classifier, config, state_dict, folder), padded, path)
+
+
+def export_step_model(
+    model: StepModel,
+    state_dict: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    step_token: str,
+) -> None:
+    """Write an `AutoModelForTokenClassification` with the labels bad and good, from `model`'s `state_dict`.
+
+    A step is judged at the `step_token` that ends it; the config keeps it under that name. Raises as
+    `export_reward_model` does.
+    """
+    padded = with_padding(tokenizer)
+    label_ids = {label: index for index, label in STEP_LABELS.items()}
+    config = _config_of(model, padded, id2label=STEP_LABELS, label2id=label_ids, step_token=step_token)
+    classifier: Any = AutoModelForTokenClassification
+    _write(lambda folder: _save_classifier(classifier, config, state_dict, folder), padded, path)
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token that may pad sequences for a classifier: any special one but the end of a sequence.
+
+    transformers reads a sequence's score at its last token that is not padding. If the end-of-sequence token
+    padded, as many tokenizers without padding are told to do, it would read the score one token too early.
+    Raises `ValueError` for a tokenizer that has no other.
+    """
+    named = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
+    for token in [*named, *tokenizer.all_special_tokens]:
+        if token is not None and token != tokenizer.eos_token:
+            return str(token)
+    raise ValueError(
+        f"the tokenizer has no special token but {tokenizer.eos_token!r}, which ends sequences: "
+        "set another pad_token in tokenizer_config.json, or batches cannot be scored"
+    )
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that pads with `padding_token`."""
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = padding_token(tokenizer)
+    return padded
+
+
+def _config_of(model: ScoreModel | StepModel, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Any:
+    config: Any = copy.deepcopy(model.decoder.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return config
+
+
+def _save_classifier(classifier: Any, config: Any, state_dict: dict[str, Tensor], folder: Path) -> None:
+    """Save `decoder.*` and `head.*` as the architecture's own classifier, which must have just these."""
+    with torch.device("meta"):
+        model = classifier.from_config(config)
+    ours = {"decoder": model.base_model_prefix, "head": "score"}
+    named = {}
+    for name, tensor in state_dict.items():
+        part, _, rest = name.partition(".")
+        named[f"{ours[part]}.{rest}"] = tensor
+    model.load_state_dict(named, assign=True)
+    model.save_pretrained(folder)
+
+
+def _write(save_model: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Write the folder in one move: a reader sees the old export or the whole new one, never half of it."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    causal_lm.save_pretrained(partial, state_dict=state_dict)
+    save_model(partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)

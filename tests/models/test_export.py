@@ -7,28 +7,63 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
-from rayrlhf.models.export import export_causal_lm
-from rayrlhf.models.load import load_policy, load_tokenizer
+from rayrlhf.models.export import (
+    export_causal_lm,
+    export_reward_model,
+    export_step_model,
+    padding_token,
+)
+from rayrlhf.models.heads import ScoreModel, StepModel
+from rayrlhf.models.load import (
+    load_policy,
+    load_reward_model,
+    load_scorer,
+    load_step_model,
+    load_tokenizer,
+)
 from rayrlhf.models.logprobs import PolicyModel
-from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model
+from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model, make_tokenizer
+
+CPU = torch.device("cpu")
+LENGTHS = [5, 2, 9]
+PAD, EOS = 0, 2
 
 
 def trained(path: str) -> PolicyModel:
     """A policy whose weights are no longer those of its checkpoint."""
     config = ModelConfig(path=path, dtype="float32")
-    policy = load_policy(config, path, device=torch.device("cpu"), chunk_tokens=64)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    policy = load_policy(config, path, device=CPU, chunk_tokens=64)
+    shift(policy)
     return policy
 
 
-def gathered(model: PreTrainedModel) -> dict[str, Tensor]:
+@torch.no_grad()
+def shift(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def emptied(model: nn.Module) -> dict[str, Tensor]:
+    """What the learner gathers from `model`, which then has nothing to save itself, as under ZeRO-3."""
+    state = gathered(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    return state
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
     """As the learner brings it: a copy per name, so that tied tensors no longer share their memory."""
     return {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
 
@@ -101,4 +136,129 @@ def test_a_failed_export_leaves_the_old_one_alone(
     (export / "model.safetensors").write_text("old")
     with pytest.raises(OSError, match="no space"):
         export_causal_lm(policy.causal_lm, {}, load_tokenizer(tiny_model), export)
+    assert (export / "model.safetensors").read_text() == "old"
+
+
+def trained_reward_model(path: str) -> ScoreModel:
+    model = load_reward_model(ModelConfig(path=path, dtype="float32"), path, device=CPU)
+    shift(model)
+    return model
+
+
+def rows() -> list[Tensor]:
+    """Sequences that end with the end-of-sequence token, as responses do."""
+    ids = torch.randint(8, 264, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    ids[torch.tensor(LENGTHS).cumsum(0) - 1] = EOS
+    return list(ids.split(LENGTHS))
+
+
+def packed() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.cat(rows()), position_ids_of(LENGTHS), cu_seqlens_of(LENGTHS)
+
+
+def padded(side: str, token: int = PAD) -> dict[str, Tensor]:
+    ids = nn.utils.rnn.pad_sequence(rows(), batch_first=True, padding_value=token, padding_side=side)
+    ones = [torch.ones(n, dtype=torch.long) for n in LENGTHS]
+    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_exported_reward_model_gives_the_same_scores(tied: bool, side: str, tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "source", tied=tied)
+    model = trained_reward_model(source)
+    with torch.no_grad():
+        scores = model(*packed())
+    assert scores.std() > 0.05
+    export = tmp_path / "export"
+    state = emptied(model)
+    export_reward_model(model, state, load_tokenizer(source), export, mean=0.25, std=1.5)
+
+    opened: Any = AutoModelForSequenceClassification.from_pretrained(export)
+    assert type(opened).__name__ == "LlamaForSequenceClassification"
+    assert opened.dtype == torch.float32
+    config = opened.config
+    assert (config.num_labels, config.pad_token_id, config.mean, config.std) == (1, PAD, 0.25, 1.5)
+    with torch.no_grad():
+        found = opened(**padded(side)).logits.squeeze(-1)
+    torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-5)
+    again = load_scorer(ModelConfig(path=str(export), dtype="float32"), str(export), device=CPU)
+    torch.testing.assert_close(again(*packed()), scores, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(export).chat_template == CHAT_TEMPLATE
+    assert "varlen" not in (export / "config.json").read_text()
+
+
+def test_a_reward_model_without_normalisation_says_nothing_of_it(tiny_model: str, tmp_path: Path) -> None:
+    model = trained_reward_model(tiny_model)
+    export_reward_model(model, emptied(model), load_tokenizer(tiny_model), tmp_path / "export")
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export").config
+    assert not hasattr(config, "mean") and not hasattr(config, "std")
+
+
+def test_an_end_of_sequence_token_pads_nothing(tiny_model: str, tmp_path: Path) -> None:
+    """If it did, transformers would take it for padding and read the score at the token before."""
+    model = trained_reward_model(tiny_model)
+    with torch.no_grad():
+        scores = model(*packed())
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    export_reward_model(model, emptied(model), tokenizer, tmp_path / "export")
+    assert tokenizer.pad_token == "</s>", "the tokenizer of the run is as it was"
+    opened: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export")
+    saved: Any = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert opened.config.pad_token_id == saved.pad_token_id == saved.convert_tokens_to_ids("<s>")
+    with torch.no_grad():
+        found = opened(**padded("left", saved.pad_token_id)).logits.squeeze(-1)
+    torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_may_pad() -> None:
+    tokenizer = make_tokenizer()
+    assert padding_token(tokenizer) == "<pad>"
+    tokenizer.pad_token = None
+    assert padding_token(tokenizer) == "<s>"
+    tokenizer.bos_token = tokenizer.unk_token = "</s>"
+    with pytest.raises(ValueError, match="no special token but '</s>'"):
+        padding_token(tokenizer)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_exported_step_model_gives_the_same_logits(side: str, tiny_model: str, tmp_path: Path) -> None:
+    config = ModelConfig(path=tiny_model, dtype="float32")
+    model: StepModel = load_step_model(config, tiny_model, device=CPU, reward_token_ids=(30, 20))
+    shift(model)
+    with torch.no_grad():
+        logits = model(*packed(), torch.ones(sum(LENGTHS)))
+    assert model.head.bias.all()
+    export = tmp_path / "export"
+    export_step_model(model, emptied(model), load_tokenizer(tiny_model), export, step_token="<|extra|>")
+
+    opened: Any = AutoModelForTokenClassification.from_pretrained(export)
+    assert type(opened).__name__ == "LlamaForTokenClassification"
+    assert opened.config.num_labels == 2 and opened.config.id2label == {0: "bad", 1: "good"}
+    assert opened.config.label2id == {"bad": 0, "good": 1}
+    assert opened.config.step_token == "<|extra|>"
+    inputs = padded(side)
+    with torch.no_grad():
+        found = opened(**inputs).logits[inputs["attention_mask"] > 0]
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+    again = load_step_model(
+        ModelConfig(path=str(export), dtype="float32"), str(export), device=CPU, reward_token_ids=(1, 2)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(again(*packed(), torch.ones(sum(LENGTHS))), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_incomplete_state_is_refused_and_leaves_the_old_export_alone(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    model = trained_reward_model(tiny_model)
+    state = emptied(model)
+    del state["decoder.norm.weight"]
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "model.safetensors").write_text("old")
+    with pytest.raises(RuntimeError, match=r"Missing key.*model\.norm\.weight"):
+        export_reward_model(model, state, load_tokenizer(tiny_model), export)
     assert (export / "model.safetensors").read_text() == "old"
