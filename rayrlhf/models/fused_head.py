@@ -44,6 +44,13 @@ class LogitScaling:
             return projected.mul_(self.softcap / self.temperature)
         return projected if self.slope == 1.0 else projected.mul_(self.slope)
 
+    def gradient_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of u, written over that of z = `logits`."""
+        if self.softcap is not None:
+            tanh = logits * (self.temperature / self.softcap)
+            grad.mul_(tanh.square_().neg_().add_(1.0))
+        return grad if self.slope == 1.0 else grad.mul_(self.slope)
+
 
 class FusedLogprobs(torch.autograd.Function):
     """logprobs, entropy = f(hidden, weight, bias, targets, scaling, chunk_tokens).
@@ -73,8 +80,8 @@ class FusedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         block, spare = _buffers(hidden, weight, chunk_tokens)
         logprobs, entropy, log_normaliser = (block.new_empty(hidden.size(0)) for _ in range(3))
-        for rows in _slices(0, hidden.size(0), chunk_tokens):
-            projected = _project(hidden[rows], weight, bias, out=block)
+        for rows in slices(0, hidden.size(0), chunk_tokens):
+            projected = project(hidden[rows], weight, bias, out=block)
             for part, logits in _parts(projected, rows, spare):
                 scaling.apply_(logits)
                 largest = logits.amax(-1)
@@ -101,8 +108,8 @@ class FusedLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=block.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=block.dtype) if ctx.needs_input_grad[2] else None
-        for rows in _slices(0, hidden.size(0), ctx.chunk_tokens):
-            grad = _project(hidden[rows], weight, bias, out=block)
+        for rows in slices(0, hidden.size(0), ctx.chunk_tokens):
+            grad = project(hidden[rows], weight, bias, out=block)
             for part, logits in _parts(grad, rows, spare):
                 _to_gradient_(
                     ctx.scaling.apply_(logits),
@@ -121,7 +128,7 @@ class FusedLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                _add_product_(grad_weight, grad.T, hidden[rows])
+                add_product_(grad_weight, grad.T, hidden[rows])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -169,7 +176,7 @@ def _to_gradient_(
     logits.scatter_add_(-1, targets[:, None], at_target[:, None])
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
     """hidden · weightᵀ + bias in the parameters' dtype, written to the first rows of `out` in its own."""
     out = out[: len(hidden)]
     if out.dtype != weight.dtype:
@@ -179,7 +186,7 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor
     return torch.addmm(bias, hidden, weight.T, out=out)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [V, H] += left [V, n] · right [n, H], without a second [V, H] tensor if `total` is the wider."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
@@ -198,8 +205,8 @@ def _buffers(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[Tensor,
 
 def _parts(block: Tensor, rows: slice, spare: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The block of these rows in parts no longer than `spare`: (which rows, [n, V])."""
-    return zip(_slices(rows.start, rows.stop, len(spare)), block.split(len(spare)), strict=True)
+    return zip(slices(rows.start, rows.stop, len(spare)), block.split(len(spare)), strict=True)
 
 
-def _slices(start: int, stop: int, size: int) -> list[slice]:
+def slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.models.attention import attention_implementation
+from rayrlhf.models.distill import DistillModel, TeacherModel
 from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
 from rayrlhf.models.logprobs import PolicyModel, logit_scaling
 
@@ -42,6 +43,26 @@ def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_t
     """The actor or the reference, in training mode (`from_pretrained` alone leaves a model in eval mode)."""
     causal_lm = AutoModelForCausalLM.from_pretrained(path, **_load_options(config, device))
     return PolicyModel(causal_lm, chunk_tokens=chunk_tokens).train()
+
+
+def load_student(
+    config: ModelConfig,
+    path: str,
+    *,
+    device: torch.device,
+    chunk_tokens: int,
+    divergence: str,
+    beta: float = 0.5,
+) -> DistillModel:
+    """A language model to be distilled into, in training mode; `divergence` is one of `DISTILL_LOSSES`."""
+    causal_lm = AutoModelForCausalLM.from_pretrained(path, **_load_options(config, device))
+    return DistillModel(causal_lm, chunk_tokens=chunk_tokens, divergence=divergence, beta=beta).train()
+
+
+def load_teacher(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> TeacherModel:
+    """A language model to distil from: frozen and in eval mode."""
+    causal_lm = AutoModelForCausalLM.from_pretrained(path, **_load_options(config, device))
+    return TeacherModel(causal_lm, chunk_tokens=chunk_tokens)
 
 
 def load_critic(config: ModelConfig, path: str, *, device: torch.device) -> ValueModel:

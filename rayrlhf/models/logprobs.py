@@ -30,8 +30,8 @@ def logit_scaling(config: PreTrainedConfig) -> LogitScaling:
     return LogitScaling(divisor, getattr(text, "final_logit_softcapping", None))
 
 
-class LogprobHead(nn.Module):
-    """The model's own output projection, fused with log-softmax and gather.
+class OutputHead(nn.Module):
+    """The model's own output projection, for a forward pass that goes over chunks of rows.
 
     It owns the projection's very parameters (tied or not) instead of calling the projection, so that ZeRO-3
     gathers them once per forward and once per backward, on every rank alike, however many chunks a rank has.
@@ -41,8 +41,13 @@ class LogprobHead(nn.Module):
         super().__init__()
         self.weight = projection.weight  # [V, H]
         self.bias = projection.bias
+        self.vocabulary_size = projection.out_features  # the weight has no rows while ZeRO-3 holds them
         self.chunk_tokens = chunk_tokens
         self.scaling = scaling
+
+
+class LogprobHead(OutputHead):
+    """The output projection, fused with log-softmax and gather."""
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [N] of `targets` [N], each after its row of `hidden` [N, H]."""
@@ -72,14 +77,22 @@ class PolicyModel(nn.Module):
         """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
         decoder = self.causal_lm.get_decoder()
         hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
-        learnt = (loss_mask > 0) & (position_ids > 0)
-        where = learnt.nonzero().squeeze(-1)
-        if where.numel() == 0:
-            # A batch without learnt tokens still runs the head once: under ZeRO-3 every rank must.
-            where = torch.ones(1, dtype=torch.long, device=hidden.device)
+        where, weight = learnt_tokens(position_ids, loss_mask)
         logprobs, entropy = self.head(hidden[where - 1], input_ids[where], temperature)
-        weight = learnt[where].float()
         empty = torch.zeros(input_ids.numel(), device=hidden.device)
         return TokenLogprobs(
             empty.index_put((where,), logprobs * weight), empty.index_put((where,), entropy * weight)
         )
+
+
+def learnt_tokens(position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens are that the head has to look at, and what each weighs; [N] both.
+
+    A batch without learnt tokens still runs the head, on one token that weighs 0: under ZeRO-3 every rank
+    must.
+    """
+    learnt = (loss_mask > 0) & (position_ids > 0)
+    where = learnt.nonzero().squeeze(-1)
+    if where.numel() == 0:
+        where = torch.ones(1, dtype=torch.long, device=where.device)
+    return where, learnt[where].float()

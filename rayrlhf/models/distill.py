@@ -1,0 +1,315 @@
+"""A student that is compared with its teacher at every learnt token, without a [tokens, vocab] tensor.
+
+What a teacher knows of N tokens travels as its hidden states, from which its logits are made a chunk of rows
+at a time (a teacher in the same worker), or as the log-probabilities of its k likeliest tokens (a teacher
+behind a network). The student's logits are made by chunks too, once in the forward and once in the backward
+pass; what is computed from them is plain autograd code. While a chunk is at work there are about ten tensors
+[chunk, V], so a chunk wants to be smaller than for log-probabilities alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from rayrlhf.algorithms.distill_losses import DISTILL_LOSSES, top_k_divergence
+from rayrlhf.models.attention import packed_inputs
+from rayrlhf.models.fused_head import LogitScaling, add_product_, project, slices
+from rayrlhf.models.logprobs import OutputHead, learnt_tokens, logit_scaling
+
+# of_logits(logits [n, V], which rows) -> two numbers per row, [n] and [n]; differentiable
+OfLogits: TypeAlias = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+class TeacherHidden(NamedTuple):
+    """All that the teacher knows of N tokens, to be multiplied out."""
+
+    hidden: Tensor  # [N, H_t] in front of each token
+    weight: Tensor  # [V, H_t] of the teacher's output projection
+    bias: Tensor | None  # [V]
+    scaling: LogitScaling
+
+
+class TeacherTopK(NamedTuple):
+    """The k tokens that the teacher finds likeliest in the place of each of N tokens."""
+
+    ids: Tensor  # [N, k] int64, different within a row
+    logprobs: Tensor  # [N, k] fp32
+
+
+Teacher: TypeAlias = TeacherHidden | TeacherTopK
+
+
+class DistillLogprobs(NamedTuple):
+    logprobs: Tensor  # [T] fp32; 0 where the loss mask is 0
+    divergence: Tensor  # [T] fp32, between teacher and student; 0 where the loss mask is 0
+
+
+class ChunkedLogits(torch.autograd.Function):
+    """first, second = f(hidden, weight, bias, scaling, chunk_tokens, of_logits), `of_logits` by chunks.
+
+    | argument | shape | |
+    |---|---|---|
+    | hidden | [N, H] | any floating dtype |
+    | weight | [V, H] | the dtype of `hidden`: that of the matrix products |
+    | bias | [V] or None | the same |
+    | first, second | [N] | fp32 (fp64 if `hidden` is): what `of_logits` makes of the logits |
+
+    No chunk's logits are kept: the backward pass computes them again and differentiates `of_logits` there.
+    The very parameters are saved and all chunks are added to one gradient of the weight: see `FusedLogprobs`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scaling: LogitScaling,
+        chunk_tokens: int,
+        of_logits: OfLogits,
+    ) -> tuple[Tensor, Tensor]:
+        block = _block(hidden, weight, chunk_tokens)
+        first, second = (block.new_empty(hidden.size(0)) for _ in range(2))
+        for rows in slices(0, hidden.size(0), chunk_tokens):
+            logits = scaling.apply_(project(hidden[rows], weight, bias, out=block))
+            first[rows], second[rows] = of_logits(logits, rows)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.scaling, ctx.chunk_tokens, ctx.of_logits = scaling, chunk_tokens, of_logits
+        return first, second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, bias = ctx.saved_tensors
+        block = _block(hidden, weight, ctx.chunk_tokens)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=block.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=block.dtype) if ctx.needs_input_grad[2] else None
+        for rows in slices(0, hidden.size(0), ctx.chunk_tokens):
+            logits = ctx.scaling.apply_(project(hidden[rows], weight, bias, out=block))
+            grad = _gradient_of(ctx.of_logits, logits, rows, [grad[rows] for grad in grad_outputs])
+            grad = ctx.scaling.gradient_(grad, logits)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                add_product_(grad_weight, grad.T, hidden[rows])
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class DistillHead(OutputHead):
+    """The student's output projection, fused with log-softmax, gather and the divergence to the teacher."""
+
+    def __init__(
+        self, projection: nn.Linear, *, chunk_tokens: int, scaling: LogitScaling, divergence: str, beta: float
+    ) -> None:
+        super().__init__(projection, chunk_tokens=chunk_tokens, scaling=scaling)
+        if divergence not in DISTILL_LOSSES:
+            raise ValueError(f"divergence={divergence!r} is not one of {', '.join(DISTILL_LOSSES)}")
+        self.divergence = divergence
+        self.beta = beta
+
+    def forward(self, hidden: Tensor, targets: Tensor, *, teacher: Teacher) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of `targets` [N] and divergences [N], each after its row of `hidden` [N, H]."""
+
+        def of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            log_probs = logits.log_softmax(-1)  # [n, V]
+            if isinstance(teacher, TeacherHidden):
+                of_teacher = _logits(teacher, rows).log_softmax(-1).to(logits.dtype)
+                divergence = DISTILL_LOSSES[self.divergence](log_probs, of_teacher, beta=self.beta)
+            else:
+                ids, logprobs = teacher.ids[rows], teacher.logprobs[rows].to(logits.dtype)
+                divergence = top_k_divergence(self.divergence, log_probs, ids, logprobs, beta=self.beta)
+            return log_probs.gather(-1, targets[rows, None]).squeeze(-1), divergence
+
+        return ChunkedLogits.apply(hidden, self.weight, self.bias, self.scaling, self.chunk_tokens, of_logits)
+
+
+class DistillModel(nn.Module):
+    """A causal language model that answers as `PolicyModel` does, with the divergence from its teacher.
+
+    The names of its parameters are those of `PolicyModel`.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, *, chunk_tokens: int, divergence: str, beta: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        projection: Any = causal_lm.get_output_embeddings()
+        self.head = DistillHead(
+            projection,
+            chunk_tokens=chunk_tokens,
+            scaling=logit_scaling(causal_lm.config),
+            divergence=divergence,
+            beta=beta,
+        )
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.head.vocabulary_size
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [T]
+        position_ids: Tensor,  # [T]
+        cu_seqlens: Tensor,  # [S+1]
+        loss_mask: Tensor,  # [T]
+        *,
+        # By keyword: ZeRO-3 replaces tensors among positional arguments, the teacher's weight too.
+        teacher: Teacher,  # rows: the tokens in the mask in their order, first tokens of sequences left out
+    ) -> DistillLogprobs:
+        """Log-probability of each token in the mask and the divergence where it stands.
+
+        Raises `ValueError` for a teacher of another vocabulary or of another number of tokens.
+        """
+        where, weight = learnt_tokens(position_ids, loss_mask)
+        teacher = self._checked(teacher, int(weight.sum()))
+        decoder = self.causal_lm.get_decoder()
+        hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
+        logprobs, divergence = self.head(hidden[where - 1], input_ids[where], teacher=teacher)
+        empty = torch.zeros(input_ids.numel(), device=hidden.device)
+        return DistillLogprobs(
+            empty.index_put((where,), logprobs * weight), empty.index_put((where,), divergence * weight)
+        )
+
+    def _checked(self, teacher: Teacher, count: int) -> Teacher:
+        """With a row for the token that the head looks at where there is none to learn."""
+        if isinstance(teacher, TeacherHidden):
+            check_same_vocabulary(self.vocabulary_size, teacher.weight.size(0))
+        if teacher[0].size(0) != count:
+            raise ValueError(
+                f"the teacher answered for {teacher[0].size(0)} tokens; {count} are to be learnt"
+            )
+        if count:
+            return teacher
+        if isinstance(teacher, TeacherHidden):
+            return teacher._replace(hidden=F.pad(teacher.hidden, (0, 0, 0, 1)))
+        return TeacherTopK(*(F.pad(rows, (0, 0, 0, 1)) for rows in teacher))
+
+
+class TopKHead(OutputHead):
+    """The teacher's output projection, fused with log-softmax and the choice of the k likeliest tokens."""
+
+    def forward(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Token ids [N, k], the likeliest first, and their log-probabilities [N, k] in fp32."""
+        block = _block(hidden, self.weight, self.chunk_tokens)
+        ids = torch.empty(hidden.size(0), k, dtype=torch.long, device=hidden.device)
+        logprobs = torch.empty(hidden.size(0), k, device=hidden.device)
+        for rows in slices(0, hidden.size(0), self.chunk_tokens):
+            logits = self.scaling.apply_(project(hidden[rows], self.weight, self.bias, out=block))
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            values, ids[rows] = logits.topk(k, -1)
+            logprobs[rows] = values - normaliser
+        return ids, logprobs
+
+
+class TeacherModel(nn.Module):
+    """A causal language model that says what it would have said in the place of each learnt token.
+
+    Frozen, and in eval mode whatever `train()` asks for.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, *, chunk_tokens: int) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        projection: Any = causal_lm.get_output_embeddings()
+        self.head = TopKHead(projection, chunk_tokens=chunk_tokens, scaling=logit_scaling(causal_lm.config))
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> TeacherModel:
+        return super().train(False)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.head.vocabulary_size
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,  # [T]
+        position_ids: Tensor,  # [T]
+        cu_seqlens: Tensor,  # [S+1]
+        loss_mask: Tensor,  # [T]
+        top_k: int | None = None,
+    ) -> Teacher:
+        """What `DistillModel` needs for the same batch: hidden states, or the `top_k` likeliest tokens.
+
+        An engine with ZeRO-3 gives back hidden states beside an emptied weight; see `bound`.
+        """
+        where, weight = learnt_tokens(position_ids, loss_mask)
+        count = int(weight.sum())
+        decoder = self.causal_lm.get_decoder()
+        hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
+        rows = hidden[where - 1]
+        if top_k is None:
+            return self.bound(rows[:count])
+        if not 0 < top_k <= self.vocabulary_size:
+            raise ValueError(
+                f"top_k={top_k} must be in 1 .. {self.vocabulary_size}, the teacher's vocabulary"
+            )
+        ids, logprobs = self.head(rows, top_k)
+        return TeacherTopK(ids[:count], logprobs[:count])
+
+    def top_k(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, loss_mask: Tensor, k: int
+    ) -> TeacherTopK:
+        """The k likeliest tokens in the place of each learnt one, made chunk by chunk."""
+        answer = self(input_ids, position_ids, cu_seqlens, loss_mask, k)
+        assert isinstance(answer, TeacherTopK)
+        return answer
+
+    def bound(self, hidden: Tensor) -> TeacherHidden:
+        """Hidden states [N, H_t] together with this model's own output projection.
+
+        Under ZeRO-3, that has to be gathered while the student's forward and backward pass run.
+        """
+        return TeacherHidden(hidden, self.head.weight, self.head.bias, self.head.scaling)
+
+
+def check_same_vocabulary(student_size: int, teacher_size: int) -> None:
+    """Raises `ValueError` where the two cannot be compared token by token."""
+    if student_size != teacher_size:
+        raise ValueError(
+            f"the student has a vocabulary of {student_size} tokens and the teacher one of {teacher_size}; "
+            "distillation compares them token by token, so both need the same"
+        )
+
+
+@torch.no_grad()
+def _logits(teacher: TeacherHidden, rows: slice) -> Tensor:
+    """Of a chunk, [n, V]."""
+    projected = F.linear(teacher.hidden[rows], teacher.weight, teacher.bias)
+    return teacher.scaling.apply_(projected.to(torch.promote_types(projected.dtype, torch.float32)))
+
+
+def _gradient_of(of_logits: OfLogits, logits: Tensor, rows: slice, grads: list[Tensor]) -> Tensor:
+    """Of both outputs together, weighed by `grads`, with respect to the logits; [n, V]."""
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        outputs = of_logits(leaf, rows)
+    (grad,) = torch.autograd.grad(outputs, leaf, grads)
+    return grad
+
+
+def _block(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
+    """Room for the logits of any chunk, [chunk, V]."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(min(chunk_tokens, hidden.size(0)), weight.size(0), dtype=wide)
