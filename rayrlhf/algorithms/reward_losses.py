@@ -5,7 +5,7 @@ Shapes: [P] pairs, N labelled steps. Losses are per pair or per step and not ave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid, softplus
@@ -43,36 +43,18 @@ def prm(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """-t·log p(good) - (1-t)·log p(bad), [N] in fp32 (arXiv 2305.20050; soft labels: 2312.08935).
 
     `logits` [N, 2] are those of (bad, good) at the steps' last tokens, `targets` [N] in [0, 1] the
-    probability that a step is good. Metrics are sums over steps with a hard label, 0 or 1, for
-    `prm_accuracies`; a tie counts as wrong for a good step.
+    probability that a step is good. The metrics are [N] too, without gradient: which steps have a hard label,
+    0 or 1, and which of those are judged right; a tie counts as wrong for a good step.
     """
     logprobs = log_softmax(logits.float(), -1)
     targets = targets.float()
     loss = -targets * logprobs[:, GOOD] - (1.0 - targets) * logprobs[:, BAD]
     says_good = logits.detach()[:, GOOD] > logits.detach()[:, BAD]
     good, bad = targets == 1.0, targets == 0.0
-    counts = {
-        "data/good_steps": good,
-        "data/bad_steps": bad,
-        "reward/good_steps_right": good & says_good,
-        "reward/bad_steps_right": bad & ~says_good,
+    steps = {
+        "good": good,
+        "bad": bad,
+        "good_right": good & says_good,
+        "bad_right": bad & ~says_good,
     }
-    return loss, {key: steps.sum().float() for key, steps in counts.items()}
-
-
-def prm_accuracies(sums: Mapping[str, float]) -> dict[str, float]:
-    """Shares of hard-labelled steps that were judged right, from the global sums of `prm`'s metrics.
-
-    `reward/accuracy` of all, `reward/accuracy_good` and `reward/accuracy_bad` of each kind; NaN of none.
-    """
-    good, bad = sums["data/good_steps"], sums["data/bad_steps"]
-    good_right, bad_right = sums["reward/good_steps_right"], sums["reward/bad_steps_right"]
-    return {
-        "reward/accuracy": _share(good_right + bad_right, good + bad),
-        "reward/accuracy_good": _share(good_right, good),
-        "reward/accuracy_bad": _share(bad_right, bad),
-    }
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")
+    return loss, {key: which.float() for key, which in steps.items()}

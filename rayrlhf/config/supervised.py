@@ -21,14 +21,14 @@ from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, Supervi
 
 
 def _longest_example_fits(config: SupervisedConfig) -> Problem | None:
-    longest = config.data.max_tokens * config.sequences_per_pass
+    together = config.data.sequences_per_example
+    longest = config.data.max_tokens * together
     if config.train.max_tokens_per_micro_batch >= longest:
         return None
-    together = f"{config.sequences_per_pass} x " if config.sequences_per_pass > 1 else ""
     return Problem(
         "train.max_tokens_per_micro_batch",
         got=str(config.train.max_tokens_per_micro_batch),
-        wanted=f"an integer >= {longest}, the longest sample: {together}"
+        wanted=f"an integer >= {longest}, the longest sample: {f'{together} x ' if together > 1 else ''}"
         f"data.max_tokens={config.data.max_tokens}",
         fix=f"set train.max_tokens_per_micro_batch to {longest} or more, or lower data.max_tokens",
     )
@@ -36,7 +36,7 @@ def _longest_example_fits(config: SupervisedConfig) -> Problem | None:
 
 def _evaluation_has_samples(config: SupervisedConfig) -> Problem | None:
     given = [key for key in ("every_steps", "num_samples") if getattr(config.eval, key) is not None]
-    if config.data.eval or config.data.eval_share or not given:
+    if config.data.has_eval or not given:
         return None
     return Problem(
         f"eval.{given[0]}",
@@ -77,7 +77,6 @@ class SupervisedConfig(Section):
     observe: ObserveConfig = ObserveConfig()
     """Console, TensorBoard, Weights & Biases."""
 
-    sequences_per_pass: ClassVar[int] = 1  # of a sample, that one forward pass must hold together
     eval_metrics: ClassVar[tuple[str, ...]] = ("loss",)
 
     checks = (_longest_example_fits, _evaluation_has_samples, _metric_is_known)
@@ -89,7 +88,7 @@ class SftRunConfig(SupervisedConfig):
     data: SftDataConfig
     """Conversations, prompts with responses, or plain text."""
 
-    eval_metrics = ("loss", "accuracy")
+    eval_metrics = ("loss", "entropy")
 
 
 class RewardLossConfig(Section):
@@ -107,7 +106,6 @@ class RmRunConfig(SupervisedConfig):
     algorithm: RewardLossConfig = RewardLossConfig()
     """The pairwise loss."""
 
-    sequences_per_pass = 2
     eval_metrics = ("loss", "accuracy", "margin", "calibration_error")
 
 
@@ -205,7 +203,6 @@ class DpoRunConfig(SupervisedConfig):
     ref: FrozenRefConfig | None = None
     """The reference; null with orpo and simpo."""
 
-    sequences_per_pass = 2
     eval_metrics = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
     checks = (*SupervisedConfig.checks, _ref_is_used)
 
@@ -278,8 +275,6 @@ class DistillationConfig(Section):
     """Weight of the teacher in the mixture of jsd."""
     kd_coef: Fraction = 0.5
     """The loss is (1 - kd_coef) * cross-entropy + kd_coef * divergence."""
-    temperature: PositiveNumber = 1.0
-    """Temperature of both distributions in the divergence."""
 
 
 class KdRunConfig(SupervisedConfig):

@@ -14,12 +14,33 @@ def write_summary(result: dict[str, Any], run_path: Path, *, num_samples: int) -
         **_reward("before", before),
         **_reward("after", after),
         "best": result["best"] or None,
+        **_spent(result),
+        "samples": _pairs(before.get("rows", []), after.get("rows", []), num_samples),
+    }
+    _write(summary, run_path)
+
+
+def write_supervised_summary(result: dict[str, Any], config: Any, run_path: Path) -> None:
+    """The same for a supervised job: every metric before and after training."""
+    summary = {
+        "job": config.job,
+        "evaluation": {when: result[when].get("metrics") for when in ("before", "after")},
+        "best": result["best"] or None,
+        **_spent(result),
+    }
+    _write(summary, run_path)
+
+
+def _spent(result: dict[str, Any]) -> dict[str, Any]:
+    return {
         "steps": result["steps"],
         "seconds_total": round(result["seconds_total"], 1),
         "seconds_per_phase": {name: round(spent, 1) for name, spent in result["seconds_per_phase"].items()},
         "export": result["export"],
-        "samples": _pairs(before.get("rows", []), after.get("rows", []), num_samples),
     }
+
+
+def _write(summary: dict[str, Any], run_path: Path) -> None:
     (run_path / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 

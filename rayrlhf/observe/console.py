@@ -24,6 +24,10 @@ from rayrlhf.observe.summary import show_summary
 # (metric, label, format): one step, one line
 COLUMNS = [
     ("reward/mean", "reward", "{:+.3f}"),
+    ("loss/model", "loss", "{:.4f}"),
+    ("reward/accuracy", "accuracy", "{:.3f}"),
+    ("reward/margin", "margin", "{:+.3f}"),
+    ("loss/divergence", "divergence", "{:.4f}"),
     ("kl/mean", "kl", "{:.4f}"),
     ("rollout/response_tokens_mean", "response", "{:.0f} tok"),
     ("rollout/tokens_per_second", "rollout", "{:.0f} tok/s"),
@@ -86,12 +90,10 @@ class Console:
         elif report.kind == "warning":
             self.say(f"warning: {report.text}")
         elif report.kind == "eval":
-            m = report.metrics
-            self.say(
-                f"evaluation {report.text} step {report.step}: reward {m['eval/reward_mean']:+.3f} "
-                f"(95 % interval {m['eval/reward_ci_low']:+.3f} to {m['eval/reward_ci_high']:+.3f}), "
-                f"responses {m['eval/response_tokens_mean']:.0f} tok"
+            told = (
+                _rewards(report.metrics) if "eval/reward_mean" in report.metrics else _others(report.metrics)
             )
+            self.say(f"evaluation {report.text} step {report.step}: {told}")
 
     def _phase(self, report: Report) -> None:
         if self.progress is not None:
@@ -123,6 +125,22 @@ class Console:
     def _clock(self) -> str:
         seconds = int(time.monotonic() - self.started)
         return f"{seconds // 60:3d}:{seconds % 60:02d}"
+
+
+def _rewards(m: dict[str, float]) -> str:
+    return (
+        f"reward {m['eval/reward_mean']:+.3f} "
+        f"(95 % interval {m['eval/reward_ci_low']:+.3f} to {m['eval/reward_ci_high']:+.3f}), "
+        f"responses {m['eval/response_tokens_mean']:.0f} tok"
+    )
+
+
+def _others(m: dict[str, float]) -> str:
+    """A supervised job's: the loss with its interval, then the rest."""
+    interval = f"(95 % interval {m['eval/loss_ci_low']:.4f} to {m['eval/loss_ci_high']:.4f})"
+    hidden = ("eval/loss", "eval/loss_ci_low", "eval/loss_ci_high", "eval/samples")
+    rest = [f"{k.removeprefix('eval/').replace('_', ' ')} {v:.4f}" for k, v in m.items() if k not in hidden]
+    return ", ".join([f"loss {m['eval/loss']:.4f} {interval}", *rest])
 
 
 def _minutes(seconds: float) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+OPENED_BY = {"rm": "AutoModelForSequenceClassification", "prm": "AutoModelForTokenClassification"}
 LOG_WIDTH = 110  # where the output is not a terminal
 
 
@@ -23,19 +24,40 @@ def show_summary(run_path: Path, console: Console | None = None) -> None:
     # Responses are a language model's words: they are printed as Text, never parsed as markup.
     console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
     console.print()
-    console.print(rewards_table(summary))
-    console.print(verdict(summary))
-    for sample in summary["samples"]:
-        console.print()
-        console.print(sample_lines(sample))
+    if "evaluation" in summary:
+        console.print(metrics_table(summary))
+    else:
+        console.print(rewards_table(summary))
+        console.print(verdict(summary))
+        for sample in summary["samples"]:
+            console.print()
+            console.print(sample_lines(sample))
     console.print()
     console.print(phases_table(summary))
     if summary["export"]:
-        console.print(
-            Text(f"The trained model, for AutoModelForCausalLM.from_pretrained: {summary['export']}"),
-            soft_wrap=True,
-        )
+        opened_by = OPENED_BY.get(summary.get("job", ""), "AutoModelForCausalLM")
+        text = f"The trained model, for {opened_by}.from_pretrained: {summary['export']}"
+        console.print(Text(text), soft_wrap=True)
     console.print(Text(f"Metrics, rollouts and the resolved config: {run_path}"), soft_wrap=True)
+
+
+def metrics_table(summary: dict[str, Any]) -> Table:
+    """A supervised job's held-out metrics before and after."""
+    before, after = (summary["evaluation"][when] or {} for when in ("before", "after"))
+    samples = after.get("eval/samples", before.get("eval/samples", 0))
+    table = Table(
+        title=f"{samples:.0f} held-out samples, {summary['steps']} training steps", title_justify="left"
+    )
+    table.add_column("")
+    for when in ("before", "after"):
+        table.add_column(when, justify="right")
+    shown = [key for key in after or before if key != "eval/samples" and "_ci_" not in key]
+    for key in shown:
+        cells = (f"{told[key]:.4f}" if key in told else "not measured" for told in (before, after))
+        table.add_row(key.removeprefix("eval/").replace("_", " "), *cells)
+    if not shown:
+        table.add_row("no held-out samples", "not measured", "not measured")
+    return table
 
 
 def rewards_table(summary: dict[str, Any]) -> Table:

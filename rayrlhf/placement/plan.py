@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.supervised import KdRunConfig, SupervisedConfig
 
 # What a role takes of a GPU that it shares: enough that all of a slot's roles fit, most for the one that
 # trains.
-SHARED_GPU_SHARES = {"trainer": 0.5, "rollout": 0.3, "reward": 0.1, "ref": 0.1}
+SHARED_GPU_SHARES = {"trainer": 0.5, "rollout": 0.3, "teacher": 0.3, "reward": 0.1, "ref": 0.1}
 SMALLEST_SHARES = 10_000  # of a GPU; Ray counts in these
 DATA_CPUS = 0.5  # Ray Data runs outside the group and stalls silently when the group has taken every CPU
 
@@ -41,14 +43,29 @@ class PlacementSpec:
 
 
 def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
-    """The slots of every role that has some. Function rewards run on CPUs outside the group."""
+    """The slots of every role of a policy run that has some. Function rewards run on CPUs outside the
+    group.
+    """
     units = {"trainer": config.train.num_workers, "rollout": config.rollout.num_engines}
     if config.needs_ref and config.ref is not None and config.ref.location == "serve":
         units["ref"] = config.ref.num_replicas
     for index, source in enumerate(config.reward.sources):
         if source.type == "model":
             units[f"reward:{index}"] = source.num_replicas
-    shared = config.placement.preset == "colocate_all"
+    return place(units, config.placement)
+
+
+def plan_supervised(config: SupervisedConfig) -> PlacementSpec:
+    """The trainer's slots, and those of a teacher that is served."""
+    units = {"trainer": config.train.num_workers}
+    if isinstance(config, KdRunConfig) and config.teacher.location == "serve":
+        units["teacher"] = config.teacher.num_replicas
+    return place(units, config.placement)
+
+
+def place(units: dict[str, int], placement: PlacementConfig) -> PlacementSpec:
+    """Slots for so many units of every role: of their own, or the same ones for all."""
+    shared = placement.preset == "colocate_all"
     roles: list[RolePlan] = []
     first = 0
     for role, count in units.items():
@@ -56,9 +73,9 @@ def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
         roles.append(RolePlan(role, tuple(range(first, first + count)), share))
         first += 0 if shared else count
     return PlacementSpec(
-        preset=config.placement.preset,
+        preset=placement.preset,
         num_slots=max(units.values()) if shared else first,
-        cpus_per_slot=config.placement.cpus_per_slot,
+        cpus_per_slot=placement.cpus_per_slot,
         roles=tuple(roles),
     )
 

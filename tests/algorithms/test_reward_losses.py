@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.reward_losses import REWARD_LOSSES, prm, prm_accuracies
+from rayrlhf.algorithms.reward_losses import REWARD_LOSSES, prm
 
 LN3 = math.log(3)
 
@@ -60,11 +60,11 @@ def test_prm_by_hand() -> None:
     assert logits.grad[:, 1].tolist() == pytest.approx([-1 / 4, 3 / 4, 1 / 4], rel=1e-5)  # p(good) - target
     assert logits.grad[:, 0].tolist() == pytest.approx([1 / 4, -3 / 4, -1 / 4], rel=1e-5)
     # The soft label counts for no accuracy.
-    assert {key: value.item() for key, value in metrics.items()} == {
-        "data/good_steps": 1.0,
-        "data/bad_steps": 1.0,
-        "reward/good_steps_right": 1.0,
-        "reward/bad_steps_right": 0.0,
+    assert {key: value.tolist() for key, value in metrics.items()} == {
+        "good": [1.0, 0.0, 0.0],
+        "bad": [0.0, 1.0, 0.0],
+        "good_right": [1.0, 0.0, 0.0],
+        "bad_right": [0.0, 0.0, 0.0],
     }
 
 
@@ -84,7 +84,7 @@ def test_a_soft_label_is_learnt_as_a_probability(target: float) -> None:
 def test_prm_of_no_steps_still_has_a_gradient() -> None:
     logits = torch.zeros(3, 2, requires_grad=True)
     loss, metrics = prm(logits[:0], torch.zeros(0))
-    assert loss.shape == (0,) and not any(metrics.values())
+    assert loss.shape == (0,) and not any(value.numel() for value in metrics.values())
     loss.sum().backward()
     assert logits.grad is not None and not logits.grad.any()
 
@@ -94,11 +94,9 @@ def test_prm_in_low_precision_is_cast_up() -> None:
     assert {loss.dtype, *(value.dtype for value in metrics.values())} == {torch.float32}
 
 
-def test_accuracies() -> None:
+def test_which_steps_are_judged_right() -> None:
     logits = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 1.0], [0.0, -1.0], [0.0, 0.0], [0.0, 9.0]])
     _, metrics = prm(logits, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.9]))
-    sums = {key: value.item() for key, value in metrics.items()}
     # Good steps: right, wrong. Bad ones: wrong, right, right (a tie is not called good).
-    expected = {"reward/accuracy": 3 / 5, "reward/accuracy_good": 1 / 2, "reward/accuracy_bad": 2 / 3}
-    assert prm_accuracies(sums) == pytest.approx(expected)
-    assert all(math.isnan(value) for value in prm_accuracies(dict.fromkeys(sums, 0.0)).values())
+    assert metrics["good_right"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert metrics["bad_right"].tolist() == [0, 0, 0, 1, 1, 0]

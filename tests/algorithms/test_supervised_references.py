@@ -206,10 +206,10 @@ def test_prm_and_its_gradient(count: int, seed: int) -> None:
     agree(loss, losses(logits))
     gradient_agrees(loss, leaf, lambda x: sum(losses(x)), logits)
     says_good = logits[:, 1] > logits[:, 0]
-    assert metrics["reward/good_steps_right"].item() == sum(says_good[targets == 1])
-    assert metrics["reward/bad_steps_right"].item() == sum(~says_good[targets == 0])
-    assert metrics["data/good_steps"].item() == sum(targets == 1)
-    assert metrics["data/bad_steps"].item() == sum(targets == 0)
+    assert metrics["good_right"].tolist() == (says_good & (targets == 1)).tolist()
+    assert metrics["bad_right"].tolist() == (~says_good & (targets == 0)).tolist()
+    assert metrics["good"].tolist() == (targets == 1).tolist()
+    assert metrics["bad"].tolist() == (targets == 0).tolist()
 
 
 @pytest.mark.parametrize("name", DISTILL_LOSSES)

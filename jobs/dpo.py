@@ -1,0 +1,23 @@
+"""Preference learning from pairs (DPO, IPO, cDPO, ORPO, SimPO).
+
+Usage: python jobs/dpo.py CONFIG.yaml [OTHER.yaml ...] [key.path=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rayrlhf.config.load import load_or_exit
+from rayrlhf.config.supervised import DpoRunConfig
+
+
+def main() -> int:
+    config = load_or_exit(DpoRunConfig, sys.argv[1:])
+    # Only now that the config is known to be good: this imports torch and ray, which takes seconds.
+    from rayrlhf.loops.run_supervised import run_supervised
+
+    return run_supervised(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

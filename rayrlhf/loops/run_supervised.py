@@ -1,0 +1,210 @@
+"""The driver of a supervised job: check, plan, place, fit, tear down."""
+
+from __future__ import annotations
+
+# First: it sets what Ray reads when it is imported.
+from rayrlhf.loops.driver import (
+    TRAIN_FOLDER,
+    check_placement,
+    drive,
+    fit,
+    make_trainer,
+    placed,
+    start_folder,
+    threads_each,
+)
+
+# isort: split
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.config.supervised import SupervisedConfig
+from rayrlhf.data.checks import check_example_sources
+from rayrlhf.data.example_store import ExampleStore
+from rayrlhf.data.example_stream import example_dataset
+from rayrlhf.data.examples import prepare_examples
+from rayrlhf.data.files import Split
+from rayrlhf.data.plan import StepPlan, every_row_once, plan_steps, row_order
+from rayrlhf.loops.checks import check_model, check_resume
+from rayrlhf.loops.session import deploy, watched
+from rayrlhf.loops.summary import write_supervised_summary
+from rayrlhf.loops.supervised import supervised_loop
+from rayrlhf.loops.supervised_job import SupervisedJob
+from rayrlhf.loops.tasks.reference import table_path
+from rayrlhf.observe.console import Console
+from rayrlhf.observe.sinks import drain_in_background, make_sinks
+from rayrlhf.placement.plan import plan_supervised
+from rayrlhf.train.checkpoint import newest_step
+from rayrlhf.train.teacher import teacher_deployment
+
+SAMPLE_ROWS = 1024  # of the training data, that a trained reward model's scores are normalised by
+START_SECONDS = 600.0  # for a served teacher
+
+
+def run_supervised(config: Any) -> int:
+    """Run to the end; the exit code is `drive`'s."""
+    return drive(config, _check)
+
+
+def _check(config: Any) -> Callable[[Console], Path]:
+    for key, path in _model_paths(config):
+        check_model(key, path)
+    check_resume(config)
+    check_example_sources(config.data)
+    return partial(_run, with_absolute_paths(config))
+
+
+@dataclass(frozen=True)
+class Stores:
+    train: ExampleStore
+    held_out: ExampleStore | None
+
+    def by_split(self) -> Iterator[tuple[str, ExampleStore]]:
+        yield "train", self.train
+        if self.held_out is not None:
+            yield "eval", self.held_out
+
+
+def _run(config: Any, console: Console) -> Path:
+    run_path = start_folder(config)
+    spec = plan_supervised(config)
+    check_placement(spec, config)
+    stores = _prepare_stores(config, run_path, console.say)
+    rows_read = config.train.num_rows_read(len(stores.train))
+    config = config.model_copy(update={"train": config.train.with_steps(len(stores.train))})
+    start_folder(config)  # now with the number of steps
+    with (
+        placed(spec, config, console) as (run_id, slots, board),
+        make_sinks(config, run_path, console) as sinks,
+        ExitStack() as stack,
+    ):
+        job = SupervisedJob(
+            config=config,
+            run_id=run_id,
+            threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),
+            num_rows=len(stores.train),
+            has_eval=stores.held_out is not None,
+            ref_tables=_ref_tables(config, run_path, stores),
+        )
+        trainer = make_trainer(
+            supervised_loop,
+            job,
+            config,
+            slots,
+            threads=job.threads_per_worker,
+            datasets=_streams(job, stores, rows_read, run_path / TRAIN_FOLDER),
+        )
+        console.say(f"starting {config.train.num_workers} x trainer")
+        if config.job == "kd" and config.teacher.location == "serve":
+            deploy({job.teacher_app: teacher_deployment(config, slots)})
+            stack.enter_context(
+                watched(
+                    [job.teacher_app],
+                    timeout_seconds=START_SECONDS,
+                    tell=console.say,
+                    give_up=trainer.abort,
+                )
+            )
+        with drain_in_background(board, sinks):
+            result = fit(trainer)
+    write_supervised_summary(result, config, run_path)
+    return run_path
+
+
+def _prepare_stores(config: Any, run_path: Path, say: Callable[[str], None]) -> Stores:
+    """Read, render and tokenise everything. Raises `DataError`."""
+
+    def prepare(split: Split) -> ExampleStore:
+        store = prepare_examples(
+            config.data.sources_of(split),
+            config.data,
+            config.model.path,
+            run_path / "data" / f"{split}.arrow",
+            config.run.seed,
+            split=split,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        say(f"{split} samples: " + ", ".join(f"{n} {what}" for what, n in store.counts.items() if n))
+        return store
+
+    return Stores(train=prepare("train"), held_out=prepare("eval") if config.data.has_eval else None)
+
+
+def _ref_tables(config: Any, run_path: Path, stores: Stores) -> dict[str, str]:
+    ref = getattr(config, "ref", None)
+    if ref is None or not ref.precompute:
+        return {}
+    path = ref.path or config.model.path
+    return {
+        split: str(table_path(run_path / "data", split, store.fingerprint, path))
+        for split, store in stores.by_split()
+    }
+
+
+def _streams(job: SupervisedJob, stores: Stores, rows_read: int, storage: Path) -> dict[str, Any]:
+    """Ray Data sets by name, for the trainer. They are made anew whenever the workers (re)start: that is
+    where a resumed stream begins.
+    """
+    config = job.settings
+    order = row_order(
+        len(stores.train),
+        config.train.samples_per_step,
+        rows_read,
+        config.run.seed,
+        config.data.shuffle,
+    )
+
+    def plans(store: ExampleStore, steps: list[Any], start: int = 0) -> Iterator[StepPlan]:
+        return plan_steps(
+            steps,
+            store.num_tokens,
+            world_size=config.train.num_workers,
+            budget_tokens=config.train.max_tokens_per_micro_batch,
+            start=start,
+        )
+
+    def train() -> Any:
+        start = min(newest_step(storage), len(order) - 1)
+        return example_dataset(stores.train.path, plans(stores.train, order, start), start)
+
+    def once(store: ExampleStore, rows: int | None = None) -> Callable[[], Any]:
+        steps = every_row_once(min(rows or len(store), len(store)), config.train.samples_per_step)
+        return lambda: example_dataset(store.path, plans(store, steps))
+
+    streams: dict[str, Any] = {"train": train}
+    if stores.held_out is not None:
+        streams["eval"] = once(stores.held_out, config.eval.num_samples)
+    if job.config.job == "rm":
+        streams["sample"] = once(stores.train, SAMPLE_ROWS)
+    for split, store in stores.by_split():
+        if split in job.ref_tables and not Path(job.ref_tables[split]).is_file():
+            streams[f"ref_{split}"] = once(store)
+    return streams
+
+
+def _model_paths(config: Any) -> Iterator[tuple[str, str]]:
+    yield "model.path", config.model.path
+    for section in ("ref", "teacher"):
+        part = getattr(config, section, None)
+        if part is not None and part.path is not None:
+            yield f"{section}.path", part.path
+
+
+def with_absolute_paths(config: SupervisedConfig) -> SupervisedConfig:
+    """The config with the run's and the models' folders made absolute: workers run in folders of their
+    own.
+    """
+    changes: dict[str, Any] = {
+        "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    }
+    for key, path in _model_paths(config):
+        section = key.partition(".")[0]
+        if Path(path).is_dir():  # a hub id stays as it is
+            part = getattr(config, section)
+            changes[section] = part.model_copy(update={"path": str(Path(path).resolve())})
+    return config.model_copy(update=changes)

@@ -1,0 +1,30 @@
+"""What the driver of a supervised job hands to every worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayrlhf.config.supervised import SupervisedConfig
+
+
+@dataclass(frozen=True)
+class SupervisedJob:
+    config: Any  # the job's own SupervisedConfig, with its number of steps filled in
+    run_id: str  # unique per start of a run; prefixes the names of its actors and Serve apps
+    threads_per_worker: int
+    num_rows: int  # of the training data
+    has_eval: bool
+    ref_tables: dict[str, str] = field(default_factory=dict)  # split -> file of the reference's answers
+
+    @property
+    def settings(self) -> SupervisedConfig:
+        return self.config
+
+    @property
+    def teacher_app(self) -> str:
+        return f"{self.run_id}-teacher"
+
+    @property
+    def board(self) -> str:
+        return f"{self.run_id}-board"

@@ -1,0 +1,189 @@
+"""What a supervised worker holds and does: the verbs of `loops.supervised`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.train
+
+from rayrlhf.batch import Example
+from rayrlhf.config.supervised import SupervisedConfig
+from rayrlhf.data.example_stream import iter_examples
+from rayrlhf.loops.held_out import Evaluation, evaluation_of, is_better
+from rayrlhf.loops.supervised_job import SupervisedJob
+from rayrlhf.loops.tasks.dpo import PreferenceTask
+from rayrlhf.loops.tasks.kd import DistillationTask
+from rayrlhf.loops.tasks.kto import KtoTask
+from rayrlhf.loops.tasks.prm import StepRewardTask
+from rayrlhf.loops.tasks.rm import RewardModelTask
+from rayrlhf.loops.tasks.sft import SftTask
+from rayrlhf.loops.tasks.task import MicroBatches, Task, TaskSetting
+from rayrlhf.loops.training_worker import TrainingWorker
+from rayrlhf.train import collectives
+from rayrlhf.train.checkpoint import Saved, restore
+
+TASKS: dict[str, type[Task]] = {
+    "sft": SftTask,
+    "rm": RewardModelTask,
+    "prm": StepRewardTask,
+    "dpo": PreferenceTask,
+    "kto": KtoTask,
+    "kd": DistillationTask,
+}
+
+
+class SupervisedWorker(TrainingWorker):
+    def __init__(self, job: SupervisedJob) -> None:
+        super().__init__(job.config, board=job.board, threads=job.threads_per_worker)
+        self.job = job
+        self.config: SupervisedConfig = job.settings
+        self.say("loading the model")
+        self.task: Task = TASKS[job.config.job](TaskSetting(job.config, job.teacher_app))
+        self.metrics: dict[str, float] = {}
+        self.last_evaluation: dict[str, Any] = {}
+        self._eval_steps: list[MicroBatches] | None = None
+
+    @property
+    def saved(self) -> Sequence[Saved]:
+        return [self.task]
+
+    # The verbs of the loop
+
+    def resume(self) -> None:
+        self.state = restore(self.saved)
+        if self.state.step:
+            self.say(f"resuming after step {self.state.step}")
+
+    def ask_reference(self) -> None:
+        """With `ref.precompute`, one pass over all samples, unless a former run has left its answers."""
+        reference = getattr(self.task, "reference", None)
+        if reference is None or not self.job.ref_tables:
+            return
+        with self.phase("reference"):
+            for split, file in self.job.ref_tables.items():
+                steps = () if Path(file).is_file() else iter_examples(_shard(f"ref_{split}"), self.rank)
+                reference.fill(split, Path(file), steps)
+            reference.forget_model()
+
+    def evaluate_before(self) -> None:
+        if self.state.step == 0:
+            self.evaluate("before")
+
+    def steps(self) -> Iterator[tuple[int, list[list[Example]]]]:
+        """The steps from where the run stands to its end, with this rank's packed samples."""
+        if self.is_last() or self.has_lost_patience():
+            return
+        stream = iter_examples(_shard("train"), self.rank, self.state.step)
+        for step in self.count_steps():
+            with self.timer("data"):
+                found, micro_batches = next(stream)
+            assert found == step
+            yield step, micro_batches
+
+    def learn(self, micro_batches: MicroBatches, step: int) -> None:
+        self.metrics |= self.task.update(micro_batches, step=step) | self._packing(micro_batches)
+        self.state.step = step + 1
+
+    def _packing(self, micro_batches: MicroBatches) -> dict[str, float]:
+        """How full the micro-batches are. Collective."""
+        tokens = sum(example.num_tokens for examples in micro_batches for example in examples)
+        full = sum(bool(examples) for examples in micro_batches)
+        totals = collectives.sum_metrics(
+            {
+                "tokens": float(tokens),
+                "samples": float(sum(map(len, micro_batches))),
+                "full": float(full),
+                "fillers": float(len(micro_batches) - full),
+            }
+        )
+        budget = self.config.train.max_tokens_per_micro_batch
+        mean = totals["tokens"] / self.world_size
+        return {
+            "data/tokens": totals["tokens"],
+            "data/samples": totals["samples"],
+            "data/micro_batches": float(len(micro_batches)),
+            "data/fill": totals["tokens"] / max(1.0, totals["full"] * budget),
+            "data/filler_fraction": totals["fillers"] / (totals["full"] + totals["fillers"]),
+            "data/imbalance": collectives.max_over_ranks(tokens) / max(1.0, mean) - 1.0,
+        }
+
+    def end_step(self) -> None:
+        """Report; evaluate and save where it is due."""
+        seconds = self.step_seconds()
+        metrics = self.metrics | seconds
+        metrics["train/tokens_per_second"] = metrics["data/tokens"] / max(seconds["time/update"], 1e-9)
+        metrics["train/epoch"] = self.state.step * self.config.train.samples_per_step / self.job.num_rows
+        self.metrics = {}
+        self.reporter.step(self.state.step, metrics, shown=[])
+        if self.is_due(self.config.eval.every_steps) and not self.is_last():
+            self.evaluate("during")
+        if self.is_due(self.config.checkpoint.every_steps) or self.is_last() or self.has_lost_patience():
+            with self.phase("checkpoint"):
+                self.save_state()
+
+    def evaluate(self, when: str) -> None:
+        """Held-out samples; the evaluation before the first step is kept for the summary. Collective."""
+        if not self.job.has_eval:
+            return
+        if self._eval_steps is None:
+            self._eval_steps = [batches for _, batches in iter_examples(_shard("eval"), self.rank)]
+        with self.phase("eval"):
+            told = [self.task.evaluate(micro_batches) for micro_batches in self._eval_steps]
+            result = evaluation_of(collectives.gather_lists(told))
+        if when == "before":
+            self.state.eval_before = {"metrics": result.metrics}
+        self.last_evaluation = {"metrics": result.metrics}
+        self.reporter.evaluation(self.state.step, when, result.metrics, rows=result.rows)
+        if when != "before":
+            self._keep_if_best(result)
+
+    def _keep_if_best(self, result: Evaluation) -> None:
+        """`best/` holds the model of the best evaluation so far; every rank has the same numbers."""
+        key = self.config.eval.metric
+        value = result.metrics[f"eval/{key}"]
+        best = self.state.best
+        if best and not is_better(key, value, best[key]):
+            best["evaluations_since"] += 1
+            return
+        self.state.best = {"step": self.state.step, key: value, "evaluations_since": 0}
+        if self.config.checkpoint.best and self.config.eval.every_steps is not None:
+            self._export("best")
+
+    def has_lost_patience(self) -> bool:
+        patience = self.config.eval.patience
+        return patience is not None and self.state.best.get("evaluations_since", 0) >= patience
+
+    def finish(self) -> dict[str, Any]:
+        """The evaluation after the last step, the export, and what the summary is made of."""
+        if self.has_lost_patience():
+            self.say(f"stopped: eval.{self.config.eval.metric} has not improved (eval.patience)")
+        self.last_evaluation = {}
+        self.evaluate("after")
+        self.task.before_export(self._sample_of_training_data)
+        export = self._export("export") if self.config.checkpoint.export else None
+        self.keep_time()
+        return {
+            "before": self.state.eval_before,
+            "after": self.last_evaluation,
+            "best": self.state.best,
+            "steps": self.state.step,
+            "seconds_per_phase": self.state.seconds_per_phase,
+            "seconds_total": self.state.seconds_total,
+            "export": export,
+        }
+
+    def _sample_of_training_data(self) -> Iterator[MicroBatches]:
+        for _, micro_batches in iter_examples(_shard("sample"), self.rank):
+            yield micro_batches
+
+    def _export(self, name: str) -> str:
+        path = Path(self.config.run.path) / name
+        with self.phase("export"):
+            self.task.export(path)
+        return str(path)
+
+
+def _shard(name: str) -> Any:
+    return ray.train.get_dataset_shard(name)

@@ -1,0 +1,97 @@
+"""What the frozen reference says of a sample: asked at every step, or once beforehand and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.aggregate import sequence_sums
+from rayrlhf.batch import Example, PackedBatch, empty_examples, pack_examples
+from rayrlhf.config.supervised import FrozenRefConfig, SupervisedConfig
+from rayrlhf.train import collectives
+from rayrlhf.train.reference import LocalReference
+
+
+class FrozenReference:
+    """Adds `ref_sums` [S], the log-probability of each sequence's learnt tokens, to micro-batches.
+
+    With `precompute` the sums of every row are looked up in tables [rows, sequences per example], one per
+    split, which `fill` makes; the model is then held only while it does.
+    """
+
+    def __init__(self, config: SupervisedConfig, ref: FrozenRefConfig) -> None:
+        self.config = config
+        self.ref = ref
+        self.tables: dict[str, Tensor] = {}
+        self.model: LocalReference | None = None if ref.precompute else self._load()
+
+    def _load(self) -> LocalReference:
+        return LocalReference(self.config.model, self.ref.path or self.config.model.path, self.config.train)
+
+    def added(
+        self, batches: Sequence[PackedBatch], split: str, *, sequence: int | None = None
+    ) -> list[PackedBatch]:
+        """`sequence` says which one of their examples' the batches hold, where it is not all. Collective."""
+        if self.model is not None:
+            told = self.model.logprobs(batches, temperature=1.0)
+            sums = [
+                sequence_sums(logprobs, batch.loss_mask, batch.cu_seqlens)
+                for logprobs, batch in zip(told, batches, strict=True)
+            ]
+        else:
+            sums = [self._looked_up(batch, split, sequence) for batch in batches]
+        return [b.with_fields(ref_sums=s) for b, s in zip(batches, sums, strict=True)]
+
+    def _looked_up(self, batch: PackedBatch, split: str, sequence: int | None) -> Tensor:
+        assert batch.group_ids is not None
+        table = self.tables[split]
+        rows = batch.group_ids.cpu()
+        if sequence is None:  # a row's sequences follow one another
+            which = torch.arange(len(rows)) % table.size(1)
+        else:
+            which = torch.full_like(rows, sequence)
+        sums = torch.where(rows >= 0, table[rows.clamp_min(0), which], 0.0)
+        return sums.to(batch.input_ids.device)
+
+    def fill(self, split: str, path: Path, steps: Iterable[tuple[int, list[list[Example]]]]) -> None:
+        """Take the split's table from `path`, or make it from one pass over all rows. Collective."""
+        if path.is_file():
+            self.tables[split] = torch.from_numpy(np.load(path))
+            return
+        self.model = self.model or self._load()
+        told: list[tuple[int, list[float]]] = []
+        together = self.config.data.sequences_per_example
+        for _, micro_batches in steps:
+            batches = [
+                (pack_examples(examples) if examples else empty_examples(together)).to(collectives.device())
+                for examples in micro_batches
+            ]
+            for batch in self.added(batches, split):
+                assert batch.ref_sums is not None and batch.group_ids is not None
+                rows = batch.group_ids.view(-1, together)[:, 0].tolist()
+                told += zip(rows, batch.ref_sums.view(-1, together).tolist(), strict=True)
+        everyone = sorted(pair for pair in collectives.gather_lists(told) if pair[0] >= 0)
+        table = np.array([sums for _, sums in everyone], dtype=np.float32)
+        if collectives.rank() == 0:
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, table)
+            partial.rename(path)
+        self.tables[split] = torch.from_numpy(table)
+
+    def forget_model(self) -> None:
+        """Every table is there: free the memory."""
+        self.model = None
+
+
+def table_path(folder: Path, split: str, fingerprint: str, reference: str) -> Path:
+    """Where the table of this data and this reference lies: other data or weights have another name."""
+    weights = sorted(Path(reference).glob("*.safetensors"))
+    state: Any = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
+    digest = hashlib.sha256(repr((fingerprint, reference, state)).encode()).hexdigest()
+    return folder / f"ref-{split}-{digest[:16]}.npy"

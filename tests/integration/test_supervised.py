@@ -1,0 +1,221 @@
+"""Every supervised job learns on a tiny model, and plain transformers opens what it exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayrlhf.config.supervised import JOBS
+from rayrlhf.loops.run_supervised import run_supervised
+from tests.integration import supervised_data as made
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def job(folder: Path, model: str, name: str, **changes: Any) -> Any:
+    """A job of seconds; `changes` are nested sections merged into the base."""
+    base: dict[str, Any] = {
+        "job": name,
+        "run": {"name": name, "dir": str(folder / "runs")},
+        "model": {"path": model},
+        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_tokens": 96},
+        "placement": {"cpus_per_slot": 0.5},
+        "train": {
+            "samples_per_step": 16,
+            "num_steps": 12,
+            "lr": 2e-3,
+            "max_tokens_per_micro_batch": 512,
+            "num_threads": 1,
+        },
+        "observe": {"console": "lines", "tensorboard": False},
+    }
+    for section, values in changes.items():
+        old = base.get(section)
+        base[section] = {**old, **values} if isinstance(old, dict) else values
+    return JOBS[name].model_validate(base)
+
+
+def run(config: Any) -> dict[str, Any]:
+    """Run to the end; the summary."""
+    assert run_supervised(config) == 0
+    return json.loads((Path(config.run.path) / "summary.json").read_text())
+
+
+def logged(config: Any, key: str) -> list[float]:
+    lines = (Path(config.run.path) / "metrics.jsonl").read_text().splitlines()
+    return [row[key] for row in map(json.loads, lines) if key in row]
+
+
+def test_sft_learns_and_exports(tmp_path: Path, tiny_model: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made.write(tmp_path / "train.jsonl", made.conversations(128))
+    made.write(tmp_path / "eval.jsonl", made.conversations(32, seed=1))
+    config = job(tmp_path, tiny_model, "sft", train={"num_steps": 30}, eval={"every_steps": 10})
+    summary = run(config)
+    before, after = (summary["evaluation"][when]["eval/loss"] for when in ("before", "after"))
+    assert after < 0.5 * before
+    assert summary["best"]["loss"] == pytest.approx(min(logged(config, "eval/loss")[1:]))
+    assert (Path(config.run.path) / "best" / "config.json").is_file()
+    model: Any = AutoModelForCausalLM.from_pretrained(summary["export"])
+    tokenizer = AutoTokenizer.from_pretrained(summary["export"])
+    messages = [{"role": "user", "content": "say k"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    answer = tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.size(1) :])
+    assert answer == "kkk"
+
+
+def test_rm_ranks_held_out_pairs(tmp_path: Path, tiny_model: str) -> None:
+    made.write(tmp_path / "train.jsonl", made.pairs(256))
+    made.write(tmp_path / "eval.jsonl", made.pairs(64, seed=1))
+    config = job(tmp_path, tiny_model, "rm")
+    summary = run(config)
+    assert summary["evaluation"]["after"]["eval/accuracy"] > 0.9
+    exported = json.loads((Path(summary["export"]) / "config.json").read_text())
+    assert exported["architectures"] == ["LlamaForSequenceClassification"]
+    assert exported["std"] > 0
+
+
+def test_prm_finds_planted_wrong_steps(tmp_path: Path, tiny_model: str) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    made.write(tmp_path / "train.jsonl", made.solutions(256))
+    made.write(tmp_path / "eval.jsonl", made.solutions(64, seed=1))
+    summary = run(job(tmp_path, tiny_model, "prm", data={"step_token": made.STEP_TOKEN}))
+    after = summary["evaluation"]["after"]
+    assert after["eval/accuracy_bad"] > 0.9 and after["eval/accuracy_good"] > 0.9
+    model: Any = AutoModelForTokenClassification.from_pretrained(summary["export"])
+    assert model.config.id2label == {0: "bad", 1: "good"} and model.config.step_token == made.STEP_TOKEN
+
+
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [("dpo", {"ref": {"precompute": True}}), ("ipo", {}), ("cdpo", {}), ("orpo", {}), ("simpo", {})],
+)
+def test_preferences_raise_the_margin(
+    tmp_path: Path, tiny_model: str, loss: str, more: dict[str, Any]
+) -> None:
+    made.write(tmp_path / "train.jsonl", made.pairs(128))
+    made.write(tmp_path / "eval.jsonl", made.pairs(32, seed=1))
+    algorithm: dict[str, Any] = {"loss": loss, "nll_coef": 0.1}
+    if loss == "cdpo":
+        algorithm["label_smoothing"] = 0.1
+    if loss == "simpo":
+        algorithm |= {"beta": 2.0, "gamma": 0.5}
+    config = job(tmp_path, tiny_model, "dpo", algorithm=algorithm, train={"num_steps": 6, "lr": 1e-3}, **more)
+    summary = run(config)
+    before, after = (summary["evaluation"][when] for when in ("before", "after"))
+    assert after["eval/margin"] > before["eval/margin"]
+    assert after["eval/loss"] < before["eval/loss"]
+    assert after["eval/accuracy"] > 0.9
+
+
+def test_a_precomputed_reference_changes_nothing(tmp_path: Path, tiny_model: str) -> None:
+    made.write(tmp_path / "train.jsonl", made.pairs(32))
+    made.write(tmp_path / "eval.jsonl", made.pairs(8, seed=1))
+    told = []
+    for name, precompute in (("asked", False), ("kept", True)):
+        config = job(
+            tmp_path,
+            tiny_model,
+            "dpo",
+            run={"name": name},
+            ref={"precompute": precompute},
+            train={"num_steps": 3, "num_workers": 2, "zero_stage": 3},
+        )
+        run(config)
+        told.append(logged(config, "loss/model") + logged(config, "eval/loss"))
+    assert told[0] == pytest.approx(told[1], rel=1e-5)
+    assert len(list((tmp_path / "runs/kept/data").glob("ref-*.npy"))) == 2
+
+
+def test_kto_raises_the_margin(tmp_path: Path, tiny_model: str) -> None:
+    made.write(tmp_path / "train.jsonl", made.judged(128))
+    made.write(tmp_path / "eval.jsonl", made.judged(32, seed=1))
+    changes = {"algorithm": {"desirable_weight": 2.0}, "train": {"num_steps": 8, "lr": 1e-3}}
+    summary = run(job(tmp_path, tiny_model, "kto", **changes))
+    before, after = (summary["evaluation"][when] for when in ("before", "after"))
+    assert after["eval/desirable"] - after["eval/undesirable"] > 0.1
+    assert before["eval/desirable"] == pytest.approx(0.0, abs=1e-4)
+    assert after["eval/accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("location", "divergence"), [("worker", "forward_kl"), ("worker", "jsd"), ("serve", "reverse_kl")]
+)
+def test_kd_comes_closer_to_the_teacher(
+    tmp_path: Path, tiny_model: str, location: str, divergence: str
+) -> None:
+    from tests.tiny_model import make_tiny_model
+
+    teacher = make_tiny_model(tmp_path / "teacher", seed=7)
+    made.write(tmp_path / "train.jsonl", made.conversations(128))
+    made.write(tmp_path / "eval.jsonl", made.conversations(32, seed=1))
+    config = job(
+        tmp_path,
+        tiny_model,
+        "kd",
+        teacher={"path": teacher, "location": location, "top_k": 32},
+        algorithm={"divergence": divergence, "kd_coef": 1.0},
+        train={"num_steps": 10, "lr": 1e-3},
+        placement={"cpus_per_slot": 0.5, "preset": "colocate_all"},
+    )
+    summary = run(config)
+    before, after = (summary["evaluation"][when]["eval/divergence"] for when in ("before", "after"))
+    assert after < 0.5 * before
+
+
+def test_patience_ends_a_run_and_it_stays_ended(tmp_path: Path, tiny_model: str) -> None:
+    made.write(tmp_path / "train.jsonl", made.conversations(32))
+    made.write(tmp_path / "eval.jsonl", made.conversations(8, seed=1))
+    config = job(
+        tmp_path,
+        tiny_model,
+        "sft",
+        train={"num_steps": 10, "lr": 0.0},  # nothing can get better
+        eval={"every_steps": 1, "patience": 2},
+    )
+    assert run(config)["steps"] == 3  # the first evaluation sets the mark, two do not better it
+    assert run(config)["steps"] == 3
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, tiny_model: str) -> None:
+    """Six steps in one go equal three, and then three more of the same run."""
+    made.write(tmp_path / "train.jsonl", made.pairs(64))
+    made.write(tmp_path / "eval.jsonl", made.pairs(8, seed=1))
+    told = {}
+    for name, parts in (("whole", [6]), ("halves", [3, 6])):
+        config: Any = None
+        for steps in parts:
+            config = job(tmp_path, tiny_model, "rm", run={"name": name}, train={"num_steps": steps})
+            run(config)
+        told[name] = logged(config, "loss/model")
+    assert told["whole"] == pytest.approx(told["halves"], rel=1e-6)
+
+
+def test_the_served_reward_model_scores_as_transformers_does(tmp_path: Path) -> None:
+    """A head on an export: left-padded batches give the scores of the packed ones."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from rayrlhf.batch import cu_seqlens_of, position_ids_of
+    from rayrlhf.config.model import ModelConfig
+    from rayrlhf.models.load import load_scorer
+    from tests.tiny_model import make_tiny_model
+
+    path = make_tiny_model(tmp_path / "rm", sequence_classification=True)
+    rows = [[1, 9, 40, 2], [1, 9, 41, 42, 43, 44, 2], [1, 2]]
+    lengths = [len(row) for row in rows]
+    scorer = load_scorer(ModelConfig(path=path), path, device=torch.device("cpu"))
+    flat = torch.tensor([token for row in rows for token in row])
+    packed = scorer(flat, position_ids_of(lengths), cu_seqlens_of(lengths))
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    with torch.no_grad():
+        hidden = plain.model(**inputs).last_hidden_state
+        assert plain.score(hidden)[:, -1].squeeze(-1).tolist() == pytest.approx(packed.tolist(), abs=1e-5)

@@ -1,0 +1,134 @@
+"""Every supervised task learns the same however its samples are packed and on however many ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rayrlhf.batch import Example, TokenSequence
+from rayrlhf.config.supervised import JOBS
+from rayrlhf.data.plan import plan_step
+
+NUM_STEPS, NUM_EXAMPLES = 3, 9
+ROOMY, TIGHT = 512, 80  # tokens per micro-batch: a few of all sequences, or hardly more than the longest pair
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+TASKS: dict[str, dict[str, Any]] = {
+    "sft": {"job": "sft"},
+    "rm": {"job": "rm"},
+    "prm": {"job": "prm", "data": {"step_token": "<|extra|>"}},
+    "dpo": {"job": "dpo", "algorithm": {"nll_coef": 0.3}},
+    "ipo": {"job": "dpo", "algorithm": {"loss": "ipo"}},
+    "cdpo": {"job": "dpo", "algorithm": {"loss": "cdpo", "label_smoothing": 0.1}},
+    "orpo": {"job": "dpo", "algorithm": {"loss": "orpo"}},
+    "simpo": {"job": "dpo", "algorithm": {"loss": "simpo", "beta": 2.0, "gamma": 0.5}},
+    "kto": {"job": "kto", "algorithm": {"desirable_weight": 1.5}},
+    "kd": {"job": "kd", "teacher": {}},
+}
+
+
+def examples_of(task: str, step: int) -> list[Example]:
+    rng = np.random.default_rng([23, step])
+    pairs = TASKS[task]["job"] in ("rm", "dpo", "kto")
+    examples = []
+    for row in range(NUM_EXAMPLES):
+        prompt = rng.integers(8, 264, size=int(rng.integers(2, 8))).tolist()
+        sequences = []
+        for _ in range(2 if pairs else 1):
+            response = rng.integers(8, 264, size=int(rng.integers(2, 30))).tolist()
+            mask = [0] * len(prompt) + [1] * len(response)
+            targets: list[float] = []
+            if task == "prm":
+                mask = [0] * len(prompt) + rng.integers(0, 2, size=len(response)).tolist()
+                targets = [float(rng.choice([0.0, 1.0, 0.3])) * m for m in mask]
+            sequences.append(TokenSequence([*prompt, *response], mask, targets))
+        examples.append(Example(row, tuple(sequences), float(row % 2)))
+    return examples
+
+
+def make_config(task: str, folder: Path, model: str, teacher: str, budget: int) -> Any:
+    given = TASKS[task]
+    tree: dict[str, Any] = {
+        "run": {"name": task, "dir": str(folder)},
+        "model": {"path": model},
+        "data": {"train": "none.jsonl", "max_tokens": budget // 2, **given.get("data", {})},
+        "train": {
+            "num_steps": NUM_STEPS,
+            "zero_stage": 3 if task in ("dpo", "rm", "kd") else 2,
+            "max_tokens_per_micro_batch": budget,
+            "lr": 1e-3,
+        },
+    }
+    if "algorithm" in given:
+        tree["algorithm"] = given["algorithm"]
+    if "teacher" in given:
+        tree["teacher"] = {"path": teacher}
+    return JOBS[given["job"]].model_validate(tree)
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    """All tasks one after the other, in one group of workers."""
+    from rayrlhf.loops.supervised_worker import TASKS as TASKS_OF_JOBS
+    from rayrlhf.loops.tasks.task import TaskSetting
+    from rayrlhf.train import collectives
+
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for name, config in arguments["configs"].items():
+        torch.manual_seed(0)
+        task = TASKS_OF_JOBS[config.job](TaskSetting(config))
+        history = []
+        for step in range(NUM_STEPS):
+            examples = examples_of(name, step)
+            lengths = np.array([example.num_tokens for example in examples])
+            plan = plan_step(
+                range(len(examples)),
+                lengths,
+                world_size=collectives.world_size(),
+                budget_tokens=config.train.max_tokens_per_micro_batch,
+            )
+            mine = [[examples[row] for row in pack] for pack in plan.ranks[collectives.rank()]]
+            history.append(task.update(mine, step=step))
+        state = task.learner.state_dict(task.learner.module, on_this_rank=collectives.rank() == 0)
+        results[name] = {
+            "history": history,
+            "weights": {key: tensor.numpy() for key, tensor in state.items()},
+        }
+    return results
+
+
+def run_on(num_workers: int, folder: Path, configs: dict[str, Any]) -> dict[str, Any]:
+    result = TorchTrainer(
+        train,
+        train_loop_config={"configs": configs},
+        torch_config=TorchConfig(backend="gloo", timeout_s=60),
+        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(name=f"ranks-{num_workers}", storage_path=str(folder)),
+    ).fit()
+    assert result.return_value is not None
+    return result.return_value
+
+
+def test_packing_and_ranks_make_no_difference(tmp_path: Path, tiny_model: str) -> None:
+    from tests.tiny_model import make_tiny_model
+
+    teacher = make_tiny_model(tmp_path / "teacher", seed=5)
+
+    def configs(budget: int) -> dict[str, Any]:
+        return {task: make_config(task, tmp_path, tiny_model, teacher, budget) for task in TASKS}
+
+    packed = run_on(1, tmp_path / "packed", configs(ROOMY))
+    for other in (run_on(1, tmp_path / "apart", configs(TIGHT)), run_on(2, tmp_path / "two", configs(TIGHT))):
+        for task, wanted in packed.items():
+            for told, told_packed in zip(other[task]["history"], wanted["history"], strict=True):
+                assert told == pytest.approx(told_packed, rel=1e-5, abs=1e-5), task
+            for name, weights in wanted["weights"].items():
+                distance = np.linalg.norm(other[task]["weights"][name] - weights)
+                assert distance / max(np.linalg.norm(weights), 1e-3) < 2e-5, f"{task}: {name}"
