@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.config.data import DataConfig, PromptDataConfig
 from rayrlhf.data.rows import BadRow, DataError, check_unicode, prompt_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def prompt_tokenizer(
     return tokenizer
 
 
-def read_chat_template(config: PromptDataConfig) -> str | None:
+def read_chat_template(config: DataConfig) -> str | None:
     """The text of `data.chat_template`. Raises `DataError` where it cannot be read."""
     if config.chat_template is None:
         return None
@@ -57,13 +57,10 @@ def render_prompt(
     if config.apply_chat_template:
         text = _render_chat(prompt, config, tokenizer)
         check_unicode(text, f"the conversation in column {config.prompt_key!r}")  # roles and other keys too
-        prompt_ids = _encode(text, tokenizer)
+        prompt_ids = encode(text, tokenizer)
     elif isinstance(prompt, str):
         text = prompt if config.input_template is None else config.input_template.replace("{}", prompt)
-        prompt_ids = _encode(text, tokenizer)
-        bos = tokenizer.bos_token_id
-        if prompt_ids[:1] != [bos] and _adds_bos(tokenizer):
-            prompt_ids = [bos, *prompt_ids]
+        prompt_ids = encode_plain(text, tokenizer)
     else:
         raise BadRow(
             f"column {config.prompt_key!r} holds messages, but data.apply_chat_template is false; "
@@ -75,7 +72,7 @@ def render_prompt(
 
 
 def decode_prompt(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of the ids as the model sees it."""
+    """The text of token ids as the model sees it, special tokens included."""
     text = tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
@@ -84,24 +81,51 @@ def decode_prompt(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> 
 def _render_chat(
     prompt: str | list[dict[str, Any]], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> str:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if config.system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    return apply_template(messages, tokenizer, add_generation_prompt=True)
+
+
+def apply_template(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """The text of a conversation, ready for the assistant's turn with `add_generation_prompt`.
+
+    Raises `BadRow` where the template rejects the conversation and `DataError` where there is no template.
+    """
     if tokenizer.chat_template is None:
         raise DataError(
             f"data.apply_chat_template is true, but the tokenizer {tokenizer.name_or_path} has no template; "
             "name one with data.chat_template, or set data.apply_chat_template=false"
         )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if config.system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
     except Exception as error:  # a template is foreign code, and its `raise_exception` means this row
         raise BadRow(f"the chat template rejects it: {error}") from error
     assert isinstance(text, str)
     return text
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text that says its special tokens itself."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text without a chat template, after the beginning-of-sequence token the tokenizer adds."""
+    ids = encode(text, tokenizer)
+    bos = tokenizer.bos_token_id
+    return [bos, *ids] if ids[:1] != [bos] and _adds_bos(tokenizer) else ids
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

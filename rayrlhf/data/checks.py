@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
-from rayrlhf.config.data import PromptDataConfig, SourceConfig
+from rayrlhf.config.data import DataConfig, PromptDataConfig, SourceConfig
+from rayrlhf.config.examples import ExampleDataConfig
 from rayrlhf.data.files import DataFile, Split, resolve_source
+from rayrlhf.data.formats import id_of, normal_form
 from rayrlhf.data.readers import plan_chunks, read_chunk
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json, describe_bad_rows, prompt_of
 
@@ -23,38 +25,53 @@ def check_sources(config: PromptDataConfig) -> None:
     that do not parse or have no usable prompt or label. With `on_bad_row: skip` rows count only where no row
     is usable. What lies further down in the files is found when they are read.
     """
+    _check(config, lambda row: row_problem(row, config), {"train": None, "eval": None})
+
+
+def check_example_sources(config: ExampleDataConfig) -> None:
+    """`check_sources` for the data of supervised training: rows must come to an example in normal form."""
+    names: dict[Split, str | None] = {"train": config.train_split, "eval": config.eval_split}
+    _check(config, lambda row: example_problem(row, config), names)
+
+
+RowProblem = Callable[[RawRow], str]
+
+
+def _check(config: DataConfig, problem_of: RowProblem, split_names: Mapping[Split, str | None]) -> None:
     problems = []
     if config.chat_template is not None and not os.path.isfile(config.chat_template):
         problems.append(f"data.chat_template={config.chat_template}: no such file; wanted a Jinja template")
     splits: list[tuple[Split, Sequence[SourceConfig]]] = [("train", config.train), ("eval", config.eval)]
     for split, sources in splits:
         for index, source in enumerate(sources):
-            problem = _source_problem(source.path, split, config)
+            problem = _source_problem(source.path, split, split_names[split], config.on_bad_row, problem_of)
             if problem:
                 problems.append(f"data.{split}[{index}]: {problem}")
     if problems:
         raise DataError("\n".join(problems))
 
 
-def _source_problem(path: str, split: Split, config: PromptDataConfig) -> str:
+def _source_problem(
+    path: str, split: Split, split_name: str | None, on_bad_row: str, problem_of: RowProblem
+) -> str:
     try:
-        files = resolve_source(path, split)
+        files = resolve_source(path, split, split_name)
         budget = max(10, min(HEAD_ROWS, TOTAL_ROWS // len(files)))
-        heads = [_head(file, budget) for file in files]
+        heads = [head_rows(file, budget) for file in files]
     except DataError as error:
         return str(error)
     rows = [row for head in heads if head is not None for row in head]
     if not rows and None not in heads:
         return f"{path} holds no rows; wanted at least one"
-    bad = [f"{row.place}: {problem}" for row in rows if (problem := row_problem(row, config))]
-    if not bad or (config.on_bad_row == "skip" and len(bad) < len(rows)):
+    bad = [f"{row.place}: {problem}" for row in rows if (problem := problem_of(row))]
+    if not bad or (on_bad_row == "skip" and len(bad) < len(rows)):
         return ""
-    if len(bad) == len(rows) and config.on_bad_row == "skip":
+    if len(bad) == len(rows) and on_bad_row == "skip":
         return f"{path} has no usable row among the first {len(rows)}\n{describe_bad_rows(bad)}"
     return f"{path} has rows that cannot be used\n{describe_bad_rows(bad)}\n{on_bad_row_fix()}"
 
 
-def _head(file: DataFile, rows: int) -> Sequence[RawRow] | None:
+def head_rows(file: DataFile, rows: int) -> Sequence[RawRow] | None:
     """The first rows of a file; None where they cannot be had quickly."""
     if file.type == "json" and os.path.getsize(file.path) > MAX_JSON_ARRAY_BYTES:
         return None
@@ -67,6 +84,19 @@ def row_problem(row: RawRow, config: PromptDataConfig) -> str:
         return row.problem
     try:
         prompt_of(row.columns, config.prompt_key, config.label_key)
+        columns_to_json(row.columns)
+    except BadRow as error:
+        return str(error)
+    return ""
+
+
+def example_problem(row: RawRow, config: ExampleDataConfig) -> str:
+    """`row_problem` of supervised training."""
+    if row.problem:
+        return row.problem
+    try:
+        normal_form(row.columns, config)
+        id_of(row.columns, config)
         columns_to_json(row.columns)
     except BadRow as error:
         return str(error)

@@ -24,12 +24,14 @@ SUFFIXES = {
     "parquet": (".parquet", ".pq"),
     "arrow": (".arrow", ".feather", ".ipc"),
 }
-TYPES = (*SUFFIXES, "dataset")
+TYPES = (*SUFFIXES, "dataset", "hub")
 
 # In a folder that holds named splits, which names serve which purpose, best first.
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("test", "eval", "validation")}
 SAVED_DATASET = "state.json"  # what `datasets.Dataset.save_to_disk` leaves in its folder
 SAVED_DATASET_DICT = "dataset_dict.json"  # … and `datasets.DatasetDict.save_to_disk`
+# owner/name, owner/name/configuration, each perhaps with :split.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.\[\]%-]+)?")
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,48 @@ class DataFile:
     """One file, or one folder made by `save_to_disk`, and how to read it."""
 
     type: str  # one of TYPES
-    path: str  # absolute
+    path: (
+        str  # absolute; for a data set of the hub its id, with :split or :name|name for the first that exists
+    )
 
 
-def resolve_source(source: str, split: Split) -> list[DataFile]:
+def resolve_source(source: str, split: Split, split_name: str | None = None) -> list[DataFile]:
     """The files of `type@path`, or of a bare path whose suffix tells the type, sorted by name.
 
     The path may be a file, a glob, or a folder. A folder is read whole unless its files are named after
-    splits: then `train` takes train.* and `eval` takes test.*, else eval.*, else validation.*. Raises
-    `DataError` naming what is there instead when nothing fits.
+    splits: then `train` takes train.* and `eval` takes test.*, else eval.*, else validation.*; or what
+    `split_name` names. `owner/name`, also with /configuration and :split, is a data set of the Hugging Face
+    hub where there is no such path; whether it can be had is known when it is read. Raises `DataError` naming
+    what is there instead when nothing fits.
     """
+    names = SPLIT_NAMES[split] if split_name is None else (split_name,)
+    if source.startswith("hub@"):
+        if not HUB_ID.fullmatch(source[4:]):
+            raise DataError(f"{source}: wanted an id as hub@owner/name, hub@owner/name/configuration:split")
+        return [_hub_file(source[4:], names)]
     type_, path = _type_and_path(source)
+    if type_ is None and not os.path.exists(path) and _is_hub_id(source):
+        return [_hub_file(source, names)]
     try:
-        return _resolve(source, type_, path, split)
+        return _resolve(source, type_, path, split, names)
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error}") from error
 
 
-def _resolve(source: str, type_: str | None, path: str, split: Split) -> list[DataFile]:
+def _is_hub_id(source: str) -> bool:
+    """Whether it looks like an id and not like a path: nothing local begins as it does."""
+    return (
+        HUB_ID.fullmatch(source) is not None
+        and _type_of(source) is None
+        and not os.path.exists(source.split("/")[0])
+    )
+
+
+def _hub_file(hub_id: str, names: Sequence[str]) -> DataFile:
+    return DataFile("hub", hub_id if ":" in hub_id else f"{hub_id}:{'|'.join(names)}")
+
+
+def _resolve(source: str, type_: str | None, path: str, split: Split, names: Sequence[str]) -> list[DataFile]:
     if glob.has_magic(path) and not os.path.exists(path):
         paths = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
         if not paths:
@@ -64,14 +90,14 @@ def _resolve(source: str, type_: str | None, path: str, split: Split) -> list[Da
         raise DataError(f"{source}: no such file or folder; {_nearest_existing(path)}")
     if os.path.isfile(path):
         return _files(source, type_, [path], "the file")
-    if type_ in (None, "dataset") and (found := _saved_dataset(source, path, split)):
+    if type_ in (None, "dataset") and (found := _saved_dataset(source, path, split, names)):
         return found
     if type_ == "dataset":
         raise DataError(
             f"{source}: {path} was not made by save_to_disk (it has no {SAVED_DATASET} or "
             f"{SAVED_DATASET_DICT}); for a folder of data files say jsonl@, json@, csv@, parquet@ or arrow@"
         )
-    return _files(source, type_, _folder_paths(source, type_, path, split), "the folder's files")
+    return _files(source, type_, _folder_paths(source, type_, path, split, names), "the folder's files")
 
 
 def _type_and_path(source: str) -> tuple[str | None, str]:
@@ -123,7 +149,9 @@ def _type_of(path: str) -> str | None:
     return next((type_ for type_, suffixes in SUFFIXES.items() if path.endswith(suffixes)), None)
 
 
-def _folder_paths(source: str, type_: str | None, folder: str, split: Split) -> list[str]:
+def _folder_paths(
+    source: str, type_: str | None, folder: str, split: Split, wanted_names: Sequence[str]
+) -> list[str]:
     every = sorted(
         entry.path for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")
     )
@@ -134,15 +162,15 @@ def _folder_paths(source: str, type_: str | None, folder: str, split: Split) -> 
         raise DataError(
             f"{source}: no {' or '.join(dict.fromkeys(suffixes))} file in {folder}; it holds: {there}"
         )
-    by_split = {
-        name: [p for p in paths if _is_split(p, name)] for names in SPLIT_NAMES.values() for name in names
-    }
-    if not any(by_split.values()):
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    by_split = {name: [p for p in paths if _is_split(p, name)] for name in [*known, *wanted_names]}
+    given_by_name = any(name not in known for name in wanted_names)
+    if not any(by_split.values()) and not given_by_name:
         return paths
-    for name in SPLIT_NAMES[split]:
+    for name in wanted_names:
         if by_split[name]:
             return by_split[name]
-    wanted = " or ".join(f"{name}.*" for name in SPLIT_NAMES[split])
+    wanted = " or ".join(f"{name}.*" for name in wanted_names)
     raise DataError(
         f"{source}: data.{split} takes {wanted} from a folder with splits, but it holds: {_names(paths)}; "
         "name the file itself"
@@ -151,10 +179,10 @@ def _folder_paths(source: str, type_: str | None, folder: str, split: Split) -> 
 
 def _is_split(path: str, name: str) -> bool:
     """train.jsonl, train-00000-of-00002.parquet and train_sft.csv are `train`; training.jsonl is not."""
-    return re.match(rf"{name}[._-]", os.path.basename(path)) is not None
+    return re.match(rf"{re.escape(name)}[._-]", os.path.basename(path)) is not None
 
 
-def _saved_dataset(source: str, folder: str, split: Split) -> list[DataFile]:
+def _saved_dataset(source: str, folder: str, split: Split, names: Sequence[str]) -> list[DataFile]:
     if os.path.exists(os.path.join(folder, SAVED_DATASET)):
         return [DataFile("dataset", folder)]
     splits_path = Path(folder, SAVED_DATASET_DICT)
@@ -164,11 +192,11 @@ def _saved_dataset(source: str, folder: str, split: Split) -> list[DataFile]:
         splits = json.loads(splits_path.read_text())["splits"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{splits_path} is broken ({error!r}); save the data set again") from error
-    for name in SPLIT_NAMES[split]:
+    for name in names:
         if name in splits:
             return [DataFile("dataset", os.path.join(folder, name))]
     raise DataError(
-        f"{source}: data.{split} takes the split {' or '.join(SPLIT_NAMES[split])}, but this data set has: "
+        f"{source}: data.{split} takes the split {' or '.join(names)}, but this data set has: "
         f"{', '.join(splits)}; name one, as in dataset@{folder}/{splits[0] if splits else '<split>'}"
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.data.files import DataFile
+from rayrlhf.data.hub import load_hub_dataset
 from rayrlhf.data.rows import DataError, RawRow
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def plan_chunks(file: DataFile, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
         elif file.type == "arrow":
             yield from _record_batch_chunks(file.path)
         else:
-            yield from _saved_dataset_chunks(file.path)
+            yield from _dataset_chunks(file)
 
 
 def read_chunk(chunk: Chunk) -> Iterator[RawRow]:
@@ -60,7 +61,8 @@ def read_chunk(chunk: Chunk) -> Iterator[RawRow]:
         "csv": _read_csv,
         "parquet": _read_parquet,
         "arrow": _read_arrow,
-        "dataset": _read_saved_dataset,
+        "dataset": _read_dataset,
+        "hub": _read_dataset,
     }
     with _readable(DataFile(chunk.type, chunk.path)):
         yield from readers[chunk.type](chunk)
@@ -247,22 +249,22 @@ def _rows_of_batch(path: str, first_row: int, batch: pa.RecordBatch) -> Iterator
         yield RawRow(path, number, columns)
 
 
-def _saved_dataset_chunks(path: str) -> list[Chunk]:
-    size = len(_load_saved_dataset(path))
+def _dataset_chunks(file: DataFile) -> list[Chunk]:
+    size = len(_load_dataset(file.type, file.path))
     return [
-        Chunk("dataset", path, start, min(start + CHUNK_ROWS, size), start + 1)
+        Chunk(file.type, file.path, start, min(start + CHUNK_ROWS, size), start + 1)
         for start in range(0, size, CHUNK_ROWS)
     ]
 
 
-def _load_saved_dataset(path: str) -> Any:
+def _load_dataset(type_: str, path: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    return datasets.load_from_disk(path)
+    return datasets.load_from_disk(path) if type_ == "dataset" else load_hub_dataset(path)
 
 
-def _read_saved_dataset(chunk: Chunk) -> Iterator[RawRow]:
-    rows = _load_saved_dataset(chunk.path).select(range(chunk.start, chunk.stop))
+def _read_dataset(chunk: Chunk) -> Iterator[RawRow]:
+    rows = _load_dataset(chunk.type, chunk.path).select(range(chunk.start, chunk.stop))
     for number, columns in enumerate(rows, start=chunk.first_row):
         yield RawRow(chunk.path, number, dict(columns))

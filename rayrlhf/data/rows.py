@@ -43,56 +43,60 @@ def prompt_of(
     message without role or content, a conversation that already ends with an answer, and text that is not
     Unicode.
     """
-    prompt = _column(columns, prompt_key, "data.prompt_key")
-    if label_key is not None and _column(columns, label_key, "data.label_key") is None:
+    prompt = column_of(columns, prompt_key, "data.prompt_key")
+    if label_key is not None and column_of(columns, label_key, "data.label_key") is None:
         raise BadRow(f"the label column {label_key!r} is null")
     if isinstance(prompt, str):
-        _check_text(prompt, f"column {prompt_key!r}")
+        check_text(prompt, f"column {prompt_key!r}")
         return prompt
     if not isinstance(prompt, list):
         raise BadRow(
-            f"column {prompt_key!r} holds {_type_name(prompt)}; "
+            f"column {prompt_key!r} holds {type_name(prompt)}; "
             "wanted a text or a list of {role, content} messages"
         )
-    return _messages_of(prompt, prompt_key)
-
-
-def _column(columns: Mapping[str, Any], key: str, key_path: str) -> Any:
-    if key not in columns:
-        raise BadRow(f"no column {key!r} ({key_path}); the columns are: {_quoted(columns)}")
-    return columns[key]
-
-
-def _messages_of(messages: Sequence[Any], prompt_key: str) -> list[dict[str, Any]]:
-    if not messages:
-        raise BadRow(f"column {prompt_key!r} is an empty list of messages")
-    checked: list[dict[str, Any]] = []
-    for number, message in enumerate(messages, start=1):
-        where = f"message {number} in column {prompt_key!r}"
-        if not isinstance(message, Mapping):
-            raise BadRow(f"{where} is {_type_name(message)}; wanted {{role, content}}")
-        # Arrow gives every struct the keys of all others, as nulls, and templates ask "is the key there?".
-        present = {key: value for key, value in message.items() if value is not None}
-        if not isinstance(present.get("role"), str) or not present["role"]:
-            raise BadRow(f"{where} has no role; its keys are: {_quoted(present)}")
-        if "content" not in present and "tool_calls" not in present:
-            raise BadRow(f"{where} has no content; its keys are: {_quoted(present)}")
-        content = present.get("content", "")
-        if not isinstance(content, str):
-            raise BadRow(f"the content of {where} is {_type_name(content)}; wanted a text")
-        check_unicode(content, where)
-        checked.append(present)
-    last = checked[-1]
+    messages = messages_of(prompt, f"column {prompt_key!r}")
+    last = messages[-1]
     if last["role"] == "assistant":
         raise BadRow(
             f"the messages in column {prompt_key!r} end with the assistant's answer; "
             "a prompt ends where the model is to speak, so leave the answer out"
         )
-    _check_text(last.get("content", ""), f"the last message in column {prompt_key!r}")
+    check_text(last.get("content", ""), f"the last message in column {prompt_key!r}")
+    return messages
+
+
+def column_of(columns: Mapping[str, Any], key: str, key_path: str) -> Any:
+    """The value of a column. Raises `BadRow` where there is none."""
+    if key not in columns:
+        raise BadRow(f"no column {key!r} ({key_path}); the columns are: {quoted(columns)}")
+    return columns[key]
+
+
+def messages_of(messages: Sequence[Any], where: str) -> list[dict[str, Any]]:
+    """Messages, each with a role and a content that is text (or tool calls). Raises `BadRow` for others."""
+    if not messages:
+        raise BadRow(f"{where} is an empty list of messages")
+    checked: list[dict[str, Any]] = []
+    for number, message in enumerate(messages, start=1):
+        place = f"message {number} in {where}"
+        if not isinstance(message, Mapping):
+            raise BadRow(f"{place} is {type_name(message)}; wanted {{role, content}}")
+        # Arrow gives every struct the keys of all others, as nulls, and templates ask "is the key there?".
+        present = {key: value for key, value in message.items() if value is not None}
+        if not isinstance(present.get("role"), str) or not present["role"]:
+            raise BadRow(f"{place} has no role; its keys are: {quoted(present)}")
+        if "content" not in present and "tool_calls" not in present:
+            raise BadRow(f"{place} has no content; its keys are: {quoted(present)}")
+        content = present.get("content", "")
+        if not isinstance(content, str):
+            raise BadRow(f"the content of {place} is {type_name(content)}; wanted a text")
+        check_unicode(content, place)
+        checked.append(present)
     return checked
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raises `BadRow` for a text of nothing but blanks, and for one that is not Unicode."""
     if not text.strip():
         raise BadRow(f"{where} is empty")
     check_unicode(text, where)
@@ -108,11 +112,13 @@ def check_unicode(text: str, where: str) -> None:
         ) from error
 
 
-def _quoted(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
+    """Names in a list for people."""
     return ", ".join(map(repr, names)) or "none"  # quotes show a stray blank, and escapes what is unprintable
 
 
-def _type_name(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """What a value is, for people."""
     names = {type(None): "null", dict: "an object", list: "a list", bool: "a boolean", str: "a text"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
 

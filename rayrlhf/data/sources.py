@@ -20,18 +20,18 @@ from rayrlhf.data.rows import BadRow, DataError, columns_to_json
 READ_TASK_CPUS = 0.5
 
 
-def read_sources(sources: Sequence[SourceConfig], split: Split) -> Dataset:
+def read_sources(sources: Sequence[SourceConfig], split: Split, split_name: str | None = None) -> Dataset:
     """All rows of all sources, in the order of the sources, their files and their rows.
 
     Columns: `source` (index into `sources`), `_file`, `_row` (1-based; 0 for a problem of the file as a
     whole), `columns_json` (the row as one JSON object: rows of one file need not share a schema, so Arrow
     columns cannot hold them), `problem` (why the row could not be read; empty for a good one). Lazy, and one
-    task per few megabytes. Raises `DataError` for files that do not exist or cannot be opened; call it inside
-    `ordered_and_quiet`.
+    task per few megabytes. `split_name` is what the split is called where a source holds several. Raises
+    `DataError` for files that do not exist or cannot be opened; call it inside `ordered_and_quiet`.
     """
     chunks: list[dict[str, Any]] = []
     for index, source in enumerate(sources):
-        for file in resolve_source(source.path, split):
+        for file in resolve_source(source.path, split, split_name):
             chunks += [{"source": index, **asdict(chunk)} for chunk in plan_chunks(file)]
     if not chunks:
         raise DataError(

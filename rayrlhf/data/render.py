@@ -1,0 +1,207 @@
+"""From an example in normal form to token sequences with loss masks, cut where the config says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from rayrlhf.config.examples import ExampleDataConfig, PrmDataConfig, SftDataConfig
+from rayrlhf.data.chat import apply_template, decode_prompt, encode, encode_plain
+from rayrlhf.data.conversations import Conversation, Text
+from rayrlhf.data.formats import NormalForm
+from rayrlhf.data.messages import Message
+from rayrlhf.data.preferences import Judged, Pair
+from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.steps import Steps
+from rayrlhf.data.turns import Learnt, assistant_turns, join, learnt_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RenderedSequence:
+    """What becomes a `rayrlhf.batch.TokenSequence`, which would bring torch along."""
+
+    input_ids: list[int]  # [T]
+    loss_mask: list[int]  # [T], 0 at position 0
+    prompt_tokens: int = 0  # tokens before the last answer
+    targets: list[float] = field(default_factory=list)  # [T] where tokens are labelled, else empty
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def part(self, start: int, stop: int) -> RenderedSequence:
+        """Tokens start … stop - 1. The first token of a sequence has no prediction and is never learnt."""
+        loss_mask = self.loss_mask[start:stop]
+        return RenderedSequence(
+            self.input_ids[start:stop],
+            [0, *loss_mask[1:]],
+            max(0, self.prompt_tokens - start),
+            self.targets[start:stop],
+        )
+
+
+@dataclass(frozen=True)
+class RenderedExample:
+    """The sequences of an example, as long as they may be."""
+
+    sequences: list[RenderedSequence]
+    num_tokens: int  # of the longest sequence, before it was cut
+    value: float = 0.0  # see `rayrlhf.batch.Example`
+
+
+def render_example(
+    example: NormalForm, config: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase
+) -> RenderedExample:
+    """What is learnt of an example. Sequences over `max_tokens` are cut with `on_long: truncate_*` only.
+
+    A sequence ends with the token that ends its last answer: reward models are read there. The sequences of
+    a pair begin with the same prompt ids. Raises `BadRow` for an example that cannot be rendered, or of whose
+    answer nothing is left, and `DataError` for a tokenizer or template that cannot serve.
+    """
+    value = 0.0
+    if isinstance(example, Text):
+        ids = [*encode_plain(example.text, tokenizer), _eos(tokenizer)]
+        sequences = [_learnt_whole(ids)]
+    elif isinstance(example, Conversation):
+        assert isinstance(config, SftDataConfig)
+        sequences = [_conversation(example, config, tokenizer)]
+    elif isinstance(example, Pair):
+        answers = [
+            _answered(example.prompt, answer, example.tools, config, tokenizer)
+            for answer in (example.chosen, example.rejected)
+        ]
+        sequences, value = [_sequence(answer) for answer in answers], example.margin
+    elif isinstance(example, Judged):
+        answer = _answered(example.prompt, example.response, example.tools, config, tokenizer)
+        sequences, value = [_sequence(answer)], float(example.desirable)
+    else:
+        assert isinstance(config, PrmDataConfig)
+        sequences = [_steps(example, config, tokenizer)]
+    longest = max(map(len, sequences))
+    sequences = _fitted([sequence.part(0, len(sequence)) for sequence in sequences], config)
+    if not all(any(sequence.loss_mask) for sequence in sequences):
+        raise BadRow("it has no token to learn")
+    if len(sequences) == 2 and sequences[0].input_ids == sequences[1].input_ids:
+        raise BadRow("its answers come to the same tokens")
+    return RenderedExample(sequences, longest, value)
+
+
+def _sequence(answer: Learnt) -> RenderedSequence:
+    return RenderedSequence(answer.input_ids, answer.loss_mask, answer.prompt_tokens)
+
+
+def _conversation(
+    conversation: Conversation, config: SftDataConfig, tokenizer: PreTrainedTokenizerBase
+) -> RenderedSequence:
+    messages = conversation.messages
+    if not config.apply_chat_template:
+        sequence = _sequence(_answered(messages[:-1], messages[-1], None, config, tokenizer))
+    elif config.learn == "all" and messages[-1]["role"] != "assistant":
+        text = apply_template(messages, tokenizer, tools=conversation.tools, add_generation_prompt=False)
+        return _learnt_whole(encode(text, tokenizer))
+    else:
+        turns = assistant_turns(messages, last_only=config.learn != "responses")
+        sequence = _sequence(learnt_turns(messages, turns, tokenizer, conversation.tools))
+    return _learnt_whole(sequence.input_ids) if config.learn == "all" else sequence
+
+
+def _learnt_whole(ids: list[int]) -> RenderedSequence:
+    return RenderedSequence(ids, [1] * len(ids), prompt_tokens=len(ids))  # no answer that may not be cut
+
+
+def _answered(
+    prompt: Sequence[Message],
+    answer: Message,
+    tools: list[dict[str, Any]] | None,
+    config: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Learnt:
+    """A prompt and its answer, which alone is learnt."""
+    if config.apply_chat_template:
+        return learnt_turns([*prompt, answer], [len(prompt)], tokenizer, tools)
+    asked = _plain_prompt(prompt, config)
+    prompt_ids = encode_plain(asked, tokenizer)
+    ids = encode_plain(asked + answer["content"], tokenizer)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        ids = join(prompt_ids, answer["content"], ids, tokenizer)
+    eos = _eos(tokenizer)
+    if ids[-1] != eos:
+        ids = [*ids, eos]
+    num_answer = len(ids) - len(prompt_ids)
+    return Learnt(ids, [0] * len(prompt_ids) + [1] * num_answer, len(prompt_ids))
+
+
+def _plain_prompt(prompt: Sequence[Message], config: ExampleDataConfig) -> str:
+    if len(prompt) != 1 or prompt[0]["role"] != "user":
+        raise BadRow(
+            f"its prompt has the messages {', '.join(message['role'] for message in prompt)}, but "
+            "data.apply_chat_template is false; wanted one text, or data.apply_chat_template=true"
+        )
+    text = prompt[0]["content"]
+    return text if config.input_template is None else config.input_template.replace("{}", text)
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has no eos token, which ends an answer; give it one"
+        )
+    return eos
+
+
+def _steps(example: Steps, config: PrmDataConfig, tokenizer: PreTrainedTokenizerBase) -> RenderedSequence:
+    """The prompt, then each step and the step token, at which its label stands."""
+    marker = step_token_id(config.step_token, tokenizer)
+    if config.apply_chat_template:
+        text = apply_template(example.prompt, tokenizer, add_generation_prompt=True)
+        input_ids = encode(text, tokenizer)
+    else:
+        input_ids = encode_plain(_plain_prompt(example.prompt, config), tokenizer)
+    prompt_tokens = len(input_ids)
+    loss_mask, targets = [0] * prompt_tokens, [0.0] * prompt_tokens
+    for number, (step, label) in enumerate(zip(example.steps, example.labels, strict=True), start=1):
+        step_ids = encode(step, tokenizer)
+        if marker in step_ids:
+            raise BadRow(f"step {number} holds the token of data.step_token={config.step_token!r}")
+        input_ids = [*input_ids, *step_ids, marker]
+        loss_mask += [*[0] * len(step_ids), int(label is not None)]
+        targets += [*[0.0] * len(step_ids), label or 0.0]
+    return RenderedSequence(input_ids, loss_mask, prompt_tokens, targets)
+
+
+@lru_cache(maxsize=4)
+def step_token_id(step_token: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The one token that `data.step_token` is. Raises `DataError` where it is several, or an unknown one."""
+    ids = encode(step_token, tokenizer)
+    if len(ids) == 1 and decode_prompt(ids, tokenizer) == step_token:
+        return ids[0]
+    pieces = ", ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
+    raise DataError(
+        f"data.step_token={step_token!r} is {len(ids)} tokens ({pieces}) to the tokenizer "
+        f"{tokenizer.name_or_path}; wanted exactly one that it knows, such as a reserved special token"
+    )
+
+
+def _fitted(sequences: list[RenderedSequence], config: ExampleDataConfig) -> list[RenderedSequence]:
+    """Cuts sequences to `max_tokens`. With truncate_head all lose as many tokens of their prompt."""
+    limit = config.max_tokens
+    longest = max(map(len, sequences))
+    if longest <= limit or config.on_long not in ("truncate_head", "truncate_tail"):
+        return sequences
+    if config.on_long == "truncate_tail":
+        cut = [sequence.part(0, limit) for sequence in sequences]
+        if not all(any(sequence.loss_mask) for sequence in cut):
+            raise BadRow(f"nothing of its answer is left within data.max_tokens={limit}")
+        return cut
+    answer = max(len(sequence) - sequence.prompt_tokens for sequence in sequences)
+    if answer >= limit:
+        raise BadRow(
+            f"its answer alone has {answer} tokens, which with a token before it is more than "
+            f"data.max_tokens={limit}; raise that, or set data.on_long=truncate_tail"
+        )
+    return [sequence.part(longest - limit, len(sequence)) for sequence in sequences]
