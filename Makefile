@@ -2,6 +2,7 @@
 # everything into .venv, later ones see that nothing changed and go straight to work.
 #
 #   make demo     train a 135M model with PPO through `ray job submit`, on CPU, and show what it learned
+#   make pipeline SFT, a reward model, PPO and DPO in a chain on the same model, on CPU
 #   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
 #   make learning every learning test from all its seeds, about 40 minutes
 #   make check    lint, formatting, types, import layers
@@ -22,7 +23,7 @@ ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
 
-.PHONY: help install model demo test learning check format clean
+.PHONY: help install model demo pipeline test learning check format clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -35,6 +36,9 @@ model: install
 
 demo: install
 	@$(BIN)/python -m jobs.demo.run
+
+pipeline: model
+	@$(BIN)/python -m jobs.pipeline.run --fresh
 
 test: model
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -203,7 +203,7 @@ class DpoRunConfig(SupervisedConfig):
     ref: FrozenRefConfig | None = None
     """The reference; null with orpo and simpo."""
 
-    eval_metrics = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+    eval_metrics = ("loss", "accuracy", "margin", "chosen", "rejected", "nll", "calibration_error")
     checks = (*SupervisedConfig.checks, _ref_is_used)
 
     @field_validator("ref")
@@ -238,7 +238,7 @@ class KtoRunConfig(SupervisedConfig):
     ref: FrozenRefConfig = FrozenRefConfig()
     """The reference."""
 
-    eval_metrics = ("loss", "margin", "reward_desirable", "reward_undesirable", "kl")
+    eval_metrics = ("loss", "accuracy", "desirable", "undesirable", "mismatched")
 
 
 def _served_teacher_is_cut(config: TeacherConfig) -> Problem | None:

@@ -42,7 +42,10 @@ def job(folder: Path, model: str, name: str, **changes: Any) -> Any:
 def run(config: Any) -> dict[str, Any]:
     """Run to the end; the summary."""
     assert run_supervised(config) == 0
-    return json.loads((Path(config.run.path) / "summary.json").read_text())
+    summary = json.loads((Path(config.run.path) / "summary.json").read_text())
+    told = {key.removeprefix("eval/") for key in summary["evaluation"]["after"]}
+    assert told >= set(config.eval_metrics)  # whatever eval.metric may be set to is measured
+    return summary
 
 
 def logged(config: Any, key: str) -> list[float]:
