@@ -124,10 +124,11 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a text without a chat template, after the beginning-of-sequence token the tokenizer adds."""
     ids = encode(text, tokenizer)
-    bos = tokenizer.bos_token_id
-    return [bos, *ids] if ids[:1] != [bos] and _adds_bos(tokenizer) else ids
+    first = _bos_added(tokenizer)
+    return ids if ids[:1] == first else [*first, *ids]
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _bos_added(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, in a list that is empty where the tokenizer adds none."""
     bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("").input_ids[:1] == [bos]
+    return [bos] if isinstance(bos, int) and tokenizer("").input_ids[:1] == [bos] else []
