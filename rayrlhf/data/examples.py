@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from rayrlhf.data.formats import id_of, normal_form
 from rayrlhf.data.mismatch import mismatched, with_mismatched
 from rayrlhf.data.render import RenderedExample, render_example, step_token_id
 from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.split import in_split
 from rayrlhf.data.store import STORE_BATCH_ROWS, ArrowRows, write_tables
 from rayrlhf.data.tally import REPORT_FIELDS, Policy, Tally
 
@@ -146,15 +146,6 @@ def _columns_of(example: RenderedExample) -> dict[str, Any]:
         "targets": [sequence.targets for sequence in example.sequences],
         "value": example.value,
     }
-
-
-def in_split(columns_json: str, split: Split, eval_share: float, seed: int) -> bool:
-    """Whether a row belongs to a split, by a hash of its contents; an unreadable one is a training row."""
-    if not eval_share:
-        return True
-    digest = hashlib.sha256(f"{seed}\n{columns_json}".encode()).digest()
-    held_out = bool(columns_json) and int.from_bytes(digest[:8], "big") < eval_share * 2**64
-    return held_out == (split == "eval")
 
 
 def _stored(

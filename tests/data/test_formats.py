@@ -181,7 +181,7 @@ def test_judged_answers_are_recognised(label: Any, desirable: bool) -> None:
         ([0.25, 1], [0.25, 1.0]),
     ],
 )
-def test_labels_of_steps(labels: list[Any], found: list[float]) -> None:
+def test_labels_of_steps(labels: list[Any], found: list[float | None]) -> None:
     assert steps({"prompt": "hi", "completions": ["a", "b"], "labels": labels}) == Steps(
         [USER], ["a", "b"], found
     )

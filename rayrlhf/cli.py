@@ -1,0 +1,65 @@
+"""`rayrlhf COMMAND …`: what helps around the jobs. `python -m rayrlhf.cli` is the same.
+
+A command is one entry below. Its module is imported when it is called, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Command:
+    function: str  # module:function; takes the words after the command and returns the exit code
+    arguments: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "data preview": Command(
+        "rayrlhf.data.preview:main",
+        "CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--rows N] [--show N] [--split eval]",
+        "what the rows of a supervised job come to: tokens that are learnt, lengths, bad rows, packing",
+    ),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the command that the words (of the command line) begin with, and returns its exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS and len(words) >= length:
+            return _run(name, words[length:])
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if words else 2
+    asked = " ".join(words[:2])
+    near = get_close_matches(asked, COMMANDS, n=1) or get_close_matches(words[0], COMMANDS, n=1)
+    hint = f"did you mean rayrlhf {near[0]}?" if near else "rayrlhf --help lists the commands"
+    print(f"rayrlhf has no command {asked!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+def _run(name: str, words: list[str]) -> int:
+    command = COMMANDS[name]
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: rayrlhf {name} {command.arguments}\n\n{command.summary}")
+        return 0 if words else 2
+    module, _, function = command.function.partition(":")
+    return getattr(importlib.import_module(module), function)(words)
+
+
+def _help() -> str:
+    lines = ["usage: rayrlhf COMMAND ...", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name} {command.arguments}", f"      {command.summary}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
