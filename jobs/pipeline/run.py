@@ -6,7 +6,7 @@
 Every stage is one of the shipped CPU configs with a few overrides, and is printed as the command that one
 would type. A stage that has been through is not repeated: its run folder has a summary.
 
-Usage: `python -m jobs.pipeline.run [--model FOLDER] [--runs FOLDER] [--fresh] [key.path=value ...]`, where the
+Usage: `python -m jobs.pipeline.run [--model FOLDER] [--runs FOLDER] [--fresh] [key.path=value ...]`; the
 overrides go to every stage.
 """
 

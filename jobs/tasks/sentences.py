@@ -2,7 +2,8 @@
 
 The answers are cheerful or gloomy; both moods occur equally often in the conversations, so that what is
 learnt from them has no taste yet. In pairs the cheerful one is chosen; among the judged answers it is
-desirable, and there are half as many of them. Files are a pure function of the tables here and in jobs/demo/data.py; the
+desirable, and there are half as many of them. Files are a pure function of the tables here and in
+jobs/demo/data.py; the
 held-out topics occur in no training file.
 
 Usage: `python -m jobs.tasks.sentences [folder]`, by default into jobs/tasks/data.

@@ -89,7 +89,8 @@ def test_prm_finds_planted_wrong_steps(tmp_path: Path, tiny_model: str) -> None:
 
     made.write(tmp_path / "train.jsonl", made.solutions(256))
     made.write(tmp_path / "eval.jsonl", made.solutions(64, seed=1))
-    summary = run(job(tmp_path, tiny_model, "prm", data={"step_token": made.STEP_TOKEN}))
+    changes = {"data": {"step_token": made.STEP_TOKEN}, "train": {"num_steps": 20}}
+    summary = run(job(tmp_path, tiny_model, "prm", **changes))
     after = summary["evaluation"]["after"]
     assert after["eval/accuracy_bad"] > 0.9 and after["eval/accuracy_good"] > 0.9
     model: Any = AutoModelForTokenClassification.from_pretrained(summary["export"])
@@ -98,7 +99,7 @@ def test_prm_finds_planted_wrong_steps(tmp_path: Path, tiny_model: str) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "more"),
-    [("dpo", {"ref": {"precompute": True}}), ("ipo", {}), ("cdpo", {}), ("orpo", {}), ("simpo", {})],
+    [("dpo", {"ref": {"precompute": True}}), ("simpo", {})],
 )
 def test_preferences_raise_the_margin(
     tmp_path: Path, tiny_model: str, loss: str, more: dict[str, Any]
@@ -106,8 +107,6 @@ def test_preferences_raise_the_margin(
     made.write(tmp_path / "train.jsonl", made.pairs(128))
     made.write(tmp_path / "eval.jsonl", made.pairs(32, seed=1))
     algorithm: dict[str, Any] = {"loss": loss, "nll_coef": 0.1}
-    if loss == "cdpo":
-        algorithm["label_smoothing"] = 0.1
     if loss == "simpo":
         algorithm |= {"beta": 2.0, "gamma": 0.5}
     config = job(tmp_path, tiny_model, "dpo", algorithm=algorithm, train={"num_steps": 6, "lr": 1e-3}, **more)
@@ -148,9 +147,7 @@ def test_kto_raises_the_margin(tmp_path: Path, tiny_model: str) -> None:
     assert after["eval/accuracy"] > 0.9
 
 
-@pytest.mark.parametrize(
-    ("location", "divergence"), [("worker", "forward_kl"), ("worker", "jsd"), ("serve", "reverse_kl")]
-)
+@pytest.mark.parametrize(("location", "divergence"), [("worker", "forward_kl"), ("serve", "reverse_kl")])
 def test_kd_comes_closer_to_the_teacher(
     tmp_path: Path, tiny_model: str, location: str, divergence: str
 ) -> None:
@@ -165,7 +162,7 @@ def test_kd_comes_closer_to_the_teacher(
         "kd",
         teacher={"path": teacher, "location": location, "top_k": 32},
         algorithm={"divergence": divergence, "kd_coef": 1.0},
-        train={"num_steps": 10, "lr": 1e-3},
+        train={"num_steps": 20},
         placement={"cpus_per_slot": 0.5, "preset": "colocate_all"},
     )
     summary = run(config)
@@ -187,7 +184,7 @@ def test_patience_ends_a_run_and_it_stays_ended(tmp_path: Path, tiny_model: str)
     assert run(config)["steps"] == 3
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, tiny_model: str) -> None:
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, tiny_model: str) -> None:
     """Six steps in one go equal three, and then three more of the same run."""
     made.write(tmp_path / "train.jsonl", made.pairs(64))
     made.write(tmp_path / "eval.jsonl", made.pairs(8, seed=1))
