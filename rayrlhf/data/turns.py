@@ -80,6 +80,7 @@ class _Tokens:
     cut: int  # the text was encoded in two parts, cut here; 0 for in one
     cut_tokens: int
     tokenizer: PreTrainedTokenizerBase
+    known: dict[int, list[int]]  # ids of the text up to a place, where they were asked for
 
     @classmethod
     def of(cls, text: str, starts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> _Tokens:
@@ -89,12 +90,14 @@ class _Tokens:
         would begin it. With several turns that would leave later prompts unlike what inference sends.
         """
         ids = encode(text, tokenizer)
-        if len(starts) == 1:
-            prompt_ids = encode(text[: starts[0]], tokenizer)
-            if ids[: len(prompt_ids)] != prompt_ids:
-                ids = join(prompt_ids, text[starts[0] :], ids, tokenizer)
-                return cls(ids, text, starts[0], len(prompt_ids), tokenizer)
-        return cls(ids, text, 0, 0, tokenizer)
+        if len(starts) > 1:
+            return cls(ids, text, 0, 0, tokenizer, {len(text): ids})
+        start, prompt_ids = starts[0], encode(text[: starts[0]], tokenizer)
+        cut, cut_tokens = 0, 0
+        if ids[: len(prompt_ids)] != prompt_ids:
+            ids = join(prompt_ids, text[start:], ids, tokenizer)
+            cut, cut_tokens = start, len(prompt_ids)
+        return cls(ids, text, cut, cut_tokens, tokenizer, {len(text): ids, start: prompt_ids})
 
     def before(self, position: int) -> int:
         """Tokens before a place at which one ends. Raises `BadRow` where a token reaches over it."""
@@ -119,10 +122,11 @@ class _Tokens:
         )
 
     def _encoded(self, position: int) -> list[int]:
-        if position == len(self.text):
-            return self.ids
-        head = self.ids[: self.cut_tokens] if position >= self.cut else []
-        return [*head, *encode(self.text[self.cut if head else 0 : position], self.tokenizer)]
+        if position not in self.known:
+            head = self.ids[: self.cut_tokens] if position >= self.cut else []
+            rest = self.text[self.cut if head else 0 : position]
+            self.known[position] = [*head, *encode(rest, self.tokenizer)]
+        return self.known[position]
 
     def _straddling(self, position: int) -> BadRow:
         left, right = self.text[max(0, position - 10) : position], self.text[position : position + 10]
