@@ -82,8 +82,12 @@ def prepare_examples(
         tally.check_rows_left(sources, split)
         order = tally.row_order(sources, seed, config.mixing_stops)
         counts = {**tally.counts(order), "duplicates": tally.duplicates}
-        tables = _stored(rows, order, config, seed, split)
-        write_tables(tables, EXAMPLE_SCHEMA, counts, tally.fingerprint(order), out_path)
+        partners = None
+        if isinstance(config, KtoDataConfig):
+            partners = mismatched(rows, order, [seed, ("train", "eval").index(split)])
+        fingerprint = tally.fingerprint(order, partners)
+        tables = _stored(rows, order, partners, config.max_tokens)
+        write_tables(tables, EXAMPLE_SCHEMA, counts, fingerprint, out_path)
     return ExampleStore.open(out_path)
 
 
@@ -149,17 +153,14 @@ def _columns_of(example: RenderedExample) -> dict[str, Any]:
 
 
 def _stored(
-    rows: ArrowRows, order: np.ndarray, config: ExampleDataConfig, seed: int, split: Split
+    rows: ArrowRows, order: np.ndarray, partners: np.ndarray | None, max_tokens: int
 ) -> Iterator[pa.Table]:
-    """The rows in their order, with the columns of the store; those of KTO get their second sequence."""
-    partners = None
-    if isinstance(config, KtoDataConfig):
-        partners = mismatched(rows, order, [seed, ("train", "eval").index(split)])
+    """The rows in their order, with the columns of the store; with `partners`, that of a second sequence."""
     for start in range(0, len(order), STORE_BATCH_ROWS):
         part = slice(start, start + STORE_BATCH_ROWS)
         table = rows.take(order[part])
         if partners is not None:
-            table = with_mismatched(table, rows.take(order[partners[part]]), config.max_tokens)
+            table = with_mismatched(table, rows.take(order[partners[part]]), max_tokens)
         lengths = [sum(map(len, masks)) for masks in table.column("loss_mask").to_pylist()]
         table = table.drop_columns(["num_tokens"])
         yield table.append_column("num_tokens", pa.array(lengths, pa.int64()))

@@ -96,16 +96,18 @@ def _counts(preview: Preview, data: ExampleDataConfig) -> Iterator[str]:
     stops = "they would stop the job" if data.on_bad_row == "fail" else "skipped"
     repeated = "they would stop the job" if data.on_duplicate_id == "fail" else "skipped"
     for places, what in (
-        (preview.bad, f"bad rows: {stops} (data.on_bad_row={data.on_bad_row})"),
+        (preview.bad, f"bad: {stops} (data.on_bad_row={data.on_bad_row})"),
         (preview.long, f"{long[data.on_long]} (data.on_long={data.on_long}, max_tokens={data.max_tokens})"),
         (
             preview.duplicates,
             f"with an id seen before: {repeated} (data.on_duplicate_id={data.on_duplicate_id})",
         ),
     ):
-        yield f"{len(places)} {what}"
         if places:
+            yield f"{len(places)} {what}"
             yield describe_bad_rows(places)
+        else:
+            yield f"0 {what.partition(':')[0]}"
 
 
 def _lengths(preview: Preview) -> Iterator[str]:
@@ -119,7 +121,7 @@ def _lengths(preview: Preview) -> Iterator[str]:
         f"tokens per sequence: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}, "
         f"95 % are at most {np.percentile(lengths, 95):.0f}; {learnt / lengths.sum():.0%} of them are learnt"
     )
-    counts, edges = np.histogram(lengths, BINS, (0, lengths.max() + 1))
+    counts, edges = np.histogram(lengths, BINS, (lengths.min(), lengths.max() + 1))
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(BAR_WIDTH * count / counts.max())
         yield f"  {int(np.ceil(low)):>6} – {int(np.ceil(high)) - 1:<6} {count:>6} {bar}".rstrip()

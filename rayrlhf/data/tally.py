@@ -124,8 +124,11 @@ class Tally:
                 for part, content in _contents_of(batch.column(name), name):
                     self._digests.setdefault(part, hashlib.sha256()).update(content)
 
-    def fingerprint(self, order: np.ndarray) -> str:
+    def fingerprint(self, order: np.ndarray, partners: np.ndarray | None = None) -> str:
+        """A hash of the contents, their order and, where rows are given a partner, who that is."""
         whole = hashlib.sha256(order.astype("<i8").tobytes())
+        if partners is not None:
+            whole.update(partners.astype("<i8").tobytes())
         for digest in self._digests.values():
             whole.update(digest.digest())
         return whole.hexdigest()

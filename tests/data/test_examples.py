@@ -164,7 +164,8 @@ def test_a_judged_response_comes_with_one_to_another_prompt(tmp_path: Path, toke
     assert sorted(others) == list(range(8)), "each response serves once"
     again = prepare(config, tmp_path, tokenizer_path)
     assert list(again) == list(store) and again.fingerprint == store.fingerprint
-    assert list(prepare(config, tmp_path, tokenizer_path, seed=1)) != list(store)
+    other = prepare(config, tmp_path, tokenizer_path, seed=1)
+    assert list(other) != list(again) and other.fingerprint != store.fingerprint
 
 
 def test_steps_come_with_their_targets(tmp_path: Path, tokenizer_path: str) -> None:

@@ -65,7 +65,7 @@ def test_masks_counts_lengths_and_packing(config_path, capsys: pytest.CaptureFix
     assert "<s><|user|>hi</s><|assistant|>⟦be</s>⟧\n" in told
     assert "9 tokens, 3 learnt" in told and "\x1b" not in told
     assert "5 rows of data.train read, 2 examples" in told
-    assert "1 bad rows: skipped" in told and "rows.jsonl:3: an array, not an object" in told
+    assert "1 bad: skipped" in told and "rows.jsonl:3: an array, not an object" in told
     assert "1 too long: dropped" in told and "rows.jsonl:4: 27 tokens" in told
     assert "1 with an id seen before: skipped" in told and "rows.jsonl:2: the id 0 is also" in told
     assert "tokens per sequence: 9 to 9, median 9" in told and "33% of them are learnt" in told
