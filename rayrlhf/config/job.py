@@ -53,25 +53,29 @@ class ObserveConfig(Section):
     """A live bar, plain lines, or nothing; auto is live on a terminal."""
 
 
-class JobConfig(Protocol):
-    """The part of a training job's config that does not depend on what it learns."""
+class DrivenConfig(Protocol):
+    """What the driver reads of any job's config."""
 
     @property
     def run(self) -> RunSection: ...
 
     @property
-    def model(self) -> ModelConfig: ...
+    def placement(self) -> PlacementConfig: ...
 
     @property
-    def placement(self) -> PlacementConfig: ...
+    def observe(self) -> ObserveConfig: ...
+
+
+class JobConfig(DrivenConfig, Protocol):
+    """The part of a training job's config that does not depend on what it learns."""
+
+    @property
+    def model(self) -> ModelConfig: ...
 
     @property
     def train(self) -> OptimizerConfig: ...
 
     @property
     def checkpoint(self) -> CheckpointConfig: ...
-
-    @property
-    def observe(self) -> ObserveConfig: ...
 
     def model_dump(self, *, mode: str = ...) -> dict[str, Any]: ...

@@ -24,7 +24,7 @@ def _minimum_fits(sampling: SamplingConfig) -> Problem | None:
 
 class SamplingConfig(Section):
     temperature: NonNegativeNumber = 1.0
-    """Sampling temperature; 0 is greedy (evaluation only)."""
+    """Sampling temperature; 0 is greedy (not for samples to learn from)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
     top_k: Annotated[int, Field(ge=-1)] = -1
@@ -59,21 +59,15 @@ def _only_the_pool_oversamples(rollout: RolloutConfig) -> Problem | None:
     )
 
 
-class RolloutConfig(Section):
+class EngineConfig(Section):
+    """The engines and how they sample: what every job that generates has."""
+
     num_engines: Count = 1
     """vLLM engines, each a Serve replica."""
     group_size: Count = 1
     """Samples per prompt."""
-    prompts_per_step: Count = 64
-    """Prompts per step, over all workers."""
     sampling: SamplingConfig = SamplingConfig()
-    """How training samples are drawn."""
-    max_staleness: NaturalNumber | None = None
-    """Policy versions that rollouts may run ahead of training; null rolls out and trains by turns."""
-    oversampling: Annotated[float, Field(ge=1)] = 1.0
-    """Groups in flight per group needed: a step takes those that finish first, the others go on (> 1)."""
-    environment: EnvironmentConfig | None = None
-    """Multi-turn episodes with your environment; null is one response per prompt."""
+    """How responses are drawn."""
     kv_cache_bytes: Count = 1_073_741_824
     """Key-value cache of a CPU engine, in bytes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
@@ -88,6 +82,19 @@ class RolloutConfig(Section):
     """Deadline of one generation request, retries included."""
     start_timeout_seconds: PositiveNumber = 600
     """Deadline for all engines to come up."""
+
+
+class RolloutConfig(EngineConfig):
+    prompts_per_step: Count = 64
+    """Prompts per step, over all workers."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How training samples are drawn."""
+    max_staleness: NaturalNumber | None = None
+    """Policy versions that rollouts may run ahead of training; null rolls out and trains by turns."""
+    oversampling: Annotated[float, Field(ge=1)] = 1.0
+    """Groups in flight per group needed: a step takes those that finish first, the others go on (> 1)."""
+    environment: EnvironmentConfig | None = None
+    """Multi-turn episodes with your environment; null is one response per prompt."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """How new weights reach the engines."""
 

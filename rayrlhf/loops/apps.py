@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.reward import RewardConfig
+from rayrlhf.config.rollout import EngineConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import read_chat_template
 from rayrlhf.loops.checks import Prepared
-from rayrlhf.loops.job import PolicyJob
+from rayrlhf.loops.job import PolicyJob, RewardApp
 from rayrlhf.models.load import resolve_dtype
 from rayrlhf.placement.apply import Slots
 from rayrlhf.reward.functions import function_deployment
@@ -31,13 +35,29 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
     config = job.config
     apps: dict[str, Any] = {
         job.rollout_app: rollout_deployment(
-            engine_settings(job, on_gpu=slots.gpus_per_slot > 0, threads=threads),
+            engine_settings(
+                config.model,
+                config.rollout,
+                seed=config.run.seed,
+                max_model_tokens=max_model_tokens(config),
+                weight_hub=job.weight_hub,
+                on_gpu=slots.gpus_per_slot > 0,
+                threads=threads,
+            ),
             slots,
             num_engines=config.rollout.num_engines,
             max_requests=config.rollout.max_concurrent_requests,
         )
     }
-    apps |= reward_apps(job, slots, prepared.reward_functions)
+    apps |= reward_apps(
+        config.reward,
+        job.reward_apps,
+        prepared.reward_functions,
+        policy_path=config.model.path,
+        prompt_key=config.data.prompt_key,
+        label_key=config.data.label_key,
+        slots=slots,
+    )
     if prepared.environment is not None:
         setup = EnvironmentSetup(
             code=prepared.environment,
@@ -60,12 +80,19 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
     return apps
 
 
-def reward_apps(job: PolicyJob, slots: Slots, functions: dict[int, UserCode]) -> dict[str, Any]:
+def reward_apps(
+    reward: RewardConfig,
+    names: Sequence[RewardApp],
+    functions: dict[int, UserCode],
+    *,
+    policy_path: str,
+    prompt_key: str,
+    label_key: str | None,
+    slots: Slots,
+) -> dict[str, Any]:
     """App name -> bound deployment of every reward source that has one."""
-    config = job.config
-    label_key = config.data.label_key
     apps: dict[str, Any] = {}
-    for index, (source, (_, _, app)) in enumerate(zip(config.reward.sources, job.reward_apps, strict=True)):
+    for index, (source, (_, _, app)) in enumerate(zip(reward.sources, names, strict=True)):
         match source.type:
             case "function":
                 apps[app] = function_deployment(
@@ -75,8 +102,8 @@ def reward_apps(job: PolicyJob, slots: Slots, functions: dict[int, UserCode]) ->
                 apps[app] = model_deployment(
                     source,
                     role=f"reward:{index}",
-                    policy_path=config.model.path,
-                    prompt_key=config.data.prompt_key,
+                    policy_path=policy_path,
+                    prompt_key=prompt_key,
                     slots=slots,
                 )
             case "remote":
@@ -88,15 +115,23 @@ def reward_apps(job: PolicyJob, slots: Slots, functions: dict[int, UserCode]) ->
     return apps
 
 
-def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSettings:
-    config = job.config
-    rollout = config.rollout
+def engine_settings(
+    model: ModelConfig,
+    rollout: EngineConfig,
+    *,
+    seed: int,
+    max_model_tokens: int,
+    weight_hub: str | None,
+    on_gpu: bool,
+    threads: int,
+) -> EngineSettings:
+    """Without a `weight_hub` the engines keep the weights of the checkpoint."""
     engine_args: dict[str, Any] = {
-        "model": config.model.path,
-        "trust_remote_code": config.model.trust_remote_code,
-        "max_model_len": max_model_tokens(config),
+        "model": model.path,
+        "trust_remote_code": model.trust_remote_code,
+        "max_model_len": max_model_tokens,
         "max_num_seqs": rollout.max_concurrent_requests,
-        "seed": config.run.seed,
+        "seed": seed,
         "disable_log_stats": True,
         # What the engine reports must be what the trainer computes: log-probabilities at the sampling
         # temperature.
@@ -109,14 +144,13 @@ def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSett
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+    dtype = rollout.dtype if rollout.dtype != "auto" else model.dtype
     if on_gpu:
-        dtype = rollout.dtype if rollout.dtype != "auto" else config.model.dtype
         engine_args |= {
             "dtype": "bfloat16" if dtype == "auto" else dtype,
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
         }
     else:
-        dtype = rollout.dtype if rollout.dtype != "auto" else config.model.dtype
         engine_args |= {
             "dtype": str(resolve_dtype(dtype, torch.device("cpu"))).removeprefix("torch."),
             "enforce_eager": True,
@@ -126,7 +160,7 @@ def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSett
             # A prefill in pieces kills vLLM's CPU engine when the request has a seed (it rewinds a generator
             # that cannot): prompts go in whole.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens(config)),
+            "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens),
         }
         env_vars |= {
             "OMP_NUM_THREADS": str(rollout.num_threads or threads),
@@ -137,7 +171,7 @@ def engine_settings(job: PolicyJob, *, on_gpu: bool, threads: int) -> EngineSett
     return EngineSettings(
         engine_args=engine_args,
         env_vars=env_vars,
-        weight_hub=job.weight_hub,
+        weight_hub=weight_hub,
         rpc_timeout_seconds=rollout.timeout_seconds,
         start_timeout_seconds=rollout.start_timeout_seconds,
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.batch import Prompt
+from rayrlhf.config.job import JobConfig
+from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import check_sources
@@ -40,16 +42,16 @@ class Prepared:
 def check_before_ray(config: PolicyRunConfig) -> Prepared:
     """Raises `InputError`, `DataError` or `RewardError`."""
     for key, path in _model_paths(config):
-        _check_model(key, path)
-    _check_resume(config)
+        check_model(key, path)
+    check_resume(config)
     check_sources(config.data)
-    return Prepared(_find_rewards(config), _find_environment(config))
+    return Prepared(find_rewards(config.reward), _find_environment(config))
 
 
-def _find_rewards(config: PolicyRunConfig) -> dict[int, UserCode]:
+def find_rewards(reward: RewardConfig) -> dict[int, UserCode]:
     """The reward functions, and that other sources have what they need on this machine."""
     functions: dict[int, UserCode] = {}
-    for index, source in enumerate(config.reward.sources):
+    for index, source in enumerate(reward.sources):
         with _named(index, source.type):
             if source.type == "function":
                 functions[index] = find_function(source.function)
@@ -96,12 +98,13 @@ def try_out_environment(code: UserCode | None, config: PolicyRunConfig, prompts:
         raise InputError(f"rollout.environment: {error}") from error
 
 
-def try_rewards(functions: dict[int, UserCode], config: PolicyRunConfig, prompts: PromptStore) -> None:
+def try_rewards(
+    functions: dict[int, UserCode], reward: RewardConfig, label_key: str | None, prompts: PromptStore
+) -> None:
     """Try every reward source that can be tried before any model is loaded: functions are called once on real
     prompts, labels are read, servers must answer. Raises `RewardError`.
     """
-    label_key = config.data.label_key
-    for index, source in enumerate(config.reward.sources):
+    for index, source in enumerate(reward.sources):
         with _named(index, source.type):
             if source.type == "function":
                 try_function(functions[index], _first(prompts, TRIED_PROMPTS), label_key)
@@ -126,16 +129,21 @@ def with_absolute_paths(config: PolicyRunConfig) -> PolicyRunConfig:
     for section in ("model", "critic", "ref"):
         part = getattr(config, section)
         if part is not None and part.path is not None:
-            changes[section] = part.model_copy(update={"path": _absolute(part.path)})
-    sources = [
-        source.model_copy(update={"path": _absolute(source.path)}) if source.type == "model" else source
-        for source in config.reward.sources
-    ]
-    changes["reward"] = config.reward.model_copy(update={"sources": sources})
+            changes[section] = part.model_copy(update={"path": absolute(part.path)})
+    changes["reward"] = absolute_rewards(config.reward)
     return config.model_copy(update=changes)
 
 
-def _absolute(path: str) -> str:
+def absolute_rewards(reward: RewardConfig) -> RewardConfig:
+    """The same with the folders of its reward models made absolute."""
+    sources = [
+        source.model_copy(update={"path": absolute(source.path)}) if source.type == "model" else source
+        for source in reward.sources
+    ]
+    return reward.model_copy(update={"sources": sources})
+
+
+def absolute(path: str) -> str:
     """A folder's absolute path; a hub id stays as it is."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
@@ -146,12 +154,16 @@ def _model_paths(config: PolicyRunConfig) -> Iterator[tuple[str, str]]:
         yield "critic.path", config.critic.path
     if config.ref is not None and config.ref.path is not None:
         yield "ref.path", config.ref.path
-    for index, source in enumerate(config.reward.sources):
+    yield from reward_model_paths(config.reward)
+
+
+def reward_model_paths(reward: RewardConfig) -> Iterator[tuple[str, str]]:
+    for index, source in enumerate(reward.sources):
         if source.type == "model":
             yield f"reward.sources.{index}.path", source.path
 
 
-def _check_model(key: str, path: str) -> None:
+def check_model(key: str, path: str) -> None:
     """A local folder must hold a checkpoint; anything else must look like a hub id (`owner/name`)."""
     folder = Path(path)
     if folder.is_dir():
@@ -170,7 +182,8 @@ def _check_model(key: str, path: str) -> None:
         )
 
 
-def _check_resume(config: PolicyRunConfig) -> None:
+def check_resume(config: JobConfig) -> None:
+    """`run.resume=never` refuses a folder that holds a checkpoint. Raises `InputError`."""
     step = newest_step(Path(config.run.path) / "checkpoints")
     if step and config.run.resume == "never":
         raise InputError(

@@ -33,7 +33,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.job import JobConfig
+from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
 from rayrlhf.loops.checks import InputError
@@ -49,11 +49,19 @@ from rayrlhf.reward.items import RewardError
 INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError)
 TRAIN_FOLDER = "checkpoints"
 
-C = TypeVar("C", bound=JobConfig)
+C = TypeVar("C", bound=DrivenConfig)
 
 
 class RunFailed(RuntimeError):
     """The run stopped by itself; the message is the whole story."""
+
+
+class PartFailed(RuntimeError):
+    """A job within this one ended with an exit code, and has told why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
@@ -81,6 +89,8 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
         log.write_text(traceback.format_exc())
         console.error(f"{error}\n(details: {log})")
         return 1
+    except PartFailed as part:
+        return part.code
     except KeyboardInterrupt:
         how, code = ("stopped by SIGTERM", 143) if stopped.received else ("interrupted", 130)
         console.error(f"{how}; the same command goes on from the newest checkpoint")
@@ -97,13 +107,13 @@ def start_folder(config: Any) -> Path:
     return run_path
 
 
-def check_placement(spec: PlacementSpec, config: JobConfig) -> None:
+def check_placement(spec: PlacementSpec, config: DrivenConfig) -> None:
     """Raises `PlacementError` when the cluster is too small."""
     check_fits(spec, resolve_gpus_per_slot(config.placement.gpus_per_slot))
 
 
 @contextmanager
-def placed(spec: PlacementSpec, config: JobConfig, console: Console) -> Iterator[tuple[str, Slots, Any]]:
+def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Iterator[tuple[str, Slots, Any]]:
     """The run's id, its slots and its board. Whatever happens, this run's apps, actors and group go again; a
     kill -9 of the driver leaves that to the reaper.
     """

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.run import PolicyRunConfig
+
+RewardApp = tuple[str, float, str]  # source name, weight, Serve app ("" where it needs none)
+
+
+def reward_app_names(reward: RewardConfig, run_id: str) -> tuple[RewardApp, ...]:
+    named = enumerate(zip(reward.source_names, reward.sources, strict=True))
+    return tuple(
+        (name, source.weight, "" if source.type == "environment" else f"{run_id}-reward{index}")
+        for index, (name, source) in named
+    )
 
 
 @dataclass(frozen=True)
 class PolicyJob:
     config: PolicyRunConfig
     run_id: str  # unique per start of a run; prefixes the names of its actors and Serve apps
-    reward_apps: tuple[
-        tuple[str, float, str], ...
-    ]  # (source name, weight, Serve app; "" where it needs none)
+    reward_apps: tuple[RewardApp, ...]
     num_eval_prompts: int  # 0 = no evaluation
     threads_per_worker: int
 

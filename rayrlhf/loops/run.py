@@ -32,7 +32,7 @@ from rayrlhf.loops.checks import (
     try_rewards,
     with_absolute_paths,
 )
-from rayrlhf.loops.job import PolicyJob
+from rayrlhf.loops.job import PolicyJob, reward_app_names
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.policy_async import async_policy_loop
 from rayrlhf.loops.session import deploy, watched
@@ -58,7 +58,7 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     spec = plan_placement(config)
     check_placement(spec, config)
     stores = prepare_stores(config, run_path, console.say)
-    try_rewards(prepared.reward_functions, config, stores.train)
+    try_rewards(prepared.reward_functions, config.reward, config.data.label_key, stores.train)
     try_out_environment(prepared.environment, config, stores.train)
     with (
         placed(spec, config, console) as (run_id, slots, board),
@@ -97,14 +97,10 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
 
 
 def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores) -> PolicyJob:
-    named = enumerate(zip(config.reward.source_names, config.reward.sources, strict=True))
     return PolicyJob(
         config=config,
         run_id=run_id,
-        reward_apps=tuple(
-            (name, source.weight, "" if source.type == "environment" else f"{run_id}-reward{index}")
-            for index, (name, source) in named
-        ),
+        reward_apps=reward_app_names(config.reward, run_id),
         num_eval_prompts=stores.num_eval_prompts(config),
         # Trainers and engines take turns in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),

@@ -77,7 +77,7 @@ def watched(
 
     def watch() -> None:
         try:
-            _wait_for_apps(set(apps), timeout_seconds=timeout_seconds, tell=tell, stop=stop)
+            wait_for_apps(set(apps), timeout_seconds=timeout_seconds, tell=tell, stop=stop)
         except DeploymentFailed as failed:
             failure.append(failed)
             give_up()
@@ -95,9 +95,15 @@ def watched(
         thread.join()
 
 
-def _wait_for_apps(
-    waiting: set[str], *, timeout_seconds: float, tell: Callable[[str], None], stop: threading.Event
+def wait_for_apps(
+    waiting: set[str],
+    *,
+    timeout_seconds: float,
+    tell: Callable[[str], None],
+    stop: threading.Event | None = None,
 ) -> None:
+    """Return when all are up, or `stop` is set. Raises `DeploymentFailed` with an app's own reason."""
+    stop = stop or threading.Event()
     deadline = time.monotonic() + timeout_seconds
     while waiting and not stop.wait(POLL_SECONDS):
         status = serve.status().applications

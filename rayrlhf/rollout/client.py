@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from rayrlhf.batch import Prompt, Sample
-from rayrlhf.config.rollout import RolloutConfig, SamplingConfig
+from rayrlhf.config.rollout import EngineConfig, RolloutConfig, SamplingConfig
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.failures import EngineDied
 
@@ -29,7 +29,7 @@ EPISODE_GRACE_SECONDS = 30.0  # an episode ends itself at its own deadline; this
 class RolloutClient:
     """One per training worker. A request whose replica dies goes to another one, until the deadline."""
 
-    def __init__(self, engines: Any, config: RolloutConfig, *, seed: int, episodes: Any = None) -> None:
+    def __init__(self, engines: Any, config: EngineConfig, *, seed: int, episodes: Any = None) -> None:
         self.engines = engines
         self.episodes = episodes  # the environments' handle, in multi-turn runs
         self.config = config
@@ -98,7 +98,7 @@ class RolloutClient:
                     response.cancel()  # nobody listens any more: the engine need not go on
 
     async def _episode(self, prompt: Prompt, params: dict[str, Any], min_version: int) -> Episode:
-        assert self.config.environment is not None
+        assert isinstance(self.config, RolloutConfig) and self.config.environment is not None
         seconds = self.config.environment.timeout_seconds + EPISODE_GRACE_SECONDS
         patience = Patience("environment", "rollout.environment.timeout_seconds", seconds)
         try:

@@ -44,7 +44,7 @@ class Generation:
 class EngineSettings:
     engine_args: dict[str, Any]  # vLLM's EngineArgs
     env_vars: dict[str, str]
-    weight_hub: str  # name of the actor that holds the newest weights
+    weight_hub: str | None  # name of the actor that holds the newest weights; None: they never change
     rpc_timeout_seconds: float
     start_timeout_seconds: float
 
@@ -59,7 +59,8 @@ class EngineActor:
         self.stepper = Stepper(settings.engine_args)
         self.version = 0
         self.publication = 0  # which of the hub's these weights came with
-        self.hub = ray.get_actor(settings.weight_hub, namespace=NAMESPACE)
+        hub = settings.weight_hub
+        self.hub = None if hub is None else ray.get_actor(hub, namespace=NAMESPACE)
         self.updating = asyncio.Lock()
 
     async def start(self) -> int:
@@ -102,6 +103,8 @@ class EngineActor:
         A trainer that dies takes its buckets along; restarted, it publishes the version it resumes from.
         Until then this waits.
         """
+        if self.hub is None:
+            return Publication(0, 0, []), []
         deadline = time.monotonic() + self.settings.start_timeout_seconds
         while True:
             newest: Any = self.hub.newest.remote()

@@ -15,7 +15,7 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from rayrlhf.loops.apps import engine_settings
+from rayrlhf.loops.apps import engine_settings, max_model_tokens
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.placement.apply import create_slots
@@ -49,7 +49,15 @@ class Engines:
         self.hub: Any = (
             ray.remote(WeightHub).options(name=self.job.weight_hub, namespace=NAMESPACE, num_cpus=0).remote()
         )
-        settings = engine_settings(self.job, on_gpu=False, threads=1)
+        settings = engine_settings(
+            config.model,
+            config.rollout,
+            seed=config.run.seed,
+            max_model_tokens=max_model_tokens(config),
+            weight_hub=self.job.weight_hub,
+            on_gpu=False,
+            threads=1,
+        )
         app = rollout_deployment(settings, self.slots, num_engines=NUM_ENGINES, max_requests=64)
         deploy({self.job.rollout_app: app})
         with watched([self.job.rollout_app], timeout_seconds=120, tell=print, give_up=lambda: None):
