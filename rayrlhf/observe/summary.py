@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rayrlhf.observe.answers import chain_summary, generation_summary
+
 OPENED_BY = {"rm": "AutoModelForSequenceClassification", "prm": "AutoModelForTokenClassification"}
 LOG_WIDTH = 110  # where the output is not a terminal
 
@@ -24,6 +26,10 @@ def show_summary(run_path: Path, console: Console | None = None) -> None:
     # Responses are a language model's words: they are printed as Text, never parsed as markup.
     console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
     console.print()
+    if "rounds" in summary or "output" in summary:
+        for part in (chain_summary if "rounds" in summary else generation_summary)(summary):
+            console.print(part, soft_wrap=isinstance(part, Text))
+        return
     if "evaluation" in summary:
         console.print(metrics_table(summary))
     else:

@@ -1,0 +1,23 @@
+"""Batch inference over a data set of prompts.
+
+python jobs/generate.py CONFIG.yaml [OTHER.yaml ...] [key.path=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rayrlhf.config.generate import GenerateRunConfig
+from rayrlhf.config.load import load_or_exit
+
+
+def main() -> int:
+    config = load_or_exit(GenerateRunConfig, sys.argv[1:])
+    # Only now that the config is known to be good: this imports torch and ray, which takes seconds.
+    from rayrlhf.loops.generate import run_generate
+
+    return run_generate(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

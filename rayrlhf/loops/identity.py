@@ -1,0 +1,75 @@
+"""What a run's results depend on, kept beside them: work that was begun goes on only where it is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.loops.checks import InputError
+
+MISSING = "nothing"
+
+
+def check_identity(file: Path, identity: Mapping[str, Any], *, resume: str) -> None:
+    """Write `identity` (a tree of plain values) into `file`, or compare it with what an earlier start left.
+
+    Raises `InputError` that names every difference, and with `resume` "never" for any earlier start.
+    """
+    identity = json.loads(json.dumps(identity))
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(identity, indent=2) + "\n")
+        return
+    if resume == "never":
+        raise InputError(
+            f"run.resume=never but {file.parent} holds what an earlier start has done; choose another "
+            "run.name, delete the folder, or set run.resume=auto"
+        )
+    differing = differences(json.loads(file.read_text()), identity)
+    if differing:
+        raise InputError(
+            f"{file.parent} holds work that was begun with another configuration or other data:\n"
+            + "\n".join(f"  {line}" for line in differing)
+            + "\nTake them back to go on, or choose another run.name, or delete the folder"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line per key path whose value is another one now."""
+    old, new = _leaves(before), _leaves(now)
+    return [
+        f"{key}: was {_show(old, key)}, is {_show(new, key)}"
+        for key in dict.fromkeys([*old, *new])
+        if (key in old) != (key in new) or old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(tree: Any, at: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping) and tree:
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list) and tree:
+        items = [(str(index), value) for index, value in enumerate(tree)]
+    else:
+        return {at: tree}
+    return {
+        path: leaf
+        for key, value in items
+        for path, leaf in _leaves(value, f"{at}.{key}" if at else key).items()
+    }
+
+
+def _show(leaves: Mapping[str, Any], key: str) -> str:
+    return json.dumps(leaves[key], ensure_ascii=False) if key in leaves else MISSING
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears under its name when it is complete, whoever else writes the same one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
