@@ -8,7 +8,6 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from rayrlhf.config.base import Count, Fraction, NonNegativeNumber, PositiveNumber, Problem, Section, Wanted
 from rayrlhf.config.examples import (
-    ExampleDataConfig,
     KtoDataConfig,
     PairDataConfig,
     PrmDataConfig,
@@ -64,7 +63,7 @@ class SupervisedConfig(Section):
     """Name, folder and seed."""
     model: ModelConfig
     """The model that learns."""
-    data: ExampleDataConfig
+    data: Any  # every job's own ExampleDataConfig
     """Samples."""
     placement: PlacementConfig = PlacementConfig()
     """Which role sits where."""
@@ -111,8 +110,7 @@ class RmRunConfig(SupervisedConfig):
 
 class StepLossConfig(Section):
     reward_tokens: list[str] | None = Field(default=None, min_length=2, max_length=2)
-    """The words for a bad and a good step, one token each, whose rows of the language-model head the new
-    head starts from; null starts from zeros."""
+    """Words for a bad and a good step, one token each: the new head starts from their rows; null is zeros."""
 
 
 class PrmRunConfig(SupervisedConfig):
