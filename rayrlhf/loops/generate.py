@@ -44,7 +44,7 @@ from rayrlhf.loops.checks import (
     try_rewards,
 )
 from rayrlhf.loops.generate_worker import GenerateJob, Pace, ShardWorker
-from rayrlhf.loops.identity import check_identity, write_atomically
+from rayrlhf.loops.identity import check_identity, what_results_depend_on, write_atomically
 from rayrlhf.loops.job import reward_app_names
 from rayrlhf.loops.session import deploy, last_line, wait_for_apps
 from rayrlhf.loops.shards import (
@@ -52,10 +52,10 @@ from rayrlhf.loops.shards import (
     Shard,
     ShardFolder,
     Tally,
+    answers_of,
     merge,
     plan_shards,
     read_rows,
-    responses_of,
     tally_file,
 )
 from rayrlhf.observe.console import Console
@@ -69,11 +69,6 @@ GENERATIONS = "generations.jsonl"
 SUMMARY = "summary.json"
 IDENTITY = "generate.json"
 NUM_SHOWN = 5  # responses in the summary
-# What may change from one start to the next: it changes no row.
-OPERATIONAL_KEYS = {
-    *("num_replicas", "num_processes", "max_batch", "max_concurrent", "max_tokens_per_batch"),
-    *("timeout_seconds", "retries", "max_failed_fraction", "urls", "headers"),
-}
 
 
 def run_generate(config: GenerateRunConfig) -> int:
@@ -167,16 +162,8 @@ def _identity(config: GenerateRunConfig, store: PromptStore) -> dict[str, Any]:
         "generate": config.generate.model_dump(
             mode="json", include={"first_row", "num_rows", "rows_per_shard", "output"}
         ),
-        "reward": _without_operations(reward),
+        "reward": what_results_depend_on(reward),
     }
-
-
-def _without_operations(tree: Any) -> Any:
-    if isinstance(tree, list):
-        return [_without_operations(item) for item in tree]
-    if isinstance(tree, dict):
-        return {k: _without_operations(v) for k, v in tree.items() if k not in OPERATIONAL_KEYS}
-    return tree
 
 
 def check_columns(store: PromptStore, config: GenerateRunConfig) -> None:
@@ -348,6 +335,12 @@ def _shown(config: GenerateRunConfig, output: Path, num_rows: int) -> list[dict[
     rows = [row for index, row in enumerate(read_rows(output)) if index % step == 0][:NUM_SHOWN]
     shown = []
     for row in rows:
-        response, score = next(iter(responses_of(row)), (None, None))
-        shown.append({"prompt": row.get(config.data.prompt_key), "response": response, "score": score})
+        answer = next(iter(answers_of(row)), None)
+        shown.append(
+            {
+                "prompt": row.get(config.data.prompt_key),
+                "response": answer and answer.response,
+                "score": answer and answer.score,
+            }
+        )
     return shown

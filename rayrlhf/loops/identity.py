@@ -11,6 +11,11 @@ from typing import Any
 from rayrlhf.loops.checks import InputError
 
 MISSING = "nothing"
+# What may change from one start to the next: it changes no row.
+OPERATIONAL_KEYS = {
+    *("num_replicas", "num_processes", "max_batch", "max_concurrent", "max_tokens_per_batch"),
+    *("timeout_seconds", "retries", "max_failed_fraction", "urls", "headers"),
+}
 
 
 def check_identity(file: Path, identity: Mapping[str, Any], *, resume: str) -> None:
@@ -45,6 +50,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in dict.fromkeys([*old, *new])
         if (key in old) != (key in new) or old.get(key) != new.get(key)
     ]
+
+
+def what_results_depend_on(tree: Any) -> Any:
+    """The tree without the keys that change no result."""
+    if isinstance(tree, list):
+        return [what_results_depend_on(item) for item in tree]
+    if isinstance(tree, dict):
+        return {k: what_results_depend_on(v) for k, v in tree.items() if k not in OPERATIONAL_KEYS}
+    return tree
 
 
 def _leaves(tree: Any, at: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,28 @@ def _head(prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def responses_of(row: dict[str, Any]) -> list[tuple[str, float | None]]:
-    """(response, score) of every sample of an answered row; none of one that failed."""
+@dataclass(frozen=True)
+class Answer:
+    """One sample of an answered row."""
+
+    response: str
+    score: float | None
+    truncated: bool
+
+    @property
+    def known_score(self) -> float:
+        assert self.score is not None
+        return self.score
+
+
+def answers_of(row: dict[str, Any]) -> list[Answer]:
+    """Every sample of an answered row; none of one that failed."""
     if row.get("error") is not None:
         return []
-    if "responses" in row:
-        return list(zip(row["responses"], row.get("scores") or [None] * len(row["responses"]), strict=True))
-    return [(row["response"], row.get("score"))]
+    if "responses" not in row:
+        return [Answer(row["response"], row.get("score"), row["truncated"])]
+    scores = row.get("scores") or [None] * len(row["responses"])
+    return list(starmap(Answer, zip(row["responses"], scores, row["truncated"], strict=True)))
 
 
 @dataclass
@@ -163,14 +179,15 @@ class Tally:
     def add(self, row: dict[str, Any], *, scored: bool) -> None:
         self.rows += 1
         self.prompt_tokens += row[PROMPT_TOKENS]
-        answers = responses_of(row)
+        answers = answers_of(row)
         self.failed_rows += not answers
         if not answers:
             return
         self.samples += len(answers)
-        self.truncated_samples += sum(_listed(row["truncated"]))
-        self.response_tokens += sum(_listed(row[RESPONSE_TOKENS]))
-        known = [score for _, score in answers if score is not None]
+        self.truncated_samples += sum(answer.truncated for answer in answers)
+        lengths = row[RESPONSE_TOKENS]
+        self.response_tokens += sum(lengths) if isinstance(lengths, list) else lengths
+        known = [answer.score for answer in answers if answer.score is not None]
         if scored:
             self.unscored_samples += len(answers) - len(known)
         if known:
@@ -190,10 +207,6 @@ class Tally:
         variance = math.fsum((score - mean) ** 2 for score in self.scores) / (count - 1)
         half = 1.96 * math.sqrt(variance / count)
         return mean, (mean - half, mean + half)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def tally_file(path: Path, *, scored: bool) -> Tally:

@@ -1,0 +1,24 @@
+"""Supervised fine-tuning on responses that are told their reward (arXiv 2308.12050).
+
+python jobs/conditional_sft.py CONFIG.yaml [OTHER.yaml ...] [key.path=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rayrlhf.config.chains import ConditionalSftConfig
+from rayrlhf.config.load import load_or_exit
+
+
+def main() -> int:
+    config = load_or_exit(ConditionalSftConfig, sys.argv[1:])
+    # Only now that the config is known to be good: these import torch and ray, which takes seconds.
+    from rayrlhf.loops.chain import run_chain
+    from rayrlhf.loops.choose import labelled
+
+    return run_chain(config, lambda rows: labelled(rows, config.data.prompt_key, config.choose))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,24 @@
+"""Rounds of generating, scoring, pairing best with worst, and DPO.
+
+python jobs/iterative_dpo.py CONFIG.yaml [OTHER.yaml ...] [key.path=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rayrlhf.config.chains import IterativeDpoConfig
+from rayrlhf.config.load import load_or_exit
+
+
+def main() -> int:
+    config = load_or_exit(IterativeDpoConfig, sys.argv[1:])
+    # Only now that the config is known to be good: these import torch and ray, which takes seconds.
+    from rayrlhf.loops.chain import run_chain
+    from rayrlhf.loops.choose import best_and_worst
+
+    return run_chain(config, lambda rows: best_and_worst(rows, config.data.prompt_key, config.choose))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,351 @@
+"""The trees of jobs that chain others: generate and score, choose, train; and the configs of their stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from rayrlhf.config.base import (
+    ConfigError,
+    Count,
+    Fraction,
+    NaturalNumber,
+    NonNegativeNumber,
+    Problem,
+    Section,
+)
+from rayrlhf.config.examples import RewardTemplate, Share
+from rayrlhf.config.generate import GenerateDataConfig, GenerateRunConfig, SampledConfig
+from rayrlhf.config.job import ObserveConfig, RunSection
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.placement import PlacementConfig
+from rayrlhf.config.reward import RewardConfig
+from rayrlhf.config.supervised import (
+    NEEDS_REF,
+    DpoRunConfig,
+    PreferenceConfig,
+    SftRunConfig,
+    SupervisedConfig,
+)
+from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, SupervisedTrainConfig
+
+RESPONSE, REWARD = "response", "reward"  # columns of the rows that are trained on
+CHOSEN_FILE = "chosen.jsonl"
+# What a training stage takes over from the prompts, so that it renders them alike.
+TEXT_KEYS = ("prompt_key", "input_template", "apply_chat_template", "system_prompt", "chat_template")
+STAGE_SECTION = re.compile(r"(?<![\w.])(train|data|eval|checkpoint|algorithm)\.")
+
+
+class RoundSection(Section):
+    prompts_per_round: Count | None = None
+    """Rows of data.train that a round answers, each round the next ones; all of them when left out."""
+    rows_per_shard: Count = 256
+    """Rows that are written together: an interrupted stage loses the shards that it was working on."""
+    retries: NaturalNumber = 1
+    """How often a row whose generation failed is tried again before it is left out."""
+    max_failed_fraction: Fraction = 0.1
+    """The run stops when more than this share of a shard's rows cannot be generated."""
+    overwrite_columns: bool = False
+    """Let the new columns (response, score, …) take the place of columns of these names in the data."""
+
+
+class StageDataConfig(Section):
+    max_tokens: Count = 2048
+    """Longest sequence, in tokens: prompt and answer together."""
+    on_long: Literal["fail", "drop", "truncate_head", "truncate_tail"] = "fail"
+    """What to do with a longer one: stop and name it, drop it, cut off its beginning, or cut off its end."""
+    eval_share: Share = 0.0
+    """Share of the chosen rows that is held out for evaluation."""
+
+
+def _stage_exports(stage: TrainStage) -> Problem | None:
+    if stage.checkpoint.export:
+        return None
+    return Problem(
+        "checkpoint.export",
+        got="false",
+        wanted="true: the next stage starts from the export",
+        fix="remove checkpoint.export",
+    )
+
+
+class TrainStage(Section):
+    """What the training stages of all chains have."""
+
+    data: StageDataConfig = StageDataConfig()
+    """Lengths, and what is held out."""
+    train: SupervisedTrainConfig = SupervisedTrainConfig()
+    """Optimisation, of every round."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    eval: SupervisedEvalConfig = SupervisedEvalConfig()
+    """Evaluation on held-out samples."""
+
+    checks = (_stage_exports,)
+
+
+class ConditionalStage(TrainStage):
+    reward_template: RewardTemplate = "Reward: {}\n"
+    """Text put before the last user message, with {} where the reward goes."""
+
+
+def _reference_is_used(stage: DpoStage) -> Problem | None:
+    if stage.reference is None or stage.algorithm.loss in NEEDS_REF:
+        return None
+    return Problem(
+        "reference",
+        got=f"{stage.reference} with algorithm.loss={stage.algorithm.loss}",
+        wanted="null: this loss compares with no reference",
+        fix="remove dpo.reference, or set dpo.algorithm.loss to dpo",
+    )
+
+
+class DpoStage(TrainStage):
+    algorithm: PreferenceConfig = PreferenceConfig()
+    """The preference loss."""
+    reference: Literal["previous", "start"] | None = None
+    """The policy that a round starts from (previous, the default of losses that need one), or model.path."""
+    precompute_ref: bool = False
+    """Ask the reference once about every pair before training, and keep the answers on disk."""
+
+    checks = (*TrainStage.checks, _reference_is_used)
+
+
+class ChainConfig(Section):
+    """What the chains have in common."""
+
+    run: RunSection
+    """Name, folder and seed; every stage is a run of its own in this one's folder."""
+    model: ModelConfig
+    """The model that the first round starts from."""
+    data: GenerateDataConfig
+    """Prompts."""
+    rollout: SampledConfig = SampledConfig()
+    """Engines and sampling."""
+    generate: RoundSection = RoundSection()
+    """Which prompts a round answers."""
+    reward: RewardConfig
+    """What scores the responses."""
+    placement: PlacementConfig = PlacementConfig()
+    """Which role sits where, in every stage."""
+    observe: ObserveConfig = ObserveConfig()
+    """Console, TensorBoard, Weights & Biases."""
+
+    def stage_folder(self, round_: int, name: str) -> Path:
+        return Path(self.run.path) / f"{round_}-{name}"
+
+    def generate_config(self, round_: int, model_path: str) -> GenerateRunConfig:
+        """Answers and scores of a round, by the model at `model_path`."""
+        section = self.generate
+        per_round = section.prompts_per_round
+        return GenerateRunConfig.model_validate(
+            {
+                **self._shared(round_, "generate", model_path),
+                "data": self.data,
+                "rollout": self.rollout,
+                "generate": {
+                    **section.model_dump(exclude={"prompts_per_round"}),
+                    "first_row": (round_ - 1) * (per_round or 0),
+                    "num_rows": per_round,
+                },
+                "reward": self.reward,
+            }
+        )
+
+    def _shared(self, round_: int, name: str, model_path: str) -> dict[str, Any]:
+        """The sections that every stage has; each round has a seed of its own."""
+        return {
+            "run": {
+                "name": f"{round_}-{name}",
+                "dir": self.run.path,
+                "seed": 1000 * self.run.seed + round_,
+            },
+            "model": self.model.model_copy(update={"path": model_path}),
+            "placement": self.placement,
+            "observe": self.observe,
+        }
+
+    def _training(self, round_: int, name: str, model_path: str, stage: TrainStage) -> dict[str, Any]:
+        """A training stage's tree but for what its data are called."""
+        text = {key: getattr(self.data, key) for key in TEXT_KEYS}
+        chosen = self.stage_folder(round_, "choose") / CHOSEN_FILE
+        return {
+            **self._shared(round_, name, model_path),
+            "data": {"train": f"jsonl@{chosen}", **text, **stage.data.model_dump()},
+            "train": stage.train,
+            "checkpoint": stage.checkpoint,
+            "eval": stage.eval,
+        }
+
+
+def _group_has_a_choice(config: RejectionSamplingConfig | IterativeDpoConfig) -> Problem | None:
+    if config.rollout.group_size >= 2:
+        return None
+    return Problem(
+        "rollout.group_size",
+        got=str(config.rollout.group_size),
+        wanted="an integer >= 2: there must be something to choose from",
+        fix="set rollout.group_size to 2 or more",
+    )
+
+
+def _problem_of(build: Callable[[], Section], section: str) -> Problem | None:
+    """The first thing that a stage's own config objects to, told by the keys of the chain's."""
+    try:
+        build()
+    except ValidationError as error:
+        for detail in error.errors():
+            at = [str(part) for part in detail["loc"]]
+            cause = detail.get("ctx", {}).get("error")
+            if not isinstance(cause, ConfigError):
+                return Problem(".".join(at), str(detail["input"]), detail["msg"], "mend it")
+            found = cause.problems[0]
+            path, *texts = (
+                STAGE_SECTION.sub(rf"{section}.\1." if section else r"\1.", text)
+                for text in (".".join([*at, found.path]), found.got, found.wanted, found.fix)
+            )
+            return Problem(path, *texts)
+    return None
+
+
+def _answers_can_be_generated(config: ChainConfig) -> Problem | None:
+    if config.data.response_key is not None and not isinstance(config, ConditionalSftConfig):
+        return None  # which `_no_responses_are_given` tells
+    return _problem_of(lambda: config.generate_config(1, config.model.path), "")
+
+
+def _chosen_rows_can_be_trained_on(
+    config: RejectionSamplingConfig | IterativeDpoConfig | ConditionalSftConfig,
+) -> Problem | None:
+    section = "dpo" if isinstance(config, IterativeDpoConfig) else "sft"
+    return _problem_of(lambda: config.training_config(1, config.model.path), section)
+
+
+class ChoiceSection(Section):
+    drop_truncated: bool = False
+    """Leave out responses that were stopped by rollout.sampling.max_new_tokens."""
+    min_score: float | None = None
+    """Lowest score of a response to learn from; null takes any."""
+
+
+class PairSection(Section):
+    drop_truncated: bool = False
+    """Leave out responses that were stopped by rollout.sampling.max_new_tokens."""
+    min_margin: NonNegativeNumber = 0.0
+    """Best and worst must be further apart than this; with less they are a tie, which is left out."""
+
+
+class LabelSection(Section):
+    drop_truncated: bool = False
+    """Leave out responses that were stopped by rollout.sampling.max_new_tokens."""
+    normalize: bool = False
+    """Subtract the mean of all scores and divide by their standard deviation."""
+    decimals: NaturalNumber = 1
+    """Digits behind the point of a label: fewer labels are learnt from more responses each."""
+
+
+def _no_responses_are_given(config: RejectionSamplingConfig | IterativeDpoConfig) -> Problem | None:
+    if config.data.response_key is None:
+        return None
+    return Problem(
+        "data.response_key",
+        got=config.data.response_key,
+        wanted="null: responses are generated by the policy of each round",
+        fix="remove data.response_key",
+    )
+
+
+class RejectionSamplingConfig(ChainConfig):
+    job: Literal["rejection_sampling"] = "rejection_sampling"
+    """Best of n: several responses per prompt, supervised fine-tuning on the one with the highest score."""
+    num_rounds: Count = 1
+    """Rounds; each generates with the model that the last one has trained."""
+    score_last: bool = True
+    """Answer and score once more with the last model, so that its mean score is known."""
+    choose: ChoiceSection = ChoiceSection()
+    """Which responses are learnt."""
+    sft: TrainStage = TrainStage()
+    """The supervised fine-tuning of every round."""
+
+    checks = (
+        _no_responses_are_given,
+        _group_has_a_choice,
+        _answers_can_be_generated,
+        _chosen_rows_can_be_trained_on,
+    )
+
+    def training_config(self, round_: int, model_path: str) -> SupervisedConfig:
+        tree = self._training(round_, "sft", model_path, self.sft)
+        tree["data"] |= {"format": "prompt_response", "response_key": RESPONSE}
+        return SftRunConfig.model_validate(tree)
+
+
+class IterativeDpoConfig(ChainConfig):
+    job: Literal["iterative_dpo"] = "iterative_dpo"
+    """Rounds of generating, scoring, pairing best with worst, and learning from the pairs."""
+    num_rounds: Count = 3
+    """Rounds; each generates with the model that the last one has trained."""
+    score_last: bool = True
+    """Answer and score once more with the last model, so that its mean score is known."""
+    choose: PairSection = PairSection()
+    """Which pairs are learnt."""
+    dpo: DpoStage = DpoStage()
+    """The preference learning of every round."""
+
+    checks = (
+        _no_responses_are_given,
+        _group_has_a_choice,
+        _answers_can_be_generated,
+        _chosen_rows_can_be_trained_on,
+    )
+
+    def training_config(self, round_: int, model_path: str) -> SupervisedConfig:
+        tree = self._training(round_, "dpo", model_path, self.dpo)
+        tree["data"] |= {"format": "prompt"}
+        tree["algorithm"] = self.dpo.algorithm
+        if self.dpo.algorithm.loss in NEEDS_REF:
+            path = self.model.path if self.dpo.reference == "start" else model_path
+            tree["ref"] = {"path": path, "precompute": self.dpo.precompute_ref}
+        return DpoRunConfig.model_validate(tree)
+
+
+class ConditionalSftConfig(ChainConfig):
+    job: Literal["conditional_sft"] = "conditional_sft"
+    """Supervised fine-tuning on responses that are told their reward (arXiv 2308.12050)."""
+    choose: LabelSection = LabelSection()
+    """The labels."""
+    sft: ConditionalStage = Field(default=ConditionalStage())
+    """The supervised fine-tuning."""
+
+    checks = (_answers_can_be_generated, _chosen_rows_can_be_trained_on)
+
+    @property
+    def num_rounds(self) -> int:
+        return 1
+
+    @property
+    def score_last(self) -> bool:
+        return False
+
+    def training_config(self, round_: int, model_path: str) -> SupervisedConfig:
+        tree = self._training(round_, "sft", model_path, self.sft)
+        tree["data"] |= {
+            "format": "prompt_response",
+            "response_key": RESPONSE,
+            "reward_key": REWARD,
+            "reward_template": self.sft.reward_template,
+        }
+        return SftRunConfig.model_validate(tree)
+
+
+AnyChain = RejectionSamplingConfig | IterativeDpoConfig | ConditionalSftConfig
+
+CHAINS: dict[str, Any] = {
+    "rejection_sampling": RejectionSamplingConfig,
+    "iterative_dpo": IterativeDpoConfig,
+    "conditional_sft": ConditionalSftConfig,
+}
