@@ -1,0 +1,156 @@
+"""The driver of a reward server: check, place, serve over HTTP, stay until told to leave, tear down."""
+
+from __future__ import annotations
+
+# First: it sets what Ray reads when it is imported.
+from rayrlhf.loops.driver import INPUT_ERRORS, named_actor
+
+# isort: split
+
+import json
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.api import RunTarget
+from ray.util.placement_group import PlacementGroup
+
+from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
+from rayrlhf.loops.serve_http import answers, start_http
+from rayrlhf.loops.serve_reward_checks import check_sources
+from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
+from rayrlhf.observe.console import Console
+from rayrlhf.placement.apply import PlacementError, Slots, create_slots, resolve_gpus_per_slot
+from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
+from rayrlhf.placement.plan import PlacementSpec, place
+from rayrlhf.reward.server import Served, server_app
+
+LOOK_SECONDS = 2.0
+EXAMPLE = {"query": ["Say hello. Hello!"], "prompts": ["Say hello. "], "labels": [None]}
+
+
+@dataclass
+class _Stop:
+    """SIGTERM ends the server as Ctrl-C does: by KeyboardInterrupt, which Ray's blocking calls let pass."""
+
+    serving: bool = False
+
+    def __call__(self, _signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def serve_reward(config: ServeRewardConfig) -> int:
+    """Serve until Ctrl-C or SIGTERM. Exit codes: 0 ended by one of them, 2 bad input, 1 anything else, 130
+    ended while it was still starting.
+    """
+    console = Console("lines")
+    previous = signal.getsignal(signal.SIGTERM)
+    stop = _Stop()
+    try:
+        sources = check_sources(config)
+        with ray_session(NAMESPACE) as where:
+            signal.signal(signal.SIGTERM, stop)  # after ray.init, which installs its own
+            console.say(where)
+            _serve(config, sources, console, stop)
+        raise AssertionError("a server ends by a signal or an error")
+    except INPUT_ERRORS as error:
+        console.error(str(error))
+        return 2
+    except DeploymentFailed as error:
+        console.error(str(error))
+        return 1
+    except KeyboardInterrupt:
+        console.say("stopped; nothing is left running" if stop.serving else "stopped before it was up")
+        return 0 if stop.serving else 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _serve(config: ServeRewardConfig, sources: list[Served], console: Console, stop: _Stop) -> None:
+    """Returns only by an exception."""
+    url = start_http(config.server)
+    with _placed(config, sources, console) as (run_id, slots):
+        app = f"{run_id}-server"
+        target = RunTarget(
+            server_app(sources, config.server, slots), name=app, route_prefix=config.server.route
+        )
+        serve.run_many([target], wait_for_applications_running=False)
+        console.say(f"loading {', '.join(served.name for served in sources)}")
+        wait_for_apps({app}, timeout_seconds=config.server.start_timeout_seconds, tell=lambda _: None)
+        if not answers(f"{url}/health"):
+            raise DeploymentFailed(f"the application runs, but {url}/health does not answer")
+        console.say(f"up: POST to {url}, health at {url}/health; Ctrl-C or SIGTERM ends it. Try:")
+        print(f"curl -s {url} -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'", flush=True)
+        stop.serving = True
+        _stay(app, console)
+
+
+@contextmanager
+def _placed(
+    config: ServeRewardConfig, sources: list[Served], console: Console
+) -> Iterator[tuple[str, Slots | None]]:
+    """The server's id and the slots of its models. Whatever happens, apps and group go again; a kill -9 of
+    the driver leaves that to the reaper.
+    """
+    run_id = f"rayrlhf-serve_reward-{uuid.uuid4().hex[:6]}"
+    units = {
+        f"reward:{index}": served.source.num_replicas
+        for index, served in enumerate(sources)
+        if isinstance(served.source, ServedModel)
+    }
+    slots = _create_slots(place(units, config.placement), config, run_id) if units else None
+    if slots is not None:
+        console.placement(slots)
+    lease = named_actor(_Lease, f"{run_id}-lease")
+    reaper = start_reaper(run_id, lease, slots.group if slots is not None else PlacementGroup.empty())
+    try:
+        yield run_id, slots
+    finally:
+        delete_apps(run_id)
+        if slots is not None:
+            slots.remove()
+        for actor in (reaper, lease):  # in a process that keeps its Ray, they would stay as long as it
+            ray.kill(actor)
+
+
+def _create_slots(spec: PlacementSpec, config: ServeRewardConfig, run_id: str) -> Slots:
+    """Raises `PlacementError` at once where the cluster is too small."""
+    gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
+    total = ray.cluster_resources()
+    for resource, each in (("CPU", spec.cpus_per_slot), ("GPU", gpus)):
+        if spec.num_slots * each > total.get(resource, 0.0) + 1e-6:
+            raise PlacementError(
+                f"placement: {spec.num_slots} slots x {each:g} {resource}, but the cluster has "
+                f"{total.get(resource, 0.0):g}. Fix: fewer num_replicas, placement.preset=colocate_all, a "
+                "smaller placement.cpus_per_slot, or a larger cluster"
+            )
+    return create_slots(
+        spec, gpus_per_slot=gpus, name=run_id, timeout_seconds=config.placement.start_timeout_seconds
+    )
+
+
+class _Lease:
+    """It dies with the driver, and the reaper notices."""
+
+    def ping(self) -> bool:
+        return True
+
+
+def _stay(app: str, console: Console) -> None:
+    """Tell when the application changes its mind. Raises `DeploymentFailed` when it is gone."""
+    known = "RUNNING"
+    while True:
+        time.sleep(LOOK_SECONDS)
+        applications = serve.status().applications
+        if app not in applications:
+            raise DeploymentFailed(f"somebody has deleted the application {app} from this cluster's Serve")
+        status = applications[app].status.value
+        if status != known:
+            console.say(f"{'well again' if status == 'RUNNING' else status.lower()}")
+            known = status

@@ -1,0 +1,155 @@
+"""The reward server as users start it, asked by our own client, and gone after SIGTERM.
+
+It is a process with a Ray of its own: a Ray cluster has one Serve, whose HTTP proxy is settled when it first
+starts, and the tests' shared Ray starts it without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.local.head import free_ports
+from rayrlhf.config.reward import RemoteSource
+from rayrlhf.reward.items import Failure, ScoreItem
+from rayrlhf.reward.remote import RemoteReward, check_reachable
+from tests.reward_export import MEAN, STD, TEXTS, make_reward_export, plain_scores
+from tests.samples import make_prompt
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GONE_SECONDS = 60
+
+
+def response_lengths(responses: list[str], labels: list[Any]) -> list[float | None]:
+    """A reward function: labels as they were sent, and null for a response that it cannot judge."""
+    judged = zip(responses, labels, strict=True)
+    return [None if response == "?" else len(response) + float(label or 0) for response, label in judged]
+
+
+@contextmanager
+def server_of(folder: Path, tree: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """The server's process and what it said until it was up."""
+    config = folder / "serve.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "jobs/serve_reward.py", str(config)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    said: list[str] = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("curl "):
+                break
+        yield process, said
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(GONE_SECONDS)
+
+
+def ask(url: str, items: list[ScoreItem]) -> list[float | Failure]:
+    """By the source of a policy run, one request per sample."""
+
+    async def everything() -> list[list[float | Failure]]:
+        source = RemoteSource(type="remote", urls=[url])
+        replica = RemoteReward(source, "answer", {})
+        try:
+            return await asyncio.gather(*(replica.score([item]) for item in items))
+        finally:
+            if replica.session is not None:
+                await replica.session.close()
+
+    return [reward for rewards in asyncio.run(everything()) for reward in rewards]
+
+
+def post(url: str, body: bytes) -> tuple[int, Any]:
+    request = urllib.request.Request(url, body)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]
+
+
+def sample(text: str, split: int, label: float | None = None) -> ScoreItem:
+    return ScoreItem(make_prompt(prompt=text[:split], answer=label), text[split:], token_ids=[])
+
+
+def test_our_own_client_gets_the_scores_of_plain_transformers(tmp_path: Path) -> None:
+    export = make_reward_export(tmp_path)
+    [port] = free_ports(1)
+    sources = [
+        {"type": "model", "path": export, "normalize": True, "max_tokens": 128, "weight": 2.0},
+        {"type": "function", "name": "lengths", "weight": 0.5, "function": f"{__name__}:response_lengths"},
+    ]
+    with server_of(tmp_path, {"server": {"port": port}, "reward": {"sources": sources}}) as (process, said):
+        url = f"http://127.0.0.1:{port}/get_reward"
+        assert said and said[-1].startswith(f"curl -s {url} "), "".join(said)
+        check_reachable(url)
+
+        items = [sample(text, 4, label) for text, label in zip(TEXTS, (0.0, None, 2.0, 1.0), strict=False)]
+        scores = plain_scores(export, TEXTS)
+        lengths = [len(text) - 4 + bonus for text, bonus in zip(TEXTS, (0, 0, 2, 1), strict=True)]
+        expected = [2.0 * (score - MEAN) / STD + 0.5 * n for score, n in zip(scores, lengths, strict=True)]
+        # Many at once: the replica scores them in batches, and everybody gets the answer to his own.
+        rewards = ask(url, items * 8)
+        assert rewards == pytest.approx(expected * 8, abs=1e-5)
+        [failure] = ask(url, [sample("<s>a?", 4)])
+        assert isinstance(failure, Failure) and "returned None" in failure.reason
+
+        assert post(url, b'{"query": [], "prompts": []}') == (200, {"rewards": []})
+        status, problem = post(url, b"{")
+        assert status == 400 and "not JSON" in problem
+        assert post(url, b'{"query": ["a"]}')[0] == 400
+        status, problem = post(url, json.dumps({"query": ["a" * 200], "prompts": ["a"]}).encode())
+        assert status == 413 and "201 tokens" in problem and "128 at most" in problem
+        status, problem = post(url, json.dumps({"query": ["a"], "prompts": ["a"], "labels": ["x"]}).encode())
+        assert status == 500 and problem.startswith("lengths: ValueError: could not convert")
+        with urllib.request.urlopen(f"{url}/health", timeout=30) as health:
+            assert json.loads(health.read()) == {"status": "ok", "sources": ["reward0", "lengths"]}
+
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(GONE_SECONDS) == 0
+    _, alive = psutil.wait_procs(started, timeout=GONE_SECONDS)
+    assert not alive
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{url}/health", timeout=5)
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    function = {"type": "function", "function": f"{__name__}:response_lengths"}
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        tree = {"server": {"port": port}, "reward": {"sources": [function]}}
+        with server_of(tmp_path, tree) as (process, said):
+            assert process.wait(GONE_SECONDS) == 2
+    told = "".join(said)
+    assert f"server.port={port}: another program listens at 127.0.0.1:{port}" in told
+    assert "Traceback" not in told
