@@ -20,6 +20,12 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "chat": Command(
+        "rayrlhf.chat.command:main",
+        "MODEL [--base BASE] [--system TEXT] [--temperature X] [--top-p P] [--top-k K] [--max-new-tokens N] "
+        "[--seed N] [--dtype D] [--chat-template FILE]",
+        "talk to a checkpoint, with --base side by side to two; from a pipe, every line is one message",
+    ),
     "data preview": Command(
         "rayrlhf.data.preview:main",
         "CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--rows N] [--show N] [--split eval]",
