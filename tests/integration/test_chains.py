@@ -1,0 +1,95 @@
+"""Chains on a tiny model whose reward is the share of vowels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrlhf.config.chains import IterativeDpoConfig, RejectionSamplingConfig
+from rayrlhf.loops import chain
+from rayrlhf.loops.chain import run_chain
+from rayrlhf.loops.choose import best_and_worst, best_of_n
+from tests.integration.answer_runs import VOWELS, lines_of, write_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def tiny_chain(folder: Path, model_path: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "run": {"name": "chain", "dir": str(folder / "runs")},
+        "model": {"path": model_path},
+        "data": {"train": str(write_rows(folder / "rows.jsonl", 32)), "max_prompt_tokens": 64},
+        "rollout": {
+            "group_size": 8,
+            "kv_cache_bytes": 64 * 2**20,
+            "sampling": {"max_new_tokens": 12},
+            "num_threads": 1,
+        },
+        "generate": {"rows_per_shard": 16},
+        "reward": {"sources": [VOWELS]},
+        "placement": {"preset": "colocate_all", "cpus_per_slot": 0.5},
+        "observe": {"console": "lines", "tensorboard": False},
+        **changes,
+    }
+
+
+TRAIN = {"num_epochs": 4, "samples_per_step": 8, "max_tokens_per_micro_batch": 1024, "num_threads": 1}
+
+
+def model_of(folder: Path) -> str:
+    return json.loads((folder / "generate.json").read_text())["model"]["path"]
+
+
+def test_iterative_dpo(
+    tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dpo = {"data": {"max_tokens": 64}, "train": {**TRAIN, "lr": 3e-4}}
+    config = IterativeDpoConfig.model_validate(tiny_chain(tmp_path, tiny_model, num_rounds=2, dpo=dpo))
+
+    def choose(rows: Any) -> Any:
+        return best_and_worst(rows, config.data.prompt_key, config.choose)
+
+    with monkeypatch.context() as patched:  # stopped when the second round begins
+        run_generate = chain.run_generate
+        patched.setattr(chain, "run_generate", lambda c: 143 if c.run.name[0] == "2" else run_generate(c))
+        assert run_chain(config, choose) == 143
+    capsys.readouterr()
+    assert run_chain(config, choose) == 0
+    assert "stage 3 of 7, 1-dpo: done before" in capsys.readouterr().out
+
+    run_path = tmp_path / "runs/chain"
+    export = str(run_path / "1-dpo/export")
+    assert model_of(run_path / "2-generate") == export
+    assert model_of(run_path / "3-generate") == str(run_path / "2-dpo/export")
+    pairs = lines_of(run_path / "1-choose/chosen.jsonl")
+    assert pairs and all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
+    asked = {row["row_id"]: row for row in lines_of(run_path / "1-generate/generations.jsonl")}
+    for pair in pairs:
+        assert {pair["chosen"], pair["rejected"]} <= set(asked[pair["row_id"]]["responses"])
+    resolved = (run_path / "2-dpo/config.yaml").read_text()
+    assert resolved.count(f"path: {export}\n") == 2, "the model and its reference"
+
+    summary = json.loads((run_path / "summary.json").read_text())
+    assert [entry["counts"]["pairs"] > 0 for entry in summary["rounds"]] == [True, True]
+    assert Path(summary["export"], "config.json").is_file()
+    # 256 responses each: the intervals are far apart when it learns, and overlap when it does not.
+    assert summary["last"]["score_ci"][0] > summary["rounds"][0]["score_ci"][1]
+
+
+def test_rejection_sampling(tmp_path: Path, tiny_model: str) -> None:
+    sft = {"data": {"max_tokens": 64}, "train": {**TRAIN, "lr": 2e-3}}
+    config = RejectionSamplingConfig.model_validate(tiny_chain(tmp_path, tiny_model, sft=sft))
+    assert run_chain(config, lambda rows: best_of_n(rows, config.data.prompt_key, config.choose)) == 0
+
+    run_path = tmp_path / "runs/chain"
+    asked = lines_of(run_path / "1-generate/generations.jsonl")
+    chosen = lines_of(run_path / "1-choose/chosen.jsonl")
+    best = {row["row_id"]: max(row["scores"]) for row in asked}
+    assert {row["row_id"]: row["score"] for row in chosen} == best
+    assert model_of(run_path / "2-generate") == str(run_path / "1-sft/export")
+    summary = json.loads((run_path / "summary.json").read_text())
+    assert summary["rounds"][0]["counts"]["chosen"] == 32
+    assert summary["last"]["score_ci"][0] > summary["rounds"][0]["score_ci"][1]
