@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rayrlhf.config.base import Section
+from rayrlhf.config.chains import CHAINS
+from rayrlhf.config.generate import GenerateRunConfig
 from rayrlhf.config.load import dump_resolved, load_config
 from rayrlhf.config.reward import FunctionSource
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.serve_reward import ServeRewardConfig
+from rayrlhf.config.supervised import JOBS
+from rayrlhf.config.tree import read_tree
 
 REPOSITORY = Path(__file__).parents[2]
+SCHEMAS: dict[str | None, type[Section]] = {
+    None: PolicyRunConfig,  # the configs of policies name no job
+    "generate": GenerateRunConfig,
+    "serve_reward": ServeRewardConfig,
+    **JOBS,
+    **CHAINS,
+}
 SHIPPED = sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml"))
+
+
+def load(path: Path) -> Any:
+    job = read_tree([str(path)]).values.get("job")
+    return load_config(SCHEMAS[job], [str(path)])
+
+
+def test_every_job_has_a_config() -> None:
+    assert {getattr(load(path), "job", None) for path in SHIPPED} == SCHEMAS.keys()
 
 
 def test_there_are_some() -> None:
@@ -21,15 +44,16 @@ def test_there_are_some() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_it_loads_and_its_resolved_form_loads_to_the_same(path: Path, tmp_path: Path) -> None:
-    config = load_config(PolicyRunConfig, [str(path)])
+    config = load(path)
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_resolved(config), encoding="utf-8")
-    assert load_config(PolicyRunConfig, [str(resolved)]) == config
+    assert load(resolved) == config
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_its_reward_functions_exist(path: Path) -> None:
-    for source in load_config(PolicyRunConfig, [str(path)]).reward.sources:
+    reward = getattr(load(path), "reward", None)
+    for source in reward.sources if reward else ():
         if isinstance(source, FunctionSource):
             module, _, name = source.function.partition(":")
             if module.endswith(".py"):
