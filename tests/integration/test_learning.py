@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_se
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 NUM_STEPS = 30  # within which the reward must rise from under 0.3 to over 0.8
-SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.seeds) for seed in (2, 3))]
+SEEDS = (1, 2, 3)
 
 
 def shipped(name: str, folder: Path, model: str, *overrides: str) -> PolicyRunConfig:
@@ -69,8 +69,19 @@ LEARNERS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", LEARNERS)
+# The others are near relatives of these: `make learning` has all of them.
+ALWAYS = ("ppo", "reinforce_pp", "grpo", "async")
+
+
+def runs_to_learn() -> list[Any]:
+    return [
+        pytest.param(name, seed, marks=() if seed == 1 and name in ALWAYS else pytest.mark.seeds)
+        for name in LEARNERS
+        for seed in SEEDS
+    ]
+
+
+@pytest.mark.parametrize(("name", "seed"), runs_to_learn())
 def test_the_reward_rises(tmp_path: Path, tiny_model: str, name: str, seed: int) -> None:
     overrides = [f"train.num_steps={NUM_STEPS}", f"run.seed={seed}", *LEARNERS[name]]
     assert run_policy(shipped(name, tmp_path, tiny_model, *overrides)) == 0
@@ -83,6 +94,7 @@ def test_the_reward_rises(tmp_path: Path, tiny_model: str, name: str, seed: int)
 OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "dapo": (["reward.overlong=null"], {"rollout/draws": 1.0}),
     "gspo": ([], {}),
+    **{name: ([], {}) for name in LEARNERS if name not in ALWAYS},
 }
 
 
@@ -113,7 +125,8 @@ def test_the_agent_runs(tmp_path: Path, tiny_model: str) -> None:
 
 
 def test_every_cpu_config_is_run_here() -> None:
-    shipped_names = {path.name.removesuffix("-cpu.yaml") for path in CONFIGS.glob("*-cpu.yaml")}
+    policies = [path for path in CONFIGS.glob("*-cpu.yaml") if "\njob: " not in path.read_text()]
+    shipped_names = {path.name.removesuffix("-cpu.yaml") for path in policies}
     assert shipped_names == {*LEARNERS, *OTHERS, "agent"}
 
 
