@@ -26,6 +26,11 @@ COMMANDS: dict[str, Command] = {
         "[--seed N] [--dtype D] [--chat-template FILE]",
         "talk to a checkpoint, with --base side by side to two; from a pipe, every line is one message",
     ),
+    "merge-lora": Command(
+        "rayrlhf.models.merge_lora:main",
+        "ADAPTER OUT [--base BASE]",
+        "merge a PEFT adapter into its base, on the CPU, and write a whole Hugging Face checkpoint",
+    ),
     "data preview": Command(
         "rayrlhf.data.preview:main",
         "CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--rows N] [--show N] [--split eval]",

@@ -1,0 +1,99 @@
+"""`rayrlhf merge-lora ADAPTER OUT [--base BASE]`: a whole checkpoint from an adapter and its base."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
+
+
+class MergeProblem(ValueError):
+    """Why there is nothing to merge; the message says what was wanted and what to do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    adapter: Path
+    out: Path
+    base: str  # folder or hub id
+    task: str  # one of TASKS
+
+
+def main(words: Sequence[str]) -> int:
+    """Exit codes: 0 merged, 2 not to be merged."""
+    parser = argparse.ArgumentParser(
+        prog="rayrlhf merge-lora",
+        description="Merge a PEFT adapter into its base, on the CPU, and write a whole checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
+    parser.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
+    parser.add_argument("--base", help="the base checkpoint, where it is not where the adapter says")
+    options = parser.parse_args(words)
+    try:
+        plan = make_plan(options.adapter, options.out, options.base)
+        from rayrlhf.models.merge import merge  # torch, transformers and peft: seconds
+
+        print(merge(plan))
+    except MergeProblem as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_plan(adapter: str, out: str, base: str | None) -> Plan:
+    """What can be known without a model. Raises `MergeProblem`."""
+    folder, target = Path(adapter), Path(out)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        found = "no such folder" if not folder.is_dir() else f"the folder has no {ADAPTER_CONFIG}"
+        whole = " (it is a whole checkpoint already)" if (folder / "config.json").is_file() else ""
+        raise MergeProblem(f"ADAPTER={adapter}: {found}{whole}; wanted the folder of a PEFT adapter")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise MergeProblem(f"ADAPTER={adapter}: the folder has no {ADAPTER_WEIGHTS}; save the adapter anew")
+    if target.exists():
+        raise MergeProblem(f"OUT={out} exists; give another folder, or remove it")
+    config = _read_json(folder / ADAPTER_CONFIG)
+    task = config.get("task_type")
+    if task not in TASKS:
+        raise MergeProblem(
+            f"ADAPTER={adapter}: task_type={task} in {ADAPTER_CONFIG}; wanted one of {', '.join(TASKS)}"
+        )
+    base = base or config.get("base_model_name_or_path")
+    if not base:
+        raise MergeProblem(f"ADAPTER={adapter}: {ADAPTER_CONFIG} names no base; give --base")
+    _check_base(base)
+    return Plan(folder, target, base, task)
+
+
+def _check_base(base: str) -> None:
+    """A folder must hold a checkpoint whose weights are numbers; anything else must look like a hub id."""
+    folder = Path(base)
+    if not folder.is_dir():
+        if base.count("/") != 1 or base.startswith((".", "/", "~")) or folder.parent.is_dir():
+            raise MergeProblem(
+                f"the base {base} is no folder (looked from {Path.cwd()}); give the one the adapter was "
+                "trained on with --base"
+            )
+        return
+    if not (folder / "config.json").is_file():
+        raise MergeProblem(f"the base {base} has no config.json; wanted a Hugging Face checkpoint folder")
+    if "quantization_config" in _read_json(folder / "config.json"):
+        raise MergeProblem(
+            f"the base {base} is quantized, and merging would round what was learnt to its few levels; "
+            "give the checkpoint that it was quantized from with --base"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MergeProblem(f"{path} cannot be read: {error}") from error
