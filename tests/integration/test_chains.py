@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from rayrlhf.config.chains import IterativeDpoConfig, RejectionSamplingConfig
+from rayrlhf.config.chains import ConditionalSftConfig, IterativeDpoConfig, RejectionSamplingConfig
+from rayrlhf.data.example_store import ExampleStore
 from rayrlhf.loops import chain
 from rayrlhf.loops.chain import run_chain
-from rayrlhf.loops.choose import best_and_worst, best_of_n
+from rayrlhf.loops.choose import best_and_worst, best_of_n, labelled
 from tests.integration.answer_runs import VOWELS, lines_of, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -93,3 +95,29 @@ def test_rejection_sampling(tmp_path: Path, tiny_model: str) -> None:
     summary = json.loads((run_path / "summary.json").read_text())
     assert summary["rounds"][0]["counts"]["chosen"] == 32
     assert summary["last"]["score_ci"][0] > summary["rounds"][0]["score_ci"][1]
+
+
+def test_conditional_sft_on_responses_that_are_given(tmp_path: Path, tiny_model: str) -> None:
+    rows = [{"prompt": f"say {i}", "answer": "ab" if i % 2 else "aaaa"} for i in range(16)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = tiny_chain(
+        tmp_path,
+        tiny_model,
+        data={"train": str(tmp_path / "given.jsonl"), "response_key": "answer", "max_prompt_tokens": 64},
+        rollout={},
+        sft={"data": {"max_tokens": 64}, "train": TRAIN, "reward_template": "<{}>"},
+    )
+    config = ConditionalSftConfig.model_validate(tree)
+    assert run_chain(config, lambda rows: labelled(rows, config.data.prompt_key, config.choose)) == 0
+
+    run_path = tmp_path / "runs/chain"
+    chosen = lines_of(run_path / "1-choose/chosen.jsonl")
+    assert [(row["response"], row["reward"]) for row in chosen] == [("aaaa", 1.0), ("ab", 0.5)] * 8
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    stored = ExampleStore.open(run_path / "1-sft/data/train.arrow")
+    texts = {tokenizer.decode(example.sequences[0].input_ids) for example in stored}
+    assert "<s><|user|><1>say 0</s><|assistant|>aaaa</s>" in texts
+    assert "<s><|user|><0.5>say 1</s><|assistant|>ab</s>" in texts
+    summary = json.loads((run_path / "summary.json").read_text())
+    assert summary["rounds"][0]["score_mean"] == pytest.approx(0.75)
+    assert summary["last"] is None and Path(summary["export"], "config.json").is_file()
