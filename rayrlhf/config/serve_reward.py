@@ -16,17 +16,20 @@ Route = Annotated[
 
 
 class ServedModel(ModelSource):
+    """It reads each query as it stands, with its own tokenizer: no chat template is applied, and special
+    tokens in the text are taken as such. What is scored is the last token. Reward models usually learnt to
+    judge at the end-of-sequence token, and rayrlhf's own `type: remote` sends responses without special
+    tokens: then set `append_eos`.
+    """
+
     type: Literal["model"]
-    """A reward model. It reads each query as it stands, with its own tokenizer: no chat template is applied,
-    special tokens in the text are taken as such, and its score is that of the last token."""
+    """A reward model; it scores each query as it stands, at its last token, without a chat template."""
     name: SourceName | None = None
     """Name in the server's messages; reward0, reward1, … when left out."""
     normalize: bool = False
     """Subtract the `mean` and divide by the `std` that the checkpoint's config.json carries."""
     append_eos: bool = False
-    """End a query that does not end with the tokenizer's eos token with it. Reward models usually learnt to
-    judge there, and rayrlhf's own `type: remote` sends responses without special tokens; off, the score is
-    that of the text as it was sent."""
+    """Add the eos token to queries that lack it at their end, as those of rayrlhf's `type: remote` do."""
     max_tokens: Count | None = None
     """Tokens of the longest query; what the model's positions allow when left out."""
     on_long: Literal["reject", "keep_end", "keep_start"] = "reject"
