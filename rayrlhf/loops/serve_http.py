@@ -17,8 +17,14 @@ from rayrlhf.loops.checks import InputError
 
 PROXY_SECONDS = 20.0  # for Serve's HTTP proxy to do what Serve was told; 3 s on an idle machine
 POLL_SECONDS = 0.1
+ANY_ADDRESS = ("0.0.0.0", "::")
 # What the proxy says of itself: that it is well, or that it knows no application yet.
 PROXY_WORDS = ("success", "Route table is not populated yet.")
+
+
+def check_own_port(server: ServerConfig) -> None:
+    """For a Ray that is yet to be started on this machine: nobody may have the port. Raises `InputError`."""
+    _check_port(server, "127.0.0.1" if server.host in ANY_ADDRESS else server.host)
 
 
 def start_http(server: ServerConfig) -> str:
@@ -30,11 +36,7 @@ def start_http(server: ServerConfig) -> str:
     host = _reachable(server.host)
     root = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
     if not _proxy_answers(root):
-        if _listens(host, server.port):
-            raise InputError(
-                f"server.port={server.port}: another program listens at {host}:{server.port}; "
-                "choose a free port, or end that program"
-            )
+        _check_port(server, host)
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": server.host, "port": server.port},
@@ -76,7 +78,7 @@ def _wait_for_proxy(root: str, server: ServerConfig) -> None:
 
 def _reachable(host: str) -> str:
     """Where to reach a proxy of the head node that listens on `host`."""
-    if host not in ("0.0.0.0", "::"):
+    if host not in ANY_ADDRESS:
         return host
     heads = [node for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
     return heads[0]["NodeManagerAddress"] if heads else "127.0.0.1"
@@ -98,9 +100,12 @@ def _get(url: str) -> tuple[int | None, str]:
         return None, ""
 
 
-def _listens(host: str, port: int) -> bool:
+def _check_port(server: ServerConfig, host: str) -> None:
     try:
-        socket.create_connection((host, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
+        socket.create_connection((host, server.port), timeout=5).close()
+    except OSError:  # nobody listens
+        return
+    raise InputError(
+        f"server.port={server.port}: another program listens at {host}:{server.port}; "
+        "choose a free port, or end that program"
+    )

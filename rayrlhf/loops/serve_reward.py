@@ -8,6 +8,7 @@ from rayrlhf.loops.driver import INPUT_ERRORS, named_actor
 # isort: split
 
 import json
+import os
 import signal
 import time
 import uuid
@@ -22,7 +23,7 @@ from ray.serve.api import RunTarget
 from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
-from rayrlhf.loops.serve_http import answers, start_http
+from rayrlhf.loops.serve_http import answers, check_own_port, start_http
 from rayrlhf.loops.serve_reward_checks import check_sources
 from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
 from rayrlhf.observe.console import Console
@@ -54,6 +55,8 @@ def serve_reward(config: ServeRewardConfig) -> int:
     stop = _Stop()
     try:
         sources = check_sources(config)
+        if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+            check_own_port(config.server)
         with ray_session(NAMESPACE) as where:
             signal.signal(signal.SIGTERM, stop)  # after ray.init, which installs its own
             console.say(where)
