@@ -128,8 +128,7 @@ class FrozenRefConfig(Section):
     path: str | None = None
     """Checkpoint of the reference; the model's own start when left out."""
     precompute: bool = False
-    """Ask the reference once about every sample before training, and keep the answers on disk: the reference
-    then takes no memory while training."""
+    """Ask the reference about every sample before training, keep the answers on disk and forget the model."""
 
 
 NEEDS_REF = ("dpo", "ipo", "cdpo")
@@ -177,8 +176,7 @@ def _target_margin_is_used(algorithm: PreferenceConfig) -> Problem | None:
 
 class PreferenceConfig(Section):
     loss: Literal["dpo", "ipo", "cdpo", "orpo", "simpo"] = "dpo"
-    """dpo (arXiv 2305.18290), ipo (2310.12036), cdpo (smoothed labels), orpo (2403.07691) or simpo
-    (2405.14734)."""
+    """arXiv 2305.18290, 2310.12036, dpo with smoothed labels, 2403.07691 and 2405.14734."""
     beta: PositiveNumber = 0.1
     """How strongly the policy is held to the reference; for orpo the weight of the odds ratio."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -254,8 +252,7 @@ class TeacherConfig(Section):
     path: str = Field(min_length=1)
     """The teacher's checkpoint; it has the student's vocabulary."""
     location: Literal["worker", "serve"] = "worker"
-    """A frozen copy in every training worker (its whole distribution), or replicas behind Ray Serve on slots
-    of their own (its top_k tokens)."""
+    """A frozen copy in every training worker, or replicas behind Ray Serve that send their top_k tokens."""
     top_k: Count = 64
     """Tokens per position that a served teacher sends; the rest of its distribution is one number."""
     num_replicas: Count = 1
