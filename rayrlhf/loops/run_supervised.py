@@ -31,6 +31,7 @@ from rayrlhf.data.examples import prepare_examples
 from rayrlhf.data.files import Split
 from rayrlhf.data.plan import StepPlan, every_row_once, plan_steps, row_order
 from rayrlhf.loops.checks import check_model, check_resume
+from rayrlhf.loops.model_checks import check_models
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.loops.summary import write_supervised_summary
 from rayrlhf.loops.supervised import supervised_loop
@@ -74,6 +75,7 @@ def _run(config: Any, console: Console) -> Path:
     run_path = start_folder(config)
     spec = plan_supervised(config)
     check_placement(spec, config)
+    check_models(config)
     stores = _prepare_stores(config, run_path, console.say)
     rows_read = config.train.num_rows_read(len(stores.train))
     config = config.model_copy(update={"train": config.train.with_steps(len(stores.train))})

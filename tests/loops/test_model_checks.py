@@ -1,0 +1,49 @@
+"""What would only come to light at the end of a supervised job is an error at its beginning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrlhf.config.supervised import JOBS
+from rayrlhf.loops.checks import InputError
+from rayrlhf.loops.model_checks import check_models
+
+
+def config(job: str, model: str, **sections: Any) -> Any:
+    tree = {"run": {"name": "x"}, "model": {"path": model}, "data": {"train": "none.jsonl"}}
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return JOBS[job].model_validate(tree)
+
+
+def test_reward_words_are_one_token(tiny_model: str) -> None:
+    data = {"step_token": "<|extra|>"}
+    check_models(config("prm", tiny_model, data=data, algorithm={"reward_tokens": ["-", "+"]}))
+    with pytest.raises(InputError, match=r"algorithm.reward_tokens: 'bad' is 3 tokens"):
+        check_models(config("prm", tiny_model, data=data, algorithm={"reward_tokens": ["bad", "good"]}))
+
+
+def test_a_teacher_has_the_vocabulary_of_its_student(tiny_model: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    check_models(config("kd", tiny_model, teacher={"path": tiny_model}))
+    LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"teacher.path: .* 264 .* 300"):
+        check_models(config("kd", tiny_model, teacher={"path": str(tmp_path)}))
+
+
+def test_a_reward_model_can_pad(tiny_model: str, tmp_path: Path) -> None:
+    """With the end of text as the only special token, padded batches would be scored at a wrong token."""
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.tiny_model import make_tokenizer
+
+    check_models(config("rm", tiny_model))
+    backend = make_tokenizer().backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
+    with pytest.raises(InputError, match=r"model.path: the tokenizer has no special token but '</s>'"):
+        check_models(config("rm", str(tmp_path)))
