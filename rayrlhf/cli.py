@@ -17,6 +17,7 @@ class Command:
     function: str  # module:function; takes the words after the command and returns the exit code
     arguments: str
     summary: str
+    explains_itself: bool = False  # prints a help of its own
 
 
 COMMANDS: dict[str, Command] = {
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Command] = {
         "MODEL [--base BASE] [--system TEXT] [--temperature X] [--top-p P] [--top-k K] [--max-new-tokens N] "
         "[--seed N] [--dtype D] [--chat-template FILE]",
         "talk to a checkpoint, with --base side by side to two; from a pipe, every line is one message",
+        explains_itself=True,
     ),
     "merge-lora": Command(
         "rayrlhf.models.merge_lora:main",
@@ -58,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(name: str, words: list[str]) -> int:
     command = COMMANDS[name]
-    if not words or words[0] in ("-h", "--help"):
+    if not words or (words[0] in ("-h", "--help") and not command.explains_itself):
         print(f"usage: rayrlhf {name} {command.arguments}\n\n{command.summary}")
         return 0 if words else 2
     module, _, function = command.function.partition(":")
