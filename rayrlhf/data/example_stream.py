@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rayrlhf.data.example_store import ExampleStore, examples_of
 from rayrlhf.data.plan import StepPlan
-from rayrlhf.data.stream import FETCH_TASKS
+from rayrlhf.data.stream import MAX_BLOCKS, fetched
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from rayrlhf.batch import Example
 
 # One row is all that a rank trains on in a step: ranks then have equally many rows, and no split of Ray
-# Data's falls inside a step. Many rows make a block, since each block is an object of the cluster.
-MAX_BLOCKS = 4096
+# Data's falls inside a step.
 
 
 def example_dataset(
@@ -32,10 +31,6 @@ def example_dataset(
     Columns: `step`, `rank`, `sizes` (examples per micro-batch) and one list per column of the store. What is
     said of `rayrlhf.data.stream.prompt_dataset` holds here too. Raises `ValueError` where no step is left.
     """
-    import ray.data
-
-    from rayrlhf.data.sources import ordered_and_quiet
-
     steps = list(plans)
     if not steps:
         raise ValueError(f"no step from start_step={start_step} on")
@@ -46,14 +41,7 @@ def example_dataset(
         for first in range(0, len(steps), steps_per_block)
         for rank in range(world_size)
     ]
-    with ordered_and_quiet():
-        return ray.data.from_arrow(blocks).map_batches(
-            partial(_fetch, os.path.abspath(store_path)),
-            batch_size=None,  # a block in, a block out: the split must see the blocks of the plan
-            batch_format="pyarrow",
-            num_cpus=0,
-            concurrency=FETCH_TASKS,
-        )
+    return fetched(blocks, partial(_fetch, os.path.abspath(store_path)))
 
 
 def _plan_block(plans: list[StepPlan], first_step: int, rank: int) -> pa.Table:

@@ -8,7 +8,7 @@ that it did.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +74,6 @@ def prompt_dataset(store_path: str | os.PathLike[str], plan: np.ndarray, start_s
     checkpoint's step; and with `DataConfig(execution_options=ExecutionOptions(preserve_order=True))`, since
     Ray Train drops the option that the data set carries. Raises `ValueError` where no step is left.
     """
-    import ray.data
-
-    from rayrlhf.data.sources import ordered_and_quiet
-
     num_steps, world_size, _ = plan.shape
     if not 0 <= start_step < num_steps:
         raise ValueError(f"start_step={start_step} of a plan with {num_steps} steps")
@@ -87,9 +83,18 @@ def prompt_dataset(store_path: str | os.PathLike[str], plan: np.ndarray, start_s
         for step in range(start_step, num_steps, steps_per_block)
         for rank in range(world_size)
     ]
+    return fetched(blocks, partial(_fetch, os.path.abspath(store_path)))
+
+
+def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Dataset:
+    """The blocks of a plan in their order, each made by `fetch` into what the plan is about."""
+    import ray.data
+
+    from rayrlhf.data.sources import ordered_and_quiet
+
     with ordered_and_quiet():
         return ray.data.from_arrow(blocks).map_batches(
-            partial(_fetch, os.path.abspath(store_path)),
+            fetch,
             batch_size=None,  # a block in, a block out: the split must see the blocks of the plan
             batch_format="pyarrow",
             num_cpus=0,

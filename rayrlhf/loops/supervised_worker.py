@@ -163,16 +163,7 @@ class SupervisedWorker(TrainingWorker):
         self.evaluate("after")
         self.task.before_export(self._sample_of_training_data)
         export = self._export("export") if self.config.checkpoint.export else None
-        self.keep_time()
-        return {
-            "before": self.state.eval_before,
-            "after": self.last_evaluation,
-            "best": self.state.best,
-            "steps": self.state.step,
-            "seconds_per_phase": self.state.seconds_per_phase,
-            "seconds_total": self.state.seconds_total,
-            "export": export,
-        }
+        return self.result(after=self.last_evaluation, export=export)
 
     def _sample_of_training_data(self) -> Iterator[MicroBatches]:
         for _, micro_batches in iter_examples(_shard("sample"), self.rank):

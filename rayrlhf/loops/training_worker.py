@@ -81,6 +81,19 @@ class TrainingWorker:
         self.keep_time()
         save(self.state, self.saved, Path(self.config.run.path) / "scratch")
 
+    def result(self, *, after: dict[str, Any], export: str | None) -> dict[str, Any]:
+        """What the summary is made of; the loop's return value."""
+        self.keep_time()
+        return {
+            "before": self.state.eval_before,
+            "after": after,
+            "best": self.state.best,
+            "steps": self.state.step,
+            "seconds_per_phase": self.state.seconds_per_phase,
+            "seconds_total": self.state.seconds_total,
+            "export": export,
+        }
+
     # Telling what happens
 
     def say(self, text: str) -> None:

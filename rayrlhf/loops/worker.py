@@ -260,16 +260,7 @@ class PolicyWorker(TrainingWorker):
         self.last_evaluation = {}
         self.evaluate("after")
         export = self._export("export") if self.config.checkpoint.export else None
-        self.keep_time()
-        return {
-            "before": self.state.eval_before,
-            "after": self.last_evaluation,
-            "best": self.state.best,
-            "steps": self.state.step,
-            "seconds_per_phase": self.state.seconds_per_phase,
-            "seconds_total": self.state.seconds_total,
-            "export": export,
-        }
+        return self.result(after=self.last_evaluation, export=export)
 
     def _export(self, name: str) -> str:
         path = Path(self.config.run.path) / name
