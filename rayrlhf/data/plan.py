@@ -68,10 +68,9 @@ def plan_steps(
         yield plan_step(rows, num_tokens, world_size=world_size, budget_tokens=budget_tokens)
 
 
-def every_row_once(num_rows: int, rows_per_step: int) -> list[np.ndarray]:
+def each_once(rows: np.ndarray, rows_per_step: int) -> list[np.ndarray]:
     """The order of a pass in which nothing is learnt: an evaluation, a reference's log-probabilities."""
-    rows = np.arange(num_rows)
-    return [rows[start : start + rows_per_step] for start in range(0, num_rows, rows_per_step)]
+    return [rows[start : start + rows_per_step] for start in range(0, len(rows), rows_per_step)]
 
 
 def fill_of(plan: StepPlan, num_tokens: np.ndarray, budget_tokens: int) -> float:

@@ -23,20 +23,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.data.checks import check_example_sources
 from rayrlhf.data.example_store import ExampleStore
 from rayrlhf.data.example_stream import example_dataset
 from rayrlhf.data.examples import prepare_examples
 from rayrlhf.data.files import Split
-from rayrlhf.data.plan import StepPlan, every_row_once, plan_steps, row_order
+from rayrlhf.data.plan import StepPlan, each_once, plan_steps, row_order
 from rayrlhf.loops.checks import check_model, check_resume
 from rayrlhf.loops.model_checks import check_models
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.loops.summary import write_supervised_summary
 from rayrlhf.loops.supervised import supervised_loop
 from rayrlhf.loops.supervised_job import SupervisedJob
-from rayrlhf.loops.tasks.reference import table_path
+from rayrlhf.loops.tasks.reference import RefTable, table_path
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.plan import plan_supervised
@@ -85,13 +87,14 @@ def _run(config: Any, console: Console) -> Path:
         make_sinks(config, run_path, console) as sinks,
         ExitStack() as stack,
     ):
+        steps = _steps(config, stores, rows_read)
         job = SupervisedJob(
             config=config,
             run_id=run_id,
             threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),
             num_rows=len(stores.train),
             has_eval=stores.held_out is not None,
-            ref_tables=_ref_tables(config, run_path, stores),
+            ref_tables=_ref_tables(config, run_path, stores, steps),
         )
         trainer = make_trainer(
             supervised_loop,
@@ -99,7 +102,7 @@ def _run(config: Any, console: Console) -> Path:
             config,
             slots,
             threads=job.threads_per_worker,
-            datasets=_streams(job, stores, rows_read, run_path / TRAIN_FOLDER),
+            datasets=_streams(job, stores, steps, run_path / TRAIN_FOLDER),
         )
         console.say(f"starting {config.train.num_workers} x trainer")
         if config.job == "kd" and config.teacher.location == "serve":
@@ -137,33 +140,48 @@ def _prepare_stores(config: Any, run_path: Path, say: Callable[[str], None]) -> 
     return Stores(train=prepare("train"), held_out=prepare("eval") if config.data.has_eval else None)
 
 
-def _ref_tables(config: Any, run_path: Path, stores: Stores) -> dict[str, str]:
+def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str, list[np.ndarray]]:
+    """The rows of every training step, and of every part of an evaluation."""
+    per_step = config.train.samples_per_step
+    steps = {"train": row_order(len(stores.train), per_step, rows_read, config.run.seed, config.data.shuffle)}
+    if stores.held_out is not None:
+        count = min(config.eval.num_samples or len(stores.held_out), len(stores.held_out))
+        steps["eval"] = each_once(np.arange(count), per_step)
+    return steps
+
+
+def _ref_tables(
+    config: Any, run_path: Path, stores: Stores, steps: dict[str, list[np.ndarray]]
+) -> dict[str, RefTable]:
+    """By split, where the reference's answers lie or will lie."""
     ref = getattr(config, "ref", None)
     if ref is None or not ref.precompute:
         return {}
     path = ref.path or config.model.path
-    return {
-        split: str(table_path(run_path / "data", split, store.fingerprint, path))
-        for split, store in stores.by_split()
-    }
+    tables: dict[str, RefTable] = {}
+    for split, store in stores.by_split():
+        rows = _needed(steps[split])
+        file = table_path(run_path / "data", split, store.fingerprint, rows, path)
+        tables[split] = RefTable(str(file), len(rows))
+    return tables
 
 
-def _streams(job: SupervisedJob, stores: Stores, rows_read: int, storage: Path) -> dict[str, Any]:
+def _needed(steps: list[np.ndarray]) -> np.ndarray:
+    return np.unique(np.concatenate(steps))
+
+
+def _streams(
+    job: SupervisedJob, stores: Stores, steps: dict[str, list[np.ndarray]], storage: Path
+) -> dict[str, Any]:
     """Ray Data sets by name, for the trainer. They are made anew whenever the workers (re)start: that is
     where a resumed stream begins.
     """
     config = job.settings
-    order = row_order(
-        len(stores.train),
-        config.train.samples_per_step,
-        rows_read,
-        config.run.seed,
-        config.data.shuffle,
-    )
+    order, per_step = steps["train"], config.train.samples_per_step
 
-    def plans(store: ExampleStore, steps: list[Any], start: int = 0) -> Iterator[StepPlan]:
+    def plans(store: ExampleStore, rows: list[np.ndarray], start: int = 0) -> Iterator[StepPlan]:
         return plan_steps(
-            steps,
+            rows,
             store.num_tokens,
             world_size=config.train.num_workers,
             budget_tokens=config.train.max_tokens_per_micro_batch,
@@ -174,18 +192,17 @@ def _streams(job: SupervisedJob, stores: Stores, rows_read: int, storage: Path) 
         start = min(newest_step(storage), len(order) - 1)
         return example_dataset(stores.train.path, plans(stores.train, order, start), start)
 
-    def once(store: ExampleStore, rows: int | None = None) -> Callable[[], Any]:
-        steps = every_row_once(min(rows or len(store), len(store)), config.train.samples_per_step)
-        return lambda: example_dataset(store.path, plans(store, steps))
+    def once(store: ExampleStore, rows: np.ndarray) -> Callable[[], Any]:
+        return lambda: example_dataset(store.path, plans(store, each_once(rows, per_step)))
 
     streams: dict[str, Any] = {"train": train}
     if stores.held_out is not None:
-        streams["eval"] = once(stores.held_out, config.eval.num_samples)
+        streams["eval"] = once(stores.held_out, np.concatenate(steps["eval"]))
     if job.config.job == "rm":
-        streams["sample"] = once(stores.train, SAMPLE_ROWS)
+        streams["sample"] = once(stores.train, np.arange(min(len(stores.train), SAMPLE_ROWS)))
     for split, store in stores.by_split():
-        if split in job.ref_tables and not Path(job.ref_tables[split]).is_file():
-            streams[f"ref_{split}"] = once(store)
+        if split in job.ref_tables and not Path(job.ref_tables[split].file).is_file():
+            streams[f"ref_{split}"] = once(store, _needed(steps[split]))
     return streams
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayrlhf.config.supervised import SupervisedConfig
+from rayrlhf.loops.tasks.reference import RefTable
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class SupervisedJob:
     threads_per_worker: int
     num_rows: int  # of the training data
     has_eval: bool
-    ref_tables: dict[str, str] = field(default_factory=dict)  # split -> file of the reference's answers
+    ref_tables: dict[str, RefTable] = field(default_factory=dict)  # by split
 
     @property
     def settings(self) -> SupervisedConfig:

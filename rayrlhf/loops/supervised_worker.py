@@ -57,14 +57,17 @@ class SupervisedWorker(TrainingWorker):
             self.say(f"resuming after step {self.state.step}")
 
     def ask_reference(self) -> None:
-        """With `ref.precompute`, one pass over all samples, unless a former run has left its answers."""
+        """With `ref.precompute`, one pass over the samples, unless a former run has left its answers."""
         reference = getattr(self.task, "reference", None)
         if reference is None or not self.job.ref_tables:
             return
         with self.phase("reference"):
-            for split, file in self.job.ref_tables.items():
+            for split, (file, num_rows) in self.job.ref_tables.items():
                 steps = () if Path(file).is_file() else iter_examples(_shard(f"ref_{split}"), self.rank)
-                reference.fill(split, Path(file), steps)
+                total = f"{-(-num_rows // self.world_size)} samples ({split})"
+                reference.fill(
+                    split, Path(file), steps, lambda done, total=total: self.say(f"reference {done}/{total}")
+                )
             reference.forget_model()
 
     def evaluate_before(self) -> None:

@@ -21,6 +21,8 @@ from rich.progress import (
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.summary import show_summary
 
+PROGRESS_SECONDS = 20.0  # between two lines of a log that tell how far a long phase has come
+
 # (metric, label, format): one step, one line
 COLUMNS = [
     ("reward/mean", "reward", "{:+.3f}"),
@@ -50,6 +52,7 @@ class Console:
         self.progress: Progress | None = None
         self.task: Any = None
         self.step_seconds: list[float] = []
+        self.progress_told = self.started
 
     def say(self, text: str) -> None:
         if self.mode != "quiet":
@@ -98,8 +101,13 @@ class Console:
     def _phase(self, report: Report) -> None:
         if self.progress is not None:
             self.progress.update(self.task, description=escape(report.text))
-        elif report.step == 0 and not self.step_seconds and "/" not in report.text:
-            self.say(report.text)  # before the first step is through, a log would be silent for long
+        elif report.step == 0 and not self.step_seconds:
+            # Before the first step is through, a log would be silent for long. Progress ("3/8 prompts") comes
+            # too often for a line each.
+            now = time.monotonic()
+            if "/" not in report.text or now - self.progress_told > PROGRESS_SECONDS:
+                self.progress_told = now
+                self.say(report.text)
 
     def _step(self, report: Report) -> None:
         self.step_seconds.append(report.metrics.get("time/step", 0.0))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.data.plan import every_row_once, fill_of, plan_step, plan_steps, row_order
+from rayrlhf.data.plan import each_once, fill_of, plan_step, plan_steps, row_order
 
 
 def test_an_epoch_has_every_row_once_and_its_last_step_what_is_left() -> None:
@@ -73,5 +73,5 @@ def test_log_normal_lengths_fill_97_percent() -> None:
     assert np.mean([fill_of(plan, lengths, 8192) for plan in plans]) >= 0.97
 
 
-def test_every_row_once() -> None:
-    assert [rows.tolist() for rows in every_row_once(5, 2)] == [[0, 1], [2, 3], [4]]
+def test_each_once() -> None:
+    assert [rows.tolist() for rows in each_once(np.array([4, 1, 7]), 2)] == [[4, 1], [7]]

@@ -97,22 +97,15 @@ def test_prm_finds_planted_wrong_steps(tmp_path: Path, tiny_model: str) -> None:
     assert model.config.id2label == {0: "bad", 1: "good"} and model.config.step_token == made.STEP_TOKEN
 
 
-@pytest.mark.parametrize(
-    ("loss", "more"),
-    [("dpo", {"ref": {"precompute": True}}), ("simpo", {})],
-)
-def test_preferences_raise_the_margin(
-    tmp_path: Path, tiny_model: str, loss: str, more: dict[str, Any]
-) -> None:
+def test_dpo_raises_the_margin(tmp_path: Path, tiny_model: str) -> None:
+    """Its kin differ in the loss alone, which test_supervised_parity runs for each."""
     made.write(tmp_path / "train.jsonl", made.pairs(128))
     made.write(tmp_path / "eval.jsonl", made.pairs(32, seed=1))
-    algorithm: dict[str, Any] = {"loss": loss, "nll_coef": 0.1}
-    if loss == "simpo":
-        algorithm |= {"beta": 2.0, "gamma": 0.5}
-    config = job(tmp_path, tiny_model, "dpo", algorithm=algorithm, train={"num_steps": 6, "lr": 1e-3}, **more)
+    train = {"num_steps": 6, "lr": 1e-3}
+    config = job(tmp_path, tiny_model, "dpo", train=train, ref={"precompute": True})
     summary = run(config)
     before, after = (summary["evaluation"][when] for when in ("before", "after"))
-    assert after["eval/margin"] > before["eval/margin"]
+    assert after["eval/margin"] > before["eval/margin"] + 0.1
     assert after["eval/loss"] < before["eval/loss"]
     assert after["eval/accuracy"] > 0.9
 
@@ -170,7 +163,7 @@ def test_kd_comes_closer_to_the_teacher(
     assert after < 0.5 * before
 
 
-def test_patience_ends_a_run_and_it_stays_ended(tmp_path: Path, tiny_model: str) -> None:
+def test_patience_ends_a_run(tmp_path: Path, tiny_model: str) -> None:
     made.write(tmp_path / "train.jsonl", made.conversations(32))
     made.write(tmp_path / "eval.jsonl", made.conversations(8, seed=1))
     config = job(
@@ -181,7 +174,6 @@ def test_patience_ends_a_run_and_it_stays_ended(tmp_path: Path, tiny_model: str)
         eval={"every_steps": 1, "patience": 2},
     )
     assert run(config)["steps"] == 3  # the first evaluation sets the mark, two do not better it
-    assert run(config)["steps"] == 3
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, tiny_model: str) -> None:

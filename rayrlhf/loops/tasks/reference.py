@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from rayrlhf.train.reference import LocalReference
 class FrozenReference:
     """Adds `ref_sums` [S], the log-probability of each sequence's learnt tokens, to micro-batches.
 
-    With `precompute` the sums of every row are looked up in tables [rows, sequences per example], one per
-    split, which `fill` makes; the model is then held only while it does.
+    With `precompute` the sums are looked up in tables, one per split, which `fill` makes: [rows up to the
+    last one needed, sequences per example]. The model is then held only while it does.
     """
 
     def __init__(self, config: SupervisedConfig, ref: FrozenRefConfig) -> None:
@@ -59,8 +59,16 @@ class FrozenReference:
         sums = torch.where(rows >= 0, table[rows.clamp_min(0), which], 0.0)
         return sums.to(batch.input_ids.device)
 
-    def fill(self, split: str, path: Path, steps: Iterable[tuple[int, list[list[Example]]]]) -> None:
-        """Take the split's table from `path`, or make it from one pass over all rows. Collective."""
+    def fill(
+        self,
+        split: str,
+        path: Path,
+        steps: Iterable[tuple[int, list[list[Example]]]],
+        tell: Callable[[int], None],
+    ) -> None:
+        """Take the split's table from `path`, or make it from one pass over the rows that are needed, telling
+        how many this rank has asked about. Collective.
+        """
         if path.is_file():
             self.tables[split] = torch.from_numpy(np.load(path))
             return
@@ -76,8 +84,11 @@ class FrozenReference:
                 assert batch.ref_sums is not None and batch.group_ids is not None
                 rows = batch.group_ids.view(-1, together)[:, 0].tolist()
                 told += zip(rows, batch.ref_sums.view(-1, together).tolist(), strict=True)
-        everyone = sorted(pair for pair in collectives.gather_lists(told) if pair[0] >= 0)
-        table = np.array([sums for _, sums in everyone], dtype=np.float32)
+            tell(len(told))
+        everyone = [pair for pair in collectives.gather_lists(told) if pair[0] >= 0]
+        table = np.full((1 + max(row for row, _ in everyone), together), np.nan, dtype=np.float32)
+        for row, sums in everyone:
+            table[row] = sums
         if collectives.rank() == 0:
             partial = path.with_suffix(".partial.npy")
             np.save(partial, table)
@@ -89,9 +100,16 @@ class FrozenReference:
         self.model = None
 
 
-def table_path(folder: Path, split: str, fingerprint: str, reference: str) -> Path:
-    """Where the table of this data and this reference lies: other data or weights have another name."""
+class RefTable(NamedTuple):
+    """What the reference says of a split's rows that are needed."""
+
+    file: str
+    num_rows: int
+
+
+def table_path(folder: Path, split: str, fingerprint: str, rows: np.ndarray, reference: str) -> Path:
+    """Where the table of these rows and this reference lies: other rows or weights have another name."""
     weights = sorted(Path(reference).glob("*.safetensors"))
     state: Any = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
-    digest = hashlib.sha256(repr((fingerprint, reference, state)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((fingerprint, rows.tolist(), reference, state)).encode()).hexdigest()
     return folder / f"ref-{split}-{digest[:16]}.npy"
