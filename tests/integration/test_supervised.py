@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.loops.run_supervised import run_supervised
 from tests.integration import supervised_data as made
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+OPENED_BY = {
+    **dict.fromkeys(("sft", "dpo", "kto", "kd"), "AutoModelForCausalLM"),
+    "rm": "AutoModelForSequenceClassification",
+    "prm": "AutoModelForTokenClassification",
+}
 
 
 def job(folder: Path, model: str, name: str, **changes: Any) -> Any:
@@ -45,6 +52,8 @@ def run(config: Any) -> dict[str, Any]:
     summary = json.loads((Path(config.run.path) / "summary.json").read_text())
     told = {key.removeprefix("eval/") for key in summary["evaluation"]["after"]}
     assert told >= set(config.eval_metrics)  # whatever eval.metric may be set to is measured
+    getattr(transformers, OPENED_BY[config.job]).from_pretrained(summary["export"])
+    assert transformers.AutoTokenizer.from_pretrained(summary["export"]).chat_template
     return summary
 
 
