@@ -94,7 +94,6 @@ def test_the_reward_rises(tmp_path: Path, tiny_model: str, name: str, seed: int)
 OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "dapo": (["reward.overlong=null"], {"rollout/draws": 1.0}),
     "gspo": ([], {}),
-    **{name: ([], {}) for name in LEARNERS if name not in ALWAYS},
 }
 
 
