@@ -108,6 +108,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model: str, base: bool
         time.sleep(1)  # readline prints its prompt before it listens to signals
         typist.type("\x03")  # nobody speaks: nothing to stop
         place = typist.wait_for("/exit or Ctrl-D leaves", place)
+        typist.wait_for("> ", place)
+        time.sleep(1)
         typist.type("/exit\n")
         assert typist.process.wait(WAIT_SECONDS) == 0
         assert "Traceback" not in typist.said
