@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +22,6 @@ from torch.nn.functional import logsigmoid
 MAX_MEAN_LOGPROB = -1e-6
 
 PreferenceLoss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-
-
-class PreferenceTraits(NamedTuple):
-    """What a loop must know of a loss before it runs one."""
-
-    needs_reference: bool
-    paper: str
-
-
-PREFERENCE_TRAITS: dict[str, PreferenceTraits] = {
-    "dpo": PreferenceTraits(True, "arXiv 2305.18290"),
-    "ipo": PreferenceTraits(True, "arXiv 2310.12036"),
-    "cdpo": PreferenceTraits(True, "Mitchell 2023, A note on DPO with noisy preferences"),
-    "orpo": PreferenceTraits(False, "arXiv 2403.07691"),
-    "simpo": PreferenceTraits(False, "arXiv 2405.14734"),
-}
 
 
 def dpo(

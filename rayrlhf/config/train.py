@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayrlhf.config.base import (
+    ConfigError,
     Count,
     Fraction,
     NaturalNumber,
@@ -164,6 +165,14 @@ class SupervisedTrainConfig(OptimizerConfig):
         if num_steps is None:
             num_steps = math.ceil(self.num_rows_read(num_rows) / self.samples_per_step)
         warmup_steps = self.warmup_steps or round(self.warmup_ratio * num_steps)
+        if warmup_steps > num_steps:
+            problem = Problem(
+                "train.warmup_steps",
+                got=f"{warmup_steps} for {num_rows} rows, which are {num_steps} steps",
+                wanted=f"at most the steps of the run, {num_steps}",
+                fix="lower train.warmup_steps, or give train.warmup_ratio instead",
+            )
+            raise ConfigError([problem])
         changes = {
             "num_steps": num_steps,
             "num_epochs": None,

@@ -145,7 +145,10 @@ class SupervisedWorker(TrainingWorker):
     def _keep_if_best(self, result: Evaluation) -> None:
         """`best/` holds the model of the best evaluation so far; every rank has the same numbers."""
         key = self.config.eval.metric
-        value = result.metrics[f"eval/{key}"]
+        value = result.metrics.get(f"eval/{key}")
+        if value is None:
+            self.reporter.warn(self.state.step, f"no held-out sample has an eval.metric={key}: best/ stays")
+            return
         best = self.state.best
         if best and not is_better(key, value, best[key]):
             best["evaluations_since"] += 1

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rayrlhf.algorithms.distill_losses import DISTILL_LOSSES, top_k_divergence
 from rayrlhf.models.attention import packed_inputs
-from rayrlhf.models.fused_head import LogitScaling, add_product_, project, slices
+from rayrlhf.models.fused_head import LogitScaling, ProjectionGradients, project, slices
 from rayrlhf.models.logprobs import OutputHead, learnt_tokens, logit_scaling
 
 # of_logits(logits [n, V], which rows) -> two numbers per row, [n] and [n]; differentiable
@@ -89,28 +89,12 @@ class ChunkedLogits(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias = ctx.saved_tensors
         block = _block(hidden, weight, ctx.chunk_tokens)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=block.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=block.dtype) if ctx.needs_input_grad[2] else None
+        gradients = ProjectionGradients(ctx.needs_input_grad, hidden, weight, bias, block.dtype)
         for rows in slices(0, hidden.size(0), ctx.chunk_tokens):
             logits = ctx.scaling.apply_(project(hidden[rows], weight, bias, out=block))
             grad = _gradient_of(ctx.of_logits, logits, rows, [grad[rows] for grad in grad_outputs])
-            grad = ctx.scaling.gradient_(grad, logits)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                add_product_(grad_weight, grad.T, hidden[rows])
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+            gradients.add(rows, ctx.scaling.gradient_(grad, logits))
+        return (*gradients.result(), None, None, None)
 
 
 class DistillHead(OutputHead):

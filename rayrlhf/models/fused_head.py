@@ -8,7 +8,7 @@ the weight that every chunk is added to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,9 +105,7 @@ class FusedLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(logprobs)
         block, spare = _buffers(hidden, weight, ctx.chunk_tokens)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=block.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=block.dtype) if ctx.needs_input_grad[2] else None
+        gradients = ProjectionGradients(ctx.needs_input_grad, hidden, weight, bias, block.dtype)
         for rows in slices(0, hidden.size(0), ctx.chunk_tokens):
             grad = project(hidden[rows], weight, bias, out=block)
             for part, logits in _parts(grad, rows, spare):
@@ -122,20 +120,42 @@ class FusedLogprobs(torch.autograd.Function):
                     scaling=ctx.scaling,
                     spare=spare,
                 )
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                add_product_(grad_weight, grad.T, hidden[rows])
+            gradients.add(rows, grad)
+        return (*gradients.result(), None, None, None)
+
+
+class ProjectionGradients:
+    """Those of a projection's three inputs, where they are needed, to which chunks of rows are added."""
+
+    def __init__(
+        self,
+        needed: Sequence[bool],  # of hidden, weight and bias
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        dtype: torch.dtype,  # that sums are kept in
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.of_hidden = torch.empty_like(hidden) if needed[0] else None
+        self.of_weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+        self.of_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        """`grad` [n, V] is that of the projection's output at `rows`."""
+        if self.of_bias is not None:
+            self.of_bias += grad.sum(0)
+        grad = grad.to(self.weight.dtype)
+        if self.of_hidden is not None:
+            torch.mm(grad, self.weight, out=self.of_hidden[rows])
+        if self.of_weight is not None:
+            add_product_(self.of_weight, grad.T, self.hidden[rows])
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the dtypes of the inputs."""
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
+            self.of_hidden,
+            None if self.of_weight is None else self.of_weight.to(self.weight.dtype),
+            None if self.of_bias is None else self.of_bias.to(self.weight.dtype),
         )
 
 

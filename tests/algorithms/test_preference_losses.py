@@ -12,13 +12,13 @@ from torch import Tensor
 
 from rayrlhf.algorithms.preference_losses import (
     PREFERENCE_LOSSES,
-    PREFERENCE_TRAITS,
     chosen_nll,
     kto,
     kto_kl,
     kto_reference_point,
     log_odds,
 )
+from rayrlhf.config.supervised import NEEDS_REF
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -137,7 +137,7 @@ def test_a_step_down_prefers_the_chosen_response(
     ref = (chosen + 0.5, rejected - 0.5)  # the policy prefers the rejected one, against the reference
     _, metrics, (of_chosen, of_rejected) = run(name, chosen, rejected, ref, tokens, beta=0.1)
     assert of_chosen < 0 < of_rejected
-    if PREFERENCE_TRAITS[name].needs_reference:
+    if name in NEEDS_REF:
         assert metrics["reward/accuracy"] == 0.0
         assert metrics["reward/margin"] == pytest.approx(-0.1, abs=1e-4)
 
@@ -173,10 +173,9 @@ def test_low_precision_is_cast_up(name: str) -> None:
     assert {loss.dtype, *(value.dtype for value in metrics.values())} == {torch.float32}
 
 
-def test_traits_say_which_need_a_reference() -> None:
-    assert PREFERENCE_TRAITS.keys() == PREFERENCE_LOSSES.keys()
-    for name, traits in PREFERENCE_TRAITS.items():
-        if traits.needs_reference:
+def test_the_config_knows_which_need_a_reference() -> None:
+    for name in PREFERENCE_LOSSES:
+        if name in NEEDS_REF:
             with pytest.raises(ValueError, match=f"loss={name} compares with a reference"):
                 run(name, -1.0, -2.0, beta=0.1)
         else:

@@ -14,13 +14,13 @@ from torch import Tensor
 from rayrlhf.algorithms.distill_losses import DISTILL_LOSSES, divergence, top_k_divergence
 from rayrlhf.algorithms.preference_losses import (
     PREFERENCE_LOSSES,
-    PREFERENCE_TRAITS,
     chosen_nll,
     kto,
     kto_kl,
     kto_reference_point,
 )
 from rayrlhf.algorithms.reward_losses import REWARD_LOSSES, prm
+from rayrlhf.config.supervised import NEEDS_REF
 from tests.algorithms import supervised_references as references
 from tests.algorithms.supervised_references import Array, Pair, PairSettings
 
@@ -32,7 +32,6 @@ properties = settings(max_examples=40, deadline=None, derandomize=True)
     ("table", "referenced"),
     [
         (PREFERENCE_LOSSES, references.PREFERENCE_LOSSES),
-        (PREFERENCE_TRAITS, references.PREFERENCE_LOSSES),
         (REWARD_LOSSES, references.REWARD_LOSSES),
         (DISTILL_LOSSES, references.DISTILL_LOSSES),
     ],
@@ -103,7 +102,7 @@ def test_preference_losses_and_their_gradients(
 
     leaf = fp32(pairs[:, :2]).requires_grad_()
     ref_chosen, ref_rejected, *tokens = fp32(pairs[:, 2:]).unbind(1)
-    refs = (ref_chosen, ref_rejected) if PREFERENCE_TRAITS[name].needs_reference else (None, None)
+    refs = (ref_chosen, ref_rejected) if name in NEEDS_REF else (None, None)
     loss, metrics = PREFERENCE_LOSSES[name](*leaf.unbind(1), *refs, *tokens, **chosen_with._asdict())
     agree(loss, losses(pairs[:, :2]))
     gradient_agrees(loss, leaf, lambda sums: sum(losses(sums)), pairs[:, :2])

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from rayrlhf.batch import Example, TokenSequence, empty_examples, pack_examples
+from rayrlhf.config.base import ConfigError
+from rayrlhf.config.train import SupervisedTrainConfig
 from rayrlhf.loops.tasks.task import Mean, example_ids, mean_over, means_of, real_examples, summed
 
 
@@ -39,6 +41,14 @@ def test_fillers_are_no_examples() -> None:
     assert batch.example_values is not None
     assert batch.example_values.tolist() == [0.5, 0.5, 0.0, 0.0]
     assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 0, 1, 0, 1, 2]
+
+
+def test_a_warm_up_must_end_within_the_steps_that_the_data_make() -> None:
+    train = SupervisedTrainConfig(samples_per_step=16, num_epochs=2, warmup_ratio=0.5)
+    known = train.with_steps(40)  # 80 samples are read
+    assert (known.num_steps, known.warmup_steps, known.total_steps) == (5, 2, 5)
+    with pytest.raises(ConfigError, match="6 for 40 rows, which are 5 steps"):
+        SupervisedTrainConfig(samples_per_step=16, num_epochs=2, warmup_steps=6).with_steps(40)
 
 
 def test_a_mask_of_another_length_is_an_error() -> None:
