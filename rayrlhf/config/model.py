@@ -29,25 +29,33 @@ class CriticConfig(Section):
     """Learning rate of the critic; its schedule, warm-up and optimizer are those of `train`."""
     value_clip: PositiveNumber | None = 0.2
     """How far a value may move from the old one before its loss is clipped; null switches it off."""
+    location: Literal["auto", "worker", "trainer"] = "auto"
+    """In the actor's workers, or in a trainer of its own; auto: worker where both share slots."""
+    num_workers: Count | None = None
+    """Workers of a critic in a trainer of its own; train.num_workers when left out."""
 
 
-def _replicas_are_used(ref: RefConfig) -> Problem | None:
-    if ref.location == "serve" or ref.num_replicas == 1:
+def _engine_serves(ref: RefConfig) -> Problem | None:
+    if ref.engine == "vllm" or ref.tensor_parallel == 1:
         return None
     return Problem(
-        "num_replicas",
-        got=f"{ref.num_replicas} with location=worker",
-        wanted="no replicas: with location=worker every training worker holds a copy of its own",
-        fix="set ref.location to serve, or remove num_replicas",
+        "tensor_parallel",
+        got=f"{ref.tensor_parallel} with engine={ref.engine}",
+        wanted="1: only a vLLM engine spreads a reference over several GPUs",
+        fix="set ref.engine to vllm, or remove ref.tensor_parallel",
     )
 
 
 class RefConfig(Section):
     path: str | None = None
     """Checkpoint of the reference policy; the actor's when left out."""
-    location: Literal["worker", "serve"] = "worker"
-    """A frozen copy in every training worker, or replicas behind Ray Serve on slots of their own."""
+    location: Literal["auto", "worker", "serve"] = "auto"
+    """A frozen copy in every actor worker, or replicas behind Ray Serve; auto: worker where both share slots."""
     num_replicas: Count = 1
-    """Serve replicas of the reference (with location: serve)."""
+    """Serve replicas of a reference that is served."""
+    engine: Literal["packed", "vllm"] = "packed"
+    """What serves it: a packed forward pass, or vLLM, which can spread a big one over tensor_parallel GPUs."""
+    tensor_parallel: Count = 1
+    """GPUs of each replica (with engine: vllm)."""
 
-    checks = (_replicas_are_used,)
+    checks = (_engine_serves,)

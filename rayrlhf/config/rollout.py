@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Count, NaturalNumber, NonNegativeNumber, PositiveNumber, Problem, Section
+from rayrlhf.config.base import (
+    Count,
+    NaturalNumber,
+    NonNegativeNumber,
+    PositiveNumber,
+    Problem,
+    Section,
+    Wanted,
+)
 from rayrlhf.config.environment import EnvironmentConfig
 from rayrlhf.config.model import Dtype
 
@@ -64,6 +72,8 @@ class EngineConfig(Section):
 
     num_engines: Count = 1
     """vLLM engines, each a Serve replica."""
+    tensor_parallel: Count = 1
+    """GPUs of each engine, which have to be on one node."""
     group_size: Count = 1
     """Samples per prompt."""
     sampling: SamplingConfig = SamplingConfig()
@@ -84,6 +94,17 @@ class EngineConfig(Section):
     """Deadline for all engines to come up."""
 
 
+def _asleep_engines_have_no_work(rollout: RolloutConfig) -> Problem | None:
+    if rollout.sleep is not True or rollout.max_staleness is None:
+        return None
+    return Problem(
+        "sleep",
+        got=f"true with max_staleness={rollout.max_staleness}",
+        wanted="false: these engines work while the trainers do",
+        fix="remove rollout.sleep, or rollout.max_staleness",
+    )
+
+
 class RolloutConfig(EngineConfig):
     prompts_per_step: Count = 64
     """Prompts per step, over all workers."""
@@ -95,10 +116,12 @@ class RolloutConfig(EngineConfig):
     """Groups in flight per group needed: a step takes those that finish first, the others go on (> 1)."""
     environment: EnvironmentConfig | None = None
     """Multi-turn episodes with your environment; null is one response per prompt."""
+    sleep: Annotated[bool | Literal["auto"], Wanted("true, false or auto")] = "auto"
+    """Engines give their memory back while the trainers work; auto: those that share slots with the actor."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """How new weights reach the engines."""
 
-    checks = (_only_the_pool_oversamples,)
+    checks = (_only_the_pool_oversamples, _asleep_engines_have_no_work)
 
     @property
     def max_response_tokens(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import ValidationInfo, field_validator
 
 from rayrlhf.config.algorithm import GROUP_ADVANTAGES, AlgorithmConfig
@@ -221,6 +223,60 @@ def _evaluation_has_prompts(config: PolicyRunConfig) -> Problem | None:
     )
 
 
+def _critic_workers_are_used(config: PolicyRunConfig) -> Problem | None:
+    if config.critic is None or config.critic.num_workers is None or config.critic_is_apart:
+        return None
+    return Problem(
+        "critic.num_workers",
+        got=f"{config.critic.num_workers} with {_why_in_worker(config, 'critic')}",
+        wanted="nothing: this critic lives in the actor's workers",
+        fix="set critic.location to trainer, or remove critic.num_workers",
+    )
+
+
+def _ref_replicas_are_used(config: PolicyRunConfig) -> Problem | None:
+    ref = config.ref
+    if ref is None or config.ref_is_served or (ref.num_replicas == 1 and ref.engine == "packed"):
+        return None
+    key = "num_replicas" if ref.num_replicas > 1 else "engine"
+    return Problem(
+        f"ref.{key}",
+        got=f"{getattr(ref, key)} with {_why_in_worker(config, 'ref')}",
+        wanted="nothing: every actor worker holds a copy of this reference",
+        fix=f"set ref.location to serve, or remove ref.{key}",
+    )
+
+
+def _why_in_worker(config: PolicyRunConfig, section: Literal["critic", "ref"]) -> str:
+    part = getattr(config, section)
+    if part.location == "worker":
+        return f"{section}.location=worker"
+    return f"placement.preset={config.placement.preset}, where actor and {section} share slots"
+
+
+def _vllm_scores_at_temperature_one(config: PolicyRunConfig) -> Problem | None:
+    temperature = config.rollout.sampling.temperature
+    if config.ref is None or config.ref.engine == "packed" or temperature == 1:
+        return None
+    return Problem(
+        "ref.engine",
+        got=f"vllm with rollout.sampling.temperature={temperature:g}",
+        wanted="temperature 1: vLLM tells a prompt's log-probabilities at no other",
+        fix="set rollout.sampling.temperature to 1, or ref.engine to packed",
+    )
+
+
+def _sleeping_engines_share(config: PolicyRunConfig) -> Problem | None:
+    if config.rollout.sleep is not True or config.placement.together("actor", "rollout"):
+        return None
+    return Problem(
+        "rollout.sleep",
+        got=f"true with placement.preset={config.placement.preset}",
+        wanted="false: nobody else would use the memory of these engines",
+        fix="remove rollout.sleep, or set placement.preset to colocate_all",
+    )
+
+
 class PolicyRunConfig(Section):
     run: RunSection
     """Name, folder and seed."""
@@ -268,6 +324,10 @@ class PolicyRunConfig(Section):
         _episodes_come_from_an_environment,
         _overlong_buffer_fits,
         check_reward_needs,
+        _critic_workers_are_used,
+        _ref_replicas_are_used,
+        _vllm_scores_at_temperature_one,
+        _sleeping_engines_share,
     )
 
     @field_validator("critic")
@@ -292,3 +352,33 @@ class PolicyRunConfig(Section):
     @property
     def needs_ref(self) -> bool:
         return self.algorithm.kl_coef > 0
+
+    @property
+    def critic_is_apart(self) -> bool:
+        """Whether the critic has a trainer of its own."""
+        if not self.needs_critic or self.critic is None:
+            return False
+        if self.critic.location == "auto":
+            return not self.placement.together("actor", "critic")
+        return self.critic.location == "trainer"
+
+    @property
+    def num_critic_workers(self) -> int:
+        assert self.critic is not None
+        return self.critic.num_workers or self.train.num_workers
+
+    @property
+    def ref_is_served(self) -> bool:
+        """Whether the reference answers from behind Ray Serve."""
+        if not self.needs_ref or self.ref is None:
+            return False
+        if self.ref.location == "auto":
+            return not self.placement.together("actor", "ref")
+        return self.ref.location == "serve"
+
+    @property
+    def engines_sleep(self) -> bool:
+        """Whether engines and trainers take turns with the memory of their slots (the hybrid engine)."""
+        if self.rollout.sleep != "auto":
+            return self.rollout.sleep
+        return self.rollout.max_staleness is None and self.placement.together("actor", "rollout")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rayrlhf.placement.assign import Found, assign_bundles
 from rayrlhf.placement.plan import PlacementSpec, shortfall
 
-RELEASE_SECONDS = 10.0
+RELEASE_SECONDS = 2.5
+NVIDIA_SMI_SECONDS = 20.0
 
 
 class PlacementError(RuntimeError):
@@ -23,7 +27,8 @@ class PlacementError(RuntimeError):
 class Slot:
     bundle: int  # index in the placement group
     node: str  # node id
-    gpu: str | None  # the GPU's id on its node
+    gpu: str | None  # the GPU's number on its node
+    gpu_uuid: str | None  # None without an NVIDIA driver, as on a fake cluster
     gpu_share: float = 0.0  # what the asking role takes of the GPU
 
     @property
@@ -40,9 +45,20 @@ class Slots:
     gpus_per_slot: int
     table: tuple[Slot, ...]  # in slot order
 
-    def of(self, role: str, unit: int) -> Slot:
+    def unit(self, role: str, unit: int) -> tuple[Slot, ...]:
+        """The slots of one of a role's units: several for a tensor-parallel engine."""
         plan = self.spec.of(role)
-        return replace(self.table[plan.slots[unit]], gpu_share=plan.gpu_share * self.gpus_per_slot)
+        share = plan.gpu_share * self.gpus_per_slot
+        return tuple(replace(self.table[slot], gpu_share=share) for slot in plan.units[unit])
+
+    def of(self, role: str, unit: int) -> Slot:
+        """The first slot of a unit."""
+        return self.unit(role, unit)[0]
+
+    @property
+    def have_gpus(self) -> bool:
+        """Whether there are GPUs to compute on; a fake cluster only counts with some."""
+        return all(slot.gpu_uuid is not None for slot in self.table)
 
     def remove(self) -> None:
         remove_placement_group(self.group)
@@ -63,7 +79,7 @@ def check_fits(spec: PlacementSpec, gpus_per_slot: int) -> None:
                 "rollout.num_engines, placement.preset=colocate_all, a smaller placement.cpus_per_slot, or a "
                 "larger cluster"
             )
-        time.sleep(0.5)
+        time.sleep(0.25)
 
 
 def _problem(spec: PlacementSpec, gpus_per_slot: int) -> str | None:
@@ -78,30 +94,90 @@ def create_slots(spec: PlacementSpec, *, gpus_per_slot: int, name: str, timeout_
     if gpus_per_slot:
         bundle["GPU"] = gpus_per_slot
     group = placement_group([dict(bundle) for _ in range(spec.num_slots)], strategy="PACK", name=name)
-    if not group.wait(timeout_seconds):
+    try:
+        return _wait_and_probe(spec, group, gpus_per_slot, timeout_seconds)
+    except BaseException:
         remove_placement_group(group)
+        raise
+
+
+def _wait_and_probe(
+    spec: PlacementSpec, group: PlacementGroup, gpus_per_slot: int, timeout_seconds: float
+) -> Slots:
+    if not group.wait(timeout_seconds):
         raise PlacementError(
-            f"{spec.num_slots} slots of {bundle} were not granted within placement.start_timeout_seconds="
-            f"{timeout_seconds:g}: free now {ray.available_resources()}"
+            f"{spec.num_slots} slots of {group.bundle_specs[0]} were not granted within "
+            f"placement.start_timeout_seconds={timeout_seconds:g}: free now {ray.available_resources()}"
         )
+    found = probe(group, gpus_per_slot, timeout_seconds=timeout_seconds)
+    bundles = assign_bundles(spec, found)
+    if bundles is None:
+        widest = max(plan.width for plan in spec.roles)
+        raise PlacementError(
+            f"tensor_parallel={widest} needs {widest} free GPUs on one node, and the cluster granted "
+            f"{_per_node(found)}. Fix: a smaller tensor_parallel, or nodes with more GPUs"
+        )
+    table = tuple(
+        Slot(bundle, found[bundle].node, found[bundle].gpu, found[bundle].uuid) for bundle in bundles
+    )
+    return Slots(spec, group, gpus_per_slot, table)
+
+
+def refresh_slots(slots: Slots, *, timeout_seconds: float) -> Slots:
+    """The same slots where their bundles are now: Ray moves those of a node that died to another one.
+
+    Raises `PlacementError` when no node takes them before the deadline.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            found = probe(slots.group, slots.gpus_per_slot, timeout_seconds=left)
+        except (GetTimeoutError, ray.exceptions.RayError):
+            continue  # the group is being rescheduled, or a node has died under a probe
+        moved = (replace(s, node=found[s.bundle].node, gpu=found[s.bundle].gpu) for s in slots.table)
+        return replace(slots, table=tuple(replace(s, gpu_uuid=found[s.bundle].uuid) for s in moved))
+    raise PlacementError(
+        f"a node of this run has died, and no other took its slots within "
+        f"placement.start_timeout_seconds={timeout_seconds:g}: free now {ray.available_resources()}"
+    )
+
+
+def probe(group: PlacementGroup, gpus_per_slot: int, *, timeout_seconds: float) -> list[Found]:
+    """Where every bundle of the group is. Raises `GetTimeoutError` at the deadline."""
     where = [
         _where_am_i.options(
             num_gpus=0.01 if gpus_per_slot else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
         ).remote()
-        for index in range(spec.num_slots)
+        for index in range(len(group.bundle_specs))
     ]
-    found = [Slot(index, *place) for index, place in enumerate(ray.get(where, timeout=timeout_seconds))]
-    # Neighbouring slots sit on one node, so that tensor-parallel engines and local ranks do too.
-    table = tuple(sorted(found, key=lambda slot: (slot.node, slot.gpu or "", slot.bundle)))
-    return Slots(spec, group, gpus_per_slot, table)
+    return [Found(*place) for place in ray.get(where, timeout=timeout_seconds)]
 
 
 @ray.remote(num_cpus=0)
-def _where_am_i() -> tuple[str, str | None]:
+def _where_am_i() -> tuple[str, str | None, str | None]:
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
-    return context.get_node_id(), gpus[0] if gpus else None
+    return context.get_node_id(), gpus[0] if gpus else None, _uuid(gpus[0]) if gpus else None
+
+
+def _uuid(gpu: str) -> str | None:
+    """The name of a GPU that is the same in every process; None where there is no NVIDIA driver."""
+    command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(
+            command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True
+        ).stdout
+    except FileNotFoundError:
+        return None
+    return told.strip() or None
+
+
+def _per_node(found: list[Found]) -> str:
+    counts: dict[str, int] = {}
+    for place in found:
+        counts[place.node] = counts.get(place.node, 0) + 1
+    return " + ".join(map(str, counts.values()))
 
 
 def describe(slots: Slots) -> list[tuple[str, str, str]]:
@@ -109,8 +185,10 @@ def describe(slots: Slots) -> list[tuple[str, str, str]]:
     return [
         (
             plan.role,
-            str(len(plan.slots)),
-            ", ".join(f"{index} ({slots.table[index].label})" for index in plan.slots),
+            str(len(plan.units)),
+            ", ".join(
+                "+".join(f"{index} ({slots.table[index].label})" for index in unit) for unit in plan.units
+            ),
         )
         for plan in slots.spec.roles
     ]

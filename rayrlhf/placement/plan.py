@@ -1,90 +1,202 @@
 """From the config to slots per role. Pure: neither Ray nor torch, so that a plan costs nothing.
 
-A slot is one bundle of the run's placement group: one whole GPU with its CPUs, or CPUs alone. A role has
-units (a training worker, an engine, a reward replica) and each unit owns the slot of its index; several roles
-on one slot share its GPU by fixed shares.
+A slot is one bundle of the run's placement group: one whole GPU with its CPUs, or CPUs alone. Slots belong to
+pools. A role has units (a training worker, an engine, a reward replica), each on one slot of its pool, or on
+several neighbouring ones (a tensor-parallel engine); the roles of a pool share its GPUs by fixed shares.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.generate import GenerateRunConfig
 from rayrlhf.config.placement import PlacementConfig
+from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.config.supervised import KdRunConfig, SupervisedConfig
 
-# What a role takes of a GPU that it shares: enough that all of a slot's roles fit, most for the one that
-# trains.
-SHARED_GPU_SHARES = {"trainer": 0.5, "rollout": 0.3, "teacher": 0.3, "reward": 0.1, "ref": 0.1}
+# How much of a GPU a role takes, against the others that share it. Ray only counts with it: how much memory an
+# engine may take stands in rollout.gpu_memory_utilization.
+SHARE_WEIGHTS = {"actor": 5, "critic": 3, "rollout": 3, "teacher": 3, "reward": 1, "ref": 1, "score": 0}
 SMALLEST_SHARES = 10_000  # of a GPU; Ray counts in these
 DATA_CPUS = 0.5  # Ray Data runs outside the group and stalls silently when the group has taken every CPU
 
 
 @dataclass(frozen=True)
+class Units:
+    count: int
+    width: int = 1  # slots that each of them spans
+
+
+@dataclass(frozen=True)
 class RolePlan:
-    role: str  # "trainer", "rollout", "ref", or "reward:<index of the source>"
-    slots: tuple[int, ...]  # one per unit, in the order of the units' ranks
-    gpu_share: float  # of a slot's GPU, where the slot has one
+    role: str  # "actor", "critic", "rollout", "ref", "teacher", or "reward:<index of the source>"
+    units: tuple[tuple[int, ...], ...]  # the slots of each unit, in the order of the units' ranks
+    gpu_share: float  # of each of these slots' GPU, where the slot has one
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The first slot of every unit."""
+        return tuple(unit[0] for unit in self.units)
+
+    @property
+    def width(self) -> int:
+        return len(self.units[0])
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    name: str
+    slots: tuple[int, ...]
+    roles: tuple[RolePlan, ...]
+
+    @property
+    def width(self) -> int:
+        """Slots that have to be neighbours: those of its widest unit."""
+        return max(plan.width for plan in self.roles)
 
 
 @dataclass(frozen=True)
 class PlacementSpec:
     preset: str
-    num_slots: int
     cpus_per_slot: float
-    roles: tuple[RolePlan, ...]
+    pools: tuple[PoolPlan, ...]
+
+    @property
+    def roles(self) -> tuple[RolePlan, ...]:
+        return tuple(plan for pool in self.pools for plan in pool.roles)
 
     def of(self, role: str) -> RolePlan:
         return next(plan for plan in self.roles if plan.role == role)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(len(pool.slots) for pool in self.pools)
 
     @property
     def total_cpus(self) -> float:
         return self.num_slots * self.cpus_per_slot
 
 
-def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
-    """The slots of every role of a policy run that has some. Function rewards run on CPUs outside the
-    group.
+def plan_job(config: Any) -> PlacementSpec:
+    """The slots of any job that places something on them: policy, supervised, generate. Raises
+    `ConfigError`.
     """
-    units = {"trainer": config.train.num_workers, "rollout": config.rollout.num_engines}
-    if config.needs_ref and config.ref is not None and config.ref.location == "serve":
-        units["ref"] = config.ref.num_replicas
-    for index, source in enumerate(config.reward.sources):
-        if source.type == "model":
-            units[f"reward:{index}"] = source.num_replicas
-    return place(units, config.placement)
+    if isinstance(config, PolicyRunConfig):
+        return plan_placement(config)
+    if isinstance(config, SupervisedConfig):
+        return plan_supervised(config)
+    if isinstance(config, GenerateRunConfig):
+        return plan_generate(config)
+    raise TypeError(f"no placement is known for {type(config).__name__}")
+
+
+def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
+    """A policy run's. What lives in the actor's workers (a critic or a reference beside it) has no slots of
+    its own, and function rewards run on CPUs outside the group.
+    """
+    rollout = config.rollout
+    units = {"actor": Units(config.train.num_workers)}
+    if config.critic_is_apart:
+        units["critic"] = Units(config.num_critic_workers)
+    units["rollout"] = Units(rollout.num_engines, rollout.tensor_parallel)
+    if config.ref_is_served:
+        assert config.ref is not None
+        units["ref"] = Units(config.ref.num_replicas, config.ref.tensor_parallel)
+    return place(units | _reward_units(config.reward), config.placement)
 
 
 def plan_supervised(config: SupervisedConfig) -> PlacementSpec:
-    """The trainer's slots, and those of a teacher that is served."""
-    units = {"trainer": config.train.num_workers}
+    """The training workers' slots, and those of a teacher that is served."""
+    units = {"actor": Units(config.train.num_workers)}
     if isinstance(config, KdRunConfig) and config.teacher.location == "serve":
-        units["teacher"] = config.teacher.num_replicas
+        units["teacher"] = Units(config.teacher.num_replicas)
     return place(units, config.placement)
 
 
-def place(units: dict[str, int], placement: PlacementConfig) -> PlacementSpec:
-    """Slots for so many units of every role: of their own, or the same ones for all."""
-    shared = placement.preset == "colocate_all"
-    roles: list[RolePlan] = []
+def plan_generate(config: GenerateRunConfig) -> PlacementSpec:
+    """The engines' and the reward models' slots; where there is neither, one without a GPU stands for the
+    run.
+    """
+    units: dict[str, Units] = {}
+    if config.data.response_key is None:
+        units["rollout"] = Units(config.rollout.num_engines, config.rollout.tensor_parallel)
+    units |= _reward_units(config.reward)
+    return place(units or {"score": Units(1)}, config.placement)
+
+
+def _reward_units(reward: RewardConfig | None) -> dict[str, Units]:
+    sources = enumerate(reward.sources if reward is not None else [])
+    return {f"reward:{i}": Units(source.num_replicas) for i, source in sources if source.type == "model"}
+
+
+def place(units: Mapping[str, Units], placement: PlacementConfig) -> PlacementSpec:
+    """Pools of slots for so many units of every role. Raises `ConfigError` for a pool with too few slots."""
+    pools: list[PoolPlan] = []
     first = 0
-    for role, count in units.items():
-        share = _shared_gpu_share(role, list(units)) if shared else 1.0
-        roles.append(RolePlan(role, tuple(range(first, first + count)), share))
-        first += 0 if shared else count
-    return PlacementSpec(
-        preset=placement.preset,
-        num_slots=max(units.values()) if shared else first,
-        cpus_per_slot=placement.cpus_per_slot,
-        roles=tuple(roles),
+    for name, roles in _pools_of(list(units), placement):
+        wanted = max(units[role].count * units[role].width for role in roles)
+        size = _given_slots(name, placement) or wanted
+        if size < wanted:
+            raise ConfigError([_too_small(name, size, {role: units[role] for role in roles})])
+        plans = tuple(_plan(role, units[role], first, _gpu_share(role, roles)) for role in roles)
+        pools.append(PoolPlan(name, tuple(range(first, first + size)), plans))
+        first += size
+    return PlacementSpec(placement.preset, placement.cpus_per_slot, tuple(pools))
+
+
+def _pools_of(roles: list[str], placement: PlacementConfig) -> list[tuple[str, list[str]]]:
+    """(name, roles) of every pool, in the order of their first roles."""
+    pools: dict[
+        tuple[str, bool], list[str]
+    ] = {}  # a shared pool may bear the name of a role that is not in it
+    for role in roles:
+        shared = next((name for name, members in placement.shared if kind_of(role) in members), None)
+        pools.setdefault((shared or role, shared is not None), []).append(role)
+    return [(name, members) for (name, _), members in pools.items()]
+
+
+def kind_of(role: str) -> str:
+    """`reward` of `reward:1`."""
+    return role.partition(":")[0]
+
+
+def _plan(role: str, units: Units, first: int, gpu_share: float) -> RolePlan:
+    starts = range(first, first + units.count * units.width, units.width)
+    return RolePlan(role, tuple(tuple(range(start, start + units.width)) for start in starts), gpu_share)
+
+
+def _gpu_share(role: str, roles: list[str]) -> float:
+    """A role's share among those of its pool, rounded down to Ray's smallest amount, so that all fit.
+
+    Reward models divide theirs among them.
+    """
+    sharers = sum(kind_of(other) == kind_of(role) for other in roles)
+    total = sum(SHARE_WEIGHTS[kind] for kind in {kind_of(other) for other in roles})
+    parts = SHARE_WEIGHTS[kind_of(role)] * SMALLEST_SHARES // (max(total, 1) * sharers)
+    return parts / SMALLEST_SHARES
+
+
+def _given_slots(name: str, placement: PlacementConfig) -> int | None:
+    return next((pool.slots for pool in placement.pools if pool.name == name), None)
+
+
+def _too_small(name: str, size: int, units: Mapping[str, Units]) -> Problem:
+    needs = ", ".join(f"{role} {_arithmetic(need)}" for role, need in units.items())
+    largest = max(need.count * need.width for need in units.values())
+    return Problem(
+        "placement.pools",
+        got=f"pool {name} with {size} slots",
+        wanted=f"at least {largest}: {needs}",
+        fix=f"raise the slots of pool {name} to {largest}, leave them out, or ask for fewer units",
     )
 
 
-def _shared_gpu_share(role: str, roles: list[str]) -> float:
-    """Reward models divide theirs among them, rounded down to Ray's smallest amount, so that all fit."""
-    kind = role.partition(":")[0]
-    sharers = sum(other.partition(":")[0] == kind for other in roles)
-    return SHARED_GPU_SHARES[kind] * SMALLEST_SHARES // sharers / SMALLEST_SHARES
+def _arithmetic(units: Units) -> str:
+    return f"{units.count} x {units.width} slots" if units.width > 1 else f"{units.count} slots"
 
 
 def shortfall(

@@ -8,34 +8,25 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config.base import Section
-from rayrlhf.config.chains import CHAINS
-from rayrlhf.config.generate import GenerateRunConfig
-from rayrlhf.config.load import dump_resolved, load_config
+from rayrlhf.config.jobs import SCHEMAS, load_any, script_of
+from rayrlhf.config.load import dump_resolved
 from rayrlhf.config.reward import FunctionSource
-from rayrlhf.config.run import PolicyRunConfig
-from rayrlhf.config.serve_reward import ServeRewardConfig
-from rayrlhf.config.supervised import JOBS
-from rayrlhf.config.tree import read_tree
 
 REPOSITORY = Path(__file__).parents[2]
-SCHEMAS: dict[str | None, type[Section]] = {
-    None: PolicyRunConfig,  # the configs of policies name no job
-    "generate": GenerateRunConfig,
-    "serve_reward": ServeRewardConfig,
-    **JOBS,
-    **CHAINS,
-}
 SHIPPED = sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml"))
 
 
 def load(path: Path) -> Any:
-    job = read_tree([str(path)]).values.get("job")
-    return load_config(SCHEMAS[job], [str(path)])
+    return load_any([str(path)])
 
 
 def test_every_job_has_a_config() -> None:
     assert {getattr(load(path), "job", None) for path in SHIPPED} == SCHEMAS.keys()
+
+
+def test_every_job_has_a_file() -> None:
+    for path in SHIPPED:
+        assert (REPOSITORY / script_of(load(path))).is_file()
 
 
 def test_there_are_some() -> None:

@@ -1,0 +1,42 @@
+"""Every kind of job by the name in its YAML, for commands that take the configuration of any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.chains import CHAINS
+from rayrlhf.config.generate import GenerateRunConfig
+from rayrlhf.config.load import load_config
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.serve_reward import ServeRewardConfig
+from rayrlhf.config.supervised import JOBS
+from rayrlhf.config.tree import read_tree
+
+POLICY = None  # the configs of policies name no job
+SCHEMAS: dict[str | None, Any] = {
+    POLICY: PolicyRunConfig,
+    "generate": GenerateRunConfig,
+    "serve_reward": ServeRewardConfig,
+    **JOBS,
+    **CHAINS,
+}
+
+
+def load_any(argv: Sequence[str]) -> Any:
+    """The configuration of whatever job the files (and overrides) are for. Raises `ConfigError`."""
+    tree = read_tree(argv)
+    job = tree.values.get("job")
+    if job not in SCHEMAS:
+        named = [name for name in SCHEMAS if name is not None]
+        problem = Problem(
+            "job", got=repr(job), wanted=f"one of {', '.join(named)}, or none for ppo", fix="correct job"
+        )
+        raise ConfigError([*tree.problems, problem], tree.source)
+    return load_config(SCHEMAS[job], argv)
+
+
+def script_of(config: Any) -> str:
+    """The job's file, `jobs/ppo.py`."""
+    return f"jobs/{getattr(config, 'job', None) or 'ppo'}.py"
