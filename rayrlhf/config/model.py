@@ -50,11 +50,11 @@ class RefConfig(Section):
     path: str | None = None
     """Checkpoint of the reference policy; the actor's when left out."""
     location: Literal["auto", "worker", "serve"] = "auto"
-    """A frozen copy in every actor worker, or replicas behind Ray Serve; auto: worker where both share slots."""
+    """A frozen copy in every actor worker, or behind Ray Serve; auto: worker where both share slots."""
     num_replicas: Count = 1
     """Serve replicas of a reference that is served."""
     engine: Literal["packed", "vllm"] = "packed"
-    """What serves it: a packed forward pass, or vLLM, which can spread a big one over tensor_parallel GPUs."""
+    """What serves it: a packed forward pass, or vLLM, which spreads a big one over several GPUs."""
     tensor_parallel: Count = 1
     """GPUs of each replica (with engine: vllm)."""
 

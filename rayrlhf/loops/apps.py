@@ -41,7 +41,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 seed=config.run.seed,
                 max_model_tokens=max_model_tokens(config),
                 weight_hub=job.weight_hub,
-                on_gpu=slots.gpus_per_slot > 0,
+                on_gpu=slots.have_gpus,
                 threads=threads,
             ),
             slots,
@@ -69,7 +69,8 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
             rollout_app=job.rollout_app,
         )
         apps[job.environment_app] = environment_deployment(setup)
-    if config.needs_ref and config.ref is not None and config.ref.location == "serve":
+    if config.ref_is_served:
+        assert config.ref is not None
         apps[job.ref_app] = reference_deployment(
             config.model,
             config.ref.path or config.model.path,

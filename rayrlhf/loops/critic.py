@@ -1,8 +1,12 @@
-"""The critic as the policy loop sees it: beside the actor in the same workers, or not there at all."""
+"""The critic as the policy loop sees it: beside the actor in the same workers, or not there at all.
+
+A third one is in `loops.remote_critic`: in a trainer of its own. Calls are started and their results fetched
+apart, so that such a critic works while the actor does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,9 +24,17 @@ from rayrlhf.train.learner import Learner, Term
 
 
 class Critic(Protocol):
-    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor] | None: ...
+    def start_values(self, batches: Sequence[PackedBatch]) -> Callable[[], list[Tensor] | None]: ...
 
-    def update(self, batches: list[PackedBatch], counts: StepCounts, *, step: int) -> dict[str, float]: ...
+    def start_update(
+        self, batches: list[PackedBatch], counts: StepCounts, *, step: int
+    ) -> Callable[[], dict[str, float]]: ...
+
+    def offload(self) -> None: ...
+
+    def reload(self) -> None: ...
+
+    def close(self) -> None: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -32,11 +44,22 @@ class Critic(Protocol):
 class NoCritic:
     """For estimators that take their baseline from elsewhere."""
 
-    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor] | None:
-        return None
+    def start_values(self, batches: Sequence[PackedBatch]) -> Callable[[], None]:
+        return lambda: None
 
-    def update(self, batches: list[PackedBatch], counts: StepCounts, *, step: int) -> dict[str, float]:
-        return {}
+    def start_update(
+        self, batches: list[PackedBatch], counts: StepCounts, *, step: int
+    ) -> Callable[[], dict[str, float]]:
+        return dict
+
+    def offload(self) -> None:
+        pass
+
+    def reload(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def save(self, folder: Path) -> None:
         pass
@@ -65,10 +88,17 @@ class LocalCritic:
             name="critic",
         )
 
-    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        return self.learner.infer(batches, value_forward)
+    def start_values(self, batches: Sequence[PackedBatch]) -> Callable[[], list[Tensor]]:
+        values = self.learner.infer(batches, value_forward)
+        return lambda: values
 
-    def update(self, batches: list[PackedBatch], counts: StepCounts, *, step: int) -> dict[str, float]:
+    def start_update(
+        self, batches: list[PackedBatch], counts: StepCounts, *, step: int
+    ) -> Callable[[], dict[str, float]]:
+        metrics = self._update(batches, counts, step)
+        return lambda: metrics
+
+    def _update(self, batches: list[PackedBatch], counts: StepCounts, step: int) -> dict[str, float]:
         objective = value_objective(
             self.algorithm, counts, clip=self.clip, constant_length=self.constant_length
         )
@@ -76,6 +106,15 @@ class LocalCritic:
         sums = [explained_variance_sums(_of(b.values), _of(b.returns), b.loss_mask) for b in batches]
         total = collectives.sum_over_ranks(torch.stack(sums).sum(0).cpu())
         return metrics | {"loss/explained_variance": explained_variance(total)}
+
+    def offload(self) -> None:
+        self.learner.offload()
+
+    def reload(self) -> None:
+        self.learner.reload()
+
+    def close(self) -> None:
+        pass
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)

@@ -121,7 +121,7 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
     slots = create_slots(
         spec,
         gpus_per_slot=resolve_gpus_per_slot(config.placement.gpus_per_slot),
-        name=run_id,
+        run_id=run_id,
         timeout_seconds=config.placement.start_timeout_seconds,
     )
     console.placement(slots)
@@ -149,15 +149,21 @@ def make_trainer(
     *,
     threads: int,
     datasets: dict[str, Any],
+    role: str = "actor",
+    folder: str = TRAIN_FOLDER,
 ) -> SlotTorchTrainer:
-    """A trainer whose workers, on their slots, run `loop({"job": job})`."""
+    """A trainer whose workers, on the slots of `role`, run `loop({"job": job})`; `folder` is Ray Train's, in
+    the run's.
+    """
     return SlotTorchTrainer(
         loop,
         train_loop_config={"job": job},
-        scaling_config=slot_scaling(slots, "trainer"),
-        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_seconds),
+        scaling_config=slot_scaling(slots, role),
+        torch_config=TorchConfig(
+            backend="nccl" if slots.have_gpus else "gloo", timeout_s=config.train.collective_timeout_seconds
+        ),
         run_config=RunConfig(
-            name=TRAIN_FOLDER,
+            name=folder,
             storage_path=str(config.run.path),
             failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),

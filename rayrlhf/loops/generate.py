@@ -61,7 +61,7 @@ from rayrlhf.loops.shards import (
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.rows import RowsProgress
 from rayrlhf.placement.apply import Slots
-from rayrlhf.placement.plan import PlacementSpec, RolePlan, place
+from rayrlhf.placement.plan import plan_generate
 from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.usercode import UserCode
 
@@ -184,21 +184,6 @@ def check_columns(store: PromptStore, config: GenerateRunConfig) -> None:
             )
 
 
-def plan_roles(config: GenerateRunConfig) -> PlacementSpec:
-    """Slots of the engines and the reward models. Functions have none; where there is nothing else, one slot
-    without a GPU stands for the run.
-    """
-    units = {} if config.data.response_key is not None else {"rollout": config.rollout.num_engines}
-    for index, source in enumerate(config.reward.sources if config.reward else []):
-        if source.type == "model":
-            units[f"reward:{index}"] = source.num_replicas
-    if units:
-        return place(units, config.placement)
-    return PlacementSpec(
-        config.placement.preset, 1, config.placement.cpus_per_slot, (RolePlan("score", (0,), 0.0),)
-    )
-
-
 def _answer_all(
     config: GenerateRunConfig,
     functions: dict[int, UserCode],
@@ -210,7 +195,7 @@ def _answer_all(
     console: Console,
 ) -> None:
     """Bring up what answers and scores, and have every pending shard written. Raises `RunFailed`."""
-    spec = plan_roles(config)
+    spec = plan_generate(config)
     if spec.roles[0].role == "score":
         no_gpu = config.placement.model_copy(update={"gpus_per_slot": 0})
         config = config.model_copy(update={"placement": no_gpu})
@@ -263,7 +248,7 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
             seed=config.run.seed,
             max_model_tokens=config.data.max_prompt_tokens + rollout.sampling.max_new_tokens,
             weight_hub=None,
-            on_gpu=slots.gpus_per_slot > 0,
+            on_gpu=slots.have_gpus,
             threads=threads_each(rollout.num_engines),
         )
         apps[job.rollout_app] = rollout_deployment(

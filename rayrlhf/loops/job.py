@@ -39,6 +39,10 @@ class PolicyJob:
         return f"{self.run_id}-ref"
 
     @property
+    def mailbox(self) -> str:
+        return f"{self.run_id}-critic"
+
+    @property
     def weight_hub(self) -> str:
         return f"{self.run_id}-weights"
 

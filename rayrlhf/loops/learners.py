@@ -36,13 +36,15 @@ Phase = Callable[[str], AbstractContextManager[None]]
 class Learners:
     """Actor, critic, reference and KL controller of one rank; every method is collective."""
 
-    def __init__(self, config: PolicyRunConfig, reference: Reference | None = None) -> None:
-        """`reference` answers instead of a local copy, where it is served."""
+    def __init__(
+        self, config: PolicyRunConfig, *, reference: Reference | None = None, critic: Critic | None = None
+    ) -> None:
+        """`reference` and `critic` are those that live elsewhere, where they do."""
         self.config = config
         self.algorithm = config.algorithm
         self.temperature = config.rollout.sampling.temperature
         self.actor = _make_actor(config)
-        self.critic: Critic = LocalCritic(config) if config.needs_critic else NoCritic()
+        self.critic = critic or (LocalCritic(config) if config.needs_critic else NoCritic())
         self.reference = reference
         if reference is None and config.needs_ref:
             path = config.ref.path if config.ref is not None else None
@@ -67,9 +69,11 @@ class Learners:
             for batches in mini_batches:
                 counts = StepCounts.of(batches)
                 with phase("update_critic"):
-                    self.metrics |= self.critic.update(batches, counts, step=step)
+                    critic_metrics = self.critic.start_update(batches, counts, step=step)
                 with phase("update_actor"):
                     self.metrics |= self._update_actor(batches, counts, texts, step=step)
+                with phase("update_critic"):
+                    self.metrics |= critic_metrics()
         if "kl/mean" in self.metrics:
             self.kl.update(self.metrics["kl/mean"], int(self.metrics["data/samples"]))
 
@@ -89,12 +93,14 @@ class Learners:
         )
 
     def _with_inferences(self, batches: MiniBatch) -> list[PackedBatch]:
-        fields: dict[str, Sequence[torch.Tensor] | None] = {"values": self.critic.values(batches)}
+        values = self.critic.start_values(batches)
+        fields: dict[str, Sequence[torch.Tensor] | None] = {}
         if self._needs_old_logprobs():
             outputs = self.actor.infer(batches, policy_forward(self.temperature))
             fields["old_logprobs"] = [output.logprobs for output in outputs]
         if self.reference is not None:
             fields["ref_logprobs"] = self.reference.logprobs(batches, self.temperature)
+        fields["values"] = values()
         known = {name: tensors for name, tensors in fields.items() if tensors is not None}
         return [
             batch.with_fields(**{name: tensors[i] for name, tensors in known.items()})
@@ -131,6 +137,15 @@ class Learners:
     def actor_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The actor's parameters under their names in a Hugging Face checkpoint."""
         return list(self.actor.module.causal_lm.named_parameters())
+
+    def offload(self) -> None:
+        """Leave the devices to the engines, but for the weights that these are to be given."""
+        self.actor.offload()
+        self.critic.offload()
+
+    def reload(self) -> None:
+        self.actor.reload()
+        self.critic.reload()
 
     def save(self, folder: Path) -> None:
         self.actor.save(folder)

@@ -18,6 +18,7 @@ from rayrlhf.loops.driver import (
 # isort: split
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -32,16 +33,23 @@ from rayrlhf.loops.checks import (
     try_rewards,
     with_absolute_paths,
 )
+from rayrlhf.loops.critic_trainer import critic_loop
 from rayrlhf.loops.job import PolicyJob, reward_app_names
+from rayrlhf.loops.mailbox import Mailbox
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.policy_async import async_policy_loop
 from rayrlhf.loops.session import deploy, watched
+from rayrlhf.loops.side_by_side import nodes_watched, trained_beside
 from rayrlhf.loops.streams import Stores, prepare_stores, training_streams
 from rayrlhf.loops.summary import write_summary
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
+from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.plan import plan_placement
+from rayrlhf.placement.trainer import SlotTorchTrainer
 from rayrlhf.rollout.weight_sync import WeightHub
+
+CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
 
 
 def run_policy(config: PolicyRunConfig) -> int:
@@ -63,8 +71,9 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     with (
         placed(spec, config, console) as (run_id, slots, board),
         make_sinks(config, run_path, console) as sinks,
+        ExitStack() as stack,
     ):
-        hub = named_actor(WeightHub, f"{run_id}-weights")
+        _own_actor(stack, WeightHub, f"{run_id}-weights")
         job = _make_job(config, run_id, stores)
         trainer = make_trainer(
             policy_loop if config.rollout.max_staleness is None else async_policy_loop,
@@ -75,33 +84,65 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
             datasets=training_streams(job, stores, storage=run_path / TRAIN_FOLDER),
         )
         apps = run_apps(job, slots, prepared, threads=threads_each(config.rollout.num_engines))
+        apart = f", {config.num_critic_workers} x critic" if config.critic_is_apart else ""
         console.say(
-            f"starting {config.train.num_workers} x trainer, {config.rollout.num_engines} x vLLM engine, "
-            f"{len(apps) - 1} x reward, reference or environment"
+            f"starting {config.train.num_workers} x actor{apart}, {config.rollout.num_engines} x vLLM "
+            f"engine, {len(apps) - 1} x reward, reference or environment"
         )
         deploy(apps)
-        # Engines and trainer come up side by side; the workers' first request waits for the engines.
-        up = watched(
-            apps,
-            timeout_seconds=config.rollout.start_timeout_seconds,
-            tell=console.say,
-            give_up=trainer.abort,
-        )
-        try:
-            with drain_in_background(board, sinks), up:
-                result = fit(trainer)
-        finally:
-            ray.kill(hub)
+        # Engines and trainers come up side by side; the workers' first request waits for the engines.
+        stack.enter_context(drain_in_background(board, sinks))
+        for watch in (
+            watched(
+                apps,
+                timeout_seconds=config.rollout.start_timeout_seconds,
+                tell=console.say,
+                give_up=trainer.abort,
+            ),
+            nodes_watched(
+                slots,
+                console,
+                run_path,
+                timeout_seconds=config.placement.start_timeout_seconds,
+                give_up=trainer.abort,
+            ),
+        ):
+            stack.enter_context(watch)
+        if config.critic_is_apart:
+            _own_actor(stack, Mailbox, job.mailbox)
+            critic = _critic_trainer(job, slots)
+            stack.enter_context(trained_beside(critic, role="critic", give_up=trainer.abort))
+        result = fit(trainer)
     write_summary(result, run_path, num_samples=config.eval.show_samples)
     return run_path
 
 
+def _own_actor(stack: ExitStack, actor_class: type, name: str) -> None:
+    """An actor that goes when the stack unwinds; else it stays as long as this process keeps its Ray."""
+    actor = named_actor(actor_class, name)
+    stack.callback(ray.kill, actor)
+
+
+def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:
+    return make_trainer(
+        critic_loop,
+        job,
+        job.config,
+        slots,
+        threads=job.threads_per_worker,
+        datasets={},
+        role="critic",
+        folder=CRITIC_FOLDER,
+    )
+
+
 def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores) -> PolicyJob:
+    num_trained = config.train.num_workers + (config.num_critic_workers if config.critic_is_apart else 0)
     return PolicyJob(
         config=config,
         run_id=run_id,
         reward_apps=reward_app_names(config.reward, run_id),
         num_eval_prompts=stores.num_eval_prompts(config),
         # Trainers and engines take turns in a synchronous loop, so each kind may use all cores of its node.
-        threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),
+        threads_per_worker=config.train.num_threads or threads_each(num_trained),
     )

@@ -29,7 +29,7 @@ from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, create_slots, resolve_gpus_per_slot
 from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
-from rayrlhf.placement.plan import PlacementSpec, place
+from rayrlhf.placement.plan import PlacementSpec, Units, place
 from rayrlhf.reward.server import Served, server_app
 
 LOOK_SECONDS = 2.0
@@ -103,7 +103,7 @@ def _placed(
     """
     run_id = f"rayrlhf-serve_reward-{uuid.uuid4().hex[:6]}"
     units = {
-        f"reward:{index}": served.source.num_replicas
+        f"reward:{index}": Units(served.source.num_replicas)
         for index, served in enumerate(sources)
         if isinstance(served.source, ServedModel)
     }
@@ -134,7 +134,7 @@ def _create_slots(spec: PlacementSpec, config: ServeRewardConfig, run_id: str) -
                 "smaller placement.cpus_per_slot, or a larger cluster"
             )
     return create_slots(
-        spec, gpus_per_slot=gpus, name=run_id, timeout_seconds=config.placement.start_timeout_seconds
+        spec, gpus_per_slot=gpus, run_id=run_id, timeout_seconds=config.placement.start_timeout_seconds
     )
 
 

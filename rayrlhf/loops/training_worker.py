@@ -14,6 +14,7 @@ import torch
 from rayrlhf.config.job import JobConfig
 from rayrlhf.loops.reporting import Reporter
 from rayrlhf.observe.metrics import Timer
+from rayrlhf.placement.lease import sit_down
 from rayrlhf.reward.score import RewardFailure
 from rayrlhf.train import collectives
 from rayrlhf.train.checkpoint import LoopState, Saved, save
@@ -50,9 +51,10 @@ def stops_cleanly(loop: Loop) -> Loop:
 class TrainingWorker:
     """One rank. Subclasses give `saved`, what has shards in a checkpoint."""
 
-    def __init__(self, config: JobConfig, *, board: str, threads: int) -> None:
+    def __init__(self, config: JobConfig, *, run_id: str, board: str, threads: int) -> None:
         self.config = config
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
+        sit_down(run_id, "actor", self.rank)
         torch.set_num_threads(threads)
         torch.manual_seed(config.run.seed)
         self.state = LoopState()

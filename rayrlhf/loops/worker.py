@@ -22,6 +22,7 @@ from rayrlhf.loops.exports import export_actor
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.learners import Learners
 from rayrlhf.loops.prompt_queue import PromptQueue
+from rayrlhf.loops.remote_critic import RemoteCritic
 from rayrlhf.loops.reporting import rollout_metrics
 from rayrlhf.loops.texts import TextStream
 from rayrlhf.loops.training_worker import TrainingWorker
@@ -38,12 +39,13 @@ from rayrlhf.train.reference import ServedReference
 
 class PolicyWorker(TrainingWorker):
     def __init__(self, job: PolicyJob) -> None:
-        super().__init__(job.config, board=job.board, threads=job.threads_per_worker)
+        super().__init__(job.config, run_id=job.run_id, board=job.board, threads=job.threads_per_worker)
         self.job = job
         self.config = config = job.config
         self.algorithm = config.algorithm
-        self.say("loading the actor" + (" and the critic" if config.needs_critic else ""))
-        self.learners = Learners(config, self._served_reference())
+        beside = config.needs_critic and not config.critic_is_apart
+        self.say("loading the actor" + (" and the critic" if beside else ""))
+        self.learners = Learners(config, reference=self._served_reference(), critic=self._remote_critic())
         self.collector = self._make_collector()
         self.combiner = RewardCombiner(config.reward, response_limit=config.rollout.max_response_tokens)
         self.sync = self._make_sync()
@@ -61,11 +63,19 @@ class PolicyWorker(TrainingWorker):
         self._eval_prompts: list[Prompt] | None = None
 
     def _served_reference(self) -> ServedReference | None:
-        ref = self.config.ref
-        if not self.config.needs_ref or ref is None or ref.location != "serve":
+        if not self.config.ref_is_served:
             return None
         handle = serve.get_app_handle(self.job.ref_app)
         return ServedReference(handle, timeout_seconds=self.config.rollout.timeout_seconds)
+
+    def _remote_critic(self) -> RemoteCritic | None:
+        if not self.config.critic_is_apart:
+            return None
+        return RemoteCritic(
+            ray.get_actor(self.job.mailbox, namespace=NAMESPACE),
+            timeout_seconds=self.config.train.collective_timeout_seconds,
+            start_timeout_seconds=self.config.rollout.start_timeout_seconds,
+        )
 
     def _make_collector(self) -> Collector:
         config, job = self.config, self.job
@@ -260,6 +270,7 @@ class PolicyWorker(TrainingWorker):
         self.last_evaluation = {}
         self.evaluate("after")
         export = self._export("export") if self.config.checkpoint.export else None
+        self.learners.critic.close()
         return self.result(after=self.last_evaluation, export=export)
 
     def _export(self, name: str) -> str:

@@ -53,6 +53,7 @@ class Console:
         self.task: Any = None
         self.step_seconds: list[float] = []
         self.progress_told = self.started
+        self.phases_told: set[str] = set()
 
     def say(self, text: str) -> None:
         if self.mode != "quiet":
@@ -105,8 +106,10 @@ class Console:
             # Before the first step is through, a log would be silent for long. Progress ("3/8 prompts") comes
             # too often for a line each.
             now = time.monotonic()
-            if "/" not in report.text or now - self.progress_told > PROGRESS_SECONDS:
+            is_news = report.text not in self.phases_told and "/" not in report.text
+            if is_news or now - self.progress_told > PROGRESS_SECONDS:
                 self.progress_told = now
+                self.phases_told.add(report.text)
                 self.say(report.text)
 
     def _step(self, report: Report) -> None:

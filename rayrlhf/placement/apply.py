@@ -40,6 +40,7 @@ class Slot:
 class Slots:
     """The run's placement group and where each of its bundles is; travels to whoever places something."""
 
+    run_id: str
     spec: PlacementSpec
     group: PlacementGroup
     gpus_per_slot: int
@@ -88,22 +89,23 @@ def _problem(spec: PlacementSpec, gpus_per_slot: int) -> str | None:
     return shortfall(spec, total=total, free=free, gpus_per_slot=gpus_per_slot)
 
 
-def create_slots(spec: PlacementSpec, *, gpus_per_slot: int, name: str, timeout_seconds: float) -> Slots:
+def create_slots(spec: PlacementSpec, *, gpus_per_slot: int, run_id: str, timeout_seconds: float) -> Slots:
     """Reserve the group and learn which bundle is which device. Raises `PlacementError` at the deadline."""
     bundle: dict[str, float] = {"CPU": spec.cpus_per_slot}
     if gpus_per_slot:
         bundle["GPU"] = gpus_per_slot
-    group = placement_group([dict(bundle) for _ in range(spec.num_slots)], strategy="PACK", name=name)
+    group = placement_group([dict(bundle) for _ in range(spec.num_slots)], strategy="PACK", name=run_id)
     try:
-        return _wait_and_probe(spec, group, gpus_per_slot, timeout_seconds)
+        table = _wait_and_probe(spec, group, gpus_per_slot, timeout_seconds)
     except BaseException:
         remove_placement_group(group)
         raise
+    return Slots(run_id, spec, group, gpus_per_slot, table)
 
 
 def _wait_and_probe(
     spec: PlacementSpec, group: PlacementGroup, gpus_per_slot: int, timeout_seconds: float
-) -> Slots:
+) -> tuple[Slot, ...]:
     if not group.wait(timeout_seconds):
         raise PlacementError(
             f"{spec.num_slots} slots of {group.bundle_specs[0]} were not granted within "
@@ -117,10 +119,7 @@ def _wait_and_probe(
             f"tensor_parallel={widest} needs {widest} free GPUs on one node, and the cluster granted "
             f"{_per_node(found)}. Fix: a smaller tensor_parallel, or nodes with more GPUs"
         )
-    table = tuple(
-        Slot(bundle, found[bundle].node, found[bundle].gpu, found[bundle].uuid) for bundle in bundles
-    )
-    return Slots(spec, group, gpus_per_slot, table)
+    return tuple(Slot(bundle, *found[bundle]) for bundle in bundles)
 
 
 def refresh_slots(slots: Slots, *, timeout_seconds: float) -> Slots:

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.placement.apply import Slots
+from rayrlhf.placement.lease import sit_down
 
 
 class SlotChild:
@@ -36,7 +37,7 @@ class SlotChild:
         self.timeout_seconds = timeout_seconds
         slot = slots.of(role, self.rank)
         self.actor: Any = (
-            ray.remote(actor_class)
+            ray.remote(_seated(actor_class))
             .options(
                 num_cpus=0,
                 num_gpus=slot.gpu_share,
@@ -44,7 +45,7 @@ class SlotChild:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(slots.group, slot.bundle),
                 runtime_env={"env_vars": env_vars},
             )
-            .remote(*arguments)
+            .remote((slots.run_id, role, self.rank), *arguments)
         )
 
     async def call(self, method: str, *arguments: Any, timeout_seconds: float | None = None) -> Any:
@@ -83,6 +84,17 @@ class SlotChild:
         """
         print(f"{self.role} replica {self.rank}: its actor died, restarting the replica", flush=True)
         os._exit(1)
+
+
+def _seated(actor_class: type) -> type:
+    """The class, but an instance tells first where it is."""
+
+    class Seated(actor_class):
+        def __init__(self, seat: tuple[str, str, int], *arguments: Any) -> None:
+            sit_down(*seat)
+            super().__init__(*arguments)
+
+    return Seated
 
 
 async def _awaitable(ref: ObjectRef) -> Any:

@@ -2,14 +2,15 @@
 
 Serve apps are detached by nature. A detached reaper watches a lease, an actor that dies with the driver; when
 it is gone the reaper deletes this run's apps and its placement group, and then itself. Serve as a whole and
-other runs' apps are never touched.
+other runs' apps are never touched. It also keeps the register of who sits where.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import serve
@@ -19,6 +20,16 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 NAMESPACE = "rayrlhf"  # of the named actors of all runs
 WATCH_SECONDS = 1.0
 PING_SECONDS = 20.0
+DELETE_SECONDS = 60.0
+
+
+class Seat(NamedTuple):
+    """Where a unit of a role really is."""
+
+    role: str
+    unit: int
+    node: str
+    gpu: str | None
 
 
 @ray.remote(num_cpus=0)
@@ -28,10 +39,18 @@ class Reaper:
         self.run_id = run_id
         self.group = group
         self.released = False
+        self.seats: dict[tuple[str, int], Seat] = {}
         threading.Thread(target=self._watch, daemon=True).start()
 
     def ready(self) -> bool:
         return True
+
+    def sit(self, seat: Seat) -> None:
+        """A unit has started there; after a restart it may be elsewhere."""
+        self.seats[seat.role, seat.unit] = seat
+
+    def seated(self) -> list[Seat]:
+        return [self.seats[key] for key in sorted(self.seats)]
 
     def release(self) -> None:
         """The driver has tidied up by itself."""
@@ -57,14 +76,39 @@ class Reaper:
 
 def delete_apps(run_id: str) -> None:
     """Delete this run's Serve apps, `<run_id>-<role>`, and wait until their replicas are gone."""
-    mine = [name for name in serve.status().applications if name.startswith(f"{run_id}-")]
-    for name in mine:
-        serve.delete(name, _blocking=True)
+
+    def mine() -> list[str]:
+        return [name for name in serve.status().applications if name.startswith(f"{run_id}-")]
+
+    for name in mine():
+        serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + DELETE_SECONDS
+    while mine() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def sit_down(run_id: str, role: str, unit: int) -> None:
+    """Tell the run's register where this process is."""
+    context = ray.get_runtime_context()
+    gpus = context.get_accelerator_ids().get("GPU", [])
+    seat = Seat(role, unit, context.get_node_id(), gpus[0] if gpus else None)
+    with contextlib.suppress(ValueError):  # no register: whoever placed us has ended, or keeps none
+        ray.get_actor(_reaper_name(run_id), namespace=NAMESPACE).sit.remote(seat)
+
+
+def seats_of(run_id: str) -> list[Seat]:
+    """Who sits where, by role and unit."""
+    reaper: Any = ray.get_actor(_reaper_name(run_id), namespace=NAMESPACE)
+    return ray.get(reaper.seated.remote(), timeout=PING_SECONDS)
+
+
+def _reaper_name(run_id: str) -> str:
+    return f"{run_id}-reaper"
 
 
 def start_reaper(run_id: str, lease: Any, group: PlacementGroup) -> Any:
     """Watch `lease`, any actor of the driver's with a `ping` method; it must live as long as the run."""
-    reaper = Reaper.options(name=f"{run_id}-reaper", namespace=NAMESPACE, lifetime="detached").remote(
+    reaper = Reaper.options(name=_reaper_name(run_id), namespace=NAMESPACE, lifetime="detached").remote(
         lease, run_id, group
     )
     ray.get(reaper.ready.remote())

@@ -18,8 +18,8 @@ from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.config.supervised import KdRunConfig, SupervisedConfig
 
-# How much of a GPU a role takes, against the others that share it. Ray only counts with it: how much memory an
-# engine may take stands in rollout.gpu_memory_utilization.
+# How much of a GPU a role takes, against the others that share it. Ray only counts with it: how much memory
+# an engine may take stands in rollout.gpu_memory_utilization.
 SHARE_WEIGHTS = {"actor": 5, "critic": 3, "rollout": 3, "teacher": 3, "reward": 1, "ref": 1, "score": 0}
 SMALLEST_SHARES = 10_000  # of a GPU; Ray counts in these
 DATA_CPUS = 0.5  # Ray Data runs outside the group and stalls silently when the group has taken every CPU

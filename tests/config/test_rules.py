@@ -87,9 +87,54 @@ RULES = {
         ["algorithm.kl_coef=0.1"],
     ),
     "replicas of the reference are used": (
-        ["ref.num_replicas=2"],
+        ["ref.num_replicas=2", "placement.preset=colocate_actor_ref"],
         "ref.num_replicas",
         ["ref.location=serve"],
+    ),
+    "the reference's engine is used": (
+        ["ref.engine=vllm", "ref.location=worker"],
+        "ref.engine",
+        ["ref.location=auto"],
+    ),
+    "only vLLM spreads a reference": (
+        ["ref.tensor_parallel=2"],
+        "ref.tensor_parallel",
+        ["ref.engine=vllm"],
+    ),
+    "vLLM scores at temperature 1": (
+        ["ref.engine=vllm", "rollout.sampling.temperature=0.7"],
+        "ref.engine",
+        ["rollout.sampling.temperature=1.0"],
+    ),
+    "workers of a critic apart": (
+        ["critic.num_workers=2", "placement.preset=colocate_all"],
+        "critic.num_workers",
+        ["critic.location=trainer"],
+    ),
+    "engines that work do not sleep": (
+        ["rollout.sleep=true", "placement.preset=colocate_all", "rollout.max_staleness=1"],
+        "rollout.sleep",
+        ["rollout.sleep=auto"],
+    ),
+    "engines sleep where somebody needs their memory": (
+        ["rollout.sleep=true"],
+        "rollout.sleep",
+        ["placement.preset=colocate_all"],
+    ),
+    "pools belong to the preset of that name": (
+        ["placement.pools=[{name: a, roles: [actor]}]"],
+        "placement.pools",
+        ["placement.preset=pools"],
+    ),
+    "the preset of pools has some": (
+        ["placement.preset=pools"],
+        "placement.pools",
+        ["placement.pools=[{name: a, roles: [actor]}]"],
+    ),
+    "a role has one pool": (
+        ["placement.preset=pools", "placement.pools=[{name: a, roles: [ref]}, {name: b, roles: [ref]}]"],
+        "placement.pools",
+        ["placement.pools.1.roles=[critic]"],
     ),
     "dual clip has a ratio": (
         ["algorithm.policy_loss=reinforce", "algorithm.dual_clip=3"],
@@ -300,7 +345,7 @@ def test_the_arithmetic_is_told(problems: Problems) -> None:
 def test_what_is_needed_and_left_out_gets_its_defaults(load: Load) -> None:
     ppo = load()
     assert ppo.needs_critic and ppo.critic is not None and ppo.critic.lr == 1e-5
-    assert ppo.needs_ref and ppo.ref is not None and ppo.ref.location == "worker"
+    assert ppo.needs_ref and ppo.ref is not None and ppo.ref.location == "auto"
     bare = load("algorithm.advantage=reinforce_pp", "algorithm.kl_coef=0")
     assert not bare.needs_critic and bare.critic is None
     assert not bare.needs_ref and bare.ref is None

@@ -45,7 +45,7 @@ class Engines:
             placement={"preset": "disaggregated", "cpus_per_slot": 0.5},
         )
         self.job = PolicyJob(config, f"sync-{os.getpid()}", (), 0, 1)
-        self.slots = create_slots(plan_placement(config), gpus_per_slot=0, name="sync", timeout_seconds=60)
+        self.slots = create_slots(plan_placement(config), gpus_per_slot=0, run_id="sync", timeout_seconds=60)
         self.hub: Any = (
             ray.remote(WeightHub).options(name=self.job.weight_hub, namespace=NAMESPACE, num_cpus=0).remote()
         )

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.placement.plan import PlacementSpec, plan_placement, shortfall
+from rayrlhf.config.base import ConfigError
+from rayrlhf.config.placement import PRESETS, PlacementConfig
+from rayrlhf.placement.plan import PlacementSpec, Units, place, plan_placement, shortfall
 from tests.samples import make_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,6 +31,7 @@ def slots_of(spec: PlacementSpec) -> dict[str, tuple[int, ...]]:
 def plan(
     preset: str, sources: list[dict[str, Any]], ref: dict[str, Any] | None = None, **placement: Any
 ) -> PlacementSpec:
+    """2 actor workers, 2 critic workers where the critic is apart, 3 engines."""
     return plan_placement(
         make_config(
             train=TRAIN,
@@ -40,24 +43,111 @@ def plan(
     )
 
 
-def test_disaggregated_gives_every_unit_a_slot_of_its_own() -> None:
-    spec = plan(
-        "disaggregated",
-        [FUNCTION, model_source(2)],
-        ref={"location": "serve", "num_replicas": 2},
-        cpus_per_slot=1.5,
+TWO_MODELS = [FUNCTION, model_source(2), model_source(1)]  # reward:1 and reward:2
+
+
+@pytest.mark.parametrize(
+    "preset, slots",
+    [
+        (
+            "disaggregated",
+            {
+                "actor": (0, 1),
+                "critic": (2, 3),
+                "rollout": (4, 5, 6),
+                "ref": (7,),
+                "reward:1": (8, 9),
+                "reward:2": (10,),
+            },
+        ),
+        (
+            "colocate_actor_ref",
+            {
+                "actor": (0, 1),
+                "critic": (2, 3),
+                "rollout": (4, 5, 6),
+                "reward:1": (7, 8),
+                "reward:2": (9,),
+            },
+        ),
+        (
+            "colocate_critic_reward",
+            {
+                "actor": (0, 1),
+                "critic": (2, 3),
+                "reward:1": (2, 3),
+                "reward:2": (2,),
+                "rollout": (4, 5, 6),
+                "ref": (7,),
+            },
+        ),
+        (
+            "colocate_actor_ref+critic_reward",
+            {
+                "actor": (0, 1),
+                "critic": (2, 3),
+                "reward:1": (2, 3),
+                "reward:2": (2,),
+                "rollout": (4, 5, 6),
+            },
+        ),
+        (
+            "colocate_all",
+            {"actor": (0, 1), "rollout": (0, 1, 2), "reward:1": (0, 1), "reward:2": (0,)},
+        ),
+    ],
+)
+def test_who_sits_where_in_every_preset(preset: str, slots: dict[str, tuple[int, ...]]) -> None:
+    spec = plan(preset, TWO_MODELS, cpus_per_slot=1.5)
+    assert slots_of(spec) == slots
+    assert spec.num_slots == 1 + max(slot for taken in slots.values() for slot in taken)
+    assert spec.total_cpus == 1.5 * spec.num_slots
+
+
+def test_pools_by_hand() -> None:
+    pools = [
+        {"name": "policy", "roles": ["actor", "critic", "rollout"], "slots": 4},
+        {"name": "judges", "roles": ["reward", "ref"]},
+    ]
+    spec = plan("pools", TWO_MODELS, ref={"num_replicas": 3}, pools=pools)
+    assert slots_of(spec) == {
+        "actor": (0, 1),
+        "rollout": (0, 1, 2),
+        "ref": (4, 5, 6),
+        "reward:1": (4, 5),
+        "reward:2": (4,),
+    }
+    assert [(pool.name, len(pool.slots)) for pool in spec.pools] == [("policy", 4), ("judges", 3)]
+
+
+def test_a_pool_may_bear_the_name_of_a_role_that_is_not_in_it() -> None:
+    pools = [{"name": "rollout", "roles": ["actor", "critic", "ref"]}]
+    assert slots_of(plan("pools", [FUNCTION], pools=pools)) == {"actor": (0, 1), "rollout": (2, 3, 4)}
+
+
+def test_a_pool_that_is_too_small_is_refused_with_the_arithmetic() -> None:
+    pools = [{"name": "all", "roles": ["actor", "rollout"], "slots": 2}]
+    with pytest.raises(ConfigError) as refused:
+        plan("pools", [FUNCTION], pools=pools)
+    [problem] = refused.value.problems
+    assert problem.got == "pool all with 2 slots"
+    assert problem.wanted == "at least 3: actor 2 slots, rollout 3 slots"
+
+
+def test_tensor_parallel_engines_span_neighbours() -> None:
+    config = make_config(
+        train=TRAIN, rollout={"num_engines": 2, "tensor_parallel": 2}, placement={"preset": "colocate_all"}
     )
-    assert slots_of(spec) == {"trainer": (0, 1), "rollout": (2, 3, 4), "ref": (5, 6), "reward:1": (7, 8)}
-    assert [plan.gpu_share for plan in spec.roles] == [1.0] * 4
-    assert (spec.preset, spec.num_slots, spec.total_cpus) == ("disaggregated", 9, 13.5)
+    spec = plan_placement(config)
+    assert spec.of("rollout").units == ((0, 1), (2, 3))
+    assert spec.of("actor").units == ((0,), (1,))
+    assert spec.num_slots == 4
 
 
-def test_colocate_all_puts_every_role_on_the_same_slots() -> None:
+def test_shares_are_by_weight() -> None:
     spec = plan("colocate_all", [model_source(2), FUNCTION], ref={"location": "serve"})
-    assert slots_of(spec) == {"trainer": (0, 1), "rollout": (0, 1, 2), "ref": (0,), "reward:0": (0, 1)}
-    assert spec.num_slots == 3, "as many as the role with the most units"
     assert {plan.role: plan.gpu_share for plan in spec.roles} == {
-        "trainer": 0.5,
+        "actor": 0.5,
         "rollout": 0.3,
         "ref": 0.1,
         "reward:0": 0.1,
@@ -66,36 +156,42 @@ def test_colocate_all_puts_every_role_on_the_same_slots() -> None:
 
 @pytest.mark.parametrize("preset", ["disaggregated", "colocate_all"])
 def test_what_needs_no_device_has_no_slot(preset: str) -> None:
-    """Function rewards, and a reference that lives in the training workers."""
-    assert set(slots_of(plan(preset, [FUNCTION]))) == {"trainer", "rollout"}
+    """Function rewards, and what lives in the actor's workers."""
+    config = make_config(
+        critic={"location": "worker"}, ref={"location": "worker"}, placement={"preset": preset}
+    )
+    assert set(slots_of(plan_placement(config))) == {"actor", "rollout"}
 
 
 def test_without_a_kl_term_there_is_no_reference() -> None:
     spec = plan_placement(make_config(algorithm={"kl_coef": 0.0}))
-    assert slots_of(spec) == {"trainer": (0,), "rollout": (1,)}
+    assert slots_of(spec) == {"actor": (0,), "critic": (1,), "rollout": (2,)}
 
 
-@pytest.mark.parametrize("preset", ["disaggregated", "colocate_all"])
+@pytest.mark.parametrize("preset", list(PRESETS))
 @pytest.mark.parametrize("num_models", [0, 1, 2, 3, 6, 7, 13])
 def test_all_roles_of_a_slot_fit_on_its_gpu(preset: str, num_models: int) -> None:
     sources = [FUNCTION, *[model_source(1 + i % 2) for i in range(num_models)]]
     spec = plan(preset, sources, ref={"location": "serve", "num_replicas": 2})
-    assert len(spec.roles) == 3 + num_models
     for slot in range(spec.num_slots):
-        shares = [plan.gpu_share for plan in spec.roles if slot in plan.slots]
+        shares = [plan.gpu_share for plan in spec.roles for unit in plan.units if slot in unit]
         assert shares and min(shares) > 0
         # Ray counts in ten-thousandths of a GPU and rounds each request to them.
         assert sum(round(share * 10_000) for share in shares) <= 10_000
 
 
 def test_a_role_is_found_by_name() -> None:
-    spec = plan("disaggregated", [FUNCTION])
-    assert spec.of("rollout").slots == (2, 3, 4)
+    spec = plan("colocate_actor_ref", [FUNCTION])
+    assert spec.of("rollout").slots == (4, 5, 6)
+
+
+def slots_spec(num_slots: int = 9, cpus_per_slot: float = 1.5) -> PlacementSpec:
+    return place({"rollout": Units(num_slots)}, PlacementConfig(cpus_per_slot=cpus_per_slot))
 
 
 @pytest.fixture
 def nine_slots() -> PlacementSpec:
-    return PlacementSpec("disaggregated", num_slots=9, cpus_per_slot=1.5, roles=())
+    return slots_spec()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +234,7 @@ def test_a_run_on_cpus_wants_no_gpu(nine_slots: PlacementSpec) -> None:
 
 
 def test_rounding_is_no_shortfall() -> None:
-    spec = PlacementSpec("disaggregated", num_slots=3, cpus_per_slot=1.1, roles=())
+    spec = slots_spec(3, cpus_per_slot=1.1)
     assert 3 * 1.1 + 0.5 > 3.8, "in floating point"
     assert shortfall(spec, total={"CPU": 3.8}, free={"CPU": 3.8}, gpus_per_slot=0) is None
 

@@ -1,0 +1,103 @@
+"""A cluster of several nodes with counted, not real, GPUs on this machine.
+
+`python -m tests.integration.fake_cluster NODES CPUS GPUS` prints its address, adds a node for each line `add`,
+kills the node of a line `kill ID`, and ends with its input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+OBJECT_STORE_BYTES = 150_000_000
+
+
+class FakeCluster:
+    """The parent's end: a head without slots of its own and nodes with some."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.address = self._read()["address"]
+
+    def add_node(self) -> str:
+        return self._ask("add")["node"]
+
+    def kill_node(self, node: str) -> None:
+        """As by a power cut."""
+        self._ask(f"kill {node}")
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "RAY_ADDRESS": self.address}
+
+    def _ask(self, line: str) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the fake cluster has died"
+        return json.loads(line)
+
+
+@contextmanager
+def fake_cluster(*, nodes: int, cpus: int, gpus: int) -> Iterator[FakeCluster]:
+    command = [sys.executable, "-m", "tests.integration.fake_cluster", str(nodes), str(cpus), str(gpus)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield FakeCluster(process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def serve_commands(nodes: int, cpus: int, gpus: int) -> None:
+    import ray._private.utils
+
+    # The machine-wide note of the newest cluster is not ours to change.
+    ray._private.utils.write_ray_address = lambda *_: None
+    from ray.cluster_utils import Cluster
+
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what Ray prints is not an answer
+
+    def tell(answer: dict[str, Any]) -> None:
+        told.write(json.dumps(answer) + "\n")
+        told.flush()
+
+    limits = {"object_store_memory": OBJECT_STORE_BYTES}
+    head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, **limits}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    added = [cluster.add_node(num_cpus=cpus, num_gpus=gpus, **limits) for _ in range(nodes)]
+    try:
+        cluster.wait_for_nodes()
+        tell({"address": cluster.address})
+        for line in sys.stdin:
+            verb, *words = line.split()
+            if verb == "add":
+                added.append(cluster.add_node(num_cpus=cpus, num_gpus=gpus, **limits))
+                cluster.wait_for_nodes()
+                tell({"node": added[-1].node_id})
+            else:
+                [node] = [node for node in added if node.node_id == words[0]]
+                cluster.remove_node(node, allow_graceful=False)
+                added.remove(node)
+                tell({})
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    serve_commands(*map(int, sys.argv[1:4]))

@@ -1,0 +1,126 @@
+"""Every way of placing the roles on a cluster of several nodes with (counted) GPUs.
+
+The plan holds, and it does not change the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.run import PolicyRunConfig
+from tests.integration.fake_cluster import FakeCluster, fake_cluster
+from tests.integration.policy_runs import tiny_run
+from tests.tiny_model import make_tiny_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).parents[2]
+RUN_SECONDS = 300
+# By hand, for 2 actor workers, 2 critic workers, 2 engines, 1 reference and 2 reward replicas: whose slots
+# begin where. Roles that live in the actor's workers have none.
+FIRST_SLOTS = {
+    "disaggregated": {"actor": 0, "critic": 2, "rollout": 4, "ref": 6, "reward:0": 7},
+    "colocate_actor_ref": {"actor": 0, "critic": 2, "rollout": 4, "reward:0": 6},
+    "colocate_critic_reward": {"actor": 0, "critic": 2, "rollout": 4, "reward:0": 2, "ref": 6},
+    "colocate_actor_ref+critic_reward": {"actor": 0, "critic": 2, "rollout": 4, "reward:0": 2},
+    "colocate_all": {"actor": 0, "rollout": 0, "reward:0": 0},
+    "pools": {"actor": 0, "rollout": 0, "critic": 2, "ref": 2, "reward:0": 4},
+}
+POOLS = [{"name": "policy", "roles": ["actor", "rollout"]}, {"name": "judge", "roles": ["critic", "ref"]}]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[FakeCluster]:
+    with fake_cluster(nodes=3, cpus=4, gpus=3) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return (
+        make_tiny_model(folder / "policy"),
+        make_tiny_model(folder / "reward", seed=1, sequence_classification=True),
+    )
+
+
+def preset_run(folder: Path, models: tuple[str, str], preset: str, **changes: Any) -> PolicyRunConfig:
+    folder.mkdir(parents=True)
+    policy, reward = models
+    base: dict[str, Any] = {
+        "placement": {
+            "preset": preset,
+            "cpus_per_slot": 0.5,
+            **({"pools": POOLS} if preset == "pools" else {}),
+        },
+        "rollout": {"num_engines": 2, "prompts_per_step": 8},
+        "reward": {"sources": [{"type": "model", "path": reward, "num_replicas": 2}]},
+        "train": {"num_steps": 2, "num_workers": 2},
+        "observe": {"console": "lines", "tensorboard": False},
+        "eval": {},
+    }
+    for section, values in changes.items():
+        base[section] = {**base.get(section, {}), **values}
+    return tiny_run(folder, policy, **base)
+
+
+def run_on(cluster: FakeCluster, config: PolicyRunConfig) -> subprocess.CompletedProcess[str]:
+    path = Path(config.run.dir).parent / "config.yaml"
+    path.write_text(dump_resolved(config))
+    return subprocess.run(
+        [sys.executable, "jobs/ppo.py", str(path)],
+        cwd=REPOSITORY,
+        env=cluster.environment(),
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+    )
+
+
+def metrics_of(config: PolicyRunConfig) -> list[dict[str, float]]:
+    lines = (Path(config.run.path) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "loss/actor" in row]
+
+
+@pytest.fixture(scope="module")
+def numbers() -> dict[str, list[dict[str, float]]]:
+    """Metrics of every step, by preset, as the tests below come to them."""
+    return {}
+
+
+@pytest.mark.parametrize("preset", FIRST_SLOTS)
+def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
+    preset: str,
+    cluster: FakeCluster,
+    models: tuple[str, str],
+    numbers: dict[str, list[dict[str, float]]],
+    tmp_path: Path,
+) -> None:
+    config = preset_run(tmp_path / "run", models, preset)
+    done = run_on(cluster, config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    placement = json.loads((Path(config.run.path) / "placement.json").read_text())
+    place_of = [(slot["node"], slot["gpu"]) for slot in placement["slots"]]
+    assert len(set(place_of)) == len(place_of), "no GPU is two slots"
+    first = FIRST_SLOTS[preset]
+    wanted = {
+        (role, unit): place_of[start + unit]
+        for role, start in first.items()
+        for unit in range(1 if role == "ref" else 2)
+    }
+    seats = {(seat["role"], seat["unit"]): (seat["node"], seat["gpu"]) for seat in placement["seats"]}
+    assert seats == wanted
+
+    numbers[preset] = metrics_of(config)
+    assert len(numbers[preset]) == 2
+    for ours, theirs in zip(numbers[preset], next(iter(numbers.values())), strict=True):
+        for key in ("loss/actor", "loss/critic", "kl/mean", "reward/mean", "loss/entropy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), key
