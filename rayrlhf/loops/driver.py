@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
+from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]
 from ray.data import ExecutionOptions
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig
@@ -137,8 +138,12 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
 
 
 def named_actor(actor_class: type, name: str) -> Any:
-    """A light actor that others look up by its name."""
-    return ray.remote(actor_class).options(name=name, num_cpus=0, namespace=NAMESPACE).remote()
+    """A light actor that others look up by its name. It lives on the driver's node: it dies with the driver
+    anyway, and no other node can take it along.
+    """
+    here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    options: dict[str, Any] = {"name": name, "num_cpus": 0, "namespace": NAMESPACE, "label_selector": here}
+    return ray.remote(actor_class).options(**options).remote()
 
 
 def make_trainer(

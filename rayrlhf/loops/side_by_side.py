@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from rayrlhf.loops.driver import RunFailed, fit
+from rayrlhf.loops.identity import write_atomically
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, refresh_slots
 from rayrlhf.placement.lease import seats_of
@@ -61,29 +65,25 @@ def nodes_watched(
 
     Ends the body by `give_up` and raises `PlacementError` when no node takes them before the deadline.
     """
-    _write_placement(slots, run_path)
+    book = _PlacementBook(slots, run_path / "placement.json")
+    book.write()
     failure: list[PlacementError] = []
     stop = threading.Event()
 
-    current = slots
-
     def watch() -> None:
-        nonlocal current
         while not stop.wait(LOOK_SECONDS):
-            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-            lost = {slot.node for slot in current.table} - alive
+            book.write()
+            lost = book.lost_nodes()
             if not lost:
                 continue
-            console.say(
-                f"warning: node {', '.join(sorted(node[:6] for node in lost))} died; waiting for a spare"
-            )
+            console.say(f"warning: node {', '.join(lost)} died; waiting for a spare")
             try:
-                current = refresh_slots(current, timeout_seconds=timeout_seconds)
+                book.slots = refresh_slots(book.slots, timeout_seconds=timeout_seconds)
             except PlacementError as error:
                 failure.append(error)
                 give_up()
                 return
-            console.placement(current)
+            console.placement(book.slots)
 
     thread = threading.Thread(target=watch, daemon=True, name="nodes")
     thread.start()
@@ -96,16 +96,31 @@ def nodes_watched(
     finally:
         stop.set()
         thread.join(FAREWELL_SECONDS)
-        _write_placement(current, run_path)
+        with contextlib.suppress(ValueError):  # the register is gone: the run is being torn down from outside
+            book.write()
 
 
-def _write_placement(slots: Slots, run_path: Path) -> None:
-    """Slots, what the plan puts on them, and who really sits where."""
-    table = [
-        {"slot": index, "bundle": slot.bundle, "node": slot.node, "gpu": slot.gpu, "gpu_uuid": slot.gpu_uuid}
-        for index, slot in enumerate(slots.table)
-    ]
-    roles = {plan.role: [list(unit) for unit in plan.units] for plan in slots.spec.roles}
-    seats = [seat._asdict() for seat in seats_of(slots.run_id)]
-    told = {"preset": slots.spec.preset, "slots": table, "roles": roles, "seats": seats}
-    (run_path / "placement.json").write_text(json.dumps(told, indent=2) + "\n")
+class _PlacementBook:
+    """The file that says which slots there are, what the plan puts on them, and who really sits where."""
+
+    def __init__(self, slots: Slots, path: Path) -> None:
+        self.slots = slots
+        self.path = path
+        self.written = ""
+
+    def lost_nodes(self) -> list[str]:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sorted(node[:6] for node in {slot.node for slot in self.slots.table} - alive)
+
+    def write(self) -> None:
+        text = json.dumps(self._told(), indent=2) + "\n"
+        if text != self.written:
+            write_atomically(self.path, text)
+            self.written = text
+
+    def _told(self) -> dict[str, Any]:
+        slots = self.slots
+        table = [asdict(slot) | {"slot": index} for index, slot in enumerate(slots.table)]
+        roles = {plan.role: plan.units for plan in slots.spec.roles}
+        seats = [seat._asdict() for seat in seats_of(slots.run_id)]
+        return {"preset": slots.spec.preset, "slots": table, "roles": roles, "seats": seats}

@@ -8,6 +8,7 @@ other runs' apps are never touched. It also keeps the register of who sits where
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ NAMESPACE = "rayrlhf"  # of the named actors of all runs
 WATCH_SECONDS = 1.0
 PING_SECONDS = 20.0
 DELETE_SECONDS = 60.0
+HEAD_NODE = "node:__internal_head__"  # a resource that Ray gives to the head alone
 
 
 class Seat(NamedTuple):
@@ -30,6 +32,7 @@ class Seat(NamedTuple):
     unit: int
     node: str
     gpu: str | None
+    pid: int
 
 
 @ray.remote(num_cpus=0)
@@ -91,7 +94,7 @@ def sit_down(run_id: str, role: str, unit: int) -> None:
     """Tell the run's register where this process is."""
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
-    seat = Seat(role, unit, context.get_node_id(), gpus[0] if gpus else None)
+    seat = Seat(role, unit, context.get_node_id(), gpus[0] if gpus else None, os.getpid())
     with contextlib.suppress(ValueError):  # no register: whoever placed us has ended, or keeps none
         ray.get_actor(_reaper_name(run_id), namespace=NAMESPACE).sit.remote(seat)
 
@@ -108,8 +111,11 @@ def _reaper_name(run_id: str) -> str:
 
 def start_reaper(run_id: str, lease: Any, group: PlacementGroup) -> Any:
     """Watch `lease`, any actor of the driver's with a `ping` method; it must live as long as the run."""
-    reaper = Reaper.options(name=_reaper_name(run_id), namespace=NAMESPACE, lifetime="detached").remote(
-        lease, run_id, group
-    )
+    reaper = Reaper.options(
+        name=_reaper_name(run_id),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        resources={HEAD_NODE: 0.001},  # it must outlive the driver's node
+    ).remote(lease, run_id, group)
     ray.get(reaper.ready.remote())
     return reaper

@@ -32,6 +32,7 @@ from ray.util.placement_group import PlacementGroup
 from rayrlhf.placement.apply import Slots
 
 CONTROLLER_SECONDS = 60.0
+TRAINERS = ("actor", "critic")  # roles whose workers this makes
 
 
 @dataclass
@@ -105,7 +106,9 @@ class SlotTorchTrainer(TorchTrainer):
 def slot_scaling(slots: Slots, role: str) -> SlotScalingConfig:
     """The scaling config that puts this role's workers on their slots."""
     plan = slots.spec.of(role)
-    resources = {"CPU": slots.spec.cpus_per_slot}
+    pool = next(pool for pool in slots.spec.pools if plan in pool.roles)
+    trainers = sum(other.role in TRAINERS for other in pool.roles)  # engines and replicas ask for no CPU
+    resources = {"CPU": slots.spec.cpus_per_slot / trainers}
     if slots.gpus_per_slot:
         resources["GPU"] = plan.gpu_share * slots.gpus_per_slot
     return SlotScalingConfig(

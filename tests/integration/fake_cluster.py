@@ -1,7 +1,7 @@
 """A cluster of several nodes with counted, not real, GPUs on this machine.
 
-`python -m tests.integration.fake_cluster NODES CPUS GPUS` prints its address, adds a node for each line `add`,
-kills the node of a line `kill ID`, and ends with its input.
+`python -m tests.integration.fake_cluster NODES CPUS GPUS` prints its address, adds a node for each line
+`add`, kills the node of a line `kill ID`, and ends with its input.
 """
 
 from __future__ import annotations
