@@ -48,6 +48,67 @@ def _offload_has_a_partition(train: OptimizerConfig) -> Problem | None:
     )
 
 
+def _offloaded_weights_are_partitioned(train: OptimizerConfig) -> Problem | None:
+    if not train.offload_params or train.zero_stage == 3:
+        return None
+    return Problem(
+        "offload_params",
+        got=f"true with zero_stage={train.zero_stage}",
+        wanted="zero_stage 3: below it every GPU works on whole weights",
+        fix="set train.zero_stage to 3, or train.offload_params to false",
+    )
+
+
+def _secondary_partition_divides(train: OptimizerConfig) -> Problem | None:
+    size = train.hpz_partition_size
+    if size == 1 or (train.zero_stage == 3 and train.num_workers % size == 0):
+        return None
+    if train.zero_stage != 3:
+        return Problem(
+            "hpz_partition_size",
+            got=f"{size} with zero_stage={train.zero_stage}",
+            wanted="1: only ZeRO-3 partitions weights",
+            fix="set train.zero_stage to 3, or remove train.hpz_partition_size",
+        )
+    return Problem(
+        "hpz_partition_size",
+        got=f"{size} with num_workers={train.num_workers}",
+        wanted="a divisor of train.num_workers, best the workers of a node",
+        fix="set train.hpz_partition_size to such a number",
+    )
+
+
+def _secondary_partition_is_on_gpus(train: OptimizerConfig) -> Problem | None:
+    if train.hpz_partition_size == 1 or not train.offload_params:
+        return None
+    return Problem(
+        "hpz_partition_size",
+        got=f"{train.hpz_partition_size} with offload_params=true",
+        wanted="1: a second copy on the GPUs undoes the offloading",
+        fix="remove train.hpz_partition_size or train.offload_params",
+    )
+
+
+def _overlap_has_a_reduction(train: OptimizerConfig) -> Problem | None:
+    if not train.overlap_comm or train.zero_stage >= 2:
+        return None
+    return Problem(
+        "overlap_comm",
+        got=f"true with zero_stage={train.zero_stage}",
+        wanted="zero_stage 2 or 3: whole gradients are reduced once, after the last micro-batch",
+        fix="set train.zero_stage to 2, or train.overlap_comm to false",
+    )
+
+
+OPTIMIZER_CHECKS = (
+    _offload_has_a_partition,
+    _offloaded_weights_are_partitioned,
+    _secondary_partition_divides,
+    _secondary_partition_is_on_gpus,
+    _overlap_has_a_reduction,
+)
+
+
 class OptimizerConfig(Section):
     """What every trainer has."""
 
@@ -59,6 +120,10 @@ class OptimizerConfig(Section):
     """DeepSpeed's ZeRO stage: what workers share out (1 optimizer, 2 and gradients, 3 and weights)."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory."""
+    offload_params: bool = False
+    """Keep the weights in host memory too, fetched layer by layer (ZeRO-3)."""
+    hpz_partition_size: Count = 1
+    """Ranks that hold a whole copy of ZeRO-3's weights among them, such as a node's (arXiv 2306.10209)."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     lr: NonNegativeNumber = 1e-6
@@ -90,7 +155,7 @@ class OptimizerConfig(Section):
     max_bad_steps: Count = 3
     """Stop after this many updates in a row with a gradient that is not finite."""
 
-    checks = (_offload_has_a_partition,)
+    checks = OPTIMIZER_CHECKS
 
     @property
     def total_steps(self) -> int:
@@ -102,7 +167,7 @@ class TrainConfig(OptimizerConfig):
     num_steps: Count
     """Steps of the run: one batch of rollouts each."""
 
-    checks = (_warmup_ends, _offload_has_a_partition)
+    checks = (_warmup_ends, *OPTIMIZER_CHECKS)
 
     @property
     def total_steps(self) -> int:
@@ -152,7 +217,7 @@ class SupervisedTrainConfig(OptimizerConfig):
     warmup_ratio: Fraction = 0.0
     """Share of the steps over which the learning rate rises linearly, instead of warmup_steps."""
 
-    checks = (_offload_has_a_partition, _steps_or_epochs, _one_warmup, _workers_share_samples)
+    checks = (*OPTIMIZER_CHECKS, _steps_or_epochs, _one_warmup, _workers_share_samples)
 
     @property
     def total_steps(self) -> int:

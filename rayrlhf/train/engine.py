@@ -37,8 +37,13 @@ def deepspeed_config(train: OptimizerConfig, *, lr: float | None, dtype: torch.d
     }
     if train.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+    on_gpu = torch.cuda.is_available()
     if train.offload_optimizer and lr is not None:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if train.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    if train.hpz_partition_size > 1:
+        zero["zero_hpz_partition_size"] = train.hpz_partition_size
     config: dict[str, Any] = {
         # Micro-batches are counted by the learner, not by DeepSpeed: their number varies from step to step.
         "train_micro_batch_size_per_gpu": 1,
@@ -58,8 +63,9 @@ def deepspeed_config(train: OptimizerConfig, *, lr: float | None, dtype: torch.d
             "eps": train.eps,
             "weight_decay": train.weight_decay,
         }
-        if not train.offload_optimizer:
-            # torch's fused AdamW: as fast as DeepSpeed's, and nothing to compile on the first step.
+        if not (train.offload_optimizer and on_gpu):
+            # torch's fused AdamW: as fast as DeepSpeed's, and nothing to compile on the first step. On the
+            # host of a GPU DeepSpeed's own is worth it: it overlaps its steps with the copies.
             optimizer |= {"torch_adam": True, "fused": True}
         config["optimizer"] = {"type": "AdamW", "params": optimizer}
     return config

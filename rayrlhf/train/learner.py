@@ -15,6 +15,7 @@ from rayrlhf.batch import PackedBatch
 from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import full_state_dict, make_engine
+from rayrlhf.train.offload import offload_states, reload_states
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
 # global objective, metric sums). Shares add up over micro-batches and ranks.
@@ -120,6 +121,13 @@ class Learner:
                 "lower the learning rate or look at the rewards"
             )
         return {f"loss/{self.name}_bad_steps": float(bad)}
+
+    def offload(self) -> int:
+        """Keep only the weights on the device until `reload`; returns the bytes that have left it."""
+        return offload_states(self.engine)
+
+    def reload(self) -> None:
+        reload_states(self.engine)
 
     def state_dict(self, submodule: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
         return full_state_dict(submodule, on_this_rank=on_this_rank)

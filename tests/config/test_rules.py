@@ -284,6 +284,36 @@ RULES = {
         "train.offload_optimizer",
         ["train.zero_stage=1"],
     ),
+    "weights are offloaded in parts": (
+        ["train.offload_params=true"],
+        "train.offload_params",
+        ["train.zero_stage=3"],
+    ),
+    "a second copy of the weights only with partitioned ones": (
+        ["train.hpz_partition_size=2", "train.num_workers=2"],
+        "train.hpz_partition_size",
+        ["train.zero_stage=3"],
+    ),
+    "a second copy of the weights is shared evenly": (
+        ["train.hpz_partition_size=3", "train.num_workers=4", "train.zero_stage=3"],
+        "train.hpz_partition_size",
+        ["train.hpz_partition_size=2"],
+    ),
+    "a second copy of the weights undoes offloading": (
+        [
+            "train.hpz_partition_size=2",
+            "train.num_workers=2",
+            "train.zero_stage=3",
+            "train.offload_params=true",
+        ],
+        "train.hpz_partition_size",
+        ["train.offload_params=false"],
+    ),
+    "overlapping has a reduction": (
+        ["train.overlap_comm=true", "train.zero_stage=1"],
+        "train.overlap_comm",
+        ["train.zero_stage=2"],
+    ),
     "a clip is a range": (["reward.clip=[1, -1]"], "reward.clip", ["reward.clip=[-1, 1]"]),
     "names of rewards differ": (
         ["reward.sources=[{type: model, path: a, name: x}, {type: model, path: b, name: x}]"],

@@ -1,0 +1,78 @@
+"""What a trainer holds beside its weights, to host memory and back, while rollout engines have the GPU.
+
+Weights stay where they are: the engines are about to be given them. DeepSpeed moves the states of ZeRO 1 and
+2; of ZeRO 3 it does so for its own compiled Adam only, and of ZeRO 0 not at all, so those move here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
+from torch import Tensor
+
+GRADIENTS = [OffloadStateTypeEnum.lp_grads, OffloadStateTypeEnum.contiguous_grad_buffer]
+MASTER_AND_MOMENTS = [OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states]
+
+
+def offload_states(engine: Any) -> int:
+    """Free the gradients and move fp32 master weights and optimizer state to the host. Returns the bytes that
+    left the device (on a CPU, those of the gradients: the rest has nowhere to go).
+
+    Twice is as good as once.
+    """
+    num_bytes = _free_gradients(engine)
+    on_gpu = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.offload_states(include=[*MASTER_AND_MOMENTS, *GRADIENTS], pin_memory=on_gpu)
+    else:
+        if stage == 3 and not _weights_are_on_host(engine):
+            engine.offload_states(include=GRADIENTS, pin_memory=on_gpu)
+        for tensor in _own_states(engine):
+            tensor.data = tensor.data.to("cpu")
+    if on_gpu:
+        torch.cuda.empty_cache()
+        num_bytes += before - torch.cuda.memory_allocated()
+    return num_bytes
+
+
+def reload_states(engine: Any) -> None:
+    """Back to where they were; nothing to do when they are there."""
+    stage = engine.zero_optimization_stage()
+    if stage > 0 and not _weights_are_on_host(engine):
+        engine.reload_states()
+    if stage in (0, 3) and not engine.zero_use_cpu_optimizer():
+        for tensor in _own_states(engine):
+            tensor.data = tensor.data.to(engine.device)
+
+
+def _weights_are_on_host(engine: Any) -> bool:
+    """Then so are the gradients, and DeepSpeed has nothing that it would move."""
+    offload = engine.zero_offload_param()
+    return offload is not None and offload.device != OffloadDeviceEnum.none
+
+
+def _own_states(engine: Any) -> Iterator[Tensor]:
+    """Moments, and the partitions of ZeRO 3's master weights."""
+    if engine.zero_use_cpu_optimizer():
+        return  # on the host already
+    if engine.zero_optimization_stage() == 3:
+        yield from engine.optimizer.fp32_partitioned_groups_flat
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for state in inner.state.values():
+        # A counter of steps stays on the device that the fused kernel wants it on.
+        yield from (value for value in state.values() if torch.is_tensor(value) and value.dim() > 0)
+
+
+def _free_gradients(engine: Any) -> int:
+    """Those that autograd has left on the parameters; a step has used them."""
+    freed = 0
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            freed += parameter.grad.numel() * parameter.grad.element_size()
+            parameter.grad = None
+    return freed
