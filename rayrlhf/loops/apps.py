@@ -43,6 +43,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 weight_hub=job.weight_hub,
                 on_gpu=slots.have_gpus,
                 threads=threads,
+                sleeps=config.engines_sleep,
             ),
             slots,
             num_engines=config.rollout.num_engines,
@@ -125,8 +126,11 @@ def engine_settings(
     weight_hub: str | None,
     on_gpu: bool,
     threads: int,
+    sleeps: bool = False,
 ) -> EngineSettings:
-    """Without a `weight_hub` the engines keep the weights of the checkpoint."""
+    """Without a `weight_hub` the engines keep the weights of the checkpoint. `sleeps`: they give their memory
+    up by turns.
+    """
     engine_args: dict[str, Any] = {
         "model": model.path,
         "trust_remote_code": model.trust_remote_code,
@@ -150,6 +154,7 @@ def engine_settings(
         engine_args |= {
             "dtype": "bfloat16" if dtype == "auto" else dtype,
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "enable_sleep_mode": sleeps,
         }
     else:
         engine_args |= {

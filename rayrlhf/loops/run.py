@@ -19,8 +19,10 @@ from rayrlhf.loops.driver import (
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -39,15 +41,17 @@ from rayrlhf.loops.mailbox import Mailbox
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.policy_async import async_policy_loop
 from rayrlhf.loops.session import deploy, watched
+from rayrlhf.loops.shards import json_line
 from rayrlhf.loops.side_by_side import nodes_watched, trained_beside
 from rayrlhf.loops.streams import Stores, prepare_stores, training_streams
 from rayrlhf.loops.summary import write_summary
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.apply import Slots
+from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.trainer import SlotTorchTrainer
-from rayrlhf.rollout.weight_sync import WeightHub
+from rayrlhf.rollout.weight_sync import Event, WeightHub
 
 CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
 
@@ -113,6 +117,8 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
             critic = _critic_trainer(job, slots)
             stack.enter_context(trained_beside(critic, role="critic", give_up=trainer.abort))
         result = fit(trainer)
+        if config.engines_sleep:
+            _write_trace(job, run_path)
     write_summary(result, run_path, num_samples=config.eval.show_samples)
     return run_path
 
@@ -121,6 +127,13 @@ def _own_actor(stack: ExitStack, actor_class: type, name: str) -> None:
     """An actor that goes when the stack unwinds; else it stays as long as this process keeps its Ray."""
     actor = named_actor(actor_class, name)
     stack.callback(ray.kill, actor)
+
+
+def _write_trace(job: PolicyJob, run_path: Path) -> None:
+    """Who slept and woke when."""
+    hub: Any = ray.get_actor(job.weight_hub, namespace=NAMESPACE)
+    events: list[Event] = ray.get(hub.trace.remote(), timeout=job.config.rollout.weight_sync.timeout_seconds)
+    (run_path / "turns.jsonl").write_text("".join(json_line(asdict(event)) for event in events))
 
 
 def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:

@@ -26,6 +26,7 @@ from rayrlhf.loops.remote_critic import RemoteCritic
 from rayrlhf.loops.reporting import rollout_metrics
 from rayrlhf.loops.texts import TextStream
 from rayrlhf.loops.training_worker import TrainingWorker
+from rayrlhf.loops.turns import Turns
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.reward.score import RewardClient, RewardSource
@@ -43,12 +44,14 @@ class PolicyWorker(TrainingWorker):
         self.job = job
         self.config = config = job.config
         self.algorithm = config.algorithm
+        self.sync = self._make_sync()
+        self.turns = Turns(self.sync, engines_sleep=config.engines_sleep)
+        self.turns.before_loading()
         beside = config.needs_critic and not config.critic_is_apart
         self.say("loading the actor" + (" and the critic" if beside else ""))
         self.learners = Learners(config, reference=self._served_reference(), critic=self._remote_critic())
         self.collector = self._make_collector()
         self.combiner = RewardCombiner(config.reward, response_limit=config.rollout.max_response_tokens)
-        self.sync = self._make_sync()
         self.queue = PromptQueue(
             rank=self.rank,
             per_rank=config.rollout.prompts_per_step // self.world_size,
@@ -201,12 +204,19 @@ class PolicyWorker(TrainingWorker):
         if nothing:
             self.reporter.warn(step, "no group within algorithm.dynamic_sampling's range: nothing to learn")
         else:
+            if self.config.engines_sleep:
+                with self.phase("engines_sleep"):
+                    self.turns.train(self.learners)
+                freed = {"rollout/freed_bytes": float(self.turns.freed_bytes)}
+                self.metrics |= collectives.sum_metrics(freed)
             self.learners.learn(samples, step, self.phase, texts=texts)
         self.state.step = step + 1
         self.trained = list(samples)
 
     def push_weights(self, version: int) -> None:
-        self.sync.push(self.learners.actor_parameters(), version=version)
+        """The engines hold `version` then, and are awake."""
+        parameters = self.learners.actor_parameters()
+        self.turns.roll_out(self.learners, functools.partial(self.sync.push, parameters, version=version))
 
     def end_step(self) -> None:
         """Report; evaluate and save where it is due."""

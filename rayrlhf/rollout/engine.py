@@ -23,10 +23,11 @@ from rayrlhf.placement.child import SlotChild
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.rollout.weight_sync import Publication
+from rayrlhf.rollout.weight_sync import Part, Publication
 
 EXIT_SECONDS = 0.2
 LOST_WEIGHTS_SECONDS = 1.0
+TURN_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,40 @@ class EngineActor:
     """A vLLM engine and the version of the weights that it holds."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        from rayrlhf.rollout.stepper import Stepper  # vllm takes seconds to import: only here, where it runs
-
         self.settings = settings
-        self.stepper = Stepper(settings.engine_args)
+        self.stepper: Any = None
         self.version = 0
         self.publication = 0  # which of the hub's these weights came with
         hub = settings.weight_hub
-        self.hub = None if hub is None else ray.get_actor(hub, namespace=NAMESPACE)
+        self.hub: Any = None if hub is None else ray.get_actor(hub, namespace=NAMESPACE)
         self.updating = asyncio.Lock()
+        self.missing: set[str] = set()  # parts of its memory that a sleeping engine does not have
 
-    async def start(self) -> int:
-        """Pull the newest weights and generate once, so that the first real request meets a warm engine."""
+    async def is_our_turn(self) -> bool:
+        """Not while trainers use the memory that this engine would take."""
+        return self.hub is None or await self.hub.is_engines_turn.remote()
+
+    async def start(self, name: str) -> int:
+        """Build, pull the newest weights and generate once, so that the first real request meets a warm
+        engine.
+        """
+        from rayrlhf.rollout.stepper import Stepper  # vllm takes seconds to import: only here, where it runs
+
+        self.name = name
+        self.stepper = Stepper(self.settings.engine_args)
         await self.catch_up(0)
         params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
         async for _ in self.stepper.stream([1, 2, 3], [params]):
             pass
+        if not await self.is_our_turn():
+            await self.sleep()
         return self.version
 
     async def generate(
         self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
     ) -> AsyncIterator[tuple[int, Generation]]:
+        if self.missing:
+            await self._wake_by_itself()
         if self.version < min_version:
             await self.catch_up(min_version)
         async for index, output in self.stepper.stream(prompt_ids, sampling):
@@ -82,6 +96,8 @@ class EngineActor:
     async def catch_up(self, at_least: int) -> int:
         """Load the newest published weights, if we do not hold them. Returns the version held then."""
         async with self.updating:
+            if "weights" in self.missing:
+                raise RuntimeError("asked to load weights while it sleeps: the trainers have its memory")
             publication, buckets = await self._fetch_newer()
             if buckets:
                 await self.stepper.pause()
@@ -90,7 +106,9 @@ class EngineActor:
                     await self.stepper.load_bucket(slices, flat)
                 await self.stepper.finish_weight_update(publication.version)
                 self.publication, self.version = publication.number, publication.version
-                await self.stepper.resume()
+                await self._record(f"loaded version {self.version}")
+                if not self.missing:
+                    await self.stepper.resume()
         if self.version < at_least:
             raise RuntimeError(
                 f"version {at_least} was asked for, the newest published one is {self.version}"
@@ -117,6 +135,45 @@ class EngineActor:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(LOST_WEIGHTS_SECONDS)
+
+    async def sleep(self) -> int:
+        """Give up weights and cache; returns the bytes. Raises `RuntimeError` while requests run."""
+        async with self.updating:
+            if self.missing:
+                return 0
+            freed = await self.stepper.give_up_memory()
+            self.missing = {"weights", "kv_cache"}
+            self.publication = -1  # the newest one is news, whichever it is
+            await self._record(f"asleep, {freed} bytes freed")
+            return freed
+
+    async def wake(self, part: Part) -> None:
+        """Have that part of the memory again. The cache comes when the weights have been loaded."""
+        async with self.updating:
+            if part not in self.missing:
+                return
+            if part == "kv_cache" and self.publication < 0:
+                raise RuntimeError("asked to go on before weights were pushed: a sleeping engine keeps none")
+            await self.stepper.take_memory(part)
+            self.missing.remove(part)
+            await self._record(f"awake: {part}")
+            if not self.missing:
+                await self.stepper.resume()
+
+    async def _wake_by_itself(self) -> None:
+        """It slept when it had started in the trainers' turn, and missed the call."""
+        if not await self.is_our_turn():
+            raise RuntimeError("asked to generate while it sleeps: the trainers have its memory")
+        await self.wake("weights")
+        await self.catch_up(0)
+        await self.wake("kv_cache")
+
+    async def _record(self, what: str) -> None:
+        if self.hub is not None:
+            await self.hub.record.remote(self.name, what)
+
+    async def describe(self) -> dict[str, int]:
+        return {"engine_pid": os.getpid(), "version": self.version}
 
     async def check(self) -> int:
         self.stepper.raise_if_dead()
@@ -158,7 +215,11 @@ class RolloutReplica:
             env_vars=settings.env_vars,
             timeout_seconds=settings.rpc_timeout_seconds,
         )
-        await self.engine.call("start", timeout_seconds=settings.start_timeout_seconds)
+        # As long as the trainers' turn lasts; its own deadlines end it, or the run.
+        while not await self.engine.call("is_our_turn"):
+            await asyncio.sleep(TURN_SECONDS)
+        name = f"engine {self.engine.rank}"
+        await self.engine.call("start", name, timeout_seconds=settings.start_timeout_seconds)
 
     async def generate(
         self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
@@ -183,8 +244,16 @@ class RolloutReplica:
     async def catch_up(self, version: int) -> dict[str, int]:
         return {"replica": self.engine.rank, "version": await self.engine.call("catch_up", version)}
 
+    async def sleep(self) -> dict[str, int]:
+        return {"replica": self.engine.rank, "freed_bytes": await self.engine.call("sleep")}
+
+    async def wake(self, part: Part) -> dict[str, int]:
+        await self.engine.call("wake", part)
+        return {"replica": self.engine.rank}
+
     async def describe(self) -> dict[str, int]:
-        return {"replica": self.engine.rank, "pid": os.getpid(), "version": await self.engine.call("check")}
+        engine = await self.engine.call("describe")
+        return {"replica": self.engine.rank, "pid": os.getpid(), **engine}
 
     async def check_health(self) -> None:
         await self.engine.call("check")

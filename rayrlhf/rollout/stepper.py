@@ -86,6 +86,26 @@ class Stepper:
 
         await self._on_thread(go)
 
+    async def give_up_memory(self) -> int:
+        """Stop stepping and free weights and cache; returns the bytes. Raises `RuntimeError` while requests
+        run.
+        """
+
+        def give_up() -> list[int]:
+            if self._waiting:
+                raise RuntimeError(
+                    f"{len(self._waiting)} requests are running: an engine sleeps between them"
+                )
+            self._paused = True
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+            return self._engine.collective_rpc("give_up_memory")
+
+        return sum(await self._on_thread(give_up))
+
+    async def take_memory(self, part: str) -> None:
+        """Have `weights` (to be loaded then) or `kv_cache` again; stepping goes on with `resume`."""
+        await self._rpc("take_memory", part=part)
+
     async def start_weight_update(self) -> None:
         await self._rpc("start_weight_update")
 

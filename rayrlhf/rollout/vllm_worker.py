@@ -6,7 +6,7 @@ import registers the transfer backend. Only this module and `rollout.engine` may
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,41 @@ def unpack(slices: list[TensorSlice], bucket: Any) -> Iterator[tuple[str, Tensor
 
 class WorkerExtension:
     """Named in `worker_extension_cls`; vLLM mixes it into its worker class."""
+
+    def give_up_memory(self) -> int:
+        """Let go of weights and key-value cache; returns the bytes that were freed.
+
+        Weights are not kept: the next ones are pushed before anybody generates. On a GPU this is vLLM's sleep
+        of level 2, which keeps the buffers; its CPU worker has none, so storages are emptied in place.
+        """
+        worker: Any = self
+        if not current_platform.is_cpu():
+            free, _ = torch.cuda.mem_get_info()
+            worker.sleep(level=2)
+            return torch.cuda.mem_get_info()[0] - free
+        self.emptied = {
+            "weights": _empty(worker.model_runner.model.parameters()),
+            "kv_cache": _empty(worker.model_runner.kv_caches),
+        }
+        return sum(size for part in self.emptied.values() for _, size in part)
+
+    def take_memory(self, part: str) -> None:
+        """`part`: weights, whose values are then to be loaded, or kv_cache."""
+        worker: Any = self
+        if not current_platform.is_cpu():
+            worker.wake_up([part])
+            return
+        for storage, size in self.emptied.pop(part):
+            storage.resize_(size)
+
+
+def _empty(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
+    """Give the tensors' storages back, and return them with their sizes in bytes; shared ones once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    sizes = [(storage, storage.size()) for storage in storages.values()]
+    for storage, _ in sizes:
+        storage.resize_(0)
+    return sizes
 
 
 if OBJECT_STORE not in WeightTransferEngineFactory._registry:

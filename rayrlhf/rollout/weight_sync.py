@@ -7,10 +7,12 @@ weights, by the same code, when it comes back, and one RPC moves a bucket, never
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -23,9 +25,20 @@ from torch import Tensor, nn
 
 from rayrlhf.rollout.bucket import TensorSlice
 
+Part = Literal["weights", "kv_cache"]  # of an engine's memory
 Bucket = tuple[list[TensorSlice], ObjectRef]
 ALIGNMENT_BYTES = 16
+MAX_EVENTS = 10_000
 Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something in the change of turns, by the hub's clock."""
+
+    seconds: float
+    who: str
+    what: str
 
 
 @dataclass(frozen=True)
@@ -36,10 +49,15 @@ class Publication:
 
 
 class WeightHub:
-    """A small actor of the run that knows the newest version and keeps its buckets alive."""
+    """A small actor of the run that knows the newest version and keeps its buckets alive.
+
+    Where engines and trainers have their memory by turns, it also knows whose turn it is.
+    """
 
     def __init__(self) -> None:
         self.newest_publication = Publication(0, 0, [])
+        self.engines_turn = True
+        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
 
     def publish(self, version: int, buckets: list[Bucket]) -> None:
         """A lower version than before comes from a trainer that was restarted from its last checkpoint."""
@@ -48,6 +66,19 @@ class WeightHub:
 
     def newest(self) -> Publication:
         return self.newest_publication
+
+    def set_turn(self, engines: bool) -> None:
+        self.engines_turn = engines
+
+    def is_engines_turn(self) -> bool:
+        return self.engines_turn
+
+    def record(self, who: str, what: str) -> None:
+        self.events.append(Event(time.time(), who, what))
+
+    def trace(self) -> list[Event]:
+        """The newest events, in the order in which they arrived."""
+        return list(self.events)
 
 
 class WeightSync:
@@ -73,9 +104,12 @@ class WeightSync:
         self.gathered = gathered
 
     def is_news(self, version: int) -> bool:
-        """Whether the engines may hold anything else than this version, as after a restart of the trainer."""
+        """Whether the engines may hold anything else than this version, as after a restart of the trainer; or
+        nothing, asleep.
+        """
         newest: Any = ray.get(self.hub.newest.remote(), timeout=self.timeout_seconds)
-        return version > 0 or newest.number > 0
+        awake: Any = ray.get(self.hub.is_engines_turn.remote(), timeout=self.timeout_seconds)
+        return version > 0 or newest.number > 0 or not awake
 
     def push(self, parameters: list[tuple[str, nn.Parameter]], version: int) -> None:
         """Publish and wait until every running engine holds `version`. Raises `TimeoutError` naming who
@@ -89,23 +123,49 @@ class WeightSync:
                     buckets.append((slices, ray.put(flat.numpy())))
         if self.rank == 0:
             ray.get(self.hub.publish.remote(version, buckets), timeout=self.timeout_seconds)
-            self._tell_engines(version)
+            # Engines that are not running now, starting or dead, pull this version before they are healthy.
+            self._tell_engines(f"weight sync of version {version}", "catch_up", version)
 
-    def _tell_engines(self, version: int) -> None:
-        # Engines that are not running now, still starting or dead, pull this version before they are healthy.
+    def engines_sleep(self) -> int:
+        """The trainers' turn: every running engine gives its memory up; returns the bytes, on rank 0.
+
+        Engines that start meanwhile wait for their turn. Raises `TimeoutError` like `push`.
+        """
+        if self.rank > 0:
+            return 0
+        ray.get(self.hub.set_turn.remote(False), timeout=self.timeout_seconds)
+        answers = self._tell_engines("putting the engines to sleep", "sleep")
+        return sum(answer["freed_bytes"] for answer in answers)
+
+    def engines_wake(self, part: Part) -> None:
+        """The engines' turn, in two stages: `weights`, which are then to be pushed, and `kv_cache`."""
+        if self.rank > 0:
+            return
+        if part == "weights":
+            ray.get(self.hub.set_turn.remote(True), timeout=self.timeout_seconds)
+        self._tell_engines(f"waking the engines' {part}", "wake", part)
+
+    def record(self, what: str) -> None:
+        """In the hub's trace, for rank 0."""
+        if self.rank == 0:
+            ray.get(self.hub.record.remote("trainers", what), timeout=self.timeout_seconds)
+
+    def _tell_engines(self, what: str, method: str, *arguments: Any) -> list[dict[str, int]]:
+        """The answers of the running engines. Raises `TimeoutError` naming those who did it."""
         try:
-            answers: list[Any] = self.engines.broadcast("catch_up", version).results(
+            answers: list[Any] = self.engines.broadcast(method, *arguments).results(
                 timeout_s=self.timeout_seconds, return_exceptions=True
             )
         except DeploymentUnavailableError:
-            return
+            return []
         failed = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, RayActorError)]
+        done = [a for a in answers if isinstance(a, dict)]
         if failed:
-            holding = sorted(a["replica"] for a in answers if isinstance(a, dict))
             raise TimeoutError(
-                f"weight sync of version {version}: of {self.num_engines} engines only {holding} took it "
+                f"{what}: of {self.num_engines} engines only {sorted(a['replica'] for a in done)} did it "
                 f"within {self.timeout_seconds:g} s; first failure: {failed[0]!r}"
             ) from failed[0]
+        return done
 
 
 def plan_buckets(

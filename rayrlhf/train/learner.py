@@ -15,7 +15,7 @@ from rayrlhf.batch import PackedBatch
 from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import full_state_dict, make_engine
-from rayrlhf.train.offload import offload_states, reload_states
+from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
 # global objective, metric sums). Shares add up over micro-batches and ranks.
@@ -123,11 +123,15 @@ class Learner:
         return {f"loss/{self.name}_bad_steps": float(bad)}
 
     def offload(self) -> int:
-        """Keep only the weights on the device until `reload`; returns the bytes that have left it."""
-        return offload_states(self.engine)
+        """Keep only the weights on the device until `reload`; returns the bytes that have left it. On a CPU
+        these are the gradients: the rest has nowhere to go.
+        """
+        on_gpu = collectives.device().type == "cuda"
+        return offload_states(self.engine) if on_gpu else free_gradients(self.engine)
 
     def reload(self) -> None:
-        reload_states(self.engine)
+        if collectives.device().type == "cuda":
+            reload_states(self.engine)
 
     def state_dict(self, submodule: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
         return full_state_dict(submodule, on_this_rank=on_this_rank)

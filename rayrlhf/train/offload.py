@@ -18,12 +18,10 @@ MASTER_AND_MOMENTS = [OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim
 
 
 def offload_states(engine: Any) -> int:
-    """Free the gradients and move fp32 master weights and optimizer state to the host. Returns the bytes that
-    left the device (on a CPU, those of the gradients: the rest has nowhere to go).
-
-    Twice is as good as once.
+    """Free the gradients and move fp32 master weights and optimizer state to the host; twice is as good as
+    once. Returns the bytes that have left the device.
     """
-    num_bytes = _free_gradients(engine)
+    num_bytes = free_gradients(engine)
     on_gpu = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if on_gpu else 0
     stage = engine.zero_optimization_stage()
@@ -68,8 +66,8 @@ def _own_states(engine: Any) -> Iterator[Tensor]:
         yield from (value for value in state.values() if torch.is_tensor(value) and value.dim() > 0)
 
 
-def _free_gradients(engine: Any) -> int:
-    """Those that autograd has left on the parameters; a step has used them."""
+def free_gradients(engine: Any) -> int:
+    """Those that autograd has left on the parameters; a step has used them. Returns their bytes."""
     freed = 0
     for parameter in engine.module.parameters():
         if parameter.grad is not None:

@@ -96,6 +96,34 @@ def numbers() -> dict[str, list[dict[str, float]]]:
     return {}
 
 
+def check_turns(trace: Path) -> None:
+    """In each of the two steps engines sleep before the optimizer is back, and wake in two stages after it has
+    gone.
+    """
+    events = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
+    stages: list[tuple[set[str], str]] = []  # who did the same thing in a row
+    for event in events:
+        what = event["what"].partition(",")[0]
+        if stages and stages[-1][1] == what:
+            stages[-1][0].add(event["who"])
+        else:
+            stages.append(({event["who"]}, what))
+    engines, trainers = {"engine 0", "engine 1"}, {"trainers"}
+    assert stages == [
+        stage
+        for version in (1, 2)
+        for stage in (
+            (engines, "asleep"),
+            (trainers, "optimizer and gradients are back"),
+            (trainers, "optimizer and gradients are put aside"),
+            (engines, "awake: weights"),
+            (engines, f"loaded version {version}"),
+            (engines, "awake: kv_cache"),
+        )
+    ]
+
+
 @pytest.mark.parametrize("preset", FIRST_SLOTS)
 def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
     preset: str,
@@ -119,6 +147,8 @@ def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
     seats = {(seat["role"], seat["unit"]): (seat["node"], seat["gpu"]) for seat in placement["seats"]}
     assert seats == wanted
 
+    if preset in ("colocate_all", "pools"):  # where the actor shares its slots with the engines
+        check_turns(Path(config.run.path) / "turns.jsonl")
     numbers[preset] = metrics_of(config)
     assert len(numbers[preset]) == 2
     for ours, theirs in zip(numbers[preset], next(iter(numbers.values())), strict=True):

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -30,6 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_se
 NUM_ENGINES = 2
 PROMPT = [1, *range(20, 90)]  # long enough to leave whole blocks in the prefix cache
 NEW_TOKENS = 24
+KV_CACHE_BYTES = 64 * 2**20  # policy_runs
 GREEDY = {"max_tokens": NEW_TOKENS, "temperature": 0.0, "logprobs": 0, "ignore_eos": True}
 
 
@@ -152,6 +154,56 @@ def test_a_response_goes_on_with_new_weights_where_the_old_ones_stopped(engines:
         )
         print(f"{kept} tokens of version 0, {count - kept} of version 1")
         assert 0 < kept < count, "the update must arrive in the middle for this test to mean anything"
+
+
+def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_given(engines: Engines) -> None:
+    described = engines.handle.broadcast("describe").results(timeout_s=30)
+    engine_pids = [d["engine_pid"] for d in described]
+    before = [psutil.Process(pid).memory_info().rss for pid in engine_pids]
+    engines.ask_all(0)
+
+    freed = engines.sync.engines_sleep()
+    after = [psutil.Process(pid).memory_info().rss for pid in engine_pids]
+    # The tied model's weights and the whole cache, of both engines; of the cache only what was written to was
+    # ever resident.
+    weights = sum(p.numel() * p.element_size() for p in engines.model.parameters())
+    assert freed >= NUM_ENGINES * (weights + KV_CACHE_BYTES)
+    assert all(now < then - 0.9 * weights for then, now in zip(before, after, strict=True))
+
+    with pytest.raises(Exception, match="asked to generate while it sleeps"):
+        engines.handle.complete.remote(PROMPT, GREEDY, 0).result(timeout_s=30)
+    with pytest.raises(TimeoutError, match="asked to load weights while it sleeps"):
+        engines.change_weights(version=1)
+    engines.sync.engines_wake("weights")
+    with pytest.raises(TimeoutError, match="asked to go on before weights were pushed"):
+        engines.sync.engines_wake("kv_cache")
+    engines.change_weights(version=2)
+    engines.sync.engines_wake("kv_cache")
+
+    answers = engines.ask_all(2)
+    assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
+    assert {v for a in answers for v in a.policy_versions} == {2}
+    trace: list[Any] = ray.get(engines.hub.trace.remote(), timeout=30)
+    for name in ("engine 0", "engine 1"):
+        told = [event.what.partition(",")[0] for event in trace if event.who == name]
+        assert told == ["asleep", "awake: weights", "loaded version 2", "awake: kv_cache"]
+
+    # One that dies in the trainers' turn comes back in the engines', with the newest weights.
+    engines.sync.engines_sleep()
+    os.kill(described[0]["pid"], signal.SIGKILL)
+    time.sleep(5)
+    engines.sync.engines_wake("weights")
+    engines.change_weights(version=3)
+    engines.sync.engines_wake("kv_cache")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        answers = engines.handle.broadcast("complete", PROMPT, GREEDY, 3).results(
+            timeout_s=60, return_exceptions=True
+        )
+        if len(answers) == NUM_ENGINES and not any(isinstance(a, BaseException) for a in answers):
+            break
+        time.sleep(0.5)
+    assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
 
 
 def test_a_version_nobody_published_is_refused(engines: Engines) -> None:

@@ -100,6 +100,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """On each of two workers: the same steps through the learner, in two micro-batches and a filler."""
     from rayrlhf.train import collectives
     from rayrlhf.train.learner import Learner, Term
+    from rayrlhf.train.offload import offload_states, reload_states
 
     torch.set_num_threads(1)
     results = []
@@ -131,10 +132,10 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             losses.append(metrics["loss/actor"])
             norms.append(metrics["loss/actor_grad_norm"])
             if step == 2:  # engines take their turn
-                learner.offload()
-                learner.offload()
+                offload_states(learner.engine)
+                offload_states(learner.engine)
             if step == 2 or step == 3:  # the second time there is nothing to bring back
-                learner.reload()
+                reload_states(learner.engine)
         weights = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
         # A gradient that is not finite must leave the weights alone and be counted.
         bad_term = Term(batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), {}))
