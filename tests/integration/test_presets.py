@@ -97,9 +97,7 @@ def numbers() -> dict[str, list[dict[str, float]]]:
 
 
 def check_turns(trace: Path) -> None:
-    """In each of the two steps engines sleep before the optimizer is back, and wake in two stages after it has
-    gone.
-    """
+    """In each of the two steps engines sleep before the optimizer is back, and wake in two stages after it."""
     events = [json.loads(line) for line in trace.read_text().splitlines()]
     assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
     stages: list[tuple[set[str], str]] = []  # who did the same thing in a row
@@ -124,7 +122,13 @@ def check_turns(trace: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("preset", FIRST_SLOTS)
+ALWAYS = ("disaggregated", "colocate_actor_ref+critic_reward", "colocate_all")
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(p, marks=[] if p in ALWAYS else [pytest.mark.seeds]) for p in FIRST_SLOTS],
+)
 def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
     preset: str,
     cluster: FakeCluster,
