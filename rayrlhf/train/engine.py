@@ -25,13 +25,21 @@ from rayrlhf.config.train import OptimizerConfig
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
+# Elements of a communication buffer, which DeepSpeed allocates whole (its default, 5e8, is 2 GB in fp32).
+MAX_BUCKET_NUMEL = 200_000_000
 
-def deepspeed_config(train: OptimizerConfig, *, lr: float | None, dtype: torch.dtype) -> dict[str, Any]:
+
+def deepspeed_config(
+    train: OptimizerConfig, *, lr: float | None, dtype: torch.dtype, num_parameters: int
+) -> dict[str, Any]:
     """DeepSpeed's own config. `lr=None` gives an engine without optimizer: a frozen, ZeRO-3 partitioned
     model.
     """
+    bucket = min(MAX_BUCKET_NUMEL, num_parameters)
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         "overlap_comm": train.overlap_comm,
         "contiguous_gradients": True,
     }
@@ -76,10 +84,17 @@ def make_engine(module: nn.Module, train: OptimizerConfig, *, lr: float | None, 
     trainable: Any = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module,
-        config=deepspeed_config(train, lr=lr, dtype=dtype),
+        config=deepspeed_config(
+            train, lr=lr, dtype=dtype, num_parameters=sum(map(_numel, module.parameters()))
+        ),
         model_parameters=trainable if lr is not None else None,
     )
     return engine
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Of the whole tensor, of which ZeRO-3 may hold a part."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def numbers() -> dict[str, list[dict[str, float]]]:
 
 
 def check_turns(trace: Path) -> None:
-    """In each of the two steps engines sleep before the optimizer is back, and wake in two stages after it."""
+    """In both steps engines sleep before the optimizer is back, and wake in two stages after it has gone."""
     events = [json.loads(line) for line in trace.read_text().splitlines()]
     assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
     stages: list[tuple[set[str], str]] = []  # who did the same thing in a row
