@@ -28,6 +28,12 @@ COMMANDS: dict[str, Command] = {
         "talk to a checkpoint, with --base side by side to two; from a pipe, every line is one message",
         explains_itself=True,
     ),
+    "plan": Command(
+        "rayrlhf.placement.plan_command:main",
+        "CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--gpus 16xA100-80] [--suggest] [--json]",
+        "who sits where, what they hold, whether it fits and what to change; starts nothing",
+        explains_itself=True,
+    ),
     "merge-lora": Command(
         "rayrlhf.models.merge_lora:main",
         "ADAPTER OUT [--base BASE]",

@@ -1,0 +1,293 @@
+"""Bytes that a training worker, an engine or a scorer holds. Pure arithmetic.
+
+What autograd keeps was counted from the tensors that transformers' decoders save with packed sequences, and
+agrees with what torch's allocator sees (benchmarks/planner.py). Per token of a layer, s bytes an element:
+
+    two RMSNorms      2 (4 + 2s) H    the input in fp32, the normalised input, the output
+                                      (in fp32 the first is no copy, which comes to the same 12 H)
+    attention         c A D s + 2 K D s + 4 A
+                                      queries, output, keys and values after their rotation, log-sum-exp;
+                                      c = 2, or 3 where the output is laid out anew (SDPA on a CPU)
+    gated MLP         4 I s           gate, its activation, up, their product (of all experts of a token)
+
+and outside the layers (4 + 2s) H + s H for the last norm. With gradient checkpointing a layer keeps its
+input, s H, and one layer at a time is computed again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rayrlhf.config.train import OptimizerConfig
+from rayrlhf.placement.shape import ModelShape
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "kv_cache", "buffers")
+
+MAX_BUCKET_NUMEL = 200_000_000  # train.engine's limit of a communication buffer
+MAX_LIVE_NUMEL = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+NF4_BITS = 4.127  # per weight, with double quantisation of blocks of 64 (arXiv 2305.14314)
+ENGINE_BATCH_TOKENS = 8_192  # of vLLM's scheduler on a GPU
+ENGINE_RUNTIME_BYTES = 3 * 2**29  # CUDA context and graphs: an estimate
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """By kind, on the device and in host memory, and how the numbers came about."""
+
+    device: Mapping[str, int] = field(default_factory=dict)
+    host: Mapping[str, int] = field(default_factory=dict)
+    working: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(
+            Counter(self.device) + Counter(other.device),
+            Counter(self.host) + Counter(other.host),
+            self.working + other.working,
+        )
+
+    def only(self, *kinds: str) -> Bytes:
+        """The part of these kinds on the device; the host's share stays."""
+        kept = {kind: size for kind, size in self.device.items() if kind in kinds}
+        return Bytes(kept, self.host, self.working)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA on every projection of the layers; the rest of the model is frozen."""
+
+    rank: int
+    quantized: bool = False  # QLoRA: frozen projections in NF4
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Trainable: rank x (inputs + outputs) of each projection."""
+        attention = 2 * (shape.hidden + shape.query_size) + 2 * (shape.hidden + shape.kv_size)
+        mlp = 3 * (shape.hidden + shape.intermediate) * max(1, shape.experts)
+        return self.rank * shape.layers * (attention + mlp)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per element."""
+
+    weights: int
+    on_gpu: bool
+
+    @property
+    def master(self) -> int:
+        """An fp32 copy beside 16-bit weights."""
+        return 4
+
+
+def weight_bytes(shape: ModelShape, count: int, size: int, adapter: Adapter | None = None) -> int:
+    """Of `count` parameters; frozen projections may be quantised."""
+    if adapter is None:
+        return count * size
+    projections = shape.layers * (shape.attention_matrices + shape.mlp_matrices)
+    frozen = projections * NF4_BITS / 8 + (count - projections) * size if adapter.quantized else count * size
+    return round(frozen) + adapter.parameters(shape) * size
+
+
+def layer_activation_bytes(shape: ModelShape, precision: Precision) -> int:
+    """What autograd keeps of a layer, per token."""
+    s = precision.weights
+    norms = shape.family.norms_per_layer * (4 + 2 * s) * shape.hidden + 4 * shape.family.norms_per_layer
+    copies = 2 if precision.on_gpu else 3
+    attention = (copies * shape.query_size + 2 * shape.kv_size) * s + 4 * shape.heads
+    if shape.family.qk_norm:
+        attention += (4 + s) * (shape.query_size + shape.kv_size)
+    return norms + attention + 4 * shape.intermediate * s * max(1, shape.experts_per_token)
+
+
+def activation_bytes(
+    shape: ModelShape, precision: Precision, tokens: int, *, checkpointing: bool, sequence_parallel: int = 1
+) -> int:
+    """What autograd keeps of a micro-batch when the backward pass begins, with the layer computed again."""
+    s, layer = precision.weights, layer_activation_bytes(shape, precision)
+    outside = (4 + 2 * s) * shape.hidden + s * shape.hidden + 2 * s * shape.head_dim
+    layers = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
+    return (outside + layers) * tokens // sequence_parallel
+
+
+def logit_bytes(
+    shape: ModelShape, chunk_tokens: int, precision: Precision, tokens: int, *, checkpointing: bool
+) -> int:
+    """The head's temporaries: a chunk of fp32 logits, the gradients of its input and of its own weight.
+
+    They have gone when layers are computed again, and count for what they need beyond that room; but where
+    the weight is tied, its gradient stays until the embedding's joins it.
+    """
+    weight_gradient = shape.embedding_parameters * 4
+    temporary = chunk_tokens * shape.vocabulary * 4 + tokens * shape.hidden * precision.weights
+    lasting = weight_gradient if shape.tied else 0
+    temporary += weight_gradient - lasting
+    if checkpointing:
+        temporary = max(0, temporary - layer_activation_bytes(shape, precision) * tokens)
+    return lasting + temporary
+
+
+def trainer(
+    shape: ModelShape,
+    train: OptimizerConfig,
+    precision: Precision,
+    *,
+    num_workers: int,
+    name: str,
+    adapter: Adapter | None = None,
+    sequence_parallel: int = 1,
+    has_head: bool = True,
+) -> Bytes:
+    """One worker, at the peak of a backward pass that is not the step's first. `has_head`: a language model,
+    not a scorer.
+    """
+    stage, ranks, s = train.zero_stage, num_workers, precision.weights
+    count = shape.parameters if has_head else shape.scorer_parameters
+    trained = adapter.parameters(shape) if adapter else count
+    shared = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
+    split = {kind: ranks if kind in shared.get(stage, ()) else 1 for kind in KINDS}
+    weights = weight_bytes(shape, count, s, adapter) // split["weights"]
+    gradients = trained * s // split["gradients"]
+    # ZeRO keeps fp32 master weights even of fp32 weights; without it only 16-bit weights have some.
+    has_master = stage > 0 or s == 2
+    optimizer = trained * (8 + precision.master * has_master) // split["optimizer"]
+    tokens = train.max_tokens_per_micro_batch
+    device = {
+        "weights": 0 if train.offload_params else weights,
+        "gradients": gradients,
+        "optimizer": 0 if train.offload_optimizer else optimizer,
+        "activations": activation_bytes(
+            shape,
+            precision,
+            tokens,
+            checkpointing=train.gradient_checkpointing,
+            sequence_parallel=sequence_parallel,
+        ),
+        "logits": logit_bytes(
+            shape,
+            train.logprob_chunk_tokens,
+            precision,
+            tokens,
+            checkpointing=train.gradient_checkpointing,
+        )
+        if has_head
+        else 0,
+        "buffers": _buffers(shape, train, trained, s),
+    }
+    host = {
+        "weights": weights if train.offload_params else 0,
+        # An optimizer on the host has its gradients there, in fp32.
+        "optimizer": optimizer + trained * 4 // ranks if train.offload_optimizer else 0,
+    }
+    if stage == 3 and train.offload_optimizer:
+        device["gradients"] = 0  # they leave as they come
+    zero = f"ZeRO-{stage} over {ranks}"
+    gradients_on_host = stage == 3 and train.offload_optimizer
+    states = f"{8 + 4 * has_master} B (two moments{', fp32 weights' if has_master else ''})"
+    working = (
+        f"{name} weights: {_count(count)} x {s} B"
+        + _divided(split["weights"], zero)
+        + _on_host(train.offload_params),
+        f"{name} gradients: {_count(trained)} x {s} B"
+        + _divided(split["gradients"], zero)
+        + _on_host(gradients_on_host),
+        f"{name} optimizer: {_count(trained)} x {states}"
+        + _divided(split["optimizer"], zero)
+        + _on_host(train.offload_optimizer),
+        f"{name} activations: {_told_activations(shape, precision, train)}",
+    )
+    return Bytes(_positive(device), _positive(host), working)
+
+
+def _told_activations(shape: ModelShape, precision: Precision, train: OptimizerConfig) -> str:
+    layer = f"{layer_activation_bytes(shape, precision):,} B"
+    tokens = f"{train.max_tokens_per_micro_batch:,} tokens"
+    if not train.gradient_checkpointing:
+        return f"{tokens} x {shape.layers} layers x {layer}"
+    kept = f"{precision.weights * shape.hidden:,} B"
+    return f"{tokens} x ({shape.layers} layers x {kept} kept + {layer} of the layer computed again)"
+
+
+def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) -> int:
+    """DeepSpeed's communication buffers: gradients on their way; with ZeRO-3 also the gathered layers."""
+    if train.zero_stage == 0:
+        return 0
+    reduce = min(MAX_BUCKET_NUMEL, trained) * s * (2 if train.overlap_comm else 1)
+    if train.zero_stage < 3:
+        return reduce
+    live = min(MAX_LIVE_NUMEL, max(2 * shape.layer_parameters, shape.embedding_parameters))
+    return reduce + live * s
+
+
+def frozen(
+    shape: ModelShape,
+    precision: Precision,
+    *,
+    name: str,
+    ranks: int = 1,
+    tokens: int = 0,
+    has_head: bool = True,
+) -> Bytes:
+    """A model that only answers, in a worker (shared out over `ranks` under ZeRO-3) or a replica of its own
+    with micro-batches of so many tokens.
+    """
+    count = shape.parameters if has_head else shape.scorer_parameters
+    s = precision.weights
+    forward = tokens * (2 * shape.intermediate * max(1, shape.experts_per_token) + 4 * shape.hidden) * s
+    working = (f"{name} weights: {_count(count)} x {s} B" + _divided(ranks, f"ZeRO-3 over {ranks}"),)
+    return Bytes(_positive({"weights": count * s // ranks, "activations": forward}), {}, working)
+
+
+def kv_bytes_per_token(shape: ModelShape, size: int, tensor_parallel: int = 1) -> int:
+    """Keys and values of all layers; a GPU holds at least one of the heads."""
+    heads = -(-shape.kv_heads // tensor_parallel)
+    return 2 * shape.layers * heads * shape.head_dim * size
+
+
+def engine(
+    shape: ModelShape,
+    *,
+    size: int,
+    tensor_parallel: int,
+    capacity_bytes: int | None,
+    utilization: float,
+    cpu_kv_bytes: int | None = None,
+) -> Bytes:
+    """A vLLM engine on one of its GPUs (or a CPU, with a cache of `cpu_kv_bytes`): it takes `utilization` of
+    the GPU, and what weights and temporaries leave is cache.
+    """
+    weights = shape.parameters * size // tensor_parallel
+    working = (f"engine weights: {_count(shape.parameters)} x {size} B" + _divided(tensor_parallel, "GPUs"),)
+    if cpu_kv_bytes is not None:
+        return Bytes({"weights": weights, "kv_cache": cpu_kv_bytes}, {}, working)
+    temporaries = ENGINE_BATCH_TOKENS * (2 * shape.intermediate + 4 * shape.hidden) * size // tensor_parallel
+    buffers = temporaries + ENGINE_RUNTIME_BYTES
+    if capacity_bytes is None:
+        return Bytes({"weights": weights, "buffers": buffers}, {}, working)
+    cache = max(0, int(capacity_bytes * utilization) - weights - buffers)
+    working += (f"engine cache: {utilization:g} x {capacity_bytes / 2**30:.1f} GiB - weights - buffers",)
+    return Bytes({"weights": weights, "kv_cache": cache, "buffers": buffers}, {}, working)
+
+
+def _positive(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}e9" if number >= 1e9 else f"{number / 1e6:.1f}e6"
+
+
+def _divided(by: int, why: str) -> str:
+    return f" / {by} ({why})" if by > 1 else ""
+
+
+def _on_host(offloaded: bool) -> str:
+    return ", in host memory" if offloaded else ""

@@ -1,0 +1,19 @@
+"""The planner's bytes are within 10 % of what torch's allocator counts, on shapes it was not derived from."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.planner import ALLOWED, CASES, SHAPES, in_a_process_of_its_own, off_by
+
+CHECKPOINTED = [index for index, case in enumerate(CASES) if case[0] in SHAPES and case[3]]
+KINDS = ("weights and optimizer", "gradients", "activations", "peak")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", CHECKPOINTED, ids=lambda index: CASES[index][0])
+def test_within_ten_percent(index: int) -> None:
+    row = in_a_process_of_its_own(index)
+    assert row["parameters"]["predicted"] == row["parameters"]["measured"]
+    for kind in KINDS:
+        assert abs(off_by(row, kind)) < ALLOWED, (kind, row[kind])
