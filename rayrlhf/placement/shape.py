@@ -23,7 +23,7 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of every head's query and key
     norms_per_layer: int = 2
-    experts_key: str | None = None  # how many experts there are
+    has_experts: bool = False
     expert_size_key: str = "intermediate_size"
     tied: bool = False  # what its config class takes when the file does not say
 
@@ -36,8 +36,8 @@ FAMILIES = {
     "gemma": Family(tied=True),
     "gemma2": Family(norms_per_layer=4, tied=True),
     "gemma3_text": Family(norms_per_layer=4, qk_norm=True, tied=True),
-    "mixtral": Family(experts_key="num_local_experts"),
-    "qwen3_moe": Family(qk_norm=True, experts_key="num_experts", expert_size_key="moe_intermediate_size"),
+    "mixtral": Family(has_experts=True),
+    "qwen3_moe": Family(qk_norm=True, has_experts=True, expert_size_key="moe_intermediate_size"),
 }
 
 
@@ -135,11 +135,16 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
         vocabulary=config["vocab_size"],
         tied=config.get("tie_word_embeddings", family.tied),
         family=family,
-        experts=config[family.experts_key] if family.experts_key else 0,
-        experts_per_token=config["num_experts_per_tok"] if family.experts_key else 0,
+        experts=_experts(config) if family.has_experts else 0,
+        experts_per_token=config["num_experts_per_tok"] if family.has_experts else 0,
         attention_bias=bool(config.get("attention_bias", False)) and not family.qkv_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
     )
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    """Files name them either way, also those of one family."""
+    return config["num_local_experts"] if "num_local_experts" in config else config["num_experts"]
 
 
 def read_shape(path: str) -> ModelShape:

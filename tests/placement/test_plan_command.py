@@ -49,7 +49,7 @@ def test_a_7b_model_is_tuned_on_4_gpus_of_24_gb() -> None:
 
 
 def test_34b_dpo_fits_on_8_gpus_of_80_gb() -> None:
-    """Over eight: weights 8.4, reference 8.4, gradients 8.4 and 12 bytes per parameter of optimizer 50.6 GB."""
+    """Over eight: weights 8.4, reference 8.4, gradients 8.4 and an optimizer of 50.6 GB."""
     overrides = [
         "model.path=codellama/CodeLlama-34b-hf",
         "train.num_workers=8",
