@@ -23,6 +23,7 @@ from rayrlhf.reward.remote import remote_deployment
 from rayrlhf.reward.verifiable import verifiable_deployment
 from rayrlhf.rollout.engine import EngineSettings, rollout_deployment
 from rayrlhf.rollout.environments import EnvironmentSetup, environment_deployment
+from rayrlhf.rollout.scorer import scorer_deployment
 from rayrlhf.train.reference import reference_deployment
 from rayrlhf.usercode import UserCode
 
@@ -71,15 +72,31 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
         )
         apps[job.environment_app] = environment_deployment(setup)
     if config.ref_is_served:
-        assert config.ref is not None
-        apps[job.ref_app] = reference_deployment(
+        apps[job.ref_app] = _reference(config, slots, threads=threads)
+    return apps
+
+
+def _reference(config: PolicyRunConfig, slots: Slots, *, threads: int) -> Any:
+    assert config.ref is not None
+    path = config.ref.path or config.model.path
+    if config.ref.engine == "packed":
+        return reference_deployment(
             config.model,
-            config.ref.path or config.model.path,
+            path,
             chunk_tokens=config.train.logprob_chunk_tokens,
             num_replicas=config.ref.num_replicas,
             slots=slots,
         )
-    return apps
+    settings = engine_settings(
+        config.model.model_copy(update={"path": path}),
+        config.rollout.model_copy(update={"tensor_parallel": config.ref.tensor_parallel}),
+        seed=config.run.seed,
+        max_model_tokens=max_model_tokens(config) + 1,  # one is generated
+        weight_hub=None,
+        on_gpu=slots.have_gpus,
+        threads=threads,
+    )
+    return scorer_deployment(settings, slots, role="ref", num_replicas=config.ref.num_replicas)
 
 
 def reward_apps(
@@ -156,6 +173,12 @@ def engine_settings(
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             "enable_sleep_mode": sleeps,
         }
+        if rollout.tensor_parallel > 1:
+            # The workers go on the slots that placement.child names in the environment.
+            engine_args |= {
+                "tensor_parallel_size": rollout.tensor_parallel,
+                "distributed_executor_backend": "ray",
+            }
     else:
         engine_args |= {
             "dtype": str(resolve_dtype(dtype, torch.device("cpu"))).removeprefix("torch."),

@@ -58,7 +58,7 @@ class CriticWorker:
     def requests(self) -> Iterator[tuple[Request, list[Part]]]:
         """Until, and without, the one to stop."""
         while True:
-            call = ray.get(self.mailbox.next.remote(self.started, self.rank))
+            call: Any = ray.get(self.mailbox.next.remote(self.started, self.rank))
             if call is None:
                 continue
             if call[0].kind == "stop":

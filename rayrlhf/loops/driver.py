@@ -42,6 +42,7 @@ from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
+from rayrlhf.placement.budget import told_budget
 from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
 from rayrlhf.placement.plan import PlacementSpec
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
@@ -108,9 +109,12 @@ def start_folder(config: Any) -> Path:
     return run_path
 
 
-def check_placement(spec: PlacementSpec, config: DrivenConfig) -> None:
-    """Raises `PlacementError` when the cluster is too small."""
-    check_fits(spec, resolve_gpus_per_slot(config.placement.gpus_per_slot))
+def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console) -> None:
+    """Tell what every role will hold. Raises `PlacementError` when the cluster is too small."""
+    gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
+    for line in told_budget(config, on_gpu=gpus > 0):
+        console.say(line)
+    check_fits(spec, gpus)
 
 
 @contextmanager

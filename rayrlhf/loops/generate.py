@@ -199,7 +199,7 @@ def _answer_all(
     if spec.roles[0].role == "score":
         no_gpu = config.placement.model_copy(update={"gpus_per_slot": 0})
         config = config.model_copy(update={"placement": no_gpu})
-    check_placement(spec, config)
+    check_placement(spec, config, console)
     with placed(spec, config, console) as (run_id, slots, _):
         job = GenerateJob(
             config=config,

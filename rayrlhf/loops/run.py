@@ -68,7 +68,7 @@ def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
 def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     run_path = start_folder(config)
     spec = plan_placement(config)
-    check_placement(spec, config)
+    check_placement(spec, config, console)
     stores = prepare_stores(config, run_path, console.say)
     try_rewards(prepared.reward_functions, config.reward, config.data.label_key, stores.train)
     try_out_environment(prepared.environment, config, stores.train)

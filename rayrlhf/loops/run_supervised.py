@@ -76,7 +76,7 @@ class Stores:
 def _run(config: Any, console: Console) -> Path:
     run_path = start_folder(config)
     spec = plan_supervised(config)
-    check_placement(spec, config)
+    check_placement(spec, config, console)
     check_models(config)
     stores = _prepare_stores(config, run_path, console.say)
     rows_read = config.train.num_rows_read(len(stores.train))

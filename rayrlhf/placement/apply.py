@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -112,9 +112,14 @@ def _wait_and_probe(
             f"placement.start_timeout_seconds={timeout_seconds:g}: free now {ray.available_resources()}"
         )
     found = probe(group, gpus_per_slot, timeout_seconds=timeout_seconds)
+    widest = max(plan.width for plan in spec.roles)
+    if widest > 1 and any(place.uuid is None for place in found):
+        raise PlacementError(
+            f"tensor_parallel={widest} without GPUs: vLLM's CPU build runs an engine in one process. "
+            "Fix: remove rollout.tensor_parallel and ref.tensor_parallel"
+        )
     bundles = assign_bundles(spec, found)
     if bundles is None:
-        widest = max(plan.width for plan in spec.roles)
         raise PlacementError(
             f"tensor_parallel={widest} needs {widest} free GPUs on one node, and the cluster granted "
             f"{_per_node(found)}. Fix: a smaller tensor_parallel, or nodes with more GPUs"
@@ -131,7 +136,7 @@ def refresh_slots(slots: Slots, *, timeout_seconds: float) -> Slots:
     while (left := deadline - time.monotonic()) > 0:
         try:
             found = probe(slots.group, slots.gpus_per_slot, timeout_seconds=left)
-        except (GetTimeoutError, ray.exceptions.RayError):
+        except RayError:
             continue  # the group is being rescheduled, or a node has died under a probe
         moved = (replace(s, node=found[s.bundle].node, gpu=found[s.bundle].gpu) for s in slots.table)
         return replace(slots, table=tuple(replace(s, gpu_uuid=found[s.bundle].uuid) for s in moved))

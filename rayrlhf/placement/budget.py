@@ -5,17 +5,17 @@ Where engines sleep while trainers work (the hybrid engine), a slot is judged by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.placement import memory
-from rayrlhf.placement.gpus import Gpu
+from rayrlhf.placement.gpus import GIB, Gpu
 from rayrlhf.placement.memory import Adapter, Bytes, Precision
 from rayrlhf.placement.plan import PlacementSpec, kind_of, plan_job
-from rayrlhf.placement.shape import ModelShape, read_shape
+from rayrlhf.placement.shape import ModelShape, ShapeUnknown, read_shape
 
 STATES = ("weights", "gradients", "optimizer", "buffers")
 PHASES = ("training", "weight sync", "rollout")
@@ -68,6 +68,21 @@ class _Shapes:
         return self.read[path]
 
 
+def told_budget(config: Any, *, on_gpu: bool) -> Iterator[str]:
+    """A line per role, or why nothing can be told."""
+    placement = config.placement.model_copy(update={"gpus_per_slot": int(on_gpu)})
+    try:
+        budget = budget_of(config.model_copy(update={"placement": placement}))
+    except ShapeUnknown as unknown:
+        yield f"no memory plan: {unknown}"
+        return
+    for plan in budget.spec.roles:
+        held = budget.roles[plan.role]
+        parts = ", ".join(f"{kind.replace('_', ' ')} {size / GIB:.2f}" for kind, size in held.device.items())
+        if held.total:
+            yield f"plan: {plan.role} x {len(plan.units)} holds {held.total / GIB:.2f} GiB per slot ({parts})"
+
+
 def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = None) -> Budget:
     """Of any job that has slots; on CPUs where neither a `gpu` nor placement.gpus_per_slot=1 is given.
 
@@ -88,7 +103,7 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     sleeps = isinstance(config, PolicyRunConfig) and config.engines_sleep
     kv = None
     if "rollout" in roles:
-        width = config.rollout.tensor_parallel
+        width = spec.of("rollout").width
         kv = memory.kv_bytes_per_token(shapes.of(config.model.path), size, width)
     return Budget(
         spec=spec,

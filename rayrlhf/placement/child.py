@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NoReturn
 
 import ray
@@ -16,7 +16,7 @@ from ray import ObjectRef, serve
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayrlhf.placement.apply import Slots
+from rayrlhf.placement.apply import Slot, Slots
 from rayrlhf.placement.lease import sit_down
 
 
@@ -35,15 +35,17 @@ class SlotChild:
         self.role = role
         self.rank = serve.get_replica_context().rank.rank
         self.timeout_seconds = timeout_seconds
-        slot = slots.of(role, self.rank)
+        unit = slots.unit(role, self.rank)
+        # An engine that spans several slots has a worker of its own on each.
+        num_gpus = unit[0].gpu_share if len(unit) == 1 else 0
         self.actor: Any = (
             ray.remote(_seated(actor_class))
             .options(
                 num_cpus=0,
-                num_gpus=slot.gpu_share,
+                num_gpus=num_gpus,
                 max_concurrency=1000,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(slots.group, slot.bundle),
-                runtime_env={"env_vars": env_vars},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(slots.group, unit[0].bundle),
+                runtime_env={"env_vars": env_vars | tensor_parallel_env(unit)},
             )
             .remote((slots.run_id, role, self.rank), *arguments)
         )
@@ -84,6 +86,16 @@ class SlotChild:
         """
         print(f"{self.role} replica {self.rank}: its actor died, restarting the replica", flush=True)
         os._exit(1)
+
+
+def tensor_parallel_env(unit: Sequence[Slot]) -> dict[str, str]:
+    """Where vLLM's ray executor puts the workers of an engine: the bundles of its slots, in this group."""
+    if len(unit) == 1:
+        return {}
+    return {
+        "VLLM_RAY_BUNDLE_INDICES": ",".join(str(slot.bundle) for slot in unit),
+        "VLLM_RAY_PER_WORKER_GPUS": f"{unit[0].gpu_share:g}",
+    }
 
 
 def _seated(actor_class: type) -> type:

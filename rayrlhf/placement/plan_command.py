@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.chains import ChainConfig
 from rayrlhf.config.jobs import load_any
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.placement.advice import Fix, Suggestion, fixes, suggest
@@ -183,7 +182,7 @@ class _Plan:
 
 def _stages(config: Any) -> Iterator[tuple[str, Any]]:
     """A chain's two kinds of stages, or the job itself."""
-    if isinstance(config, ChainConfig):
+    if hasattr(config, "generate_config"):
         yield "generate", config.generate_config(1, config.model.path)
         yield "train", config.training_config(1, config.model.path)
     else:

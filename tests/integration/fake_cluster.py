@@ -77,8 +77,8 @@ def serve_commands(nodes: int, cpus: int, gpus: int) -> None:
         told.write(json.dumps(answer) + "\n")
         told.flush()
 
-    limits = {"object_store_memory": OBJECT_STORE_BYTES}
-    head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, **limits}
+    limits: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES}
+    head: dict[str, Any] = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, **limits}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     added = [cluster.add_node(num_cpus=cpus, num_gpus=gpus, **limits) for _ in range(nodes)]
     try:

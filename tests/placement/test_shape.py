@@ -10,7 +10,7 @@ import pytest
 
 from rayrlhf.placement.shape import FAMILIES, ShapeUnknown, read_shape, shape_of
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
