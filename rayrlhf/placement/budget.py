@@ -78,9 +78,13 @@ def told_budget(config: Any, *, on_gpu: bool) -> Iterator[str]:
         return
     for plan in budget.spec.roles:
         held = budget.roles[plan.role]
-        parts = ", ".join(f"{kind.replace('_', ' ')} {size / GIB:.2f}" for kind, size in held.device.items())
+        parts = ", ".join(f"{kind.replace('_', ' ')} {_told(size)}" for kind, size in held.device.items())
         if held.total:
-            yield f"plan: {plan.role} x {len(plan.units)} holds {held.total / GIB:.2f} GiB per slot ({parts})"
+            yield f"plan: {plan.role} x {len(plan.units)} holds {_told(held.total)} per slot: {parts}"
+
+
+def _told(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{max(1, size >> 20)} MiB"
 
 
 def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = None) -> Budget:
