@@ -6,6 +6,7 @@
 #   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
 #   make learning every learning test from all its seeds, and every preset of placement, about 50 minutes
 #   make check    lint, formatting, types, import layers
+#   make rendered the examples of cluster/, from the jobs' own files
 #   make clean    remove what the others made, except .venv
 #
 # torch comes as a CPU wheel (torch 2.13.0+cpu). Unless your package index serves it, add PyTorch's index of CPU wheels:
@@ -23,7 +24,7 @@ ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
 
-.PHONY: help install model demo pipeline test learning check format clean
+.PHONY: help install model demo pipeline test learning check rendered format clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -52,6 +53,9 @@ check: install
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+rendered: install
+	@cluster/render.sh
 
 format: install
 	$(BIN)/ruff check --fix

@@ -34,6 +34,12 @@ COMMANDS: dict[str, Command] = {
         "who sits where, what they hold, whether it fits and what to change; starts nothing",
         explains_itself=True,
     ),
+    "render": Command(
+        "rayrlhf.launch.command:main",
+        "--target local|ray-job|kuberay|anyscale|slurm CONFIG.yaml [key.path=value ...] [--out FILE]",
+        "what a launcher needs to run a job, from the job's own file",
+        explains_itself=True,
+    ),
     "merge-lora": Command(
         "rayrlhf.models.merge_lora:main",
         "ADAPTER OUT [--base BASE]",

@@ -7,7 +7,6 @@ whatever it learned.
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import signal
@@ -15,9 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from cluster.local.head import LocalHead
+from cluster.local.submit import follow, leave
+from cluster.local.submit import submit_command as ray_job_submit
 from jobs.demo.data import ensure_data
 from jobs.demo.model import MODEL_PATH, REPOSITORY
 
@@ -28,18 +28,10 @@ CONFIG = "jobs/configs/demo.yaml"
 # Slots for the roles of demo.yaml, not cores: its processes take turns, so they may outnumber the cores.
 NUM_CPUS = 4
 
-# A line of Ray's own logger at level INFO or SUCC, perhaps forwarded from a worker:
-# "(Name pid=1) 2026-01-01 00:00:00,000<tab>INFO cli.py:39 -- ...", or its word that .git stays here.
-RAY_CHATTER = re.compile(
-    r"(\x1b\[\d+m)*(\([^)]*\bpid=\d+[^)]*\)(\x1b\[\d+m)* )?"
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+((INFO|SUCC)\s+\w+\.py|WARNING\s+working_dir\.py):\d+ -- "
-    r"|Running entrypoint for job "
-)
-
 
 def main() -> int:
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, _leave)  # so that the head's `with` block ends in order
+    signal.signal(signal.SIGTERM, leave)  # so that the head's `with` block ends in order
     run_path = RUNS_PATH / RUN_NAME
     # In a process of its own: it loads torch, whose memory the training needs later.
     subprocess.run([sys.executable, "-m", "jobs.demo.model"], cwd=REPOSITORY, check=True)
@@ -74,35 +66,7 @@ def submit_command(train: Path, test: Path) -> list[str]:
         "data.eval": test,
     }
     entrypoint = ["python", "jobs/ppo.py", CONFIG, *(f"{key}={value}" for key, value in overrides.items())]
-    return ["ray", "job", "submit", "--working-dir", ".", "--", *entrypoint]
-
-
-def follow(command: list[str], environment: dict[str, str]) -> int:
-    """Run `command` in the repository and pass on its lines, but Ray's chatter; the exit code."""
-    submitter = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment | {"PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    try:
-        assert submitter.stdout is not None
-        for line in submitter.stdout:
-            if not RAY_CHATTER.match(line):
-                print(line, end="", flush=True)
-        return submitter.wait()
-    finally:
-        if submitter.poll() is None:
-            submitter.kill()
-            submitter.wait()
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    return ray_job_submit(entrypoint)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rayrlhf.config.base import (
 from rayrlhf.config.examples import RewardTemplate, Share
 from rayrlhf.config.generate import GenerateDataConfig, GenerateRunConfig, SampledConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
+from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig
@@ -134,6 +135,8 @@ class ChainConfig(Section):
     """Which role sits where, in every stage."""
     observe: ObserveConfig = ObserveConfig()
     """Console, TensorBoard, Weights & Biases."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where and how the job is launched; only `rayrlhf render` reads it."""
 
     def stage_folder(self, round_: int, name: str) -> Path:
         return Path(self.run.path) / f"{round_}-{name}"

@@ -9,6 +9,7 @@ from pydantic import Field
 from rayrlhf.config.base import Count, Fraction, NaturalNumber, Problem, Section
 from rayrlhf.config.data import PromptDataConfig, Sources
 from rayrlhf.config.job import ObserveConfig, RunSection
+from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig
@@ -169,6 +170,8 @@ class GenerateRunConfig(Section):
     """Which role sits where."""
     observe: ObserveConfig = ObserveConfig()
     """Console."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where and how the job is launched; only `rayrlhf render` reads it."""
 
     checks = (
         _given_responses_are_scored,

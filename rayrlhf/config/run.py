@@ -10,6 +10,7 @@ from rayrlhf.config.algorithm import GROUP_ADVANTAGES, AlgorithmConfig
 from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
+from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.model import CriticConfig, ModelConfig, RefConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig, check_reward_needs
@@ -305,6 +306,8 @@ class PolicyRunConfig(Section):
     """Evaluation on held-out prompts."""
     observe: ObserveConfig = ObserveConfig()
     """Console, TensorBoard, Weights & Biases, kept rollouts."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where and how the job is launched; only `rayrlhf render` reads it."""
 
     checks = (
         _groups_have_a_baseline,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayrlhf.config.base import Count, PositiveNumber, Section, Wanted
+from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward_sources import FunctionName, ModelSource, SourceName
 
@@ -83,3 +84,5 @@ class ServeRewardConfig(Section):
     """What scores a query."""
     placement: PlacementConfig = PlacementConfig()
     """Which model sits where."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where and how the job is launched; only `rayrlhf render` reads it."""

@@ -14,6 +14,7 @@ from rayrlhf.config.examples import (
     SftDataConfig,
 )
 from rayrlhf.config.job import ObserveConfig, RunSection
+from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, SupervisedTrainConfig
@@ -75,6 +76,8 @@ class SupervisedConfig(Section):
     """Evaluation on held-out samples."""
     observe: ObserveConfig = ObserveConfig()
     """Console, TensorBoard, Weights & Biases."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where and how the job is launched; only `rayrlhf render` reads it."""
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("loss",)
 

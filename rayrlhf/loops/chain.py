@@ -135,7 +135,9 @@ def _run(config: AnyChain, stages: Sequence[Stage], console: Console) -> Path:
 
 def _identity(config: AnyChain) -> dict[str, Any]:
     """Everything that a stage which is done depends on; further rounds may follow."""
-    tree = config.model_dump(mode="json", exclude={"observe", "placement", "num_rounds", "score_last"})
+    tree = config.model_dump(
+        mode="json", exclude={"observe", "placement", "launch", "num_rounds", "score_last"}
+    )
     tree["run"] = {"seed": config.run.seed}
     return what_results_depend_on(tree)
 

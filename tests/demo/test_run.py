@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo.run import follow, submit_command
+from cluster.local.submit import follow
+from jobs.demo.run import submit_command
 
 PASSED_ON = [
     "  0:12 step 1/30  reward -0.112",

@@ -1,0 +1,140 @@
+"""`launch`: the machines that a job is sent to. Only `rayrlhf render` reads it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rayrlhf.config.base import Count, NaturalNumber, Problem, Section, Wanted
+
+Quantity = Annotated[str, Field(pattern=r"^[1-9]\d*(Mi|Gi|Ti)$"), Wanted("an amount of memory such as 512Gi")]
+ResourceName = Annotated[
+    str,
+    Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"),
+    Wanted("lower-case letters, digits and '-', as Kubernetes names things"),
+]
+AbsolutePath = Annotated[str, Field(pattern=r"^/\S*$"), Wanted("an absolute path")]
+
+
+def _ttl_has_a_shutdown(kuberay: KubeRayConfig) -> Problem | None:
+    if kuberay.ttl_seconds_after_finished == 0 or kuberay.shutdown_after_job_finishes:
+        return None
+    return Problem(
+        "ttl_seconds_after_finished",
+        got=f"{kuberay.ttl_seconds_after_finished} with shutdown_after_job_finishes=false",
+        wanted="0: the operator refuses a time to live without a shutdown",
+        fix="set launch.kuberay.shutdown_after_job_finishes to true, or remove ttl_seconds_after_finished",
+    )
+
+
+def _retries_have_a_submitter(kuberay: KubeRayConfig) -> Problem | None:
+    if kuberay.backoff_limit == 0 or kuberay.submission_mode != "InteractiveMode":
+        return None
+    return Problem(
+        "backoff_limit",
+        got=f"{kuberay.backoff_limit} with submission_mode=InteractiveMode",
+        wanted="0: in this mode you submit the job yourself, and the operator cannot repeat it",
+        fix="remove launch.kuberay.backoff_limit, or set submission_mode to HTTPMode",
+    )
+
+
+def _gangs_are_submitted_by_http(kuberay: KubeRayConfig) -> Problem | None:
+    if kuberay.queue is None or kuberay.submission_mode == "HTTPMode":
+        return None
+    return Problem(
+        "submission_mode",
+        got=f"{kuberay.submission_mode} with queue={kuberay.queue}",
+        wanted="HTTPMode: the gang scheduler would not count the submitter's pod",
+        fix="set launch.kuberay.submission_mode to HTTPMode, or remove launch.kuberay.queue",
+    )
+
+
+class KubeRayConfig(Section):
+    namespace: ResourceName = "default"
+    """Kubernetes namespace."""
+    submission_mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"] = "HTTPMode"
+    """Who submits the job: a pod of its own, the operator, a container beside the head, or you."""
+    backoff_limit: NaturalNumber = 2
+    """How often a failed job is repeated on a new cluster; it resumes from its newest checkpoint."""
+    active_deadline_seconds: Count | None = None
+    """Deadline of the job, repeats included."""
+    shutdown_after_job_finishes: bool = True
+    """Take the cluster down when the job has ended."""
+    ttl_seconds_after_finished: NaturalNumber = 600
+    """How long after the end the cluster stays, for its logs."""
+    project_dir: AbsolutePath = "/rayrlhf"
+    """Where the image holds this repository."""
+    volume_claim: ResourceName = "rayrlhf"
+    """PersistentVolumeClaim that every pod mounts (ReadWriteMany): runs, models, data."""
+    mount_path: AbsolutePath = "/shared"
+    """Where it is mounted; relative run.dir lies under it."""
+    service_account: ResourceName | None = None
+    """Service account of the pods."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the GPU nodes."""
+    gpu_taint: str | None = "nvidia.com/gpu"
+    """Key of the taint of GPU nodes that worker pods tolerate."""
+    queue: ResourceName | None = None
+    """Queue of a gang scheduler (the label kueue.x-k8s.io/queue-name)."""
+
+    checks = (_ttl_has_a_shutdown, _retries_have_a_submitter, _gangs_are_submitted_by_http)
+
+
+class AnyscaleConfig(Section):
+    head_instance: str = "m5.2xlarge"
+    """Instance type of the head node, which has no GPU."""
+    worker_instance: str = "p4de.24xlarge"
+    """Instance type of the nodes that train and generate."""
+    market: Literal["ON_DEMAND", "SPOT", "PREFER_SPOT"] = "ON_DEMAND"
+    """How worker nodes are bought."""
+    max_retries: NaturalNumber = 2
+    """How often a failed job is repeated; it resumes from its newest checkpoint."""
+    timeout_seconds: Count | None = None
+    """Deadline of one attempt."""
+    storage: AbsolutePath = "/mnt/cluster_storage"
+    """Where a relative run.dir lies."""
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Tags of the job."""
+
+
+class SlurmConfig(Section):
+    partition: str | None = None
+    """Partition."""
+    account: str | None = None
+    """Account."""
+    qos: str | None = None
+    """Quality of service."""
+    time: Annotated[
+        str, Field(pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$"), Wanted("[days-]hours[:minutes[:seconds]]")
+    ] = "2-00:00:00"
+    """Time limit."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines that every node runs first (modules, an environment)."""
+    port: Annotated[int, Field(ge=1024, le=65535)] = 6379
+    """Port of the head; those of its services follow it."""
+
+
+class LaunchConfig(Section):
+    image: str = "rayrlhf:latest"
+    """Container image with this repository installed (kuberay, anyscale)."""
+    gpus_per_node: NaturalNumber = 8
+    """GPUs of a node; 0 for a cluster of CPUs."""
+    cpus_per_node: Count = 96
+    """CPUs of a node."""
+    memory_per_node: Quantity = "1Ti"
+    """Memory of a node."""
+    shared_memory: Quantity = "128Gi"
+    """Size of /dev/shm, where Ray keeps objects (weights on their way, among them)."""
+    head_cpus: Count = 8
+    """CPUs of the head node, which runs the driver, Serve's controller and Ray Data."""
+    head_memory: Quantity = "32Gi"
+    """Memory of the head node."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of every process; no secrets: they stand in the rendered files."""
+    kuberay: KubeRayConfig = KubeRayConfig()
+    """Kubernetes with KubeRay."""
+    anyscale: AnyscaleConfig = AnyscaleConfig()
+    """Anyscale."""
+    slurm: SlurmConfig = SlurmConfig()
+    """Slurm."""

@@ -1,0 +1,117 @@
+"""What all launchers are told: the job's command, its config as a file, its environment."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from rayrlhf.config.jobs import script_of
+from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.tree import read_tree
+from rayrlhf.launch.sizing import Nodes, nodes_of
+
+EXCLUDED = ("/.venv/", "/.git/", "/runs/", "/models/", "wandb/")  # of an uploaded working directory
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A job on its way to a launcher."""
+
+    config: Any
+    argv: tuple[str, ...]  # files and overrides, as on the command line
+    nodes: Nodes
+
+    @property
+    def name(self) -> str:
+        """The run's, as Kubernetes allows names."""
+        cleaned = "".join(c if c.isalnum() else "-" for c in self.config_name.lower()).strip("-")
+        return cleaned[:47] or "rayrlhf"
+
+    @property
+    def config_name(self) -> str:
+        run = getattr(self.config, "run", None)
+        return run.name if run is not None else self.config.job
+
+    @property
+    def command(self) -> str:
+        """As typed in the repository."""
+        return shlex.join(["python", script_of(self.config), *self.argv])
+
+    def command_with(self, config_path: str, *overrides: str) -> str:
+        return shlex.join(["python", script_of(self.config), config_path, *overrides])
+
+    @property
+    def resolved(self) -> str:
+        """The whole config, without what only launchers read."""
+        return dump_resolved(self.config.model_copy(update={"launch": type(self.config.launch)()}))
+
+    def run_dir(self, root: str) -> list[str]:
+        """An override that puts a relative run.dir under storage that all nodes share."""
+        run = getattr(self.config, "run", None)
+        if run is None or run.dir.startswith("/"):
+            return []
+        return [f"run.dir={root.rstrip('/')}/{run.dir}"]
+
+    @property
+    def env(self) -> dict[str, str]:
+        return self.config.launch.env
+
+    @property
+    def header(self) -> list[str]:
+        """Comment lines: where the file comes from and what was assumed."""
+        lines = [f"Rendered from {' '.join(self.argv)} by `rayrlhf render`; change that, then render again."]
+        nodes = self.nodes
+        what = f"{nodes.gpus} GPUs" if nodes.gpus else f"{nodes.cpus} CPUs"
+        lines.append(f"{nodes.num_slots} slots on {nodes.count} node{'s' * (nodes.count > 1)} of {what}.")
+        return lines + ([nodes.assumed + "."] if nodes.assumed else [])
+
+
+def rendering_of(config: Any, argv: list[str]) -> Rendering:
+    return Rendering(config, tuple(argv), nodes_of(config))
+
+
+def commented(lines: list[str]) -> str:
+    return "".join(f"# {line}\n" for line in lines)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(*documents: Any) -> str:
+    """In the order of their keys; texts of several lines as blocks."""
+    return "---\n".join(
+        yaml.dump(document, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)
+        for document in documents
+    )
+
+
+def paths_of(argv: tuple[str, ...]) -> dict[str, str]:
+    """Keys of the files that hold paths of this machine, with the paths: a submitted job runs in an uploaded
+    copy of the repository, where what .gitignore names is missing.
+    """
+    tree: Any = read_tree(argv).values
+    found: dict[str, str] = {}
+    for section, key in (("model", "path"), ("critic", "path"), ("ref", "path"), ("teacher", "path")):
+        value = (tree.get(section) or {}).get(key)
+        if isinstance(value, str):
+            found[f"{section}.{key}"] = value
+    for key in ("train", "eval"):
+        value = (tree.get("data") or {}).get(key)
+        if isinstance(value, str):
+            found[f"data.{key}"] = value
+    for index, source in enumerate((tree.get("reward") or {}).get("sources", [])):
+        if isinstance(source.get("path"), str):
+            found[f"reward.sources.{index}.path"] = source["path"]
+    return found
