@@ -18,6 +18,7 @@ class Command:
     arguments: str
     summary: str
     explains_itself: bool = False  # prints a help of its own
+    needs_words: bool = True  # without any, its usage is printed
 
 
 COMMANDS: dict[str, Command] = {
@@ -39,6 +40,13 @@ COMMANDS: dict[str, Command] = {
         "--target local|ray-job|kuberay|anyscale|slurm CONFIG.yaml [key.path=value ...] [--out FILE]",
         "what a launcher needs to run a job, from the job's own file",
         explains_itself=True,
+    ),
+    "doctor": Command(
+        "rayrlhf.doctor.command:main",
+        "[--address ADDRESS] [--path FOLDER] [--no-ray] [--json]",
+        "whether this machine, or a cluster, can run jobs, and what to do where it cannot",
+        explains_itself=True,
+        needs_words=False,
     ),
     "merge-lora": Command(
         "rayrlhf.models.merge_lora:main",
@@ -72,7 +80,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(name: str, words: list[str]) -> int:
     command = COMMANDS[name]
-    if not words or (words[0] in ("-h", "--help") and not command.explains_itself):
+    if (not words and command.needs_words) or (
+        words and words[0] in ("-h", "--help") and not command.explains_itself
+    ):
         print(f"usage: rayrlhf {name} {command.arguments}\n\n{command.summary}")
         return 0 if words else 2
     module, _, function = command.function.partition(":")
