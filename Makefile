@@ -5,6 +5,7 @@
 #   make pipeline SFT, a reward model, PPO and DPO in a chain on the same model, on CPU
 #   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
 #   make learning every learning test from all its seeds, and every preset of placement, about 50 minutes
+#   make gpu-check the CUDA paths on one GPU, and what they reach; without one it says so
 #   make check    lint, formatting, types, import layers
 #   make rendered the examples of cluster/, from the jobs' own files
 #   make clean    remove what the others made, except .venv
@@ -24,7 +25,7 @@ ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
 
-.PHONY: help install model demo pipeline test learning check rendered format clean
+.PHONY: help install model demo pipeline test learning gpu-check check rendered format clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -53,6 +54,9 @@ check: install
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+gpu-check:
+	@$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3) -m benchmarks.gpu_check
 
 rendered: install
 	@cluster/render.sh

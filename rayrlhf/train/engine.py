@@ -35,7 +35,7 @@ def deepspeed_config(
     """DeepSpeed's own config. `lr=None` gives an engine without optimizer: a frozen, ZeRO-3 partitioned
     model.
     """
-    bucket = min(MAX_BUCKET_NUMEL, num_parameters)
+    bucket = min(MAX_BUCKET_NUMEL, num_parameters + num_parameters % 2)  # DeepSpeed wants an even number
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
         "reduce_bucket_size": bucket,

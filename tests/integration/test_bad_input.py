@@ -77,8 +77,8 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
         lambda _: {"placement": {"preset": "disaggregated"}, "rollout": {"num_engines": 400}},
         [
             "placement.preset=disaggregated",
-            "needs 201 CPU",
-            "401 slots x 0.5",
+            "needs 202 CPU",
+            "403 slots x 0.5",
             "the cluster has 4",
             "colocate_all",
         ],
