@@ -117,7 +117,7 @@ class RolloutConfig(EngineConfig):
     environment: EnvironmentConfig | None = None
     """Multi-turn episodes with your environment; null is one response per prompt."""
     sleep: Annotated[bool | Literal["auto"], Wanted("true, false or auto")] = "auto"
-    """Engines give their memory back while the trainers work; auto: those that share slots with the actor."""
+    """Engines give their memory back while trainers work; auto: those that share slots with a trainer."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """How new weights reach the engines."""
 

@@ -268,7 +268,7 @@ def _vllm_scores_at_temperature_one(config: PolicyRunConfig) -> Problem | None:
 
 
 def _sleeping_engines_share(config: PolicyRunConfig) -> Problem | None:
-    if config.rollout.sleep is not True or config.placement.together("actor", "rollout"):
+    if config.rollout.sleep is not True or config.engines_share_with_trainers:
         return None
     return Problem(
         "rollout.sleep",
@@ -384,4 +384,9 @@ class PolicyRunConfig(Section):
         """Whether engines and trainers take turns with the memory of their slots (the hybrid engine)."""
         if self.rollout.sleep != "auto":
             return self.rollout.sleep
-        return self.rollout.max_staleness is None and self.placement.together("actor", "rollout")
+        return self.rollout.max_staleness is None and self.engines_share_with_trainers
+
+    @property
+    def engines_share_with_trainers(self) -> bool:
+        with_critic = self.critic_is_apart and self.placement.together("critic", "rollout")
+        return with_critic or self.placement.together("actor", "rollout")

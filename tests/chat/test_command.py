@@ -86,10 +86,14 @@ class Typist:
 
 
 def take_terminal() -> None:
-    """Make the terminal on stdin the one whose Ctrl-C reaches this process."""
+    """Make the terminal on stdin the one whose Ctrl-C reaches this process, which heeds it: tests that run in
+    the background have inherited to ignore it.
+    """
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

@@ -180,6 +180,16 @@ def test_all_roles_of_a_slot_fit_on_its_gpu(preset: str, num_models: int) -> Non
         assert sum(round(share * 10_000) for share in shares) <= 10_000
 
 
+@pytest.mark.parametrize(
+    "roles, sleep",
+    [(["actor", "rollout"], True), (["critic", "rollout"], True), (["reward", "rollout"], False)],
+)
+def test_engines_sleep_where_a_trainer_needs_their_memory(roles: list[str], sleep: bool) -> None:
+    placement = {"preset": "pools", "pools": [{"name": "a", "roles": roles}]}
+    assert make_config(placement=placement).engines_sleep is sleep
+    assert not make_config(placement=placement, rollout={"max_staleness": 1}).engines_sleep
+
+
 def test_a_role_is_found_by_name() -> None:
     spec = plan("colocate_actor_ref", [FUNCTION])
     assert spec.of("rollout").slots == (4, 5, 6)
