@@ -44,17 +44,33 @@ def one_slot_run(folder: Path, model: str, name: str, **changes: Any) -> PolicyR
     return tiny_run(folder, model, **sections)
 
 
-def start(cluster: FakeCluster, config: PolicyRunConfig) -> subprocess.Popen[str]:
-    path = Path(config.run.dir).parent / f"{config.run.name}.yaml"
-    path.write_text(dump_resolved(config))
-    return subprocess.Popen(
-        [sys.executable, "jobs/ppo.py", str(path)],
-        cwd=REPOSITORY,
-        env=cluster.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+Start = Callable[[PolicyRunConfig], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(cluster: FakeCluster) -> Iterator[Start]:
+    """Starts a job on the cluster; what a failed test leaves running is stopped."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def start_job(config: PolicyRunConfig) -> subprocess.Popen[str]:
+        path = Path(config.run.dir).parent / f"{config.run.name}.yaml"
+        path.write_text(dump_resolved(config))
+        job = subprocess.Popen(
+            [sys.executable, "jobs/ppo.py", str(path)],
+            cwd=REPOSITORY,
+            env=cluster.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        jobs.append(job)
+        return job
+
+    yield start_job
+    for job in jobs:
+        if job.poll() is None:
+            job.terminate()
+            job.communicate(timeout=60)
 
 
 def metrics_of(config: PolicyRunConfig) -> list[dict[str, float]]:
@@ -76,23 +92,26 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
 
 
 def test_jobs_do_not_disturb_each_other_and_one_too_many_is_refused_at_once(
-    cluster: FakeCluster, tiny_model: str, tmp_path: Path
+    start: Start, tiny_model: str, tmp_path: Path
 ) -> None:
     first, second = (one_slot_run(tmp_path / name, tiny_model, name) for name in ("first", "second"))
-    jobs = [start(cluster, config) for config in (first, second)]
+    jobs = [start(config) for config in (first, second)]
     wait_until(lambda: (Path(second.run.path) / "placement.json").is_file(), jobs[1])
     wait_until(lambda: (Path(first.run.path) / "placement.json").is_file(), jobs[0])
 
-    third = start(cluster, one_slot_run(tmp_path / "third", tiny_model, "third"))
+    third = start(one_slot_run(tmp_path / "third", tiny_model, "third"))
     assert third.stdout is not None
     for line in third.stdout:
         if "joined the cluster" in line:
             break
     joined = time.monotonic()
-    told, _ = third.communicate(timeout=60)
-    assert time.monotonic() - joined < 5, "a job that does not fit is told so at once"
-    assert third.returncode == 2
-    assert "needs 1 GPU (1 slots x 1) but the cluster has free 0" in told
+    refused = next(line for line in third.stdout if "but the cluster has free" in line)
+    seconds = time.monotonic() - joined
+    # 2.5 s on an idle machine, which another job that is just ending gets to give its slots back.
+    assert seconds < 20, f"a job that does not fit is told so at once, not after {seconds:.1f} s"
+    print(f"refused after {seconds:.1f} s")
+    assert third.wait(timeout=60) == 2
+    assert "needs 1 GPU (1 slots x 1) but the cluster has free 0" in refused
 
     for job in jobs:
         told, _ = job.communicate(timeout=RUN_SECONDS)
@@ -102,7 +121,7 @@ def test_jobs_do_not_disturb_each_other_and_one_too_many_is_refused_at_once(
 
 
 def test_a_critic_that_is_killed_takes_the_actor_back_to_the_checkpoint_with_it(
-    cluster: FakeCluster, tiny_model: str, tmp_path: Path
+    start: Start, tiny_model: str, tmp_path: Path
 ) -> None:
     """The run ends with the numbers of one that nothing has happened to."""
     undisturbed, killed = (
@@ -116,8 +135,8 @@ def test_a_critic_that_is_killed_takes_the_actor_back_to_the_checkpoint_with_it(
         )
         for name, location in (("undisturbed", "worker"), ("killed", "trainer"))
     )
-    job = start(cluster, killed)
-    other = start(cluster, undisturbed)
+    job = start(killed)
+    other = start(undisturbed)
     wait_until(lambda: len(losses(killed)) >= 2, job)
     os.kill(pid_of(killed, "critic"), signal.SIGKILL)
     for process in (job, other):
@@ -136,7 +155,7 @@ def pid_of(config: PolicyRunConfig, role: str) -> int:
 
 
 def test_a_spare_takes_the_place_of_a_node_that_died(
-    cluster: FakeCluster, tiny_model: str, tmp_path: Path
+    cluster: FakeCluster, start: Start, tiny_model: str, tmp_path: Path
 ) -> None:
     """Both nodes have a worker and an engine; one of them goes, and a new one joins."""
     config = one_slot_run(
@@ -147,7 +166,7 @@ def test_a_spare_takes_the_place_of_a_node_that_died(
         train={"num_workers": 2, "num_steps": 8, "max_failures": 2},
         checkpoint={"every_steps": 1},
     )
-    job = start(cluster, config)
+    job = start(config)
     wait_until(lambda: len(losses(config)) >= 3, job)
     placement = Path(config.run.path) / "placement.json"
     before = [slot["node"] for slot in json.loads(placement.read_text())["slots"]]
