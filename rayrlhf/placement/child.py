@@ -106,6 +106,7 @@ def _seated(actor_class: type) -> type:
             sit_down(*seat)
             super().__init__(*arguments)
 
+    Seated.__name__ = Seated.__qualname__ = actor_class.__name__  # what Ray's lists of actors show
     return Seated
 
 

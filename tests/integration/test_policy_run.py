@@ -57,13 +57,14 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
 
 
 def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tiny_model: str) -> None:
-    """Every role on slots of its own, and a reward model that reads the sample's own tokens."""
+    """Every role but the critic on slots of its own, and a reward model that reads the sample's own tokens."""
     reward_model = make_tiny_model(tmp_path / "reward", seed=1, sequence_classification=True)
     config = tiny_run(
         tmp_path,
         tiny_model,
         train={"num_steps": 2, "num_workers": 2, "zero_stage": 3},
         rollout={"num_engines": 2, "group_size": 2, "prompts_per_step": 8},
+        critic={"lr": 1e-3, "location": "worker"},  # a trainer of its own is tested in test_presets.py
         ref={"location": "serve"},
         reward={"sources": [{"type": "model", "path": reward_model}, *function_source()]},
         placement={"preset": "disaggregated", "cpus_per_slot": 0.5},
