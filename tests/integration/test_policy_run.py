@@ -57,7 +57,7 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
 
 
 def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tiny_model: str) -> None:
-    """Every role but the critic on slots of its own, and a reward model that reads the sample's own tokens."""
+    """All but the critic on slots of their own, and a reward model that reads the sample's own tokens."""
     reward_model = make_tiny_model(tmp_path / "reward", seed=1, sequence_classification=True)
     config = tiny_run(
         tmp_path,
