@@ -176,7 +176,8 @@ def engine(device: str) -> dict[str, Any]:
         os.environ.update(settings.env_vars)
         from rayrlhf.rollout.stepper import Stepper
 
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.to(device).eval()
         prompt, count = list(range(20, 60)), 16
 
         def greedy() -> list[int]:

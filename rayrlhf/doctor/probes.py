@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rayrlhf.doctor.finding import Finding, fail, ok, warn
@@ -128,7 +128,7 @@ def ray_cluster(address: str) -> None:
 
     options: dict[str, Any] = {"address": address} if address else {"num_cpus": 1, "include_dashboard": False}
     ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    named = ray.util.list_named_actors(all_namespaces=True)
+    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)  # dicts, whatever its annotation says
     serve: list[str] = []
     if any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in named):
         from ray import serve as ray_serve
@@ -146,7 +146,7 @@ def ray_cluster(address: str) -> None:
     ray.shutdown()
 
 
-def _told(resources: dict[str, float]) -> str:
+def _told(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
 
 
