@@ -158,7 +158,7 @@ def engine(device: str) -> dict[str, Any]:
     from rayrlhf.config.model import ModelConfig
     from rayrlhf.config.rollout import RolloutConfig
     from rayrlhf.loops.apps import engine_settings
-    from rayrlhf.rollout.weight_sync import flatten, plan_buckets
+    from rayrlhf.rollout.bucket import flatten, lay_out, plan_buckets
     from tests.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -198,8 +198,8 @@ def engine(device: str) -> dict[str, Any]:
             async def push() -> None:
                 await stepper.start_weight_update()
                 for group in plan_buckets(list(model.named_parameters()), 100_000):
-                    slices, flat = flatten(group)
-                    await stepper.load_bucket(slices, flat.numpy())
+                    slices = lay_out(group)
+                    await stepper.load_bucket(slices, flatten(group, slices).numpy())
                 await stepper.finish_weight_update(1)
 
             assert await generated() == greedy()

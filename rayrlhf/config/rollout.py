@@ -48,8 +48,8 @@ class SamplingConfig(Section):
 
 
 class WeightSyncConfig(Section):
-    backend: Literal["auto", "object_store"] = "auto"
-    """How weights travel to the engines."""
+    backend: Literal["auto", "nccl", "ipc", "gloo", "object_store"] = "auto"
+    """How weights travel: nccl between GPUs, ipc within shared slots, gloo or object_store through hosts."""
     bucket_bytes: Count = 134_217_728
     """Size of one transfer, in bytes."""
     timeout_seconds: PositiveNumber = 300

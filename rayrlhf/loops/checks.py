@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from rayrlhf.reward.verifiable import check_installed, try_rows
 from rayrlhf.rollout.environments import find_environment, try_environment
 from rayrlhf.rollout.turns import Turns
 from rayrlhf.rollout.user_environment import EnvironmentFailure
-from rayrlhf.train.checkpoint import newest_step
+from rayrlhf.train.checkpoint import newest_fixed, newest_step
 from rayrlhf.usercode import UserCode, UserCodeError
 
 TRIED_PROMPTS = 2
@@ -182,11 +182,39 @@ def check_model(key: str, path: str) -> None:
         )
 
 
+# How a checkpoint divides states and counts data; the number of workers may change, these may not.
+FIXED_KEYS = ("train.zero_stage", "model.dtype", "rollout.prompts_per_step", "train.samples_per_step")
+
+
+def fixed_values(config: JobConfig) -> dict[str, Any]:
+    """The values of the config that a run has to be resumed with."""
+    found = {key: _value(config, key.split(".")) for key in FIXED_KEYS}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _value(section: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        section = getattr(section, name, None)
+    return section
+
+
 def check_resume(config: JobConfig) -> None:
-    """`run.resume=never` refuses a folder that holds a checkpoint. Raises `InputError`."""
-    step = newest_step(Path(config.run.path) / "checkpoints")
-    if step and config.run.resume == "never":
+    """`run.resume=never` refuses a folder that holds a checkpoint, and every run one that it cannot go on
+    from. Raises `InputError`.
+    """
+    storage = Path(config.run.path) / "checkpoints"
+    step = newest_step(storage)
+    if not step:
+        return
+    if config.run.resume == "never":
         raise InputError(
             f"run.resume=never but {config.run.path} holds a checkpoint of step {step}; "
             "choose another run.name, delete the folder, or set run.resume=auto"
         )
+    now = fixed_values(config)
+    for key, value in newest_fixed(storage).items():
+        if now.get(key) != value:
+            raise InputError(
+                f"{key}: got {now.get(key)}, wanted {value}, with which the checkpoint of step {step} in "
+                f"{config.run.path} was saved. Fix: take {key} back, or choose another run.name"
+            )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.placement.routes import Route
 
 RewardApp = tuple[str, float, str]  # source name, weight, Serve app ("" where it needs none)
 
@@ -25,6 +26,7 @@ class PolicyJob:
     reward_apps: tuple[RewardApp, ...]
     num_eval_prompts: int  # 0 = no evaluation
     threads_per_worker: int
+    weight_route: Route = "object_store"
 
     @property
     def rollout_app(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from rayrlhf.batch import Prompt
@@ -27,6 +29,7 @@ class PromptQueue:
         self._stream: Iterator[tuple[int, list[Prompt]]] = iter(())
         self._waiting: deque[Numbered] = deque()
         self._unfinished: dict[int, Prompt] = {}
+        self._done: set[int] = set()  # prompts of draws to come that another number of workers has finished
 
     def connect(self, stream: Iterator[tuple[int, list[Prompt]]]) -> None:
         """Feed the queue from (draw, this rank's prompts), which may begin before where this rank stands."""
@@ -56,7 +59,11 @@ class PromptQueue:
         if draw < self.next_draw:
             return  # another rank needs it; this one has it behind it, or in its checkpoint
         first = draw * self.prompts_per_draw + self.rank * self.per_rank
-        self._waiting.extend(enumerate(prompts, start=first))
+        self._waiting.extend(
+            (group_id, prompt)
+            for group_id, prompt in enumerate(prompts, start=first)
+            if group_id not in self._done
+        )
         self.next_draw = draw + 1
 
     def save(self, folder: Path) -> None:
@@ -70,13 +77,55 @@ class PromptQueue:
             }
             for group_id, prompt in [*self._unfinished.items(), *self._waiting]
         ]
-        self._file(folder).write_text(json.dumps({"next_draw": self.next_draw, "prompts": prompts}))
+        saved = {"per_rank": self.per_rank, "next_draw": self.next_draw, "prompts": prompts}
+        _file(folder, self.rank).write_text(json.dumps(saved))
 
     def load(self, folder: Path) -> None:
-        """Raises `FileNotFoundError` when the checkpoint is of a run with fewer workers."""
-        saved = json.loads(self._file(folder).read_text())
-        self.next_draw = saved["next_draw"]
-        self._waiting = deque((row.pop("group_id"), Prompt(**row)) for row in saved["prompts"])
+        """Also what another number of workers has saved, who are dealt out anew."""
+        saved = [_read(file) for file in _files(folder)]
+        if saved[0].per_rank == self.per_rank:
+            self.next_draw = saved[self.rank].next_draw
+            self._waiting = deque(saved[self.rank].prompts)
+            return
+        # What some rank had not fetched is fetched again, but for those prompts that are done already.
+        self.next_draw = min(part.next_draw for part in saved)
+        refetched = self.next_draw * self.prompts_per_draw
+        everything = sorted((numbered for part in saved for numbered in part.prompts), key=itemgetter(0))
+        self._waiting = deque(
+            (group_id, prompt)
+            for group_id, prompt in everything
+            if group_id < refetched and self._is_mine(group_id)
+        )
+        self._done = {
+            group_id
+            for rank, part in enumerate(saved)
+            for group_id in range(refetched, part.next_draw * self.prompts_per_draw)
+            if group_id % self.prompts_per_draw // part.per_rank == rank
+        } - {group_id for group_id, _ in everything}
 
-    def _file(self, folder: Path) -> Path:
-        return folder / f"prompts-rank-{self.rank}.json"
+    def _is_mine(self, group_id: int) -> bool:
+        return group_id % self.prompts_per_draw // self.per_rank == self.rank
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank has saved."""
+
+    per_rank: int
+    next_draw: int
+    prompts: list[Numbered]
+
+
+def _read(file: Path) -> _Part:
+    saved = json.loads(file.read_text())
+    prompts = [(row.pop("group_id"), Prompt(**row)) for row in saved["prompts"]]
+    return _Part(saved["per_rank"], saved["next_draw"], prompts)
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"prompts-rank-{rank:04d}.json"
+
+
+def _files(folder: Path) -> list[Path]:
+    """Of all ranks, in their order."""
+    return sorted(folder.glob("prompts-rank-*.json"))

@@ -50,6 +50,7 @@ from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
+from rayrlhf.placement.routes import weight_route
 from rayrlhf.placement.trainer import SlotTorchTrainer
 from rayrlhf.rollout.weight_sync import Event, WeightHub
 
@@ -68,6 +69,7 @@ def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
 def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     run_path = start_folder(config)
     spec = plan_placement(config)
+    weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
     check_placement(spec, config, console)
     stores = prepare_stores(config, run_path, console.say)
     try_rewards(prepared.reward_functions, config.reward, config.data.label_key, stores.train)
@@ -78,7 +80,7 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
         ExitStack() as stack,
     ):
         _own_actor(stack, WeightHub, f"{run_id}-weights")
-        job = _make_job(config, run_id, stores)
+        job = _make_job(config, run_id, stores, slots)
         trainer = make_trainer(
             policy_loop if config.rollout.max_staleness is None else async_policy_loop,
             job,
@@ -149,7 +151,7 @@ def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:
     )
 
 
-def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores) -> PolicyJob:
+def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots) -> PolicyJob:
     num_trained = config.train.num_workers + (config.num_critic_workers if config.critic_is_apart else 0)
     return PolicyJob(
         config=config,
@@ -158,4 +160,5 @@ def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores) -> PolicyJob
         num_eval_prompts=stores.num_eval_prompts(config),
         # Trainers and engines take turns in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(num_trained),
+        weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rayrlhf.config.job import JobConfig
+from rayrlhf.loops.checks import fixed_values
 from rayrlhf.loops.reporting import Reporter
 from rayrlhf.observe.metrics import Timer
 from rayrlhf.placement.lease import sit_down
@@ -81,7 +82,8 @@ class TrainingWorker:
     def save_state(self) -> None:
         """Collective."""
         self.keep_time()
-        save(self.state, self.saved, Path(self.config.run.path) / "scratch")
+        scratch = Path(self.config.run.path) / "scratch"
+        save(self.state, self.saved, scratch, fixed=fixed_values(self.config))
 
     def result(self, *, after: dict[str, Any], export: str | None) -> dict[str, Any]:
         """What the summary is made of; the loop's return value."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from rayrlhf.loops.learners import Learners
 from rayrlhf.rollout.weight_sync import WeightSync
 from rayrlhf.train import collectives
+
+Pushed = TypeVar("Pushed")
 
 
 class Turns:
@@ -31,18 +34,18 @@ class Turns:
         learners.reload()
         self.sync.record("optimizer and gradients are back")
 
-    def roll_out(self, learners: Learners, push: Callable[[], None]) -> None:
+    def roll_out(self, learners: Learners, push: Callable[[], Pushed]) -> Pushed:
         """The trainers keep their weights alone; engines wake for these, and then for their cache."""
         if not self.engines_sleep:
-            push()
-            return
+            return push()
         learners.offload()
         self.sync.record("optimizer and gradients are put aside")
         _all_ranks_have_come()
         self.sync.engines_wake("weights")
-        push()
+        pushed = push()
         self.sync.engines_wake("kv_cache")
         self.is_trainers_turn = False
+        return pushed
 
     def _put_engines_to_sleep(self) -> None:
         self.freed_bytes = self.sync.engines_sleep()

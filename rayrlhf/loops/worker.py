@@ -97,11 +97,14 @@ class PolicyWorker(TrainingWorker):
         return WeightSync(
             ray.get_actor(self.job.weight_hub, namespace=NAMESPACE),
             serve.get_app_handle(self.job.rollout_app),
+            route=self.job.weight_route,
             rank=self.rank,
+            device=collectives.device(),
             num_engines=self.config.rollout.num_engines,
             bucket_bytes=settings.bucket_bytes,
             timeout_seconds=settings.timeout_seconds,
             gathered=gathered,
+            gather=collectives.gather_lists,
         )
 
     # The verbs of the loops
@@ -216,7 +219,11 @@ class PolicyWorker(TrainingWorker):
     def push_weights(self, version: int) -> None:
         """The engines hold `version` then, and are awake."""
         parameters = self.learners.actor_parameters()
-        self.turns.roll_out(self.learners, functools.partial(self.sync.push, parameters, version=version))
+        problem = self.turns.roll_out(self.learners, lambda: self.sync.push(parameters, version))
+        self.metrics["rollout/weight_sync_fallbacks"] = float(problem is not None)
+        if problem is not None:
+            route = self.job.weight_route
+            self.reporter.warn(version, f"{route} did not bring the weights, the object store did: {problem}")
 
     def end_step(self) -> None:
         """Report; evaluate and save where it is due."""
@@ -281,6 +288,7 @@ class PolicyWorker(TrainingWorker):
         self.evaluate("after")
         export = self._export("export") if self.config.checkpoint.export else None
         self.learners.critic.close()
+        self.sync.close()
         return self.result(after=self.last_evaluation, export=export)
 
     def _export(self, name: str) -> str:

@@ -1,14 +1,82 @@
-"""Where one parameter lies in a bucket of raw bytes; known to trainer and engine, and imported by both."""
+"""Parameters as buckets of raw bytes: how they lie there is known to trainer and engine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT_BYTES = 16
+Named = Sequence[tuple[str, nn.Parameter]]
 
 
 @dataclass(frozen=True)
 class TensorSlice:
+    """Where one parameter lies in a bucket."""
+
     name: str  # as in the Hugging Face checkpoint
     dtype: str  # as in torch, e.g. "float32"
     shape: tuple[int, ...]
     offset_bytes: int
     num_bytes: int
+
+
+def plan_buckets(parameters: Named, bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Consecutive parameters up to `bucket_bytes`; one larger than that gets a bucket of its own."""
+    group: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in parameters:
+        num_bytes = _num_bytes(parameter)
+        if group and size + num_bytes > bucket_bytes:
+            yield group
+            group, size = [], 0
+        group.append((name, parameter))
+        size += num_bytes
+    if group:
+        yield group
+
+
+def lay_out(group: Named) -> list[TensorSlice]:
+    """Where each parameter of a bucket lies. ZeRO-3 needs not gather it for that."""
+    slices: list[TensorSlice] = []
+    end = 0
+    for name, parameter in group:
+        start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # a view of another dtype needs an aligned start
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        slices.append(TensorSlice(name, dtype, shape, start, _num_bytes(parameter)))
+        end = start + slices[-1].num_bytes
+    return slices
+
+
+def size_of(slices: Sequence[TensorSlice]) -> int:
+    """Bytes of the bucket."""
+    return slices[-1].offset_bytes + slices[-1].num_bytes
+
+
+def fill(flat: Tensor, group: Named, slices: Sequence[TensorSlice]) -> None:
+    """Copy the parameters' bytes to where they lie in `flat`, uint8 on any device."""
+    for (_, parameter), piece in zip(group, slices, strict=True):
+        raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes].copy_(raw)
+
+
+def flatten(group: Named, slices: Sequence[TensorSlice]) -> Tensor:
+    """The bucket on the CPU."""
+    flat = torch.empty(size_of(slices), dtype=torch.uint8)
+    fill(flat, group, slices)
+    return flat
+
+
+def unpack(slices: Sequence[TensorSlice], flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors in a bucket, as views of it."""
+    for piece in slices:
+        raw = flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes]
+        yield piece.name, raw.view(getattr(torch, piece.dtype)).view(piece.shape)
+
+
+def _num_bytes(parameter: nn.Parameter) -> int:
+    """Of the whole tensor, of which ZeRO-3 may hold a part."""
+    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ from rayrlhf.placement.child import SlotChild
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.rollout.meeting import Delivery, Meeting
 from rayrlhf.rollout.weight_sync import Part, Publication
 
 EXIT_SECONDS = 0.2
-LOST_WEIGHTS_SECONDS = 1.0
+RETRY_SECONDS = 0.2
 TURN_SECONDS = 0.5
+NOTHING_WHOLE = -1  # in place of a publication's number: whichever is the newest, it is news
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class EngineActor:
         self.publication = 0  # which of the hub's these weights came with
         hub = settings.weight_hub
         self.hub: Any = None if hub is None else ray.get_actor(hub, namespace=NAMESPACE)
+        self.meeting: Meeting | None = None  # the last one that we joined
         self.updating = asyncio.Lock()
         self.missing: set[str] = set()  # parts of its memory that a sleeping engine does not have
 
@@ -75,6 +78,7 @@ class EngineActor:
 
         self.name = name
         self.stepper = Stepper(self.settings.engine_args)
+        self.devices = await self.stepper.device_keys()
         await self.catch_up(0)
         params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
         async for _ in self.stepper.stream([1, 2, 3], [params]):
@@ -98,28 +102,53 @@ class EngineActor:
         async with self.updating:
             if "weights" in self.missing:
                 raise RuntimeError("asked to load weights while it sleeps: the trainers have its memory")
-            publication, buckets = await self._fetch_newer()
+            publication, buckets = await self._fetch_newer(at_least)
             if buckets:
                 await self.stepper.pause()
-                await self.stepper.start_weight_update()
-                for slices, flat in buckets:
-                    await self.stepper.load_bucket(slices, flat)
-                await self.stepper.finish_weight_update(publication.version)
-                self.publication, self.version = publication.number, publication.version
-                await self._record(f"loaded version {self.version}")
-                if not self.missing:
-                    await self.stepper.resume()
+                await self._load(buckets, publication.number, publication.version)
         if self.version < at_least:
             raise RuntimeError(
                 f"version {at_least} was asked for, the newest published one is {self.version}"
             )
         return self.version
 
-    async def _fetch_newer(self) -> tuple[Publication, list[tuple[list[TensorSlice], Any]]]:
+    async def receive(self, delivery: Delivery, replica: int) -> None:
+        """Load what the trainers send at a meeting. Raises `MeetingEnded`; then only `catch_up` helps."""
+        meeting = delivery.meeting
+        if replica not in meeting.guests:
+            return
+        async with self.updating:
+            if "weights" in self.missing:
+                raise RuntimeError("asked to load weights while it sleeps: the trainers have its memory")
+            try:
+                if self.meeting != meeting:
+                    await self.stepper.join(meeting, meeting.first_rank(replica))
+                    self.meeting = meeting
+                await self.stepper.pause()
+                self.publication = NOTHING_WHOLE
+                buckets = [(slices, None) for slices in delivery.buckets]
+                await self._load(buckets, delivery.number, delivery.version)
+            except Exception as error:
+                self.meeting = None
+                await self.stepper.leave(f"{self.name}: {error}")
+                raise
+
+    async def _load(self, buckets: Sequence[tuple[Any, Any]], number: int, version: int) -> None:
+        """Into a paused engine, which goes on then."""
+        await self.stepper.start_weight_update()
+        for slices, flat in buckets:
+            await self.stepper.load_bucket(slices, flat)
+        await self.stepper.finish_weight_update(version)
+        self.publication, self.version = number, version
+        await self._record(f"loaded version {version}")
+        if not self.missing:
+            await self.stepper.resume()
+
+    async def _fetch_newer(self, at_least: int) -> tuple[Publication, list[tuple[list[TensorSlice], Any]]]:
         """A publication newer than ours with its buckets already on this node; no buckets when there is none.
 
         A trainer that dies takes its buckets along; restarted, it publishes the version it resumes from.
-        Until then this waits.
+        Until then this waits, and also while the version that was asked for is being published.
         """
         if self.hub is None:
             return Publication(0, 0, []), []
@@ -127,14 +156,18 @@ class EngineActor:
         while True:
             newest: Any = self.hub.newest.remote()
             publication: Publication = await newest
-            if publication.number <= self.publication:
+            in_time = time.monotonic() < deadline
+            if publication.version < at_least and in_time and await self.hub.is_coming.remote(at_least):
+                pass
+            elif publication.number <= self.publication:
                 return publication, []
-            try:
-                return publication, [(slices, await ref) for slices, ref in publication.buckets]
-            except ObjectLostError:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(LOST_WEIGHTS_SECONDS)
+            else:
+                try:
+                    return publication, [(slices, await ref) for slices, ref in publication.buckets]
+                except ObjectLostError:
+                    if not in_time:
+                        raise
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def sleep(self) -> int:
         """Give up weights and cache; returns the bytes. Raises `RuntimeError` while requests run."""
@@ -143,7 +176,7 @@ class EngineActor:
                 return 0
             freed = await self.stepper.give_up_memory()
             self.missing = {"weights", "kv_cache"}
-            self.publication = -1  # the newest one is news, whichever it is
+            self.publication = NOTHING_WHOLE
             await self._record(f"asleep, {freed} bytes freed")
             return freed
 
@@ -152,7 +185,7 @@ class EngineActor:
         async with self.updating:
             if part not in self.missing:
                 return
-            if part == "kv_cache" and self.publication < 0:
+            if part == "kv_cache" and self.publication == NOTHING_WHOLE:
                 raise RuntimeError("asked to go on before weights were pushed: a sleeping engine keeps none")
             await self.stepper.take_memory(part)
             self.missing.remove(part)
@@ -172,8 +205,8 @@ class EngineActor:
         if self.hub is not None:
             await self.hub.record.remote(self.name, what)
 
-    async def describe(self) -> dict[str, int]:
-        return {"engine_pid": os.getpid(), "version": self.version}
+    async def describe(self) -> dict[str, Any]:
+        return {"engine_pid": os.getpid(), "version": self.version, "devices": self.devices}
 
     async def check(self) -> int:
         self.stepper.raise_if_dead()
@@ -244,6 +277,10 @@ class RolloutReplica:
     async def catch_up(self, version: int) -> dict[str, int]:
         return {"replica": self.engine.rank, "version": await self.engine.call("catch_up", version)}
 
+    async def receive(self, delivery: Delivery) -> dict[str, int]:
+        await self.engine.call("receive", delivery, self.engine.rank)
+        return {"replica": self.engine.rank}
+
     async def sleep(self) -> dict[str, int]:
         return {"replica": self.engine.rank, "freed_bytes": await self.engine.call("sleep")}
 
@@ -251,7 +288,7 @@ class RolloutReplica:
         await self.engine.call("wake", part)
         return {"replica": self.engine.rank}
 
-    async def describe(self) -> dict[str, int]:
+    async def describe(self) -> dict[str, Any]:
         engine = await self.engine.call("describe")
         return {"replica": self.engine.rank, "pid": os.getpid(), **engine}
 

@@ -10,7 +10,7 @@ import asyncio
 import queue
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -23,7 +23,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.rollout.vllm_worker import OBJECT_STORE
+from rayrlhf.rollout.meeting import Meeting
+from rayrlhf.rollout.vllm_worker import BUCKETS
 
 Result = TypeVar("Result")
 
@@ -36,7 +37,7 @@ class Stepper:
             EngineArgs(
                 **engine_args,
                 worker_extension_cls="rayrlhf.rollout.vllm_worker.WorkerExtension",
-                weight_transfer_config=WeightTransferConfig(backend=OBJECT_STORE),
+                weight_transfer_config=WeightTransferConfig(backend=BUCKETS),
             ),
             enable_multiprocessing=False,
         )
@@ -106,10 +107,23 @@ class Stepper:
         """Have `weights` (to be loaded then) or `kv_cache` again; stepping goes on with `resume`."""
         await self._rpc("take_memory", part=part)
 
+    async def device_keys(self) -> list[str]:
+        """Of each worker's device."""
+        return await self._rpc("device_key")
+
+    async def join(self, meeting: Meeting, first_rank: int) -> None:
+        """Raises `MeetingEnded`."""
+        info = {"meeting": meeting, "first_rank": first_rank}
+        await self._rpc("init_weight_transfer_engine", init_info=info)
+
+    async def leave(self, why: str) -> None:
+        await self._rpc("leave_meeting", why=why)
+
     async def start_weight_update(self) -> None:
         await self._rpc("start_weight_update")
 
-    async def load_bucket(self, slices: list[TensorSlice], bucket: Any) -> None:
+    async def load_bucket(self, slices: Sequence[TensorSlice], bucket: Any = None) -> None:
+        """`bucket`: its bytes as an array; without them they come over the meeting's link."""
         await self._rpc("update_weights", update_info={"slices": slices, "bucket": bucket})
 
     async def finish_weight_update(self, version: int) -> None:

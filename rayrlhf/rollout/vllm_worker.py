@@ -6,7 +6,7 @@ import registers the transfer backend. Only this module and `rollout.engine` may
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from rayrlhf.rollout.bucket import TensorSlice
+from rayrlhf.rollout.bucket import TensorSlice, size_of, unpack
+from rayrlhf.rollout.device_memory import device_key
+from rayrlhf.rollout.meeting import Link, Meeting, join
 
-OBJECT_STORE = "rayrlhf_object_store"
+BUCKETS = "rayrlhf_buckets"
 
 if current_platform.is_cpu():
     # oneDNN keeps packed copies of the weights which a reload does not reach; a tied lm_head would go on
@@ -34,30 +36,43 @@ if current_platform.is_cpu():
 
 @dataclass
 class BucketInit(WeightTransferInitInfo):
-    """Nothing to set up: buckets arrive with the call."""
+    meeting: Meeting
+    first_rank: int  # there, of this engine's first worker
 
 
 @dataclass
 class BucketUpdate(WeightTransferUpdateInfo):
-    slices: list[TensorSlice]
-    bucket: Any  # one-dimensional uint8 array, read-only, shared with the object store
+    slices: Sequence[TensorSlice]
+    bucket: Any = None  # uint8 array, read-only, shared with the object store; None: comes over the link
 
 
-class ObjectStoreTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
+class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
     """Loads buckets of checkpoint-named tensors in place and insists that every parameter was reached."""
 
     init_info_cls = BucketInit
     update_info_cls = BucketUpdate
+    link: Link | None = None
 
     def init_transfer_engine(self, init_info: BucketInit) -> None:
-        pass
+        self.link = None
+        rank = init_info.first_rank + self.parallel_config.rank
+        self.link = join(init_info.meeting, rank=rank, device=self.device, key=device_key(self.device))
 
     def start_weight_update(self) -> None:
         self.reached: set[str] = set()
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
+        slices = update_info.slices
+        if update_info.bucket is not None:
+            self._load(slices, torch.from_numpy(update_info.bucket))
+            return
+        assert self.link is not None
+        self._load(slices, self.link.receive(size_of(slices)))
+        self.link.release()
+
+    def _load(self, slices: Sequence[TensorSlice], flat: Tensor) -> None:
         model: Any = self.model
-        self.reached |= model.load_weights(unpack(update_info.slices, update_info.bucket))
+        self.reached |= model.load_weights(unpack(slices, flat))  # copies out of `flat`
 
     def finish_weight_update(self) -> None:
         missing = sorted({name for name, _ in self.model.named_parameters()} - self.reached)
@@ -68,18 +83,23 @@ class ObjectStoreTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
             )
 
     def shutdown(self) -> None:
-        pass
-
-
-def unpack(slices: list[TensorSlice], bucket: Any) -> Iterator[tuple[str, Tensor]]:
-    flat = torch.from_numpy(bucket)  # never written to: load_weights copies out of it
-    for piece in slices:
-        raw = flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes]
-        yield piece.name, raw.view(getattr(torch, piece.dtype)).view(piece.shape)
+        if self.link is not None:
+            self.link.end("an engine shut down")
 
 
 class WorkerExtension:
     """Named in `worker_extension_cls`; vLLM mixes it into its worker class."""
+
+    def device_key(self) -> str:
+        worker: Any = self
+        return device_key(worker.device)
+
+    def leave_meeting(self, why: str) -> None:
+        """Tell the others there that this engine cannot go on, and why."""
+        worker: Any = self
+        link, worker.weight_transfer_engine.link = worker.weight_transfer_engine.link, None
+        if link is not None:
+            link.end(why)
 
     def give_up_memory(self) -> int:
         """Let go of weights and key-value cache; returns the bytes that were freed.
@@ -117,5 +137,5 @@ def _empty(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
     return sizes
 
 
-if OBJECT_STORE not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(OBJECT_STORE, ObjectStoreTransfer)
+if BUCKETS not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BUCKETS, BucketTransfer)

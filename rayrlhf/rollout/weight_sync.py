@@ -2,14 +2,16 @@
 
 The trainer flattens its parameters into buckets of raw bytes, puts each into the object store and publishes
 the list under a version number; replicas pull. So a replica that was down during a push gets the same
-weights, by the same code, when it comes back, and one RPC moves a bucket, never a parameter.
+weights, by the same code, when it comes back. Where a faster way leads to the engines that are up, the
+buckets take it first (`rollout.courier`), and the published ones are for those who were not there.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,12 +25,14 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor, nn
 
-from rayrlhf.rollout.bucket import TensorSlice
+from rayrlhf.rollout.bucket import Named, TensorSlice, flatten, lay_out, plan_buckets
+from rayrlhf.rollout.courier import Courier
+from rayrlhf.rollout.meeting import Backend
 
 Part = Literal["weights", "kv_cache"]  # of an engine's memory
 Bucket = tuple[list[TensorSlice], ObjectRef]
-ALIGNMENT_BYTES = 16
 MAX_EVENTS = 10_000
+COPIES_UNDER_WAY = 2  # buckets that wait to be put into the object store
 Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
 
 
@@ -56,13 +60,24 @@ class WeightHub:
 
     def __init__(self) -> None:
         self.newest_publication = Publication(0, 0, [])
+        self.announced = (0, 0)  # number and version of the publication that is being made, or of the newest
         self.engines_turn = True
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
 
-    def publish(self, version: int, buckets: list[Bucket]) -> None:
-        """A lower version than before comes from a trainer that was restarted from its last checkpoint."""
-        number = self.newest_publication.number + 1
-        self.newest_publication = Publication(number, version, buckets)
+    def announce(self, version: int) -> int:
+        """The number of the publication that is to come. A lower version than before comes from a trainer
+        that was restarted from its last checkpoint.
+        """
+        self.announced = (self.announced[0] + 1, version)
+        return self.announced[0]
+
+    def publish(self, publication: Publication) -> None:
+        self.newest_publication = publication
+
+    def is_coming(self, version: int) -> bool:
+        """Whether a publication of at least that version has been announced and is not here yet."""
+        number, announced = self.announced
+        return announced >= version and number > self.newest_publication.number
 
     def newest(self) -> Publication:
         return self.newest_publication
@@ -82,19 +97,23 @@ class WeightHub:
 
 
 class WeightSync:
-    """The trainer's end. `push` is collective: every rank gathers, rank 0 sends."""
+    """The trainer's end. Every method is collective: all ranks gather, some of them send."""
 
     def __init__(
         self,
         hub: ActorHandle,
         engines: DeploymentHandle,
         *,
+        route: Backend | Literal["object_store"],
         rank: int,
+        device: torch.device,
         num_engines: int,
         bucket_bytes: int,
         timeout_seconds: float,
         gathered: Gathered,
+        gather: Callable[[list[Any]], list[Any]],
     ) -> None:
+        """`gathered` makes partitioned parameters whole; `gather` joins the ranks' lists."""
         self.hub = hub
         self.engines = engines
         self.rank = rank
@@ -102,6 +121,19 @@ class WeightSync:
         self.bucket_bytes = bucket_bytes
         self.timeout_seconds = timeout_seconds
         self.gathered = gathered
+        self.courier: Courier | None = None
+        if route != "object_store":
+            self.courier = Courier(
+                route,
+                self._tell_engines,
+                rank=rank,
+                device=device,
+                gather=gather,
+                timeout_seconds=timeout_seconds,
+            )
+        self.copier = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self.publishing: Future[None] | None = None
+        self.under_way: list[Future[Bucket]] = []
 
     def is_news(self, version: int) -> bool:
         """Whether the engines may hold anything else than this version, as after a restart of the trainer; or
@@ -111,20 +143,62 @@ class WeightSync:
         awake: Any = ray.get(self.hub.is_engines_turn.remote(), timeout=self.timeout_seconds)
         return version > 0 or newest.number > 0 or not awake
 
-    def push(self, parameters: list[tuple[str, nn.Parameter]], version: int) -> None:
-        """Publish and wait until every running engine holds `version`. Raises `TimeoutError` naming who
-        does not.
+    def push(self, parameters: Named, version: int) -> str | None:
+        """Every running engine holds `version` then. Returns why the direct way failed, where it did and the
+        object store had to help. Raises `TimeoutError` naming who does not hold it.
         """
-        buckets: list[Bucket] = []
-        for group in plan_buckets(parameters, self.bucket_bytes):
+        plan = [(group, lay_out(group)) for group in plan_buckets(parameters, self.bucket_bytes)]
+        number = self._announce(version)
+        courier = self.courier
+        everybody = courier is not None and courier.start(number, version, [slices for _, slices in plan])
+        copies: list[Future[Bucket]] = []
+        for group, slices in plan:
             with self.gathered([parameter for _, parameter in group]):
+                flat = courier.send(group, slices) if courier is not None else None
                 if self.rank == 0:
-                    slices, flat = flatten(group)
-                    buckets.append((slices, ray.put(flat.numpy())))
+                    copies.append(self._copy(group, slices, flat))
+        problem = courier.finish() if courier is not None else None
         if self.rank == 0:
-            ray.get(self.hub.publish.remote(version, buckets), timeout=self.timeout_seconds)
-            # Engines that are not running now, starting or dead, pull this version before they are healthy.
-            self._tell_engines(f"weight sync of version {version}", "catch_up", version)
+            self.publishing = self.copier.submit(self._publish, number, version, copies)
+            if not everybody or problem is not None:
+                self._wait_until_published()
+                # Engines that are not running now, starting or dead, pull this version before they are
+                # healthy.
+                self._tell_engines(f"weight sync of version {version}", "catch_up", version)
+        return problem
+
+    def close(self) -> None:
+        self._wait_until_published()
+        self.copier.shutdown()
+        if self.courier is not None:
+            self.courier.close()
+
+    def _announce(self, version: int) -> int:
+        if self.rank > 0:
+            return 0
+        self._wait_until_published()
+        number: Any = ray.get(self.hub.announce.remote(version), timeout=self.timeout_seconds)
+        return number
+
+    def _copy(self, group: Named, slices: list[TensorSlice], flat: Tensor | None) -> Future[Bucket]:
+        """The bucket on its way to the object store, beside what else goes on; only a few are kept for it."""
+        if flat is None:
+            flat = flatten(group, slices)
+        self.under_way = [copy for copy in self.under_way if not copy.done()]
+        if len(self.under_way) == COPIES_UNDER_WAY:
+            self.under_way[0].result()
+        copy: Future[Bucket] = self.copier.submit(lambda: (slices, ray.put(flat.cpu().numpy())))
+        self.under_way.append(copy)
+        return copy
+
+    def _publish(self, number: int, version: int, copies: Sequence[Future[Bucket]]) -> None:
+        publication = Publication(number, version, [copy.result() for copy in copies])
+        ray.get(self.hub.publish.remote(publication), timeout=self.timeout_seconds)
+
+    def _wait_until_published(self) -> None:
+        if self.publishing is not None:
+            self.publishing.result(self.timeout_seconds)
+            self.publishing = None
 
     def engines_sleep(self) -> int:
         """The trainers' turn: every running engine gives its memory up; returns the bytes, on rank 0.
@@ -150,7 +224,7 @@ class WeightSync:
         if self.rank == 0:
             ray.get(self.hub.record.remote("trainers", what), timeout=self.timeout_seconds)
 
-    def _tell_engines(self, what: str, method: str, *arguments: Any) -> list[dict[str, int]]:
+    def _tell_engines(self, what: str, method: str, *arguments: Any) -> list[dict[str, Any]]:
         """The answers of the running engines. Raises `TimeoutError` naming those who did it."""
         try:
             answers: list[Any] = self.engines.broadcast(method, *arguments).results(
@@ -166,37 +240,3 @@ class WeightSync:
                 f"within {self.timeout_seconds:g} s; first failure: {failed[0]!r}"
             ) from failed[0]
         return done
-
-
-def plan_buckets(
-    parameters: list[tuple[str, nn.Parameter]], bucket_bytes: int
-) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Consecutive parameters up to `bucket_bytes`; one larger than that gets a bucket of its own."""
-    group: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in parameters:
-        num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        if group and size + num_bytes > bucket_bytes:
-            yield group
-            group, size = [], 0
-        group.append((name, parameter))
-        size += num_bytes
-    if group:
-        yield group
-
-
-def flatten(group: list[tuple[str, nn.Parameter]]) -> tuple[list[TensorSlice], Tensor]:
-    """The parameters' bytes in one new uint8 tensor on the CPU, and where each of them lies."""
-    slices: list[TensorSlice] = []
-    end = 0
-    for name, parameter in group:
-        start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # a view of another dtype needs an aligned start
-        num_bytes = parameter.numel() * parameter.element_size()
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        slices.append(TensorSlice(name, dtype, tuple(parameter.shape), start, num_bytes))
-        end = start + num_bytes
-    flat = torch.empty(end, dtype=torch.uint8)
-    for (_, parameter), piece in zip(group, slices, strict=True):
-        raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
-        flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes].copy_(raw)
-    return slices, flat

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,8 +48,10 @@ class LoopState:
                 self.seconds_per_phase[phase] = self.seconds_per_phase.get(phase, 0.0) + seconds
 
 
-def save(state: LoopState, saved: Sequence[Saved], scratch: Path) -> None:
-    """Write a checkpoint and wait until it is in the run's storage. Collective."""
+def save(state: LoopState, saved: Sequence[Saved], scratch: Path, *, fixed: Mapping[str, Any]) -> None:
+    """Write a checkpoint and wait until it is in the run's storage. Collective. `fixed`: the keys of the
+    config whose values it can only be resumed with.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"step-{state.step:06d}-rank-{collectives.rank()}-", dir=scratch))
     for item in saved:
@@ -57,7 +59,7 @@ def save(state: LoopState, saved: Sequence[Saved], scratch: Path) -> None:
     if collectives.rank() == 0:
         (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
     ray.train.report(
-        {"step": state.step, "first_draw": state.first_draw},
+        {"step": state.step, "first_draw": state.first_draw, "fixed": dict(fixed)},
         checkpoint=Checkpoint.from_directory(str(folder)),
         checkpoint_dir_name=checkpoint_name(state.step),
         checkpoint_upload_mode=CheckpointUploadMode.SYNC,
@@ -93,8 +95,13 @@ def newest_first_draw(storage: Path) -> int:
     return _newest_metrics(storage)["first_draw"]
 
 
-def _newest_metrics(storage: Path) -> dict[str, int]:
+def newest_fixed(storage: Path) -> dict[str, Any]:
+    """The values of the config that the newest committed checkpoint can only be resumed with."""
+    return _newest_metrics(storage)["fixed"]
+
+
+def _newest_metrics(storage: Path) -> dict[str, Any]:
     """What was reported with the newest checkpoint."""
     snapshot = storage / "checkpoint_manager_snapshot.json"
     newest = json.loads(snapshot.read_text()).get("latest_checkpoint_result") if snapshot.is_file() else None
-    return newest["metrics"] if newest else {"step": 0, "first_draw": 0}
+    return newest["metrics"] if newest else {"step": 0, "first_draw": 0, "fixed": {}}

@@ -65,19 +65,19 @@ class ExponentialMovingAverage:
     def save(self, folder: Path) -> None:
         """This rank's averages, if it has any."""
         if self._averages:
-            torch.save(self._averages, self._file(folder))
+            torch.save(self._averages, _file(folder, collectives.rank()))
 
     def load(self, folder: Path) -> None:
         """Raises `FileNotFoundError` if the folder has none, `ValueError` if they are of other weights."""
         if not self._averages:
             return
-        path = self._file(folder)
+        path = _file(folder, 0)
         if not path.is_file():
             raise FileNotFoundError(
                 f"no {path.name} in {folder}: the checkpoint was made without an average of the weights "
-                "(algorithm.ema_beta), or by fewer workers"
+                "(algorithm.ema_beta)"
             )
-        saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        saved = self._read(folder)
         shapes, wanted = ({n: tuple(t.shape) for n, t in a.items()} for a in (saved, self._averages))
         if shapes != wanted:
             wrong = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
@@ -86,6 +86,27 @@ class ExponentialMovingAverage:
                 f"e.g. {wrong[0]} is {shapes.get(wrong[0])} there and {wanted.get(wrong[0])} here"
             )
         self._averages = saved
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
+        """This rank's part, of what as many workers have saved or another number of them."""
+        files = sorted(folder.glob("ema-rank-*.pt"))
+        if not self._is_partitioned() or len(files) == collectives.world_size():
+            return _load(_file(folder, collectives.rank()))
+        parts = [_load(file) for file in files]
+        return {
+            name: self._cut(name, torch.cat([part[name] for part in parts]), mine.numel())
+            for name, mine in self._averages.items()
+        }
+
+    def _is_partitioned(self) -> bool:
+        return any(hasattr(parameter, "ds_tensor") for parameter in self._module.parameters())
+
+    def _cut(self, name: str, flat: Tensor, size: int) -> Tensor:
+        """This rank's `size` numbers of a weight that lies flat over all ranks, padded at its end."""
+        parameter: Any = self._module.get_parameter(name)
+        start = collectives.rank() * size
+        mine = flat[: parameter.ds_numel][start : start + size]
+        return torch.cat([mine, mine.new_zeros(size - mine.numel())])
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """The trainable weights in this rank's charge, by name: its partitions, or on rank 0 everything."""
@@ -107,6 +128,10 @@ class ExponentialMovingAverage:
         if partitioned:
             partitioned[0].partition(param_list=partitioned)
 
-    @staticmethod
-    def _file(folder: Path) -> Path:
-        return folder / f"ema-rank-{collectives.rank()}.pt"
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"ema-rank-{rank:04d}.pt"
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -16,6 +16,7 @@ from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import full_state_dict, make_engine
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
+from rayrlhf.train.resize import TAG, load_universal, read_layout, resized, write_layout
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
 # global objective, metric sums). Shares add up over micro-batches and ranks.
@@ -138,12 +139,25 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """This rank's shard of parameters and optimizer. Collective."""
-        self.engine.save_checkpoint(str(folder / self.name), tag="engine", save_latest=False)
+        self.engine.save_checkpoint(str(folder / self.name), tag=TAG, save_latest=False)
+        if collectives.rank() == 0:
+            write_layout(folder / self.name, self.train.zero_stage)
 
     def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder / self.name), tag="engine")
+        """Also what another number of workers has saved. Collective."""
+        shards = folder / self.name
+        if read_layout(shards)["workers"] == collectives.world_size() or not _has_shards(shards):
+            path, _ = self.engine.load_checkpoint(str(shards), tag=TAG)
+        else:
+            with resized(shards) as universal:
+                path, _ = load_universal(self.engine, universal)
         if path is None:
             raise FileNotFoundError(f"no {self.name} checkpoint in {folder}")
+
+
+def _has_shards(folder: Path) -> bool:
+    """Whether workers have saved parts of the optimizer, not each the whole (torch's own, of stage 0)."""
+    return any((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt"))
 
 
 def learning_rate(base: float, train: OptimizerConfig, step: int) -> float:

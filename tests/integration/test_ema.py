@@ -108,4 +108,4 @@ def test_averages_under_deepspeed(tmp_path: Path) -> None:
         for name, saved in averaged["exports"][-1].items():
             assert np.array_equal(saved, averaged["exports"][-2][name]), f"{case}: {name} not restored"
         files = sorted(path.name for path in (tmp_path / "averages" / f"{stage}-{dtype}").iterdir())
-        assert files == [f"ema-rank-{rank}.pt" for rank in range(WORLD_SIZE if stage == 3 else 1)]
+        assert files == [f"ema-rank-{rank:04d}.pt" for rank in range(WORLD_SIZE if stage == 3 else 1)]

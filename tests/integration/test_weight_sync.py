@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ GREEDY = {"max_tokens": NEW_TOKENS, "temperature": 0.0, "logprobs": 0, "ignore_e
 class Engines:
     """Two engines behind Serve, and the trainer's model."""
 
-    def __init__(self, folder: Path, model: str) -> None:
+    def __init__(self, folder: Path, model: str, route: Any) -> None:
         config = tiny_run(
             folder,
             model,
@@ -66,23 +67,27 @@ class Engines:
             while serve.status().applications[self.job.rollout_app].status != "RUNNING":
                 time.sleep(0.2)
         self.handle = serve.get_app_handle(self.job.rollout_app)
+        self.route = route
         self.sync = WeightSync(
             self.hub,
             self.handle,
+            route=route,
             rank=0,
+            device=torch.device("cpu"),
             num_engines=NUM_ENGINES,
             bucket_bytes=100_000,  # several buckets, and parameters larger than one
             timeout_seconds=60,
             gathered=lambda _: nullcontext(),
+            gather=lambda items: items,
         )
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
-    def change_weights(self, version: int) -> None:
+    def change_weights(self, version: int) -> str | None:
         torch.manual_seed(version)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.5)
-        self.sync.push(list(self.model.named_parameters()), version)
+        return self.sync.push(list(self.model.named_parameters()), version)
 
     def ask_all(self, min_version: int) -> list[Any]:
         return self.handle.broadcast("complete", PROMPT, GREEDY, min_version).results(timeout_s=60)
@@ -96,13 +101,15 @@ class Engines:
         return ids[len(after) :]
 
     def close(self) -> None:
+        self.sync.close()
         serve.delete(self.job.rollout_app)
         self.slots.remove()
+        ray.kill(self.hub)
 
 
-@pytest.fixture
-def engines(tmp_path: Path, tiny_model: str):
-    running = Engines(tmp_path, tiny_model)
+@pytest.fixture(params=["object_store", "gloo", "ipc"])
+def engines(tmp_path: Path, tiny_model: str, request: pytest.FixtureRequest):
+    running = Engines(tmp_path, tiny_model, request.param)
     yield running
     running.close()
 
@@ -136,6 +143,7 @@ def test_every_engine_serves_the_newest_weights_even_after_it_was_killed(engines
 def test_a_response_goes_on_with_new_weights_where_the_old_ones_stopped(engines: Engines) -> None:
     """Pause, keep, resume: no token is lost or made again, and each knows the weights that sampled it."""
     count = 300
+    engines.sync.push(list(engines.model.named_parameters()), 0)  # the engines have met the trainer
     # A seed, as in training: what the sampler has drawn so far must survive the pause too.
     params = GREEDY | {"max_tokens": count, "seed": 7}
     old = engines.expected(count=count)
@@ -204,6 +212,31 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
             break
         time.sleep(0.5)
     assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
+
+
+def test_an_engine_that_dies_in_a_push_holds_up_nobody(engines: Engines) -> None:
+    engines.change_weights(version=1)
+    victim = engines.handle.broadcast("describe").results(timeout_s=30)[1]
+    os.kill(victim["engine_pid"], signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        pushing = pool.submit(engines.change_weights, 2)
+        time.sleep(2)
+        assert not pushing.done()
+        os.kill(victim["engine_pid"], signal.SIGKILL)
+        started = time.monotonic()
+        problem = pushing.result(60)
+    print(f"{time.monotonic() - started:.1f} s later: {problem}")
+    assert time.monotonic() - started < 30, "long before the deadline of 60 s"
+    assert (problem is None) == (engines.route == "object_store")
+    [answer] = {tuple(engines.handle.complete.remote(PROMPT, GREEDY, 2).result(timeout_s=60).token_ids)}
+    assert list(answer) == engines.expected()
+
+
+def test_a_parameter_that_was_left_out_is_named(engines: Engines) -> None:
+    *most, (name, _) = engines.model.named_parameters()
+    left = f"left 1 engine parameters at their old values, among them.*{name}"
+    with pytest.raises(TimeoutError, match=left):
+        engines.sync.push(most, 1)
 
 
 def test_a_version_nobody_published_is_refused(engines: Engines) -> None:

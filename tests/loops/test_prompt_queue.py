@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rayrlhf.batch import Prompt
 from rayrlhf.loops.prompt_queue import PromptQueue
@@ -55,6 +59,38 @@ def test_a_checkpoint_brings_back_what_was_not_finished(tmp_path: Path) -> None:
     again = resumed.take(6)
     assert ids(again) == [4, 5, 8, 9, 12, 13]
     assert again[0][1].columns == {"topic": "t4"}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    before=st.sampled_from([1, 2, 3, 6]),
+    after=st.sampled_from([1, 2, 3, 6]),
+    taken=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+    finished=st.sets(st.integers(0, 29)),
+)
+def test_another_number_of_workers_loses_no_prompt_and_repeats_none(
+    before: int, after: int, taken: list[int], finished: set[int]
+) -> None:
+    """30 prompts in draws of 6; ranks have come differently far, and finished what they liked."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        done: set[int] = set()
+        queues = [queue(rank, 6 // before, before) for rank in range(before)]
+        for prompts, count in zip(queues, taken, strict=False):
+            mine = finished & set(ids(prompts.take(min(count, 5 * (6 // before)))))
+            prompts.finish(mine)
+            prompts.save(folder)
+            done |= mine
+        first_draw = min(prompts.next_draw for prompts in queues)
+        again: list[int] = []
+        for rank in range(after):
+            resumed = PromptQueue(rank=rank, per_rank=6 // after, prompts_per_draw=6)
+            resumed.load(folder)
+            resumed.connect(stream(rank, 6 // after, after, start=first_draw))
+            with contextlib.suppress(AssertionError):  # the stream is over
+                while True:
+                    again += ids(resumed.take(1))
+    assert sorted(again) == sorted(set(range(30)) - done)
 
 
 def test_a_stream_that_is_too_short_is_our_mistake() -> None:

@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rayrlhf.rollout.bucket import TensorSlice
-from rayrlhf.rollout.weight_sync import ALIGNMENT_BYTES, Publication, WeightHub, flatten, plan_buckets
+from rayrlhf.rollout.bucket import (
+    ALIGNMENT_BYTES,
+    TensorSlice,
+    flatten,
+    lay_out,
+    plan_buckets,
+    unpack,
+)
+from rayrlhf.rollout.weight_sync import Publication, WeightHub
 
 Group = list[tuple[str, nn.Parameter]]
 ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
@@ -46,7 +53,8 @@ def test_a_bucket_by_hand() -> None:
         ("b", parameter(2, 3)),  # 24 bytes, from the next multiple of 16
         ("c", parameter(1, dtype=torch.float16)),  # 40 -> 48
     ]
-    slices, flat = flatten(group)
+    slices = lay_out(group)
+    flat = flatten(group, slices)
     assert slices == [
         TensorSlice("a", "bfloat16", (3,), 0, 6),
         TensorSlice("b", "float32", (2, 3), 16, 24),
@@ -56,6 +64,8 @@ def test_a_bucket_by_hand() -> None:
     found = decode(slices, flat.numpy())
     for name, tensor in group:
         np.testing.assert_array_equal(found[name], as_numpy(tensor))
+    for (name, tensor), (other, view) in zip(group, unpack(slices, flat), strict=True):
+        assert name == other and view.dtype == tensor.dtype and torch.equal(view, tensor)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -73,7 +83,8 @@ def test_what_goes_in_comes_out(tensors: list[tuple[list[int], torch.dtype]], bu
     ]
     found: dict[str, np.ndarray] = {}
     for group in plan_buckets(parameters, bucket_bytes):
-        slices, flat = flatten(group)
+        slices = lay_out(group)
+        flat = flatten(group, slices)
         assert [piece.name for piece in slices] == [name for name, _ in group]
         assert all(piece.offset_bytes % ALIGNMENT_BYTES == 0 for piece in slices)
         bounds = [(piece.offset_bytes, piece.offset_bytes + piece.num_bytes) for piece in slices]
@@ -88,14 +99,16 @@ def test_what_goes_in_comes_out(tensors: list[tuple[list[int], torch.dtype]], bu
 def test_a_parameter_that_is_a_view_travels_in_its_own_order() -> None:
     transposed = nn.Parameter(torch.arange(6.0).view(2, 3).T)
     assert not transposed.is_contiguous()
-    slices, flat = flatten([("w", transposed)])
+    slices = lay_out([("w", transposed)])
+    flat = flatten([("w", transposed)], slices)
     assert decode(slices, flat.numpy())["w"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_a_bucket_is_a_copy() -> None:
     weight = parameter(4)
     before = weight.detach().clone()
-    slices, flat = flatten([("w", weight)])
+    slices = lay_out([("w", weight)])
+    flat = flatten([("w", weight)], slices)
     with torch.no_grad():
         weight.zero_()  # the next optimizer step
     np.testing.assert_array_equal(decode(slices, flat.numpy())["w"], before.numpy())
@@ -141,11 +154,19 @@ def test_no_parameters_no_buckets() -> None:
     assert list(plan_buckets([], 100)) == []
 
 
-def test_the_hub_counts_publications() -> None:
+def test_a_partitioned_parameter_is_laid_out_before_it_is_gathered() -> None:
+    stub: Any = nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
+    stub.ds_numel, stub.ds_shape = 6, torch.Size((2, 3))
+    assert lay_out([("w", stub)]) == [TensorSlice("w", "bfloat16", (2, 3), 0, 12)]
+
+
+def test_the_hub_counts_publications_and_knows_what_is_to_come() -> None:
     hub = WeightHub()
-    assert hub.newest() == Publication(0, 0, [])
+    assert hub.newest() == Publication(0, 0, []) and not hub.is_coming(1)
     buckets: Any = ["version 3"]
-    hub.publish(3, buckets)
-    assert hub.newest() == Publication(1, 3, buckets)
-    hub.publish(2, [])  # a trainer that was restarted from an older checkpoint
-    assert hub.newest() == Publication(2, 2, []), "newer than the one before, whatever its version"
+    assert hub.announce(3) == 1
+    assert hub.is_coming(2) and hub.is_coming(3) and not hub.is_coming(4)
+    hub.publish(Publication(1, 3, buckets))
+    assert hub.newest() == Publication(1, 3, buckets) and not hub.is_coming(3)
+    assert hub.announce(2) == 2, "a trainer that was restarted from an older checkpoint: newer all the same"
+    assert hub.is_coming(2)

@@ -109,7 +109,7 @@ def test_an_exception_inside_restores_too() -> None:
 def test_what_is_kept_is_a_copy_in_fp32_without_frozen_or_tied_doubles(tmp_path: Path) -> None:
     module = tiny(torch.bfloat16)
     ExponentialMovingAverage(module, beta=0.5).save(tmp_path)
-    saved = torch.load(tmp_path / "ema-rank-0.pt", weights_only=True)
+    saved = torch.load(tmp_path / "ema-rank-0000.pt", weights_only=True)
     assert {name: tensor.dtype for name, tensor in saved.items()} == {
         "0.weight": torch.float32,
         "0.bias": torch.float32,
@@ -136,7 +136,7 @@ def test_saved_and_loaded_goes_on_bit_for_bit(dtype: torch.dtype, tmp_path: Path
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no ema-rank-0\.pt in .*algorithm\.ema_beta"):
+    with pytest.raises(FileNotFoundError, match=r"no ema-rank-0000\.pt in .*algorithm\.ema_beta"):
         ExponentialMovingAverage(tiny(), beta=0.5).load(tmp_path)
     ExponentialMovingAverage(nn.Sequential(nn.Linear(3, 1)), beta=0.5).save(tmp_path)
     with pytest.raises(
