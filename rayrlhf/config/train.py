@@ -100,7 +100,20 @@ def _overlap_has_a_reduction(train: OptimizerConfig) -> Problem | None:
     )
 
 
+def _short_masters_are_partitioned_on_the_device(train: OptimizerConfig) -> Problem | None:
+    if train.master_weights == "float32" or (train.zero_stage > 0 and not train.offload_optimizer):
+        return None
+    unfit = "zero_stage=0" if train.zero_stage == 0 else "offload_optimizer=true"
+    return Problem(
+        "master_weights",
+        got=f"bfloat16 with {unfit}",
+        wanted="zero_stage 1, 2 or 3 with the optimizer on the GPU: DeepSpeed keeps short masters only there",
+        fix="set train.zero_stage to 2 and train.offload_optimizer to false, or remove train.master_weights",
+    )
+
+
 OPTIMIZER_CHECKS = (
+    _short_masters_are_partitioned_on_the_device,
     _offload_has_a_partition,
     _offloaded_weights_are_partitioned,
     _secondary_partition_divides,
@@ -124,6 +137,8 @@ class OptimizerConfig(Section):
     """Keep the weights in host memory too, fetched layer by layer (ZeRO-3)."""
     hpz_partition_size: Count = 1
     """Ranks that hold a whole copy of ZeRO-3's weights among them, such as a node's (arXiv 2306.10209)."""
+    master_weights: Literal["float32", "bfloat16"] = "float32"
+    """What AdamW steps on; bfloat16, moments too, takes half the memory and loses steps < weight/256."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     lr: NonNegativeNumber = 1e-6

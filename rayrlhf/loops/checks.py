@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.batch import Prompt
+from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.job import JobConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.run import PolicyRunConfig
@@ -180,6 +181,32 @@ def check_model(key: str, path: str) -> None:
             f"{key}={path}: no such folder (looked from {Path.cwd()}); "
             "give the path of a Hugging Face checkpoint folder"
         )
+
+
+def check_precision(config: Any, *, on_gpu: bool) -> None:
+    """What depends on the weights' dtype, which is known with the devices. Raises `ConfigError`."""
+    train = getattr(config, "train", None)
+    if train is None:
+        return
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    if dtype == "bfloat16" and train.zero_stage == 0:
+        problem = Problem(
+            "train.zero_stage",
+            got=f"0 with model.dtype={config.model.dtype}" + " on GPUs" * on_gpu,
+            wanted="1, 2 or 3: DeepSpeed's ZeRO-0 in bfloat16 takes other steps than AdamW",
+            fix="set train.zero_stage to 1, which costs nothing, or model.dtype to float32",
+        )
+        raise ConfigError([problem])
+    if dtype == "float32" and train.master_weights == "bfloat16":
+        problem = Problem(
+            "train.master_weights",
+            got=f"bfloat16 with model.dtype={config.model.dtype}" + " on CPUs" * (not on_gpu),
+            wanted="float32: masters are not shorter than the weights",
+            fix="set model.dtype to bfloat16, or remove train.master_weights",
+        )
+        raise ConfigError([problem])
 
 
 # How a checkpoint divides states and counts data; the number of workers may change, these may not.

@@ -37,7 +37,7 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
-from rayrlhf.loops.checks import InputError
+from rayrlhf.loops.checks import InputError, check_precision
 from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
@@ -110,8 +110,11 @@ def start_folder(config: Any) -> Path:
 
 
 def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console) -> None:
-    """Tell what every role will hold. Raises `PlacementError` when the cluster is too small."""
+    """Tell what every role will hold. Raises `PlacementError` when the cluster is too small, `ConfigError`
+    for a precision that these devices do not have.
+    """
     gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
+    check_precision(config, on_gpu=gpus > 0)
     for line in told_budget(config, on_gpu=gpus > 0):
         console.say(line)
     check_fits(spec, gpus)

@@ -82,11 +82,6 @@ class Precision:
     weights: int
     on_gpu: bool
 
-    @property
-    def master(self) -> int:
-        """An fp32 copy beside 16-bit weights."""
-        return 4
-
 
 def weight_bytes(shape: ModelShape, count: int, size: int, adapter: Adapter | None = None) -> int:
     """Of `count` parameters; frozen projections may be quantised."""
@@ -156,9 +151,10 @@ def trainer(
     split = {kind: ranks if kind in shared.get(stage, ()) else 1 for kind in KINDS}
     weights = weight_bytes(shape, count, s, adapter) // split["weights"]
     gradients = trained * s // split["gradients"]
-    # ZeRO keeps fp32 master weights even of fp32 weights; without it only 16-bit weights have some.
+    # ZeRO keeps master weights even of fp32 weights; without it only 16-bit weights have some.
+    m = 4 if train.master_weights == "float32" else 2
     has_master = stage > 0 or s == 2
-    optimizer = trained * (8 + precision.master * has_master) // split["optimizer"]
+    optimizer = trained * (2 * m + m * has_master) // split["optimizer"]
     tokens = train.max_tokens_per_micro_batch
     device = {
         "weights": 0 if train.offload_params else weights,
@@ -191,7 +187,8 @@ def trainer(
         device["gradients"] = 0  # they leave as they come
     zero = f"ZeRO-{stage} over {ranks}"
     gradients_on_host = stage == 3 and train.offload_optimizer
-    states = f"{8 + 4 * has_master} B (two moments{', fp32 weights' if has_master else ''})"
+    masters = f", {'fp32' if m == 4 else 'bf16'} weights" if has_master else ""
+    states = f"{2 * m + m * has_master} B (two moments{masters})"
     working = (
         f"{name} weights: {_count(count)} x {s} B"
         + _divided(split["weights"], zero)

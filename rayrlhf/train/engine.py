@@ -63,7 +63,13 @@ def deepspeed_config(
         "steps_per_print": 10**9,
     }
     if dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        short = train.master_weights == "bfloat16" and lr is not None
+        config["bf16"] = {
+            "enabled": True,
+            "check_grad_overflow": True,
+            "bf16_master_weights_and_grads": short,
+            "bf16_optimizer_states": short,
+        }
     if lr is not None:
         optimizer: dict[str, Any] = {
             "lr": lr,

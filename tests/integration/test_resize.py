@@ -14,7 +14,13 @@ from torch import nn
 
 from rayrlhf.config.train import TrainConfig
 
-VARIANTS = ((0, "float32"), (2, "bfloat16"), (3, "float32"))
+# (ZeRO stage, dtype of the weights, dtype of the masters)
+VARIANTS = (
+    (0, "float32", "float32"),
+    (2, "bfloat16", "float32"),
+    (1, "bfloat16", "bfloat16"),
+    (3, "float32", "float32"),
+)
 SAVED_AFTER, NUM_STEPS = 3, 6
 ROWS = 12  # of a step, over all ranks
 
@@ -36,8 +42,11 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(331, 331), nn.Tanh(), nn.Linear(331, 3, bias=False), nn.Linear(3, 7))
 
-    def run(stage: Any, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
-        config = TrainConfig(num_steps=NUM_STEPS, zero_stage=stage)
+    def run(variant: Any) -> dict[str, Any]:
+        stage, name, masters = variant
+        dtype = getattr(torch, name)
+        folder = Path(arguments["folder"]) / "-".join(map(str, variant))
+        config = TrainConfig(num_steps=NUM_STEPS, zero_stage=stage, master_weights=masters)
         learner = Learner(module().to(dtype), config, lr=1e-2, dtype=dtype, name="actor")
         average = ExponentialMovingAverage(learner.module, 0.7)
         start = 0
@@ -61,6 +70,9 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
             told = learner.update(Term([mine], lambda engine, batch: engine(batch), loss), step=step)
             average.update()
             norms.append(told["loss/actor_grad_norm"])
+        states = learner.engine.optimizer.optimizer.state if stage else {}
+        moments = [s["exp_avg"].dtype for s in states.values()]
+        assert not stage or set(moments) == {getattr(torch, masters)}
         found = {"norms": norms[SAVED_AFTER - start :], "weights": whole(learner.module)}
         with average.swapped():
             found["averages"] = whole(learner.module)
@@ -71,10 +83,7 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
         state = full_state_dict(module, on_this_rank=rank == 0)
         return {name: tensor.float().numpy() for name, tensor in state.items()}
 
-    return {
-        (stage, dtype): run(stage, getattr(torch, dtype), Path(arguments["folder"]) / f"{stage}-{dtype}")
-        for stage, dtype in VARIANTS
-    }
+    return {variant: run(variant) for variant in VARIANTS}
 
 
 def results(folder: Path, workers: int, *, resume: bool) -> dict[Any, Any]:
@@ -95,7 +104,8 @@ def test_more_workers_and_fewer_go_on_where_the_others_stopped(tmp_path: Path) -
         resumed = results(tmp_path, workers, resume=True)
         for variant, wanted in uninterrupted.items():
             found, case = resumed[variant], f"{variant} with {workers} workers"
-            tolerance = 1e-5 if variant[1] == "float32" else 2e-2  # bfloat16 gradients add up in another order
+            # Gradients in bfloat16 add up in another order.
+            tolerance = 1e-5 if variant[1] == "float32" else 2e-2
             np.testing.assert_allclose(found["norms"], wanted["norms"], rtol=tolerance, err_msg=case)
             for kind in ("weights", "averages"):
                 for name, tensor in wanted[kind].items():

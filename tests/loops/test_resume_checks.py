@@ -1,4 +1,4 @@
-"""What a run can go on from, told before anything starts."""
+"""What a run can go on from and compute with, told before anything starts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rayrlhf.loops.checks import InputError, check_resume, fixed_values
+from rayrlhf.config.base import ConfigError
+from rayrlhf.loops.checks import InputError, check_precision, check_resume, fixed_values
 from tests.integration.policy_runs import tiny_run
 
 
@@ -35,3 +36,25 @@ def test_the_number_of_workers_may_change_and_how_states_are_divided_may_not(tmp
     never = tiny_run(tmp_path, "model", run={"resume": "never"}, train={"zero_stage": 2})
     with pytest.raises(InputError, match=r"run\.resume=never but .* holds a checkpoint of step 4"):
         check_resume(never)
+
+
+@pytest.mark.parametrize(
+    "dtype, train, on_gpu, refused",
+    [
+        ("auto", {"zero_stage": 0}, False, None),
+        ("auto", {"zero_stage": 1}, True, None),
+        ("auto", {"zero_stage": 0}, True, "0 with model.dtype=auto on GPUs"),
+        ("bfloat16", {"zero_stage": 0}, False, "0 with model.dtype=bfloat16"),
+        ("bfloat16", {"zero_stage": 2, "master_weights": "bfloat16"}, False, None),
+        ("auto", {"zero_stage": 2, "master_weights": "bfloat16"}, False, "model.dtype=auto on CPUs"),
+    ],
+)
+def test_precisions_that_do_not_go_together(
+    dtype: str, train: dict[str, object], on_gpu: bool, refused: str | None, tmp_path: Path
+) -> None:
+    config = tiny_run(tmp_path, "model", model={"dtype": dtype}, train=train)
+    if refused is None:
+        check_precision(config, on_gpu=on_gpu)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        check_precision(config, on_gpu=on_gpu)
