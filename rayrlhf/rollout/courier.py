@@ -170,6 +170,9 @@ class Courier:
             action(*arguments)
         except MeetingEnded as ended:
             self.problem = str(ended)
+            if self.link is not None:  # at once: it frees those who still wait for more
+                self.link.end(self.problem)
+                self.link = None
 
 
 def sorted_by_replica(answers: Answers) -> Answers:

@@ -23,7 +23,7 @@ from rayrlhf.placement.child import SlotChild
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.rollout.meeting import Delivery, Meeting
+from rayrlhf.rollout.meeting import Delivery, Meeting, end_meeting
 from rayrlhf.rollout.weight_sync import Part, Publication
 
 EXIT_SECONDS = 0.2
@@ -100,8 +100,7 @@ class EngineActor:
     async def catch_up(self, at_least: int) -> int:
         """Load the newest published weights, if we do not hold them. Returns the version held then."""
         async with self.updating:
-            if "weights" in self.missing:
-                raise RuntimeError("asked to load weights while it sleeps: the trainers have its memory")
+            self._refuse_asleep()
             publication, buckets = await self._fetch_newer(at_least)
             if buckets:
                 await self.stepper.pause()
@@ -118,9 +117,8 @@ class EngineActor:
         if replica not in meeting.guests:
             return
         async with self.updating:
-            if "weights" in self.missing:
-                raise RuntimeError("asked to load weights while it sleeps: the trainers have its memory")
             try:
+                self._refuse_asleep()
                 if self.meeting != meeting:
                     await self.stepper.join(meeting, meeting.first_rank(replica))
                     self.meeting = meeting
@@ -130,8 +128,13 @@ class EngineActor:
                 await self._load(buckets, delivery.number, delivery.version)
             except Exception as error:
                 self.meeting = None
-                await self.stepper.leave(f"{self.name}: {error}")
+                await asyncio.to_thread(end_meeting, meeting, f"{self.name}: {error}")
+                await self.stepper.leave()
                 raise
+
+    def _refuse_asleep(self) -> None:
+        if "weights" in self.missing:
+            raise RuntimeError("asked to load weights while it sleeps: the trainers have its memory")
 
     async def _load(self, buckets: Sequence[tuple[Any, Any]], number: int, version: int) -> None:
         """Into a paused engine, which goes on then."""

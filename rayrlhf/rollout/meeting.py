@@ -15,7 +15,9 @@ store.
 from __future__ import annotations
 
 import base64
+import contextlib
 import pickle
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from rayrlhf.rollout.device_memory import SharedBuffer, attach
 
 Backend = Literal["gloo", "nccl", "ipc"]
 POLL_SECONDS = 0.001
+GONE_SECONDS = 2.0
 ENDED = "ended"  # key: why the meeting is over
 NCCL_SECONDS = 24 * 3600.0  # the deadline is ours: NCCL's own would end the process
 
@@ -112,6 +115,13 @@ def join(meeting: Meeting, *, rank: int, device: torch.device, key: str, store: 
     return GroupLink(wire, meeting, rank, device)
 
 
+def end_meeting(meeting: Meeting, why: str) -> None:
+    """For a member that may not have joined. Where the store is gone, so is the meeting."""
+    with contextlib.suppress(dist.DistError):
+        store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=GONE_SECONDS))
+        Wire(store, 0).end(why)
+
+
 class Wire:
     """The store of a meeting, with waits that end at the deadline or with the meeting."""
 
@@ -185,10 +195,13 @@ class GroupLink:
 
     def end(self, why: str) -> None:
         self.wire.end(why)
-        # Closing the connections frees those who wait inside a collective.
         if self.group is not None and self.device.type == "cuda":
             self.group.abort()
+        # Closing the connections frees those who wait inside a collective. Gloo waits for its own first, and
+        # nobody should wait for that.
+        held = [self.sending, self.group]
         self.sending = self.group = None
+        threading.Thread(target=held.clear, daemon=True).start()
 
     def _broadcast(self, flat: Tensor) -> Any:
         options = dist.BroadcastOptions()

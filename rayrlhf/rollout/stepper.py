@@ -116,8 +116,8 @@ class Stepper:
         info = {"meeting": meeting, "first_rank": first_rank}
         await self._rpc("init_weight_transfer_engine", init_info=info)
 
-    async def leave(self, why: str) -> None:
-        await self._rpc("leave_meeting", why=why)
+    async def leave(self) -> None:
+        await self._rpc("leave_meeting")
 
     async def start_weight_update(self) -> None:
         await self._rpc("start_weight_update")

@@ -83,8 +83,9 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
             )
 
     def shutdown(self) -> None:
-        if self.link is not None:
-            self.link.end("an engine shut down")
+        link, self.link = self.link, None
+        if link is not None:
+            link.end("an engine shut down")
 
 
 class WorkerExtension:
@@ -94,12 +95,10 @@ class WorkerExtension:
         worker: Any = self
         return device_key(worker.device)
 
-    def leave_meeting(self, why: str) -> None:
-        """Tell the others there that this engine cannot go on, and why."""
+    def leave_meeting(self) -> None:
+        """Close the connections: whoever waits in a collective learns that this engine has gone."""
         worker: Any = self
-        link, worker.weight_transfer_engine.link = worker.weight_transfer_engine.link, None
-        if link is not None:
-            link.end(why)
+        worker.weight_transfer_engine.shutdown()
 
     def give_up_memory(self) -> int:
         """Let go of weights and key-value cache; returns the bytes that were freed.

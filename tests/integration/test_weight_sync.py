@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -80,17 +81,42 @@ class Engines:
             gathered=lambda _: nullcontext(),
             gather=lambda items: items,
         )
+        self.version = 0
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
-    def change_weights(self, version: int) -> str | None:
-        torch.manual_seed(version)
+    def change_weights(self) -> str | None:
+        self.version += 1
+        torch.manual_seed(self.version)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.5)
-        return self.sync.push(list(self.model.named_parameters()), version)
+        return self.push()
 
-    def ask_all(self, min_version: int) -> list[Any]:
-        return self.handle.broadcast("complete", PROMPT, GREEDY, min_version).results(timeout_s=60)
+    def push(self) -> str | None:
+        return self.sync.push(list(self.model.named_parameters()), self.version)
+
+    def ask_all(self) -> list[Any]:
+        return self.handle.broadcast("complete", PROMPT, GREEDY, self.version).results(timeout_s=60)
+
+    def ask_one(self, version: int | None = None) -> Any:
+        wanted = self.version if version is None else version
+        return self.handle.complete.remote(PROMPT, GREEDY, wanted).result(timeout_s=60)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Those that answer."""
+        told = self.handle.broadcast("describe").results(timeout_s=30, return_exceptions=True)
+        return [answer for answer in told if isinstance(answer, dict)]
+
+    def wait_until_all_run(self, *, without: int | None = None) -> list[dict[str, Any]]:
+        """What they tell; none of them is the process `without`."""
+        told: list[dict[str, Any]] = []
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            told = [answer for answer in self.describe() if answer["pid"] != without]
+            if len(told) == NUM_ENGINES:
+                return told
+            time.sleep(0.5)
+        raise AssertionError(f"only {told} run")
 
     def expected(self, after: list[int] = PROMPT, count: int = NEW_TOKENS) -> list[int]:
         """Greedy continuation by plain transformers."""
@@ -107,68 +133,99 @@ class Engines:
         ray.kill(self.hub)
 
 
-@pytest.fixture(params=["object_store", "gloo", "ipc"])
-def engines(tmp_path: Path, tiny_model: str, request: pytest.FixtureRequest):
-    running = Engines(tmp_path, tiny_model, request.param)
+@pytest.fixture(scope="module", params=["object_store", "gloo", "ipc"])
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: str):
+    request.getfixturevalue("ray_session")
+    running = Engines(tmp_path_factory.mktemp("sync"), tiny_model, request.param)
     yield running
     running.close()
 
 
+@pytest.fixture
+def engines(started: Engines) -> Engines:
+    """All up, with whatever version the test before has left."""
+    started.wait_until_all_run()
+    return started
+
+
 def test_every_engine_serves_the_newest_weights_even_after_it_was_killed(engines: Engines) -> None:
-    assert [a.token_ids for a in engines.ask_all(0)] == [engines.expected()] * NUM_ENGINES
+    assert [a.token_ids for a in engines.ask_all()] == [engines.expected()] * NUM_ENGINES
     old = engines.expected()
 
-    engines.change_weights(version=1)
+    assert engines.change_weights() is None
     assert engines.expected() != old, "the new weights must answer differently for this test to mean anything"
-    answers = engines.ask_all(1)  # the same prompt again: a stale prefix cache would show
+    answers = engines.ask_all()  # the same prompt again: a stale prefix cache would show
     assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
-    assert {v for a in answers for v in a.policy_versions} == {1}
+    assert {v for a in answers for v in a.policy_versions} == {engines.version}
 
-    victim = engines.handle.broadcast("describe").results(timeout_s=30)[0]["pid"]
+    victim = engines.describe()[0]["pid"]
     os.kill(victim, signal.SIGKILL)
-    engines.change_weights(version=2)  # while one replica is down
-    deadline, alive = time.monotonic() + 60, []
-    while time.monotonic() < deadline:
-        described = engines.handle.broadcast("describe").results(timeout_s=30, return_exceptions=True)
-        alive = [d for d in described if isinstance(d, dict) and d["pid"] != victim]
-        if len(alive) == NUM_ENGINES:
-            break
-        time.sleep(0.5)
-    assert sorted(d["version"] for d in alive) == [2, 2], "the replica must come back with the newest weights"
-    answers = engines.ask_all(2)
+    engines.change_weights()  # while one replica is down
+    alive = engines.wait_until_all_run(without=victim)
+    assert {d["version"] for d in alive} == {engines.version}, "it must come back with the newest weights"
+    answers = engines.ask_all()
     assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
-    assert {v for a in answers for v in a.policy_versions} == {2}
+    assert {v for a in answers for v in a.policy_versions} == {engines.version}
 
 
 def test_a_response_goes_on_with_new_weights_where_the_old_ones_stopped(engines: Engines) -> None:
     """Pause, keep, resume: no token is lost or made again, and each knows the weights that sampled it."""
     count = 300
-    engines.sync.push(list(engines.model.named_parameters()), 0)  # the engines have met the trainer
+    engines.push()  # the engines have met the trainer
+    before = engines.version
     # A seed, as in training: what the sampler has drawn so far must survive the pause too.
     params = GREEDY | {"max_tokens": count, "seed": 7}
     old = engines.expected(count=count)
     answers = [engines.handle.complete.remote(PROMPT, params, 0) for _ in range(6)]
     time.sleep(0.3)  # some tokens are there; whatever their number, the claim below must hold
-    engines.change_weights(version=1)
+    engines.change_weights()
     for answer in answers:
         generation = answer.result(timeout_s=60)
         versions = generation.policy_versions
         assert len(generation.token_ids) == len(versions) == count
-        kept = versions.count(0)
-        assert versions == [0] * kept + [1] * (count - kept)
+        kept = versions.count(before)
+        assert versions == [before] * kept + [engines.version] * (count - kept)
         assert generation.token_ids[:kept] == old[:kept]
         assert generation.token_ids[kept:] == engines.expected(
             PROMPT + generation.token_ids[:kept], count - kept
         )
-        print(f"{kept} tokens of version 0, {count - kept} of version 1")
+        print(f"{kept} tokens of version {before}, {count - kept} of version {engines.version}")
         assert 0 < kept < count, "the update must arrive in the middle for this test to mean anything"
 
 
+def test_an_engine_that_dies_in_a_push_holds_up_nobody(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = engines.describe()[1]
+    stop = functools.partial(os.kill, victim["engine_pid"], signal.SIGSTOP)
+    courier = engines.sync.courier
+    if courier is None:
+        stop()
+    else:
+        deliver = courier._deliver
+        monkeypatch.setattr(courier, "_deliver", lambda delivery: (stop(), deliver(delivery))[1])
+    with ThreadPoolExecutor(1) as pool:
+        pushing = pool.submit(engines.change_weights)
+        time.sleep(2)
+        assert not pushing.done()
+        os.kill(victim["engine_pid"], signal.SIGKILL)
+        started = time.monotonic()
+        problem = pushing.result(60)
+    seconds = time.monotonic() - started
+    print(f"{seconds:.1f} s later: {problem}")
+    assert seconds < 30, "long before the deadline of 60 s"
+    assert engines.ask_one().token_ids == engines.expected()
+    engines.wait_until_all_run(without=victim["pid"])
+    assert [a.token_ids for a in engines.ask_all()] == [engines.expected()] * NUM_ENGINES
+
+
 def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_given(engines: Engines) -> None:
-    described = engines.handle.broadcast("describe").results(timeout_s=30)
+    described = engines.describe()
     engine_pids = [d["engine_pid"] for d in described]
     before = [psutil.Process(pid).memory_info().rss for pid in engine_pids]
-    engines.ask_all(0)
+    engines.ask_all()
+    hub_trace = functools.partial(ray.get, timeout=30)
+    already = len(hub_trace(engines.hub.trace.remote()))
 
     freed = engines.sync.engines_sleep()
     after = [psutil.Process(pid).memory_info().rss for pid in engine_pids]
@@ -179,66 +236,46 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
     assert all(now < then - 0.9 * weights for then, now in zip(before, after, strict=True))
 
     with pytest.raises(Exception, match="asked to generate while it sleeps"):
-        engines.handle.complete.remote(PROMPT, GREEDY, 0).result(timeout_s=30)
+        engines.ask_one()
+    started = time.monotonic()
     with pytest.raises(TimeoutError, match="asked to load weights while it sleeps"):
-        engines.change_weights(version=1)
+        engines.change_weights()
+    assert time.monotonic() - started < 30, "long before the deadline of 60 s"
     engines.sync.engines_wake("weights")
     with pytest.raises(TimeoutError, match="asked to go on before weights were pushed"):
         engines.sync.engines_wake("kv_cache")
-    engines.change_weights(version=2)
+    assert engines.change_weights() is None
     engines.sync.engines_wake("kv_cache")
 
-    answers = engines.ask_all(2)
+    answers = engines.ask_all()
     assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
-    assert {v for a in answers for v in a.policy_versions} == {2}
-    trace: list[Any] = ray.get(engines.hub.trace.remote(), timeout=30)
+    assert {v for a in answers for v in a.policy_versions} == {engines.version}
+    trace: list[Any] = hub_trace(engines.hub.trace.remote())[already:]
     for name in ("engine 0", "engine 1"):
         told = [event.what.partition(",")[0] for event in trace if event.who == name]
-        assert told == ["asleep", "awake: weights", "loaded version 2", "awake: kv_cache"]
+        assert told == ["asleep", "awake: weights", f"loaded version {engines.version}", "awake: kv_cache"]
 
     # One that dies in the trainers' turn comes back in the engines', with the newest weights.
     engines.sync.engines_sleep()
     os.kill(described[0]["pid"], signal.SIGKILL)
     time.sleep(5)
     engines.sync.engines_wake("weights")
-    engines.change_weights(version=3)
+    engines.change_weights()
     engines.sync.engines_wake("kv_cache")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        answers = engines.handle.broadcast("complete", PROMPT, GREEDY, 3).results(
-            timeout_s=60, return_exceptions=True
-        )
-        if len(answers) == NUM_ENGINES and not any(isinstance(a, BaseException) for a in answers):
-            break
-        time.sleep(0.5)
-    assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
-
-
-def test_an_engine_that_dies_in_a_push_holds_up_nobody(engines: Engines) -> None:
-    engines.change_weights(version=1)
-    victim = engines.handle.broadcast("describe").results(timeout_s=30)[1]
-    os.kill(victim["engine_pid"], signal.SIGSTOP)
-    with ThreadPoolExecutor(1) as pool:
-        pushing = pool.submit(engines.change_weights, 2)
-        time.sleep(2)
-        assert not pushing.done()
-        os.kill(victim["engine_pid"], signal.SIGKILL)
-        started = time.monotonic()
-        problem = pushing.result(60)
-    print(f"{time.monotonic() - started:.1f} s later: {problem}")
-    assert time.monotonic() - started < 30, "long before the deadline of 60 s"
-    assert (problem is None) == (engines.route == "object_store")
-    [answer] = {tuple(engines.handle.complete.remote(PROMPT, GREEDY, 2).result(timeout_s=60).token_ids)}
-    assert list(answer) == engines.expected()
-
-
-def test_a_parameter_that_was_left_out_is_named(engines: Engines) -> None:
-    *most, (name, _) = engines.model.named_parameters()
-    left = f"left 1 engine parameters at their old values, among them.*{name}"
-    with pytest.raises(TimeoutError, match=left):
-        engines.sync.push(most, 1)
+    engines.wait_until_all_run(without=described[0]["pid"])
+    assert [a.token_ids for a in engines.ask_all()] == [engines.expected()] * NUM_ENGINES
 
 
 def test_a_version_nobody_published_is_refused(engines: Engines) -> None:
-    with pytest.raises(Exception, match="version 7 was asked for, the newest published one is 0"):
-        engines.handle.complete.remote(PROMPT, GREEDY, 7).result(timeout_s=30)
+    unknown = engines.version + 7
+    told = f"version {unknown} was asked for, the newest published one is {engines.version}"
+    with pytest.raises(Exception, match=told):
+        engines.ask_one(unknown)
+
+
+def test_a_parameter_that_was_left_out_is_named(engines: Engines) -> None:
+    """The last test of these engines: they hold no whole weights afterwards."""
+    *most, (name, _) = engines.model.named_parameters()
+    left = f"left 1 engine parameters at their old values, among them.*{name}"
+    with pytest.raises(TimeoutError, match=left):
+        engines.sync.push(most, engines.version)

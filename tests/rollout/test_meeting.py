@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.rollout.device_memory import SharedBuffer, attach
-from rayrlhf.rollout.meeting import Backend, Guest, Link, Meeting, MeetingEnded, join, open_store
+from rayrlhf.rollout.meeting import Backend, Guest, Link, Meeting, MeetingEnded, end_meeting, join, open_store
 
 CPU = torch.device("cpu")
 SIZES = [1000, 1, 70_000, 16]
@@ -89,6 +89,17 @@ def test_one_that_gives_up_frees_the_others_at_once(backend: Backend) -> None:
         with pytest.raises(MeetingEnded, match=r"engine 2: out of memory|a broadcast failed"):
             member.result(30)
     assert time.monotonic() - started < 10, "long before the deadline of 20 s"
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_one_that_never_came_can_say_why(backend: Backend) -> None:
+    party = Party(backend)
+    sender = party.run(send, 0)
+    end_meeting(party.meeting, "engine 2: asleep")
+    with pytest.raises(MeetingEnded, match="engine 2: asleep"):
+        sender.result(30)
+    del party.store
+    end_meeting(party.meeting, "too late")  # nobody is there any more
 
 
 def test_who_does_not_come_is_named() -> None:
