@@ -57,7 +57,10 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
 
 
 def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tiny_model: str) -> None:
-    """All but the critic on slots of their own, and a reward model that reads the sample's own tokens."""
+    """All but the critic on slots of their own, and a reward model that reads the sample's own tokens.
+
+    Then one worker goes on with what the two have left.
+    """
     reward_model = make_tiny_model(tmp_path / "reward", seed=1, sequence_classification=True)
     config = tiny_run(
         tmp_path,
@@ -68,15 +71,17 @@ def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tin
         ref={"location": "serve"},
         reward={"sources": [{"type": "model", "path": reward_model}, *function_source()]},
         placement={"preset": "disaggregated", "cpus_per_slot": 0.5},
-        algorithm={"kl_coef": 0.01, "mini_batches": 2, "updates_per_batch": 2},
+        algorithm={"kl_coef": 0.01, "mini_batches": 2, "updates_per_batch": 2, "ema_beta": 0.9},
     )
     assert run_policy(config) == 0
+    fewer = config.train.model_copy(update={"num_steps": 3, "num_workers": 1})
+    assert run_policy(config.model_copy(update={"train": fewer})) == 0
     lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
-    last = json.loads(lines[-1])
-    assert last["step"] == 2
-    assert last["data/samples"] == 16
-    assert last["reward/failed"] == 0
-    assert abs(last["kl/mean"]) < 5.0
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    for step in map(json.loads, lines[1:]):
+        assert step["data/samples"] == 16
+        assert step["reward/failed"] == 0
+        assert abs(step["kl/mean"]) < 5.0
 
 
 def function_source() -> list[dict[str, Any]]:
