@@ -20,6 +20,7 @@ from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.objectives import StepCounts, per_token, value_forward, value_objective
 from rayrlhf.models.load import checkpoint_activations, load_critic, resolve_dtype
 from rayrlhf.train import collectives
+from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
 
 
@@ -77,14 +78,16 @@ class LocalCritic:
         self.clip = critic.value_clip
         self.constant_length = float(config.rollout.max_response_tokens)
         device = collectives.device()
-        model = load_critic(config.model, critic.path or config.model.path, device=device)
+        dtype = resolve_dtype(config.model.dtype, device)
+        with loading(config.train, dtype):
+            model = load_critic(config.model, critic.path or config.model.path, device=device)
         if config.train.gradient_checkpointing:
             checkpoint_activations(model.decoder)
         self.learner = Learner(
             model,
             config.train,
             lr=critic.lr,
-            dtype=resolve_dtype(config.model.dtype, device),
+            dtype=dtype,
             name="critic",
         )
 

@@ -27,6 +27,7 @@ from rayrlhf.loops.share import MiniBatch, share_out
 from rayrlhf.models.load import checkpoint_activations, load_policy, resolve_dtype
 from rayrlhf.train import collectives
 from rayrlhf.train.ema import ExponentialMovingAverage
+from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
 from rayrlhf.train.reference import LocalReference, Reference
 
@@ -162,12 +163,13 @@ class Learners:
 
 def _make_actor(config: PolicyRunConfig) -> Learner:
     device = collectives.device()
-    policy = load_policy(
-        config.model, config.model.path, device=device, chunk_tokens=config.train.logprob_chunk_tokens
-    )
+    dtype = resolve_dtype(config.model.dtype, device)
+    with loading(config.train, dtype):
+        policy = load_policy(
+            config.model, config.model.path, device=device, chunk_tokens=config.train.logprob_chunk_tokens
+        )
     if config.train.gradient_checkpointing:
         checkpoint_activations(policy.causal_lm)
-    dtype = resolve_dtype(config.model.dtype, device)
     return Learner(policy, config.train, lr=config.train.lr, dtype=dtype, name="actor")
 
 

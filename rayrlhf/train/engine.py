@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from rayrlhf.config.train import OptimizerConfig
 
@@ -96,6 +97,24 @@ def make_engine(module: nn.Module, train: OptimizerConfig, *, lr: float | None, 
         model_parameters=trainable if lr is not None else None,
     )
     return engine
+
+
+@contextmanager
+def loading(train: OptimizerConfig, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, transformers gives each rank its part of every weight under ZeRO-3: nobody holds a whole model.
+
+    Heads that are not the checkpoint's, and models below ZeRO-3, come whole. Collective.
+    """
+    if train.zero_stage < 3:
+        yield
+        return
+    config = deepspeed_config(train, lr=None, dtype=dtype, num_parameters=MAX_BUCKET_NUMEL)
+    kept = HfDeepSpeedConfig(config)  # transformers holds it weakly
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -18,7 +18,7 @@ from rayrlhf.models.logprobs import PolicyModel
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
 from rayrlhf.train import collectives
-from rayrlhf.train.engine import make_engine
+from rayrlhf.train.engine import loading, make_engine
 
 
 class Reference(Protocol):
@@ -32,10 +32,12 @@ class LocalReference:
 
     def __init__(self, model: ModelConfig, path: str, train: OptimizerConfig) -> None:
         device = collectives.device()
-        policy = load_policy(model, path, device=device, chunk_tokens=train.logprob_chunk_tokens).eval()
+        dtype = resolve_dtype(model.dtype, device)
+        with loading(train, dtype):
+            policy = load_policy(model, path, device=device, chunk_tokens=train.logprob_chunk_tokens).eval()
         policy.requires_grad_(False)
         if train.zero_stage == 3:
-            self.policy: Any = make_engine(policy, train, lr=None, dtype=resolve_dtype(model.dtype, device))
+            self.policy: Any = make_engine(policy, train, lr=None, dtype=dtype)
         else:
             self.policy = policy.to(device)
 

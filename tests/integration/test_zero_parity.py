@@ -99,6 +99,7 @@ def plain_adamw(model_path: str) -> tuple[list[float], list[float], dict[str, to
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """On each of two workers: the same steps through the learner, in two micro-batches and a filler."""
     from rayrlhf.train import collectives
+    from rayrlhf.train.engine import loading
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.offload import offload_states, reload_states
 
@@ -113,12 +114,15 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             weight_decay=WEIGHT_DECAY,
             max_grad_norm=MAX_GRAD_NORM,
         )
-        policy = load_policy(
-            ModelConfig(path=arguments["model"]),
-            arguments["model"],
-            device=torch.device("cpu"),
-            chunk_tokens=7,
-        )
+        with loading(config, torch.float32):
+            policy = load_policy(
+                ModelConfig(path=arguments["model"]),
+                arguments["model"],
+                device=torch.device("cpu"),
+                chunk_tokens=7,
+            )
+        whole = sum(parameter.numel() for parameter in policy.parameters())
+        assert (whole == 0) == (config.zero_stage == 3), "under ZeRO-3 nobody holds a whole tensor"
         if config.gradient_checkpointing:
             checkpoint_activations(policy.causal_lm)
         learner = Learner(policy, config, lr=LR, dtype=torch.float32, name="actor")

@@ -20,6 +20,8 @@ from rayrlhf.train import collectives
 class StepRewardTask(Task):
     config: PrmRunConfig
 
+    loads_in_parts = False  # its head starts from rows of the output projection
+
     def load_module(self) -> nn.Module:
         words = self.config.algorithm.reward_tokens
         ids = None

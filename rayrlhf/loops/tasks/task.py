@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from rayrlhf.batch import Example, PackedBatch, empty_examples, pack_examples
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.models.load import checkpoint_activations, resolve_dtype
 from rayrlhf.train import collectives
+from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
 
 MicroBatches = Sequence[Sequence[Example]]
@@ -48,12 +50,14 @@ class Task:
     """
 
     config: Any  # the job's own SupervisedConfig
+    loads_in_parts = True  # under ZeRO-3; not where loading reads weights
 
     def __init__(self, setting: TaskSetting) -> None:
         self.config = setting.config
         self.device = collectives.device()
         self.dtype = resolve_dtype(self.config.model.dtype, self.device)
-        module = self.load_module()
+        with loading(self.config.train, self.dtype) if self.loads_in_parts else nullcontext():
+            module = self.load_module()
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.decoder_of(module))
         self.learner = Learner(
