@@ -4,10 +4,10 @@
 
 Every check is a process of its own with a deadline; a package that is missing is told, not a failure. The
 order goes from kernels to a whole run: log-probabilities against float64, packed attention, an update of a
-1B-shaped model (tokens per second, share of the GPU's peak), offloading between updates, an engine that
-sleeps and wakes with pushed weights, and a PPO run in which engines and trainers take turns. Results go to
-benchmarks/results/gpu_check.json with the device's name. `--device cpu` runs the same checks, small, on the
-CPU: that is how this file itself is tested.
+1B-shaped model (tokens per second, share of the GPU's peak), offloading between updates, buckets that
+another process reads in place, an engine that sleeps and wakes with pushed weights, and a PPO run in which
+engines and trainers take turns. Results go to benchmarks/results/gpu_check.json with the device's name.
+`--device cpu` runs the same checks, small, on the CPU: that is how this file itself is tested.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 300.0
+BUCKETS = 5
 BF16_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense, from the maker's data sheets
 
 
@@ -148,6 +149,63 @@ def update(device: str) -> dict[str, Any]:
     return results
 
 
+def links(device: str) -> dict[str, Any]:
+    """Buckets that another process reads in place (CUDA IPC), and NCCL's start with a single member."""
+    import torch
+    import torch.multiprocessing
+
+    from rayrlhf.rollout.meeting import Guest, Meeting, join, open_store
+
+    num_bytes = (256 if device == "cuda" else 16) * 2**20
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    store = open_store(60)
+    meeting = Meeting("ipc", "127.0.0.1", store.port, {0: Guest(0, ("here",))}, 60)
+    context = torch.multiprocessing.get_context("spawn")
+    sums = context.Queue()
+    reader = context.Process(target=_read_buckets, args=(meeting, where, num_bytes, sums), daemon=True)
+    reader.start()
+    assert sums.get(timeout=SECONDS) == "ready"
+    link = join(meeting, rank=0, device=where, key="here", store=store)
+    wanted: list[int] = []
+    seconds: list[float] = []
+    for _ in range(BUCKETS):
+        flat = link.buffer(num_bytes)
+        flat.random_(256)
+        wanted.append(int(flat.sum(dtype=torch.int64)))
+        started = time.perf_counter()
+        link.send(flat)
+        link.flush()
+        seconds.append(time.perf_counter() - started)
+    got = [sums.get(timeout=SECONDS) for _ in range(BUCKETS)]
+    reader.join(SECONDS)
+    assert got == wanted, (got, wanted)
+    results: dict[str, Any] = {"gigabytes_per_second": round(num_bytes / min(seconds) / 1e9, 1)}
+    if device == "cuda":
+        alone = open_store(60)
+        nobody = Meeting("nccl", "127.0.0.1", alone.port, {}, 60)
+        group = join(nobody, rank=0, device=where, key="", store=alone)
+        group.send(torch.ones(8, dtype=torch.uint8, device=where))
+        group.flush()
+        group.end("done")
+        results["nccl"] = "a group of one broadcast"
+    return results
+
+
+def _read_buckets(meeting: Any, device: Any, num_bytes: int, sums: Any) -> None:
+    """In another process: copy each bucket, as an engine does, and tell the sum of its bytes."""
+    import torch
+
+    from rayrlhf.rollout.meeting import join
+
+    own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    link = join(meeting, rank=1, device=device, key="here")
+    sums.put("ready")
+    for _ in range(BUCKETS):
+        own.copy_(link.receive(num_bytes))
+        link.release()
+        sums.put(int(own.sum(dtype=torch.int64)))
+
+
 def engine(device: str) -> dict[str, Any]:
     """vLLM: greedy tokens equal transformers', before a sleep and after it, with pushed weights."""
     import asyncio
@@ -248,6 +306,7 @@ CHECKS = {
     "fused_head": Check(fused_head, ()),
     "packed_attention": Check(packed_attention, ()),
     "update": Check(update, ("deepspeed", "ray")),
+    "links": Check(links, ("ray",)),
     "engine": Check(engine, ("vllm", "ray")),
     "ppo": Check(ppo, ("vllm", "ray", "deepspeed")),
 }
