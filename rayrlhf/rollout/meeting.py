@@ -34,6 +34,8 @@ from rayrlhf.rollout.device_memory import SharedBuffer, attach
 
 Backend = Literal["gloo", "nccl", "ipc"]
 POLL_SECONDS = 0.001
+ATTEMPT_SECONDS = 2.0
+SETTLE_SECONDS = 0.3
 GONE_SECONDS = 2.0
 ENDED = "ended"  # key: why the meeting is over
 NCCL_SECONDS = 24 * 3600.0  # the deadline is ours: NCCL's own would end the process
@@ -97,8 +99,36 @@ class Link(Protocol):
 
 def open_store(timeout_seconds: float) -> TCPStore:
     """The store of a new meeting, on this host at a free port."""
-    timeout = timedelta(seconds=timeout_seconds)
-    return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    attempt = timedelta(seconds=ATTEMPT_SECONDS)
+
+    def listen() -> TCPStore:
+        return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=attempt)
+
+    store = _again_until(timeout_seconds, listen)
+    time.sleep(SETTLE_SECONDS)
+    return store
+
+
+def _connect(meeting: Meeting, timeout_seconds: float) -> TCPStore:
+    """Raises `MeetingEnded` at the deadline."""
+    attempt = timedelta(seconds=min(ATTEMPT_SECONDS, timeout_seconds))
+    return _again_until(
+        timeout_seconds, lambda: TCPStore(meeting.host, meeting.port, is_master=False, timeout=attempt)
+    )
+
+
+def _again_until(timeout_seconds: float, connect: Callable[[], TCPStore]) -> TCPStore:
+    """A connection to a port that has just been opened may get stuck; the next one does not."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            store = connect()
+        except dist.DistError as error:
+            if time.monotonic() > deadline:
+                raise MeetingEnded(f"the store of the meeting could not be reached: {error}") from error
+        else:
+            store.set_timeout(timedelta(seconds=timeout_seconds))
+            return store
 
 
 def join(meeting: Meeting, *, rank: int, device: torch.device, key: str, store: Store | None = None) -> Link:
@@ -106,9 +136,8 @@ def join(meeting: Meeting, *, rank: int, device: torch.device, key: str, store: 
 
     Raises `MeetingEnded` naming the members who have not come.
     """
-    timeout = timedelta(seconds=meeting.timeout_seconds)
     if store is None:
-        store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
+        store = _connect(meeting, meeting.timeout_seconds)
     wire = Wire(store, meeting.timeout_seconds)
     if meeting.backend == "ipc":
         return IpcLink(wire, device, key, readers=meeting.readers(key))
@@ -117,9 +146,8 @@ def join(meeting: Meeting, *, rank: int, device: torch.device, key: str, store: 
 
 def end_meeting(meeting: Meeting, why: str) -> None:
     """For a member that may not have joined. Where the store is gone, so is the meeting."""
-    with contextlib.suppress(dist.DistError):
-        store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=GONE_SECONDS))
-        Wire(store, 0).end(why)
+    with contextlib.suppress(MeetingEnded):
+        Wire(_connect(meeting, GONE_SECONDS), 0).end(why)
 
 
 class Wire:
@@ -131,17 +159,24 @@ class Wire:
 
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + self.timeout_seconds
-        while not ready():
-            if self.store.check([ENDED]):
-                raise MeetingEnded(self.store.get(ENDED).decode())
-            if time.monotonic() > deadline:
-                self.end(f"{what} did not happen within {self.timeout_seconds:g} s")
-                raise MeetingEnded(self.store.get(ENDED).decode())
-            time.sleep(POLL_SECONDS)
+        try:
+            while not ready():
+                if self.store.check([ENDED]):
+                    raise MeetingEnded(self.reason())
+                if time.monotonic() > deadline:
+                    self.end(f"{what} did not happen within {self.timeout_seconds:g} s")
+                    raise MeetingEnded(self.reason())
+                time.sleep(POLL_SECONDS)
+        except dist.DistError as error:
+            raise MeetingEnded("its host, rank 0 of the trainers, has gone") from error
 
     def end(self, why: str) -> None:
         """Everybody who waits learns why; the first reason stays."""
-        self.store.compare_set(ENDED, "", why)
+        with contextlib.suppress(dist.DistError):  # without its host, it has ended already
+            self.store.compare_set(ENDED, "", why)
+
+    def reason(self) -> str:
+        return self.store.get(ENDED).decode()
 
 
 class GroupLink:
@@ -220,8 +255,12 @@ class GroupLink:
             raise self._broken(error) from error
 
     def _broken(self, error: RuntimeError) -> MeetingEnded:
-        self.wire.end(f"a broadcast failed: {error}")
-        return MeetingEnded(self.wire.store.get(ENDED).decode())
+        why = f"a broadcast failed: {error}"
+        self.wire.end(why)
+        try:
+            return MeetingEnded(self.wire.reason())
+        except dist.DistError:
+            return MeetingEnded(why)
 
 
 def _group(store: Store, meeting: Meeting, rank: int) -> Any:

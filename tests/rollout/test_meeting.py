@@ -32,10 +32,17 @@ class Party:
         self.pool = ThreadPoolExecutor(self.meeting.size)
 
     def run(self, member: Callable[[Link], Any], rank: int) -> Future[Any]:
-        store = self.store if rank == 0 else None
-        return self.pool.submit(
-            lambda: member(join(self.meeting, rank=rank, device=CPU, key="node", store=store))
-        )
+        def attend() -> Any:
+            link = join(
+                self.meeting, rank=rank, device=CPU, key="node", store=self.store if rank == 0 else None
+            )
+            try:
+                return member(link)
+            except MeetingEnded as ended:
+                link.end(str(ended))  # as engines and trainers do: gloo's group would wait where it is let go
+                raise
+
+        return self.pool.submit(attend)
 
 
 def send(link: Link, *, pushes: int = 1) -> None:
@@ -100,6 +107,15 @@ def test_one_that_never_came_can_say_why(backend: Backend) -> None:
         sender.result(30)
     del party.store
     end_meeting(party.meeting, "too late")  # nobody is there any more
+
+
+def test_a_meeting_ends_with_its_host() -> None:
+    party = Party("ipc")
+    reader = party.run(lambda link: link.receive(10), 1)
+    time.sleep(0.5)
+    del party.store
+    with pytest.raises(MeetingEnded, match=r"rank 0 of the trainers, has gone"):
+        reader.result(30)
 
 
 def test_who_does_not_come_is_named() -> None:
