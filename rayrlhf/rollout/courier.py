@@ -58,6 +58,8 @@ class Courier:
         self.meeting: Meeting | None = None
         self.store: Any = None
         self.failures = 0
+        self.delivery: Delivery | None = None
+        self.problem: str | None = None
         self.answers: Future[Answers] | None = None
         self.requests = ThreadPoolExecutor(2, thread_name_prefix="courier")
         self.arrived = threading.Event()
@@ -65,21 +67,23 @@ class Courier:
     def start(self, number: int, version: int, buckets: Sequence[Sequence[TensorSlice]]) -> bool:
         """Invite the engines; returns whether this push goes straight to all that run."""
         delivery: Delivery | None = None
-        everybody = False
+        everybody, problem = False, None
         if self.rank == 0 and self.failures < MOST_FAILURES:
-            guests, everybody = self._guests()
-            if guests:
-                meeting = self._meeting(guests)
-                delivery = Delivery(meeting, number, version, tuple(map(tuple, buckets)))
-        [(delivery, everybody), *_] = self.gather([(delivery, everybody)])
-        self.problem: str | None = None
+            try:
+                guests, everybody = self._guests()
+                if guests:
+                    delivery = Delivery(self._meeting(guests), number, version, tuple(map(tuple, buckets)))
+            except (TimeoutError, MeetingEnded) as error:
+                problem = str(error)
+        [(delivery, everybody, problem), *_] = self.gather([(delivery, everybody, problem)])
+        self.problem = problem
         self.delivery = delivery
         if delivery is None:
             return False
         if self.rank == 0:
             self.arrived.clear()
             self.answers = self.requests.submit(self._deliver, delivery)
-            self.requests.submit(self._look_after, delivery.meeting)
+            self.requests.submit(self._look_after, delivery.meeting, self.store)
         if self.sends and (self.link is None or delivery.meeting != self.meeting):
             self._try(self._join, delivery.meeting)
         self.meeting = delivery.meeting
@@ -96,19 +100,18 @@ class Courier:
 
     def finish(self) -> str | None:
         """Wait until all has arrived; why it has not, on every rank."""
-        if self.delivery is None:
-            return None
         if self.link is not None and self.problem is None:
             self._try(self.link.flush)
-        if self.rank == 0:
-            assert self.answers is not None
+        if self.answers is not None:
             try:
                 self.answers.result(self.timeout_seconds)
             except Exception as error:
                 self.problem = self.problem or str(error)
             self.arrived.set()
-        [self.problem, *_] = self.gather([self.problem])
-        self.failures = self.failures + 1 if self.problem else 0
+            self.answers = None
+        self.problem = next(filter(None, self.gather([self.problem])), None)
+        if self.problem or self.delivery is not None:
+            self.failures = self.failures + 1 if self.problem else 0
         if self.problem:
             self._leave(self.problem)
         return self.problem
@@ -151,9 +154,8 @@ class Courier:
         what = f"delivering version {delivery.version} by {self.backend}"
         return self.tell_engines(what, "receive", delivery)
 
-    def _look_after(self, meeting: Meeting) -> None:
+    def _look_after(self, meeting: Meeting, store: Any) -> None:
         """End the meeting when a guest dies: some links would not tell before their deadline."""
-        store = self.store
         while not self.arrived.wait(LOOK_SECONDS):
             try:
                 found = self.tell_engines("looking for the engines", "describe")

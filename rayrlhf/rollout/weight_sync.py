@@ -160,6 +160,7 @@ class WeightSync:
         problem = courier.finish() if courier is not None else None
         if self.rank == 0:
             self.publishing = self.copier.submit(self._publish, number, version, copies)
+            self.under_way = []
             if not everybody or problem is not None:
                 self._wait_until_published()
                 # Engines that are not running now, starting or dead, pull this version before they are
