@@ -238,8 +238,13 @@ def check_resume(config: JobConfig) -> None:
             f"run.resume=never but {config.run.path} holds a checkpoint of step {step}; "
             "choose another run.name, delete the folder, or set run.resume=auto"
         )
-    now = fixed_values(config)
-    for key, value in newest_fixed(storage).items():
+    saved, now = newest_fixed(storage), fixed_values(config)
+    if saved is None:
+        raise InputError(
+            f"the checkpoint of step {step} in {config.run.path} was saved by an earlier version, which this "
+            "one cannot go on from. Fix: choose another run.name, and start from that run's export"
+        )
+    for key, value in saved.items():
         if now.get(key) != value:
             raise InputError(
                 f"{key}: got {now.get(key)}, wanted {value}, with which the checkpoint of step {step} in "

@@ -84,9 +84,10 @@ class Courier:
             self.arrived.clear()
             self.answers = self.requests.submit(self._deliver, delivery)
             self.requests.submit(self._look_after, delivery.meeting, self.store)
-        if self.sends and (self.link is None or delivery.meeting != self.meeting):
+        if delivery.meeting != self.meeting:
+            self.link, self.meeting = None, delivery.meeting
+        if self.link is None and self._has_readers(delivery.meeting):
             self._try(self._join, delivery.meeting)
-        self.meeting = delivery.meeting
         return everybody
 
     def send(self, group: Named, slices: Sequence[TensorSlice]) -> Tensor | None:
@@ -141,8 +142,11 @@ class Courier:
         host = ray.util.get_node_ip_address()
         return Meeting(self.backend, host, self.store.port, guests, self.timeout_seconds)
 
+    def _has_readers(self, meeting: Meeting) -> bool:
+        """Whether somebody takes what this rank sends."""
+        return self.sends and (self.backend != "ipc" or meeting.readers(self.key) > 0)
+
     def _join(self, meeting: Meeting) -> None:
-        self.link = None
         self.link = join(meeting, rank=0, device=self.device, key=self.key, store=self.store)
 
     def _leave(self, why: str) -> None:

@@ -95,9 +95,11 @@ def newest_first_draw(storage: Path) -> int:
     return _newest_metrics(storage)["first_draw"]
 
 
-def newest_fixed(storage: Path) -> dict[str, Any]:
-    """The values of the config that the newest committed checkpoint can only be resumed with."""
-    return _newest_metrics(storage)["fixed"]
+def newest_fixed(storage: Path) -> dict[str, Any] | None:
+    """The values of the config that the newest committed checkpoint can only be resumed with; None for one of
+    a version that did not write them.
+    """
+    return _newest_metrics(storage).get("fixed")
 
 
 def _newest_metrics(storage: Path) -> dict[str, Any]:

@@ -38,6 +38,15 @@ def test_the_number_of_workers_may_change_and_how_states_are_divided_may_not(tmp
         check_resume(never)
 
 
+def test_a_checkpoint_of_an_earlier_version_is_told_as_such(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, "model")
+    leave_checkpoint(Path(config.run.path))
+    snapshot = Path(config.run.path) / "checkpoints" / "checkpoint_manager_snapshot.json"
+    snapshot.write_text(snapshot.read_text().replace(', "fixed": {}', ""))
+    with pytest.raises(InputError, match=r"step 4 .* saved by an earlier version"):
+        check_resume(config)
+
+
 @pytest.mark.parametrize(
     "dtype, train, on_gpu, refused",
     [
