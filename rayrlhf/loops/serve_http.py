@@ -10,10 +10,10 @@ import urllib.error
 import urllib.request
 
 import ray
-from ray import serve
 
 from rayrlhf.config.serve_reward import ServerConfig
 from rayrlhf.loops.checks import InputError
+from rayrlhf.loops.session import start_serve
 
 PROXY_SECONDS = 20.0  # for Serve's HTTP proxy to do what Serve was told; 3 s on an idle machine
 POLL_SECONDS = 0.1
@@ -37,11 +37,7 @@ def start_http(server: ServerConfig) -> str:
     root = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
     if not _proxy_answers(root):
         _check_port(server, host)
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": server.host, "port": server.port},
-            logging_config={"log_level": "WARNING"},
-        )
+        start_serve(proxy_location="HeadOnly", http_options={"host": server.host, "port": server.port})
         _wait_for_proxy(root, server)
     status, routes = _get(f"{root}/-/routes")
     taken = json.loads(routes) if status == 200 else {}

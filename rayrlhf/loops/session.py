@@ -13,12 +13,14 @@ from typing import Any
 import ray
 from ray import serve
 from ray.data import DataContext
+from ray.exceptions import ActorAlreadyExistsError
 from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatus
 
 from rayrlhf.loops.watchdog import name_session, start_watchdog
 
 POLL_SECONDS = 0.25
+SERVE_START_SECONDS = 30.0  # for Serve to be found by a job that came second
 
 
 class DeploymentFailed(RuntimeError):
@@ -56,9 +58,26 @@ def ray_session(namespace: str) -> Iterator[str]:
             watchdog.wait()
 
 
+def start_serve(**options: Any) -> None:
+    """`serve.start`, or the Serve that this cluster has.
+
+    Jobs that start in the same moment all find none. To those that come too late Ray says only that its
+    controller exists; they then find it.
+    """
+    deadline = time.monotonic() + SERVE_START_SECONDS
+    while True:
+        try:
+            serve.start(logging_config={"log_level": "WARNING"}, **options)
+            return
+        except ActorAlreadyExistsError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
+
+
 def deploy(apps: dict[str, Any]) -> None:
     """Ask Serve to start these apps (name -> bound deployment); returns while they are coming up."""
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    start_serve(proxy_location="Disabled")
     targets = [RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
     serve.run_many(targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
 

@@ -67,6 +67,7 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
         if ema is not None:
             folder.mkdir(parents=True, exist_ok=True)
             ema.save(folder)
+            torch.distributed.barrier()  # as a checkpoint is committed only when all ranks have saved
             restored = ExponentialMovingAverage(engine.module, BETA)
             restored.load(folder)
             with restored.swapped():
