@@ -22,7 +22,7 @@ from rayrlhf.config.examples import RewardTemplate, Share
 from rayrlhf.config.generate import GenerateDataConfig, GenerateRunConfig, SampledConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
-from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.supervised import (
@@ -121,7 +121,7 @@ class ChainConfig(Section):
 
     run: RunSection
     """Name, folder and seed; every stage is a run of its own in this one's folder."""
-    model: ModelConfig
+    model: TrainedModelConfig
     """The model that the first round starts from."""
     data: GenerateDataConfig
     """Prompts."""
@@ -148,6 +148,7 @@ class ChainConfig(Section):
         return GenerateRunConfig.model_validate(
             {
                 **self._shared(round_, "generate", model_path),
+                "model": {**self.model.model_dump(exclude={"lora"}), "path": model_path},
                 "data": self.data,
                 "rollout": self.rollout,
                 "generate": {

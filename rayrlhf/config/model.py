@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Count, NonNegativeNumber, PositiveNumber, Problem, Section
+from rayrlhf.config.base import Count, NonNegativeNumber, PositiveNumber, Problem, Section, Wanted
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -20,6 +20,37 @@ class ModelConfig(Section):
     """Attention kernel; auto is FlashAttention-2 on a GPU that has it, per-sequence SDPA elsewhere."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the checkpoint; only for checkpoints whose code you have read."""
+
+
+def _no_module_twice(lora: LoraConfig) -> Problem | None:
+    names = lora.target_modules or []
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if not repeated:
+        return None
+    return Problem(
+        "target_modules",
+        got=f"{', '.join(repeated)} more than once",
+        wanted="every name once",
+        fix="remove it from lora.target_modules",
+    )
+
+
+class LoraConfig(Section):
+    rank: Count = 16
+    """Rank r of each update B A; B starts at 0."""
+    alpha: PositiveNumber = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1), Wanted("a number >= 0 and < 1")] = 0.0
+    """Share of an adapter's inputs that are dropped; 0 in policy runs."""
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+    """Last names of the linear layers to adapt, e.g. q_proj; null is all of them but the output head."""
+
+    checks = (_no_module_twice,)
+
+
+class TrainedModelConfig(ModelConfig):
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (arXiv 2106.09685) on a frozen model; null trains all of it."""
 
 
 class CriticConfig(Section):
@@ -49,8 +80,8 @@ def _engine_serves(ref: RefConfig) -> Problem | None:
 class RefConfig(Section):
     path: str | None = None
     """Checkpoint of the reference policy; the actor's when left out."""
-    location: Literal["auto", "worker", "serve"] = "auto"
-    """A frozen copy in every actor worker, or behind Ray Serve; auto: worker where both share slots."""
+    location: Literal["auto", "worker", "serve", "adapters_off"] = "auto"
+    """A copy in every worker, behind Serve, or the actor without its adapters; auto takes the cheapest."""
     num_replicas: Count = 1
     """Serve replicas of a reference that is served."""
     engine: Literal["packed", "vllm"] = "packed"

@@ -11,7 +11,7 @@ from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
-from rayrlhf.config.model import CriticConfig, ModelConfig, RefConfig
+from rayrlhf.config.model import CriticConfig, RefConfig, TrainedModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig, check_reward_needs
 from rayrlhf.config.rollout import RolloutConfig
@@ -235,6 +235,38 @@ def _critic_workers_are_used(config: PolicyRunConfig) -> Problem | None:
     )
 
 
+def _ref_is_the_actor_without_adapters(config: PolicyRunConfig) -> Problem | None:
+    if config.ref is None or config.ref.location != "adapters_off":
+        return None
+    if config.model.lora is None:
+        return Problem(
+            "ref.location",
+            got="adapters_off without model.lora",
+            wanted="auto, worker or serve: an actor that is trained as a whole has no adapters to switch off",
+            fix="set ref.location to auto, or give model.lora",
+        )
+    if config.ref.path is None:
+        return None
+    return Problem(
+        "ref.path",
+        got=f"{config.ref.path} with ref.location=adapters_off",
+        wanted="nothing: this reference is the actor itself, as it was at its start",
+        fix="remove ref.path, or set ref.location to auto",
+    )
+
+
+def _policies_drop_nothing(config: PolicyRunConfig) -> Problem | None:
+    lora = config.model.lora
+    if lora is None or lora.dropout == 0:
+        return None
+    return Problem(
+        "model.lora.dropout",
+        got=f"{lora.dropout:g}",
+        wanted="0: with dropout the policy that learns would be another one than the engines sample from",
+        fix="remove model.lora.dropout",
+    )
+
+
 def _ref_replicas_are_used(config: PolicyRunConfig) -> Problem | None:
     ref = config.ref
     if ref is None or config.ref_is_served or (ref.num_replicas == 1 and ref.engine == "packed"):
@@ -243,13 +275,15 @@ def _ref_replicas_are_used(config: PolicyRunConfig) -> Problem | None:
     return Problem(
         f"ref.{key}",
         got=f"{getattr(ref, key)} with {_why_in_worker(config, 'ref')}",
-        wanted="nothing: every actor worker holds a copy of this reference",
+        wanted="nothing: this reference answers in the actor's workers",
         fix=f"set ref.location to serve, or remove ref.{key}",
     )
 
 
 def _why_in_worker(config: PolicyRunConfig, section: Literal["critic", "ref"]) -> str:
     part = getattr(config, section)
+    if section == "ref" and config.ref_is_the_actor:
+        return "model.lora, where the reference is the actor with its adapters off"
     if part.location == "worker":
         return f"{section}.location=worker"
     return f"placement.preset={config.placement.preset}, where actor and {section} share slots"
@@ -281,7 +315,7 @@ def _sleeping_engines_share(config: PolicyRunConfig) -> Problem | None:
 class PolicyRunConfig(Section):
     run: RunSection
     """Name, folder and seed."""
-    model: ModelConfig
+    model: TrainedModelConfig
     """The actor."""
     data: PromptDataConfig
     """Prompts."""
@@ -328,7 +362,9 @@ class PolicyRunConfig(Section):
         _overlong_buffer_fits,
         check_reward_needs,
         _critic_workers_are_used,
+        _ref_is_the_actor_without_adapters,
         _ref_replicas_are_used,
+        _policies_drop_nothing,
         _vllm_scores_at_temperature_one,
         _sleeping_engines_share,
     )
@@ -371,9 +407,16 @@ class PolicyRunConfig(Section):
         return self.critic.num_workers or self.train.num_workers
 
     @property
+    def ref_is_the_actor(self) -> bool:
+        """Whether the reference is the actor itself with its adapters off."""
+        if not self.needs_ref or self.ref is None or self.model.lora is None:
+            return False
+        return self.ref.path is None and self.ref.location in ("auto", "adapters_off")
+
+    @property
     def ref_is_served(self) -> bool:
         """Whether the reference answers from behind Ray Serve."""
-        if not self.needs_ref or self.ref is None:
+        if not self.needs_ref or self.ref is None or self.ref_is_the_actor:
             return False
         if self.ref.location == "auto":
             return not self.placement.together("actor", "ref")

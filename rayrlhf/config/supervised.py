@@ -15,7 +15,7 @@ from rayrlhf.config.examples import (
 )
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
-from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, SupervisedTrainConfig
 
@@ -62,7 +62,7 @@ class SupervisedConfig(Section):
 
     run: RunSection
     """Name, folder and seed."""
-    model: ModelConfig
+    model: TrainedModelConfig
     """The model that learns."""
     data: Any  # every job's own ExampleDataConfig
     """Samples."""

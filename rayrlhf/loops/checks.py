@@ -209,8 +209,17 @@ def check_precision(config: Any, *, on_gpu: bool) -> None:
         raise ConfigError([problem])
 
 
-# How a checkpoint divides states and counts data; the number of workers may change, these may not.
-FIXED_KEYS = ("train.zero_stage", "model.dtype", "rollout.prompts_per_step", "train.samples_per_step")
+# What a checkpoint has states of, how it divides them and counts data; the number of workers may change,
+# these may not.
+FIXED_KEYS = (
+    "train.zero_stage",
+    "model.dtype",
+    "model.lora.rank",
+    "model.lora.alpha",
+    "model.lora.target_modules",
+    "rollout.prompts_per_step",
+    "train.samples_per_step",
+)
 
 
 def fixed_values(config: JobConfig) -> dict[str, Any]:
@@ -244,9 +253,14 @@ def check_resume(config: JobConfig) -> None:
             f"the checkpoint of step {step} in {config.run.path} was saved by an earlier version, which this "
             "one cannot go on from. Fix: choose another run.name, and start from that run's export"
         )
-    for key, value in saved.items():
-        if now.get(key) != value:
+    for key in dict.fromkeys([*saved, *now]):
+        got, wanted = (_told(values.get(key)) for values in (now, saved))
+        if got != wanted:
             raise InputError(
-                f"{key}: got {now.get(key)}, wanted {value}, with which the checkpoint of step {step} in "
+                f"{key}: got {got}, wanted {wanted}, with which the checkpoint of step {step} in "
                 f"{config.run.path} was saved. Fix: take {key} back, or choose another run.name"
             )
+
+
+def _told(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -18,7 +18,7 @@ from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import CriticConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.objectives import StepCounts, per_token, value_forward, value_objective
-from rayrlhf.models.load import checkpoint_activations, load_critic, resolve_dtype
+from rayrlhf.models.load import adapt, checkpoint_activations, load_critic, resolve_dtype
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
@@ -81,6 +81,7 @@ class LocalCritic:
         dtype = resolve_dtype(config.model.dtype, device)
         with loading(config.train, dtype):
             model = load_critic(config.model, critic.path or config.model.path, device=device)
+        adapt(config.model, model.decoder, seed=config.run.seed)
         if config.train.gradient_checkpointing:
             checkpoint_activations(model.decoder)
         self.learner = Learner(

@@ -23,8 +23,9 @@ def _export(learners: Learners, config: PolicyRunConfig, path: Path) -> None:
     causal_lm = learners.actor.module.causal_lm
     first = collectives.rank() == 0
     state = learners.actor.state_dict(causal_lm, on_this_rank=first)
+    adapter = learners.actor.trained_adapter(causal_lm, config.model, on_this_rank=first)
     if first:
         tokenizer = prompt_tokenizer(
             config.model.path, config.model.trust_remote_code, read_chat_template(config.data)
         )
-        export_causal_lm(causal_lm, state, tokenizer, path)
+        export_causal_lm(causal_lm, state, tokenizer, path, adapter=adapter)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rayrlhf.batch import PackedBatch, Sample
@@ -24,12 +23,13 @@ from rayrlhf.loops.objectives import (
     policy_objective,
 )
 from rayrlhf.loops.share import MiniBatch, share_out
-from rayrlhf.models.load import checkpoint_activations, load_policy, resolve_dtype
+from rayrlhf.models.adapters import Weight, weights_of
+from rayrlhf.models.load import adapt, checkpoint_activations, load_policy, resolve_dtype
 from rayrlhf.train import collectives
 from rayrlhf.train.ema import ExponentialMovingAverage
 from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
-from rayrlhf.train.reference import LocalReference, Reference
+from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -48,8 +48,7 @@ class Learners:
         self.critic = critic or (LocalCritic(config) if config.needs_critic else NoCritic())
         self.reference = reference
         if reference is None and config.needs_ref:
-            path = config.ref.path if config.ref is not None else None
-            self.reference = LocalReference(config.model, path or config.model.path, config.train)
+            self.reference = self._local_reference()
         self.kl = make_kl_controller(config.algorithm)
         self.average = (
             ExponentialMovingAverage(self.actor.module.causal_lm, config.algorithm.ema_beta)
@@ -57,6 +56,12 @@ class Learners:
             else None
         )
         self.metrics: dict[str, float] = {}  # of the step, until the worker reports them
+
+    def _local_reference(self) -> Reference:
+        if self.config.ref_is_the_actor:
+            return AdaptersOff(self.actor)
+        path = self.config.ref.path if self.config.ref is not None else None
+        return LocalReference(self.config.model, path or self.config.model.path, self.config.train)
 
     def learn(
         self, samples: Sequence[Sample], step: int, phase: Phase, *, texts: Sequence[PackedBatch] = ()
@@ -135,9 +140,9 @@ class Learners:
             self.average.update()
         return metrics
 
-    def actor_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The actor's parameters under their names in a Hugging Face checkpoint."""
-        return list(self.actor.module.causal_lm.named_parameters())
+    def actor_weights(self) -> Iterator[Weight]:
+        """The actor's weights under their names in a Hugging Face checkpoint."""
+        return weights_of(self.actor.module.causal_lm)
 
     def offload(self) -> None:
         """Leave the devices to the engines, but for the weights that these are to be given."""
@@ -168,6 +173,7 @@ def _make_actor(config: PolicyRunConfig) -> Learner:
         policy = load_policy(
             config.model, config.model.path, device=device, chunk_tokens=config.train.logprob_chunk_tokens
         )
+    adapt(config.model, policy.causal_lm, seed=config.run.seed)
     if config.train.gradient_checkpointing:
         checkpoint_activations(policy.causal_lm)
     return Learner(policy, config.train, lr=config.train.lr, dtype=dtype, name="actor")

@@ -1,10 +1,11 @@
-"""What a supervised job will need of its models' folders at its end, found out before it begins."""
+"""What a job needs of its models' folders, found out before it begins."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModel
 
 from rayrlhf.config.supervised import KdRunConfig, PrmRunConfig, RmRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
@@ -15,9 +16,11 @@ from rayrlhf.models.export import padding_token
 
 
 def check_models(config: Any) -> None:
-    """Raises `InputError` for a tokenizer that a classifier cannot be exported with, for reward words that
-    are not one token, and for a teacher of another vocabulary.
+    """Of a supervised job. Raises `InputError` for adapters of layers that do not exist, for a tokenizer that
+    no classifier can be exported with, for reward words that are not one token, and for a teacher of another
+    vocabulary.
     """
+    check_adapters(config)
     if isinstance(config, RmRunConfig | PrmRunConfig):
         model = config.model
         tokenizer = prompt_tokenizer(model.path, model.trust_remote_code, read_chat_template(config.data))
@@ -28,6 +31,25 @@ def check_models(config: Any) -> None:
     if isinstance(config, KdRunConfig):
         sizes = [_vocabulary(path, config) for path in (config.model.path, config.teacher.path)]
         _ask("teacher.path", check_same_vocabulary, *sizes)
+
+
+def check_adapters(config: Any) -> None:
+    """Of any job that trains. Raises `InputError` for adapters of layers that a model does not have. Reads no
+    weights.
+    """
+    model = config.model
+    if model.lora is None:
+        return
+    from rayrlhf.models.lora import check_targets  # and with it PEFT: a second
+
+    critic = getattr(config, "critic", None)
+    for path in dict.fromkeys([model.path, critic.path if critic is not None else None]):
+        if path is None:
+            continue
+        found = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):
+            decoder = AutoModel.from_config(found, trust_remote_code=model.trust_remote_code)
+        _ask("model.lora.target_modules", check_targets, decoder, model.lora)
 
 
 def _ask(key: str, check: Any, *arguments: Any) -> None:

@@ -38,6 +38,7 @@ from rayrlhf.loops.checks import (
 from rayrlhf.loops.critic_trainer import critic_loop
 from rayrlhf.loops.job import PolicyJob, reward_app_names
 from rayrlhf.loops.mailbox import Mailbox
+from rayrlhf.loops.model_checks import check_adapters
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.policy_async import async_policy_loop
 from rayrlhf.loops.session import deploy, watched
@@ -63,7 +64,9 @@ def run_policy(config: PolicyRunConfig) -> int:
 
 
 def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
-    return partial(_run, with_absolute_paths(config), check_before_ray(config))
+    prepared = check_before_ray(config)
+    check_adapters(config)
+    return partial(_run, with_absolute_paths(config), prepared)
 
 
 def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:

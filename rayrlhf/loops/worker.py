@@ -218,8 +218,8 @@ class PolicyWorker(TrainingWorker):
 
     def push_weights(self, version: int) -> None:
         """The engines hold `version` then, and are awake."""
-        parameters = self.learners.actor_parameters()
-        problem = self.turns.roll_out(self.learners, lambda: self.sync.push(parameters, version))
+        weights = self.learners.actor_weights()
+        problem = self.turns.roll_out(self.learners, lambda: self.sync.push(weights, version))
         self.metrics["rollout/weight_sync_fallbacks"] = float(problem is not None)
         if problem is not None:
             route = self.job.weight_route

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rayrlhf.models.adapters import TrainedAdapter
 from rayrlhf.models.heads import ScoreModel, StepModel
 
 STEP_LABELS = {0: "bad", 1: "good"}
+HEAD = "score"  # of transformers' decoder-style classifiers
+ADAPTER_FOLDER = "adapter"  # in an export, where adapters were trained
 
 
 def export_causal_lm(
@@ -32,9 +35,20 @@ def export_causal_lm(
     state_dict: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     path: str | Path,
+    *,
+    adapter: TrainedAdapter | None = None,
 ) -> None:
-    """Write an `AutoModelForCausalLM`; `state_dict` has the names of `causal_lm`'s parameters."""
-    _write(lambda folder: causal_lm.save_pretrained(folder, state_dict=state_dict), tokenizer, path)
+    """Write an `AutoModelForCausalLM`; `state_dict` has the names of `causal_lm`'s parameters.
+
+    With an `adapter`, which is merged in the `state_dict`, the folder `adapter` in it has that alone.
+    """
+
+    def save(folder: Path) -> None:
+        causal_lm.save_pretrained(folder, state_dict=dict(state_dict))  # which it empties of tied weights
+        if adapter is not None:
+            _write_adapter(folder / ADAPTER_FOLDER, adapter, task="CAUSAL_LM")
+
+    _write(save, tokenizer, path)
 
 
 def export_reward_model(
@@ -45,6 +59,7 @@ def export_reward_model(
     *,
     mean: float | None = None,
     std: float | None = None,
+    adapter: TrainedAdapter | None = None,
 ) -> None:
     """Write an `AutoModelForSequenceClassification` with one label, from `model`'s own `state_dict`.
 
@@ -54,8 +69,8 @@ def export_reward_model(
     padded = with_padding(tokenizer)
     extras = {name: value for name, value in {"mean": mean, "std": std}.items() if value is not None}
     config = _config_of(model, padded, num_labels=1, **extras)
-    classifier: Any = AutoModelForSequenceClassification
-    _write(lambda folder: _save_classifier(classifier, config, state_dict, folder), padded, path)
+    kind = _Classifier(AutoModelForSequenceClassification, "SEQ_CLS")
+    _write(lambda folder: _save_classifier(kind, config, state_dict, adapter, folder), padded, path)
 
 
 def export_step_model(
@@ -65,6 +80,7 @@ def export_step_model(
     path: str | Path,
     *,
     step_token: str,
+    adapter: TrainedAdapter | None = None,
 ) -> None:
     """Write an `AutoModelForTokenClassification` with the labels bad and good, from `model`'s `state_dict`.
 
@@ -74,8 +90,8 @@ def export_step_model(
     padded = with_padding(tokenizer)
     label_ids = {label: index for index, label in STEP_LABELS.items()}
     config = _config_of(model, padded, id2label=STEP_LABELS, label2id=label_ids, step_token=step_token)
-    classifier: Any = AutoModelForTokenClassification
-    _write(lambda folder: _save_classifier(classifier, config, state_dict, folder), padded, path)
+    kind = _Classifier(AutoModelForTokenClassification, "TOKEN_CLS")
+    _write(lambda folder: _save_classifier(kind, config, state_dict, adapter, folder), padded, path)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -110,17 +126,39 @@ def _config_of(model: ScoreModel | StepModel, tokenizer: PreTrainedTokenizerBase
     return config
 
 
-def _save_classifier(classifier: Any, config: Any, state_dict: dict[str, Tensor], folder: Path) -> None:
+class _Classifier(NamedTuple):
+    auto: Any  # transformers' Auto class
+    task: str  # PEFT's name of it
+
+
+def _save_classifier(
+    kind: _Classifier,
+    config: Any,
+    state_dict: dict[str, Tensor],
+    adapter: TrainedAdapter | None,
+    folder: Path,
+) -> None:
     """Save `decoder.*` and `head.*` as the architecture's own classifier, which must have just these."""
     with torch.device("meta"):
-        model = classifier.from_config(config)
-    ours = {"decoder": model.base_model_prefix, "head": "score"}
-    named = {}
-    for name, tensor in state_dict.items():
-        part, _, rest = name.partition(".")
-        named[f"{ours[part]}.{rest}"] = tensor
-    model.load_state_dict(named, assign=True)
+        model = kind.auto.from_config(config)
+    ours = {"decoder": model.base_model_prefix, "head": HEAD}
+
+    def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = ((name.partition("."), tensor) for name, tensor in tensors.items())
+        return {f"{ours[part]}.{rest}": tensor for (part, _, rest), tensor in parts}
+
+    model.load_state_dict(renamed(state_dict), assign=True)
     model.save_pretrained(folder)
+    if adapter is not None:
+        head = {name: tensor for name, tensor in state_dict.items() if name.startswith("head.")}
+        whole = adapter._replace(state=renamed(adapter.state | head))
+        _write_adapter(folder / ADAPTER_FOLDER, whole, task=kind.task, head=HEAD)
+
+
+def _write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str | None = None) -> None:
+    from rayrlhf.models.lora import write_adapter  # and with it PEFT: a second
+
+    write_adapter(folder, adapter, task=task, head=head)
 
 
 def _write(save_model: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
@@ -129,6 +167,8 @@ def _write(save_model: Callable[[Path], None], tokenizer: PreTrainedTokenizerBas
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     save_model(partial)
-    tokenizer.save_pretrained(partial)
+    for folder in (partial, partial / ADAPTER_FOLDER):
+        if folder.is_dir():
+            tokenizer.save_pretrained(folder)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
 
-from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.model import ModelConfig, TrainedModelConfig
 from rayrlhf.models.attention import attention_implementation
 from rayrlhf.models.distill import DistillModel, TeacherModel
 from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
@@ -122,6 +122,14 @@ def load_step_model(
         return StepModel(decoder, _zero_step_head(decoder)).train()
     causal_lm = AutoModelForCausalLM.from_pretrained(path, **options)
     return StepModel(causal_lm.base_model, step_head_of(causal_lm, reward_token_ids)).train()
+
+
+def adapt(config: TrainedModelConfig, model: Any, *, seed: int) -> None:
+    """Add the adapters that the config wants to a decoder or language model, which is frozen then."""
+    if config.lora is not None:
+        from rayrlhf.models.lora import add_adapters  # and with it PEFT: a second
+
+        add_adapters(model, config.lora, seed=seed)
 
 
 def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> bool:

@@ -129,7 +129,7 @@ def _policy_roles(
         precision,
         num_workers=train.num_workers,
         name="actor",
-        adapter=what_if.adapter,
+        adapter=_adapter(config, what_if),
         sequence_parallel=what_if.sequence_parallel,
     )
     roles: dict[str, Bytes] = {}
@@ -141,13 +141,14 @@ def _policy_roles(
             precision,
             num_workers=config.num_critic_workers if apart else train.num_workers,
             name="critic",
+            adapter=_adapter(config, what_if),
             has_head=False,
         )
         if apart:
             roles["critic"] = critic
         else:
             actor = _by_turns(actor, critic)
-    if config.needs_ref and config.ref is not None and what_if.adapter is None:
+    if config.needs_ref and config.ref is not None and not _ref_is_the_model(config, what_if):
         ref_shape = shapes.of(config.ref.path or config.model.path)
         if config.ref_is_served:
             roles["ref"] = _served_ref(config, ref_shape, precision, gpu)
@@ -155,11 +156,28 @@ def _policy_roles(
             ranks = train.num_workers if train.zero_stage == 3 else 1
             actor += memory.frozen(ref_shape, precision, name="ref", ranks=ranks)
     if config.algorithm.ema_beta is not None:
-        actor += Bytes({}, {"average": shape.parameters * 4 // train.num_workers})
+        adapter = _adapter(config, what_if)
+        averaged = shape.parameters if adapter is None else adapter.parameters(shape)
+        actor += Bytes({}, {"average": averaged * 4 // train.num_workers})
     # Weights on their way to the engines stand in the object store once.
     actor += Bytes({}, {"weight sync": shape.parameters * precision.weights // train.num_workers})
     roles = {"actor": actor, **roles, "rollout": _engine(config, shape, precision, gpu)}
     return roles | _reward_roles(config.reward, shapes, precision)
+
+
+def _adapter(config: Any, what_if: WhatIf) -> Adapter | None:
+    """Those that are trained, or would be."""
+    lora = config.model.lora
+    if what_if.adapter is not None or lora is None:
+        return what_if.adapter
+    return Adapter(lora.rank, tuple(lora.target_modules) if lora.target_modules else None)
+
+
+def _ref_is_the_model(config: Any, what_if: WhatIf) -> bool:
+    """Whether the reference is the model itself without its adapters."""
+    location = getattr(config.ref, "location", "auto")
+    adapted = _adapter(config, what_if) is not None
+    return adapted and config.ref.path is None and location in ("auto", "adapters_off")
 
 
 def _by_turns(one: Bytes, other: Bytes) -> Bytes:
@@ -221,12 +239,12 @@ def _supervised_roles(
         precision,
         num_workers=train.num_workers,
         name="model",
-        adapter=what_if.adapter,
+        adapter=_adapter(config, what_if),
         sequence_parallel=what_if.sequence_parallel,
         has_head=config.job not in SCORERS,
     )
     ref = getattr(config, "ref", None)
-    if ref is not None and not ref.precompute and what_if.adapter is None:
+    if ref is not None and not ref.precompute and not _ref_is_the_model(config, what_if):
         ranks = train.num_workers if train.zero_stage == 3 else 1
         model += memory.frozen(shapes.of(ref.path or config.model.path), precision, name="ref", ranks=ranks)
     roles = {"actor": model}

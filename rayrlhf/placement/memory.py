@@ -63,16 +63,22 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA on every projection of the layers; the rest of the model is frozen."""
+    """LoRA on the linear layers; the rest of the model is frozen. Experts take no adapters: transformers has
+    all those of a layer in one tensor.
+    """
 
     rank: int
+    targets: tuple[str, ...] | None = None  # last names of the layers; None is all
     quantized: bool = False  # QLoRA: frozen projections in NF4
 
     def parameters(self, shape: ModelShape) -> int:
-        """Trainable: rank x (inputs + outputs) of each projection."""
-        attention = 2 * (shape.hidden + shape.query_size) + 2 * (shape.hidden + shape.kv_size)
-        mlp = 3 * (shape.hidden + shape.intermediate) * max(1, shape.experts)
-        return self.rank * shape.layers * (attention + mlp)
+        """Trainable: rank x (inputs + outputs) of each adapted layer."""
+        query, kv, mlp = (shape.hidden + n for n in (shape.query_size, shape.kv_size, shape.intermediate))
+        sizes = {"q_proj": query, "k_proj": kv, "v_proj": kv, "o_proj": query}
+        if not shape.experts:
+            sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), mlp)
+        adapted = sizes if self.targets is None else self.targets
+        return self.rank * shape.layers * sum(sizes.get(name, 0) for name in adapted)
 
 
 @dataclass(frozen=True)
@@ -114,14 +120,21 @@ def activation_bytes(
 
 
 def logit_bytes(
-    shape: ModelShape, chunk_tokens: int, precision: Precision, tokens: int, *, checkpointing: bool
+    shape: ModelShape,
+    chunk_tokens: int,
+    precision: Precision,
+    tokens: int,
+    *,
+    checkpointing: bool,
+    trained: bool = True,
 ) -> int:
-    """The head's temporaries: a chunk of fp32 logits, the gradients of its input and of its own weight.
+    """The head's temporaries: a chunk of fp32 logits, the gradients of its input and, if it is `trained`, of
+    its own weight.
 
     They have gone when layers are computed again, and count for what they need beyond that room; but where
     the weight is tied, its gradient stays until the embedding's joins it.
     """
-    weight_gradient = shape.embedding_parameters * 4
+    weight_gradient = shape.embedding_parameters * 4 if trained else 0
     temporary = chunk_tokens * shape.vocabulary * 4 + tokens * shape.hidden * precision.weights
     lasting = weight_gradient if shape.tied else 0
     temporary += weight_gradient - lasting
@@ -173,6 +186,7 @@ def trainer(
             precision,
             tokens,
             checkpointing=train.gradient_checkpointing,
+            trained=adapter is None,
         )
         if has_head
         else 0,

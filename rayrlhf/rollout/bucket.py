@@ -1,20 +1,22 @@
-"""Parameters as buckets of raw bytes: how they lie there is known to trainer and engine."""
+"""Weights as buckets of raw bytes: how they lie there is known to trainer and engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.models.adapters import Weight
+
 ALIGNMENT_BYTES = 16
-Named = Sequence[tuple[str, nn.Parameter]]
+Group = Sequence[Weight]
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where one parameter lies in a bucket."""
+    """Where one weight lies in a bucket."""
 
     name: str  # as in the Hugging Face checkpoint
     dtype: str  # as in torch, e.g. "float32"
@@ -23,30 +25,31 @@ class TensorSlice:
     num_bytes: int
 
 
-def plan_buckets(parameters: Named, bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Consecutive parameters up to `bucket_bytes`; one larger than that gets a bucket of its own."""
-    group: list[tuple[str, nn.Parameter]] = []
+def plan_buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:
+    """Consecutive weights up to `bucket_bytes`; one larger than that gets a bucket of its own."""
+    group: list[Weight] = []
     size = 0
-    for name, parameter in parameters:
-        num_bytes = _num_bytes(parameter)
+    for weight in weights:
+        num_bytes = _num_bytes(weight.parameter)
         if group and size + num_bytes > bucket_bytes:
             yield group
             group, size = [], 0
-        group.append((name, parameter))
+        group.append(weight)
         size += num_bytes
     if group:
         yield group
 
 
-def lay_out(group: Named) -> list[TensorSlice]:
-    """Where each parameter of a bucket lies. ZeRO-3 needs not gather it for that."""
+def lay_out(group: Group) -> list[TensorSlice]:
+    """Where each weight of a bucket lies. ZeRO-3 needs not gather it for that."""
     slices: list[TensorSlice] = []
     end = 0
-    for name, parameter in group:
+    for weight in group:
+        parameter = weight.parameter
         start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # a view of another dtype needs an aligned start
         dtype = str(parameter.dtype).removeprefix("torch.")
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        slices.append(TensorSlice(name, dtype, shape, start, _num_bytes(parameter)))
+        slices.append(TensorSlice(weight.name, dtype, shape, start, _num_bytes(parameter)))
         end = start + slices[-1].num_bytes
     return slices
 
@@ -56,14 +59,14 @@ def size_of(slices: Sequence[TensorSlice]) -> int:
     return slices[-1].offset_bytes + slices[-1].num_bytes
 
 
-def fill(flat: Tensor, group: Named, slices: Sequence[TensorSlice]) -> None:
-    """Copy the parameters' bytes to where they lie in `flat`, uint8 on any device."""
-    for (_, parameter), piece in zip(group, slices, strict=True):
-        raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+def fill(flat: Tensor, group: Group, slices: Sequence[TensorSlice]) -> None:
+    """Copy the weights' bytes to where they lie in `flat`, uint8 on any device."""
+    for weight, piece in zip(group, slices, strict=True):
+        raw = weight.merged().contiguous().view(-1).view(torch.uint8)
         flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes].copy_(raw)
 
 
-def flatten(group: Named, slices: Sequence[TensorSlice]) -> Tensor:
+def flatten(group: Group, slices: Sequence[TensorSlice]) -> Tensor:
     """The bucket on the CPU."""
     flat = torch.empty(size_of(slices), dtype=torch.uint8)
     fill(flat, group, slices)

@@ -11,7 +11,7 @@ import ray
 import torch
 from torch import Tensor
 
-from rayrlhf.rollout.bucket import Named, TensorSlice, fill, size_of
+from rayrlhf.rollout.bucket import Group, TensorSlice, fill, size_of
 from rayrlhf.rollout.device_memory import device_key
 from rayrlhf.rollout.meeting import (
     Backend,
@@ -90,7 +90,7 @@ class Courier:
             self._try(self._join, delivery.meeting)
         return everybody
 
-    def send(self, group: Named, slices: Sequence[TensorSlice]) -> Tensor | None:
+    def send(self, group: Group, slices: Sequence[TensorSlice]) -> Tensor | None:
         """The bucket, on its way, for whoever wants a copy; None where nothing was sent from here."""
         if self.delivery is None or self.link is None or self.problem is not None:
             return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor, nn
 
-from rayrlhf.rollout.bucket import Named, TensorSlice, flatten, lay_out, plan_buckets
+from rayrlhf.models.adapters import Weight
+from rayrlhf.rollout.bucket import Group, TensorSlice, flatten, lay_out, plan_buckets
 from rayrlhf.rollout.courier import Courier
 from rayrlhf.rollout.meeting import Backend
 
@@ -143,17 +144,17 @@ class WeightSync:
         awake: Any = ray.get(self.hub.is_engines_turn.remote(), timeout=self.timeout_seconds)
         return version > 0 or newest.number > 0 or not awake
 
-    def push(self, parameters: Named, version: int) -> str | None:
+    def push(self, weights: Iterable[Weight], version: int) -> str | None:
         """Every running engine holds `version` then. Returns why the direct way failed, where it did and the
         object store had to help. Raises `TimeoutError` naming who does not hold it.
         """
-        plan = [(group, lay_out(group)) for group in plan_buckets(parameters, self.bucket_bytes)]
+        plan = [(group, lay_out(group)) for group in plan_buckets(weights, self.bucket_bytes)]
         number = self._announce(version)
         courier = self.courier
         everybody = courier is not None and courier.start(number, version, [slices for _, slices in plan])
         copies: list[Future[Bucket]] = []
         for group, slices in plan:
-            with self.gathered([parameter for _, parameter in group]):
+            with self.gathered([part for weight in group for part in weight.parts]):
                 flat = courier.send(group, slices) if courier is not None else None
                 if self.rank == 0:
                     copies.append(self._copy(group, slices, flat))
@@ -181,7 +182,7 @@ class WeightSync:
         number: Any = ray.get(self.hub.announce.remote(version), timeout=self.timeout_seconds)
         return number
 
-    def _copy(self, group: Named, slices: list[TensorSlice], flat: Tensor | None) -> Future[Bucket]:
+    def _copy(self, group: Group, slices: list[TensorSlice], flat: Tensor | None) -> Future[Bucket]:
         """The bucket on its way to the object store, beside what else goes on; only a few are kept for it."""
         if flat is None:
             flat = flatten(group, slices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from rayrlhf.config.train import OptimizerConfig
+from rayrlhf.models.adapters import Weight, adapter_weights, weights_of
 
 # On a CPU, DeepSpeed compiles a shared-memory collective at first use (about a minute); gloo does that job.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -88,13 +89,13 @@ def deepspeed_config(
 
 def make_engine(module: nn.Module, train: OptimizerConfig, *, lr: float | None, dtype: torch.dtype) -> Any:
     """An engine over the process group that Ray Train has already set up."""
-    trainable: Any = [p for p in module.parameters() if p.requires_grad]
+    everything = list(module.parameters())
+    trainable: Any = [p for p in everything if p.requires_grad] if lr is not None else None
+    num_parameters = sum(map(_numel, trainable or everything))
     engine, *_ = deepspeed.initialize(
         model=module,
-        config=deepspeed_config(
-            train, lr=lr, dtype=dtype, num_parameters=sum(map(_numel, module.parameters()))
-        ),
-        model_parameters=trainable if lr is not None else None,
+        config=deepspeed_config(train, lr=lr, dtype=dtype, num_parameters=num_parameters),
+        model_parameters=trainable,
     )
     return engine
 
@@ -134,18 +135,36 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def full_state_dict(module: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
-    """All parameters and buffers on the CPU, gathered one by one. Collective; empty where not
-    `on_this_rank`.
+    """All weights, with their adapters merged, and buffers on the CPU, gathered one by one. Collective; empty
+    where not `on_this_rank`.
     """
-    state: dict[str, Tensor] = {}
-    # Every rank walks the same names in the same order; tied tensors are gathered under each of their names.
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        with gathered([parameter]):
-            if on_this_rank:
-                state[name] = parameter.detach().to("cpu", copy=True)
+    # Tied tensors are there under each of their names.
+    state = _copied(weights_of(module, remove_duplicate=False), on_this_rank=on_this_rank)
     if on_this_rank:
         saved = module.state_dict().keys()  # leaves out buffers that are recomputed on loading
         for name, buffer in module.named_buffers():
             if name in saved:
                 state[name] = buffer.detach().to("cpu", copy=True)
+    return state
+
+
+def adapter_state_dict(module: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
+    """The same of the adapters alone, as `adapter_weights` names them."""
+    adapters = (Weight(name, parameter) for name, parameter in adapter_weights(module))
+    return _copied(adapters, on_this_rank=on_this_rank)
+
+
+def _copied(weights: Iterable[Weight], *, on_this_rank: bool) -> dict[str, Tensor]:
+    """Every rank walks the same names in the same order. Tied weights stay one tensor, which an export saves
+    once.
+    """
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for weight in weights:
+        key = id(weight.parameter)
+        if key not in copies:
+            with gathered(weight.parts):
+                copies[key] = weight.merged().to("cpu", copy=True) if on_this_rank else torch.empty(0)
+        if on_this_rank:
+            state[weight.name] = copies[key]
     return state

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.batch import PackedBatch
+from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.train import OptimizerConfig
+from rayrlhf.models.adapters import TrainedAdapter
 from rayrlhf.train import collectives
-from rayrlhf.train.engine import full_state_dict, make_engine
+from rayrlhf.train.engine import adapter_state_dict, full_state_dict, make_engine
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 from rayrlhf.train.resize import TAG, load_universal, read_layout, resized, write_layout
 
@@ -135,7 +137,17 @@ class Learner:
             reload_states(self.engine)
 
     def state_dict(self, submodule: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
+        """All weights, with their adapters merged. Collective."""
         return full_state_dict(submodule, on_this_rank=on_this_rank)
+
+    def trained_adapter(
+        self, submodule: nn.Module, model: TrainedModelConfig, *, on_this_rank: bool
+    ) -> TrainedAdapter | None:
+        """The adapters alone, where there are some. Collective."""
+        if model.lora is None:
+            return None
+        state = adapter_state_dict(submodule, on_this_rank=on_this_rank)
+        return TrainedAdapter(model.lora, model.path, state)
 
     def save(self, folder: Path) -> None:
         """This rank's shard of parameters and optimizer. Collective."""

@@ -1,4 +1,4 @@
-"""The frozen reference policy: a copy in the worker, or replicas behind Serve."""
+"""The frozen reference policy: a copy in the worker, replicas behind Serve, or the actor without adapters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.train import OptimizerConfig
+from rayrlhf.models.adapters import adapters_off
 from rayrlhf.models.load import load_policy, resolve_dtype
-from rayrlhf.models.logprobs import PolicyModel
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading, make_engine
+from rayrlhf.train.learner import Learner
 
 
 class Reference(Protocol):
@@ -44,6 +45,17 @@ class LocalReference:
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         return [_logprobs(self.policy, batch, temperature) for batch in batches]
+
+
+class AdaptersOff:
+    """A learner without the adapters that it trains: the model that it was at its start, held only once."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        with adapters_off(self.learner.module):
+            return self.learner.infer(batches, lambda policy, batch: _logprobs(policy, batch, temperature))
 
 
 class ServedReference:
@@ -112,7 +124,7 @@ def reference_deployment(
     return deployment.bind(model, path, chunk_tokens, slots)
 
 
-def _logprobs(policy: PolicyModel, batch: PackedBatch, temperature: float) -> Tensor:
+def _logprobs(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:
     return policy(
         batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature
     ).logprobs

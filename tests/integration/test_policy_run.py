@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayrlhf.loops.run import run_policy
+from rayrlhf.models.merge_lora import main as merge_lora
 from tests.integration.policy_runs import tiny_run, write_prompts
 from tests.tiny_model import make_tiny_model
 
@@ -88,16 +90,37 @@ def function_source() -> list[dict[str, Any]]:
     return [{"type": "function", "function": "tests.integration.policy_runs:share_of_vowels", "weight": 0.5}]
 
 
-def test_grpo_without_critic(tmp_path: Path, tiny_model: str) -> None:
-    config = tiny_run(
-        tmp_path,
-        tiny_model,
-        critic=None,
-        algorithm={"advantage": "grpo", "kl_coef": 0.0},
-        rollout={"group_size": 4, "prompts_per_step": 8},
-        train={"num_steps": 2},
-    )
-    assert run_policy(config) == 0
-    last = json.loads((tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1])
+def test_grpo_without_critic_and_adapters_without_a_reference_model(tmp_path: Path, tiny_model: str) -> None:
+    """What is sampled from, trained and held to its start is one model with adapters."""
+    changes: dict[str, Any] = {
+        "critic": None,
+        "model": {"lora": {"rank": 8, "alpha": 32}},
+        "algorithm": {"advantage": "grpo", "kl_coef": 0.01, "ema_beta": 0.5},
+        "rollout": {"group_size": 4, "prompts_per_step": 8},
+        "train": {"num_steps": 3, "lr": 1e-2},
+    }
+    assert run_policy(tiny_run(tmp_path, tiny_model, **changes)) == 0
+    steps = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    first, *_, last = steps
     assert "loss/critic" not in last
     assert last["loss/ratio"] == pytest.approx(1.0)  # one update per batch starts at the old policy itself
+    assert first["kl/mean"] == 0 and last["kl/mean"] > 1e-4, "the policy starts as its own reference"
+    assert last["rollout/logprob_diff_mean"] < 1e-3, "the engines hold what the adapters have learnt"
+
+    export = tmp_path / "runs/tiny/export"
+    weights, start = (load_file(folder / "model.safetensors") for folder in (export, Path(tiny_model)))
+    moved = {name for name, tensor in weights.items() if not torch.equal(tensor, start[name])}
+    assert moved == {name for name in start if "_proj" in name}
+    assert merge_lora([str(export / "adapter"), str(tmp_path / "merged")]) == 0
+    for name, tensor in load_file(tmp_path / "merged/model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=1e-7)
+
+    changes["model"] = {}
+    changes["train"] = {"num_steps": 4}
+    assert run_policy(tiny_run(tmp_path, tiny_model, **changes)) == 2, (
+        "a checkpoint of adapters is no model's"
+    )
+    changes["model"] = {"lora": {"rank": 8, "alpha": 32}}
+    assert run_policy(tiny_run(tmp_path, tiny_model, **changes)) == 0
+    steps = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from rayrlhf.loops.apps import engine_settings, max_model_tokens
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.session import deploy, watched
+from rayrlhf.models.adapters import weights_of
 from rayrlhf.placement.apply import create_slots
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
@@ -93,7 +94,7 @@ class Engines:
         return self.push()
 
     def push(self) -> str | None:
-        return self.sync.push(list(self.model.named_parameters()), self.version)
+        return self.sync.push(weights_of(self.model), self.version)
 
     def ask_all(self) -> list[Any]:
         return self.handle.broadcast("complete", PROMPT, GREEDY, self.version).results(timeout_s=60)
@@ -275,7 +276,7 @@ def test_a_version_nobody_published_is_refused(engines: Engines) -> None:
 
 def test_a_parameter_that_was_left_out_is_named(engines: Engines) -> None:
     """The last test of these engines: they hold no whole weights afterwards."""
-    *most, (name, _) = engines.model.named_parameters()
+    *most, (name, *_) = weights_of(engines.model)
     left = f"left 1 engine parameters at their old values, among them.*{name}"
     with pytest.raises(TimeoutError, match=left):
         engines.sync.push(most, engines.version)

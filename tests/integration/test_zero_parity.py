@@ -14,9 +14,11 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayrlhf.batch import PackedBatch, cu_seqlens_of, empty_like_batch, position_ids_of
-from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.model import LoraConfig, TrainedModelConfig
 from rayrlhf.config.train import TrainConfig
-from rayrlhf.models.load import checkpoint_activations, load_policy
+from rayrlhf.models.adapters import weights_of
+from rayrlhf.models.load import adapt, checkpoint_activations, load_policy
+from rayrlhf.models.logprobs import PolicyModel
 
 # A secondary partition (hpZ) lives in NCCL groups of a node, and is not here.
 VARIANTS: list[dict[str, Any]] = [
@@ -31,6 +33,15 @@ VARIANTS: list[dict[str, Any]] = [
     {"zero_stage": 3, "offload_params": True},
     {"zero_stage": 3, "offload_params": True, "offload_optimizer": True, "gradient_checkpointing": True},
 ]
+# With adapters on a frozen model.
+ADAPTED: list[dict[str, Any]] = [
+    {"zero_stage": 0},
+    {"zero_stage": 1, "gradient_checkpointing": True},
+    {"zero_stage": 2, "offload_optimizer": True},
+    {"zero_stage": 3},
+    {"zero_stage": 3, "offload_params": True, "gradient_checkpointing": True},
+]
+LORA = LoraConfig(rank=4, alpha=8)
 NUM_STEPS = 5
 WORLD_SIZE = 2
 LR = 1e-3
@@ -74,13 +85,24 @@ def global_tokens(step: int) -> float:
     return float(sum(mask.sum() for rank in range(WORLD_SIZE) for _, mask in sequences(step, rank)))
 
 
-def plain_adamw(model_path: str) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def load(model_path: str, lora: LoraConfig | None, chunk_tokens: int) -> PolicyModel:
+    config = TrainedModelConfig(path=model_path, lora=lora)
+    policy = load_policy(config, model_path, device=torch.device("cpu"), chunk_tokens=chunk_tokens)
+    adapt(config, policy.causal_lm, seed=1)
+    return policy
+
+
+def plain_adamw(
+    model_path: str, lora: LoraConfig | None
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """One process, no packing: every sequence by itself."""
-    model = load_policy(
-        ModelConfig(path=model_path), model_path, device=torch.device("cpu"), chunk_tokens=10_000
-    )
+    model = load(model_path, lora, chunk_tokens=10_000)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY
+        [p for p in model.parameters() if p.requires_grad],
+        lr=LR,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=WEIGHT_DECAY,
     )
     losses, norms = [], []
     for step in range(NUM_STEPS):
@@ -93,7 +115,8 @@ def plain_adamw(model_path: str) -> tuple[list[float], list[float], dict[str, to
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)))
         optimizer.step()
         losses.append(float(total.detach()))
-    return losses, norms, model.causal_lm.state_dict()
+    merged = {w.name: w.merged() for w in weights_of(model.causal_lm, remove_duplicate=False)}
+    return losses, norms, merged
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -102,10 +125,11 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     from rayrlhf.train.engine import loading
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.offload import offload_states, reload_states
+    from rayrlhf.train.reference import AdaptersOff
 
     torch.set_num_threads(1)
     results = []
-    for variant in arguments["variants"]:
+    for variant, lora in arguments["variants"]:
         config = TrainConfig(
             num_steps=NUM_STEPS,
             num_workers=WORLD_SIZE,
@@ -115,17 +139,13 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             max_grad_norm=MAX_GRAD_NORM,
         )
         with loading(config, torch.float32):
-            policy = load_policy(
-                ModelConfig(path=arguments["model"]),
-                arguments["model"],
-                device=torch.device("cpu"),
-                chunk_tokens=7,
-            )
-        whole = sum(parameter.numel() for parameter in policy.parameters())
+            policy = load(arguments["model"], lora, chunk_tokens=7)
+        whole = sum(p.numel() for p in policy.parameters() if lora is None or not p.requires_grad)
         assert (whole == 0) == (config.zero_stage == 3), "under ZeRO-3 nobody holds a whole tensor"
         if config.gradient_checkpointing:
             checkpoint_activations(policy.causal_lm)
         learner = Learner(policy, config, lr=LR, dtype=torch.float32, name="actor")
+        before = AdaptersOff(learner).logprobs([packed(sequences(0, 0))], 1.0)
         losses, norms, batches = [], [], []
         for step in range(NUM_STEPS):
             parts = sequences(step, collectives.rank())
@@ -141,6 +161,9 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             if step == 2 or step == 3:  # the second time there is nothing to bring back
                 reload_states(learner.engine)
         weights = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
+        # Without its adapters it is still the model that it was.
+        off = AdaptersOff(learner).logprobs([packed(sequences(0, 0))], 1.0)
+        assert torch.equal(off[0], before[0]) == (lora is not None)
         # A gradient that is not finite must leave the weights alone and be counted.
         bad_term = Term(batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), {}))
         bad = learner.update(bad_term, step=4)
@@ -153,21 +176,28 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
+    """Of a whole model and of adapters, which a frozen one has."""
+    variants = [*((variant, None) for variant in VARIANTS), *((variant, LORA) for variant in ADAPTED)]
     result = TorchTrainer(
         train,
-        train_loop_config={"model": tiny_model, "variants": VARIANTS},
+        train_loop_config={"model": tiny_model, "variants": variants},
         torch_config=TorchConfig(backend="gloo", timeout_s=60),
         scaling_config=ScalingConfig(num_workers=WORLD_SIZE, resources_per_worker={"CPU": 0.5}),
         run_config=RunConfig(name="parity", storage_path=str(tmp_path)),
     ).fit()
     assert result.return_value is not None
-    losses, norms, weights = plain_adamw(tiny_model)
-    for variant, got in zip(VARIANTS, result.return_value["results"], strict=True):
+    start = load(tiny_model, None, chunk_tokens=10_000).causal_lm.state_dict()
+    expected = {adapted: plain_adamw(tiny_model, LORA if adapted else None) for adapted in (False, True)}
+    for (variant, lora), got in zip(variants, result.return_value["results"], strict=True):
+        losses, norms, weights = expected[lora is not None]
+        case = f"{variant}, {'adapters' if lora else 'whole'}"
         got_losses, got_norms, got_weights, bad_steps, unchanged = got
-        assert got_losses == pytest.approx(losses, abs=1e-5), variant
-        assert got_norms == pytest.approx(norms, rel=1e-5), variant
+        assert got_losses == pytest.approx(losses, abs=1e-5), case
+        assert got_norms == pytest.approx(norms, rel=1e-5), case
         assert got_weights.keys() == weights.keys()
         for name, wanted in weights.items():
-            distance = (torch.from_numpy(got_weights[name].copy()) - wanted).norm() / wanted.norm()
-            assert distance < 1e-5, f"{variant} {name}: relative distance {distance:.1e}"
-        assert bad_steps == 1 and unchanged, f"{variant} must skip a step with a NaN gradient"
+            distance = (torch.from_numpy(got_weights[name].copy()) - wanted).norm()
+            assert distance < 1e-5 * wanted.norm(), f"{case} {name}: relative distance {distance:.1e}"
+            if lora is not None:  # of what the adapter has learnt, a small part of the weight
+                assert distance <= 1e-3 * (wanted - start[name]).norm(), f"{case} {name}: {distance:.1e}"
+        assert bad_steps == 1 and unchanged, f"{case} must skip a step with a NaN gradient"

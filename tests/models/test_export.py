@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -64,8 +65,12 @@ def emptied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """As the learner brings it: a copy per name, so that tied tensors no longer share their memory."""
-    return {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    """As the learner brings it: copies, of which tied tensors share one."""
+    copies: dict[int, Tensor] = {}
+    return {
+        name: copies.setdefault(id(p), p.detach().clone())
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -82,6 +87,7 @@ def test_an_export_is_the_policy(tied: bool, tmp_path: Path) -> None:
     export = tmp_path / "export"
     export_causal_lm(policy.causal_lm, expected, load_tokenizer(source), export)
 
+    assert ("lm_head.weight" in load_file(export / "model.safetensors")) is not tied
     opened: Any = AutoModelForCausalLM.from_pretrained(export)
     assert opened.dtype == torch.float32 and opened.state_dict().keys() == expected.keys()
     for name, tensor in opened.state_dict().items():

@@ -34,6 +34,7 @@ CLASSES: dict[str, Any] = {
 
 def make_adapter(base: str, folder: Path, task: str, *, num_labels: int = 1, **options: Any) -> str:
     """An adapter with random weights, as training leaves it."""
+    torch.manual_seed(3)  # of A's start, and of a head's
     labels = {} if task == "CAUSAL_LM" else {"num_labels": num_labels}
     model = CLASSES[task].from_pretrained(base, **labels)
     lora: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], **options}

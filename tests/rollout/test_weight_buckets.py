@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rayrlhf.models.adapters import Weight
 from rayrlhf.rollout.bucket import (
     ALIGNMENT_BYTES,
     TensorSlice,
@@ -22,7 +23,7 @@ from rayrlhf.rollout.bucket import (
 )
 from rayrlhf.rollout.weight_sync import Publication, WeightHub
 
-Group = list[tuple[str, nn.Parameter]]
+Group = list[Weight]
 ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
 
 
@@ -49,9 +50,9 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 
 def test_a_bucket_by_hand() -> None:
     group: Group = [
-        ("a", parameter(3, dtype=torch.bfloat16)),  # 6 bytes
-        ("b", parameter(2, 3)),  # 24 bytes, from the next multiple of 16
-        ("c", parameter(1, dtype=torch.float16)),  # 40 -> 48
+        Weight("a", parameter(3, dtype=torch.bfloat16)),  # 6 bytes
+        Weight("b", parameter(2, 3)),  # 24 bytes, from the next multiple of 16
+        Weight("c", parameter(1, dtype=torch.float16)),  # 40 -> 48
     ]
     slices = lay_out(group)
     flat = flatten(group, slices)
@@ -62,9 +63,9 @@ def test_a_bucket_by_hand() -> None:
     ]
     assert flat.dtype == torch.uint8 and flat.shape == (50,)
     found = decode(slices, flat.numpy())
-    for name, tensor in group:
+    for name, tensor, _ in group:
         np.testing.assert_array_equal(found[name], as_numpy(tensor))
-    for (name, tensor), (other, view) in zip(group, unpack(slices, flat), strict=True):
+    for (name, tensor, _), (other, view) in zip(group, unpack(slices, flat), strict=True):
         assert name == other and view.dtype == tensor.dtype and torch.equal(view, tensor)
 
 
@@ -79,19 +80,19 @@ def test_a_bucket_by_hand() -> None:
 )
 def test_what_goes_in_comes_out(tensors: list[tuple[list[int], torch.dtype]], bucket_bytes: int) -> None:
     parameters: Group = [
-        (f"p{i}", parameter(*shape, dtype=dtype)) for i, (shape, dtype) in enumerate(tensors)
+        Weight(f"p{i}", parameter(*shape, dtype=dtype)) for i, (shape, dtype) in enumerate(tensors)
     ]
     found: dict[str, np.ndarray] = {}
     for group in plan_buckets(parameters, bucket_bytes):
         slices = lay_out(group)
         flat = flatten(group, slices)
-        assert [piece.name for piece in slices] == [name for name, _ in group]
+        assert [piece.name for piece in slices] == [name for name, *_ in group]
         assert all(piece.offset_bytes % ALIGNMENT_BYTES == 0 for piece in slices)
         bounds = [(piece.offset_bytes, piece.offset_bytes + piece.num_bytes) for piece in slices]
         assert all(end <= start for (_, end), (start, _) in pairwise(bounds))
         found |= decode(slices, flat.numpy())
-    assert list(found) == [name for name, _ in parameters]
-    for name, tensor in parameters:
+    assert list(found) == [name for name, *_ in parameters]
+    for name, tensor, _ in parameters:
         assert found[name].shape == tuple(tensor.shape)
         np.testing.assert_array_equal(found[name], as_numpy(tensor))
 
@@ -99,23 +100,23 @@ def test_what_goes_in_comes_out(tensors: list[tuple[list[int], torch.dtype]], bu
 def test_a_parameter_that_is_a_view_travels_in_its_own_order() -> None:
     transposed = nn.Parameter(torch.arange(6.0).view(2, 3).T)
     assert not transposed.is_contiguous()
-    slices = lay_out([("w", transposed)])
-    flat = flatten([("w", transposed)], slices)
+    slices = lay_out([Weight("w", transposed)])
+    flat = flatten([Weight("w", transposed)], slices)
     assert decode(slices, flat.numpy())["w"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_a_bucket_is_a_copy() -> None:
     weight = parameter(4)
     before = weight.detach().clone()
-    slices = lay_out([("w", weight)])
-    flat = flatten([("w", weight)], slices)
+    slices = lay_out([Weight("w", weight)])
+    flat = flatten([Weight("w", weight)], slices)
     with torch.no_grad():
         weight.zero_()  # the next optimizer step
     np.testing.assert_array_equal(decode(slices, flat.numpy())["w"], before.numpy())
 
 
 def names(groups: list[Group]) -> list[list[str]]:
-    return [[name for name, _ in group] for group in groups]
+    return [[name for name, *_ in group] for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -130,10 +131,10 @@ def names(groups: list[Group]) -> list[list[str]]:
 )
 def test_buckets_by_hand(bucket_bytes: int, buckets: list[list[str]]) -> None:
     parameters: Group = [
-        ("a", parameter(20)),  # 80 bytes
-        ("b", parameter(4, 5)),  # 80
-        ("c", parameter(20, dtype=torch.bfloat16)),  # 40
-        ("d", parameter(30)),  # 120
+        Weight("a", parameter(20)),  # 80 bytes
+        Weight("b", parameter(4, 5)),  # 80
+        Weight("c", parameter(20, dtype=torch.bfloat16)),  # 40
+        Weight("d", parameter(30)),  # 120
     ]
     assert names(list(plan_buckets(parameters, bucket_bytes))) == buckets
 
@@ -146,7 +147,7 @@ def test_a_partitioned_parameter_counts_whole() -> None:
         stub.ds_numel = numel
         return stub
 
-    parameters: Group = [("a", partitioned(20)), ("b", partitioned(20)), ("c", partitioned(1))]
+    parameters: Group = [Weight(name, partitioned(size)) for name, size in (("a", 20), ("b", 20), ("c", 1))]
     assert names(list(plan_buckets(parameters, 100))) == [["a"], ["b", "c"]]
 
 
@@ -157,7 +158,7 @@ def test_no_parameters_no_buckets() -> None:
 def test_a_partitioned_parameter_is_laid_out_before_it_is_gathered() -> None:
     stub: Any = nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
     stub.ds_numel, stub.ds_shape = 6, torch.Size((2, 3))
-    assert lay_out([("w", stub)]) == [TensorSlice("w", "bfloat16", (2, 3), 0, 12)]
+    assert lay_out([Weight("w", stub)]) == [TensorSlice("w", "bfloat16", (2, 3), 0, 12)]
 
 
 def test_the_hub_counts_publications_and_knows_what_is_to_come() -> None:

@@ -19,7 +19,8 @@ class PreferenceTask(LanguageModelTask):
 
     def __init__(self, setting: TaskSetting) -> None:
         super().__init__(setting)
-        self.reference = FrozenReference(self.config, self.config.ref) if self.config.ref else None
+        ref = self.config.ref
+        self.reference = FrozenReference(self.config, ref, self.learner) if ref is not None else None
 
     def prepare(self, micro_batches: MicroBatches, split: str) -> list[PackedBatch]:
         batches = super().prepare(micro_batches, split)

@@ -27,7 +27,7 @@ class KtoTask(LanguageModelTask):
 
     def __init__(self, setting: TaskSetting) -> None:
         super().__init__(setting)
-        self.reference = FrozenReference(self.config, self.config.ref)
+        self.reference = FrozenReference(self.config, self.config.ref, self.learner)
         self.reference_point = torch.zeros((), device=self.device)  # of the step or the evaluation
 
     @property

@@ -63,8 +63,10 @@ class StepRewardTask(Task):
         first = collectives.rank() == 0
         module = self.learner.module
         state = self.learner.state_dict(module, on_this_rank=first)
+        adapter = self.learner.trained_adapter(module, self.config.model, on_this_rank=first)
+        step_token = self.config.data.step_token
         if first:
-            export_step_model(module, state, self.tokenizer(), path, step_token=self.config.data.step_token)
+            export_step_model(module, state, self.tokenizer(), path, step_token=step_token, adapter=adapter)
 
 
 def single_token(word: str, tokenizer: object) -> int:

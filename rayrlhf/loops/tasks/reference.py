@@ -15,7 +15,8 @@ from rayrlhf.algorithms.aggregate import sequence_sums
 from rayrlhf.batch import Example, PackedBatch, empty_examples, pack_examples
 from rayrlhf.config.supervised import FrozenRefConfig, SupervisedConfig
 from rayrlhf.train import collectives
-from rayrlhf.train.reference import LocalReference
+from rayrlhf.train.learner import Learner
+from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
 
 
 class FrozenReference:
@@ -25,13 +26,17 @@ class FrozenReference:
     last one needed, sequences per example]. The model is then held only while it does.
     """
 
-    def __init__(self, config: SupervisedConfig, ref: FrozenRefConfig) -> None:
+    def __init__(self, config: SupervisedConfig, ref: FrozenRefConfig, learner: Learner) -> None:
+        """`learner` is the model that trains, which is the reference too while its adapters are off."""
         self.config = config
         self.ref = ref
+        self.learner = learner
         self.tables: dict[str, Tensor] = {}
-        self.model: LocalReference | None = None if ref.precompute else self._load()
+        self.model: Reference | None = None if ref.precompute else self._load()
 
-    def _load(self) -> LocalReference:
+    def _load(self) -> Reference:
+        if self.config.model.lora is not None and self.ref.path is None:
+            return AdaptersOff(self.learner)
         return LocalReference(self.config.model, self.ref.path or self.config.model.path, self.config.train)
 
     def added(

@@ -62,5 +62,8 @@ class RewardModelTask(Task):
         first = collectives.rank() == 0
         module = self.learner.module
         state = self.learner.state_dict(module, on_this_rank=first)
+        adapter = self.learner.trained_adapter(module, self.config.model, on_this_rank=first)
         if first:
-            export_reward_model(module, state, self.tokenizer(), path, mean=self.mean, std=self.std)
+            export_reward_model(
+                module, state, self.tokenizer(), path, mean=self.mean, std=self.std, adapter=adapter
+            )

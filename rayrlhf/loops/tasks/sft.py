@@ -38,8 +38,9 @@ class LanguageModelTask(Task):
         causal_lm = self.learner.module.causal_lm
         first = collectives.rank() == 0
         state = self.learner.state_dict(causal_lm, on_this_rank=first)
+        adapter = self.learner.trained_adapter(causal_lm, self.config.model, on_this_rank=first)
         if first:
-            export_causal_lm(causal_lm, state, self.tokenizer(), path)
+            export_causal_lm(causal_lm, state, self.tokenizer(), path, adapter=adapter)
 
 
 class SftTask(LanguageModelTask):

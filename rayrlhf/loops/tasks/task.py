@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rayrlhf.batch import Example, PackedBatch, empty_examples, pack_examples
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
-from rayrlhf.models.load import checkpoint_activations, resolve_dtype
+from rayrlhf.models.load import adapt, checkpoint_activations, resolve_dtype
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
@@ -58,6 +58,7 @@ class Task:
         self.dtype = resolve_dtype(self.config.model.dtype, self.device)
         with loading(self.config.train, self.dtype) if self.loads_in_parts else nullcontext():
             module = self.load_module()
+        adapt(self.config.model, self.decoder_of(module), seed=self.config.run.seed)
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.decoder_of(module))
         self.learner = Learner(
@@ -70,7 +71,7 @@ class Task:
         raise NotImplementedError
 
     def decoder_of(self, module: Any) -> Any:
-        """The part whose layers may recompute their activations."""
+        """The part whose layers may be adapted, and may recompute their activations."""
         return module.decoder
 
     def forward(self, module: Any, batch: PackedBatch) -> Any:

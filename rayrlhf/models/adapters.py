@@ -1,0 +1,97 @@
+"""A model that may have low-rank adapters, as those see it who read its weights or switch adapters off.
+
+An adapted layer (PEFT's) computes W x + scaling · B A x. `models.lora` makes them, with PEFT, whose import
+all others are spared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rayrlhf.config.model import LoraConfig
+
+ADAPTER = "default"  # PEFT's name of the only one
+BASE = ".base_layer."  # between the name of an adapted layer and that of its own weight
+
+
+class Weight(NamedTuple):
+    """A tensor under its name in the checkpoint: a parameter, and what its layer's adapter adds to it."""
+
+    name: str
+    parameter: nn.Parameter
+    layer: Any = None  # PEFT's, where it is adapted
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """All that `merged` reads; under ZeRO-3 they must be gathered before."""
+        return [self.parameter, *adapter_parameters(self.layer)]
+
+    def merged(self) -> Tensor:
+        """W + scaling · B A in the dtype and on the device of W, without gradient."""
+        weight = self.parameter.detach()
+        if self.layer is None:
+            return weight
+        with torch.no_grad():
+            return weight + self.layer.get_delta_weight(ADAPTER).to(weight.dtype)
+
+
+def weights_of(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Weight]:
+    """The model's parameters as its checkpoint names them: adapters are part of what they adapt."""
+    layers = adapted_layers(model)
+    own = {id(parameter) for layer in layers.values() for parameter in adapter_parameters(layer)}
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        if id(parameter) in own:
+            continue
+        owner, base, last = name.rpartition(BASE)
+        if base and owner in layers:
+            yield Weight(f"{owner}.{last}", parameter, layers[owner] if last == "weight" else None)
+        else:
+            yield Weight(name, parameter)
+
+
+class TrainedAdapter(NamedTuple):
+    """Adapters as they are written; `state` has the names of `adapter_weights`."""
+
+    lora: LoraConfig
+    base: str  # folder or hub id of the model that they belong to
+    state: dict[str, Tensor]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what it did before it had adapters.
+
+    By a scaling of 0 rather than by leaving the adapters out: ZeRO-3 then meets the same modules in the same
+    order as in training, and need not learn a second one.
+    """
+    layers = adapted_layers(model).values()
+    kept = [layer.scaling[ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling[ADAPTER] = scaling
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def adapter_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapters alone, by the names that PEFT's files have for them, but for a prefix."""
+    for name, layer in adapted_layers(model).items():
+        for matrix in ("lora_A", "lora_B"):
+            yield f"{name}.{matrix}.weight", getattr(layer, matrix)[ADAPTER].weight
+
+
+def adapter_parameters(layer: Any) -> list[nn.Parameter]:
+    """A [r, in] and B [out, r]; nothing of a layer that has none."""
+    return [] if layer is None else [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]

@@ -1,0 +1,81 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): added to a frozen model, and written as PEFT reads them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rayrlhf.config.model import LoraConfig
+from rayrlhf.models.adapters import TrainedAdapter
+from rayrlhf.models.merge_lora import ADAPTER_WEIGHTS
+
+# PEFT imports it, and it would tell of kernels that it does not find.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from peft import LoraConfig as PeftConfig  # noqa: E402
+from peft import inject_adapter_in_model  # noqa: E402
+
+PREFIX = "base_model.model."  # of names in an adapter's file
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
+    """Freeze `model` and give its linear layers adapters, the same on every rank; the model computes what it
+    did, as B is 0.
+
+    Raises `ValueError` as `check_targets` does.
+    """
+    check_targets(model, lora)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(_peft_config(lora), model)
+
+
+def check_targets(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Raises `ValueError` for target modules that are no linear layers of the model, or are its output head,
+    whose weight is read as it is.
+    """
+    head = model.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    wanted = lora.target_modules or []
+    if unknown := [name for name in wanted if name not in found]:
+        raise ValueError(
+            f"got {', '.join(unknown)}, wanted some of the linear layers, {', '.join(sorted(found))}. "
+            "Fix: name them by their last names, or leave the key out to adapt all"
+        )
+
+
+def write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str | None = None) -> None:
+    """Write `adapter_config.json` and the weights. `task` is PEFT's name of the model's kind, and `head` a
+    module that was trained as a whole, whose weights are in the state too.
+    """
+    config = _peft_config(
+        adapter.lora,
+        base_model_name_or_path=adapter.base,
+        task_type=task,
+        modules_to_save=[head] if head else None,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.state.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _peft_config(lora: LoraConfig, **more: Any) -> PeftConfig:
+    return PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # divided by r
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules or "all-linear",
+        **more,
+    )
