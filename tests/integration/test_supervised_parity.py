@@ -20,6 +20,7 @@ ROOMY, TIGHT = 512, 80  # tokens per micro-batch: a few of all sequences, or har
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
+LORA: dict[str, Any] = {"lora": {"rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}}
 TASKS: dict[str, dict[str, Any]] = {
     "sft": {"job": "sft"},
     "rm": {"job": "rm"},
@@ -31,6 +32,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "simpo": {"job": "dpo", "algorithm": {"loss": "simpo", "beta": 2.0, "gamma": 0.5}},
     "kto": {"job": "kto", "algorithm": {"desirable_weight": 1.5}},
     "kd": {"job": "kd", "teacher": {}},
+    "rm-lora": {"job": "rm", "model": LORA},
+    "kto-lora": {"job": "kto", "model": LORA},
+    "dpo-lora": {"job": "dpo", "model": LORA},
+    "dpo-lora-copy": {"job": "dpo", "model": LORA, "ref": {}},  # the reference is a model of its own
 }
 
 
@@ -57,17 +62,19 @@ def make_config(task: str, folder: Path, model: str, teacher: str, budget: int) 
     given = TASKS[task]
     tree: dict[str, Any] = {
         "run": {"name": task, "dir": str(folder)},
-        "model": {"path": model},
+        "model": {"path": model, **given.get("model", {})},
         "data": {"train": "none.jsonl", "max_tokens": budget // 2, **given.get("data", {})},
         "train": {
             "num_steps": NUM_STEPS,
-            "zero_stage": 3 if task in ("dpo", "rm", "kd") else 2,
+            "zero_stage": 3 if task in ("dpo", "rm", "kd", "dpo-lora", "dpo-lora-copy") else 2,
             "max_tokens_per_micro_batch": budget,
             "lr": 1e-3,
         },
     }
     if "algorithm" in given:
         tree["algorithm"] = given["algorithm"]
+    if "ref" in given:
+        tree["ref"] = {"path": model}
     if "teacher" in given:
         tree["teacher"] = {"path": teacher}
     return JOBS[given["job"]].model_validate(tree)
@@ -125,6 +132,9 @@ def test_packing_and_ranks_make_no_difference(tmp_path: Path, tiny_model: str) -
         return {task: make_config(task, tmp_path, tiny_model, teacher, budget) for task in TASKS}
 
     packed = run_on(1, tmp_path / "packed", configs(ROOMY))
+    off, copy = (packed[task]["history"] for task in ("dpo-lora", "dpo-lora-copy"))
+    assert off == copy, "a model without its adapters is the reference"
+    assert off[-1]["reward/margin"] != 0 and packed["rm-lora"]["history"][-1]["reward/margin"] != 0
     for other in (run_on(1, tmp_path / "apart", configs(TIGHT)), run_on(2, tmp_path / "two", configs(TIGHT))):
         for task, wanted in packed.items():
             for told, told_packed in zip(other[task]["history"], wanted["history"], strict=True):
