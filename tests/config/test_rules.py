@@ -91,6 +91,31 @@ RULES = {
         "ref.num_replicas",
         ["ref.location=serve"],
     ),
+    "adapters that are off were there": (
+        ["ref.location=adapters_off"],
+        "ref.location",
+        ["model.lora.rank=8"],
+    ),
+    "a reference of its own is no actor without adapters": (
+        ["model.lora.rank=8", "ref.location=adapters_off", "ref.path=other"],
+        "ref.path",
+        ["ref.location=auto"],
+    ),
+    "the actor as reference has no replicas": (
+        ["model.lora.rank=8", "ref.num_replicas=2"],
+        "ref.num_replicas",
+        ["ref.location=serve"],
+    ),
+    "policies drop nothing": (
+        ["model.lora.dropout=0.1"],
+        "model.lora.dropout",
+        ["model.lora.dropout=0"],
+    ),
+    "a layer is adapted once": (
+        ["model.lora.target_modules=[q_proj,q_proj]"],
+        "model.lora.target_modules",
+        ["model.lora.target_modules=[q_proj]"],
+    ),
     "the reference's engine is used": (
         ["ref.engine=vllm", "ref.location=worker"],
         "ref.engine",

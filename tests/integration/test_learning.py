@@ -70,7 +70,7 @@ LEARNERS: dict[str, list[str]] = {
 
 
 # The others are near relatives of these: `make learning` has all of them.
-ALWAYS = ("ppo", "grpo", "async")
+ALWAYS = ("ppo", "grpo")
 
 
 def runs_to_learn() -> list[Any]:

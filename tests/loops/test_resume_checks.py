@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.config.base import ConfigError
+from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.checks import InputError, check_precision, check_resume, fixed_values
 from tests.integration.policy_runs import tiny_run
 
@@ -36,6 +37,21 @@ def test_the_number_of_workers_may_change_and_how_states_are_divided_may_not(tmp
     never = tiny_run(tmp_path, "model", run={"resume": "never"}, train={"zero_stage": 2})
     with pytest.raises(InputError, match=r"run\.resume=never but .* holds a checkpoint of step 4"):
         check_resume(never)
+
+
+def test_adapters_go_on_as_they_were(tmp_path: Path) -> None:
+    def run(**lora: object) -> PolicyRunConfig:
+        return tiny_run(tmp_path, "model", model={"lora": lora} if lora else {})
+
+    config = run(rank=8)
+    leave_checkpoint(Path(config.run.path), **fixed_values(config))
+    check_resume(config)
+    with pytest.raises(InputError, match=r"model\.lora\.rank: got 4, wanted 8"):
+        check_resume(run(rank=4))
+    with pytest.raises(InputError, match=r"model\.lora\.target_modules: got \['q_proj'\], wanted null"):
+        check_resume(run(rank=8, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match=r"model\.lora\.rank: got null, wanted 8"):
+        check_resume(run())
 
 
 def test_a_checkpoint_of_an_earlier_version_is_told_as_such(tmp_path: Path) -> None:

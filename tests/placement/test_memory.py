@@ -97,6 +97,9 @@ def test_adapters_train_alone() -> None:
     # Rank 8: q and o 8 x 200 each, k and v 8 x 150, gate, up and down 8 x 300, in ten layers.
     adapter = Adapter(8)
     assert adapter.parameters(SHAPE) == 80 * (2 * 200 + 2 * 150 + 3 * 300) == 128_000
+    assert Adapter(8, ("q_proj", "v_proj")).parameters(SHAPE) == 80 * (200 + 150)
+    experts = ModelShape(**{**vars(SHAPE), "experts": 8, "experts_per_token": 2})
+    assert adapter.parameters(experts) == 80 * (2 * 200 + 2 * 150)
     held = trainer(config(), adapter=adapter).device
     assert held["gradients"] == 2 * 128_000 and held["optimizer"] == 12 * 128_000
     assert held["weights"] == 2 * (COUNT + 128_000)
