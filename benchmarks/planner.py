@@ -37,18 +37,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 2, "vocab_size": 40_000, "tie_word_embeddings": True},
 }
 CASES = [
-    # model or shape, tokens of a micro-batch, ZeRO stage, gradient checkpointing
-    (SMOLLM2, 1024, 0, False),
-    (SMOLLM2, 2048, 2, True),
+    # model or shape, tokens of a micro-batch, ZeRO stage, gradient checkpointing, rank of adapters (0: none)
+    (SMOLLM2, 1024, 0, False, 0),
+    (SMOLLM2, 2048, 2, True, 0),
+    (SMOLLM2, 2048, 2, True, 16),
     *[
-        (name, 2048, stage, checkpointing)
+        (name, 2048, stage, checkpointing, rank)
         for name in SHAPES
-        for stage, checkpointing in ((0, False), (2, True))
+        for stage, checkpointing, rank in ((0, False, 0), (2, True, 0), (2, True, 16))
     ],
 ]
 
 
-def compare(name: str, tokens: int, stage: int, checkpointing: bool) -> dict[str, Any]:
+def compare(name: str, tokens: int, stage: int, checkpointing: bool, rank: int) -> dict[str, Any]:
     """Bytes predicted and measured, in this process."""
     import torch
     import torch.distributed as dist
@@ -66,14 +67,18 @@ def compare(name: str, tokens: int, stage: int, checkpointing: bool) -> dict[str
     )
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        measured = _measure(name, train)
+        measured = _measure(name, train, rank)
         dist.destroy_process_group()
     shape = shape_of(measured.pop("config"), name)
-    predicted = memory.trainer(shape, train, memory.Precision(4, on_gpu=False), num_workers=1, name="actor")
+    adapter = memory.Adapter(rank) if rank else None
+    predicted = memory.trainer(
+        shape, train, memory.Precision(4, on_gpu=False), num_workers=1, name="actor", adapter=adapter
+    )
+    parameters = shape.parameters + (adapter.parameters(shape) if adapter else 0)
     state = predicted.only("weights", "optimizer").total
     return {
-        "case": [name, tokens, stage, checkpointing],
-        "parameters": {"predicted": shape.parameters, "measured": measured["parameters"]},
+        "case": [name, tokens, stage, checkpointing, rank],
+        "parameters": {"predicted": parameters, "measured": measured["parameters"]},
         "weights and optimizer": {"predicted": state, "measured": measured["before"]},
         "gradients": {"predicted": predicted.device["gradients"], "measured": measured["gradients"]},
         "activations": {
@@ -81,23 +86,24 @@ def compare(name: str, tokens: int, stage: int, checkpointing: bool) -> dict[str
             "predicted": predicted.device["activations"]
             - checkpointing
             * tokens
-            * memory.layer_activation_bytes(shape, memory.Precision(4, on_gpu=False)),
+            * memory.layer_activation_bytes(shape, memory.Precision(4, on_gpu=False), adapter),
             "measured": measured["decoder"],
         },
         "peak": {"predicted": predicted.total, "measured": measured["peak"]},
     }
 
 
-def _measure(name: str, train: Any) -> dict[str, Any]:
+def _measure(name: str, train: Any, rank: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from benchmarks import update_memory
     from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
     from rayrlhf.config.algorithm import AlgorithmConfig
+    from rayrlhf.config.model import LoraConfig, TrainedModelConfig
     from rayrlhf.loops.objectives import StepCounts, policy_forward, policy_objective
     from rayrlhf.models.attention import VARLEN_SDPA
-    from rayrlhf.models.load import checkpoint_activations
+    from rayrlhf.models.load import adapt, checkpoint_activations
     from rayrlhf.models.logprobs import PolicyModel
     from rayrlhf.train.learner import Learner, Term
 
@@ -109,6 +115,8 @@ def _measure(name: str, train: Any) -> dict[str, Any]:
         else AutoConfig.from_pretrained(name)
     )
     causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA, dtype=torch.float32)
+    lora = LoraConfig(rank=rank) if rank else None
+    adapt(TrainedModelConfig(path=name, lora=lora), causal_lm, seed=0)
     if train.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     module = PolicyModel(causal_lm, chunk_tokens=train.logprob_chunk_tokens)
@@ -164,11 +172,11 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], passed: bool)
         "",
         "One optimizer step of two micro-batches, fp32 on the CPU, one rank; MB predicted / measured.",
         "",
-        "| model | parameters | tokens | ZeRO | checkpointing | " + " | ".join(kinds) + " |",
-        "|---|---:|---:|---:|---|" + "---:|" * len(kinds),
+        "| model | parameters | tokens | ZeRO | checkpointing | LoRA | " + " | ".join(kinds) + " |",
+        "|---|---:|---:|---:|---|---|" + "---:|" * len(kinds),
     ]
     for row in rows:
-        name, tokens, stage, checkpointing = row["case"]
+        name, tokens, stage, checkpointing, rank = row["case"]
         cells = [
             f"{row[kind]['predicted'] / MB:.1f} / {row[kind]['measured'] / MB:.1f} ({off_by(row, kind):+.1%})"
             for kind in kinds
@@ -176,7 +184,9 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], passed: bool)
         exact = "" if row["parameters"]["predicted"] == row["parameters"]["measured"] else " (WRONG)"
         lines.append(
             f"| {name} | {row['parameters']['measured']:,}{exact} | {tokens} | {stage} "
-            f"| {'yes' if checkpointing else 'no'} | " + " | ".join(cells) + " |"
+            f"| {'yes' if checkpointing else 'no'} | {f'rank {rank}' if rank else 'no'} | "
+            + " | ".join(cells)
+            + " |"
         )
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     lines += [

@@ -75,10 +75,17 @@ class Adapter:
         """Trainable: rank x (inputs + outputs) of each adapted layer."""
         query, kv, mlp = (shape.hidden + n for n in (shape.query_size, shape.kv_size, shape.intermediate))
         sizes = {"q_proj": query, "k_proj": kv, "v_proj": kv, "o_proj": query}
-        if not shape.experts:
-            sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), mlp)
-        adapted = sizes if self.targets is None else self.targets
-        return self.rank * shape.layers * sum(sizes.get(name, 0) for name in adapted)
+        sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), mlp)
+        return self.rank * shape.layers * sum(sizes[name] for name in self._adapted(shape))
+
+    def between(self, shape: ModelShape) -> int:
+        """Numbers between A and B, per token of a layer."""
+        return self.rank * len(self._adapted(shape))
+
+    def _adapted(self, shape: ModelShape) -> list[str]:
+        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        names += [] if shape.experts else ["gate_proj", "up_proj", "down_proj"]
+        return [name for name in names if self.targets is None or name in self.targets]
 
 
 @dataclass(frozen=True)
@@ -98,23 +105,37 @@ def weight_bytes(shape: ModelShape, count: int, size: int, adapter: Adapter | No
     return round(frozen) + adapter.parameters(shape) * size
 
 
-def layer_activation_bytes(shape: ModelShape, precision: Precision) -> int:
-    """What autograd keeps of a layer, per token."""
-    s = precision.weights
-    norms = shape.family.norms_per_layer * (4 + 2 * s) * shape.hidden + 4 * shape.family.norms_per_layer
+def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None = None) -> int:
+    """What autograd keeps of a layer, per token. Frozen norms need not keep their normalised input, and
+    adapters keep what is between A and B.
+    """
+    s, kept = precision.weights, _kept_by_norm(precision, adapter)
+    norms = shape.family.norms_per_layer * (kept * shape.hidden + 4)
     copies = 2 if precision.on_gpu else 3
     attention = (copies * shape.query_size + 2 * shape.kv_size) * s + 4 * shape.heads
     if shape.family.qk_norm:
-        attention += (4 + s) * (shape.query_size + shape.kv_size)
-    return norms + attention + 4 * shape.intermediate * s * max(1, shape.experts_per_token)
+        attention += (kept - s) * (shape.query_size + shape.kv_size)
+    mlp = 4 * shape.intermediate * s * max(1, shape.experts_per_token)
+    return norms + attention + mlp + (adapter.between(shape) * s if adapter is not None else 0)
+
+
+def _kept_by_norm(precision: Precision, adapter: Adapter | None) -> int:
+    """Bytes per element: the input in fp32, the normalised input if the norm is trained, the output."""
+    return 4 + precision.weights * (2 if adapter is None else 1)
 
 
 def activation_bytes(
-    shape: ModelShape, precision: Precision, tokens: int, *, checkpointing: bool, sequence_parallel: int = 1
+    shape: ModelShape,
+    precision: Precision,
+    tokens: int,
+    *,
+    checkpointing: bool,
+    sequence_parallel: int = 1,
+    adapter: Adapter | None = None,
 ) -> int:
     """What autograd keeps of a micro-batch when the backward pass begins, with the layer computed again."""
-    s, layer = precision.weights, layer_activation_bytes(shape, precision)
-    outside = (4 + 2 * s) * shape.hidden + s * shape.hidden + 2 * s * shape.head_dim
+    s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
+    outside = (_kept_by_norm(precision, adapter) + s) * shape.hidden + 2 * s * shape.head_dim
     layers = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
     return (outside + layers) * tokens // sequence_parallel
 
@@ -126,20 +147,20 @@ def logit_bytes(
     tokens: int,
     *,
     checkpointing: bool,
-    trained: bool = True,
+    adapter: Adapter | None = None,
 ) -> int:
-    """The head's temporaries: a chunk of fp32 logits, the gradients of its input and, if it is `trained`, of
-    its own weight.
+    """The head's temporaries: a chunk of fp32 logits, the gradients of its input and, unless adapters are
+    trained in its place, of its own weight.
 
     They have gone when layers are computed again, and count for what they need beyond that room; but where
     the weight is tied, its gradient stays until the embedding's joins it.
     """
-    weight_gradient = shape.embedding_parameters * 4 if trained else 0
+    weight_gradient = shape.embedding_parameters * 4 if adapter is None else 0
     temporary = chunk_tokens * shape.vocabulary * 4 + tokens * shape.hidden * precision.weights
     lasting = weight_gradient if shape.tied else 0
     temporary += weight_gradient - lasting
     if checkpointing:
-        temporary = max(0, temporary - layer_activation_bytes(shape, precision) * tokens)
+        temporary = max(0, temporary - layer_activation_bytes(shape, precision, adapter) * tokens)
     return lasting + temporary
 
 
@@ -179,6 +200,7 @@ def trainer(
             tokens,
             checkpointing=train.gradient_checkpointing,
             sequence_parallel=sequence_parallel,
+            adapter=adapter,
         ),
         "logits": logit_bytes(
             shape,
@@ -186,7 +208,7 @@ def trainer(
             precision,
             tokens,
             checkpointing=train.gradient_checkpointing,
-            trained=adapter is None,
+            adapter=adapter,
         )
         if has_head
         else 0,
@@ -213,13 +235,15 @@ def trainer(
         f"{name} optimizer: {_count(trained)} x {states}"
         + _divided(split["optimizer"], zero)
         + _on_host(train.offload_optimizer),
-        f"{name} activations: {_told_activations(shape, precision, train)}",
+        f"{name} activations: {_told_activations(shape, precision, train, adapter)}",
     )
     return Bytes(_positive(device), _positive(host), working)
 
 
-def _told_activations(shape: ModelShape, precision: Precision, train: OptimizerConfig) -> str:
-    layer = f"{layer_activation_bytes(shape, precision):,} B"
+def _told_activations(
+    shape: ModelShape, precision: Precision, train: OptimizerConfig, adapter: Adapter | None
+) -> str:
+    layer = f"{layer_activation_bytes(shape, precision, adapter):,} B"
     tokens = f"{train.max_tokens_per_micro_batch:,} tokens"
     if not train.gradient_checkpointing:
         return f"{tokens} x {shape.layers} layers x {layer}"
