@@ -40,7 +40,9 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
     def module() -> nn.Module:
         # A weight that ZeRO-3 lets go after use, and odd ones that no number of ranks divides.
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(331, 331), nn.Tanh(), nn.Linear(331, 3, bias=False), nn.Linear(3, 7))
+        made = nn.Sequential(nn.Linear(331, 331), nn.Tanh(), nn.Linear(331, 3, bias=False), nn.Linear(3, 7))
+        made[3].requires_grad_(False)  # as beside adapters
+        return made
 
     def run(variant: Any) -> dict[str, Any]:
         stage, name, masters = variant
