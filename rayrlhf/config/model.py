@@ -22,19 +22,6 @@ class ModelConfig(Section):
     """Run the Python code that comes with the checkpoint; only for checkpoints whose code you have read."""
 
 
-def _no_module_twice(lora: LoraConfig) -> Problem | None:
-    names = lora.target_modules or []
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if not repeated:
-        return None
-    return Problem(
-        "target_modules",
-        got=f"{', '.join(repeated)} more than once",
-        wanted="every name once",
-        fix="remove it from lora.target_modules",
-    )
-
-
 class LoraConfig(Section):
     rank: Count = 16
     """Rank r of each update B A; B starts at 0."""
@@ -44,8 +31,6 @@ class LoraConfig(Section):
     """Share of an adapter's inputs that are dropped; 0 in policy runs."""
     target_modules: list[str] | None = Field(default=None, min_length=1)
     """Last names of the linear layers to adapt, e.g. q_proj; null is all of them but the output head."""
-
-    checks = (_no_module_twice,)
 
 
 class TrainedModelConfig(ModelConfig):

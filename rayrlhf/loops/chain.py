@@ -22,6 +22,7 @@ from rayrlhf.loops.checks import absolute, absolute_rewards, check_model, find_r
 from rayrlhf.loops.choose import Chosen
 from rayrlhf.loops.generate import GENERATIONS, SUMMARY, run_generate
 from rayrlhf.loops.identity import check_identity, what_results_depend_on, write_atomically
+from rayrlhf.loops.model_checks import check_adapters
 from rayrlhf.loops.run_supervised import run_supervised
 from rayrlhf.loops.shards import json_line, read_rows
 from rayrlhf.observe.console import Console
@@ -71,6 +72,7 @@ def _check(choose: Choose, config: AnyChain) -> Callable[[Console], Path]:
         check_model(key, path)
     check_sources(config.data)
     find_rewards(config.reward)
+    check_adapters(config)
     config = with_absolute_paths(config)
     return partial(_run, config, stages_of(config, choose))
 

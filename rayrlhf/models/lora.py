@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,15 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.models.adapters import TrainedAdapter
-from rayrlhf.models.merge_lora import ADAPTER_WEIGHTS
-
-# PEFT imports it, and it would tell of kernels that it does not find.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-from peft import LoraConfig as PeftConfig  # noqa: E402
-from peft import inject_adapter_in_model  # noqa: E402
-
-PREFIX = "base_model.model."  # of names in an adapter's file
+from rayrlhf.models.merge_lora import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
@@ -67,7 +60,7 @@ def write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.state.items()}
+    tensors = {f"{ADAPTER_PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.state.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 

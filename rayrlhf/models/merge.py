@@ -20,14 +20,13 @@ from transformers import (
 from transformers.utils import logging
 
 from rayrlhf.models.export import with_padding
-from rayrlhf.models.merge_lora import ADAPTER_WEIGHTS, MergeProblem, Plan
+from rayrlhf.models.merge_lora import ADAPTER_PREFIX, ADAPTER_WEIGHTS, MergeProblem, Plan
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
 }
-PREFIX = "base_model.model."  # of the base's names in an adapter's file
 HEAD = re.compile(r"\.(score|classifier(\.out_proj)?)\.weight$")
 MAX_SHOWN = 3  # names in a message
 
@@ -64,7 +63,7 @@ def _load_base(plan: Plan, tensors: dict[str, Tensor]) -> Any:
         )
     except Exception as error:  # what a broken or foreign checkpoint raises is not specified
         raise MergeProblem(f"the base {plan.base} cannot be loaded for {plan.task}: {error}") from error
-    absent = sorted(name for name in loading["missing_keys"] if PREFIX + name not in tensors)
+    absent = sorted(name for name in loading["missing_keys"] if ADAPTER_PREFIX + name not in tensors)
     if absent:
         raise MergeProblem(
             f"neither the base {plan.base} nor the adapter has {_some(absent)}; give the checkpoint that the "

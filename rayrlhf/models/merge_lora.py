@@ -12,6 +12,7 @@ from typing import Any
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."  # of the base's names in it
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 
 

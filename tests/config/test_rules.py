@@ -111,11 +111,6 @@ RULES = {
         "model.lora.dropout",
         ["model.lora.dropout=0"],
     ),
-    "a layer is adapted once": (
-        ["model.lora.target_modules=[q_proj,q_proj]"],
-        "model.lora.target_modules",
-        ["model.lora.target_modules=[q_proj]"],
-    ),
     "the reference's engine is used": (
         ["ref.engine=vllm", "ref.location=worker"],
         "ref.engine",

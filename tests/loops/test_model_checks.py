@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, LlamaConfig
 
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.loops.checks import InputError
-from rayrlhf.loops.model_checks import check_models
+from rayrlhf.loops.model_checks import check_adapters, check_models
+from tests.integration.policy_runs import tiny_run
 
 
 def config(job: str, model: str, **sections: Any) -> Any:
@@ -47,3 +49,17 @@ def test_a_reward_model_can_pad(tiny_model: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
     with pytest.raises(InputError, match=r"model.path: the tokenizer has no special token but '</s>'"):
         check_models(config("rm", str(tmp_path)))
+
+
+def test_adapters_are_of_layers_that_the_model_has(tmp_path: Path) -> None:
+    """Told of a critic's checkpoint too."""
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)
+    config.save_pretrained(tmp_path / "critic")
+    LlamaConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2).save_pretrained(
+        tmp_path / "actor"
+    )
+    lora = {"model": {"lora": {"target_modules": ["q_proj"]}}}
+    check_adapters(tiny_run(tmp_path, str(tmp_path / "actor"), **lora))
+    other = tiny_run(tmp_path, str(tmp_path / "actor"), **lora, critic={"path": str(tmp_path / "critic")})
+    with pytest.raises(InputError, match=r"model\.lora\.target_modules: got q_proj, wanted .* c_attn"):
+        check_adapters(other)
