@@ -37,6 +37,10 @@ class TrainedModelConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train low-rank adapters (arXiv 2106.09685) on a frozen model; null trains all of it."""
 
+    def holds_reference(self, path: str | None) -> bool:
+        """Whether this model with its adapters off is the reference, whose own checkpoint would be `path`."""
+        return self.lora is not None and path is None
+
 
 class CriticConfig(Section):
     path: str | None = None

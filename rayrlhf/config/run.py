@@ -409,9 +409,9 @@ class PolicyRunConfig(Section):
     @property
     def ref_is_the_actor(self) -> bool:
         """Whether the reference is the actor itself with its adapters off."""
-        if not self.needs_ref or self.ref is None or self.model.lora is None:
+        if not self.needs_ref or self.ref is None or self.ref.location not in ("auto", "adapters_off"):
             return False
-        return self.ref.path is None and self.ref.location in ("auto", "adapters_off")
+        return self.model.holds_reference(self.ref.path)
 
     @property
     def ref_is_served(self) -> bool:

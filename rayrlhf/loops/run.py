@@ -51,7 +51,7 @@ from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
-from rayrlhf.placement.routes import weight_route
+from rayrlhf.placement.routes import TOLD, weight_route
 from rayrlhf.placement.trainer import SlotTorchTrainer
 from rayrlhf.rollout.weight_sync import Event, WeightHub
 
@@ -98,6 +98,7 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
             f"starting {config.train.num_workers} x actor{apart}, {config.rollout.num_engines} x vLLM "
             f"engine, {len(apps) - 1} x reward, reference or environment"
         )
+        console.say(f"weights reach the engines {TOLD[job.weight_route]}")
         deploy(apps)
         # Engines and trainers come up side by side; the workers' first request waits for the engines.
         stack.enter_context(drain_in_background(board, sinks))

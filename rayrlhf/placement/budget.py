@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayrlhf.config.model import LoraConfig, TrainedModelConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.placement import memory
@@ -26,8 +27,22 @@ SCORERS = ("rm", "prm")  # jobs whose model has no language-model head
 class WhatIf:
     """Ways to train that a plan can show beforehand."""
 
-    adapter: Adapter | None = None
+    lora_rank: int | None = None
+    quantized: bool = False  # QLoRA: frozen projections in 4 bits
     sequence_parallel: int = 1
+
+    def applied(self, config: Any) -> Any:
+        """`config` with adapters of the rank in question, if it trains a model."""
+        model = config.model
+        if not isinstance(model, TrainedModelConfig):
+            return config
+        if self.lora_rank is not None:
+            lora = LoraConfig(rank=self.lora_rank)
+        elif self.quantized:
+            lora = model.lora or LoraConfig()
+        else:
+            return config
+        return config.model_copy(update={"model": model.model_copy(update={"lora": lora})})
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,8 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
 
     Raises `ShapeUnknown` and `ConfigError`.
     """
+    what_if = what_if or WhatIf()
+    config = what_if.applied(config)
     spec = plan_job(config)
     on_gpu = gpu is not None or config.placement.gpus_per_slot == 1
     dtype = config.model.dtype
@@ -99,9 +116,9 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     precision = Precision(size, on_gpu)
     shapes = _Shapes()
     if isinstance(config, PolicyRunConfig):
-        roles = _policy_roles(config, shapes, precision, gpu, what_if or WhatIf())
+        roles = _policy_roles(config, shapes, precision, gpu, what_if)
     elif isinstance(config, SupervisedConfig):
-        roles = _supervised_roles(config, shapes, precision, what_if or WhatIf())
+        roles = _supervised_roles(config, shapes, precision, what_if)
     else:
         roles = _answering_roles(config, shapes, precision, gpu)
     sleeps = isinstance(config, PolicyRunConfig) and config.engines_sleep
@@ -148,7 +165,7 @@ def _policy_roles(
             roles["critic"] = critic
         else:
             actor = _by_turns(actor, critic)
-    if config.needs_ref and config.ref is not None and not _ref_is_the_model(config, what_if):
+    if config.needs_ref and config.ref is not None and not config.ref_is_the_actor:
         ref_shape = shapes.of(config.ref.path or config.model.path)
         if config.ref_is_served:
             roles["ref"] = _served_ref(config, ref_shape, precision, gpu)
@@ -166,18 +183,11 @@ def _policy_roles(
 
 
 def _adapter(config: Any, what_if: WhatIf) -> Adapter | None:
-    """Those that are trained, or would be."""
     lora = config.model.lora
-    if what_if.adapter is not None or lora is None:
-        return what_if.adapter
-    return Adapter(lora.rank, tuple(lora.target_modules) if lora.target_modules else None)
-
-
-def _ref_is_the_model(config: Any, what_if: WhatIf) -> bool:
-    """Whether the reference is the model itself without its adapters."""
-    location = getattr(config.ref, "location", "auto")
-    adapted = _adapter(config, what_if) is not None
-    return adapted and config.ref.path is None and location in ("auto", "adapters_off")
+    if lora is None:
+        return None
+    targets = tuple(lora.target_modules) if lora.target_modules else None
+    return Adapter(lora.rank, targets, quantized=what_if.quantized)
 
 
 def _by_turns(one: Bytes, other: Bytes) -> Bytes:
@@ -244,7 +254,7 @@ def _supervised_roles(
         has_head=config.job not in SCORERS,
     )
     ref = getattr(config, "ref", None)
-    if ref is not None and not ref.precompute and not _ref_is_the_model(config, what_if):
+    if ref is not None and not ref.precompute and not config.model.holds_reference(ref.path):
         ranks = train.num_workers if train.zero_stage == 3 else 1
         model += memory.frozen(shapes.of(ref.path or config.model.path), precision, name="ref", ranks=ranks)
     roles = {"actor": model}

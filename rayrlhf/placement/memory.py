@@ -100,9 +100,24 @@ def weight_bytes(shape: ModelShape, count: int, size: int, adapter: Adapter | No
     """Of `count` parameters; frozen projections may be quantised."""
     if adapter is None:
         return count * size
-    projections = shape.layers * (shape.attention_matrices + shape.mlp_matrices)
-    frozen = projections * NF4_BITS / 8 + (count - projections) * size if adapter.quantized else count * size
-    return round(frozen) + adapter.parameters(shape) * size
+    in_nf4 = _in_nf4(shape, adapter)
+    return round(in_nf4 * NF4_BITS / 8) + (count - in_nf4 + adapter.parameters(shape)) * size
+
+
+def _told_weights(shape: ModelShape, count: int, size: int, adapter: Adapter | None) -> str:
+    if adapter is None:
+        return f"{_count(count)} x {size} B"
+    in_nf4 = _in_nf4(shape, adapter)
+    parts = [f"{_count(in_nf4)} x {NF4_BITS} bits"] if in_nf4 else []
+    parts += [
+        f"{_count(count - in_nf4)} x {size} B",
+        f"adapters {_count(adapter.parameters(shape))} x {size} B",
+    ]
+    return f"({' + '.join(parts)})"
+
+
+def _in_nf4(shape: ModelShape, adapter: Adapter) -> int:
+    return shape.layers * (shape.attention_matrices + shape.mlp_matrices) if adapter.quantized else 0
 
 
 def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None = None) -> int:
@@ -135,9 +150,14 @@ def activation_bytes(
 ) -> int:
     """What autograd keeps of a micro-batch when the backward pass begins, with the layer computed again."""
     s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
-    outside = (_kept_by_norm(precision, adapter) + s) * shape.hidden + 2 * s * shape.head_dim
     layers = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
-    return (outside + layers) * tokens // sequence_parallel
+    return (_outside_bytes(shape, precision, adapter) + layers) * tokens // sequence_parallel
+
+
+def _outside_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None) -> int:
+    """Per token, outside the layers: the last norm, what it gives to the head, cosines and sines."""
+    s = precision.weights
+    return (_kept_by_norm(precision, adapter) + s) * shape.hidden + 2 * s * shape.head_dim
 
 
 def logit_bytes(
@@ -206,7 +226,7 @@ def trainer(
             shape,
             train.logprob_chunk_tokens,
             precision,
-            tokens,
+            tokens // sequence_parallel,
             checkpointing=train.gradient_checkpointing,
             adapter=adapter,
         )
@@ -219,36 +239,40 @@ def trainer(
         # An optimizer on the host has its gradients there, in fp32.
         "optimizer": optimizer + trained * 4 // ranks if train.offload_optimizer else 0,
     }
-    if stage == 3 and train.offload_optimizer:
-        device["gradients"] = 0  # they leave as they come
+    gradients_leave = stage == 3 and train.offload_optimizer
+    if gradients_leave:
+        device["gradients"] = 0  # as they come
     zero = f"ZeRO-{stage} over {ranks}"
-    gradients_on_host = stage == 3 and train.offload_optimizer
     masters = f", {'fp32' if m == 4 else 'bf16'} weights" if has_master else ""
-    states = f"{2 * m + m * has_master} B (two moments{masters})"
-    working = (
-        f"{name} weights: {_count(count)} x {s} B"
+    masters += ", fp32 gradients" if train.offload_optimizer else ""
+    states = f"{2 * m + m * has_master + 4 * train.offload_optimizer} B (two moments{masters})"
+    working = {
+        "weights": f"{_told_weights(shape, count, s, adapter)}"
         + _divided(split["weights"], zero)
         + _on_host(train.offload_params),
-        f"{name} gradients: {_count(trained)} x {s} B"
-        + _divided(split["gradients"], zero)
-        + _on_host(gradients_on_host),
-        f"{name} optimizer: {_count(trained)} x {states}"
+        "gradients": f"{_count(trained)} x {s} B" + _divided(split["gradients"], zero),
+        "optimizer": f"{_count(trained)} x {states}"
         + _divided(split["optimizer"], zero)
         + _on_host(train.offload_optimizer),
-        f"{name} activations: {_told_activations(shape, precision, train, adapter)}",
-    )
-    return Bytes(_positive(device), _positive(host), working)
+        "activations": f"{_told_activations(shape, precision, train, adapter)}"
+        + _divided(sequence_parallel, "ranks of a sequence"),
+    }
+    if gradients_leave:
+        del working["gradients"]
+    told = tuple(f"{name} {kind}: {terms}" for kind, terms in working.items())
+    return Bytes(_positive(device), _positive(host), told)
 
 
 def _told_activations(
     shape: ModelShape, precision: Precision, train: OptimizerConfig, adapter: Adapter | None
 ) -> str:
     layer = f"{layer_activation_bytes(shape, precision, adapter):,} B"
+    outside = f"{_outside_bytes(shape, precision, adapter):,} B outside"
     tokens = f"{train.max_tokens_per_micro_batch:,} tokens"
     if not train.gradient_checkpointing:
-        return f"{tokens} x {shape.layers} layers x {layer}"
+        return f"{tokens} x ({shape.layers} layers x {layer} + {outside})"
     kept = f"{precision.weights * shape.hidden:,} B"
-    return f"{tokens} x ({shape.layers} layers x {kept} kept + {layer} of the layer computed again)"
+    return f"{tokens} x ({shape.layers} layers x {kept} kept + {layer} of the one computed again + {outside})"
 
 
 def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) -> int:
@@ -317,7 +341,7 @@ def _positive(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.2f}e9" if number >= 1e9 else f"{number / 1e6:.1f}e6"
+    return f"{number / 1e9:.4g}e9" if number >= 1e9 else f"{number / 1e6:.4g}e6"
 
 
 def _divided(by: int, why: str) -> str:

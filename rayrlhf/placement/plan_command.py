@@ -17,7 +17,7 @@ from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.placement.advice import Fix, Suggestion, fixes, suggest
 from rayrlhf.placement.budget import Budget, WhatIf, budget_of
 from rayrlhf.placement.gpus import GIB, Gpu, parse_gpus
-from rayrlhf.placement.memory import KINDS, Adapter
+from rayrlhf.placement.memory import KINDS
 from rayrlhf.placement.pace import pace_of
 from rayrlhf.placement.shape import ShapeUnknown
 
@@ -61,9 +61,7 @@ class _Plan:
         self.argv = argv
         self.options = options
         self.num_gpus, self.gpu = gpus if gpus is not None else (None, None)
-        rank = options.lora_rank or (16 if options.qlora else None)
-        adapter = Adapter(rank, quantized=options.qlora) if rank else None
-        self.what_if = WhatIf(adapter, options.sequence_parallel)
+        self.what_if = WhatIf(options.lora_rank, options.qlora, options.sequence_parallel)
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
     def load(self, overrides: Sequence[str]) -> Any:
@@ -190,9 +188,10 @@ def _stages(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _told_what_if(what_if: WhatIf) -> Iterator[str]:
-    if what_if.adapter is not None:
-        frozen = " with frozen weights in 4 bits" if what_if.adapter.quantized else ""
-        yield f"What if: LoRA adapters of rank {what_if.adapter.rank} alone are trained{frozen}."
+    if what_if.lora_rank is not None:
+        yield f"What if: LoRA adapters of rank {what_if.lora_rank} alone are trained."
+    if what_if.quantized:
+        yield "What if: adapters alone are trained, on weights in 4 bits."
     if what_if.sequence_parallel > 1:
         yield f"What if: {what_if.sequence_parallel} ranks share every sequence."
 

@@ -10,6 +10,12 @@ from rayrlhf.placement.plan import PlacementSpec
 
 Route = Literal["nccl", "ipc", "gloo", "object_store"]
 KEY = "rollout.weight_sync.backend"
+TOLD: dict[Route, str] = {
+    "nccl": "by NCCL broadcast",
+    "ipc": "in the memory that they share with the trainers (ipc)",
+    "gloo": "by gloo broadcast",
+    "object_store": "through Ray's object store",
+}
 
 
 def weight_route(config: PolicyRunConfig, spec: PlacementSpec, *, have_gpus: bool) -> Route:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -105,6 +106,32 @@ def test_adapters_train_alone() -> None:
     assert held["weights"] == 2 * (COUNT + 128_000)
     quantized = trainer(config(), adapter=Adapter(8, quantized=True)).device["weights"]
     assert quantized == round(900_000 * 4.127 / 8 + 202_100 * 2) + 2 * 128_000
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(8), Adapter(8, quantized=True)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"zero_stage": 1, "gradient_checkpointing": True},
+        {"zero_stage": 2, "offload_optimizer": True},
+        {"zero_stage": 3, "master_weights": "bfloat16"},
+        {"zero_stage": 3, "offload_optimizer": True, "offload_params": True},
+    ],
+)
+def test_the_working_comes_to_what_is_told(adapter: Adapter | None, changes: dict[str, Any]) -> None:
+    held = trainer(config(**changes), adapter=adapter, sequence_parallel=2)
+    for line in held.working:
+        kind, _, terms = line.removeprefix("actor ").partition(": ")
+        told = (held.host if "in host memory" in line else held.device)[kind]
+        assert _worked_out(terms) == pytest.approx(told, rel=0.002), line
+
+
+def _worked_out(terms: str) -> float:
+    """The value of "1.1e6 x 12 B (two moments, fp32 weights) / 4 (ZeRO-3 over 4), in host memory"."""
+    formula = re.sub(r"\((two|ZeRO|ranks)[^)]*\)|, in host memory", "", terms).replace(" x ", " * ")
+    formula = re.sub(r"(?<=\d),(?=\d)", "", formula).replace("bits", "/ 8")
+    return float(eval(re.sub(r"[a-zA-Z]{2,}|\bB\b", "", formula)))
 
 
 def test_experts_hold_all_and_use_some() -> None:

@@ -39,8 +39,8 @@ def test_a_70b_model_is_tuned_on_16_gpus_of_80_gb(capsys: pytest.CaptureFixture[
     told = " ".join(capsys.readouterr().out.split())
     assert "actor weights: 70.55e9 x 2 B / 16 (ZeRO-3 over 16)" in told
     assert (
-        "critic optimizer: 69.50e9 x 12 B (two moments, fp32 weights) / 16 (ZeRO-3 over 16), in host memory"
-        in told
+        "critic optimizer: 69.5e9 x 16 B (two moments, fp32 weights, fp32 gradients) / 16 (ZeRO-3 over 16), "
+        "in host memory" in told
     )
 
 
@@ -109,6 +109,16 @@ def test_what_if_adapters_are_trained() -> None:
     argv = [config("sft-8x-gpu.yaml"), "train.num_workers=1", "train.max_tokens_per_micro_batch=4096"]
     assert main([*argv, "--gpus", "1x24GB"]) == 1
     assert main([*argv, "--gpus", "1x24GB", "--qlora"]) == 0
+
+
+@pytest.mark.parametrize("adapters", ["--qlora", "--lora-rank=8", "model.lora.rank=8"])
+def test_a_model_with_adapters_is_its_own_reference(
+    adapters: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [config("ppo-7b-4x-24gb.yaml"), "--gpus", "4x24GB", "--gpus-per-node", "4"]
+    for words, held in (argv, True), ([*argv, adapters], False):
+        assert main(words) == 0
+        assert ("ref weights: " in capsys.readouterr().out) is held
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class FrozenReference:
         self.model: Reference | None = None if ref.precompute else self._load()
 
     def _load(self) -> Reference:
-        if self.config.model.lora is not None and self.ref.path is None:
+        if self.config.model.holds_reference(self.ref.path):
             return AdaptersOff(self.learner)
         return LocalReference(self.config.model, self.ref.path or self.config.model.path, self.config.train)
 
