@@ -148,7 +148,7 @@ class ChainConfig(Section):
         return GenerateRunConfig.model_validate(
             {
                 **self._shared(round_, "generate", model_path),
-                "model": {**self.model.model_dump(exclude={"lora"}), "path": model_path},
+                "model": {**self.model.model_dump(exclude={"lora", "quantization"}), "path": model_path},
                 "data": self.data,
                 "rollout": self.rollout,
                 "generate": {

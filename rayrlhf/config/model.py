@@ -33,9 +33,30 @@ class LoraConfig(Section):
     """Last names of the linear layers to adapt, e.g. q_proj; null is all of them but the output head."""
 
 
+def _quantized_weights_are_frozen(model: TrainedModelConfig) -> Problem | None:
+    if model.quantization is None or model.lora is not None:
+        return None
+    return Problem(
+        "quantization",
+        got=f"{model.quantization} without model.lora",
+        wanted="adapters, which are trained in the place of weights of 4 bits",
+        fix="give model.lora, or remove model.quantization",
+    )
+
+
 class TrainedModelConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train low-rank adapters (arXiv 2106.09685) on a frozen model; null trains all of it."""
+
+    quantization: Literal["nf4"] | None = None
+    """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); engines get them dense again."""
+
+    checks = (_quantized_weights_are_frozen,)
+
+    @property
+    def loads_in_parts(self) -> bool:
+        """Whether ZeRO-3 may share the weights out as they are loaded: 4 bits are made of whole ones."""
+        return self.quantization is None
 
     def holds_reference(self, path: str | None) -> bool:
         """Whether this model with its adapters off is the reference, whose own checkpoint would be `path`."""

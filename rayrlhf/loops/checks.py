@@ -217,6 +217,7 @@ FIXED_KEYS = (
     "model.lora.rank",
     "model.lora.alpha",
     "model.lora.target_modules",
+    "model.quantization",
     "rollout.prompts_per_step",
     "train.samples_per_step",
 )

@@ -79,9 +79,9 @@ class LocalCritic:
         self.constant_length = float(config.rollout.max_response_tokens)
         device = collectives.device()
         dtype = resolve_dtype(config.model.dtype, device)
-        with loading(config.train, dtype):
+        with loading(config.train, dtype, in_parts=config.model.loads_in_parts):
             model = load_critic(config.model, critic.path or config.model.path, device=device)
-        adapt(config.model, model.decoder, seed=config.run.seed)
+        adapt(config.model, model.decoder, device=device, seed=config.run.seed)
         if config.train.gradient_checkpointing:
             checkpoint_activations(model.decoder)
         self.learner = Learner(

@@ -144,13 +144,13 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
             ray.kill(actor)
 
 
-def named_actor(actor_class: type, name: str) -> Any:
+def named_actor(actor_class: type, name: str, **arguments: Any) -> Any:
     """A light actor that others look up by its name. It lives on the driver's node: it dies with the driver
     anyway, and no other node can take it along.
     """
     here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     options: dict[str, Any] = {"name": name, "num_cpus": 0, "namespace": NAMESPACE, "label_selector": here}
-    return ray.remote(actor_class).options(**options).remote()
+    return ray.remote(actor_class).options(**options).remote(**arguments)
 
 
 def make_trainer(

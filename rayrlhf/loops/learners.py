@@ -169,11 +169,11 @@ class Learners:
 def _make_actor(config: PolicyRunConfig) -> Learner:
     device = collectives.device()
     dtype = resolve_dtype(config.model.dtype, device)
-    with loading(config.train, dtype):
+    with loading(config.train, dtype, in_parts=config.model.loads_in_parts):
         policy = load_policy(
             config.model, config.model.path, device=device, chunk_tokens=config.train.logprob_chunk_tokens
         )
-    adapt(config.model, policy.causal_lm, seed=config.run.seed)
+    adapt(config.model, policy.causal_lm, device=device, seed=config.run.seed)
     if config.train.gradient_checkpointing:
         checkpoint_activations(policy.causal_lm)
     return Learner(policy, config.train, lr=config.train.lr, dtype=dtype, name="actor")

@@ -82,7 +82,9 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
         make_sinks(config, run_path, console) as sinks,
         ExitStack() as stack,
     ):
-        _own_actor(stack, WeightHub, f"{run_id}-weights")
+        # Engines load what model.path has, which a policy on 4-bit weights is not quite.
+        newest = 0 if config.model.quantization is None else -1
+        _own_actor(stack, WeightHub, f"{run_id}-weights", checkpoint_version=newest)
         job = _make_job(config, run_id, stores, slots)
         trainer = make_trainer(
             policy_loop if config.rollout.max_staleness is None else async_policy_loop,
@@ -129,9 +131,9 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     return run_path
 
 
-def _own_actor(stack: ExitStack, actor_class: type, name: str) -> None:
+def _own_actor(stack: ExitStack, actor_class: type, name: str, **arguments: Any) -> None:
     """An actor that goes when the stack unwinds; else it stays as long as this process keeps its Ray."""
-    actor = named_actor(actor_class, name)
+    actor = named_actor(actor_class, name, **arguments)
     stack.callback(ray.kill, actor)
 
 

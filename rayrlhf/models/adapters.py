@@ -27,17 +27,37 @@ class Weight(NamedTuple):
     layer: Any = None  # PEFT's, where it is adapted
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor, of which ZeRO-3 may hold a part, and whose 4-bit form has another."""
+        quantized = getattr(self.parameter, "quant_state", None)
+        return tuple(
+            quantized.shape if quantized else getattr(self.parameter, "ds_shape", self.parameter.shape)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        quantized = getattr(self.parameter, "quant_state", None)
+        return quantized.dtype if quantized else self.parameter.dtype
+
+    @property
     def parts(self) -> list[nn.Parameter]:
         """All that `merged` reads; under ZeRO-3 they must be gathered before."""
         return [self.parameter, *adapter_parameters(self.layer)]
 
     def merged(self) -> Tensor:
         """W + scaling · B A in the dtype and on the device of W, without gradient."""
-        weight = self.parameter.detach()
+        weight = self._dense()
         if self.layer is None:
             return weight
         with torch.no_grad():
             return weight + self.layer.get_delta_weight(ADAPTER).to(weight.dtype)
+
+    def _dense(self) -> Tensor:
+        if not hasattr(self.parameter, "quant_state"):
+            return self.parameter.detach()
+        from rayrlhf.models.quantize import dense  # and with it bitsandbytes
+
+        return dense(self.parameter)
 
 
 def weights_of(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Weight]:

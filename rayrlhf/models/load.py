@@ -124,8 +124,14 @@ def load_step_model(
     return StepModel(causal_lm.base_model, step_head_of(causal_lm, reward_token_ids)).train()
 
 
-def adapt(config: TrainedModelConfig, model: Any, *, seed: int) -> None:
-    """Add the adapters that the config wants to a decoder or language model, which is frozen then."""
+def adapt(config: TrainedModelConfig, model: Any, *, device: torch.device, seed: int) -> None:
+    """Add the adapters that the config wants to a decoder or language model, which is frozen then, and may
+    go to 4 bits on the `device`.
+    """
+    if config.quantization is not None:
+        from rayrlhf.models.quantize import quantize  # and with it bitsandbytes
+
+        quantize(model, device)
     if config.lora is not None:
         from rayrlhf.models.lora import add_adapters  # and with it PEFT: a second
 

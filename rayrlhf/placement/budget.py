@@ -32,17 +32,16 @@ class WhatIf:
     sequence_parallel: int = 1
 
     def applied(self, config: Any) -> Any:
-        """`config` with adapters of the rank in question, if it trains a model."""
+        """`config` with such adapters, if it trains a model."""
         model = config.model
         if not isinstance(model, TrainedModelConfig):
             return config
         if self.lora_rank is not None:
-            lora = LoraConfig(rank=self.lora_rank)
-        elif self.quantized:
-            lora = model.lora or LoraConfig()
-        else:
-            return config
-        return config.model_copy(update={"model": model.model_copy(update={"lora": lora})})
+            model = model.model_copy(update={"lora": LoraConfig(rank=self.lora_rank)})
+        if self.quantized:
+            changes = {"lora": model.lora or LoraConfig(), "quantization": "nf4"}
+            model = model.model_copy(update=changes)
+        return config.model_copy(update={"model": model})
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def _adapter(config: Any, what_if: WhatIf) -> Adapter | None:
     if lora is None:
         return None
     targets = tuple(lora.target_modules) if lora.target_modules else None
-    return Adapter(lora.rank, targets, quantized=what_if.quantized)
+    return Adapter(lora.rank, targets, quantized=config.model.quantization is not None)
 
 
 def _by_turns(one: Bytes, other: Bytes) -> Bytes:

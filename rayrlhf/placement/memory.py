@@ -117,7 +117,9 @@ def _told_weights(shape: ModelShape, count: int, size: int, adapter: Adapter | N
 
 
 def _in_nf4(shape: ModelShape, adapter: Adapter) -> int:
-    return shape.layers * (shape.attention_matrices + shape.mlp_matrices) if adapter.quantized else 0
+    """Experts stay as they are: transformers has all those of a layer in one tensor."""
+    of_layer = shape.attention_matrices + (0 if shape.experts else shape.mlp_matrices)
+    return shape.layers * of_layer if adapter.quantized else 0
 
 
 def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None = None) -> int:

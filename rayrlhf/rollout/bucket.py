@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayrlhf.models.adapters import Weight
 
@@ -30,7 +31,7 @@ def plan_buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[
     group: list[Weight] = []
     size = 0
     for weight in weights:
-        num_bytes = _num_bytes(weight.parameter)
+        num_bytes = _num_bytes(weight)
         if group and size + num_bytes > bucket_bytes:
             yield group
             group, size = [], 0
@@ -45,11 +46,9 @@ def lay_out(group: Group) -> list[TensorSlice]:
     slices: list[TensorSlice] = []
     end = 0
     for weight in group:
-        parameter = weight.parameter
         start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # a view of another dtype needs an aligned start
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        slices.append(TensorSlice(weight.name, dtype, shape, start, _num_bytes(parameter)))
+        dtype = str(weight.dtype).removeprefix("torch.")
+        slices.append(TensorSlice(weight.name, dtype, weight.shape, start, _num_bytes(weight)))
         end = start + slices[-1].num_bytes
     return slices
 
@@ -80,6 +79,5 @@ def unpack(slices: Sequence[TensorSlice], flat: Tensor) -> Iterator[tuple[str, T
         yield piece.name, raw.view(getattr(torch, piece.dtype)).view(piece.shape)
 
 
-def _num_bytes(parameter: nn.Parameter) -> int:
-    """Of the whole tensor, of which ZeRO-3 may hold a part."""
-    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+def _num_bytes(weight: Weight) -> int:
+    return math.prod(weight.shape) * weight.dtype.itemsize

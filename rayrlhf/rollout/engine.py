@@ -79,6 +79,8 @@ class EngineActor:
         self.name = name
         self.stepper = Stepper(self.settings.engine_args)
         self.devices = await self.stepper.device_keys()
+        if self.hub is not None:
+            self.version = min(0, (await self.hub.newest.remote()).version)
         await self.catch_up(0)
         params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
         async for _ in self.stepper.stream([1, 2, 3], [params]):

@@ -49,7 +49,7 @@ class Event:
 @dataclass(frozen=True)
 class Publication:
     number: int  # counts publications: unlike the version, it never goes back
-    version: int  # of the policy; 0 without buckets is the checkpoint that engines load by themselves
+    version: int  # of the policy; without buckets it is that of the checkpoint which engines load
     buckets: list[Bucket]
 
 
@@ -59,9 +59,11 @@ class WeightHub:
     Where engines and trainers have their memory by turns, it also knows whose turn it is.
     """
 
-    def __init__(self) -> None:
-        self.newest_publication = Publication(0, 0, [])
-        self.announced = (0, 0)  # number and version of the publication that is being made, or of the newest
+    def __init__(self, *, checkpoint_version: int = 0) -> None:
+        """`checkpoint_version`: -1 where the checkpoint is not yet the policy, whose version 0 is to come."""
+        self.newest_publication = Publication(0, checkpoint_version, [])
+        # Number and version of the publication that is being made, or of the newest.
+        self.announced = (-checkpoint_version, 0)
         self.engines_turn = True
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
 
@@ -142,7 +144,7 @@ class WeightSync:
         """
         newest: Any = ray.get(self.hub.newest.remote(), timeout=self.timeout_seconds)
         awake: Any = ray.get(self.hub.is_engines_turn.remote(), timeout=self.timeout_seconds)
-        return version > 0 or newest.number > 0 or not awake
+        return version > 0 or newest.number > 0 or newest.version < version or not awake
 
     def push(self, weights: Iterable[Weight], version: int) -> str | None:
         """Every running engine holds `version` then. Returns why the direct way failed, where it did and the

@@ -101,12 +101,13 @@ def make_engine(module: nn.Module, train: OptimizerConfig, *, lr: float | None, 
 
 
 @contextmanager
-def loading(train: OptimizerConfig, dtype: torch.dtype) -> Iterator[None]:
+def loading(train: OptimizerConfig, dtype: torch.dtype, *, in_parts: bool = True) -> Iterator[None]:
     """Inside, transformers gives each rank its part of every weight under ZeRO-3: nobody holds a whole model.
 
-    Heads that are not the checkpoint's, and models below ZeRO-3, come whole. Collective.
+    Heads that are not the checkpoint's, models below ZeRO-3, and those not wanted `in_parts` come whole.
+    Collective.
     """
-    if train.zero_stage < 3:
+    if train.zero_stage < 3 or not in_parts:
         yield
         return
     config = deepspeed_config(train, lr=None, dtype=dtype, num_parameters=MAX_BUCKET_NUMEL)

@@ -106,6 +106,11 @@ RULES = {
         "ref.num_replicas",
         ["ref.location=serve"],
     ),
+    "weights of 4 bits have adapters": (
+        ["model.quantization=nf4"],
+        "model.quantization",
+        ["model.lora.rank=8"],
+    ),
     "policies drop nothing": (
         ["model.lora.dropout=0.1"],
         "model.lora.dropout",

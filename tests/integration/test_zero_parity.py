@@ -5,6 +5,7 @@ Neither the packing nor handing the device to engines between steps makes a diff
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,18 @@ ADAPTED: list[dict[str, Any]] = [
     {"zero_stage": 3},
     {"zero_stage": 3, "offload_params": True, "gradient_checkpointing": True},
 ]
+# And with that in 4 bits.
+QUANTIZED: list[dict[str, Any]] = [
+    {"zero_stage": 0, "gradient_checkpointing": True},
+    {"zero_stage": 2},
+    {"zero_stage": 3},
+]
 LORA = LoraConfig(rank=4, alpha=8)
+MODELS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "adapters": {"lora": LORA},
+    "adapters on 4 bits": {"lora": LORA, "quantization": "nf4"},
+}
 NUM_STEPS = 5
 WORLD_SIZE = 2
 LR = 1e-3
@@ -85,18 +97,25 @@ def global_tokens(step: int) -> float:
     return float(sum(mask.sum() for rank in range(WORLD_SIZE) for _, mask in sequences(step, rank)))
 
 
-def load(model_path: str, lora: LoraConfig | None, chunk_tokens: int) -> PolicyModel:
-    config = TrainedModelConfig(path=model_path, lora=lora)
-    policy = load_policy(config, model_path, device=torch.device("cpu"), chunk_tokens=chunk_tokens)
-    adapt(config, policy.causal_lm, seed=1)
+def load(model_path: str, kind: str, chunk_tokens: int, train: TrainConfig | None = None) -> PolicyModel:
+    """`kind` of `MODELS`, as `train` would have it."""
+    from rayrlhf.train.engine import loading
+
+    model = TrainedModelConfig(path=model_path, **MODELS[kind])
+    cpu = torch.device("cpu")
+    with loading(train, torch.float32, in_parts=model.loads_in_parts) if train is not None else nullcontext():
+        policy = load_policy(model, model_path, device=cpu, chunk_tokens=chunk_tokens)
+    adapt(model, policy.causal_lm, device=cpu, seed=1)
     return policy
 
 
-def plain_adamw(
-    model_path: str, lora: LoraConfig | None
-) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def merged(policy: PolicyModel) -> dict[str, torch.Tensor]:
+    return {w.name: w.merged() for w in weights_of(policy.causal_lm, remove_duplicate=False)}
+
+
+def plain_adamw(model_path: str, kind: str) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """One process, no packing: every sequence by itself."""
-    model = load(model_path, lora, chunk_tokens=10_000)
+    model = load(model_path, kind, chunk_tokens=10_000)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=LR,
@@ -115,21 +134,19 @@ def plain_adamw(
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)))
         optimizer.step()
         losses.append(float(total.detach()))
-    merged = {w.name: w.merged() for w in weights_of(model.causal_lm, remove_duplicate=False)}
-    return losses, norms, merged
+    return losses, norms, merged(model)
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """On each of two workers: the same steps through the learner, in two micro-batches and a filler."""
     from rayrlhf.train import collectives
-    from rayrlhf.train.engine import loading
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.offload import offload_states, reload_states
     from rayrlhf.train.reference import AdaptersOff
 
     torch.set_num_threads(1)
     results = []
-    for variant, lora in arguments["variants"]:
+    for variant, kind in arguments["variants"]:
         config = TrainConfig(
             num_steps=NUM_STEPS,
             num_workers=WORLD_SIZE,
@@ -138,10 +155,10 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             weight_decay=WEIGHT_DECAY,
             max_grad_norm=MAX_GRAD_NORM,
         )
-        with loading(config, torch.float32):
-            policy = load(arguments["model"], lora, chunk_tokens=7)
-        whole = sum(p.numel() for p in policy.parameters() if lora is None or not p.requires_grad)
-        assert (whole == 0) == (config.zero_stage == 3), "under ZeRO-3 nobody holds a whole tensor"
+        policy = load(arguments["model"], kind, chunk_tokens=7, train=config)
+        loaded = sum(p.numel() for p in policy.parameters() if kind == "whole" or not p.requires_grad)
+        in_parts = config.zero_stage == 3 and "quantization" not in MODELS[kind]
+        assert (loaded == 0) == in_parts, "under ZeRO-3 nobody holds a whole tensor"
         if config.gradient_checkpointing:
             checkpoint_activations(policy.causal_lm)
         learner = Learner(policy, config, lr=LR, dtype=torch.float32, name="actor")
@@ -163,7 +180,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         weights = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
         # Without its adapters it is still the model that it was.
         off = AdaptersOff(learner).logprobs([packed(sequences(0, 0))], 1.0)
-        assert torch.equal(off[0], before[0]) == (lora is not None)
+        assert torch.equal(off[0], before[0]) == (kind != "whole")
         # A gradient that is not finite must leave the weights alone and be counted.
         bad_term = Term(batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), {}))
         bad = learner.update(bad_term, step=4)
@@ -177,7 +194,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
     """Of a whole model and of adapters, which a frozen one has."""
-    variants = [*((variant, None) for variant in VARIANTS), *((variant, LORA) for variant in ADAPTED)]
+    each = zip((VARIANTS, ADAPTED, QUANTIZED), MODELS, strict=True)
+    variants = [(variant, kind) for of_kind, kind in each for variant in of_kind]
     result = TorchTrainer(
         train,
         train_loop_config={"model": tiny_model, "variants": variants},
@@ -186,11 +204,11 @@ def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
         run_config=RunConfig(name="parity", storage_path=str(tmp_path)),
     ).fit()
     assert result.return_value is not None
-    start = load(tiny_model, None, chunk_tokens=10_000).causal_lm.state_dict()
-    expected = {adapted: plain_adamw(tiny_model, LORA if adapted else None) for adapted in (False, True)}
-    for (variant, lora), got in zip(variants, result.return_value["results"], strict=True):
-        losses, norms, weights = expected[lora is not None]
-        case = f"{variant}, {'adapters' if lora else 'whole'}"
+    start = {kind: merged(load(tiny_model, kind, chunk_tokens=10_000)) for kind in MODELS}
+    expected = {kind: plain_adamw(tiny_model, kind) for kind in MODELS}
+    for (variant, kind), got in zip(variants, result.return_value["results"], strict=True):
+        losses, norms, weights = expected[kind]
+        case = f"{variant}, {kind}"
         got_losses, got_norms, got_weights, bad_steps, unchanged = got
         assert got_losses == pytest.approx(losses, abs=1e-5), case
         assert got_norms == pytest.approx(norms, rel=1e-5), case
@@ -198,6 +216,8 @@ def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
         for name, wanted in weights.items():
             distance = (torch.from_numpy(got_weights[name].copy()) - wanted).norm()
             assert distance < 1e-5 * wanted.norm(), f"{case} {name}: relative distance {distance:.1e}"
-            if lora is not None:  # of what the adapter has learnt, a small part of the weight
-                assert distance <= 1e-3 * (wanted - start[name]).norm(), f"{case} {name}: {distance:.1e}"
+            if kind != "whole":  # of what the adapter has learnt, a small part of the weight
+                assert distance <= 1e-3 * (wanted - start[kind][name]).norm(), (
+                    f"{case} {name}: {distance:.1e}"
+                )
         assert bad_steps == 1 and unchanged, f"{case} must skip a step with a NaN gradient"

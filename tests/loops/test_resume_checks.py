@@ -54,6 +54,17 @@ def test_adapters_go_on_as_they_were(tmp_path: Path) -> None:
         check_resume(run())
 
 
+def test_frozen_weights_keep_their_bits(tmp_path: Path) -> None:
+    def run(**model: object) -> PolicyRunConfig:
+        return tiny_run(tmp_path, "model", model={"lora": {"rank": 8}, **model})
+
+    config = run(quantization="nf4")
+    leave_checkpoint(Path(config.run.path), **fixed_values(config))
+    check_resume(config)
+    with pytest.raises(InputError, match=r"model\.quantization: got null, wanted nf4"):
+        check_resume(run())
+
+
 def test_a_checkpoint_of_an_earlier_version_is_told_as_such(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, "model")
     leave_checkpoint(Path(config.run.path))

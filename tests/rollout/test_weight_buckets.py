@@ -140,11 +140,11 @@ def test_buckets_by_hand(bucket_bytes: int, buckets: list[list[str]]) -> None:
 
 
 def test_a_partitioned_parameter_counts_whole() -> None:
-    """ZeRO-3 leaves an empty tensor in its place, with the size of the whole in `ds_numel`."""
+    """ZeRO-3 leaves an empty tensor in its place, with the shape of the whole in `ds_shape`."""
 
     def partitioned(numel: int) -> nn.Parameter:
         stub: Any = nn.Parameter(torch.empty(0))
-        stub.ds_numel = numel
+        stub.ds_shape = (numel,)
         return stub
 
     parameters: Group = [Weight(name, partitioned(size)) for name, size in (("a", 20), ("b", 20), ("c", 1))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,9 +55,10 @@ class Task:
         self.config = setting.config
         self.device = collectives.device()
         self.dtype = resolve_dtype(self.config.model.dtype, self.device)
-        with loading(self.config.train, self.dtype) if self.loads_in_parts else nullcontext():
+        in_parts = self.loads_in_parts and self.config.model.loads_in_parts
+        with loading(self.config.train, self.dtype, in_parts=in_parts):
             module = self.load_module()
-        adapt(self.config.model, self.decoder_of(module), seed=self.config.run.seed)
+        adapt(self.config.model, self.decoder_of(module), device=self.device, seed=self.config.run.seed)
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.decoder_of(module))
         self.learner = Learner(

@@ -1,0 +1,64 @@
+"""Frozen linear layers in 4 bits: NF4 in blocks of 64 with double quantisation (QLoRA, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+CHECKSUM = "nf4_checksum"
+
+
+class Nf4Linear(Linear4bit):
+    """bitsandbytes' layer. A checkpoint keeps a checksum of its weight, which is made anew from the model's
+    folder.
+    """
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        with torch.device("meta"):  # a random weight that nobody needs
+            super().__init__(
+                linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype, quant_type="nf4"
+            )
+        weight: Any = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=self)
+        self.weight = weight.to(device)  # which quantises
+        self.bias = linear.bias
+        self.checksum = self.weight.data.sum(dtype=torch.int64).cpu()
+        # In evaluation mode some CPUs would lay weights out anew, and gradients behind them become 0.
+        self.support_avx512bf16_for_cpu = False
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + CHECKSUM] = self.checksum
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
+        if not torch.equal(state_dict[prefix + CHECKSUM], self.checksum):
+            raise ValueError(
+                f"{prefix.rstrip('.')}: its 4-bit weights are not those that the checkpoint's adapters were "
+                "trained on; model.path must be the model that the run began with"
+            )
+        if self.bias is not None:
+            self.bias.data.copy_(state_dict[f"{prefix}bias"])
+
+
+def quantize(model: PreTrainedModel, device: torch.device) -> None:
+    """Replace all linear layers but the output head, one by one; `device` keeps the 4-bit weights."""
+    head = model.get_output_embeddings()
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    for name, linear in layers.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, Nf4Linear(linear, device))
+
+
+def dense(parameter: nn.Parameter) -> Tensor:
+    """The weight that a 4-bit parameter stands for, in the dtype that it had."""
+    state: Any = parameter.quant_state  # pyright: ignore[reportAttributeAccessIssue]  # Params4bit's
+    return dequantize_4bit(parameter.data, state)
