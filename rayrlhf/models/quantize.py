@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +23,8 @@ class Nf4Linear(Linear4bit):
             super().__init__(
                 linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype, quant_type="nf4"
             )
-        weight: Any = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=self)
+        parameter: Any = Params4bit  # whose type is that of any parameter
+        weight = parameter(linear.weight.data, requires_grad=False, quant_type="nf4", module=self)
         self.weight = weight.to(device)  # which quantises
         self.bias = linear.bias
         self.checksum = self.weight.data.sum(dtype=torch.int64).cpu()
@@ -35,7 +36,7 @@ class Nf4Linear(Linear4bit):
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any, **__: Any) -> None:
         if not torch.equal(state_dict[prefix + CHECKSUM], self.checksum):
             raise ValueError(
                 f"{prefix.rstrip('.')}: its 4-bit weights are not those that the checkpoint's adapters were "
