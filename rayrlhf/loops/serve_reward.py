@@ -28,6 +28,7 @@ from rayrlhf.loops.serve_reward_checks import check_sources
 from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, create_slots, resolve_gpus_per_slot
+from rayrlhf.placement.apps import app_statuses
 from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
 from rayrlhf.placement.plan import PlacementSpec, Units, place
 from rayrlhf.reward.server import Served, server_app
@@ -150,10 +151,10 @@ def _stay(app: str, console: Console) -> None:
     known = "RUNNING"
     while True:
         time.sleep(LOOK_SECONDS)
-        applications = serve.status().applications
+        applications = app_statuses()
         if app not in applications:
             raise DeploymentFailed(f"somebody has deleted the application {app} from this cluster's Serve")
-        status = applications[app].status.value
+        status = applications[app].app_status.status.value
         if status != known:
             console.say(f"{'well again' if status == 'RUNNING' else status.lower()}")
             known = status

@@ -18,6 +18,7 @@ from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatus
 
 from rayrlhf.loops.watchdog import name_session, start_watchdog
+from rayrlhf.placement.apps import app_statuses
 
 POLL_SECONDS = 0.25
 SERVE_START_SECONDS = 30.0  # for Serve to be found by a job that came second
@@ -125,14 +126,15 @@ def wait_for_apps(
     stop = stop or threading.Event()
     deadline = time.monotonic() + timeout_seconds
     while waiting and not stop.wait(POLL_SECONDS):
-        status = serve.status().applications
-        for name in sorted(waiting & set(status)):
-            app = status[name]
+        statuses = app_statuses()
+        for name in sorted(waiting & set(statuses)):
+            app = statuses[name].app_status
             if app.status == ApplicationStatus.RUNNING:
                 waiting.discard(name)
                 tell(f"{name.rpartition('-')[2]} is up")
             elif app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-                reasons = [d.message for d in app.deployments.values() if d.message] or [app.message]
+                deployments = statuses[name].deployment_statuses
+                reasons = [d.message for d in deployments if d.message] or [app.message]
                 raise DeploymentFailed(f"{name} did not start: {last_line(reasons[0])}") from RuntimeError(
                     reasons[0]
                 )

@@ -18,6 +18,8 @@ from ray import serve
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from rayrlhf.placement.apps import app_statuses
+
 NAMESPACE = "rayrlhf"  # of the named actors of all runs
 WATCH_SECONDS = 1.0
 PING_SECONDS = 20.0
@@ -81,7 +83,7 @@ def delete_apps(run_id: str) -> None:
     """Delete this run's Serve apps, `<run_id>-<role>`, and wait until their replicas are gone."""
 
     def mine() -> list[str]:
-        return [name for name in serve.status().applications if name.startswith(f"{run_id}-")]
+        return [name for name in app_statuses() if name.startswith(f"{run_id}-")]
 
     for name in mine():
         serve.delete(name, _blocking=False)

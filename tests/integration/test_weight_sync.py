@@ -23,6 +23,7 @@ from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.models.adapters import weights_of
 from rayrlhf.placement.apply import create_slots
+from rayrlhf.placement.apps import app_statuses
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.rollout.engine import rollout_deployment
@@ -66,7 +67,7 @@ class Engines:
         app = rollout_deployment(settings, self.slots, num_engines=NUM_ENGINES, max_requests=64)
         deploy({self.job.rollout_app: app})
         with watched([self.job.rollout_app], timeout_seconds=120, tell=print, give_up=lambda: None):
-            while serve.status().applications[self.job.rollout_app].status != "RUNNING":
+            while app_statuses()[self.job.rollout_app].app_status.status != "RUNNING":
                 time.sleep(0.2)
         self.handle = serve.get_app_handle(self.job.rollout_app)
         self.route = route
