@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.samples import Prompt, Sample
 
 
 def make_prompt(

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from rayrlhf.data.store import RowStore
-
-if TYPE_CHECKING:
-    from rayrlhf.batch import Example
+from rayrlhf.samples import Example, TokenSequence
 
 # A row holds one or two sequences; the inner lists have one entry per token.
 SEQUENCE_FIELDS = [
@@ -50,8 +47,6 @@ class ExampleStore(RowStore):
 
 def examples_of(table: pa.Table) -> list[Example]:
     """The rows of a table that has the columns of `EXAMPLE_SCHEMA`."""
-    from rayrlhf.batch import Example, TokenSequence  # not at the top: it imports torch
-
     names = ("row_id", "input_ids", "loss_mask", "targets", "value")
     columns = [table.column(name).to_pylist() for name in names]
     return [

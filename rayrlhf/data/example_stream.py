@@ -12,11 +12,10 @@ import pyarrow as pa
 from rayrlhf.data.example_store import ExampleStore, examples_of
 from rayrlhf.data.plan import StepPlan
 from rayrlhf.data.stream import MAX_BLOCKS, fetched
+from rayrlhf.samples import Example
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
-
-    from rayrlhf.batch import Example
 
 # One row is all that a rank trains on in a step: ranks then have equally many rows, and no split of Ray
 # Data's falls inside a step.

@@ -6,15 +6,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 
 from rayrlhf.data.rows import DataError
-
-if TYPE_CHECKING:
-    from rayrlhf.batch import Prompt
+from rayrlhf.samples import Prompt
 
 PROMPT_FIELDS = [
     pa.field("prompt_ids", pa.list_(pa.int32())),
@@ -111,8 +109,6 @@ class PromptStore(RowStore):
 
 def prompts_of(table: pa.Table) -> list[Prompt]:
     """The rows of a table that has the columns of `STORE_SCHEMA`."""
-    from rayrlhf.batch import Prompt  # not at the top: it imports torch, which the fetching tasks do without
-
     columns = [table.column(name).to_pylist() for name in STORE_SCHEMA.names]
     return [
         Prompt(row_id=row_id, prompt_ids=prompt_ids, prompt=prompt, columns=json.loads(columns_json))

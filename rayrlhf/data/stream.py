@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from rayrlhf.data.store import PromptStore, prompts_of
+from rayrlhf.samples import Prompt
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
-
-    from rayrlhf.batch import Prompt
 
 # Fetching only copies rows out of a mapped file. It asks for no CPU, so that workers which take them all
 # cannot keep their own prompts from coming; since nothing else limits tasks without a CPU, their number is

@@ -10,10 +10,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from rayrlhf.batch import Sample
 from rayrlhf.loops.background import Background
 from rayrlhf.loops.collect import Numbered
 from rayrlhf.loops.prompt_queue import PromptQueue
+from rayrlhf.samples import Sample
 
 # (prompt, version to begin with at least) -> its samples with raw rewards
 CollectGroup = Callable[[Numbered, int], Coroutine[Any, Any, list[Sample]]]

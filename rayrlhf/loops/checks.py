@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.batch import Prompt
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.job import JobConfig
 from rayrlhf.config.reward import RewardConfig
@@ -23,6 +22,7 @@ from rayrlhf.reward.verifiable import check_installed, try_rows
 from rayrlhf.rollout.environments import find_environment, try_environment
 from rayrlhf.rollout.turns import Turns
 from rayrlhf.rollout.user_environment import EnvironmentFailure
+from rayrlhf.samples import Prompt
 from rayrlhf.train.checkpoint import newest_fixed, newest_step
 from rayrlhf.usercode import UserCode, UserCodeError
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.rollout import SamplingConfig
 from rayrlhf.loops.background import Background
 from rayrlhf.reward.score import RewardClient
 from rayrlhf.rollout.client import RolloutClient
+from rayrlhf.samples import Prompt, Sample
 
 Numbered = tuple[int, Prompt]  # group id, prompt
 

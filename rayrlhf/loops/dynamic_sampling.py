@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from rayrlhf.batch import Sample
 from rayrlhf.config.algorithm import DynamicSamplingConfig
+from rayrlhf.samples import Sample
 from rayrlhf.train import collectives
 
 

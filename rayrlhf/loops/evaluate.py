@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.collect import Collector
 from rayrlhf.observe.statistics import bootstrap_interval, pass_at_k
 from rayrlhf.reward.combine import RewardCombiner
+from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train import collectives
 
 # Evaluation has group ids, and thereby seeds, of its own, the same at every evaluation: differences come from

@@ -13,7 +13,6 @@ import pyarrow as pa
 from ray import serve
 from torch import Tensor
 
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.generate import GenerateRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.store import PromptStore, prompts_of
@@ -23,6 +22,7 @@ from rayrlhf.loops.shards import Shard, ShardFolder, answered_row, failed_row, r
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource
 from rayrlhf.rollout.client import RolloutClient
+from rayrlhf.samples import Prompt, Sample
 
 RETRY_SECONDS = 1.0
 RESULT_SCHEMA = pa.schema(

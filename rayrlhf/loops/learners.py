@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
-from rayrlhf.batch import PackedBatch, Sample
+from rayrlhf.batch import PackedBatch
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.advantages import add_advantages
@@ -25,6 +25,7 @@ from rayrlhf.loops.objectives import (
 from rayrlhf.loops.share import MiniBatch, share_out
 from rayrlhf.models.adapters import Weight, weights_of
 from rayrlhf.models.load import adapt, checkpoint_activations, load_policy, resolve_dtype
+from rayrlhf.samples import Sample
 from rayrlhf.train import collectives
 from rayrlhf.train.ema import ExponentialMovingAverage
 from rayrlhf.train.engine import loading

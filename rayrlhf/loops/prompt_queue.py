@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
-from rayrlhf.batch import Prompt
 from rayrlhf.loops.collect import Numbered
+from rayrlhf.samples import Prompt
 
 
 class PromptQueue:

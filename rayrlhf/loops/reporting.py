@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from rayrlhf.batch import Sample
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.metrics import check_keys
 from rayrlhf.placement.lease import NAMESPACE
+from rayrlhf.samples import Sample
 from rayrlhf.train import collectives
 
 

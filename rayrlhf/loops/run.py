@@ -53,7 +53,7 @@ from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.routes import TOLD, weight_route
 from rayrlhf.placement.trainer import SlotTorchTrainer
-from rayrlhf.rollout.weight_sync import Event, WeightHub
+from rayrlhf.rollout.hub import Event, WeightHub
 
 CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
 

@@ -12,8 +12,8 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.loops.identity import write_atomically
+from rayrlhf.samples import Prompt, Sample
 
 PROMPT_TOKENS, RESPONSE_TOKENS = "prompt_tokens", "response_tokens"
 # Those that a row has of its own; with several samples all but the first three are lists.

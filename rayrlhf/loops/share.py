@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rayrlhf.batch import PackedBatch, Sample, empty_like_batch, pack_samples
+from rayrlhf.batch import PackedBatch, empty_like_batch, pack_samples
 from rayrlhf.data.balance import balanced_partition
 from rayrlhf.data.packing import micro_batches, split_even
+from rayrlhf.samples import Sample
 from rayrlhf.train import collectives
 
 MiniBatch = list[PackedBatch]  # micro-batches of one optimizer step on this rank; equally many on every rank

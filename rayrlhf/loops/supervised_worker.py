@@ -8,7 +8,6 @@ from typing import Any
 
 import ray.train
 
-from rayrlhf.batch import Example
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.data.example_stream import iter_examples
 from rayrlhf.loops.held_out import Evaluation, evaluation_of, is_better
@@ -21,6 +20,7 @@ from rayrlhf.loops.tasks.rm import RewardModelTask
 from rayrlhf.loops.tasks.sft import SftTask
 from rayrlhf.loops.tasks.task import MicroBatches, Task, TaskSetting
 from rayrlhf.loops.training_worker import TrainingWorker
+from rayrlhf.samples import Example
 from rayrlhf.train import collectives
 from rayrlhf.train.checkpoint import Saved, restore
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rayrlhf.batch import PackedBatch, Prompt, Sample, empty_like_batch, pack_samples
+from rayrlhf.batch import PackedBatch, empty_like_batch, pack_samples
 from rayrlhf.data.packing import micro_batches
+from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train import collectives
 
 

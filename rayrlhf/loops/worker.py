@@ -12,7 +12,6 @@ import ray.train
 from ray import serve
 
 from rayrlhf.algorithms.advantages import ADVANTAGES
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.data.stream import iter_prompts
 from rayrlhf.loops.ahead import RolloutsAhead
 from rayrlhf.loops.collect import Collector
@@ -32,6 +31,7 @@ from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.reward.score import RewardClient, RewardSource
 from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.rollout.weight_sync import WeightSync
+from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train import collectives
 from rayrlhf.train.checkpoint import Saved, restore
 from rayrlhf.train.engine import gathered

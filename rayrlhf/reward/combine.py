@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrlhf.batch import Sample
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.reward.normalize import RunningMoments, SumOverRanks, batch_moments
+from rayrlhf.samples import Sample
 
 
 class RewardCombiner:

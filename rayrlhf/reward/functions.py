@@ -15,8 +15,8 @@ from typing import Any
 
 from ray import serve
 
-from rayrlhf.batch import Prompt
 from rayrlhf.reward.items import RewardError, ScoreItem
+from rayrlhf.samples import Prompt
 from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
 
 RewardFunction = Callable[..., Any]

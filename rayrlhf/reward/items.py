@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rayrlhf.batch import Prompt
+from rayrlhf.samples import Prompt
 
 # Its square still fits float32, in which advantages are computed.
 LARGEST_REWARD = 1e18

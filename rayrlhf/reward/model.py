@@ -9,7 +9,7 @@ import torch
 from ray import serve
 from transformers import AutoModelForSequenceClassification
 
-from rayrlhf.batch import Prompt, cu_seqlens_of, position_ids_of
+from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.reward import ModelSource
 from rayrlhf.data.packing import micro_batches
@@ -19,6 +19,7 @@ from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
 from rayrlhf.reward.batching import Batcher
 from rayrlhf.reward.items import ScoreItem
+from rayrlhf.samples import Prompt
 
 # Samples that go to the model together; it cuts them into forward passes by their tokens.
 MAX_BATCH = 256

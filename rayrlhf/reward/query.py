@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rayrlhf.batch import Prompt
 from rayrlhf.config.serve_reward import ServedModel
 from rayrlhf.data.rows import BadRow, check_unicode
 from rayrlhf.reward.items import ScoreItem
+from rayrlhf.samples import Prompt
 
 LABEL = "label"  # the column of `Prompt.columns` that holds a query's label
 WANTED = '{"query": [texts], "prompts": [texts], "labels": [values]}'

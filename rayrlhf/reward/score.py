@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from rayrlhf.batch import Sample
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.reward.items import Failure, ScoreItem, checked_reward
+from rayrlhf.samples import Sample
 
 BACKOFF_SECONDS = 0.5  # before the first retry; doubled from one to the next
 MAX_BACKOFF_SECONDS = 30.0

@@ -10,11 +10,11 @@ from typing import Any
 
 from ray import serve
 
-from rayrlhf.batch import Prompt
 from rayrlhf.config.reward import MathSource, ReasoningGymSource
 from rayrlhf.reward.grader_pool import GraderPool
 from rayrlhf.reward.graders import import_reasoning_gym
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem
+from rayrlhf.samples import Prompt
 
 VerifiableSource = MathSource | ReasoningGymSource
 

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rayrlhf.models.adapters import Weight
+from rayrlhf.rollout.hub import TensorSlice
 
 ALIGNMENT_BYTES = 16
 Group = Sequence[Weight]
-
-
-@dataclass(frozen=True)
-class TensorSlice:
-    """Where one weight lies in a bucket."""
-
-    name: str  # as in the Hugging Face checkpoint
-    dtype: str  # as in torch, e.g. "float32"
-    shape: tuple[int, ...]
-    offset_bytes: int
-    num_bytes: int
 
 
 def plan_buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:

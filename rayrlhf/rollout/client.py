@@ -12,10 +12,10 @@ import numpy as np
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.rollout import EngineConfig, RolloutConfig, SamplingConfig
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.samples import Prompt, Sample
 
 if TYPE_CHECKING:
     from rayrlhf.rollout.environments import Episode

@@ -11,8 +11,9 @@ import ray
 import torch
 from torch import Tensor
 
-from rayrlhf.rollout.bucket import Group, TensorSlice, fill, size_of
+from rayrlhf.rollout.bucket import Group, fill, size_of
 from rayrlhf.rollout.device_memory import device_key
+from rayrlhf.rollout.hub import TensorSlice
 from rayrlhf.rollout.meeting import (
     Backend,
     Delivery,

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -21,10 +21,11 @@ from ray.exceptions import ObjectLostError
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
 from rayrlhf.placement.lease import NAMESPACE
-from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.rollout.meeting import Delivery, Meeting, end_meeting
-from rayrlhf.rollout.weight_sync import Part, Publication
+from rayrlhf.rollout.hub import Part, Publication, TensorSlice
+
+if TYPE_CHECKING:
+    from rayrlhf.rollout.meeting import Delivery, Meeting
 
 EXIT_SECONDS = 0.2
 RETRY_SECONDS = 0.2
@@ -129,6 +130,8 @@ class EngineActor:
                 buckets = [(slices, None) for slices in delivery.buckets]
                 await self._load(buckets, delivery.number, delivery.version)
             except Exception as error:
+                from rayrlhf.rollout.meeting import end_meeting  # and with it torch
+
                 self.meeting = None
                 await asyncio.to_thread(end_meeting, meeting, f"{self.name}: {error}")
                 await self.stepper.leave()

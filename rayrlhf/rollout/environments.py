@@ -14,7 +14,6 @@ from typing import Any
 
 from ray import serve
 
-from rayrlhf.batch import Prompt
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.environment import EnvironmentConfig
 from rayrlhf.config.rollout import RolloutConfig
@@ -24,6 +23,7 @@ from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.episodes import Episode, play
 from rayrlhf.rollout.turns import Turns
 from rayrlhf.rollout.user_environment import EnvironmentFailure, UserEnvironment
+from rayrlhf.samples import Prompt
 from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
 
 MAX_EPISODES = 1024  # at once, per replica

@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.device_memory import SharedBuffer, attach
+from rayrlhf.rollout.hub import TensorSlice
 
 Backend = Literal["gloo", "nccl", "ipc"]
 POLL_SECONDS = 0.001

@@ -21,8 +21,8 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from rayrlhf.rollout.bucket import TensorSlice
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.rollout.hub import TensorSlice
 from rayrlhf.rollout.meeting import Meeting
 from rayrlhf.rollout.vllm_worker import BUCKETS
 

@@ -21,8 +21,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from rayrlhf.rollout.bucket import TensorSlice, size_of, unpack
+from rayrlhf.rollout.bucket import size_of, unpack
 from rayrlhf.rollout.device_memory import device_key
+from rayrlhf.rollout.hub import TensorSlice
 from rayrlhf.rollout.meeting import Link, Meeting, join
 
 BUCKETS = "rayrlhf_buckets"

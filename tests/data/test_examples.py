@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayrlhf.batch import Example, TokenSequence
 from rayrlhf.config.examples import (
     ExampleDataConfig,
     KtoDataConfig,
@@ -24,6 +23,7 @@ from rayrlhf.config.examples import (
 from rayrlhf.data.example_store import EXAMPLE_SCHEMA, ExampleStore, examples_of
 from rayrlhf.data.examples import prepare_examples
 from rayrlhf.data.rows import DataError
+from rayrlhf.samples import Example, TokenSequence
 from tests.tiny_model import make_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

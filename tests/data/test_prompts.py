@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.batch import Prompt
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.data.prompts import prepare_prompts
 from rayrlhf.data.rows import DataError
 from rayrlhf.data.store import PromptStore
+from rayrlhf.samples import Prompt
 from tests.tiny_model import make_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

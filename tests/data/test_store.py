@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrlhf.batch import Prompt
 from rayrlhf.data.rows import DataError
 from rayrlhf.data.store import PROMPT_FIELDS, STORE_BATCH_ROWS, ArrowRows, PromptStore, write_store
+from rayrlhf.samples import Prompt
 
 
 def make_store(path: Path, order: list[int]) -> PromptStore:

@@ -12,8 +12,8 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayrlhf.batch import Sample
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.samples import Sample
 from tests.integration.policy_runs import tiny_run
 from tests.samples import make_prompt, make_sample
 

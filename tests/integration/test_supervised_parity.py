@@ -11,9 +11,9 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayrlhf.batch import Example, TokenSequence
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.data.plan import plan_step
+from rayrlhf.samples import Example, TokenSequence
 
 NUM_STEPS, NUM_EXAMPLES = 3, 9
 ROOMY, TIGHT = 512, 80  # tokens per micro-batch: a few of all sequences, or hardly more than the longest pair

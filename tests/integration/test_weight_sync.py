@@ -27,7 +27,8 @@ from rayrlhf.placement.apps import app_statuses
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.rollout.engine import rollout_deployment
-from rayrlhf.rollout.weight_sync import WeightHub, WeightSync
+from rayrlhf.rollout.hub import WeightHub
+from rayrlhf.rollout.weight_sync import WeightSync
 from tests.integration.policy_runs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

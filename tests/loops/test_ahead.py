@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from rayrlhf.batch import Sample
 from rayrlhf.loops.ahead import RolloutsAhead
 from rayrlhf.loops.background import Background
 from rayrlhf.loops.collect import Numbered
 from rayrlhf.loops.prompt_queue import PromptQueue
+from rayrlhf.samples import Sample
 from tests.samples import make_prompt, make_sample
 
 PER_STEP = 2

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.config.rollout import SamplingConfig
 from rayrlhf.loops.collect import Collector
+from rayrlhf.samples import Prompt, Sample
 from tests.samples import make_prompt, make_sample
 
 SAMPLING = SamplingConfig(temperature=0.5)

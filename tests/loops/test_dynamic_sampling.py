@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rayrlhf.batch import Sample
 from rayrlhf.config.algorithm import DynamicSamplingConfig
 from rayrlhf.loops import dynamic_sampling
 from rayrlhf.loops.dynamic_sampling import count_groups, first_groups, in_range, scored_groups
+from rayrlhf.samples import Sample
 from tests.samples import make_sample
 
 

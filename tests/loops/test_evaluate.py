@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.batch import Prompt, Sample
 from rayrlhf.loops import evaluate as evaluate_module
 from rayrlhf.loops.collect import Collector
 from rayrlhf.loops.evaluate import FIRST_GROUP_ID, Evaluation, eval_plan, evaluate
 from rayrlhf.observe.metrics import check_keys
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.reward.score import RewardFailure
+from rayrlhf.samples import Prompt, Sample
 from tests.samples import make_config, make_prompt, make_sample
 
 

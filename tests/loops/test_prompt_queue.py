@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.batch import Prompt
 from rayrlhf.loops.prompt_queue import PromptQueue
+from rayrlhf.samples import Prompt
 from tests.samples import make_prompt
 
 

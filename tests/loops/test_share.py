@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.batch import Sample
 from rayrlhf.loops import share
 from rayrlhf.loops.share import MiniBatch, Shared, share_out
 from rayrlhf.observe.metrics import METRICS
+from rayrlhf.samples import Sample
 from tests.samples import make_prompt, make_sample
 
 

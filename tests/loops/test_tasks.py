@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayrlhf.batch import Example, TokenSequence, empty_examples, pack_examples
+from rayrlhf.batch import empty_examples, pack_examples
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.train import SupervisedTrainConfig
 from rayrlhf.loops.tasks.task import Mean, example_ids, mean_over, means_of, real_examples, summed
+from rayrlhf.samples import Example, TokenSequence
 
 
 def test_means_of_sums() -> None:

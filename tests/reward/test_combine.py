@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrlhf.batch import Sample
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.reward.combine import RewardCombiner, overlong_share
+from rayrlhf.samples import Sample
 from tests.samples import make_sample
 
 LIMIT = 10  # tokens of the longest response

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.batch import Sample
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.reward import score as score_module
 from rayrlhf.reward.items import LARGEST_REWARD, Failure, ScoreItem
 from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource, backoff_seconds
+from rayrlhf.samples import Sample
 from tests.samples import make_prompt, make_sample
 
 Rewards = list[float | None]

@@ -12,12 +12,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from rayrlhf.batch import Sample
 from rayrlhf.config.rollout import RolloutConfig, SamplingConfig
 from rayrlhf.rollout import client as client_module
 from rayrlhf.rollout.client import MAX_ENGINE_DEATHS, RolloutClient, sample_seed, vllm_params
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.samples import Sample
 from tests.samples import make_prompt
 
 PROMPT = make_prompt([5, 6])

@@ -21,7 +21,7 @@ from rayrlhf.rollout.bucket import (
     plan_buckets,
     unpack,
 )
-from rayrlhf.rollout.weight_sync import Publication, WeightHub
+from rayrlhf.rollout.hub import Publication, WeightHub
 
 Group = list[Weight]
 ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}

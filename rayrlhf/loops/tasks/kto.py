@@ -10,13 +10,14 @@ from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import sequence_sums
 from rayrlhf.algorithms.preference_losses import kto, kto_kl, kto_reference_point
-from rayrlhf.batch import Example, PackedBatch
+from rayrlhf.batch import PackedBatch
 from rayrlhf.config.supervised import KtoRunConfig
 from rayrlhf.loops.tasks.packing import pack_evenly
 from rayrlhf.loops.tasks.reference import FrozenReference
 from rayrlhf.loops.tasks.sft import LanguageModelTask
 from rayrlhf.loops.tasks.task import Mean, Measured, MicroBatches, TaskSetting, mean_over, real_examples
 from rayrlhf.models.logprobs import TokenLogprobs
+from rayrlhf.samples import Example
 from rayrlhf.train import collectives
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayrlhf.batch import Example, PackedBatch, empty_examples, pack_examples
+from rayrlhf.batch import PackedBatch, empty_examples, pack_examples
 from rayrlhf.data.packing import micro_batches
+from rayrlhf.samples import Example
 from rayrlhf.train import collectives
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import sequence_sums
-from rayrlhf.batch import Example, PackedBatch, empty_examples, pack_examples
+from rayrlhf.batch import PackedBatch, empty_examples, pack_examples
 from rayrlhf.config.supervised import FrozenRefConfig, SupervisedConfig
+from rayrlhf.samples import Example
 from rayrlhf.train import collectives
 from rayrlhf.train.learner import Learner
 from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.batch import Example, PackedBatch, empty_examples, pack_examples
+from rayrlhf.batch import PackedBatch, empty_examples, pack_examples
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.models.load import adapt, checkpoint_activations, resolve_dtype
+from rayrlhf.samples import Example
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
