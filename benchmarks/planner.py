@@ -116,7 +116,7 @@ def _measure(name: str, train: Any, rank: int) -> dict[str, Any]:
     )
     causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA, dtype=torch.float32)
     lora = LoraConfig(rank=rank) if rank else None
-    adapt(TrainedModelConfig(path=name, lora=lora), causal_lm, seed=0)
+    adapt(TrainedModelConfig(path=name, lora=lora), causal_lm, device=torch.device("cpu"), seed=0)
     if train.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     module = PolicyModel(causal_lm, chunk_tokens=train.logprob_chunk_tokens)

@@ -32,7 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "simpo": {"job": "dpo", "algorithm": {"loss": "simpo", "beta": 2.0, "gamma": 0.5}},
     "kto": {"job": "kto", "algorithm": {"desirable_weight": 1.5}},
     "kd": {"job": "kd", "teacher": {}},
-    "rm-lora": {"job": "rm", "model": LORA},
+    "rm-qlora": {"job": "rm", "model": {**LORA, "quantization": "nf4"}},
     "kto-lora": {"job": "kto", "model": LORA},
     "dpo-lora": {"job": "dpo", "model": LORA},
     "dpo-lora-copy": {"job": "dpo", "model": LORA, "ref": {}},  # the reference is a model of its own
@@ -66,7 +66,7 @@ def make_config(task: str, folder: Path, model: str, teacher: str, budget: int) 
         "data": {"train": "none.jsonl", "max_tokens": budget // 2, **given.get("data", {})},
         "train": {
             "num_steps": NUM_STEPS,
-            "zero_stage": 3 if task in ("dpo", "rm", "kd", "dpo-lora", "dpo-lora-copy") else 2,
+            "zero_stage": 3 if task in ("dpo", "rm", "kd", "rm-qlora", "dpo-lora", "dpo-lora-copy") else 2,
             "max_tokens_per_micro_batch": budget,
             "lr": 1e-3,
         },
@@ -134,7 +134,7 @@ def test_packing_and_ranks_make_no_difference(tmp_path: Path, tiny_model: str) -
     packed = run_on(1, tmp_path / "packed", configs(ROOMY))
     off, copy = (packed[task]["history"] for task in ("dpo-lora", "dpo-lora-copy"))
     assert off == copy, "a model without its adapters is the reference"
-    assert off[-1]["reward/margin"] != 0 and packed["rm-lora"]["history"][-1]["reward/margin"] != 0
+    assert off[-1]["reward/margin"] != 0 and packed["rm-qlora"]["history"][-1]["reward/margin"] != 0
     for other in (run_on(1, tmp_path / "apart", configs(TIGHT)), run_on(2, tmp_path / "two", configs(TIGHT))):
         for task, wanted in packed.items():
             for told, told_packed in zip(other[task]["history"], wanted["history"], strict=True):
