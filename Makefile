@@ -4,7 +4,7 @@
 #   make demo     train a 135M model with PPO through `ray job submit`, on CPU, and show what it learned
 #   make pipeline SFT, a reward model, PPO and DPO in a chain on the same model, on CPU
 #   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
-#   make learning every learning test from all its seeds, and every preset of placement, about 50 minutes
+#   make learning the tests that `make test` leaves out for time, above all learning from several seeds; about an hour
 #   make gpu-check the CUDA paths on one GPU, and what they reach; without one it says so
 #   make check    lint, formatting, types, import layers
 #   make rendered the examples of cluster/, from the jobs' own files
@@ -46,8 +46,7 @@ test: model
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 learning: model
-	$(BIN)/python -m pytest -m "not gpu" tests/integration/test_learning.py tests/integration/test_agents.py \
-		tests/integration/test_presets.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "seeds and not gpu" $(PYTEST_ARGS)
 
 check: install
 	$(BIN)/ruff check

@@ -45,6 +45,7 @@ def model_of(folder: Path) -> str:
     return json.loads((folder / "generate.json").read_text())["model"]["path"]
 
 
+@pytest.mark.seeds  # two rounds, stopped in between: five starts of Ray Serve or Train
 def test_iterative_dpo(
     tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

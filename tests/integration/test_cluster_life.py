@@ -123,6 +123,7 @@ def test_jobs_do_not_disturb_each_other_and_one_too_many_is_refused_at_once(
     assert losses(first) == pytest.approx(losses(second), rel=1e-5), "same seed, same data, same numbers"
 
 
+@pytest.mark.seeds
 def test_a_critic_that_is_killed_takes_the_actor_back_to_the_checkpoint_with_it(
     start: Start, tiny_model: str, tmp_path: Path
 ) -> None:
