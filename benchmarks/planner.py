@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,19 +38,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 2, "vocab_size": 40_000, "tie_word_embeddings": True},
 }
 CASES = [
-    # model or shape, tokens of a micro-batch, ZeRO stage, gradient checkpointing, rank of adapters (0: none)
-    (SMOLLM2, 1024, 0, False, 0),
-    (SMOLLM2, 2048, 2, True, 0),
-    (SMOLLM2, 2048, 2, True, 16),
+    # model or shape, tokens of a micro-batch, ZeRO stage, gradient checkpointing, what is trained
+    (SMOLLM2, 1024, 0, False, "all"),
+    (SMOLLM2, 2048, 2, True, "all"),
+    (SMOLLM2, 2048, 2, True, "LoRA"),
+    ("wide and shallow, many key-value heads", 2048, 2, True, "QLoRA"),
     *[
-        (name, 2048, stage, checkpointing, rank)
+        (name, 2048, stage, checkpointing, trained)
         for name in SHAPES
-        for stage, checkpointing, rank in ((0, False, 0), (2, True, 0), (2, True, 16))
+        for stage, checkpointing, trained in ((0, False, "all"), (2, True, "all"), (2, True, "LoRA"))
     ],
 ]
+RANK = 16  # of adapters
 
 
-def compare(name: str, tokens: int, stage: int, checkpointing: bool, rank: int) -> dict[str, Any]:
+def compare(name: str, tokens: int, stage: int, checkpointing: bool, trained: str) -> dict[str, Any]:
     """Bytes predicted and measured, in this process."""
     import torch
     import torch.distributed as dist
@@ -67,17 +70,17 @@ def compare(name: str, tokens: int, stage: int, checkpointing: bool, rank: int) 
     )
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        measured = _measure(name, train, rank)
+        measured = _measure(name, train, trained)
         dist.destroy_process_group()
     shape = shape_of(measured.pop("config"), name)
-    adapter = memory.Adapter(rank) if rank else None
+    adapter = memory.Adapter(RANK, quantized=trained == "QLoRA") if trained != "all" else None
     predicted = memory.trainer(
         shape, train, memory.Precision(4, on_gpu=False), num_workers=1, name="actor", adapter=adapter
     )
     parameters = shape.parameters + (adapter.parameters(shape) if adapter else 0)
     state = predicted.only("weights", "optimizer").total
     return {
-        "case": [name, tokens, stage, checkpointing, rank],
+        "case": [name, tokens, stage, checkpointing, trained],
         "parameters": {"predicted": parameters, "measured": measured["parameters"]},
         "weights and optimizer": {"predicted": state, "measured": measured["before"]},
         "gradients": {"predicted": predicted.device["gradients"], "measured": measured["gradients"]},
@@ -93,7 +96,7 @@ def compare(name: str, tokens: int, stage: int, checkpointing: bool, rank: int) 
     }
 
 
-def _measure(name: str, train: Any, rank: int) -> dict[str, Any]:
+def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,6 +105,7 @@ def _measure(name: str, train: Any, rank: int) -> dict[str, Any]:
     from rayrlhf.config.algorithm import AlgorithmConfig
     from rayrlhf.config.model import LoraConfig, TrainedModelConfig
     from rayrlhf.loops.objectives import StepCounts, policy_forward, policy_objective
+    from rayrlhf.models.adapters import adapter_weights, weights_of
     from rayrlhf.models.attention import VARLEN_SDPA
     from rayrlhf.models.load import adapt, checkpoint_activations
     from rayrlhf.models.logprobs import PolicyModel
@@ -115,8 +119,12 @@ def _measure(name: str, train: Any, rank: int) -> dict[str, Any]:
         else AutoConfig.from_pretrained(name)
     )
     causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA, dtype=torch.float32)
-    lora = LoraConfig(rank=rank) if rank else None
-    adapt(TrainedModelConfig(path=name, lora=lora), causal_lm, device=torch.device("cpu"), seed=0)
+    model = TrainedModelConfig(
+        path=name,
+        lora=LoraConfig(rank=RANK) if trained != "all" else None,
+        quantization="nf4" if trained == "QLoRA" else None,
+    )
+    adapt(model, causal_lm, device=torch.device("cpu"), seed=0)
     if train.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     module = PolicyModel(causal_lm, chunk_tokens=train.logprob_chunk_tokens)
@@ -141,7 +149,8 @@ def _measure(name: str, train: Any, rank: int) -> dict[str, Any]:
     counted = update_memory.allocations(learner, Term([batch], term.forward, term.loss))
     decoder = counted["decoder"]  # of a first micro-batch: no gradients are alive beside it
     counted = update_memory.allocations(learner, term)
-    parameters = sum(p.numel() for p in learner.module.parameters())
+    parameters = sum(math.prod(weight.shape) for weight in weights_of(learner.module))
+    parameters += sum(parameter.numel() for _, parameter in adapter_weights(learner.module))
     return {
         "config": config.to_dict(),
         "parameters": parameters,
@@ -171,12 +180,13 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], passed: bool)
         "# What the planner predicts and what is measured",
         "",
         "One optimizer step of two micro-batches, fp32 on the CPU, one rank; MB predicted / measured.",
+        f"Adapters (LoRA, and QLoRA on NF4 weights) have rank {RANK}, on all linear layers.",
         "",
-        "| model | parameters | tokens | ZeRO | checkpointing | LoRA | " + " | ".join(kinds) + " |",
+        "| model | parameters | tokens | ZeRO | checkpointing | trained | " + " | ".join(kinds) + " |",
         "|---|---:|---:|---:|---|---|" + "---:|" * len(kinds),
     ]
     for row in rows:
-        name, tokens, stage, checkpointing, rank = row["case"]
+        name, tokens, stage, checkpointing, trained = row["case"]
         cells = [
             f"{row[kind]['predicted'] / MB:.1f} / {row[kind]['measured'] / MB:.1f} ({off_by(row, kind):+.1%})"
             for kind in kinds
@@ -184,9 +194,7 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], passed: bool)
         exact = "" if row["parameters"]["predicted"] == row["parameters"]["measured"] else " (WRONG)"
         lines.append(
             f"| {name} | {row['parameters']['measured']:,}{exact} | {tokens} | {stage} "
-            f"| {'yes' if checkpointing else 'no'} | {f'rank {rank}' if rank else 'no'} | "
-            + " | ".join(cells)
-            + " |"
+            f"| {'yes' if checkpointing else 'no'} | {trained} | " + " | ".join(cells) + " |"
         )
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     lines += [

@@ -6,15 +6,15 @@ import pytest
 
 from benchmarks.planner import ALLOWED, CASES, SHAPES, in_a_process_of_its_own, off_by
 
-# With gradient checkpointing: all shapes as a whole, and one with adapters.
-WHOLE = [index for index, case in enumerate(CASES) if case[0] in SHAPES and case[3] and not case[4]]
-ADAPTED = [index for index, case in enumerate(CASES) if case[0] in SHAPES and case[4]][:1]
+SMALL = [index for index, case in enumerate(CASES) if case[0] in SHAPES and case[3]]  # with checkpointing
+WHOLE = [index for index in SMALL if CASES[index][4] == "all"]
+LORA, QLORA = (next(index for index in SMALL if CASES[index][4] == kind) for kind in ("LoRA", "QLoRA"))
 KINDS = ("weights and optimizer", "gradients", "activations", "peak")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "index", WHOLE + ADAPTED, ids=lambda index: f"{CASES[index][0]}, rank {CASES[index][4]}"
+    "index", [*WHOLE, LORA, QLORA], ids=lambda index: f"{CASES[index][0]}, {CASES[index][4]}"
 )
 def test_within_ten_percent(index: int) -> None:
     row = in_a_process_of_its_own(index)
