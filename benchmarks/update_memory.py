@@ -134,7 +134,8 @@ def state_bytes(learner: Learner) -> int:
 def live_bytes() -> int:
     """Of every tensor that Python can reach; a storage that several share counts once."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]  # asking `t` might wake a lazy module
+    # Of its type, since asking an object for its class may wake a lazy module.
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
