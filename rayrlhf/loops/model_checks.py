@@ -34,8 +34,8 @@ def check_models(config: Any) -> None:
 
 
 def check_adapters(config: Any) -> None:
-    """Of any job that trains. Raises `InputError` for adapters of layers that a model does not have. Reads no
-    weights.
+    """Of any job that trains. Raises `InputError` for adapters of layers that a model does not have, and
+    where it has none to put into 4 bits. Reads no weights.
     """
     model = config.model
     if model.lora is None:
@@ -50,6 +50,10 @@ def check_adapters(config: Any) -> None:
         with torch.device("meta"):
             decoder = AutoModel.from_config(found, trust_remote_code=model.trust_remote_code)
         _ask("model.lora.target_modules", check_targets, decoder, model.lora)
+        if model.quantization is not None:
+            from rayrlhf.models.quantize import layers_to_quantize  # and with it bitsandbytes
+
+            _ask("model.quantization", layers_to_quantize, decoder)
 
 
 def _ask(key: str, check: Any, *arguments: Any) -> None:

@@ -47,16 +47,27 @@ class Nf4Linear(Linear4bit):
 
 
 def quantize(model: PreTrainedModel, device: torch.device) -> None:
-    """Replace all linear layers but the output head, one by one; `device` keeps the 4-bit weights."""
+    """Replace all linear layers but the output head, one by one; `device` keeps the 4-bit weights. Raises
+    `ValueError` as `layers_to_quantize` does.
+    """
+    for name, linear in layers_to_quantize(model).items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, Nf4Linear(linear, device))
+
+
+def layers_to_quantize(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """By name. Raises `ValueError` for a model that has none (GPT-2's layers are convolutions)."""
     head = model.get_output_embeddings()
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
-    for name, linear in layers.items():
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, Nf4Linear(linear, device))
+    if not layers:
+        raise ValueError(
+            f"got nf4 for {type(model).__name__}, wanted a model with linear layers. Fix: remove the key"
+        )
+    return layers
 
 
 def dense(parameter: nn.Parameter) -> Tensor:

@@ -63,3 +63,12 @@ def test_adapters_are_of_layers_that_the_model_has(tmp_path: Path) -> None:
     other = tiny_run(tmp_path, str(tmp_path / "actor"), **lora, critic={"path": str(tmp_path / "critic")})
     with pytest.raises(InputError, match=r"model\.lora\.target_modules: got q_proj, wanted .* c_attn"):
         check_adapters(other)
+    quantized = {"model": {"lora": {}, "quantization": "nf4"}}
+    check_adapters(tiny_run(tmp_path, str(tmp_path / "actor"), **quantized))
+    other = tiny_run(
+        tmp_path, str(tmp_path / "actor"), **quantized, critic={"path": str(tmp_path / "critic")}
+    )
+    with pytest.raises(
+        InputError, match=r"model\.quantization: got nf4 for GPT2Model, wanted a model with linear"
+    ):
+        check_adapters(other)
