@@ -46,7 +46,8 @@ test: model
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 learning: model
-	$(BIN)/python -m pytest -m "seeds and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "seeds and not gpu" --ignore=tests/integration/test_presets.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" tests/integration/test_presets.py $(PYTEST_ARGS) # all: they are compared
 
 check: install
 	$(BIN)/ruff check

@@ -145,7 +145,7 @@ def _policy_roles(
         precision,
         num_workers=train.num_workers,
         name="actor",
-        adapter=_adapter(config, what_if),
+        adapter=_adapter(config),
         sequence_parallel=what_if.sequence_parallel,
     )
     roles: dict[str, Bytes] = {}
@@ -157,7 +157,7 @@ def _policy_roles(
             precision,
             num_workers=config.num_critic_workers if apart else train.num_workers,
             name="critic",
-            adapter=_adapter(config, what_if),
+            adapter=_adapter(config),
             has_head=False,
         )
         if apart:
@@ -172,7 +172,7 @@ def _policy_roles(
             ranks = train.num_workers if train.zero_stage == 3 else 1
             actor += memory.frozen(ref_shape, precision, name="ref", ranks=ranks)
     if config.algorithm.ema_beta is not None:
-        adapter = _adapter(config, what_if)
+        adapter = _adapter(config)
         averaged = shape.parameters if adapter is None else adapter.parameters(shape)
         actor += Bytes({}, {"average": averaged * 4 // train.num_workers})
     # Weights on their way to the engines stand in the object store once.
@@ -181,7 +181,7 @@ def _policy_roles(
     return roles | _reward_roles(config.reward, shapes, precision)
 
 
-def _adapter(config: Any, what_if: WhatIf) -> Adapter | None:
+def _adapter(config: Any) -> Adapter | None:
     lora = config.model.lora
     if lora is None:
         return None
@@ -248,7 +248,7 @@ def _supervised_roles(
         precision,
         num_workers=train.num_workers,
         name="model",
-        adapter=_adapter(config, what_if),
+        adapter=_adapter(config),
         sequence_parallel=what_if.sequence_parallel,
         has_head=config.job not in SCORERS,
     )

@@ -116,6 +116,11 @@ def test_grpo_without_critic_and_adapters_without_a_reference_model(
     moved = {name for name, tensor in weights.items() if not torch.equal(tensor, start[name])}
     assert moved == {name for name in start if "_proj" in name}
     if quantization is not None:
+        changes["train"] = {"num_steps": 4, "lr": 1e-2}
+        assert run_policy(tiny_run(tmp_path, tiny_model, **changes)) == 0
+        lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
+        *_, again = [json.loads(line) for line in lines]
+        assert again["step"] == 4 and again["rollout/logprob_diff_mean"] < 1e-3
         return
     assert merge_lora([str(export / "adapter"), str(tmp_path / "merged")]) == 0
     for name, tensor in load_file(tmp_path / "merged/model.safetensors").items():
