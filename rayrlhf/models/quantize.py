@@ -14,8 +14,8 @@ CHECKSUM = "nf4_checksum"
 
 
 class Nf4Linear(Linear4bit):
-    """bitsandbytes' layer. Its weight is made anew from the model's folder; a state dict has a checksum of it,
-    to tell another model from the one that adapters were trained on.
+    """bitsandbytes' layer. Its weight is made anew from the model's folder; a state dict has a checksum
+    of it, to tell another model from the one that adapters were trained on.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
