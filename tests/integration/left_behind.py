@@ -4,6 +4,7 @@ actors.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 from typing import Any
@@ -16,7 +17,11 @@ from ray.util.state import list_actors
 OURS = ("Board", "WeightHub", "Reaper", "EngineActor", "_SlotController", "RayTrainWorker")
 
 
+SECONDS = 25.0
+
+
 def main() -> None:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     ray.init(logging_level=logging.ERROR, log_to_driver=False)
     listed: list[Any] = list(list_actors(limit=1000))
     actors = [actor.class_name for actor in listed if actor.state != "DEAD"]

@@ -28,7 +28,8 @@ NOTHING = {"apps": [], "groups": [], "actors": []}
 def left_behind(head: LocalHead) -> dict[str, Any]:
     environment = head.client_env() | {"RAY_ADDRESS": head.gcs_address}
     script = [sys.executable, "-m", "tests.integration.left_behind"]
-    done = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
