@@ -21,15 +21,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 150
-GONE_SECONDS = 30
+GONE_SECONDS = 60  # it takes 4 to 8, and a look at it as long
 NOTHING = {"apps": [], "groups": [], "actors": []}
 
 
 def left_behind(head: LocalHead) -> dict[str, Any]:
+    """A look that did not come to an end says where it hung, and is no answer: it equals nothing else."""
     environment = head.client_env() | {"RAY_ADDRESS": head.gcs_address}
     script = [sys.executable, "-m", "tests.integration.left_behind"]
     done = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        print(done.stderr)
+        return {"apps": [], "groups": [], "actors": [], "failed": done.returncode}
     return json.loads(done.stdout.splitlines()[-1])
 
 
