@@ -10,12 +10,10 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-CHECKSUM = "nf4_checksum"
-
 
 class Nf4Linear(Linear4bit):
-    """bitsandbytes' layer. Its weight is made anew from the model's folder; a state dict has a checksum
-    of it, to tell another model from the one that adapters were trained on.
+    """bitsandbytes' layer, made from a dense one. A state dict has the packed weight without the constants
+    that unpack it: nobody loads it, for the model's folder has the dense one.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
@@ -27,23 +25,11 @@ class Nf4Linear(Linear4bit):
         weight = parameter(linear.weight.data, requires_grad=False, quant_type="nf4", module=self)
         self.weight = weight.to(device)  # which quantises
         self.bias = linear.bias
-        self.checksum = self.weight.data.sum(dtype=torch.int64).cpu()
         # In evaluation mode some CPUs would lay weights out anew, and gradients behind them become 0.
         self.support_avx512bf16_for_cpu = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + CHECKSUM] = self.checksum
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any, **__: Any) -> None:
-        if not torch.equal(state_dict[prefix + CHECKSUM], self.checksum):
-            raise ValueError(
-                f"{prefix.rstrip('.')}: its 4-bit weights are not those that the checkpoint's adapters were "
-                "trained on; model.path must be the model that the run began with"
-            )
-        if self.bias is not None:
-            self.bias.data.copy_(state_dict[f"{prefix}bias"])
+        nn.Linear._save_to_state_dict(self, destination, prefix, keep_vars)
 
 
 def quantize(model: PreTrainedModel, device: torch.device) -> None:

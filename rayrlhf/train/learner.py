@@ -15,7 +15,7 @@ from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.adapters import TrainedAdapter
-from rayrlhf.train import collectives
+from rayrlhf.train import collectives, frozen
 from rayrlhf.train.engine import adapter_state_dict, full_state_dict, make_engine
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 from rayrlhf.train.resize import TAG, load_universal, read_layout, resized, write_layout
@@ -150,16 +150,25 @@ class Learner:
         return TrainedAdapter(model.lora, model.path, state)
 
     def save(self, folder: Path) -> None:
-        """This rank's shard of parameters and optimizer. Collective."""
-        self.engine.save_checkpoint(str(folder / self.name), tag=TAG, save_latest=False)
+        """This rank's shard of what is trained, parameters and optimizer. Collective."""
+        shards = folder / self.name
+        with frozen.left_out(self.module):
+            self.engine.save_checkpoint(
+                str(shards), tag=TAG, save_latest=False, exclude_frozen_parameters=True
+            )
+        sums = frozen.bit_sums(self.module)
         if collectives.rank() == 0:
-            write_layout(folder / self.name, self.train.zero_stage)
+            write_layout(shards, self.train.zero_stage, sums)
 
     def load(self, folder: Path) -> None:
-        """Also what another number of workers has saved. Collective."""
+        """Also what another number of workers has saved. Collective. Raises `ValueError` when frozen weights
+        are not those beside which it was trained.
+        """
         shards = folder / self.name
-        if read_layout(shards)["workers"] == collectives.world_size() or not _has_shards(shards):
-            path, _ = self.engine.load_checkpoint(str(shards), tag=TAG)
+        layout = read_layout(shards)
+        frozen.check(layout["frozen"], self.module)
+        if layout["workers"] == collectives.world_size() or not _has_shards(shards):
+            path, _ = self.engine.load_checkpoint(str(shards), tag=TAG, custom_load_fn=frozen.load)
         else:
             with resized(shards) as universal:
                 path, _ = load_universal(self.engine, universal)

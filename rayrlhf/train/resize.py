@@ -14,23 +14,29 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rayrlhf.train import collectives
 
-LAYOUT = "layout.json"  # how many workers have saved, and how they divide their states
+LAYOUT = "layout.json"  # how many workers have saved, how they divide their states, beside what weights
 TAG = "engine"
 SECONDS = 3600.0
 POLL_SECONDS = 0.2
 DONE, FAILED = "done", "failed"
 
 
-def write_layout(folder: Path, zero_stage: int) -> None:
-    layout = {"workers": collectives.world_size(), "zero_stage": zero_stage}
+class Layout(TypedDict):
+    workers: int
+    zero_stage: int
+    frozen: dict[str, int]  # bit sums by name
+
+
+def write_layout(folder: Path, zero_stage: int, frozen: dict[str, int]) -> None:
+    layout = Layout(workers=collectives.world_size(), zero_stage=zero_stage, frozen=frozen)
     (folder / LAYOUT).write_text(json.dumps(layout))
 
 
-def read_layout(folder: Path) -> dict[str, int]:
+def read_layout(folder: Path) -> Layout:
     return json.loads((folder / LAYOUT).read_text())
 
 

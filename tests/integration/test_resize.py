@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_se
 
 def train(arguments: dict[str, Any]) -> dict[Any, Any]:
     """Per variant the gradient norms of the last steps, the weights and their averages after them."""
-    from rayrlhf.train import collectives
+    from rayrlhf.train import collectives, frozen
     from rayrlhf.train.ema import ExponentialMovingAverage
     from rayrlhf.train.engine import full_state_dict
     from rayrlhf.train.learner import Learner, Term
@@ -76,6 +76,7 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
         moments = [s["exp_avg"].dtype for s in states.values()]
         assert not stage or set(moments) == {getattr(torch, masters)}
         found = {"norms": norms[SAVED_AFTER - start :], "weights": whole(learner.module)}
+        found["frozen"] = frozen.bit_sums(learner.module)
         with average.swapped():
             found["averages"] = whole(learner.module)
         learner.engine.destroy()
@@ -102,12 +103,16 @@ def results(folder: Path, workers: int, *, resume: bool) -> dict[Any, Any]:
 
 def test_more_workers_and_fewer_go_on_where_the_others_stopped(tmp_path: Path) -> None:
     uninterrupted = results(tmp_path, 2, resume=False)
+    for path in tmp_path.rglob("*model_states.pt"):
+        saved = torch.load(path, weights_only=False)
+        assert "3.bias" not in saved["module"] and not saved["frozen_param_fragments"], path
     for workers in (3, 1):
         resumed = results(tmp_path, workers, resume=True)
         for variant, wanted in uninterrupted.items():
             found, case = resumed[variant], f"{variant} with {workers} workers"
             # Gradients in bfloat16 add up in another order.
             tolerance = 1e-5 if variant[1] == "float32" else 2e-2
+            assert found["frozen"] == wanted["frozen"] and len(wanted["frozen"]) == 2, case
             np.testing.assert_allclose(found["norms"], wanted["norms"], rtol=tolerance, err_msg=case)
             for kind in ("weights", "averages"):
                 for name, tensor in wanted[kind].items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import adapt, load_policy
 from rayrlhf.models.logprobs import PolicyModel
 from rayrlhf.rollout.bucket import flatten, lay_out, unpack
+from rayrlhf.train import frozen
 from tests.tiny_model import make_tiny_model, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -98,13 +98,15 @@ def test_an_export_is_dense_and_computes_the_same(tmp_path: Path, tiny_model: st
 
 def test_a_checkpoint_goes_on_with_the_same_weights_only(tmp_path: Path, tiny_model: str) -> None:
     policy, again = quantized(tiny_model), quantized(tiny_model)
-    state: dict[str, Any] = policy.state_dict()
-    assert not any(tensor.dtype == torch.uint8 for tensor in state.values()), "4-bit weights are not saved"
+    with frozen.left_out(policy):
+        state = policy.state_dict()
+    assert state.keys() == {n for n, p in policy.named_parameters() if p.requires_grad}
     for _, parameter in adapter_weights(again):
         torch.nn.init.zeros_(parameter)
     assert not torch.equal(logprobs(again), logprobs(policy))
-    again.load_state_dict(state)
+    frozen.load(state, again)
     assert torch.equal(logprobs(again), logprobs(policy))
+    frozen.check(frozen.bit_sums(policy), again)
     other = quantized(make_tiny_model(tmp_path / "other", seed=5))
-    with pytest.raises(ValueError, match=r"q_proj\.base_layer: its 4-bit weights .* model\.path must be"):
-        other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"got another frozen weight .* model\.path must be"):
+        frozen.check(frozen.bit_sums(policy), other)
