@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import yaml
 from cluster.local.head import LocalHead
 from tests.integration.policy_runs import tiny_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 400  # 60 to 150, as the machine is
@@ -79,26 +79,32 @@ def stop(head: LocalHead, config: Path) -> None:
     )
 
 
-def test_nothing_outlives_the_driver(tmp_path: Path, tiny_model: str) -> None:
-    with LocalHead(num_cpus=4, num_gpus=0, object_store_bytes=300_000_000) as head:
-        for name, end in (("kill", kill), ("terminate", terminate), ("stop", stop)):
-            folder = tmp_path / name
-            folder.mkdir()
-            run = tiny_run(folder, tiny_model, train={"num_steps": 100_000})
-            reward = {
-                "type": "function",
-                "function": f"{REPOSITORY}/tests/integration/policy_runs.py:share_of_vowels",
-            }
-            tree = run.model_dump(mode="json", exclude_unset=True) | {"reward": {"sources": [reward]}}
-            config = folder / "run.yaml"
-            config.write_text(yaml.safe_dump(tree))
-            submit(head, config, name)
-            metrics = folder / "runs" / "tiny" / "metrics.jsonl"
-            wait_until(f"the first step before {name}", START_SECONDS, metrics.exists)
-            alive = left_behind(head)
-            assert alive["apps"] and alive["groups"] and "EngineActor" in alive["actors"]
+@pytest.fixture(scope="module")
+def head() -> Iterator[LocalHead]:
+    with LocalHead(num_cpus=4, num_gpus=0, object_store_bytes=300_000_000) as found:
+        yield found
 
-            end(head, config)
-            started = time.monotonic()
-            wait_until(f"a clean cluster after {name}", GONE_SECONDS, lambda: left_behind(head) == NOTHING)
-            print(f"{name}: nothing left after {time.monotonic() - started:.1f} s")
+
+@pytest.mark.parametrize("end", [kill, stop, pytest.param(terminate, marks=pytest.mark.seeds)])
+def test_nothing_outlives_the_driver(
+    end: Callable[[LocalHead, Path], None], head: LocalHead, tmp_path: Path, tiny_model: str
+) -> None:
+    name = end.__name__
+    run = tiny_run(tmp_path, tiny_model, train={"num_steps": 100_000})
+    reward = {
+        "type": "function",
+        "function": f"{REPOSITORY}/tests/integration/policy_runs.py:share_of_vowels",
+    }
+    tree = run.model_dump(mode="json", exclude_unset=True) | {"reward": {"sources": [reward]}}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    submit(head, config, name)
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    wait_until(f"the first step before {name}", START_SECONDS, metrics.exists)
+    alive = left_behind(head)
+    assert alive["apps"] and alive["groups"] and "EngineActor" in alive["actors"]
+
+    end(head, config)
+    started = time.monotonic()
+    wait_until(f"a clean cluster after {name}", GONE_SECONDS, lambda: left_behind(head) == NOTHING)
+    print(f"{name}: nothing left after {time.monotonic() - started:.1f} s")
