@@ -4,7 +4,7 @@
 #   make demo     train a 135M model with PPO through `ray job submit`, on CPU, and show what it learned
 #   make pipeline SFT, a reward model, PPO and DPO in a chain on the same model, on CPU
 #   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
-#   make learning the tests that `make test` leaves out for time, above all learning from several seeds; about an hour
+#   make test-long the integration tests that `make test` leaves out for time, a few hours
 #   make gpu-check the CUDA paths on one GPU, and what they reach; without one it says so
 #   make check    lint, formatting, types, import layers
 #   make rendered the examples of cluster/, from the jobs' own files
@@ -25,7 +25,7 @@ ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
 
-.PHONY: help install model demo pipeline test learning gpu-check check rendered format clean
+.PHONY: help install model demo pipeline test test-long gpu-check check rendered format clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -45,8 +45,8 @@ pipeline: model
 test: model
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-learning: model
-	$(BIN)/python -m pytest -m "seeds and not gpu" --ignore=tests/integration/test_presets.py $(PYTEST_ARGS)
+test-long: model
+	$(BIN)/python -m pytest -m "long and not gpu" --ignore=tests/integration/test_presets.py $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "not gpu" tests/integration/test_presets.py $(PYTEST_ARGS) # all: they are compared
 
 check: install

@@ -22,7 +22,7 @@ from rayrlhf.config.examples import RewardTemplate, Share
 from rayrlhf.config.generate import GenerateDataConfig, GenerateRunConfig, SampledConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
-from rayrlhf.config.model import TrainedModelConfig
+from rayrlhf.config.model import ModelConfig, TrainedModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.supervised import (
@@ -148,7 +148,7 @@ class ChainConfig(Section):
         return GenerateRunConfig.model_validate(
             {
                 **self._shared(round_, "generate", model_path),
-                "model": {**self.model.model_dump(exclude={"lora", "quantization"}), "path": model_path},
+                "model": {**self.model.model_dump(include=set(ModelConfig.model_fields)), "path": model_path},
                 "data": self.data,
                 "rollout": self.rollout,
                 "generate": {

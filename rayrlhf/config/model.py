@@ -21,6 +21,10 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run the Python code that comes with the checkpoint; only for checkpoints whose code you have read."""
 
+    @property
+    def attention_kernel(self) -> str:
+        return self.attention
+
 
 class LoraConfig(Section):
     rank: Count = 16
@@ -44,6 +48,17 @@ def _quantized_weights_are_frozen(model: TrainedModelConfig) -> Problem | None:
     )
 
 
+def _sequences_are_shared_with_sdpa(model: TrainedModelConfig) -> Problem | None:
+    if model.sequence_parallel == 1 or model.attention != "flash_attention_2":
+        return None
+    return Problem(
+        "attention",
+        got=f"flash_attention_2 with sequence_parallel={model.sequence_parallel}",
+        wanted="auto or sdpa: a rank's tokens attend to those of others through SDPA's kernels",
+        fix="remove model.attention, or set model.sequence_parallel to 1",
+    )
+
+
 class TrainedModelConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train low-rank adapters (arXiv 2106.09685) on a frozen model; null trains all of it."""
@@ -51,7 +66,14 @@ class TrainedModelConfig(ModelConfig):
     quantization: Literal["nf4"] | None = None
     """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); engines get them dense again."""
 
-    checks = (_quantized_weights_are_frozen,)
+    sequence_parallel: Count = 1
+    """Neighbouring workers that share the tokens of each micro-batch; for sequences too long for one."""
+
+    checks = (_quantized_weights_are_frozen, _sequences_are_shared_with_sdpa)
+
+    @property
+    def attention_kernel(self) -> str:
+        return self.attention if self.sequence_parallel == 1 else "sdpa"
 
     @property
     def loads_in_parts(self) -> bool:
@@ -61,6 +83,18 @@ class TrainedModelConfig(ModelConfig):
     def holds_reference(self, path: str | None) -> bool:
         """Whether this model with its adapters off is the reference, whose own checkpoint would be `path`."""
         return self.lora is not None and path is None
+
+
+def sequences_are_shared(model: TrainedModelConfig, num_workers: int, key: str) -> Problem | None:
+    """`key` holds the number of workers among which sequences are to be shared."""
+    if num_workers % model.sequence_parallel == 0:
+        return None
+    return Problem(
+        "model.sequence_parallel",
+        got=f"{model.sequence_parallel} with {key}={num_workers}",
+        wanted=f"a divisor of {key}: groups of so many workers share their sequences",
+        fix=f"set {key} to a multiple of {model.sequence_parallel}, or lower model.sequence_parallel",
+    )
 
 
 class CriticConfig(Section):

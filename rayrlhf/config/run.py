@@ -11,7 +11,7 @@ from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
-from rayrlhf.config.model import CriticConfig, RefConfig, TrainedModelConfig
+from rayrlhf.config.model import CriticConfig, RefConfig, TrainedModelConfig, sequences_are_shared
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig, check_reward_needs
 from rayrlhf.config.rollout import RolloutConfig
@@ -255,6 +255,14 @@ def _ref_is_the_actor_without_adapters(config: PolicyRunConfig) -> Problem | Non
     )
 
 
+def _workers_share_sequences(config: PolicyRunConfig) -> Problem | None:
+    if config.needs_critic and config.critic is not None and config.critic.num_workers is not None:
+        problem = sequences_are_shared(config.model, config.num_critic_workers, "critic.num_workers")
+        if problem is not None:
+            return problem
+    return sequences_are_shared(config.model, config.train.num_workers, "train.num_workers")
+
+
 def _policies_drop_nothing(config: PolicyRunConfig) -> Problem | None:
     lora = config.model.lora
     if lora is None or lora.dropout == 0:
@@ -364,6 +372,7 @@ class PolicyRunConfig(Section):
         _critic_workers_are_used,
         _ref_is_the_actor_without_adapters,
         _ref_replicas_are_used,
+        _workers_share_sequences,
         _policies_drop_nothing,
         _vllm_scores_at_temperature_one,
         _sleeping_engines_share,

@@ -15,7 +15,7 @@ from rayrlhf.config.examples import (
 )
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
-from rayrlhf.config.model import TrainedModelConfig
+from rayrlhf.config.model import TrainedModelConfig, sequences_are_shared
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, SupervisedTrainConfig
 
@@ -57,6 +57,10 @@ def _metric_is_known(config: SupervisedConfig) -> Problem | None:
     )
 
 
+def _workers_share_sequences(config: SupervisedConfig) -> Problem | None:
+    return sequences_are_shared(config.model, config.train.num_workers, "train.num_workers")
+
+
 class SupervisedConfig(Section):
     """What the supervised jobs have in common; `data` and what follows it is each job's own."""
 
@@ -81,7 +85,7 @@ class SupervisedConfig(Section):
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("loss",)
 
-    checks = (_longest_example_fits, _evaluation_has_samples, _metric_is_known)
+    checks = (_longest_example_fits, _evaluation_has_samples, _metric_is_known, _workers_share_sequences)
 
 
 class SftRunConfig(SupervisedConfig):
@@ -275,6 +279,18 @@ class DistillationConfig(Section):
     """The loss is (1 - kd_coef) * cross-entropy + kd_coef * divergence."""
 
 
+def _teachers_read_whole_sequences(config: KdRunConfig) -> Problem | None:
+    if config.model.sequence_parallel == 1:
+        return None
+    return Problem(
+        "model.sequence_parallel",
+        got=str(config.model.sequence_parallel),
+        wanted="1 in distillation: a teacher answers for whole sequences",
+        fix="remove model.sequence_parallel; train.gradient_checkpointing and a lower "
+        "train.max_tokens_per_micro_batch save memory too",
+    )
+
+
 class KdRunConfig(SupervisedConfig):
     job: Literal["kd"] = "kd"
     """Knowledge distillation."""
@@ -286,6 +302,8 @@ class KdRunConfig(SupervisedConfig):
     """The divergence."""
 
     eval_metrics = ("loss", "divergence", "nll")
+
+    checks = (*SupervisedConfig.checks, _teachers_read_whole_sequences)
 
 
 JOBS: dict[str, Any] = {

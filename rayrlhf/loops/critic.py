@@ -22,6 +22,7 @@ from rayrlhf.models.load import adapt, checkpoint_activations, load_critic, reso
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
+from rayrlhf.train.sequences import share_sequences
 
 
 class Critic(Protocol):
@@ -84,6 +85,7 @@ class LocalCritic:
         adapt(config.model, model.decoder, device=device, seed=config.run.seed)
         if config.train.gradient_checkpointing:
             checkpoint_activations(model.decoder)
+        share_sequences(model, config.model, config.train)
         self.learner = Learner(
             model,
             config.train,

@@ -31,6 +31,7 @@ from rayrlhf.train.ema import ExponentialMovingAverage
 from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
 from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
+from rayrlhf.train.sequences import share_sequences
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -177,6 +178,7 @@ def _make_actor(config: PolicyRunConfig) -> Learner:
     adapt(config.model, policy.causal_lm, device=device, seed=config.run.seed)
     if config.train.gradient_checkpointing:
         checkpoint_activations(policy.causal_lm)
+    share_sequences(policy, config.model, config.train)
     return Learner(policy, config.train, lr=config.train.lr, dtype=dtype, name="actor")
 
 

@@ -8,12 +8,16 @@ under conditions that are easy to miss, and otherwise lets sequences attend to e
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+
+if TYPE_CHECKING:
+    from rayrlhf.models.parallel import Share
 
 VARLEN_SDPA = "varlen_sdpa"
 
@@ -30,7 +34,10 @@ def varlen_sdpa(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal SDPA of each sequence by itself, without a [T, T] mask; [1, T, heads, head_dim]."""
+    """Causal SDPA of each sequence by itself, without a [T, T] mask; [1, T, heads, head_dim].
+
+    With a `sequence_share` (rayrlhf.models.parallel), of this rank's tokens only.
+    """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         raise ValueError("varlen_sdpa needs cu_seq_lens_q: call the model through packed_inputs()")
@@ -43,23 +50,35 @@ def varlen_sdpa(
             f"a sequence of {int(kwargs['max_length_q'])} tokens exceeds the model's sliding window of "
             f"{sliding_window}: shorten it or use flash_attention_2 on a GPU"
         )
-    lengths = cu_seqlens.diff().tolist()
-    grouped = getattr(module, "num_key_value_groups", 1) > 1
-    outputs = [
-        scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout if module.training else 0.0,
-            enable_gqa=grouped,
-        )
-        for q, k, v in zip(
-            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-        )
-    ]
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "dropout_p": dropout if module.training else 0.0,
+        "enable_gqa": getattr(module, "num_key_value_groups", 1) > 1,
+    }
+    share: Share | None = kwargs.get("sequence_share")
+    if share is None:
+        lengths = cu_seqlens.diff().tolist()
+        parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        outputs = [scaled_dot_product_attention(q, k, v, is_causal=True, **options) for q, k, v in parts]
+    else:
+        outputs = _of_share(query, key, value, share, options)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def _of_share(
+    query: Tensor, key: Tensor, value: Tensor, share: Share, options: dict[str, Any]
+) -> list[Tensor]:
+    """Each run of held tokens attends to its sequence, from where that starts to itself."""
+    share.num_attended += 1
+    keys, values = share.gathered(key, value)
+    outputs = []
+    for q, piece in zip(query.split([p.stop - p.first for p in share.pieces], 2), share.pieces, strict=True):
+        k, v = keys[:, :, piece.start : piece.stop], values[:, :, piece.start : piece.stop]
+        causal: dict[str, Any] = {"is_causal": True}
+        if piece.first > piece.start:
+            causal = {"attn_mask": causal_lower_right(q.size(2), k.size(2))}
+        outputs.append(scaled_dot_product_attention(q, k, v, **causal, **options))
+    return outputs
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

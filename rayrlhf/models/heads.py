@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.models.attention import packed_inputs
+from rayrlhf.models.parallel import PackedModel
 
 
-class ValueModel(nn.Module):
+class ValueModel(PackedModel):
     """A decoder with one number per token: the value of the state *before* that token.
 
     `values[t]` is read off the hidden state of token t-1, in line with `logprobs[t]` (see rayrlhf.batch); it
@@ -24,13 +24,12 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Values [T] in fp32."""
-        inputs = packed_inputs(input_ids, position_ids, cu_seqlens)
-        hidden = self.decoder(**inputs).last_hidden_state[0]  # [T, H]
-        after = self.head(hidden).squeeze(-1).float()  # [T], the value of the state after each token
+        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
+        after = share.placed(self.head(hidden).squeeze(-1).float())  # [T], of the state after each token
         return torch.where(position_ids > 0, after.roll(1), 0.0)
 
 
-class ScoreModel(nn.Module):
+class ScoreModel(PackedModel):
     """A sequence classifier with one label, read at each sequence's last token (decoder checkpoints)."""
 
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
@@ -40,12 +39,13 @@ class ScoreModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Scores [S] in fp32."""
-        inputs = packed_inputs(input_ids, position_ids, cu_seqlens)
-        hidden = self.decoder(**inputs).last_hidden_state[0]  # [T, H]
-        return self.head(hidden[cu_seqlens[1:].long() - 1]).squeeze(-1).float()
+        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
+        last = cu_seqlens[1:].long() - 1
+        scores = self.head(hidden[share.rows_of(last)]).squeeze(-1).float()
+        return share.summed(scores * share.holds()[last])
 
 
-class StepModel(nn.Module):
+class StepModel(PackedModel):
     """A token classifier with the labels (bad, good), read at the tokens that end a step (PRM)."""
 
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
@@ -65,9 +65,9 @@ class StepModel(nn.Module):
         Without any, the head still runs on one token, which then is cut off: under ZeRO-3 every rank must run
         it, and the sum of no logits still has a (zero) gradient for every parameter.
         """
-        inputs = packed_inputs(input_ids, position_ids, cu_seqlens)
-        hidden = self.decoder(**inputs).last_hidden_state[0]  # [T, H]
+        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
         where = (loss_mask > 0).nonzero().squeeze(-1)
         count = where.numel()
-        rows = hidden[where] if count else hidden[:1]
-        return self.head(rows)[:count].float()
+        rows = hidden[share.rows_of(where)] if count else hidden[:1]
+        logits = self.head(rows)[:count].float()
+        return share.summed(logits * share.holds()[where, None])

@@ -209,6 +209,6 @@ def _is_made_for(path: str, suffix: str, *, trust_remote_code: bool) -> bool:
 def _load_options(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     return {
         "dtype": resolve_dtype(config.dtype, device),
-        "attn_implementation": attention_implementation(config.attention, device),
+        "attn_implementation": attention_implementation(config.attention_kernel, device),
         "trust_remote_code": config.trust_remote_code,
     }

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rayrlhf.models.attention import packed_inputs
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
+from rayrlhf.models.parallel import PackedModel
 
 
 class TokenLogprobs(NamedTuple):
@@ -55,7 +55,7 @@ class LogprobHead(OutputHead):
         return FusedLogprobs.apply(hidden, self.weight, self.bias, targets, scaling, self.chunk_tokens)
 
 
-class PolicyModel(nn.Module):
+class PolicyModel(PackedModel):
     """A causal language model that answers with log-probabilities of the tokens it is shown."""
 
     def __init__(self, causal_lm: PreTrainedModel, *, chunk_tokens: int) -> None:
@@ -75,13 +75,15 @@ class PolicyModel(nn.Module):
         temperature: float = 1.0,
     ) -> TokenLogprobs:
         """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
-        decoder = self.causal_lm.get_decoder()
-        hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
-        where, weight = learnt_tokens(position_ids, loss_mask)
-        logprobs, entropy = self.head(hidden[where - 1], input_ids[where], temperature)
+        decoder: Any = self.causal_lm.get_decoder()
+        hidden, share = self.decode(decoder, input_ids, position_ids, cu_seqlens)
+        where, weight = learnt_tokens(position_ids, loss_mask * share.holds().roll(1))
+        rows = hidden[share.rows_of(where - 1)]
+        logprobs, entropy = self.head(rows, input_ids[where], temperature)
         empty = torch.zeros(input_ids.numel(), device=hidden.device)
         return TokenLogprobs(
-            empty.index_put((where,), logprobs * weight), empty.index_put((where,), entropy * weight)
+            share.summed(empty.index_put((where,), logprobs * weight)),
+            share.summed(empty.index_put((where,), entropy * weight)),
         )
 
 

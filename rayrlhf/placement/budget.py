@@ -25,11 +25,11 @@ SCORERS = ("rm", "prm")  # jobs whose model has no language-model head
 
 @dataclass(frozen=True)
 class WhatIf:
-    """Ways to train that a plan can show beforehand."""
+    """Ways to train that a plan can show beforehand; None leaves the config's."""
 
     lora_rank: int | None = None
     quantized: bool = False  # QLoRA: frozen projections in 4 bits
-    sequence_parallel: int = 1
+    sequence_parallel: int | None = None
 
     def applied(self, config: Any) -> Any:
         """`config` with such adapters, if it trains a model."""
@@ -41,6 +41,8 @@ class WhatIf:
         if self.quantized:
             changes = {"lora": model.lora or LoraConfig(), "quantization": "nf4"}
             model = model.model_copy(update=changes)
+        if self.sequence_parallel is not None:
+            model = model.model_copy(update={"sequence_parallel": self.sequence_parallel})
         return config.model_copy(update={"model": model})
 
 
@@ -115,9 +117,9 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     precision = Precision(size, on_gpu)
     shapes = _Shapes()
     if isinstance(config, PolicyRunConfig):
-        roles = _policy_roles(config, shapes, precision, gpu, what_if)
+        roles = _policy_roles(config, shapes, precision, gpu)
     elif isinstance(config, SupervisedConfig):
-        roles = _supervised_roles(config, shapes, precision, what_if)
+        roles = _supervised_roles(config, shapes, precision)
     else:
         roles = _answering_roles(config, shapes, precision, gpu)
     sleeps = isinstance(config, PolicyRunConfig) and config.engines_sleep
@@ -136,7 +138,7 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
 
 
 def _policy_roles(
-    config: PolicyRunConfig, shapes: _Shapes, precision: Precision, gpu: Gpu | None, what_if: WhatIf
+    config: PolicyRunConfig, shapes: _Shapes, precision: Precision, gpu: Gpu | None
 ) -> dict[str, Bytes]:
     train, shape = config.train, shapes.of(config.model.path)
     actor = memory.trainer(
@@ -146,7 +148,7 @@ def _policy_roles(
         num_workers=train.num_workers,
         name="actor",
         adapter=_adapter(config),
-        sequence_parallel=what_if.sequence_parallel,
+        sequence_parallel=config.model.sequence_parallel,
     )
     roles: dict[str, Bytes] = {}
     if config.needs_critic and config.critic is not None:
@@ -158,6 +160,7 @@ def _policy_roles(
             num_workers=config.num_critic_workers if apart else train.num_workers,
             name="critic",
             adapter=_adapter(config),
+            sequence_parallel=config.model.sequence_parallel,
             has_head=False,
         )
         if apart:
@@ -238,9 +241,7 @@ def _reward_roles(reward: Any, shapes: _Shapes, precision: Precision) -> dict[st
     }
 
 
-def _supervised_roles(
-    config: Any, shapes: _Shapes, precision: Precision, what_if: WhatIf
-) -> dict[str, Bytes]:
+def _supervised_roles(config: Any, shapes: _Shapes, precision: Precision) -> dict[str, Bytes]:
     train, shape = config.train, shapes.of(config.model.path)
     model = memory.trainer(
         shape,
@@ -249,7 +250,7 @@ def _supervised_roles(
         num_workers=train.num_workers,
         name="model",
         adapter=_adapter(config),
-        sequence_parallel=what_if.sequence_parallel,
+        sequence_parallel=config.model.sequence_parallel,
         has_head=config.job not in SCORERS,
     )
     ref = getattr(config, "ref", None)

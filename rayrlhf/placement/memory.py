@@ -150,10 +150,20 @@ def activation_bytes(
     sequence_parallel: int = 1,
     adapter: Adapter | None = None,
 ) -> int:
-    """What autograd keeps of a micro-batch when the backward pass begins, with the layer computed again."""
+    """What autograd keeps of a micro-batch when the backward pass begins, with the layer computed again.
+
+    Ranks that share its tokens still have all of their keys and values in a layer.
+    """
     s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
     layers = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
-    return (_outside_bytes(shape, precision, adapter) + layers) * tokens // sequence_parallel
+    whole = (_outside_bytes(shape, precision, adapter) + layers) * tokens
+    gathered = tokens * _gathered_bytes(shape, precision) * (1 if checkpointing else shape.layers)
+    return gathered + (whole - gathered) // sequence_parallel
+
+
+def _gathered_bytes(shape: ModelShape, precision: Precision) -> int:
+    """Keys and values of a layer, per token."""
+    return 2 * shape.kv_size * precision.weights
 
 
 def _outside_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None) -> int:
@@ -256,8 +266,7 @@ def trainer(
         "optimizer": f"{_count(trained)} x {states}"
         + _divided(split["optimizer"], zero)
         + _on_host(train.offload_optimizer),
-        "activations": f"{_told_activations(shape, precision, train, adapter)}"
-        + _divided(sequence_parallel, "ranks of a sequence"),
+        "activations": _told_activations(shape, precision, train, adapter, sequence_parallel),
     }
     if gradients_leave:
         del working["gradients"]
@@ -266,15 +275,25 @@ def trainer(
 
 
 def _told_activations(
-    shape: ModelShape, precision: Precision, train: OptimizerConfig, adapter: Adapter | None
+    shape: ModelShape, precision: Precision, train: OptimizerConfig, adapter: Adapter | None, ranks: int
 ) -> str:
-    layer = f"{layer_activation_bytes(shape, precision, adapter):,} B"
+    gathered = _gathered_bytes(shape, precision) if ranks > 1 else 0
+    layer = f"{layer_activation_bytes(shape, precision, adapter) - gathered:,} B"
     outside = f"{_outside_bytes(shape, precision, adapter):,} B outside"
     tokens = f"{train.max_tokens_per_micro_batch:,} tokens"
-    if not train.gradient_checkpointing:
-        return f"{tokens} x ({shape.layers} layers x {layer} + {outside})"
-    kept = f"{precision.weights * shape.hidden:,} B"
-    return f"{tokens} x ({shape.layers} layers x {kept} kept + {layer} of the one computed again + {outside})"
+    layers = shape.layers
+    if train.gradient_checkpointing:
+        kept = f"{precision.weights * shape.hidden:,} B"
+        told = f"({layers} layers x {kept} kept + {layer} of the one computed again + {outside})"
+        layers = 1
+    else:
+        told = f"({layers} layers x {layer} + {outside})"
+    if ranks == 1:
+        return f"{tokens} x {told}"
+    shared = (
+        f"({told}{_divided(ranks, 'ranks of a sequence')} + {layers} x {gathered:,} B of keys and values)"
+    )
+    return f"{tokens} x {shared}"
 
 
 def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) -> int:

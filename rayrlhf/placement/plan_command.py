@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lora-rank", type=int, help="what if only LoRA adapters of this rank were trained")
     parser.add_argument("--qlora", action="store_true", help="what if the frozen weights were in 4 bits")
-    parser.add_argument("--sequence-parallel", type=int, default=1, help="what if N ranks shared a sequence")
+    parser.add_argument("--sequence-parallel", type=int, help="what if N ranks shared a sequence")
     parser.add_argument("--json", action="store_true", help="numbers for a program, in bytes")
     return parser
 
@@ -192,7 +192,7 @@ def _told_what_if(what_if: WhatIf) -> Iterator[str]:
         yield f"What if: LoRA adapters of rank {what_if.lora_rank} alone are trained."
     if what_if.quantized:
         yield "What if: adapters alone are trained, on weights in 4 bits."
-    if what_if.sequence_parallel > 1:
+    if what_if.sequence_parallel is not None:
         yield f"What if: {what_if.sequence_parallel} ranks share every sequence."
 
 

@@ -19,6 +19,7 @@ from rayrlhf.train import collectives, frozen
 from rayrlhf.train.engine import adapter_state_dict, full_state_dict, make_engine
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 from rayrlhf.train.resize import TAG, load_universal, read_layout, resized, write_layout
+from rayrlhf.train.sequences import together
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
 # global objective, metric sums). Shares add up over micro-batches and ranks.
@@ -60,7 +61,11 @@ class Learner:
     @torch.no_grad()
     def infer(self, batches: Sequence[PackedBatch], forward: Forward) -> list[Any]:
         """The module's outputs, one per micro-batch, without gradients."""
-        return [forward(self.engine, batch) for batch in batches]
+        outputs: list[Any] = []
+        for batch, is_own in together(self.module, batches):
+            output = forward(self.engine, batch)
+            outputs += [output] if is_own else []
+        return outputs
 
     def update(self, *terms: Term, step: int) -> dict[str, float]:
         """One optimizer step over the micro-batches of all terms; `step` sets the learning rate.
@@ -74,11 +79,13 @@ class Learner:
             group["lr"] = lr
         sums: dict[str, float] = defaultdict(float)
         maxima: dict[str, float] = defaultdict(float)
-        for batch, forward, loss in ((b, t.forward, t.loss) for t in terms for b in t.batches):
-            share, metrics = loss(forward(self.engine, batch), batch)
+        for term, (batch, is_own) in ((t, b) for t in terms for b in together(self.module, t.batches)):
+            share, metrics = term.loss(term.forward(self.engine, batch), batch)
             # The engine averages gradients over ranks while shares add up over ranks: undo the average, here
             # only.
             self.engine.backward(share * collectives.world_size(), scale_wrt_gas=False)
+            if not is_own:
+                continue
             sums[f"loss/{self.name}"] += share.item()
             for key, value in metrics.items():
                 if key.endswith("_max"):

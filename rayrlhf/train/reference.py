@@ -11,7 +11,7 @@ from ray import serve
 from torch import Tensor
 
 from rayrlhf.batch import PackedBatch
-from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.model import ModelConfig, TrainedModelConfig
 from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.adapters import adapters_off
 from rayrlhf.models.load import load_policy, resolve_dtype
@@ -20,6 +20,7 @@ from rayrlhf.placement.child import SlotChild
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading, make_engine
 from rayrlhf.train.learner import Learner
+from rayrlhf.train.sequences import share_sequences, together
 
 
 class Reference(Protocol):
@@ -31,12 +32,14 @@ class Reference(Protocol):
 class LocalReference:
     """A frozen copy beside the actor; partitioned over the ranks when the actor is (ZeRO-3)."""
 
-    def __init__(self, model: ModelConfig, path: str, train: OptimizerConfig) -> None:
+    def __init__(self, model: TrainedModelConfig, path: str, train: OptimizerConfig) -> None:
         device = collectives.device()
         dtype = resolve_dtype(model.dtype, device)
         with loading(train, dtype):
             policy = load_policy(model, path, device=device, chunk_tokens=train.logprob_chunk_tokens).eval()
         policy.requires_grad_(False)
+        share_sequences(policy, model, train)
+        self.module = policy
         if train.zero_stage == 3:
             self.policy: Any = make_engine(policy, train, lr=None, dtype=dtype)
         else:
@@ -44,7 +47,11 @@ class LocalReference:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
-        return [_logprobs(self.policy, batch, temperature) for batch in batches]
+        told: list[Tensor] = []
+        for batch, is_own in together(self.module, batches):
+            logprobs = _logprobs(self.policy, batch, temperature)
+            told += [logprobs] if is_own else []
+        return told
 
 
 class AdaptersOff:

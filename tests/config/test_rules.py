@@ -334,6 +334,26 @@ RULES = {
         "train.hpz_partition_size",
         ["train.offload_params=false"],
     ),
+    "sequences are shared by groups of workers": (
+        ["model.sequence_parallel=3", "train.num_workers=4"],
+        "model.sequence_parallel",
+        ["model.sequence_parallel=2"],
+    ),
+    "a critic's workers share sequences too": (
+        [
+            "model.sequence_parallel=2",
+            "train.num_workers=4",
+            "critic.location=trainer",
+            "critic.num_workers=3",
+        ],
+        "model.sequence_parallel",
+        ["critic.num_workers=2"],
+    ),
+    "shared sequences meet in SDPA": (
+        ["model.sequence_parallel=2", "train.num_workers=2", "model.attention=flash_attention_2"],
+        "model.attention",
+        ["model.attention=auto"],
+    ),
     "overlapping has a reduction": (
         ["train.overlap_comm=true", "train.zero_stage=1"],
         "train.overlap_comm",

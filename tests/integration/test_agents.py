@@ -1,7 +1,5 @@
 """Both example environments are learnt by GRPO: from under 0.3 to over 0.8 of the best possible reward.
 
-That takes long and is left to `make learning`; a run of a few steps is not.
-
 Everything is real: Data, Train + DeepSpeed, Serve with vLLM and the replicas of the environments. The models
 are made on the spot; they know the form of their task, but mostly guess.
 """
@@ -29,7 +27,7 @@ from tests.environments.players import (
 )
 from tests.integration.policy_runs import tiny_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("ray_session")]
 
 CALCULATOR_STEPS = 20
 GUESSING_STEPS = 40
@@ -102,14 +100,12 @@ def test_what_is_trained_on_is_what_was_sampled(tmp_path: Path) -> None:
     check_episodes(metrics)
 
 
-@pytest.mark.seeds
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_calculator_is_used(seed: int, tmp_path: Path) -> None:
     metrics = learn_the_calculator(tmp_path, prompts=16, steps=CALCULATOR_STEPS, seed=seed)
     check(metrics, steps=CALCULATOR_STEPS, best=1.0)
 
 
-@pytest.mark.seeds
 @pytest.mark.parametrize("seed", SEEDS)
 def test_numbers_are_found_by_halving(seed: int, tmp_path: Path) -> None:
     model = guessing_model(tmp_path / "model", seed=seed)

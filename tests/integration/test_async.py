@@ -38,6 +38,7 @@ def grpo(folder: Path, model: str, num_steps: int, **rollout: Any) -> int:
     )
 
 
+@pytest.mark.long
 def test_without_staleness_it_is_the_synchronous_run(tmp_path: Path, tiny_model: str) -> None:
     assert grpo(tmp_path / "sync", tiny_model, 4) == 0
     assert grpo(tmp_path / "async", tiny_model, 4, max_staleness=0) == 0
@@ -60,6 +61,7 @@ def test_rollouts_run_ahead_by_one_version_and_no_more(tmp_path: Path, tiny_mode
     assert groups == [set(range(4 * s, 4 * s + 4)) for s in range(6)], "every prompt once, in order"
 
 
+@pytest.mark.long
 def test_oversampling_loses_no_prompt(tmp_path: Path, tiny_model: str) -> None:
     assert grpo(tmp_path / "over", tiny_model, 6, max_staleness=1, oversampling=1.5) == 0
     assert max(step["rollout/staleness_max"] for step in steps_of(tmp_path / "over")) <= 1

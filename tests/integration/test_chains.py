@@ -45,7 +45,7 @@ def model_of(folder: Path) -> str:
     return json.loads((folder / "generate.json").read_text())["model"]["path"]
 
 
-@pytest.mark.seeds  # two rounds, stopped in between: five starts of Ray Serve or Train
+@pytest.mark.long  # two rounds, stopped in between: five starts of Ray Serve or Train
 def test_iterative_dpo(
     tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +82,7 @@ def test_iterative_dpo(
     assert summary["last"]["score_ci"][0] > summary["rounds"][0]["score_ci"][1]
 
 
+@pytest.mark.long
 def test_rejection_sampling(tmp_path: Path, tiny_model: str) -> None:
     sft = {"data": {"max_tokens": 64}, "train": {**TRAIN, "lr": 2e-3}}
     config = RejectionSamplingConfig.model_validate(tiny_chain(tmp_path, tiny_model, sft=sft))

@@ -19,7 +19,7 @@ from rayrlhf.config.run import PolicyRunConfig
 from tests.integration.fake_cluster import FakeCluster, fake_cluster
 from tests.integration.policy_runs import tiny_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
 RUN_SECONDS = 900.0  # two runs start side by side on two cores, and some machines are slow
@@ -123,7 +123,6 @@ def test_jobs_do_not_disturb_each_other_and_one_too_many_is_refused_at_once(
     assert losses(first) == pytest.approx(losses(second), rel=1e-5), "same seed, same data, same numbers"
 
 
-@pytest.mark.seeds
 def test_a_critic_that_is_killed_takes_the_actor_back_to_the_checkpoint_with_it(
     start: Start, tiny_model: str, tmp_path: Path
 ) -> None:

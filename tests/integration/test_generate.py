@@ -30,6 +30,7 @@ def interrupt_after_first_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "add", add_and_stop)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

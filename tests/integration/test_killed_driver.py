@@ -85,7 +85,9 @@ def head() -> Iterator[LocalHead]:
         yield found
 
 
-@pytest.mark.parametrize("end", [kill, stop, pytest.param(terminate, marks=pytest.mark.seeds)])
+@pytest.mark.parametrize(
+    "end", [kill, *(pytest.param(end, marks=pytest.mark.long) for end in (stop, terminate))]
+)
 def test_nothing_outlives_the_driver(
     end: Callable[[LocalHead, Path], None], head: LocalHead, tmp_path: Path, tiny_model: str
 ) -> None:

@@ -69,19 +69,9 @@ LEARNERS: dict[str, list[str]] = {
 }
 
 
-# The others are near relatives of these: `make learning` has all of them.
-ALWAYS = ("ppo", "grpo")
-
-
-def runs_to_learn() -> list[Any]:
-    return [
-        pytest.param(name, seed, marks=() if seed == 1 and name in ALWAYS else pytest.mark.seeds)
-        for name in LEARNERS
-        for seed in SEEDS
-    ]
-
-
-@pytest.mark.parametrize(("name", "seed"), runs_to_learn())
+@pytest.mark.long
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", LEARNERS)
 def test_the_reward_rises(tmp_path: Path, tiny_model: str, name: str, seed: int) -> None:
     overrides = [f"train.num_steps={NUM_STEPS}", f"run.seed={seed}", *LEARNERS[name]]
     assert run_policy(shipped(name, tmp_path, tiny_model, *overrides)) == 0
@@ -97,6 +87,7 @@ OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OTHERS)
 def test_it_runs(tmp_path: Path, tiny_model: str, name: str) -> None:
     overrides, wanted = OTHERS[name]
@@ -136,6 +127,7 @@ def trained_groups(folder: Path) -> list[set[int]]:
     return [{row["group"] for row in rows if row["step"] == step} for step in steps]
 
 
+@pytest.mark.long
 def test_dynamic_sampling_draws_more_prompts_and_resumes_where_it_stopped(
     tmp_path: Path, tiny_model: str
 ) -> None:

@@ -49,6 +49,7 @@ def run(stage: Stage, runs: Path) -> dict[str, Any]:
     return json.loads((runs / stage.name / "summary.json").read_text())
 
 
+@pytest.mark.long
 def test_each_stage_starts_from_the_exports_of_those_before(
     tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,12 +61,13 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
 def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tiny_model: str) -> None:
     """All but the critic on slots of their own, and a reward model that reads the sample's own tokens.
 
-    Then one worker goes on with what the two have left.
+    The workers share their sequences; then one goes on with what the two have left.
     """
     reward_model = make_tiny_model(tmp_path / "reward", seed=1, sequence_classification=True)
     config = tiny_run(
         tmp_path,
         tiny_model,
+        model={"sequence_parallel": 2},
         train={"num_steps": 2, "num_workers": 2, "zero_stage": 3},
         rollout={"num_engines": 2, "group_size": 2, "prompts_per_step": 8},
         critic={"lr": 1e-3, "location": "worker"},  # a trainer of its own is tested in test_presets.py
@@ -77,7 +78,8 @@ def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tin
     )
     assert run_policy(config) == 0
     fewer = config.train.model_copy(update={"num_steps": 3, "num_workers": 1})
-    assert run_policy(config.model_copy(update={"train": fewer})) == 0
+    alone = config.model.model_copy(update={"sequence_parallel": 1})
+    assert run_policy(config.model_copy(update={"train": fewer, "model": alone})) == 0
     lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     for step in map(json.loads, lines[1:]):
@@ -90,7 +92,7 @@ def function_source() -> list[dict[str, Any]]:
     return [{"type": "function", "function": "tests.integration.policy_runs:share_of_vowels", "weight": 0.5}]
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("quantization", [None, pytest.param("nf4", marks=pytest.mark.long)])
 def test_grpo_without_critic_and_adapters_without_a_reference_model(
     quantization: str | None, tmp_path: Path, tiny_model: str
 ) -> None:

@@ -129,7 +129,7 @@ ALWAYS = ("disaggregated", "colocate_all")
 
 @pytest.mark.parametrize(
     "preset",
-    [pytest.param(p, marks=[] if p in ALWAYS else [pytest.mark.seeds]) for p in FIRST_SLOTS],
+    [pytest.param(p, marks=[] if p in ALWAYS else [pytest.mark.long]) for p in FIRST_SLOTS],
 )
 def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
     preset: str,

@@ -106,7 +106,9 @@ PPO = {
 }
 
 
-@pytest.mark.parametrize("changes", [GRPO, PPO], ids=["grpo", "ppo with critic"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param(GRPO, marks=pytest.mark.long), PPO], ids=["grpo", "ppo with critic"]
+)
 def test_two_ranks_equal_one(tmp_path: Path, tiny_model: str, changes: dict[str, Any]) -> None:
     changes = {**changes, "train": {**changes["train"], "max_tokens_per_micro_batch": 128, "lr": 1e-3}}
     config = tiny_run(tmp_path, tiny_model, rollout={"group_size": GROUP_SIZE}, **changes)

@@ -129,6 +129,7 @@ def test_every_sample_that_a_server_loses_is_counted(
     assert f"reward source judge: {len(lost)} samples failed: {address}/" in "".join(capsys.readouterr())
 
 
+@pytest.mark.long
 def test_verifiable_answers_beside_a_function(tmp_path: Path, tiny_model: str) -> None:
     """math-verify and reasoning-gym in real replicas, on rows with nested columns."""
     made = import_reasoning_gym().create_dataset("chain_sum", size=16, seed=1, max_terms=2, max_digits=1)

@@ -38,6 +38,7 @@ print(len(ray.get(look()._controller.list_deployments_internal.remote())), "depl
 """
 
 
+@pytest.mark.long
 def test_jobs_that_all_find_no_serve_share_the_one_that_comes_up() -> None:
     with fake_cluster(nodes=1, cpus=2, gpus=0) as cluster:
         jobs = [

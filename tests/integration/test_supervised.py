@@ -93,6 +93,7 @@ def test_rm_ranks_held_out_pairs(tmp_path: Path, tiny_model: str) -> None:
     assert exported["std"] > 0
 
 
+@pytest.mark.long
 def test_prm_finds_planted_wrong_steps(tmp_path: Path, tiny_model: str) -> None:
     from transformers import AutoModelForTokenClassification
 
@@ -138,6 +139,7 @@ def test_dpo_raises_the_margin_whether_the_reference_is_asked_or_kept(
     assert len(list((tmp_path / "runs/kept/data").glob("ref-*.npy"))) == 3
 
 
+@pytest.mark.long
 def test_kto_raises_the_margin(tmp_path: Path, tiny_model: str) -> None:
     made.write(tmp_path / "train.jsonl", made.judged(128))
     made.write(tmp_path / "eval.jsonl", made.judged(32, seed=1))
@@ -170,6 +172,7 @@ def test_kd_comes_closer_to_a_served_teacher(tmp_path: Path, tiny_model: str) ->
     assert after < 0.5 * before
 
 
+@pytest.mark.long
 def test_patience_ends_a_run(tmp_path: Path, tiny_model: str) -> None:
     made.write(tmp_path / "train.jsonl", made.conversations(32))
     made.write(tmp_path / "eval.jsonl", made.conversations(8, seed=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,17 @@ def examples_of(task: str, step: int) -> list[Example]:
     return examples
 
 
-def make_config(task: str, folder: Path, model: str, teacher: str, budget: int) -> Any:
+def make_config(
+    task: str, folder: Path, model: str, teacher: str, budget: int, *, sequence_parallel: int = 1
+) -> Any:
     given = TASKS[task]
     tree: dict[str, Any] = {
         "run": {"name": task, "dir": str(folder)},
-        "model": {"path": model, **given.get("model", {})},
+        "model": {"path": model, **given.get("model", {}), "sequence_parallel": sequence_parallel},
         "data": {"train": "none.jsonl", "max_tokens": budget // 2, **given.get("data", {})},
         "train": {
             "num_steps": NUM_STEPS,
+            "num_workers": sequence_parallel,
             "zero_stage": 3 if task in ("dpo", "rm", "kd", "rm-qlora", "dpo-lora", "dpo-lora-copy") else 2,
             "max_tokens_per_micro_batch": budget,
             "lr": 1e-3,
@@ -123,20 +127,26 @@ def run_on(num_workers: int, folder: Path, configs: dict[str, Any]) -> dict[str,
     return result.return_value
 
 
-def test_packing_and_ranks_make_no_difference(tmp_path: Path, tiny_model: str) -> None:
+def test_packing_ranks_and_shared_sequences_make_no_difference(tmp_path: Path, tiny_model: str) -> None:
     from tests.tiny_model import make_tiny_model
 
     teacher = make_tiny_model(tmp_path / "teacher", seed=5)
 
-    def configs(budget: int) -> dict[str, Any]:
-        return {task: make_config(task, tmp_path, tiny_model, teacher, budget) for task in TASKS}
+    def configs(budget: int, tasks: Iterable[str] = TASKS, **options: int) -> dict[str, Any]:
+        return {task: make_config(task, tmp_path, tiny_model, teacher, budget, **options) for task in tasks}
 
     packed = run_on(1, tmp_path / "packed", configs(ROOMY))
     off, copy = (packed[task]["history"] for task in ("dpo-lora", "dpo-lora-copy"))
     assert off == copy, "a model without its adapters is the reference"
     assert off[-1]["reward/margin"] != 0 and packed["rm-qlora"]["history"][-1]["reward/margin"] != 0
-    for other in (run_on(1, tmp_path / "apart", configs(TIGHT)), run_on(2, tmp_path / "two", configs(TIGHT))):
-        for task, wanted in packed.items():
+    sharing = ("sft", "rm", "prm", "dpo", "kto-lora")  # kd cannot: a teacher reads whole sequences
+    for other in (
+        run_on(1, tmp_path / "apart", configs(TIGHT)),
+        run_on(2, tmp_path / "two", configs(TIGHT)),
+        run_on(2, tmp_path / "shared", configs(ROOMY, sharing, sequence_parallel=2)),
+    ):
+        for task in other:
+            wanted = packed[task]
             for told, told_packed in zip(other[task]["history"], wanted["history"], strict=True):
                 assert told == pytest.approx(told_packed, rel=1e-5, abs=1e-5), task
             for name, weights in wanted["weights"].items():

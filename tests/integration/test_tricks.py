@@ -24,6 +24,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
 
 
+@pytest.mark.long
 def test_the_tricks_of_ppo(tmp_path: Path, tiny_model: str) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(32)))

@@ -21,6 +21,7 @@ from rayrlhf.models.adapters import weights_of
 from rayrlhf.models.load import adapt, checkpoint_activations, load_policy
 from rayrlhf.models.logprobs import PolicyModel
 
+WORLD_SIZE = 2
 # A secondary partition (hpZ) lives in NCCL groups of a node, and is not here.
 VARIANTS: list[dict[str, Any]] = [
     {"zero_stage": 0},
@@ -48,14 +49,20 @@ QUANTIZED: list[dict[str, Any]] = [
     {"zero_stage": 2},
     {"zero_stage": 3},
 ]
+# And with sequences that both ranks share.
+SHARED: list[dict[str, Any]] = [
+    {"zero_stage": 0},
+    {"zero_stage": 2, "gradient_checkpointing": True},
+    {"zero_stage": 3, "offload_params": True},
+]
 LORA = LoraConfig(rank=4, alpha=8)
 MODELS: dict[str, dict[str, Any]] = {
     "whole": {},
     "adapters": {"lora": LORA},
     "adapters on 4 bits": {"lora": LORA, "quantization": "nf4"},
+    "shared": {"sequence_parallel": WORLD_SIZE},
 }
 NUM_STEPS = 5
-WORLD_SIZE = 2
 LR = 1e-3
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 0.5
@@ -143,6 +150,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.offload import offload_states, reload_states
     from rayrlhf.train.reference import AdaptersOff
+    from rayrlhf.train.sequences import share_sequences
 
     torch.set_num_threads(1)
     results = []
@@ -156,11 +164,13 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             max_grad_norm=MAX_GRAD_NORM,
         )
         policy = load(arguments["model"], kind, chunk_tokens=7, train=config)
-        loaded = sum(p.numel() for p in policy.parameters() if kind == "whole" or not p.requires_grad)
+        has_adapters = "lora" in MODELS[kind]
+        loaded = sum(p.numel() for p in policy.parameters() if not has_adapters or not p.requires_grad)
         in_parts = config.zero_stage == 3 and "quantization" not in MODELS[kind]
         assert (loaded == 0) == in_parts, "under ZeRO-3 nobody holds a whole tensor"
         if config.gradient_checkpointing:
             checkpoint_activations(policy.causal_lm)
+        share_sequences(policy, TrainedModelConfig(path=arguments["model"], **MODELS[kind]), config)
         learner = Learner(policy, config, lr=LR, dtype=torch.float32, name="actor")
         before = AdaptersOff(learner).logprobs([packed(sequences(0, 0))], 1.0)
         losses, norms, batches = [], [], []
@@ -180,7 +190,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         weights = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
         # Without its adapters it is still the model that it was.
         off = AdaptersOff(learner).logprobs([packed(sequences(0, 0))], 1.0)
-        assert torch.equal(off[0], before[0]) == (kind != "whole")
+        assert torch.equal(off[0], before[0]) == has_adapters
         # A gradient that is not finite must leave the weights alone and be counted.
         bad_term = Term(batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), {}))
         bad = learner.update(bad_term, step=4)
@@ -194,7 +204,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
     """Of a whole model and of adapters, which a frozen one has."""
-    each = zip((VARIANTS, ADAPTED, QUANTIZED), MODELS, strict=True)
+    each = zip((VARIANTS, ADAPTED, QUANTIZED, SHARED), MODELS, strict=True)
     variants = [(variant, kind) for of_kind, kind in each for variant in of_kind]
     result = TorchTrainer(
         train,
@@ -216,7 +226,7 @@ def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
         for name, wanted in weights.items():
             distance = (torch.from_numpy(got_weights[name].copy()) - wanted).norm()
             assert distance < 1e-5 * wanted.norm(), f"{case} {name}: relative distance {distance:.1e}"
-            if kind != "whole":  # of what the adapter has learnt, a small part of the weight
+            if "lora" in MODELS[kind]:  # of what the adapter has learnt, a small part of the weight
                 assert distance <= 1e-3 * (wanted - start[kind][name]).norm(), (
                     f"{case} {name}: {distance:.1e}"
                 )

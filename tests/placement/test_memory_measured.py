@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks.planner import ALLOWED, CASES, SHAPES, in_a_process_of_its_own, off_by
@@ -12,10 +14,18 @@ LORA, QLORA = (next(index for index in SMALL if CASES[index][4] == kind) for kin
 KINDS = ("weights and optimizer", "gradients", "activations", "peak")
 
 
+def cases() -> list[Any]:
+    chosen = [*WHOLE, LORA, QLORA]
+    return [
+        pytest.param(
+            index, marks=[] if index == QLORA else [pytest.mark.long], id=", ".join(CASES[index][::4])
+        )
+        for index in chosen
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "index", [*WHOLE, LORA, QLORA], ids=lambda index: f"{CASES[index][0]}, {CASES[index][4]}"
-)
+@pytest.mark.parametrize("index", cases())
 def test_within_ten_percent(index: int) -> None:
     row = in_a_process_of_its_own(index)
     assert row["parameters"]["predicted"] == row["parameters"]["measured"]

@@ -17,6 +17,7 @@ from rayrlhf.samples import Example
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
+from rayrlhf.train.sequences import share_sequences
 
 MicroBatches = Sequence[Sequence[Example]]
 
@@ -62,6 +63,7 @@ class Task:
         adapt(self.config.model, self.decoder_of(module), device=self.device, seed=self.config.run.seed)
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.decoder_of(module))
+        share_sequences(module, self.config.model, self.config.train)
         self.learner = Learner(
             module, self.config.train, lr=self.config.train.lr, dtype=self.dtype, name="model"
         )
