@@ -18,7 +18,9 @@ def cases() -> list[Any]:
     chosen = [*WHOLE, LORA, QLORA]
     return [
         pytest.param(
-            index, marks=[] if index == QLORA else [pytest.mark.long], id=", ".join(CASES[index][::4])
+            index,
+            marks=[] if index == QLORA else [pytest.mark.long],
+            id=f"{CASES[index][0]}, {CASES[index][4]}",
         )
         for index in chosen
     ]
