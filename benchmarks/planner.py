@@ -2,10 +2,10 @@
 
     make model && .venv/bin/python -m benchmarks.planner
 
-Each shape makes one optimizer step of two micro-batches through rayrlhf's learner (DeepSpeed, one rank, fp32
-on the CPU), in a process of its own; the peak is counted as in `benchmarks.update_memory`. The exit status is
-1 where a prediction is off by 10 % or more. The formulas were derived from other shapes (hidden 256 or 512, 4
-or 8 layers) than these.
+Each shape makes one optimizer step of two micro-batches through rayrlhf's learner (DeepSpeed, fp32 on the
+CPU), in a process of its own, or in two that share every sequence; the peak is counted as in
+`benchmarks.update_memory`, on the first rank. The exit status is 1 where a prediction is off by 10 % or more.
+The formulas were derived from other shapes (hidden 256 or 512, 4 or 8 layers) than these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.update_memory import ENVIRONMENT, MB, RESULTS, machine
 
@@ -37,23 +37,43 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 5, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "vocab_size": 40_000, "tie_word_embeddings": True},
 }
+
+
+class Case(NamedTuple):
+    name: str  # of a model or a shape
+    tokens: int  # of a micro-batch
+    stage: int  # ZeRO
+    checkpointing: bool
+    trained: str
+    ranks: int = 1  # that share every sequence
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.trained}, {self.ranks} rank{'s' * (self.ranks > 1)}"
+
+
 CASES = [
-    # model or shape, tokens of a micro-batch, ZeRO stage, gradient checkpointing, what is trained
-    (SMOLLM2, 1024, 0, False, "all"),
-    (SMOLLM2, 2048, 2, True, "all"),
-    (SMOLLM2, 2048, 2, True, "LoRA"),
-    ("wide and shallow, many key-value heads", 2048, 2, True, "QLoRA"),
+    Case(SMOLLM2, 1024, 0, False, "all"),
+    Case(SMOLLM2, 2048, 2, True, "all"),
+    Case(SMOLLM2, 2048, 2, True, "LoRA"),
+    Case("wide and shallow, many key-value heads", 2048, 2, True, "QLoRA"),
     *[
-        (name, 2048, stage, checkpointing, trained)
+        case
         for name in SHAPES
-        for stage, checkpointing, trained in ((0, False, "all"), (2, True, "all"), (2, True, "LoRA"))
+        for case in (
+            Case(name, 2048, 0, False, "all"),
+            Case(name, 2048, 2, True, "all"),
+            Case(name, 2048, 2, True, "LoRA"),
+            Case(name, 2048, 0, False, "all", ranks=2),
+            Case(name, 2048, 2, True, "all", ranks=2),
+        )
     ],
 ]
-RANK = 16  # of adapters
+ADAPTER_RANK = 16
 
 
-def compare(name: str, tokens: int, stage: int, checkpointing: bool, trained: str) -> dict[str, Any]:
+def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
     """Bytes predicted and measured, in this process."""
+    name, tokens, stage, checkpointing, trained, ranks = case
     import torch
     import torch.distributed as dist
 
@@ -61,39 +81,52 @@ def compare(name: str, tokens: int, stage: int, checkpointing: bool, trained: st
     from rayrlhf.placement import memory
     from rayrlhf.placement.shape import shape_of
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     train = TrainConfig(
         num_steps=10,
         zero_stage=stage,  # pyright: ignore[reportArgumentType]
         gradient_checkpointing=checkpointing,
         max_tokens_per_micro_batch=tokens,
+        num_workers=ranks,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        measured = _measure(name, train, trained)
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    measured = _measure(name, train, trained)
+    dist.destroy_process_group()
     shape = shape_of(measured.pop("config"), name)
-    adapter = memory.Adapter(RANK, quantized=trained == "QLoRA") if trained != "all" else None
+    adapter = memory.Adapter(ADAPTER_RANK, quantized=trained == "QLoRA") if trained != "all" else None
     predicted = memory.trainer(
-        shape, train, memory.Precision(4, on_gpu=False), num_workers=1, name="actor", adapter=adapter
+        shape,
+        train,
+        memory.Precision(4, on_gpu=False),
+        num_workers=ranks,
+        name="actor",
+        adapter=adapter,
+        sequence_parallel=ranks,
     )
     parameters = shape.parameters + (adapter.parameters(shape) if adapter else 0)
     state = predicted.only("weights", "optimizer").total
     return {
-        "case": [name, tokens, stage, checkpointing, trained],
+        "case": case,
         "parameters": {"predicted": parameters, "measured": measured["parameters"]},
         "weights and optimizer": {"predicted": state, "measured": measured["before"]},
         "gradients": {"predicted": predicted.device["gradients"], "measured": measured["gradients"]},
         "activations": {
             # Without the layer that is computed again: it is not there yet when the backward pass begins.
             "predicted": predicted.device["activations"]
-            - checkpointing
-            * tokens
-            * memory.layer_activation_bytes(shape, memory.Precision(4, on_gpu=False), adapter),
+            - checkpointing * _layer_bytes(shape, tokens, adapter, ranks),
             "measured": measured["decoder"],
         },
         "peak": {"predicted": predicted.total, "measured": measured["peak"]},
     }
+
+
+def _layer_bytes(shape: Any, tokens: int, adapter: Any, ranks: int) -> int:
+    """Of one layer's activations."""
+    from rayrlhf.placement import memory
+
+    fp32 = memory.Precision(4, on_gpu=False)
+    gathered = tokens * memory.gathered_bytes(shape, fp32)
+    return gathered + (tokens * memory.layer_activation_bytes(shape, fp32, adapter) - gathered) // ranks
 
 
 def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
@@ -110,6 +143,7 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     from rayrlhf.models.load import adapt, checkpoint_activations
     from rayrlhf.models.logprobs import PolicyModel
     from rayrlhf.train.learner import Learner, Term
+    from rayrlhf.train.sequences import share_sequences
 
     torch.manual_seed(0)
     values = dict(SHAPES.get(name, {}))
@@ -121,14 +155,16 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA, dtype=torch.float32)
     model = TrainedModelConfig(
         path=name,
-        lora=LoraConfig(rank=RANK) if trained != "all" else None,
+        lora=LoraConfig(rank=ADAPTER_RANK) if trained != "all" else None,
         quantization="nf4" if trained == "QLoRA" else None,
+        sequence_parallel=train.num_workers,
     )
     adapt(model, causal_lm, device=torch.device("cpu"), seed=0)
     if train.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     module = PolicyModel(causal_lm, chunk_tokens=train.logprob_chunk_tokens)
     module.head.register_forward_pre_hook(update_memory._mark_head)
+    share_sequences(module, model, train)
     learner = Learner(module.train(), train, lr=1e-5, dtype=torch.float32, name="actor")
     lengths = [LENGTH] * (train.max_tokens_per_micro_batch // LENGTH)
     position_ids = position_ids_of(lengths)
@@ -161,12 +197,30 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     }
 
 
-def in_a_process_of_its_own(index: int) -> dict[str, Any]:
+def in_processes_of_its_own(case: Case) -> dict[str, Any]:
+    """What rank 0 tells."""
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "numbers.json"
-        command = [sys.executable, "-m", "benchmarks.planner", "--case", str(index), "--answer", str(answer)]
-        subprocess.run(command, env=os.environ | ENVIRONMENT, check=True, timeout=300)
-        return json.loads(answer.read_text())
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.planner",
+            "--case",
+            str(CASES.index(case)),
+            "--answer",
+            folder,
+        ]
+        ranks = [
+            subprocess.Popen([*command, "--rank", str(rank)], env=os.environ | ENVIRONMENT)
+            for rank in range(case.ranks)
+        ]
+        try:
+            codes = [process.wait(timeout=300) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        if any(codes):
+            raise RuntimeError(f"{case} ended with {codes}")
+        return json.loads((Path(folder) / "0.json").read_text())
 
 
 def off_by(row: dict[str, Any], kind: str) -> float:
@@ -179,22 +233,27 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], passed: bool)
     lines = [
         "# What the planner predicts and what is measured",
         "",
-        "One optimizer step of two micro-batches, fp32 on the CPU, one rank; MB predicted / measured.",
-        f"Adapters (LoRA, and QLoRA on NF4 weights) have rank {RANK}, on all linear layers.",
+        "One optimizer step of two micro-batches, fp32 on the CPU; MB predicted / measured on rank 0.",
+        "Several ranks share every sequence. Adapters (LoRA, and QLoRA on NF4 weights) have rank",
+        f"{ADAPTER_RANK}, on all linear layers.",
         "",
-        "| model | parameters | tokens | ZeRO | checkpointing | trained | " + " | ".join(kinds) + " |",
-        "|---|---:|---:|---:|---|---|" + "---:|" * len(kinds),
+        "| model | parameters | tokens | ranks | ZeRO | checkpointing | trained | "
+        + " | ".join(kinds)
+        + " |",
+        "|---|---:|---:|---:|---:|---|---|" + "---:|" * len(kinds),
     ]
     for row in rows:
-        name, tokens, stage, checkpointing, trained = row["case"]
+        case = Case(*row["case"])
         cells = [
             f"{row[kind]['predicted'] / MB:.1f} / {row[kind]['measured'] / MB:.1f} ({off_by(row, kind):+.1%})"
             for kind in kinds
         ]
         exact = "" if row["parameters"]["predicted"] == row["parameters"]["measured"] else " (WRONG)"
         lines.append(
-            f"| {name} | {row['parameters']['measured']:,}{exact} | {tokens} | {stage} "
-            f"| {'yes' if checkpointing else 'no'} | {trained} | " + " | ".join(cells) + " |"
+            f"| {case.name} | {row['parameters']['measured']:,}{exact} | {case.tokens} | {case.ranks} "
+            f"| {case.stage} | {'yes' if case.checkpointing else 'no'} | {case.trained} | "
+            + " | ".join(cells)
+            + " |"
         )
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     lines += [
@@ -210,12 +269,14 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], passed: bool)
 def main() -> int:
     parser = argparse.ArgumentParser(description="The planner's bytes beside what is measured.")
     parser.add_argument("--case", type=int, help="measure this one in this process")
-    parser.add_argument("--answer", type=Path, help="where --case writes its numbers")
+    parser.add_argument("--rank", type=int, default=0, help="as this one of its ranks")
+    parser.add_argument("--answer", type=Path, help="folder where --case writes its numbers")
     options = parser.parse_args()
     if options.case is not None:
-        options.answer.write_text(json.dumps(compare(*CASES[options.case])))
+        told = compare(CASES[options.case], options.rank, store=str(options.answer / "store"))
+        (options.answer / f"{options.rank}.json").write_text(json.dumps(told))
         return 0
-    rows = [in_a_process_of_its_own(index) for index in range(len(CASES))]
+    rows = [in_processes_of_its_own(case) for case in CASES]
     passed = all(
         abs(off_by(row, kind)) < ALLOWED for row in rows for kind in row if kind not in ("case", "parameters")
     ) and all(row["parameters"]["predicted"] == row["parameters"]["measured"] for row in rows)

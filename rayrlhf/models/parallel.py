@@ -151,7 +151,9 @@ class _GatherBlocks(torch.autograd.Function):
         ctx.group = group
         parts = part.new_empty(group.size() * part.size(0), *part.shape[1:])
         dist.all_gather_single(parts, part.contiguous(), group=group)
-        front, back = parts.view(group.size(), *part.shape).chunk(2, dim=-2)  # [P, 2, kv_heads, n/2, head_dim]
+        front, back = parts.view(group.size(), *part.shape).chunk(
+            2, dim=-2
+        )  # [P, 2, kv_heads, n/2, head_dim]
         return torch.cat([*front, *back.flip(0)], dim=-2)
 
     @staticmethod

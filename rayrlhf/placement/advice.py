@@ -5,6 +5,7 @@ Pure: every idea is tried out on the plan itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -60,6 +61,10 @@ def changes_of(config: Any) -> list[Change]:
             changes.append(Change(("train.offload_optimizer=true",), 1.3, "the optimizer goes to the host"))
         if not train.offload_params:
             changes.append(Change(("train.offload_params=true",), 1.6, "weights are fetched layer by layer"))
+        for ranks in (2, 4, 8):
+            overrides = (f"model.sequence_parallel={ranks}", *_without_flash_attention(config.model))
+            why = "workers share the tokens of each micro-batch"
+            changes.append(Change(overrides, 1.1 + 0.05 * math.log2(ranks), why))
         half = train.max_tokens_per_micro_batch // 2
         changes.append(
             Change((f"train.max_tokens_per_micro_batch={half}",), 1.05, "smaller micro-batches, more of them")
@@ -73,6 +78,11 @@ def changes_of(config: Any) -> list[Change]:
             )
         )
     return changes
+
+
+def _without_flash_attention(model: Any) -> tuple[str, ...]:
+    """Shared sequences need another kernel."""
+    return ("model.attention=auto",) if model.attention == "flash_attention_2" else ()
 
 
 def fixes(config: Any, load: Load, judge: Judge) -> list[Fix]:

@@ -157,11 +157,11 @@ def activation_bytes(
     s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
     layers = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
     whole = (_outside_bytes(shape, precision, adapter) + layers) * tokens
-    gathered = tokens * _gathered_bytes(shape, precision) * (1 if checkpointing else shape.layers)
+    gathered = tokens * gathered_bytes(shape, precision) * (1 if checkpointing else shape.layers)
     return gathered + (whole - gathered) // sequence_parallel
 
 
-def _gathered_bytes(shape: ModelShape, precision: Precision) -> int:
+def gathered_bytes(shape: ModelShape, precision: Precision) -> int:
     """Keys and values of a layer, per token."""
     return 2 * shape.kv_size * precision.weights
 
@@ -277,7 +277,7 @@ def trainer(
 def _told_activations(
     shape: ModelShape, precision: Precision, train: OptimizerConfig, adapter: Adapter | None, ranks: int
 ) -> str:
-    gathered = _gathered_bytes(shape, precision) if ranks > 1 else 0
+    gathered = gathered_bytes(shape, precision) if ranks > 1 else 0
     layer = f"{layer_activation_bytes(shape, precision, adapter) - gathered:,} B"
     outside = f"{_outside_bytes(shape, precision, adapter):,} B outside"
     tokens = f"{train.max_tokens_per_micro_batch:,} tokens"

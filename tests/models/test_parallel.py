@@ -13,7 +13,13 @@ from torch.multiprocessing.spawn import spawn
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import TrainedModelConfig
-from rayrlhf.models.load import checkpoint_activations, load_critic, load_policy, load_reward_model, load_step_model
+from rayrlhf.models.load import (
+    checkpoint_activations,
+    load_critic,
+    load_policy,
+    load_reward_model,
+    load_step_model,
+)
 from rayrlhf.models.parallel import PackedModel, Share, check_layers
 
 NUM_RANKS = 3
@@ -42,7 +48,9 @@ def load(kind: str, path: str) -> PackedModel:
     return module
 
 
-def outputs_and_gradients(module: Any, kind: str, lengths: list[int]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def outputs_and_gradients(
+    module: Any, kind: str, lengths: list[int]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(sum(lengths))
     total = sum(lengths)
     ids = torch.randint(8, 264, (total,), generator=generator)
@@ -51,7 +59,9 @@ def outputs_and_gradients(module: Any, kind: str, lengths: list[int]) -> tuple[l
     out = module(*stream, mask, 0.7) if "policy" in kind else module(*stream, *[mask] * (kind == "steps"))
     outputs = list(out) if isinstance(out, tuple) else [out]
     # A loss that is not linear in any of them, and the same on all ranks.
-    weighed = [(output + 0.3) ** 2 * torch.arange(1, 1 + output.numel()).view_as(output) for output in outputs]
+    weighed = [
+        (output + 0.3) ** 2 * torch.arange(1, 1 + output.numel()).view_as(output) for output in outputs
+    ]
     loss = torch.cat([part.flatten() for part in weighed]).sum()
     module.zero_grad()
     loss.backward()
@@ -85,7 +95,9 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> list[
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, NUM_RANKS])
-def test_ranks_compute_what_one_process_does(of_ranks: list[Any], tiny_model: str, kind: str, size: int) -> None:
+def test_ranks_compute_what_one_process_does(
+    of_ranks: list[Any], tiny_model: str, kind: str, size: int
+) -> None:
     module = load(kind, tiny_model)
     for lengths in STREAMS:
         wanted, gradients = outputs_and_gradients(module, kind, lengths)
@@ -104,12 +116,16 @@ def test_shares_cover_a_stream_once_and_are_equally_heavy() -> None:
         return Share.of_rank(cu_seqlens_of(lengths), sum(lengths), rank, size)
 
     held = [share(rank, 3, [7, 1, 12, 5]).positions.tolist() for rank in range(3)]
-    # 25 tokens in six blocks of five: the i-th from the front with the i-th from the back, which ends in filler.
+    # 25 tokens in six blocks of five: the first with the last, which is filler.
     assert held[0] == [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]
     assert sorted(position for positions in held for position in positions) == list(range(30))
     # Pairs of a token and one that it attends to, of one long sequence: nearly as many for each rank.
     pairs = [
-        sum(position - piece.start + 1 for piece in share(rank, 4, [4000]).pieces for position in range(piece.first, piece.stop))
+        sum(
+            position - piece.start + 1
+            for piece in share(rank, 4, [4000]).pieces
+            for position in range(piece.first, piece.stop)
+        )
         for rank in range(4)
     ]
     assert sum(pairs) == 4000 * 4001 // 2 and max(pairs) == min(pairs)
@@ -119,5 +135,7 @@ def test_a_model_whose_layers_mix_tokens_otherwise_is_refused() -> None:
     share = Share.of_rank(cu_seqlens_of([6]), 6, rank=0, size=2)
     share.num_attended = 8
     check_layers(8, share)
-    with pytest.raises(ValueError, match="24 of this model's 32 layers.* set model.sequence_parallel to 1"):
+    with pytest.raises(
+        ValueError, match=r"24 of this model's 32 layers .* set model\.sequence_parallel to 1"
+    ):
         check_layers(32, share)

@@ -6,30 +6,27 @@ from typing import Any
 
 import pytest
 
-from benchmarks.planner import ALLOWED, CASES, SHAPES, in_a_process_of_its_own, off_by
+from benchmarks.planner import ALLOWED, CASES, SHAPES, Case, in_processes_of_its_own, off_by
 
-SMALL = [index for index, case in enumerate(CASES) if case[0] in SHAPES and case[3]]  # with checkpointing
-WHOLE = [index for index in SMALL if CASES[index][4] == "all"]
-LORA, QLORA = (next(index for index in SMALL if CASES[index][4] == kind) for kind in ("LoRA", "QLoRA"))
+# Of the small ones with checkpointing: each shape whole, adapters, adapters on 4 bits, a shared sequence.
+SMALL = [case for case in CASES if case.name in SHAPES and case.checkpointing]
+WHOLE = [case for case in SMALL if case.trained == "all" and case.ranks == 1]
+SHARED = next(case for case in SMALL if case.ranks > 1)
+LORA, QLORA = (next(case for case in SMALL if case.trained == kind) for kind in ("LoRA", "QLoRA"))
 KINDS = ("weights and optimizer", "gradients", "activations", "peak")
 
 
 def cases() -> list[Any]:
-    chosen = [*WHOLE, LORA, QLORA]
     return [
-        pytest.param(
-            index,
-            marks=[] if index == QLORA else [pytest.mark.long],
-            id=f"{CASES[index][0]}, {CASES[index][4]}",
-        )
-        for index in chosen
+        pytest.param(case, marks=[] if case == QLORA else [pytest.mark.long], id=str(case))
+        for case in (*WHOLE, SHARED, LORA, QLORA)
     ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", cases())
-def test_within_ten_percent(index: int) -> None:
-    row = in_a_process_of_its_own(index)
+@pytest.mark.parametrize("case", cases())
+def test_within_ten_percent(case: Case) -> None:
+    row = in_processes_of_its_own(case)
     assert row["parameters"]["predicted"] == row["parameters"]["measured"]
     for kind in KINDS:
         assert abs(off_by(row, kind)) < ALLOWED, (kind, row[kind])
