@@ -27,7 +27,8 @@ class Share:
     """Which tokens of a stream this rank holds. Without a group: all of them."""
 
     num_tokens: int  # T
-    positions: Tensor  # [n] in the stream; those from T on are filler, which makes all shares equally long
+    num_padded: int  # with filler after the last token, which makes all shares equally long
+    positions: Tensor  # [n] in the padded stream
     group: dist.ProcessGroup | None = None
     pieces: list[Piece] = field(default_factory=list)  # of the held tokens, in their order; with a group
     num_attended: int = 0  # attention layers that have seen this share
@@ -35,18 +36,20 @@ class Share:
     @staticmethod
     def of(cu_seqlens: Tensor, num_tokens: int, group: dist.ProcessGroup | None) -> Share:
         if group is None:
-            return Share(num_tokens, torch.arange(num_tokens, device=cu_seqlens.device))
+            return Share(num_tokens, num_tokens, torch.arange(num_tokens, device=cu_seqlens.device))
         share = Share.of_rank(cu_seqlens, num_tokens, dist.get_rank(group), group.size())
         return replace(share, group=group)
 
     @staticmethod
     def of_rank(cu_seqlens: Tensor, num_tokens: int, rank: int, size: int) -> Share:
         block = -(-num_tokens // (2 * size))
+        num_padded = 2 * size * block
         blocks = [range(block * i, block * (i + 1)) for i in (rank, 2 * size - 1 - rank)]
         positions = torch.cat([torch.arange(b.start, b.stop) for b in blocks]).to(cu_seqlens.device)
         # The filler is a sequence of its own: every rank attends in every layer, so all go back through them.
-        bounds = [*cu_seqlens.tolist(), 2 * size * block]
-        return Share(num_tokens, positions, pieces=[piece for b in blocks for piece in _pieces(b, bounds)])
+        bounds = [*cu_seqlens.tolist(), num_padded]
+        pieces = [piece for b in blocks for piece in _pieces(b, bounds)]
+        return Share(num_tokens, num_padded, positions, pieces=pieces)
 
     def take(self, tokens: Tensor) -> Tensor:
         """This rank's [n] of a tensor [T]; any in the place of filler."""
@@ -66,16 +69,14 @@ class Share:
 
     def placed(self, values: Tensor) -> Tensor:
         """Of one value per held token, [n], those of the whole stream, [T], on every rank."""
-        held = self.positions < self.num_tokens
-        stream = values.new_zeros(self.num_tokens)
-        return self.summed(stream.index_put((self.positions[held],), values[held]))
+        stream = values.new_zeros(self.num_padded).index_put((self.positions,), values)
+        return self.summed(stream[: self.num_tokens])
 
     def _rows(self) -> Tensor:
         """[T], -1 for tokens that others hold."""
-        rows = torch.full((self.num_tokens,), -1, device=self.positions.device)
-        held = self.positions < self.num_tokens
-        rows[self.positions[held]] = torch.arange(len(self.positions), device=rows.device)[held]
-        return rows
+        rows = self.positions.new_full((self.num_padded,), -1)
+        rows[self.positions] = torch.arange(len(self.positions), device=rows.device)
+        return rows[: self.num_tokens]
 
     def gathered(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """[1, kv_heads, P·n, head_dim] of the stream from this rank's [1, kv_heads, n, head_dim]."""
@@ -151,9 +152,7 @@ class _GatherBlocks(torch.autograd.Function):
         ctx.group = group
         parts = part.new_empty(group.size() * part.size(0), *part.shape[1:])
         dist.all_gather_single(parts, part.contiguous(), group=group)
-        front, back = parts.view(group.size(), *part.shape).chunk(
-            2, dim=-2
-        )  # [P, 2, kv_heads, n/2, head_dim]
+        front, back = parts.view(group.size(), *part.shape).chunk(2, dim=-2)
         return torch.cat([*front, *back.flip(0)], dim=-2)
 
     @staticmethod

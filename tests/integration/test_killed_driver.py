@@ -17,7 +17,7 @@ import yaml
 from cluster.local.head import LocalHead
 from tests.integration.policy_runs import tiny_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 400  # 60 to 150, as the machine is
@@ -85,9 +85,7 @@ def head() -> Iterator[LocalHead]:
         yield found
 
 
-@pytest.mark.parametrize(
-    "end", [kill, *(pytest.param(end, marks=pytest.mark.long) for end in (stop, terminate))]
-)
+@pytest.mark.parametrize("end", [kill, terminate, stop])
 def test_nothing_outlives_the_driver(
     end: Callable[[LocalHead, Path], None], head: LocalHead, tmp_path: Path, tiny_model: str
 ) -> None:

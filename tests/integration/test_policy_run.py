@@ -58,6 +58,7 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
     assert sum(c in "aeiou" for c in text) > len(text) / 2, f"the export has not learnt: {text!r}"
 
 
+@pytest.mark.long
 def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tiny_model: str) -> None:
     """All but the critic on slots of their own, and a reward model that reads the sample's own tokens.
 

@@ -13,7 +13,7 @@ from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.rollout import RolloutConfig
 from rayrlhf.loops.apps import engine_settings
 from rayrlhf.rollout.scorer import ScorerActor
-from rayrlhf.train.reference import ReferenceActor
+from rayrlhf.train.served_reference import ReferenceActor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -107,6 +107,7 @@ def test_prm_finds_planted_wrong_steps(tmp_path: Path, tiny_model: str) -> None:
     assert model.config.id2label == {0: "bad", 1: "good"} and model.config.step_token == made.STEP_TOKEN
 
 
+@pytest.mark.long
 def test_dpo_raises_the_margin_whether_the_reference_is_asked_or_kept(
     tmp_path: Path, tiny_model: str
 ) -> None:

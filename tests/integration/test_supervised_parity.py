@@ -141,7 +141,6 @@ def test_packing_ranks_and_shared_sequences_make_no_difference(tmp_path: Path, t
     assert off[-1]["reward/margin"] != 0 and packed["rm-qlora"]["history"][-1]["reward/margin"] != 0
     sharing = ("sft", "rm", "prm", "dpo", "kto-lora")  # kd cannot: a teacher reads whole sequences
     for other in (
-        run_on(1, tmp_path / "apart", configs(TIGHT)),
         run_on(2, tmp_path / "two", configs(TIGHT)),
         run_on(2, tmp_path / "shared", configs(ROOMY, sharing, sequence_parallel=2)),
     ):

@@ -73,6 +73,16 @@ def test_what_does_not_fit_is_told_with_ways_that_work(capsys: pytest.CaptureFix
         assert main([*argv, *overrides, "--gpus", "8xA100-40"]) == 0, overrides
 
 
+def test_sequences_too_long_for_one_gpu_are_shared(capsys: pytest.CaptureFixture[str]) -> None:
+    """What 32 layers keep, 8 KiB per token each, is 32 GiB for 131,072 tokens."""
+    argv = [config("sft-8x-gpu.yaml"), "data.max_tokens=131072", "train.max_tokens_per_micro_batch=131072"]
+    assert main([*argv, "--gpus", "8xA100-40"]) == 1
+    told = capsys.readouterr().out.partition("The cheapest ways to make it fit:")[2].strip()
+    overrides = told.partition("  (")[0].split()
+    assert overrides[0].startswith("model.sequence_parallel=")
+    assert main([*argv, *overrides, "--gpus", "8xA100-40"]) == 0
+
+
 @pytest.mark.parametrize("gpus", ["4xA100-80", "8xRTX4090", "16xH100"])
 def test_a_suggestion_loads_and_fits(gpus: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = [config("grpo-8x-gpu.yaml")]

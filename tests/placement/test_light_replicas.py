@@ -1,0 +1,28 @@
+"""Serve replicas stay light: what is heavy is imported by the actors on their slots."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"transformers", "deepspeed", "vllm", "peft", "math_verify"}
+
+
+@pytest.mark.slow
+def test_replicas_import_nothing_heavy() -> None:
+    """Seconds and hundreds of megabytes for each replica, beside the actor that needs them anyway."""
+    replicas = [
+        "rayrlhf.reward.functions",
+        "rayrlhf.reward.model",
+        "rayrlhf.reward.remote",
+        "rayrlhf.reward.verifiable",
+        "rayrlhf.rollout.engine",
+        "rayrlhf.rollout.environments",
+        "rayrlhf.rollout.scorer",
+        "rayrlhf.train.served_reference",
+    ]
+    code = f"import sys, {', '.join(replicas)}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
