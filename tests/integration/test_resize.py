@@ -24,7 +24,7 @@ VARIANTS = (
 SAVED_AFTER, NUM_STEPS = 3, 6
 ROWS = 12  # of a step, over all ranks
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("ray_session")]
 
 
 def train(arguments: dict[str, Any]) -> dict[Any, Any]:

@@ -136,7 +136,7 @@ class Engines:
         ray.kill(self.hub)
 
 
-@pytest.fixture(scope="module", params=["object_store", "gloo", "ipc"])
+@pytest.fixture(scope="module", params=[pytest.param("object_store", marks=pytest.mark.long), "gloo", "ipc"])
 def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: str):
     request.getfixturevalue("ray_session")
     running = Engines(tmp_path_factory.mktemp("sync"), tiny_model, request.param)
