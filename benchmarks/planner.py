@@ -187,12 +187,13 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     counted = update_memory.allocations(learner, term)
     parameters = sum(math.prod(weight.shape) for weight in weights_of(learner.module))
     parameters += sum(parameter.numel() for _, parameter in adapter_weights(learner.module))
+    gradients = sum(p.numel() for p in learner.module.parameters() if p.requires_grad)
     return {
         "config": config.to_dict(),
         "parameters": parameters,
         "before": counted["before"],
         "peak": counted["peak"],
-        "gradients": 4 * sum(p.numel() for p in learner.module.parameters() if p.requires_grad),
+        "gradients": 4 * gradients // (train.num_workers if train.zero_stage >= 2 else 1),
         "decoder": decoder,
     }
 

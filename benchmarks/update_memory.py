@@ -141,7 +141,7 @@ def live_bytes() -> int:
 
 
 def allocations(learner: Learner, term: Term) -> dict[str, int]:
-    """Bytes alive at the peak of an update, and what the decoder keeps alive when the head begins."""
+    """Bytes alive at the peak of an update, and what the decoder keeps alive when the head first begins."""
     before = live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         learner.update(term, step=1)
@@ -150,7 +150,7 @@ def allocations(learner: Learner, term: Term) -> dict[str, int]:
     events: Any = profiler.profiler.kineto_results.events()
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.name() == HEAD:
-            at_head = alive
+            at_head = at_head or alive  # the first time: no gradients are alive beside it
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)

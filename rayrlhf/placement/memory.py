@@ -244,7 +244,7 @@ def trainer(
         )
         if has_head
         else 0,
-        "buffers": _buffers(shape, train, trained, s),
+        "buffers": _buffers(shape, train, trained, s, ranks),
     }
     host = {
         "weights": weights if train.offload_params else 0,
@@ -296,11 +296,12 @@ def _told_activations(
     return f"{tokens} x {shared}"
 
 
-def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) -> int:
+def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int, ranks: int) -> int:
     """DeepSpeed's communication buffers: gradients on their way; with ZeRO-3 also the gathered layers."""
     if train.zero_stage == 0:
         return 0
-    reduce = min(MAX_BUCKET_NUMEL, trained) * s * (2 if train.overlap_comm else 1)
+    # Several ranks reduce a copy of what has been collected.
+    reduce = min(MAX_BUCKET_NUMEL, trained) * s * (1 + train.overlap_comm + (ranks > 1))
     if train.zero_stage < 3:
         return reduce
     live = min(MAX_LIVE_NUMEL, max(2 * shape.layer_parameters, shape.embedding_parameters))
