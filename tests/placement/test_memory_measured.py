@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.planner import ALLOWED, CASES, SHAPES, Case, in_processes_of_its_own, off_by
 
-# Of the small ones with checkpointing: each shape whole, adapters, adapters on 4 bits, a shared sequence.
+# Of the small ones with checkpointing: each shape whole, adapters, adapters on 4 bits. And shared sequences.
 SMALL = [case for case in CASES if case.name in SHAPES and case.checkpointing]
-WHOLE = [case for case in SMALL if case.trained == "all" and case.ranks == 1]
-SHARED = next(case for case in SMALL if case.ranks > 1)
+WHOLE = [case for case in SMALL if case.trained == "all"]
+SHARED = next(case for case in CASES if case.ranks > 1)
 LORA, QLORA = (next(case for case in SMALL if case.trained == kind) for kind in ("LoRA", "QLoRA"))
 KINDS = ("weights and optimizer", "gradients", "activations", "peak")
 
