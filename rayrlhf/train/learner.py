@@ -19,7 +19,7 @@ from rayrlhf.train import collectives, frozen
 from rayrlhf.train.engine import adapter_state_dict, full_state_dict, make_engine
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 from rayrlhf.train.resize import TAG, load_universal, read_layout, resized, write_layout
-from rayrlhf.train.sequences import together
+from rayrlhf.train.sequences import own_outputs, together
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
 # global objective, metric sums). Shares add up over micro-batches and ranks.
@@ -61,11 +61,7 @@ class Learner:
     @torch.no_grad()
     def infer(self, batches: Sequence[PackedBatch], forward: Forward) -> list[Any]:
         """The module's outputs, one per micro-batch, without gradients."""
-        outputs: list[Any] = []
-        for batch, is_own in together(self.module, batches):
-            output = forward(self.engine, batch)
-            outputs += [output] if is_own else []
-        return outputs
+        return own_outputs(self.module, batches, lambda batch: forward(self.engine, batch))
 
     def update(self, *terms: Term, step: int) -> dict[str, float]:
         """One optimizer step over the micro-batches of all terms; `step` sets the learning rate.

@@ -18,7 +18,7 @@ from rayrlhf.models.load import load_policy, resolve_dtype
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading, make_engine
 from rayrlhf.train.learner import Learner
-from rayrlhf.train.sequences import share_sequences, together
+from rayrlhf.train.sequences import own_outputs, share_sequences
 
 
 class Reference(Protocol):
@@ -45,11 +45,7 @@ class LocalReference:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
-        told: list[Tensor] = []
-        for batch, is_own in together(self.module, batches):
-            logprobs = logprobs_of(self.policy, batch, temperature)
-            told += [logprobs] if is_own else []
-        return told
+        return own_outputs(self.module, batches, lambda batch: logprobs_of(self.policy, batch, temperature))
 
 
 class AdaptersOff:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -43,6 +43,18 @@ def together(module: Any, batches: Iterable[PackedBatch]) -> Iterator[tuple[Pack
         dist.all_gather_object(everyone, batch.to("cpu"), group=group)
         for owner, shared in enumerate(everyone):
             yield (batch, True) if owner == own else (shared.to(collectives.device()), False)
+
+
+def own_outputs(
+    module: Any, batches: Iterable[PackedBatch], forward: Callable[[PackedBatch], Any]
+) -> list[Any]:
+    """What `forward`, which calls `module`, says of this rank's own micro-batches. Collective as `together`."""
+    outputs: list[Any] = []
+    for batch, is_own in together(module, batches):
+        output = forward(batch)
+        if is_own:
+            outputs.append(output)
+    return outputs
 
 
 @functools.cache

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
+from rayrlhf.config.supervised import KdRunConfig
 from tests.config.conftest import Load, Problems
 
 # name: (overrides that break one rule, the path of its problem, what to add so that the rule holds)
@@ -424,3 +426,11 @@ def test_what_is_needed_and_left_out_gets_its_defaults(load: Load) -> None:
     bare = load("algorithm.advantage=reinforce_pp", "algorithm.kl_coef=0")
     assert not bare.needs_critic and bare.critic is None
     assert not bare.needs_ref and bare.ref is None
+
+
+def test_distillation_shares_no_sequences() -> None:
+    tree = {"run": {"name": "kd"}, "model": {"path": "student", "sequence_parallel": 2}}
+    tree |= {"data": {"train": "rows.jsonl"}, "teacher": {"path": "teacher"}, "train": {"num_workers": 2}}
+    with pytest.raises(ValidationError, match="a teacher answers for whole sequences"):
+        KdRunConfig.model_validate(tree)
+    KdRunConfig.model_validate(tree | {"model": {"path": "student"}})

@@ -12,7 +12,7 @@ HEAVY = {"transformers", "deepspeed", "vllm", "peft", "math_verify"}
 
 @pytest.mark.slow
 def test_replicas_import_nothing_heavy() -> None:
-    """Seconds and hundreds of megabytes for each replica, beside the actor that needs them anyway."""
+    """Seconds and about 100 MB for each replica, beside the actor that needs them anyway."""
     replicas = [
         "rayrlhf.reward.functions",
         "rayrlhf.reward.model",
