@@ -48,7 +48,7 @@ def together(module: Any, batches: Iterable[PackedBatch]) -> Iterator[tuple[Pack
 def own_outputs(
     module: Any, batches: Iterable[PackedBatch], forward: Callable[[PackedBatch], Any]
 ) -> list[Any]:
-    """What `forward`, which calls `module`, says of this rank's own micro-batches. Collective as `together`."""
+    """What `forward`, which calls `module`, says of this rank's own micro-batches. Collective."""
     outputs: list[Any] = []
     for batch, is_own in together(module, batches):
         output = forward(batch)
