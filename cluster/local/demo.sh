@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rendered from jobs/configs/demo.yaml launch.gpus_per_node=0 by `rayrlhf render`; change that, then render again.
-# 1 slots on 1 node of 96 CPUs.
+# 1 slot on this machine.
 # placement.gpus_per_slot=auto: no GPU per slot, as launch.gpus_per_node=0.
 # Run it in the root of the repository, after `make install`.
 set -euo pipefail

@@ -9,7 +9,7 @@ from rayrlhf.launch.rendering import EXCLUDED, Rendering, commented, to_yaml
 
 def render_anyscale(job: Rendering) -> str:
     notes = ["anyscale job submit -f this.yaml, in the root of the repository."]
-    return commented([*job.header, *notes]) + to_yaml(anyscale_job(job))
+    return commented([*job.header(), *notes]) + to_yaml(anyscale_job(job))
 
 
 def anyscale_job(job: Rendering) -> dict[str, Any]:

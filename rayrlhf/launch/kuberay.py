@@ -37,7 +37,7 @@ def render_kuberay(job: Rendering) -> str:
         f"kubectl create -f this.yaml; the image has this repository in {kuberay.project_dir},",
         f"and the claim {kuberay.volume_claim} holds runs, models and data under {kuberay.mount_path}.",
     ]
-    return commented([*job.header, *notes]) + to_yaml(config_map, manifest)
+    return commented([*job.header(), *notes]) + to_yaml(config_map, manifest)
 
 
 def rayjob(job: Rendering) -> dict[str, Any]:

@@ -59,13 +59,15 @@ class Rendering:
     def env(self) -> dict[str, str]:
         return self.config.launch.env
 
-    @property
-    def header(self) -> list[str]:
-        """Comment lines: where the file comes from and what was assumed."""
-        lines = [f"Rendered from {' '.join(self.argv)} by `rayrlhf render`; change that, then render again."]
+    def header(self, where: str = "") -> list[str]:
+        """Comment lines: where the file comes from and what was assumed. `where`: instead of nodes."""
         nodes = self.nodes
         what = f"{nodes.gpus} GPUs" if nodes.gpus else f"{nodes.cpus} CPUs"
-        lines.append(f"{nodes.num_slots} slots on {nodes.count} node{'s' * (nodes.count > 1)} of {what}.")
+        where = where or f"{nodes.count} node{'s' * (nodes.count > 1)} of {what}"
+        lines = [
+            f"Rendered from {' '.join(self.argv)} by `rayrlhf render`; change that, then render again.",
+            f"{nodes.num_slots} slot{'s' * (nodes.num_slots > 1)} on {where}.",
+        ]
         return lines + ([nodes.assumed + "."] if nodes.assumed else [])
 
 

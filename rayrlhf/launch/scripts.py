@@ -19,9 +19,10 @@ def render_local(job: Rendering) -> str:
     """Starts a Ray head of its own, submits the job to it, follows it, and stops the head."""
     cpus = math.ceil(job.nodes.num_slots * job.config.placement.cpus_per_slot + DATA_CPUS) + 1
     gpus = job.nodes.num_slots if job.nodes.gpus else 0
+    note = "Run it in the root of the repository, after `make install`."
     lines = [
         START,
-        commented([*job.header, "Run it in the root of the repository, after `make install`."]),
+        commented([*job.header("this machine"), note]),
         "set -euo pipefail\n",
         ABSOLUTE,
         f"exec .venv/bin/python -m cluster.local.submit --num-cpus {cpus} --num-gpus {gpus} -- \\\n",
@@ -40,7 +41,7 @@ def render_ray_job(job: Rendering) -> str:
     return "".join(
         [
             START,
-            commented([*job.header, *notes]),
+            commented([*job.header(), *notes]),
             "set -euo pipefail\n",
             ': "${RAY_API_SERVER_ADDRESS:?the address of the dashboard, http://head:8265}"\n',
             ': "${SHARED:?a folder that every node can read and write}"\n',
@@ -98,7 +99,7 @@ def render_slurm(job: Rendering) -> str:
         [
             START,
             sbatch,
-            commented([*job.header, *notes]),
+            commented([*job.header(), *notes]),
             "set -euo pipefail\n",
             exports,
             *(f"{line}\n" for line in slurm.setup),
