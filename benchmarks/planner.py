@@ -279,7 +279,10 @@ def main() -> int:
         told = compare(CASES[options.case], options.rank, store=str(options.answer / "store"))
         (options.answer / f"{options.rank}.json").write_text(json.dumps(told))
         return 0
-    rows = [in_processes_of_its_own(case) for case in CASES]
+    rows = []
+    for number, case in enumerate(CASES, 1):
+        rows.append(in_processes_of_its_own(case))
+        print(f"{number}/{len(CASES)} {case}: peak off by {off_by(rows[-1], 'peak'):+.1%}", flush=True)
     passed = all(
         abs(off_by(row, kind)) < ALLOWED for row in rows for kind in row if kind not in ("case", "parameters")
     ) and all(row["parameters"]["predicted"] == row["parameters"]["measured"] for row in rows)
