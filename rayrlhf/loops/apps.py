@@ -24,7 +24,7 @@ from rayrlhf.reward.verifiable import verifiable_deployment
 from rayrlhf.rollout.engine import EngineSettings, rollout_deployment
 from rayrlhf.rollout.environments import EnvironmentSetup, environment_deployment
 from rayrlhf.rollout.scorer import scorer_deployment
-from rayrlhf.train.served_reference import reference_deployment
+from rayrlhf.train.served import reference_deployment
 from rayrlhf.usercode import UserCode
 
 KV_BLOCK_TOKENS = 32

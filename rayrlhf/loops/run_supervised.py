@@ -43,7 +43,7 @@ from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.plan import plan_supervised
 from rayrlhf.train.checkpoint import newest_step
-from rayrlhf.train.teacher import teacher_deployment
+from rayrlhf.train.served import teacher_deployment
 
 SAMPLE_ROWS = 1024  # of the training data, that a trained reward model's scores are normalised by
 START_SECONDS = 600.0  # for a served teacher
@@ -106,7 +106,14 @@ def _run(config: Any, console: Console) -> Path:
         )
         console.say(f"starting {config.train.num_workers} x trainer")
         if config.job == "kd" and config.teacher.location == "serve":
-            deploy({job.teacher_app: teacher_deployment(config, slots)})
+            teacher = teacher_deployment(
+                config.model,
+                config.teacher.path,
+                chunk_tokens=config.train.logprob_chunk_tokens,
+                num_replicas=config.teacher.num_replicas,
+                slots=slots,
+            )
+            deploy({job.teacher_app: teacher})
             stack.enter_context(
                 watched(
                     [job.teacher_app],

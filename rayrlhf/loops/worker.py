@@ -35,7 +35,7 @@ from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train import collectives
 from rayrlhf.train.checkpoint import Saved, restore
 from rayrlhf.train.engine import gathered
-from rayrlhf.train.served_reference import ServedReference
+from rayrlhf.train.reference import ServedReference
 
 
 class PolicyWorker(TrainingWorker):

@@ -7,12 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from ray import serve
 from torch import Tensor
 
 from rayrlhf.batch import PackedBatch
 from rayrlhf.placement.apply import Slots
-from rayrlhf.placement.child import SlotChild
+from rayrlhf.placement.front import Behind, front_deployment
 from rayrlhf.rollout.engine import EngineSettings
 
 # One token is generated and thrown away: vLLM scores prompts of requests.
@@ -27,11 +26,17 @@ class ScorerActor:
 
         self.stepper = Stepper(settings.engine_args)
 
-    async def check(self) -> None:
+    async def ready(self) -> None:
         self.stepper.raise_if_dead()
 
-    async def logprobs(self, batch: PackedBatch) -> Tensor:
-        """Of each learnt token given those before it, at temperature 1; [T] fp32, 0 elsewhere."""
+    async def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
+        """Of each learnt token given those before it; [T] fp32, 0 elsewhere. Raises `ValueError` for a
+        temperature other than 1.
+        """
+        if temperature != 1:
+            raise ValueError(
+                f"temperature {temperature:g}: vLLM tells a prompt's log-probabilities at 1 only"
+            )
         ends = batch.cu_seqlens.tolist()
         sequences = [batch.input_ids[a:b].tolist() for a, b in pairwise(ends)]
         scored = await asyncio.gather(*map(self._score, sequences))
@@ -43,41 +48,14 @@ class ScorerActor:
         return [0.0, *(at[token].logprob for at, token in zip(told[1:], token_ids[1:], strict=True))]
 
 
-class ScorerReplica:
-    """The Serve replica in front of one of them."""
-
-    async def __init__(self, settings: EngineSettings, role: str, slots: Slots) -> None:
-        self.scorer = SlotChild(
-            role,
-            ScorerActor,
-            settings,
-            slots=slots,
-            env_vars=settings.env_vars,
-            timeout_seconds=settings.rpc_timeout_seconds,
-        )
-        await self.scorer.call("check", timeout_seconds=settings.start_timeout_seconds)
-
-    async def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
-        if temperature != 1:
-            raise ValueError(
-                f"temperature {temperature:g}: vLLM tells a prompt's log-probabilities at 1 only"
-            )
-        return await self.scorer.call("logprobs", batch)
-
-    async def check_health(self) -> None:
-        await self.scorer.call("check")
-
-
 def scorer_deployment(settings: EngineSettings, slots: Slots, *, role: str, num_replicas: int) -> Any:
-    """The bound deployment; it answers like `train.reference`'s."""
-    deployment = serve.deployment(ScorerReplica).options(
-        name=role,
-        num_replicas=num_replicas,
-        max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": 0},
-        health_check_period_s=2,
-        health_check_timeout_s=120,
-        graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+    """The bound deployment; it answers like the reference of `train.served`."""
+    behind = Behind(
+        role,
+        ScorerActor,
+        (settings,),
+        env_vars=settings.env_vars,
+        timeout_seconds=settings.rpc_timeout_seconds,
+        start_timeout_seconds=settings.start_timeout_seconds,
     )
-    return deployment.bind(settings, role, slots)
+    return front_deployment(behind, num_replicas=num_replicas, slots=slots)

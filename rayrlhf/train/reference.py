@@ -1,6 +1,4 @@
-"""The frozen reference policy: a copy in the worker, or the actor without adapters. `served_reference` has
-a third one: replicas behind Serve.
-"""
+"""The frozen reference policy: a copy in the worker, the actor without adapters, or replicas behind Serve."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading, make_engine
 from rayrlhf.train.learner import Learner
 from rayrlhf.train.sequences import own_outputs, share_sequences
+from rayrlhf.train.served import ask_all
 
 
 class Reference(Protocol):
@@ -57,6 +56,18 @@ class AdaptersOff:
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         with adapters_off(self.learner.module):
             return self.learner.infer(batches, lambda policy, batch: logprobs_of(policy, batch, temperature))
+
+
+class ServedReference:
+    """Asks a deployment: `train.served`'s, or `rollout.scorer`'s."""
+
+    def __init__(self, handle: Any, *, timeout_seconds: float) -> None:
+        self.handle = handle
+        self.timeout_seconds = timeout_seconds
+
+    def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        told = ask_all(self.handle, "logprobs", batches, temperature, timeout_seconds=self.timeout_seconds)
+        return [answer.to(batch.input_ids.device) for answer, batch in zip(told, batches, strict=True)]
 
 
 def logprobs_of(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from ray import serve
 
 from rayrlhf.batch import PackedBatch
-from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.supervised import KdRunConfig
 from rayrlhf.models.distill import Teacher as TeacherAnswer
+from rayrlhf.models.distill import TeacherTopK
 from rayrlhf.models.load import load_teacher
-from rayrlhf.placement.apply import Slots
-from rayrlhf.placement.child import SlotChild
+from rayrlhf.train.served import ask_all
 
 
 class Teacher(Protocol):
@@ -37,7 +34,7 @@ class LocalTeacher:
 
 
 class ServedTeacher:
-    """Asks the deployment for its `top_k` tokens, all micro-batches at once."""
+    """Asks a deployment for its `top_k` tokens."""
 
     def __init__(self, handle: Any, *, top_k: int, timeout_seconds: float) -> None:
         self.handle = handle
@@ -45,58 +42,8 @@ class ServedTeacher:
         self.timeout_seconds = timeout_seconds
 
     def answers(self, batches: Sequence[PackedBatch]) -> list[TeacherAnswer]:
-        return asyncio.run(self._all(batches))
-
-    async def _all(self, batches: Sequence[PackedBatch]) -> list[TeacherAnswer]:
-        answers = asyncio.gather(*(self._one(batch) for batch in batches))
-        return list(await asyncio.wait_for(answers, self.timeout_seconds))
-
-    async def _one(self, batch: PackedBatch) -> TeacherAnswer:
-        cpu = batch.to("cpu")
-        asked = PackedBatch(cpu.input_ids, cpu.position_ids, cpu.cu_seqlens, cpu.loss_mask)
-        answer = await self.handle.top_k.remote(asked, self.top_k)
-        return type(answer)(*(tensor.to(batch.input_ids.device) for tensor in answer))
-
-
-class TeacherActor:
-    def __init__(self, model: ModelConfig, path: str, chunk_tokens: int) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_teacher(model, path, device=self.device, chunk_tokens=chunk_tokens).to(self.device)
-
-    def ready(self) -> bool:
-        return True
-
-    @torch.inference_mode()
-    def top_k(self, batch: PackedBatch, k: int) -> TeacherAnswer:
-        b = batch.to(self.device)
-        answer = self.model.top_k(b.input_ids, b.position_ids, b.cu_seqlens, b.loss_mask, k)
-        return type(answer)(*(tensor.cpu() for tensor in answer))
-
-
-class TeacherReplica:
-    """The Serve replica in front of one teacher."""
-
-    async def __init__(self, model: ModelConfig, path: str, chunk_tokens: int, slots: Slots) -> None:
-        self.teacher = SlotChild(
-            "teacher", TeacherActor, model, path, chunk_tokens, slots=slots, env_vars={}, timeout_seconds=600
-        )
-        await self.teacher.call("ready", timeout_seconds=600)
-
-    async def top_k(self, batch: PackedBatch, k: int) -> TeacherAnswer:
-        return await self.teacher.call("top_k", batch, k)
-
-    async def check_health(self) -> None:
-        await self.teacher.call("ready")
-
-
-def teacher_deployment(config: KdRunConfig, slots: Slots) -> Any:
-    deployment = serve.deployment(TeacherReplica).options(
-        name="teacher",
-        num_replicas=config.teacher.num_replicas,
-        max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": 0},
-        health_check_timeout_s=120,
-        graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
-    )
-    return deployment.bind(config.model, config.teacher.path, config.train.logprob_chunk_tokens, slots)
+        told = ask_all(self.handle, "top_k", batches, self.top_k, timeout_seconds=self.timeout_seconds)
+        return [
+            TeacherTopK(*(tensor.to(batch.input_ids.device) for tensor in answer))
+            for answer, batch in zip(told, batches, strict=True)
+        ]

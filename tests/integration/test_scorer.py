@@ -13,7 +13,7 @@ from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.rollout import RolloutConfig
 from rayrlhf.loops.apps import engine_settings
 from rayrlhf.rollout.scorer import ScorerActor
-from rayrlhf.train.served_reference import ReferenceActor
+from rayrlhf.train.served import ReferenceActor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -46,7 +46,7 @@ def test_vllm_scores_like_the_packed_forward_pass(tiny_model: str) -> None:
     wanted = ReferenceActor(ModelConfig(path=tiny_model), tiny_model, chunk_tokens=16).logprobs(batch, 1.0)
     try:
         for _ in range(2):  # the second time the prompts could be in the cache, where nothing is scored
-            got: Any = ray.get(scorer.logprobs.remote(batch), timeout=120)
+            got: Any = ray.get(scorer.logprobs.remote(batch, 1.0), timeout=120)
             assert got.dtype == torch.float32 and bool((got[mask == 0] == 0).all())
             assert torch.allclose(got, wanted, atol=1e-4)
     finally:

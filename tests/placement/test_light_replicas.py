@@ -21,7 +21,7 @@ def test_replicas_import_nothing_heavy() -> None:
         "rayrlhf.rollout.engine",
         "rayrlhf.rollout.environments",
         "rayrlhf.rollout.scorer",
-        "rayrlhf.train.served_reference",
+        "rayrlhf.train.served",
     ]
     code = f"import sys, {', '.join(replicas)}; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
