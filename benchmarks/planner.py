@@ -96,10 +96,11 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
     dist.destroy_process_group()
     shape = shape_of(measured.pop("config"), name)
     adapter = memory.Adapter(ADAPTER_RANK, quantized=trained == "QLoRA") if trained != "all" else None
+    fp32 = memory.Precision(4, on_gpu=False)
     predicted = memory.trainer(
         shape,
         train,
-        memory.Precision(4, on_gpu=False),
+        fp32,
         num_workers=ranks,
         name="actor",
         adapter=adapter,
@@ -113,22 +114,13 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
         "weights and optimizer": {"predicted": state, "measured": measured["before"]},
         "gradients": {"predicted": predicted.device["gradients"], "measured": measured["gradients"]},
         "activations": {
-            # Without the layer that is computed again: it is not there yet when the backward pass begins.
-            "predicted": predicted.device["activations"]
-            - checkpointing * _layer_bytes(shape, tokens, adapter, ranks),
+            "predicted": memory.activations(
+                shape, fp32, checkpointing=checkpointing, adapter=adapter
+            ).at_the_head(tokens, ranks),
             "measured": measured["decoder"],
         },
         "peak": {"predicted": predicted.total, "measured": measured["peak"]},
     }
-
-
-def _layer_bytes(shape: Any, tokens: int, adapter: Any, ranks: int) -> int:
-    """Of one layer's activations."""
-    from rayrlhf.placement import memory
-
-    fp32 = memory.Precision(4, on_gpu=False)
-    gathered = tokens * memory.gathered_bytes(shape, fp32)
-    return gathered + (tokens * memory.layer_activation_bytes(shape, fp32, adapter) - gathered) // ranks
 
 
 def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:

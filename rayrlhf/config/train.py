@@ -112,7 +112,27 @@ def _short_masters_are_partitioned_on_the_device(train: OptimizerConfig) -> Prob
     )
 
 
+def _gradients_add_up_in_partitions(train: OptimizerConfig) -> Problem | None:
+    on_device = not train.offload_optimizer or train.zero_stage == 3
+    wide_masters = train.master_weights == "float32"
+    if train.grad_accum_dtype == "weights" or (train.zero_stage >= 2 and on_device and wide_masters):
+        return None
+    unfit = {
+        f"zero_stage={train.zero_stage}": train.zero_stage < 2,
+        "offload_optimizer=true": not on_device,
+        "master_weights=bfloat16": not wide_masters,
+    }
+    return Problem(
+        "grad_accum_dtype",
+        got="float32 with " + " and ".join(setting for setting, is_set in unfit.items() if is_set),
+        wanted="zero_stage 3, or 2 with the optimizer on the GPU, and fp32 master weights: "
+        "elsewhere DeepSpeed adds gradients up in the dtype of the weights",
+        fix="set train.zero_stage to 3 and train.master_weights to float32, or remove train.grad_accum_dtype",
+    )
+
+
 OPTIMIZER_CHECKS = (
+    _gradients_add_up_in_partitions,
     _short_masters_are_partitioned_on_the_device,
     _offload_has_a_partition,
     _offloaded_weights_are_partitioned,
@@ -139,6 +159,8 @@ class OptimizerConfig(Section):
     """Ranks that hold a whole copy of ZeRO-3's weights among them, such as a node's (arXiv 2306.10209)."""
     master_weights: Literal["float32", "bfloat16"] = "float32"
     """What AdamW steps on; bfloat16, moments too, takes half the memory and loses steps < weight/256."""
+    grad_accum_dtype: Literal["weights", "float32"] = "weights"
+    """What gradients of micro-batches add up in: the weights' dtype; bfloat16 sums lose addends < sum/256."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     lr: NonNegativeNumber = 1e-6

@@ -12,6 +12,7 @@ from rayrlhf.config.jobs import script_of
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.config.tree import read_tree
 from rayrlhf.launch.sizing import Nodes, nodes_of
+from rayrlhf.placement.plan import slots_in_words
 
 EXCLUDED = ("/.venv/", "/.git/", "/runs/", "/models/", "wandb/")  # of an uploaded working directory
 
@@ -66,7 +67,7 @@ class Rendering:
         where = where or f"{nodes.count} node{'s' * (nodes.count > 1)} of {what}"
         lines = [
             f"Rendered from {' '.join(self.argv)} by `rayrlhf render`; change that, then render again.",
-            f"{nodes.num_slots} slot{'s' * (nodes.num_slots > 1)} on {where}.",
+            f"{slots_in_words(nodes.num_slots)} on {where}.",
         ]
         return lines + ([nodes.assumed + "."] if nodes.assumed else [])
 

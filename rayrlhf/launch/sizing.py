@@ -9,7 +9,7 @@ from typing import Any
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
-from rayrlhf.placement.plan import PlacementSpec, Units, place, plan_job
+from rayrlhf.placement.plan import PlacementSpec, Units, place, plan_job, slots_in_words
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _slots_of_a_node(spec: PlacementSpec, launch: LaunchConfig, *, on_gpu: bool)
     problem = Problem(
         "launch.cpus_per_node",
         got=f"{launch.cpus_per_node} CPUs and {launch.gpus_per_node} GPUs a node",
-        wanted=f"room for {widest} slot{'s' if widest > 1 else ''} of {spec.cpus_per_slot:g} CPUs"
+        wanted=f"room for {slots_in_words(widest)} of {spec.cpus_per_slot:g} CPUs"
         + (" and a GPU" if on_gpu else ""),
         fix="larger nodes, a smaller placement.cpus_per_slot or a smaller rollout.tensor_parallel",
     )

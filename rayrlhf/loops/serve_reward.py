@@ -30,7 +30,7 @@ from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, create_slots, resolve_gpus_per_slot
 from rayrlhf.placement.apps import app_statuses
 from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
-from rayrlhf.placement.plan import PlacementSpec, Units, place
+from rayrlhf.placement.plan import PlacementSpec, Units, place, slots_in_words
 from rayrlhf.reward.server import Served, server_app
 
 LOOK_SECONDS = 2.0
@@ -130,7 +130,7 @@ def _create_slots(spec: PlacementSpec, config: ServeRewardConfig, run_id: str) -
     for resource, each in (("CPU", spec.cpus_per_slot), ("GPU", gpus)):
         if spec.num_slots * each > total.get(resource, 0.0) + 1e-6:
             raise PlacementError(
-                f"placement: {spec.num_slots} slots x {each:g} {resource}, but the cluster has "
+                f"placement: {slots_in_words(spec.num_slots)} x {each:g} {resource}, but the cluster has "
                 f"{total.get(resource, 0.0):g}. Fix: fewer num_replicas, placement.preset=colocate_all, a "
                 "smaller placement.cpus_per_slot, or a larger cluster"
             )

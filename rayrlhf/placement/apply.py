@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.placement.assign import Found, assign_bundles
-from rayrlhf.placement.plan import PlacementSpec, shortfall
+from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
 
 RELEASE_SECONDS = 2.5
 NVIDIA_SMI_SECONDS = 20.0
@@ -108,7 +108,7 @@ def _wait_and_probe(
 ) -> tuple[Slot, ...]:
     if not group.wait(timeout_seconds):
         raise PlacementError(
-            f"{spec.num_slots} slots of {group.bundle_specs[0]} were not granted within "
+            f"{slots_in_words(spec.num_slots)} of {group.bundle_specs[0]} were not granted within "
             f"placement.start_timeout_seconds={timeout_seconds:g}: free now {ray.available_resources()}"
         )
     found = probe(group, gpus_per_slot, timeout_seconds=timeout_seconds)

@@ -10,8 +10,13 @@ agrees with what torch's allocator sees (benchmarks/planner.py). Per token of a 
                                       c = 2, or 3 where the output is laid out anew (SDPA on a CPU)
     gated MLP         4 I s           gate, its activation, up, their product (of all experts of a token)
 
-and outside the layers (4 + 2s) H + s H for the last norm. With gradient checkpointing a layer keeps its
-input, s H, and one layer at a time is computed again.
+and outside the layers (4 + 2s) H + s H for the last norm, and 2 D s of cosines and sines. With gradient
+checkpointing a layer keeps its input, s H, and one layer at a time is computed again.
+
+A backward pass is at its peak in one of three moments: in the head, with a chunk of logits; in the last
+layer, whose MLP has 2 I s of gradients more than it has given up, when the last norm has gone; or under
+ZeRO-2 at its end, when another micro-batch's gradients join those that were there. The optimizer's step may
+need more than all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "kv_cache
 
 MAX_BUCKET_NUMEL = 200_000_000  # train.engine's limit of a communication buffer
 MAX_LIVE_NUMEL = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+MAX_STEP_NUMEL = 1_000_000_000  # DeepSpeed's sub_group_size, of ZeRO-3
 NF4_BITS = 4.127  # per weight, with double quantisation of blocks of 64 (arXiv 2305.14314)
 ENGINE_BATCH_TOKENS = 8_192  # of vLLM's scheduler on a GPU
 ENGINE_RUNTIME_BYTES = 3 * 2**29  # CUDA context and graphs: an estimate
@@ -141,24 +147,51 @@ def _kept_by_norm(precision: Precision, adapter: Adapter | None) -> int:
     return 4 + precision.weights * (2 if adapter is None else 1)
 
 
-def activation_bytes(
-    shape: ModelShape,
-    precision: Precision,
-    tokens: int,
-    *,
-    checkpointing: bool,
-    sequence_parallel: int = 1,
-    adapter: Adapter | None = None,
-) -> int:
-    """What autograd keeps of a micro-batch when the backward pass begins, with the layer computed again.
+@dataclass(frozen=True)
+class Activations:
+    """What autograd keeps of a micro-batch, per token, when its backward pass begins, and what is added.
 
-    Ranks that share its tokens still have all of their keys and values in a layer.
+    Ranks that share the tokens still have all keys and values of a layer.
     """
+
+    layers: int  # how often `kept` is there
+    kept: int  # of a layer
+    last_norm: int  # gone when the layers begin
+    rotary: int
+    again: int  # of the layer that is computed again
+    gradients: int  # of the MLP, beyond what it has given up
+    gathered: int  # keys and values of a layer, among `kept` or `again`
+    checkpointing: bool
+
+    def at_the_head(self, tokens: int, ranks: int = 1) -> int:
+        """Bytes, of `ranks` that share the tokens."""
+        gathered = 0 if self.checkpointing else self.layers * self.gathered
+        return self._shared(self.layers * self.kept + self.last_norm + self.rotary, gathered, tokens, ranks)
+
+    def in_the_last_layer(self, tokens: int, ranks: int = 1) -> int:
+        gathered = (1 if self.checkpointing else self.layers) * self.gathered
+        held = self.layers * self.kept + self.rotary + self.again + self.gradients
+        return self._shared(held, gathered, tokens, ranks)
+
+    @staticmethod
+    def _shared(held: int, gathered: int, tokens: int, ranks: int) -> int:
+        return tokens * gathered + tokens * (held - gathered) // ranks
+
+
+def activations(
+    shape: ModelShape, precision: Precision, *, checkpointing: bool, adapter: Adapter | None = None
+) -> Activations:
     s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
-    layers = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
-    whole = (_outside_bytes(shape, precision, adapter) + layers) * tokens
-    gathered = tokens * gathered_bytes(shape, precision) * (1 if checkpointing else shape.layers)
-    return gathered + (whole - gathered) // sequence_parallel
+    return Activations(
+        layers=shape.layers,
+        kept=s * shape.hidden if checkpointing else layer,
+        last_norm=(_kept_by_norm(precision, adapter) + s) * shape.hidden,
+        rotary=2 * s * shape.head_dim,
+        again=layer if checkpointing else 0,
+        gradients=2 * shape.intermediate * s * max(1, shape.experts_per_token),
+        gathered=gathered_bytes(shape, precision),
+        checkpointing=checkpointing,
+    )
 
 
 def gathered_bytes(shape: ModelShape, precision: Precision) -> int:
@@ -166,34 +199,17 @@ def gathered_bytes(shape: ModelShape, precision: Precision) -> int:
     return 2 * shape.kv_size * precision.weights
 
 
-def _outside_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None) -> int:
-    """Per token, outside the layers: the last norm, what it gives to the head, cosines and sines."""
-    s = precision.weights
-    return (_kept_by_norm(precision, adapter) + s) * shape.hidden + 2 * s * shape.head_dim
-
-
-def logit_bytes(
-    shape: ModelShape,
-    chunk_tokens: int,
-    precision: Precision,
-    tokens: int,
-    *,
-    checkpointing: bool,
-    adapter: Adapter | None = None,
-) -> int:
+def head_bytes(
+    shape: ModelShape, chunk_tokens: int, precision: Precision, tokens: int, adapter: Adapter | None = None
+) -> tuple[int, int]:
     """The head's temporaries: a chunk of fp32 logits, the gradients of its input and, unless adapters are
-    trained in its place, of its own weight.
-
-    They have gone when layers are computed again, and count for what they need beyond that room; but where
-    the weight is tied, its gradient stays until the embedding's joins it.
+    trained in its place, of its own weight. And what stays of them: where the weight is tied, its gradient,
+    until the embedding's joins it.
     """
     weight_gradient = shape.embedding_parameters * 4 if adapter is None else 0
-    temporary = chunk_tokens * shape.vocabulary * 4 + tokens * shape.hidden * precision.weights
     lasting = weight_gradient if shape.tied else 0
-    temporary += weight_gradient - lasting
-    if checkpointing:
-        temporary = max(0, temporary - layer_activation_bytes(shape, precision, adapter) * tokens)
-    return lasting + temporary
+    input_gradient = tokens * shape.hidden * precision.weights
+    return chunk_tokens * shape.vocabulary * 4 + input_gradient + weight_gradient - lasting, lasting
 
 
 def trainer(
@@ -207,66 +223,61 @@ def trainer(
     sequence_parallel: int = 1,
     has_head: bool = True,
 ) -> Bytes:
-    """One worker, at the peak of a backward pass that is not the step's first. `has_head`: a language model,
-    not a scorer.
-    """
+    """One worker, at its peak in a step of several micro-batches. `has_head`: a language model, no scorer."""
     stage, ranks, s = train.zero_stage, num_workers, precision.weights
     count = shape.parameters if has_head else shape.scorer_parameters
     trained = adapter.parameters(shape) if adapter else count
     shared = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
     split = {kind: ranks if kind in shared.get(stage, ()) else 1 for kind in KINDS}
     weights = weight_bytes(shape, count, s, adapter) // split["weights"]
-    gradients = trained * s // split["gradients"]
+    g = 4 if train.grad_accum_dtype == "float32" else s
+    gradients = trained * g // split["gradients"]
     # ZeRO keeps master weights even of fp32 weights; without it only 16-bit weights have some.
     m = 4 if train.master_weights == "float32" else 2
     has_master = stage > 0 or s == 2
     optimizer = trained * (2 * m + m * has_master) // split["optimizer"]
     tokens = train.max_tokens_per_micro_batch
+    kept = activations(shape, precision, checkpointing=train.gradient_checkpointing, adapter=adapter)
+    at_the_head = kept.at_the_head(tokens, sequence_parallel)
+    backward = max(at_the_head, kept.in_the_last_layer(tokens, sequence_parallel))
+    logits = 0
+    if has_head:
+        own_tokens = tokens // sequence_parallel
+        temporary, lasting = head_bytes(shape, train.logprob_chunk_tokens, precision, own_tokens, adapter)
+        logits = lasting + max(0, at_the_head + temporary - backward)
+    buffers = _buffers(shape, train, trained, s, ranks)
+    if not train.offload_optimizer:
+        own = trained // split["optimizer"]
+        buffers = max(buffers, _late_bytes(own, stage, s, g, m, buffers) - backward - logits)
     device = {
         "weights": 0 if train.offload_params else weights,
         "gradients": gradients,
         "optimizer": 0 if train.offload_optimizer else optimizer,
-        "activations": activation_bytes(
-            shape,
-            precision,
-            tokens,
-            checkpointing=train.gradient_checkpointing,
-            sequence_parallel=sequence_parallel,
-            adapter=adapter,
-        ),
-        "logits": logit_bytes(
-            shape,
-            train.logprob_chunk_tokens,
-            precision,
-            tokens // sequence_parallel,
-            checkpointing=train.gradient_checkpointing,
-            adapter=adapter,
-        )
-        if has_head
-        else 0,
-        "buffers": _buffers(shape, train, trained, s, ranks),
+        "activations": backward,
+        "logits": logits,
+        "buffers": buffers,
     }
     host = {
         "weights": weights if train.offload_params else 0,
-        # An optimizer on the host has its gradients there, in fp32.
-        "optimizer": optimizer + trained * 4 // ranks if train.offload_optimizer else 0,
+        # An optimizer on the host has its gradients there: what they add up in, and in fp32.
+        "optimizer": optimizer + trained * (g + 4) // ranks if train.offload_optimizer else 0,
     }
     gradients_leave = stage == 3 and train.offload_optimizer
     if gradients_leave:
         device["gradients"] = 0  # as they come
     zero = f"ZeRO-{stage} over {ranks}"
     masters = f", {'fp32' if m == 4 else 'bf16'} weights" if has_master else ""
-    masters += ", fp32 gradients" if train.offload_optimizer else ""
-    states = f"{2 * m + m * has_master + 4 * train.offload_optimizer} B (two moments{masters})"
+    masters += ", gradients twice" if train.offload_optimizer else ""
+    states = f"{2 * m + m * has_master + (g + 4) * train.offload_optimizer} B (two moments{masters})"
     working = {
         "weights": f"{_told_weights(shape, count, s, adapter)}"
         + _divided(split["weights"], zero)
         + _on_host(train.offload_params),
-        "gradients": f"{_count(trained)} x {s} B" + _divided(split["gradients"], zero),
+        "gradients": f"{_count(trained)} x {g} B" + _divided(split["gradients"], zero),
         "optimizer": f"{_count(trained)} x {states}"
         + _divided(split["optimizer"], zero)
         + _on_host(train.offload_optimizer),
-        "activations": _told_activations(shape, precision, train, adapter, sequence_parallel),
+        "activations": _told_activations(kept, tokens, sequence_parallel),
     }
     if gradients_leave:
         del working["gradients"]
@@ -274,26 +285,24 @@ def trainer(
     return Bytes(_positive(device), _positive(host), told)
 
 
-def _told_activations(
-    shape: ModelShape, precision: Precision, train: OptimizerConfig, adapter: Adapter | None, ranks: int
-) -> str:
-    gathered = gathered_bytes(shape, precision) if ranks > 1 else 0
-    layer = f"{layer_activation_bytes(shape, precision, adapter) - gathered:,} B"
-    outside = f"{_outside_bytes(shape, precision, adapter):,} B outside"
-    tokens = f"{train.max_tokens_per_micro_batch:,} tokens"
-    layers = shape.layers
-    if train.gradient_checkpointing:
-        kept = f"{precision.weights * shape.hidden:,} B"
-        told = f"({layers} layers x {kept} kept + {layer} of the one computed again + {outside})"
-        layers = 1
+def _told_activations(kept: Activations, tokens: int, ranks: int) -> str:
+    """The larger of the two moments, in numbers."""
+    in_layer = kept.in_the_last_layer(tokens, ranks) > kept.at_the_head(tokens, ranks)
+    gathered = kept.gathered if ranks > 1 else 0
+    layers = 1 if kept.checkpointing else kept.layers
+    of_layer = kept.kept - (0 if kept.checkpointing else gathered)
+    terms = [f"{kept.layers} layers x {of_layer:,} B" + " kept" * kept.checkpointing]
+    if in_layer:
+        if kept.checkpointing:
+            terms.append(f"{kept.again - gathered:,} B of the one computed again")
+        terms += [f"{kept.gradients:,} B of its gradients", f"{kept.rotary:,} B outside"]
     else:
-        told = f"({layers} layers x {layer} + {outside})"
+        terms.append(f"{kept.last_norm + kept.rotary:,} B outside")
+    told = f"({' + '.join(terms)})"
     if ranks == 1:
-        return f"{tokens} x {told}"
-    shared = (
-        f"({told}{_divided(ranks, 'ranks of a sequence')} + {layers} x {gathered:,} B of keys and values)"
-    )
-    return f"{tokens} x {shared}"
+        return f"{tokens:,} tokens x {told}"
+    shared = f"{told}{_divided(ranks, 'ranks of a sequence')} + {layers} x {gathered:,} B of keys and values"
+    return f"{tokens:,} tokens x ({shared})"
 
 
 def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int, ranks: int) -> int:
@@ -306,6 +315,23 @@ def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int, ra
         return reduce
     live = min(MAX_LIVE_NUMEL, max(2 * shape.layer_parameters, shape.embedding_parameters))
     return reduce + live * s
+
+
+def _late_bytes(own: int, stage: int, s: int, g: int, m: int, buffers: int) -> int:
+    """Beside state and gradients once the activations have gone, for a rank that steps on `own` parameters;
+    weights have s bytes, gradients add up in g, masters have m.
+
+    At the end of a backward pass these are the communication buffers and under ZeRO-2 the gradients of one
+    micro-batch that join those of the others. In the step ZeRO makes a flat copy of gradients (of a part at a
+    time under ZeRO-3), and one as wide as the masters; ZeRO 1 and 2 have given up the buffers by then. Under
+    ZeRO-2 fp32 gradients of shorter weights are flat from the first, and joined as they come.
+    """
+    if stage == 0 or (stage == 2 and g != s):
+        return buffers
+    copies = g + (m if m > g else 0)
+    if stage == 3:
+        return buffers + min(own, MAX_STEP_NUMEL) * copies
+    return max(buffers + (own * g if stage == 2 else 0), own * copies)
 
 
 def frozen(

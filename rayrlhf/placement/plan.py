@@ -189,14 +189,21 @@ def _too_small(name: str, size: int, units: Mapping[str, Units]) -> Problem:
     largest = max(need.count * need.width for need in units.values())
     return Problem(
         "placement.pools",
-        got=f"pool {name} with {size} slots",
+        got=f"pool {name} with {slots_in_words(size)}",
         wanted=f"at least {largest}: {needs}",
         fix=f"raise the slots of pool {name} to {largest}, leave them out, or ask for fewer units",
     )
 
 
 def _arithmetic(units: Units) -> str:
-    return f"{units.count} x {units.width} slots" if units.width > 1 else f"{units.count} slots"
+    return (
+        f"{units.count} x {slots_in_words(units.width)}" if units.width > 1 else slots_in_words(units.count)
+    )
+
+
+def slots_in_words(count: int) -> str:
+    """Such as "1 slot"."""
+    return f"{count} slot{'s' * (count != 1)}"
 
 
 def shortfall(
@@ -207,8 +214,8 @@ def shortfall(
     """
     wanted = {"CPU": spec.total_cpus + DATA_CPUS, "GPU": float(spec.num_slots * gpus_per_slot)}
     working = {
-        "CPU": f"{spec.num_slots} slots x {spec.cpus_per_slot:g} + {DATA_CPUS:g} for Ray Data",
-        "GPU": f"{spec.num_slots} slots x {gpus_per_slot}",
+        "CPU": f"{slots_in_words(spec.num_slots)} x {spec.cpus_per_slot:g} + {DATA_CPUS:g} for Ray Data",
+        "GPU": f"{slots_in_words(spec.num_slots)} x {gpus_per_slot}",
     }
     for resource, need in wanted.items():
         for have, whose in ((total, "the cluster has"), (free, "the cluster has free")):

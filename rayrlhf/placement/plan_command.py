@@ -19,6 +19,7 @@ from rayrlhf.placement.budget import Budget, WhatIf, budget_of
 from rayrlhf.placement.gpus import GIB, Gpu, parse_gpus
 from rayrlhf.placement.memory import KINDS
 from rayrlhf.placement.pace import pace_of
+from rayrlhf.placement.plan import slots_in_words
 from rayrlhf.placement.shape import ShapeUnknown
 
 FITS, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
@@ -110,9 +111,9 @@ class _Plan:
         say("")
 
     def _table(self, name: str, budget: Budget) -> Table:
-        count = budget.spec.num_slots
         on = f" on {self.num_gpus} x {self.gpu.name}" if self.gpu else ""
-        title = f"{name}: placement.preset={budget.spec.preset}, {count} slots{on}; GiB per slot"
+        spec = budget.spec
+        title = f"{name}: placement.preset={spec.preset}, {slots_in_words(spec.num_slots)}{on}; GiB per slot"
         table = Table(title=title, title_justify="left")
         table.add_column("role")
         table.add_column("slots")
@@ -147,11 +148,11 @@ class _Plan:
                 )
             yield line + "."
         if self.num_gpus is not None and budget.spec.num_slots > self.num_gpus:
-            yield f"{budget.spec.num_slots} slots do NOT fit on {self.num_gpus} GPUs."
+            yield f"{slots_in_words(budget.spec.num_slots)} do NOT fit on {self.num_gpus} GPUs."
         node = self.options.gpus_per_node
         hosts = [sum(budget.host_bytes[i : i + node]) for i in range(0, len(budget.host_bytes), node)]
         if any(hosts):
-            yield f"Host memory of the fullest node ({node} slots each): {_gib(max(hosts))} GiB."
+            yield f"Host memory of the fullest node ({slots_in_words(node)} each): {_gib(max(hosts))} GiB."
 
     def _show_fixes(self, config: Any) -> None:
         found = fixes(config, self.load, self.judge)

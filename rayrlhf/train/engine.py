@@ -72,6 +72,8 @@ def deepspeed_config(
             "bf16_master_weights_and_grads": short,
             "bf16_optimizer_states": short,
         }
+        if lr is not None and train.grad_accum_dtype == "float32":
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     if lr is not None:
         optimizer: dict[str, Any] = {
             "lr": lr,

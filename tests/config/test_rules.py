@@ -356,6 +356,21 @@ RULES = {
         "model.attention",
         ["model.attention=auto"],
     ),
+    "gradients add up in partitions": (
+        ["train.grad_accum_dtype=float32", "train.zero_stage=1"],
+        "train.grad_accum_dtype",
+        ["train.zero_stage=2"],
+    ),
+    "gradients on the host add up in fp32 under ZeRO-3": (
+        ["train.grad_accum_dtype=float32", "train.zero_stage=2", "train.offload_optimizer=true"],
+        "train.grad_accum_dtype",
+        ["train.zero_stage=3"],
+    ),
+    "short masters have short gradients": (
+        ["train.grad_accum_dtype=float32", "train.zero_stage=3", "train.master_weights=bfloat16"],
+        "train.grad_accum_dtype",
+        ["train.master_weights=float32"],
+    ),
     "overlapping has a reduction": (
         ["train.overlap_comm=true", "train.zero_stage=1"],
         "train.overlap_comm",

@@ -114,7 +114,7 @@ def test_jobs_do_not_disturb_each_other_and_one_too_many_is_refused_at_once(
     assert seconds < 20, f"a job that does not fit is told so at once, not after {seconds:.1f} s"
     print(f"refused after {seconds:.1f} s")
     assert third.wait(timeout=60) == 2
-    assert "needs 1 GPU (1 slots x 1) but the cluster has free 0" in refused
+    assert "needs 1 GPU (1 slot x 1) but the cluster has free 0" in refused
 
     for job in jobs:
         told, _ = job.communicate(timeout=RUN_SECONDS)

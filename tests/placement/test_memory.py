@@ -56,6 +56,9 @@ def test_what_four_workers_share_out(stage: int, weights: int, gradients: int, o
     """2 bytes of weights and gradients, 4 of fp32 weights and 8 of moments per parameter."""
     held = trainer(config(zero_stage=stage)).device
     assert (held["weights"], held["gradients"], held["optimizer"]) == (weights, gradients, optimizer)
+    if stage >= 2:
+        wide = trainer(config(zero_stage=stage, grad_accum_dtype="float32")).device
+        assert wide["gradients"] == 2 * gradients
 
 
 def test_fp32_without_zero_has_no_second_copy() -> None:
@@ -66,7 +69,10 @@ def test_fp32_without_zero_has_no_second_copy() -> None:
 def test_offloading_moves_bytes_to_the_host() -> None:
     held = trainer(config(zero_stage=3, offload_optimizer=True))
     assert "optimizer" not in held.device and "gradients" not in held.device
-    assert held.host["optimizer"] == 3 * COUNT + COUNT  # the gradients come as fp32
+    # Gradients add up in bf16 and become fp32 for the step.
+    assert held.host["optimizer"] == 3 * COUNT + COUNT // 2 + COUNT
+    held = trainer(config(zero_stage=3, offload_optimizer=True, grad_accum_dtype="float32"))
+    assert held.host["optimizer"] == 3 * COUNT + 2 * COUNT
     held = trainer(config(zero_stage=3, offload_params=True))
     assert "weights" not in held.device and held.host["weights"] == COUNT // 2
 
@@ -78,21 +84,48 @@ def test_activations_by_hand() -> None:
     # fp32 on a CPU: 2 x 12 x 100 + 8, (3 x 100 + 2 x 50) x 4 + 40, 4 x 200 x 4.
     assert memory.layer_activation_bytes(SHAPE, FP32) == 2408 + 1640 + 3200
     # Outside the layers: last norm 8 x 100, the hidden state 2 x 100, cosines and sines 2 x 2 x 10.
-    whole = memory.activation_bytes(SHAPE, BF16, 1000, checkpointing=False)
-    assert whole == 1000 * (1040 + 10 * 3848)
-    kept = memory.activation_bytes(SHAPE, BF16, 1000, checkpointing=True)
-    assert kept == 1000 * (1040 + 10 * 200 + 3848)
-    shared = memory.activation_bytes(SHAPE, BF16, 1000, checkpointing=True, sequence_parallel=4)
+    kept = memory.activations(SHAPE, BF16, checkpointing=False)
+    assert kept.at_the_head(1000) == 1000 * (1040 + 10 * 3848)
+    kept = memory.activations(SHAPE, BF16, checkpointing=True)
+    assert kept.at_the_head(1000) == 1000 * (1040 + 10 * 200)
+    # One layer again, with gradients of two of the MLP's 200 numbers; the last norm has gone.
+    in_layer = 1000 * (40 + 10 * 200 + 3848 + 800)
+    assert kept.in_the_last_layer(1000) == in_layer
     gathered = 1000 * 2 * 50 * 2  # the keys and values of the layer that is computed again
-    assert shared == gathered + (kept - gathered) // 4
+    assert kept.in_the_last_layer(1000, ranks=4) == gathered + (in_layer - gathered) // 4
+    assert kept.at_the_head(1000, ranks=4) == 1000 * (1040 + 10 * 200) // 4
 
 
 def test_the_heads_temporaries_use_the_room_of_a_layer_that_is_computed_again() -> None:
     # A chunk of 256 x 1000 fp32 logits, 1000 x 100 bf16 gradients of the input, 4 x 100,000 of the weight.
-    alone = memory.logit_bytes(SHAPE, 256, BF16, 1000, checkpointing=False)
-    assert alone == 1_024_000 + 200_000 + 400_000
-    assert memory.logit_bytes(SHAPE, 256, BF16, 1000, checkpointing=True) == 0  # a layer: 3,848,000
-    assert memory.logit_bytes(SHAPE, 256, BF16, 100, checkpointing=True) == 1_444_000 - 384_800
+    assert memory.head_bytes(SHAPE, 256, BF16, 1000) == (1_024_000 + 200_000 + 400_000, 0)
+    tied = ModelShape(**{**vars(SHAPE), "tied": True})
+    assert memory.head_bytes(tied, 256, BF16, 1000) == (1_024_000 + 200_000, 400_000)
+    assert trainer(config()).device["logits"] == 1_624_000
+    checkpointing = {"gradient_checkpointing": True, "logprob_chunk_tokens": 256}
+    assert "logits" not in trainer(config(**checkpointing)).device  # a layer: 4,648,000
+    few = trainer(config(**checkpointing, max_tokens_per_micro_batch=100)).device
+    assert few["logits"] == 1_444_000 + 100 * 1000 - 100 * 4648
+
+
+def test_the_end_of_the_backward_pass_and_the_step_may_need_more() -> None:
+    one_token = {"num_workers": 1, "max_tokens_per_micro_batch": 1, "logprob_chunk_tokens": 1}
+
+    def beside_state_and_gradients(**changes: Any) -> int:
+        return trainer(config(**one_token, **changes)).only("activations", "logits", "buffers").total
+
+    # ZeRO flattens bf16 gradients, then widens them to fp32; 1 and 2 have given up their buffer by then.
+    assert beside_state_and_gradients(zero_stage=1) == (2 + 4) * COUNT
+    assert beside_state_and_gradients(zero_stage=2) == (2 + 4) * COUNT
+    buffer = 2 * COUNT
+    live = 2 * SHAPE.layer_parameters * 2
+    assert beside_state_and_gradients(zero_stage=3) == (2 + 4) * COUNT + buffer + live
+    # Gradients that add up in fp32 are wide already, and flat under ZeRO-2.
+    wide = {"grad_accum_dtype": "float32"}
+    assert trainer(config(**one_token, zero_stage=2, **wide)).device["buffers"] == buffer
+    assert beside_state_and_gradients(zero_stage=3, **wide) == 4 * COUNT + buffer + live
+    # Nothing to widen: the buffer, and gradients that join others.
+    assert beside_state_and_gradients(zero_stage=2, master_weights="bfloat16") == buffer + 2 * COUNT
 
 
 def test_adapters_train_alone() -> None:

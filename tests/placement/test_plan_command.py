@@ -39,7 +39,7 @@ def test_a_70b_model_is_tuned_on_16_gpus_of_80_gb(capsys: pytest.CaptureFixture[
     told = " ".join(capsys.readouterr().out.split())
     assert "actor weights: 70.55e9 x 2 B / 16 (ZeRO-3 over 16)" in told
     assert (
-        "critic optimizer: 69.5e9 x 16 B (two moments, fp32 weights, fp32 gradients) / 16 (ZeRO-3 over 16), "
+        "critic optimizer: 69.5e9 x 18 B (two moments, fp32 weights, gradients twice) / 16 (ZeRO-3 over 16), "
         "in host memory" in told
     )
 
