@@ -14,12 +14,12 @@ from torch import nn
 
 from rayrlhf.config.train import TrainConfig
 
-# (ZeRO stage, dtype of the weights, dtype of the masters)
+# (ZeRO stage, dtype of the weights, of the masters, of sums of gradients)
 VARIANTS = (
-    (0, "float32", "float32"),
-    (2, "bfloat16", "float32"),
-    (1, "bfloat16", "bfloat16"),
-    (3, "float32", "float32"),
+    (0, "float32", "float32", "weights"),
+    (2, "bfloat16", "float32", "float32"),
+    (1, "bfloat16", "bfloat16", "weights"),
+    (3, "float32", "float32", "weights"),
 )
 SAVED_AFTER, NUM_STEPS = 3, 6
 ROWS = 12  # of a step, over all ranks
@@ -45,10 +45,12 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
         return made
 
     def run(variant: Any) -> dict[str, Any]:
-        stage, name, masters = variant
+        stage, name, masters, sums = variant
         dtype = getattr(torch, name)
         folder = Path(arguments["folder"]) / "-".join(map(str, variant))
-        config = TrainConfig(num_steps=NUM_STEPS, zero_stage=stage, master_weights=masters)
+        config = TrainConfig(
+            num_steps=NUM_STEPS, zero_stage=stage, master_weights=masters, grad_accum_dtype=sums
+        )
         learner = Learner(module().to(dtype), config, lr=1e-2, dtype=dtype, name="actor")
         average = ExponentialMovingAverage(learner.module, 0.7)
         start = 0
