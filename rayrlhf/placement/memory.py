@@ -245,10 +245,12 @@ def trainer(
         own_tokens = tokens // sequence_parallel
         temporary, lasting = head_bytes(shape, train.logprob_chunk_tokens, precision, own_tokens, adapter)
         logits = lasting + max(0, at_the_head + temporary - backward)
-    buffers = _buffers(shape, train, trained, s, ranks)
+    resting = _buffers(shape, train, trained, s)
+    # Several ranks reduce a copy of what has been collected.
+    buffers = resting + (_bucket_bytes(trained, s) if stage and ranks > 1 else 0)
     if not train.offload_optimizer:
         own = trained // split["optimizer"]
-        buffers = max(buffers, _late_bytes(own, stage, s, g, m, buffers) - backward - logits)
+        buffers = max(buffers, _late_bytes(own, stage, s, g, m, resting) - backward - logits)
     device = {
         "weights": 0 if train.offload_params else weights,
         "gradients": gradients,
@@ -305,12 +307,15 @@ def _told_activations(kept: Activations, tokens: int, ranks: int) -> str:
     return f"{tokens:,} tokens x ({shared})"
 
 
-def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int, ranks: int) -> int:
+def _bucket_bytes(trained: int, s: int) -> int:
+    return min(MAX_BUCKET_NUMEL, trained) * s
+
+
+def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) -> int:
     """DeepSpeed's communication buffers: gradients on their way; with ZeRO-3 also the gathered layers."""
     if train.zero_stage == 0:
         return 0
-    # Several ranks reduce a copy of what has been collected.
-    reduce = min(MAX_BUCKET_NUMEL, trained) * s * (1 + train.overlap_comm + (ranks > 1))
+    reduce = _bucket_bytes(trained, s) * (1 + train.overlap_comm)
     if train.zero_stage < 3:
         return reduce
     live = min(MAX_LIVE_NUMEL, max(2 * shape.layer_parameters, shape.embedding_parameters))
