@@ -17,7 +17,7 @@ from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading, make_engine
 from rayrlhf.train.learner import Learner
 from rayrlhf.train.sequences import own_outputs, share_sequences
-from rayrlhf.train.served import ask_all
+from rayrlhf.train.served import ask_all, logprobs_of
 
 
 class Reference(Protocol):
@@ -68,9 +68,3 @@ class ServedReference:
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         told = ask_all(self.handle, "logprobs", batches, temperature, timeout_seconds=self.timeout_seconds)
         return [answer.to(batch.input_ids.device) for answer, batch in zip(told, batches, strict=True)]
-
-
-def logprobs_of(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:
-    return policy(
-        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature
-    ).logprobs

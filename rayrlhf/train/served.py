@@ -26,14 +26,19 @@ def ask_all(
     """
 
     async def ask(batch: PackedBatch) -> Any:
-        cpu = batch.to("cpu")
-        asked = PackedBatch(cpu.input_ids, cpu.position_ids, cpu.cu_seqlens, cpu.loss_mask)
-        return await handle.ask.remote(method, asked, *arguments)
+        asked = PackedBatch(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        return await handle.ask.remote(method, asked.to("cpu"), *arguments)
 
     async def ask_for_all() -> list[Any]:
         return list(await asyncio.wait_for(asyncio.gather(*map(ask, batches)), timeout_seconds))
 
     return asyncio.run(ask_for_all())
+
+
+def logprobs_of(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:
+    return policy(
+        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature
+    ).logprobs
 
 
 class ReferenceActor:
@@ -52,9 +57,7 @@ class ReferenceActor:
     @torch.inference_mode()
     def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
         """Per token; [T] fp32."""
-        b = batch.to(self.device)
-        told = self.policy(b.input_ids, b.position_ids, b.cu_seqlens, b.loss_mask, temperature)
-        return told.logprobs.cpu()
+        return logprobs_of(self.policy, batch.to(self.device), temperature).cpu()
 
 
 class TeacherActor:

@@ -239,6 +239,11 @@ def test_what_is_missing_is_told_with_the_arithmetic(
     assert shortfall(nine_slots, total=total, free=free, gpus_per_slot=1) == sentence
 
 
+def test_one_slot_is_not_told_as_several() -> None:
+    told = shortfall(slots_spec(1), total={"CPU": 2.0, "GPU": 1.0}, free={"CPU": 2.0}, gpus_per_slot=1)
+    assert told == "needs 1 GPU (1 slot x 1) but the cluster has free 0"
+
+
 def test_a_run_on_cpus_wants_no_gpu(nine_slots: PlacementSpec) -> None:
     assert shortfall(nine_slots, total={"CPU": 14.0}, free={"CPU": 14.0}, gpus_per_slot=0) is None
 
