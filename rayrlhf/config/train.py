@@ -313,8 +313,8 @@ def _patience_has_evaluations(evaluation: SupervisedEvalConfig) -> Problem | Non
 
 
 class CheckpointConfig(Section):
-    every_steps: Count | None = None
-    """Save every n steps; null saves at the end only."""
+    every_steps: Annotated[Count | Literal["auto"] | None, Wanted("an integer >= 1, auto or null")] = "auto"
+    """Save every n steps; auto when 15 minutes have passed since the last save; null at the end only."""
     keep: Count = 2
     """How many checkpoints are kept."""
     export: bool = True

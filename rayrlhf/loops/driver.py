@@ -38,7 +38,10 @@ from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
 from rayrlhf.loops.checks import InputError, check_precision
+from rayrlhf.loops.interrupted import what_goes_on
+from rayrlhf.loops.run_lock import run_lock
 from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
+from rayrlhf.loops.worker_failures import WorkerFailures
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
@@ -47,9 +50,9 @@ from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
 from rayrlhf.placement.plan import PlacementSpec
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.items import RewardError
+from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
 
 INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError)
-TRAIN_FOLDER = "checkpoints"
 
 C = TypeVar("C", bound=DrivenConfig)
 
@@ -77,8 +80,10 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
     stopped = _StopOnSignal()
     try:
         body = check(config)
-        with ray_session(NAMESPACE) as where:
+        with run_lock(Path(config.run.path)) as warning, ray_session(NAMESPACE) as where:
             signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own
+            if warning is not None:
+                console.say(f"warning: {warning}")
             console.say(where)
             run_path = body(console)
         console.summary(run_path)
@@ -95,7 +100,7 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
         return part.code
     except KeyboardInterrupt:
         how, code = ("stopped by SIGTERM", 143) if stopped.received else ("interrupted", 130)
-        console.error(f"{how}; the same command goes on from the newest checkpoint")
+        console.error(f"{how}; {what_goes_on(config)}")
         return code
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -180,6 +185,14 @@ def make_trainer(
             failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             worker_runtime_env={"env_vars": _worker_environment(threads)},
+            callbacks=[
+                WorkerFailures(
+                    job.board,
+                    role=role,
+                    max_failures=config.train.max_failures,
+                    saved_step=newest_step(Path(config.run.path) / folder),
+                )
+            ],
         ),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),

@@ -55,6 +55,7 @@ from rayrlhf.placement.routes import TOLD, weight_route
 from rayrlhf.placement.trainer import SlotTorchTrainer
 from rayrlhf.rollout.hub import Event, WeightHub
 
+REPORT_SECONDS = 20.0  # for the board to take a report
 CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
 
 
@@ -109,6 +110,7 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
                 apps,
                 timeout_seconds=config.rollout.start_timeout_seconds,
                 tell=console.say,
+                failed=lambda what, then: ray.get(board.fail.remote(what, then), timeout=REPORT_SECONDS),
                 give_up=trainer.abort,
             ),
             nodes_watched(

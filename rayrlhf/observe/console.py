@@ -91,6 +91,8 @@ class Console:
             self._phase(report)
         elif report.kind == "step":
             self._step(report)
+        elif report.kind == "event":
+            self.say(report.text)
         elif report.kind == "warning":
             self.say(f"warning: {report.text}")
         elif report.kind == "eval":

@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
 from rayrlhf.config.job import JobConfig
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
+from rayrlhf.observe.sink_threads import Sink, SinkThread
 
 TAKE_SECONDS = 1.0
 DRAIN_DEADLINE_SECONDS = 30.0
-
-
-class Sink(Protocol):
-    def write(self, report: Report) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class JsonLines:
@@ -93,7 +88,7 @@ class Wandb:
 
 
 class Sinks:
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[SinkThread]) -> None:
         self.sinks = sinks
 
     def write(self, report: Report) -> None:
@@ -103,14 +98,21 @@ class Sinks:
 
 @contextmanager
 def make_sinks(config: JobConfig, run_path: Path, console: Console) -> Iterator[Sinks]:
+    """The sinks of a run, which are flushed and closed when the body is left."""
     console.start(config.train.total_steps)
+    makers: dict[str, Callable[[], Sink]] = {
+        "metrics.jsonl": lambda: JsonLines(run_path),
+        "the console": lambda: console,
+    }
+    if config.observe.tensorboard:
+        makers["TensorBoard"] = lambda: TensorBoard(run_path)
+    if config.observe.wandb is not None:
+        makers["Weights & Biases"] = lambda: Wandb(config, run_path)
     with ExitStack() as stack:
-        sinks: list[Sink] = [console, JsonLines(run_path)]
-        if config.observe.tensorboard:
-            sinks.append(TensorBoard(run_path))
-        if config.observe.wandb is not None:
-            sinks.append(Wandb(config, run_path))
-        for sink in sinks:
+        sinks: list[SinkThread] = []
+        for name, make in makers.items():
+            sink = SinkThread(name, make, lambda text: console.say(f"warning: {text}"))
+            sinks.append(sink)
             stack.callback(sink.close)
         yield Sinks(sinks)
 
