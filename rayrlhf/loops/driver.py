@@ -39,6 +39,7 @@ from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
 from rayrlhf.loops.checks import InputError, check_precision
 from rayrlhf.loops.interrupted import what_goes_on
+from rayrlhf.loops.ray_messages import RAY_LOG, ray_messages_in
 from rayrlhf.loops.run_lock import run_lock
 from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
 from rayrlhf.loops.worker_failures import WorkerFailures
@@ -80,7 +81,11 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
     stopped = _StopOnSignal()
     try:
         body = check(config)
-        with run_lock(Path(config.run.path)) as warning, ray_session(NAMESPACE) as where:
+        with (
+            run_lock(Path(config.run.path)) as warning,
+            ray_messages_in(Path(config.run.path) / RAY_LOG),
+            ray_session(NAMESPACE) as where,
+        ):
             signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own
             if warning is not None:
                 console.say(f"warning: {warning}")

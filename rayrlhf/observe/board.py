@@ -46,7 +46,7 @@ class Board:
 
     async def fail(self, what_failed: str, what_is_done: str) -> None:
         """A failure, put together with the phase in which it happened."""
-        when = f"in step {self.phase.step + 1}, {self.phase.text}"
+        when = f"after step {self.phase.step}, in {self.phase.text}"
         await self.post(Report("warning", self.phase.step, f"{what_failed} {when}; {what_is_done}"))
 
     def _drop_one(self) -> None:

@@ -97,8 +97,8 @@ class SlotTorchTrainer(TorchTrainer):
         )
         self.controller = controller
         # Ray would register its own handler for Ctrl-C here, which ends the driver by `sys.exit(0)`: the exit
-        # code of a run that is done, without a word. Python's handler raises KeyboardInterrupt instead, and the
-        # workers go with their controller.
+        # code of a run that is done, without a word. Python's handler raises KeyboardInterrupt instead, and
+        # the workers go with their controller.
         try:
             ray.get(controller.run.remote())
             return ray.get(controller.get_result.remote())

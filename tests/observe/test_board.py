@@ -50,7 +50,7 @@ def test_a_failure_is_reported_with_the_phase_in_which_it_happened() -> None:
         assert report == Report(
             "warning",
             4,
-            "actor worker 1 died in step 5, update actor; the workers start again from step 4",
+            "actor worker 1 died after step 4, in update actor; the workers start again from step 4",
         )
 
     asyncio.run(play())
