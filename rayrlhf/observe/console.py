@@ -21,7 +21,7 @@ from rich.progress import (
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.summary import show_summary
 
-PROGRESS_SECONDS = 20.0  # between two lines of a log that tell how far a long phase has come
+PROGRESS_SECONDS = 10.0  # without a line, after which a log says how far a long phase has come
 
 # (metric, label, format): one step, one line
 COLUMNS = [
@@ -52,10 +52,11 @@ class Console:
         self.progress: Progress | None = None
         self.task: Any = None
         self.step_seconds: list[float] = []
-        self.progress_told = self.started
+        self.said_at = self.started
         self.phases_told: set[str] = set()
 
     def say(self, text: str) -> None:
+        self.said_at = time.monotonic()
         if self.mode != "quiet":
             self.rich.print(f"[dim]{self._clock()}[/dim] {escape(text)}", soft_wrap=True)
 
@@ -104,15 +105,14 @@ class Console:
     def _phase(self, report: Report) -> None:
         if self.progress is not None:
             self.progress.update(self.task, description=escape(report.text))
-        elif report.step == 0 and not self.step_seconds:
-            # Before the first step is through, a log would be silent for long. Progress ("3/8 prompts") comes
-            # too often for a line each.
-            now = time.monotonic()
-            is_news = report.text not in self.phases_told and "/" not in report.text
-            if is_news or now - self.progress_told > PROGRESS_SECONDS:
-                self.progress_told = now
-                self.phases_told.add(report.text)
-                self.say(report.text)
+            return
+        # Before the first step and after the last each phase is news, once; between them the steps' own lines
+        # are enough. Progress ("3/8 prompts") comes too often for a line each, but no log is silent for long.
+        around_steps = not self.step_seconds or 0 < self.num_steps <= report.step
+        is_news = around_steps and report.text not in self.phases_told and "/" not in report.text
+        if is_news or time.monotonic() - self.said_at > PROGRESS_SECONDS:
+            self.phases_told.add(report.text)
+            self.say(report.text)
 
     def _step(self, report: Report) -> None:
         self.step_seconds.append(report.metrics.get("time/step", 0.0))

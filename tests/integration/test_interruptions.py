@@ -42,8 +42,8 @@ def test_what_interrupts_a_run_is_one_true_line(tmp_path: Path, tiny_model: str)
         worker.kill()
         died = until(lines, "worker 0 died")
         assert re.search(
-            r"warning: actor worker 0 died \(its process was killed or crashed; out of host memory is the usual "
-            r"reason\) after step \d+, in [a-z ]+; the workers start again from step \d+ "
+            r"warning: actor worker 0 died \(its process was killed or crashed; out of host memory is the "
+            r"usual reason\) after step \d+, in [a-z ]+; the workers start again from step \d+ "
             r"\(restart 1 of train.max_failures=1\)\n",
             died,
         )
