@@ -30,7 +30,7 @@ def test_what_interrupts_a_run_is_one_true_line(tmp_path: Path, tiny_model: str)
     ) as job:
         seen: list[str] = []
         lines = said(job, seen)
-        until(lines, "step 4/40 ")
+        until(lines, "starting 1 x trainer")
 
         second = subprocess.run(
             command, cwd=REPOSITORY, capture_output=True, text=True, timeout=REFUSAL_SECONDS
@@ -38,6 +38,7 @@ def test_what_interrupts_a_run_is_one_true_line(tmp_path: Path, tiny_model: str)
         assert second.returncode == 2
         assert f"run.name=rm is in use by process {job.pid} on " in " ".join(second.stderr.split())
 
+        until(lines, "step 4/40 ")
         [worker] = [p for p in psutil.Process(job.pid).children(recursive=True) if is_worker(p)]
         worker.kill()
         died = until(lines, "worker 0 died")
