@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from rayrlhf.foreign_text import visible
 from rayrlhf.rollout.turns import Message, Observation
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10.0
+MESSAGE_CHARACTERS = 2_000  # of what the user's code raised
 
 
 class Environment(Protocol):
@@ -164,7 +166,7 @@ async def _let_go_of(coroutine: Any) -> Any:
 
 def _described(error: BaseException) -> str:
     """Type and last line of its message, and the line of the user's file that it came through."""
-    message = (str(error).strip().splitlines() or [""])[-1]
+    message = visible((str(error).strip().splitlines() or [""])[-1], limit=MESSAGE_CHARACTERS)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     place = f" ({own[-1].filename.rpartition('/')[2]}:{own[-1].lineno})" if own else ""
