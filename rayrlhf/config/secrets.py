@@ -144,6 +144,12 @@ def _changed_item(key: str, value: Any, change: Callable[[str, str], str], at: s
             name: change(_join(path, str(name)), text) if _is_secret_header(str(name), text) else text
             for name, text in value.items()
         }
+    if key in ("headers", "header") and isinstance(value, list | str):  # a mistake, which will be quoted
+        texts = value if isinstance(value, list) else [value]
+        return [
+            change(_join(path, str(n)), text) if isinstance(text, str) else text
+            for n, text in enumerate(texts)
+        ]
     is_secret = _SURELY_SECRET_NAME.search(key) or (_is_users_own(at) and is_secret_name(key))
     if isinstance(value, str) and is_secret and _is_literal(value):
         return change(path, value)

@@ -95,7 +95,8 @@ class TensorBoard:
             self.writer.close()
             self._open(first)
             self.is_resumed = False
-        self.last_step = report.step
+        if report.kind == "step":
+            self.last_step = report.step
         for key, value in report.metrics.items():
             self.writer.add_scalar(key, value, report.step)
         self.writer.flush()
@@ -147,8 +148,8 @@ class Wandb:
             self.is_behind = True
             self.run.summary["steps_kept_from_an_earlier_attempt"] = f"{step} to {reached - 1}"
             self.say(
-                f"warning: W&B has steps up to {reached} from before the restart and cannot replace them: its "
-                f"curves go on at step {reached}; metrics.jsonl has steps {step} on as they are now"
+                f"warning: W&B has steps up to {reached} from before the restart and cannot replace them: "
+                f"its curves go on at step {reached}; metrics.jsonl has steps {step} on as they are now"
             )
 
     def close(self) -> None:

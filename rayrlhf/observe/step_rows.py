@@ -28,7 +28,7 @@ class StepRows:
         self.path = path
         self.highest = NO_STEP
         self._mend_end()
-        for _, step in self._lines():
+        for _, step in self._lines(quick_step_of):
             if step is not None:
                 self.highest = max(self.highest, step)
 
@@ -67,13 +67,13 @@ class StepRows:
         os.replace(partial, self.path)
         return len(moved)
 
-    def _lines(self) -> Iterator[tuple[bytes, int | None]]:
+    def _lines(self, read: Callable[[bytes], int | None] | None = None) -> Iterator[tuple[bytes, int | None]]:
         """Each line with its step; None for one that is no row of ours."""
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:
             for line in file:
-                yield line, step_of(line)
+                yield line, (read or step_of)(line)
 
     def _mend_end(self) -> None:
         """A process that was killed while it wrote has left half a line."""
@@ -110,15 +110,18 @@ class StepRows:
 
 
 def step_of(line: bytes) -> int | None:
-    """The step of a whole line; None for half a line, and for one that is no row with a step."""
-    found = _STEP_FIRST.match(line)
-    if found and line.endswith(b"}\n"):
-        return int(found[1])
+    """The step of a row; None for half a line, and for one that is no row with a step."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return step if isinstance(step, int) else None
+
+
+def quick_step_of(line: bytes) -> int | None:
+    """The same without reading what the line holds: rollouts may be gigabytes."""
+    found = _STEP_FIRST.match(line)
+    return int(found[1]) if found and line.endswith(b"}\n") else step_of(line)
 
 
 def json_line(row: dict[str, Any]) -> str:
