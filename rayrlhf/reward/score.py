@@ -84,7 +84,7 @@ class RewardClient:
         reasons = [reward.reason for reward in rewards if isinstance(reward, Failure)]
         if reasons:
             with self._lock:
-                self._last_reason[source.name] = reasons[-1]
+                self._last_reason[source.name] = one_line(reasons[-1])
         return rewards
 
     async def _request(self, source: RewardSource, samples: Sequence[Sample], turn: int) -> list[Any]:

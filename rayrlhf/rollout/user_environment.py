@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from rayrlhf.foreign_text import visible
+from rayrlhf.foreign_text import one_line, visible
 from rayrlhf.rollout.turns import Message, Observation
 
 logger = logging.getLogger(__name__)
@@ -166,8 +166,9 @@ async def _let_go_of(coroutine: Any) -> Any:
 
 def _described(error: BaseException) -> str:
     """Type and last line of its message, and the line of the user's file that it came through."""
-    message = visible((str(error).strip().splitlines() or [""])[-1], limit=MESSAGE_CHARACTERS)
+    message = (str(error).strip().splitlines() or [""])[-1]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     place = f" ({own[-1].filename.rpartition('/')[2]}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {message}{place}"
+    # It is logged, kept with the sample and told: an environment may raise whatever a response held.
+    return one_line(f"{type(error).__name__}: {message}"[:MESSAGE_CHARACTERS]) + visible(place)
