@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -70,6 +71,21 @@ def _secrets_are_there(source: RemoteSource) -> Problem | None:
     return None
 
 
+def _one_authorization(source: RemoteSource) -> Problem | None:
+    """The HTTP client refuses each request that has both."""
+    if not any(name.lower() == "authorization" for name in source.headers or {}):
+        return None
+    for index, url in enumerate(source.urls):
+        if re.match(r"https?://[^/?#]*@", url):
+            return Problem(
+                f"urls.{index}",
+                got="a user in the address in addition to the header Authorization",
+                wanted="one of the two: a request has one Authorization",
+                fix="remove the user and password from the address, or the header",
+            )
+    return None
+
+
 class RemoteSource(Source):
     type: Literal["remote"]
     """A server: POST {"query": […], "prompts": […], "labels": […]} is answered by {"rewards": […]}."""
@@ -88,7 +104,7 @@ class RemoteSource(Source):
     num_replicas: Count = 1
     """Serve replicas that send the requests."""
 
-    checks = (_secrets_are_there,)
+    checks = (_secrets_are_there, _one_authorization)
 
     def __repr_args__(self) -> Any:
         """What tracebacks and Ray's lists of trainers show holds no secret."""

@@ -182,7 +182,8 @@ def _secret_parameters(text: str) -> Iterator[tuple[int, int]]:
     """Where the values of URLs' query parameters stand whose names are those of secrets."""
     behind = 0
     for found in _PARAMETER.finditer(text):
-        if found.start() >= behind and is_secret_name(found["name"]):
+        is_new = found.start() >= behind and not found["secret"].startswith(MASK)
+        if is_new and is_secret_name(found["name"]):
             behind = found.end("secret")
             yield found.start("secret"), behind
 

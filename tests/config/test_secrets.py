@@ -24,7 +24,7 @@ SECRETS = ("hdr-secret-1", "user-secret-2", "query-secret-3", "argument-secret-4
 SOURCE: dict[str, Any] = {
     "type": "remote",
     "urls": [f"https://me:{SECRETS[1]}@judge.example/score?model=a&access_token={SECRETS[2]}"],
-    "headers": {"Authorization": f"Bearer {SECRETS[0]}", "Accept": "application/json"},
+    "headers": {"X-Judge": f"Bearer {SECRETS[0]}", "Accept": "application/json"},
 }
 
 
@@ -49,6 +49,7 @@ def config_with(**source: Any) -> PolicyRunConfig:
         ("https://${U}:${P}@h/?token=${T}", "https://${U}:${P}@h/?token=${T}"),
         ("sent Authorization: Bearer abc, x-api-key=def", "sent Authorization: Bearer ***, x-api-key=***"),
         ("{'Authorization': 'Bearer abc'}", "{'Authorization': 'Bearer ***'}"),
+        ("https://h/?token=***: HTTP status 500", "https://h/?token=***: HTTP status 500"),
         ("data.label_key=answer, 3 tokens = 3", "data.label_key=answer, 3 tokens = 3"),
     ],
 )
@@ -117,6 +118,12 @@ def test_24_a_masked_config_is_not_taken_for_a_whole_one(tmp_path: Path) -> None
         load_config(PolicyRunConfig, [str(path)])
 
 
+def test_a_user_in_the_address_and_a_header_exclude_each_other() -> None:
+    """Before, each request of the run failed: the client refuses both."""
+    with pytest.raises(ValueError, match=r"one of the two: a request has one Authorization"):
+        config_with(headers={"authorization": "Bearer ${JUDGE}"})
+
+
 def test_references_survive_the_resolved_config(tmp_path: Path) -> None:
     config = config_with(urls=["https://h/?token=${JUDGE}"], headers={"Authorization": "Bearer ${JUDGE}"})
     path = tmp_path / "config.yaml"
@@ -150,7 +157,7 @@ def test_24_a_problem_with_a_secret_is_told_without_it(
 def test_24_a_secret_is_not_rendered(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before: it stood in the ConfigMap, in the script, and in the comment at its top."""
     for config, key in (
-        (config_with(), "reward.sources.0.headers.Authorization"),
+        (config_with(), "reward.sources.0.headers.X-Judge"),
         (make_config(launch={"env": {"WANDB_API_KEY": SECRETS[0]}}), "launch.env.WANDB_API_KEY"),
         (make_config(launch={"slurm": {"setup": [f"export HF_TOKEN={SECRETS[0]}"]}}), "launch.slurm.setup.0"),
     ):
