@@ -69,6 +69,8 @@ class KubeRayConfig(Section):
     """PersistentVolumeClaim that every pod mounts (ReadWriteMany): runs, models, data."""
     mount_path: AbsolutePath = "/shared"
     """Where it is mounted; relative run.dir lies under it."""
+    env_from: ResourceName | None = None
+    """Kubernetes Secret whose entries are environment variables of every pod."""
     service_account: ResourceName | None = None
     """Service account of the pods."""
     node_selector: dict[str, str] = Field(default_factory=dict)
@@ -131,7 +133,7 @@ class LaunchConfig(Section):
     head_memory: Quantity = "32Gi"
     """Memory of the head node."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of every process; no secrets: they stand in the rendered files."""
+    """Environment variables of every process; secrets are refused, since rendered files hold them."""
     kuberay: KubeRayConfig = KubeRayConfig()
     """Kubernetes with KubeRay."""
     anyscale: AnyscaleConfig = AnyscaleConfig()

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from rayrlhf.config.base import ConfigError, Problem, Section
 from rayrlhf.config.explain import explain
 from rayrlhf.config.reference import help_text
+from rayrlhf.config.secrets import masked_tree, remember_all
 from rayrlhf.config.tree import read_tree, write_tree
+from rayrlhf.foreign_text import write_line
 
 S = TypeVar("S", bound=Section)
 
@@ -35,10 +37,12 @@ def load_config(schema: type[S], argv: Sequence[str]) -> S:
         try:
             config = schema.model_validate(tree.values)
             if not problems:
+                remember_all(config.model_dump(mode="json"))
                 return config
         except ValidationError as error:
             told = {problem.path for problem in problems}
             problems += [p for p in explain(error, schema, tree.values) if p.path not in told]
+    remember_all(tree.values)  # problems quote what is wrong
     placed = [replace(p, where=p.where or tree.places.get(p.path, "")) for p in problems]
     raise ConfigError(placed, tree.source)
 
@@ -48,13 +52,15 @@ def load_or_exit(schema: type[S], argv: Sequence[str]) -> S:
     try:
         return load_config(schema, argv)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        write_line(str(error), sys.stderr)
         sys.exit(2)
 
 
 def dump_resolved(config: Section) -> str:
-    """The whole configuration as YAML, defaults included; loading it gives an equal one."""
-    return write_tree(config.model_dump(mode="json"))
+    """The whole configuration as YAML, defaults included; loading it gives an equal one. Literal secrets are
+    `***`, with which it cannot be loaded; `${VARIABLE}` stays.
+    """
+    return write_tree(masked_tree(config.model_dump(mode="json")))
 
 
 def _program() -> str:

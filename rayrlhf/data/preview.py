@@ -23,6 +23,7 @@ from rayrlhf.data.plan import fill_of, plan_steps, row_order
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.split import in_split
+from rayrlhf.foreign_text import write_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,16 +47,15 @@ def main(words: Sequence[str]) -> int:
         preview = look_at(config.data, tokenizer, config.run.seed, options.split, options.rows)
         fill = packing_fill(preview, config)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        write_line(str(error), sys.stderr)
         return 2
     except DataError as error:
-        print(error, file=sys.stderr)
+        write_line(str(error), sys.stderr)
         return 1
-    from rich.console import Console
-
     from rayrlhf.data.preview_text import show
+    from rayrlhf.terminal import SafeConsole
 
-    show(Console(highlight=False, soft_wrap=True), preview, config, tokenizer, fill, options.show)
+    show(SafeConsole(soft_wrap=True), preview, config, tokenizer, fill, options.show)
     return 0
 
 

@@ -20,7 +20,6 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import signal
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
+from rayrlhf.foreign_text import guard_terminal, traceback_text
 from rayrlhf.loops.checks import InputError, check_precision
 from rayrlhf.loops.interrupted import what_goes_on
 from rayrlhf.loops.ray_messages import RAY_LOG, ray_messages_in
@@ -76,6 +76,7 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
 
     Returns the exit code: 0 done, 2 bad input, 1 anything else; errors are one clear message.
     """
+    guard_terminal()
     console = Console(config.observe.console)
     previous = signal.getsignal(signal.SIGTERM)
     stopped = _StopOnSignal()
@@ -98,7 +99,7 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
         return 2
     except (DeploymentFailed, RunFailed) as error:
         log = Path(config.run.path) / "error.log"
-        log.write_text(traceback.format_exc())
+        log.write_text(traceback_text(error), encoding="utf-8")
         console.error(f"{error}\n(details: {log})")
         return 1
     except PartFailed as part:

@@ -23,6 +23,7 @@ from ray.serve.api import RunTarget
 from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
+from rayrlhf.foreign_text import guard_terminal
 from rayrlhf.loops.serve_http import answers, check_own_port, start_http
 from rayrlhf.loops.serve_reward_checks import check_sources
 from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
@@ -51,6 +52,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
     """Serve until Ctrl-C or SIGTERM. Exit codes: 0 ended by one of them, 2 bad input, 1 anything else, 130
     ended while it was still starting.
     """
+    guard_terminal()
     console = Console("lines")
     previous = signal.getsignal(signal.SIGTERM)
     stop = _Stop()

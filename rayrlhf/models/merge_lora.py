@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.foreign_text import write_line
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # of the base's names in it
@@ -43,9 +45,9 @@ def main(words: Sequence[str]) -> int:
         plan = make_plan(options.adapter, options.out, options.base)
         from rayrlhf.models.merge import merge  # torch, transformers and peft: seconds
 
-        print(merge(plan))
+        write_line(str(merge(plan)))
     except MergeProblem as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        write_line(f"error: {problem}", sys.stderr)
         return 2
     return 0
 
