@@ -1,7 +1,7 @@
-"""Where packages come from: what pip is configured with, handed to uv, which does not read pip's configuration.
+"""Where packages come from: what pip is configured with, handed to uv, which does not read pip's files.
 
-Everything goes to uv through its environment, never its command line: index URLs may hold credentials, and other users
-can read command lines.
+Everything goes to uv through its environment, never its command line: index URLs may hold credentials, and
+other users can read command lines.
 """
 
 from __future__ import annotations
@@ -16,22 +16,38 @@ from typing import NamedTuple
 
 PIP_DEADLINE_SECONDS = 300  # of a machine that is busy otherwise
 # Settings of a user's own uv projects that would change what the lock means.
-FOREIGN = (
-    "UV_TORCH_BACKEND UV_EXCLUDE_NEWER UV_CONSTRAINT UV_OVERRIDE UV_EXCLUDE UV_BUILD_CONSTRAINT UV_REQUIRE_HASHES "
-    "UV_NO_BUILD UV_NO_BINARY UV_NO_BUILD_ISOLATION UV_SYSTEM_PYTHON UV_RESOLUTION UV_PRERELEASE UV_PROJECT "
-    "UV_WORKING_DIR UV_TARGET UV_PREFIX PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_REQUIRE_HASHES PIP_NO_DEPS "
-    "PYTHONPATH PYTHONHOME VIRTUAL_ENV"
-).split()
+FOREIGN_UV = (
+    "UV_TORCH_BACKEND",
+    "UV_EXCLUDE_NEWER",
+    "UV_CONSTRAINT",
+    "UV_OVERRIDE",
+    "UV_EXCLUDE",
+    "UV_BUILD_CONSTRAINT",
+    "UV_REQUIRE_HASHES",
+    "UV_NO_BUILD",
+    "UV_NO_BINARY",
+    "UV_NO_BUILD_ISOLATION",
+    "UV_SYSTEM_PYTHON",
+    "UV_RESOLUTION",
+    "UV_PRERELEASE",
+    "UV_PROJECT",
+    "UV_WORKING_DIR",
+    "UV_TARGET",
+    "UV_PREFIX",
+)
+FOREIGN_PIP = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_REQUIRE_HASHES", "PIP_NO_DEPS")
+# Other packages than the environment's.
+FOREIGN_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 class Settings(NamedTuple):
     """What of pip's configuration says where packages are and how to reach them.
 
-    >>> Settings(index="https://pypi.example/simple", find_links=("/opt/wheels",)).locations
+    >>> Settings(default_index="https://pypi.example/simple", find_links=("/opt/wheels",)).locations
     ('/opt/wheels', 'https://pypi.example/simple')
     """
 
-    index: str | None = None  # None: pip's own default, which is uv's too
+    default_index: str | None = None  # None: pip's own default, which is uv's too
     extra_indexes: tuple[str, ...] = ()
     find_links: tuple[str, ...] = ()
     no_index: bool = False
@@ -45,11 +61,11 @@ class Settings(NamedTuple):
     @property
     def locations(self) -> tuple[str, ...]:
         """The places besides the default index, and that one where it is set."""
-        return (*self.find_links, *self.extra_indexes, *([self.index] if self.index else []))
+        return (*self.find_links, *self.extra_indexes, *([self.default_index] if self.default_index else []))
 
 
 def read_pip_settings(pip: Sequence[str] | None, environment: Mapping[str, str] | None = None) -> Settings:
-    """Of `pip config list`, run as the command `pip`: files and PIP_* variables. Without a pip: the variables alone.
+    """Of `pip config list`, run as the command `pip`: files and PIP_* variables. Without pip, the variables.
 
     Raises `RuntimeError` where pip cannot read its own configuration.
     """
@@ -86,7 +102,7 @@ def parse_config_list(text: str) -> dict[str, str]:
 
 
 def _settings(listed: Mapping[str, str]) -> Settings:
-    """As pip reads them: `[install]` before `[global]`, variables before both; a later one replaces, it does not add."""
+    """As pip reads them: `[install]` before `[global]`, variables before both; one replaces another whole."""
     merged: dict[str, str] = {}
     for section in ("global", "install", ":env:"):
         for name, value in listed.items():
@@ -96,7 +112,7 @@ def _settings(listed: Mapping[str, str]) -> Settings:
     words = {key: tuple(value.split()) for key, value in merged.items()}
     places = tuple(os.path.expanduser(place) for place in words.get("find-links", ()))
     return Settings(
-        index=merged.get("index-url", merged.get("pypi-url")),
+        default_index=merged.get("index-url", merged.get("pypi-url")),
         extra_indexes=words.get("extra-index-url", ()),
         find_links=tuple(
             place for place in places if "://" in place or Path(place).exists()
@@ -113,9 +129,9 @@ def _settings(listed: Mapping[str, str]) -> Settings:
 
 def uv_environment(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` with pip's settings in uv's variables. What the user has set for uv stays as it is."""
-    env = {name: value for name, value in environment.items() if name not in FOREIGN}
+    env = {name: value for name, value in environment.items() if name not in FOREIGN_UV + FOREIGN_PYTHON}
     wanted = {
-        "UV_DEFAULT_INDEX": settings.index,
+        "UV_DEFAULT_INDEX": settings.default_index,
         "UV_INDEX": " ".join(settings.extra_indexes),
         "UV_FIND_LINKS": ",".join(settings.find_links),
         "UV_INDEX_STRATEGY": "unsafe-best-match",  # the best of all indexes, as pip does
@@ -139,7 +155,7 @@ def uv_environment(settings: Settings, environment: Mapping[str, str]) -> dict[s
 
 def pip_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without what would make pip install elsewhere or otherwise than the lock says."""
-    env = {name: value for name, value in environment.items() if name not in FOREIGN}
+    env = {name: value for name, value in environment.items() if name not in FOREIGN_PIP + FOREIGN_PYTHON}
     return env | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
 
 

@@ -1,9 +1,9 @@
-"""Brings a virtual environment to a lock plus rayrlhf itself (editable). `requirements/install.sh` runs it for `make`.
+"""Brings a virtual environment to a lock plus rayrlhf itself (editable); install.sh runs it for `make`.
 
     python -m requirements.install VENV LOCK KEY      in the root of the repository
 
-It runs on the interpreter that the environment is made with, before anything is installed: standard library only.
-`KEY` says what is installed: it is written when all is done, so what was interrupted is made again.
+It runs on the interpreter that the environment is made with, before anything is installed: standard library
+only. `KEY` says what is installed: it is written when all is done, so what was interrupted is made again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from requirements.torch_build import Build, Failure, choose_with_pip, choose_wit
 
 PYTHONS = ((3, 11), (3, 13))
 OLDEST_UV = (0, 8)  # --torch-backend, --no-build-isolation-package
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 SHORT_SECONDS = 300  # on a machine that is busy otherwise
 OTHER_SECONDS = 3600  # for another installation into the same folder
 # Built without isolation: DeepSpeed imports torch when it is built.
@@ -107,18 +108,17 @@ def pinned(lock: Path) -> dict[str, str]:
 
     The markers are `make lock`'s own: versions of Python, joined by "or" (requirements/lock.py).
     """
-    here = "%d.%d" % sys.version_info[:2]
     found: dict[str, str] = {}
     for line in lock.read_text().splitlines():
         requirement, _, marker = line.partition(";")
-        if "==" in requirement and not line.startswith("#") and (not marker or f"'{here}'" in marker):
+        if "==" in requirement and not line.startswith("#") and (not marker or f"'{HERE}'" in marker):
             name, _, version = requirement.strip().partition("==")
             found[name] = version
     return found
 
 
 def usable(venv: Path, env: Mapping[str, str]) -> bool:
-    """Whether it can be brought up to date: whole, made for this folder, and of the interpreter that is wanted."""
+    """Whether it can be brought up to date: whole, made for this folder, and of the wanted Python."""
     python = venv / "bin" / "python"
     if (
         venv.is_symlink()
@@ -131,7 +131,7 @@ def usable(venv: Path, env: Mapping[str, str]) -> bool:
     done = subprocess.run(
         [python, "-c", code], env=dict(env), capture_output=True, text=True, timeout=SHORT_SECONDS
     )
-    if done.returncode or done.stdout.strip() != "%d.%d" % sys.version_info[:2]:
+    if done.returncode or done.stdout.strip() != HERE:
         return False
     script = venv / "bin" / "ray"  # names its interpreter: wrong in a copy, or after a move
     return script.exists() and str(python).encode() in script.read_bytes()
@@ -237,7 +237,7 @@ def install_lock(
 ) -> None:
     """All but DeepSpeed; CUDA's libraries where torch needs them; DeepSpeed and rayrlhf. Raises `Failure`.
 
-    --no-deps: the lock is complete, and the resolver would add packages that break a CPU torch (cpu-excludes.txt).
+    --no-deps: the lock is complete, and the resolver would add what breaks a CPU torch (cpu-excludes.txt).
     DS_BUILD_OPS=0: DeepSpeed without its CUDA ops, so that no nvcc is needed to build it.
     """
     names = [name for name in requirements if name not in ("torch", BUILT_HERE)]
@@ -259,19 +259,19 @@ def check_imports(python: Path, env: Mapping[str, str], progress: Progress) -> N
     if progress.run([str(python), "-c", "import torch"], pip_environment(env)):
         raise Failure(
             f"torch was installed but does not import:\n{progress.tail(5)}",
-            f"Fix: remove {python.parent.parent} and run make again; if that does not help, the line above says "
-            "what this machine lacks.",
+            f"Fix: remove {python.parent.parent} and run make again; if that does not help, the lines above "
+            "say what this machine lacks.",
         )
 
 
 def _explained(installer: Installer, status: int, progress: Progress) -> list[str]:
     log = os.path.relpath(progress.log)
     if "No space left" in progress.tail(50):
-        fix = "Fix: make room on the disk of this folder and of the cache (UV_CACHE_DIR and PIP_CACHE_DIR move it)."
+        fix = "Fix: make room on this disk and on that of the cache (UV_CACHE_DIR and PIP_CACHE_DIR move it)."
     elif installer.name == "uv":
-        fix = "Fix what the lines above name and run make again, which goes on; or let pip try: make install INSTALLER=pip"
+        fix = "Fix what the lines above name and run make again; or let pip try: make install INSTALLER=pip"
     else:
-        fix = "Fix what the lines above name and run make again, which goes on."
+        fix = "Fix what the lines above name and run make again."
     why = "did nothing for a quarter of an hour" if status == 124 else f"failed with exit status {status}"
     return [f"{installer.name} {why}; the whole log is {log}; its end:\n{progress.tail()}", fix]
 
@@ -300,13 +300,13 @@ EXPECTED = {
 def _check_machine() -> None:
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise Failure(
-            f"this is {platform.system()} on {platform.machine()}, and the locked packages are for Linux on x86_64.",
-            "Fix: use such a machine or a container (on other ones, `pip install -e .` with packages of your choice).",
+            f"this is {platform.system()} on {platform.machine()}, the lock is for Linux on x86_64.",
+            "Fix: use such a machine, or install packages of your choice and `pip install --no-deps -e .`",
         )
     here = sys.version_info[:2]
     if not PYTHONS[0] <= here <= PYTHONS[1]:
         raise Failure(
-            f"{sys.executable} is Python {platform.python_version()}, and the locked packages are for 3.11 to 3.13.",
+            f"{sys.executable} is Python {platform.python_version()}, the lock is for 3.11 to 3.13.",
             "Fix: name another interpreter: make install PYTHON=/path/to/python3.11",
         )
 

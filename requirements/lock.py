@@ -2,9 +2,10 @@
 
     python -m requirements.lock [cpu] [gpu] [--upgrade | --upgrade-package NAME ...]
 
-Both are plain requirement files that pip and uv install with `--no-deps`. Versions stay as they are unless a range excludes
-them or an upgrade is asked for. A package whose version depends on Python's has a line per version, with a marker.
-Resolved from the default index alone: a build of torch that another index has would bring other dependencies.
+Both are plain requirement files that pip and uv install with `--no-deps`. Versions stay as they are unless a
+range excludes them or an upgrade is asked for. A package whose version depends on Python's has a line per
+version, with a marker. Resolved from the default index alone: a build of torch that another index has would
+bring other dependencies.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Lock(NamedTuple):
 
 LOCKS = {
     "cpu": Lock(
-        "machines without a GPU; `make` installs it. What it leaves out on purpose: excludes.txt and cpu-excludes.txt",
+        "machines without a GPU; `make` installs it. Left out on purpose: excludes.txt, cpu-excludes.txt",
         "cpu",
         ("--excludes=requirements/cpu-excludes.txt", "--overrides=requirements/cpu-overrides.txt"),
     ),
@@ -97,7 +98,9 @@ def resolve(
         command += [f"--python-platform={PLATFORM}", f"--python-version={python}", f"--output-file={out}"]
         command += ["--excludes=requirements/excludes.txt", *lock.arguments, *more]
         settings = indexes.read_pip_settings([sys.executable, "-m", "pip"])
-        settings = indexes.Settings(index=settings.index, cert=settings.cert, proxy=settings.proxy)
+        settings = indexes.Settings(
+            default_index=settings.default_index, cert=settings.cert, proxy=settings.proxy
+        )
         env = indexes.uv_environment(settings, os.environ)
         done = subprocess.run(
             command, env=env, cwd=FOLDER.parent, capture_output=True, text=True, timeout=DEADLINE_SECONDS

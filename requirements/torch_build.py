@@ -1,7 +1,8 @@
-"""Which build of torch: the lock's version comes as one for CPUs and one for CUDA, and not every index has the first.
+"""Which build of torch: the lock's version comes for CPUs and for CUDA, and not every index has the first.
 
-In this order: the CPU build of the indexes and folders that pip or uv is configured with; the one that uv knows where to
-find (`--torch-backend=cpu`); the default index's CUDA build with its libraries, which works on a machine without a GPU too.
+In this order: the CPU build of the indexes and folders that pip or uv is configured with; the one that uv
+knows where to find (`--torch-backend=cpu`); the default index's CUDA build with its libraries, which works on
+a machine without a GPU too.
 """
 
 from __future__ import annotations
@@ -121,8 +122,9 @@ def no_answer(words: str) -> Failure:
     """What to do where the index is not reached."""
     return Failure(
         f"the package index does not answer: {words}",
-        "Fix: look at the network; behind a proxy set HTTPS_PROXY; with an index of your own set PIP_INDEX_URL, or "
-        "index-url in pip.conf; with a certificate of your own set PIP_CERT. Then run make again.",
+        "Fix: look at the network; behind a proxy set HTTPS_PROXY; with an index of your own set "
+        "PIP_INDEX_URL, or index-url in pip.conf; with a certificate of your own set PIP_CERT. "
+        "Then run make again.",
     )
 
 
@@ -135,7 +137,7 @@ def _default(answer: Answer, version: str, why: str) -> Build:
         raise no_answer(answer.words)
     raise Failure(
         f"no build of torch {version} was found for this machine: {answer.words}",
-        "Fix: let PIP_INDEX_URL name an index that has it, or put its wheel into a folder and name that in PIP_FIND_LINKS.",
+        "Fix: let PIP_INDEX_URL name an index that has it, or in PIP_FIND_LINKS a folder that has its wheel.",
     )
 
 
@@ -148,7 +150,7 @@ def _answering(uv: str, python: Path, settings: Settings, environment: Mapping[s
     nothing = settings._replace(extra_indexes=(), find_links=(), no_index=False)
     return settings._replace(
         extra_indexes=tuple(
-            place for place in settings.extra_indexes if answers(nothing._replace(index=place))
+            place for place in settings.extra_indexes if answers(nothing._replace(default_index=place))
         ),
         find_links=tuple(
             place
