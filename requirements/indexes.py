@@ -153,6 +153,11 @@ def uv_environment(settings: Settings, environment: Mapping[str, str]) -> dict[s
     return env
 
 
+def uv_arguments(settings: Settings) -> list[str]:
+    """What uv has no variable for."""
+    return ["--no-index"] if settings.no_index else []
+
+
 def pip_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without what would make pip install elsewhere or otherwise than the lock says."""
     env = {name: value for name, value in environment.items() if name not in FOREIGN_PIP + FOREIGN_PYTHON}

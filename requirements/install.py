@@ -22,7 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from requirements.indexes import Settings, pip_environment, read_pip_settings, redact, uv_environment
+from requirements.indexes import (
+    Settings,
+    pip_environment,
+    read_pip_settings,
+    redact,
+    uv_arguments,
+    uv_environment,
+)
 from requirements.progress import Progress
 from requirements.torch_build import Build, Failure, choose_with_pip, choose_with_uv, no_answer
 
@@ -67,7 +74,7 @@ def install(venv: Path, lock: Path, key: str) -> None:
     env = dict(os.environ)
     requirements = pinned(lock)
     if not usable(venv, env):
-        make_venv(venv, env)
+        make_venv(venv, env, with_pip=_own_uv(env) is None)
     (venv / "incomplete").touch()
     (venv / "installed").unlink(missing_ok=True)
     progress = Progress(venv / "install.log")
@@ -79,12 +86,14 @@ def install(venv: Path, lock: Path, key: str) -> None:
     )
 
     pip = _pip_of(python, env)
-    settings = read_pip_settings(pip, env)
+    settings = read_pip_settings(pip or _pip_of(Path(sys.executable), env), env)
     uv = find_uv(venv, pip, requirements["uv"], env, progress)
     if uv is not None:
         build, settings = torch_build_with_uv(uv, python, lock, requirements, settings, env)
         uv_env = uv_environment(settings, env)
-        installer = Installer((uv, "pip", "install", f"--python={python}"), uv_env, "uv")
+        installer = Installer(
+            (uv, "pip", "install", f"--python={python}", *uv_arguments(settings)), uv_env, "uv"
+        )
     elif pip is not None:
         build = torch_build_with_pip(pip, lock, requirements, env)
         installer = Installer((*pip, "install"), pip_environment(env), "pip")
@@ -137,12 +146,12 @@ def usable(venv: Path, env: Mapping[str, str]) -> bool:
     return script.exists() and str(python).encode() in script.read_bytes()
 
 
-def make_venv(venv: Path, env: Mapping[str, str]) -> None:
-    """Empty, with pip where this interpreter has it. Raises `Failure`."""
+def make_venv(venv: Path, env: Mapping[str, str], *, with_pip: bool) -> None:
+    """Empty but for pip, where this interpreter has it. Raises `Failure`."""
     if venv.is_symlink():
         venv.unlink()
     shutil.rmtree(venv, ignore_errors=True)
-    with_pip = importlib.util.find_spec("ensurepip") is not None  # Debian has it in a package of its own
+    with_pip &= importlib.util.find_spec("ensurepip") is not None  # Debian has it in a package of its own
     command = [sys.executable, "-m", "venv", *([] if with_pip else ["--without-pip"]), str(venv)]
     done = subprocess.run(
         command, env=pip_environment(env), capture_output=True, text=True, timeout=SHORT_SECONDS
@@ -167,14 +176,10 @@ def find_uv(
     if env.get("INSTALLER") == "pip":
         progress.say("  pip installs, as INSTALLER=pip asks")
         return None
-    # The last one is install.sh's, which asked it for Python.
-    for candidate in (
-        shutil.which("uv", path=env.get("PATH")),
-        str(venv / "bin" / "uv"),
-        str(Path(".uv/bin/uv").absolute()),
-    ):
-        if candidate and _uv_version(candidate, env) >= OLDEST_UV:
-            return candidate
+    if own := _own_uv(env):
+        return own
+    if _uv_version(str(venv / "bin" / "uv"), env) >= OLDEST_UV:
+        return str(venv / "bin" / "uv")
     if pip is None:
         return None
     command = [
@@ -240,7 +245,7 @@ def install_lock(
     --no-deps: the lock is complete, and the resolver would add what breaks a CPU torch (cpu-excludes.txt).
     DS_BUILD_OPS=0: DeepSpeed without its CUDA ops, so that no nvcc is needed to build it.
     """
-    names = [name for name in requirements if name not in ("torch", BUILT_HERE)]
+    names = [name for name in requirements if name not in ("torch", "uv", BUILT_HERE)]  # find_uv brings uv
     rest = progress.log.with_name("requirements.txt")
     rest.write_text("".join(f"{name}=={requirements[name]}\n" for name in names))
     here = [f"{BUILT_HERE}=={requirements[BUILT_HERE]}", "--editable=."]
@@ -348,6 +353,14 @@ def _pip_of(python: Path, env: Mapping[str, str]) -> list[str] | None:
         [*command, "--version"], env=pip_environment(env), capture_output=True, timeout=SHORT_SECONDS
     )
     return command if done.returncode == 0 else None
+
+
+def _own_uv(env: Mapping[str, str]) -> str | None:
+    """The user's, or the one that install.sh asked for Python; where it is wanted and recent enough."""
+    if env.get("INSTALLER") == "pip":
+        return None
+    candidates = (shutil.which("uv", path=env.get("PATH")), str(Path(".uv/bin/uv").absolute()))
+    return next((path for path in candidates if path and _uv_version(path, env) >= OLDEST_UV), None)
 
 
 def _uv_version(uv: str, env: Mapping[str, str]) -> tuple[int, ...]:

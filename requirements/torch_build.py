@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from requirements.indexes import Settings, pip_environment, redact, uv_environment
+from requirements.indexes import Settings, pip_environment, redact, uv_arguments, uv_environment
 
 PROBE_SECONDS = 60
 PIP_PROBE_SECONDS = 300  # pip may have to download a wheel to read its metadata
@@ -87,7 +87,8 @@ def choose_with_uv(
     """The build, and the settings without the places that do not answer. Raises `Failure`."""
 
     def ask(requirement: str, *arguments: str) -> Answer:
-        return ask_uv(uv, python, uv_environment(settings, environment), requirement, *arguments)
+        env = uv_environment(settings, environment)
+        return ask_uv(uv, python, env, requirement, *uv_arguments(settings), *arguments)
 
     answer = ask(f"torch=={version}+cpu")
     if not answer.reached:
@@ -145,7 +146,7 @@ def _answering(uv: str, python: Path, settings: Settings, environment: Mapping[s
     """Without the extra places that do not answer: uv would give up at the first of them."""
 
     def answers(alone: Settings) -> bool:
-        return ask_uv(uv, python, uv_environment(alone, environment), "torch").reached
+        return ask_uv(uv, python, uv_environment(alone, environment), "torch", *uv_arguments(alone)).reached
 
     nothing = settings._replace(extra_indexes=(), find_links=(), no_index=False)
     return settings._replace(
