@@ -294,11 +294,12 @@ def _announce(progress: Progress, installer: Installer, build: Build, lock: Path
     progress.say(f"  {installer.name} installs: {EXPECTED[installer.name, cuda]}")
 
 
+# Measured on two cores, idle and with much else to do, where the network was not what took the time.
 EXPECTED = {
-    ("uv", False): "about 1 minute",
-    ("uv", True): "about 3 minutes",
-    ("pip", False): "about 4 minutes",
-    ("pip", True): "about 6 minutes",
+    ("uv", False): "1 to 3 minutes, 1 GB to download",
+    ("uv", True): "2 to 4 minutes, 4 GB to download",
+    ("pip", False): "2 to 6 minutes, 1 GB to download",
+    ("pip", True): "4 to 10 minutes, 4 GB to download",
 }
 
 
