@@ -38,7 +38,8 @@ def main(words: Sequence[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
     if text.startswith("#!"):
-        options.out.chmod(0o755)
+        mode = options.out.stat().st_mode
+        options.out.chmod(mode | (mode & 0o444) >> 2)  # to be run by those who may read it
     return 0
 
 
