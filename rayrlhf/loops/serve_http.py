@@ -29,7 +29,7 @@ def check_own_port(server: ServerConfig) -> None:
 
 
 def url_of(server: ServerConfig) -> str:
-    """The URL of the requests; replicas are on the head node. Raises `InputError` for a port that is taken."""
+    """The URL of the requests; replicas are on the head node. Raises `InputError` where its port is taken."""
     host = _reachable(server.host)
     _check_port(server, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{server.port}{server.route}"

@@ -2,8 +2,8 @@
 
 uvicorn waits for ever for a request's headers, holds any number of connections, and closes a connection while
 its client is still sending, upon which the client's system drops the answer. Ray Serve's own proxy is that
-uvicorn; it reads bodies of any size into memory while a replica looks at the request, and lets a client switch
-off deadlines by a header. So a replica listens by itself, and Serve needs no proxy.
+uvicorn; it reads bodies of any size into memory while a replica looks at the request, and a client switches
+its deadlines off by a header. So a replica listens by itself, and Serve needs no proxy.
 """
 
 from __future__ import annotations
