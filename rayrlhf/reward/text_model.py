@@ -46,6 +46,9 @@ class TextModelReward(ModelReward):
         # It reads token ids and no conversation: `policy_path` is whose tokens they are.
         await super().__init__(role, source, source.path, "", slots)
         await self.model.call("read_texts", source, facts, timeout_seconds=600)
+        self.read_with(source, max_request_tokens)
+
+    def read_with(self, source: ServedModel, max_request_tokens: int) -> None:
         self.max_request_tokens = max_request_tokens
         self.tokenising = asyncio.Lock()  # fair: chunks of concurrent requests alternate
         # A batch is one forward pass: what nobody waits for any more is not in the next one.

@@ -259,7 +259,7 @@ def test_a_slow_client_is_cut_off_in_its_body() -> None:
 
 def test_connections_have_a_limit_and_idle_ones_give_way() -> None:
     async def work() -> None:
-        limits = {"max_connections": 2, "max_requests": 2}
+        limits: dict[str, Any] = {"max_connections": 2, "max_requests": 2}
         async with front(answered_for_ever, **limits) as (_, port, handle, _):
             kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
             for _, writer in kept:
