@@ -161,6 +161,40 @@ def test_our_own_client_gets_the_scores_of_plain_transformers(tmp_path: Path) ->
         urllib.request.urlopen(f"{url}/health", timeout=5)
 
 
+async def waits_for_ever(labels: list[Any]) -> list[float]:
+    """A reward function that says in the file that its label names when it was cancelled."""
+    try:
+        await asyncio.sleep(600)
+    except asyncio.CancelledError:
+        Path(labels[0]).write_text("cancelled")
+        raise
+    return [0.0 for _ in labels]
+
+
+@pytest.mark.long
+def test_work_in_a_deployment_ends_with_its_caller_and_at_its_deadline(tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    source = {"type": "function", "function": f"{__name__}:waits_for_ever"}
+    server = {"port": port, "timeout_seconds": 4, "token": "env:REWARD_TOKEN"}
+    with server_of(tmp_path, {"server": server, "reward": {"sources": [source]}}) as (_, said):
+        url = f"http://127.0.0.1:{port}/get_reward"
+        assert said and said[-1].startswith(f"curl -s {url} "), "".join(said)
+        gone, late = tmp_path / "gone", tmp_path / "late"
+        body = {"query": ["a"], "prompts": ["a"]}
+        with pytest.raises(TimeoutError):
+            asked = json.dumps(body | {"labels": [str(gone)]}).encode()
+            headers = {"Content-Type": "application/json"} | AUTHORIZATION
+            urllib.request.urlopen(urllib.request.Request(url, asked, headers), timeout=1.5)
+        started = time.monotonic()
+        status, problem = post(url, json.dumps(body | {"labels": [str(late)]}).encode())
+        assert status == 504 and "no rewards in time" in problem
+        assert 4 <= time.monotonic() - started < 10
+        deadline = time.monotonic() + 20
+        while not (gone.exists() and late.exists()):
+            assert time.monotonic() < deadline, "the deployment works on for nobody"
+            time.sleep(0.1)
+
+
 def survives(process: subprocess.Popen[str], url: str) -> None:
     """A body of 400 MB, 200,000 queries and a caller without the token; then all is as before."""
     before = resident_mib(process)

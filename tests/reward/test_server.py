@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -283,6 +284,20 @@ def test_connections_have_a_limit_and_idle_ones_give_way() -> None:
             second[1].close()
 
     run(work())
+
+
+def test_replicas_share_a_port_and_other_programs_do_not() -> None:
+    with http_guard.listening_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        first.listen()
+        with http_guard.listening_socket("127.0.0.1", port) as second:
+            second.listen()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"server\.port={port}: cannot listen there"):
+            http_guard.listening_socket("127.0.0.1", port)
 
 
 # ---- who may ask, and how
