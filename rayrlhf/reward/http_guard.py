@@ -102,7 +102,7 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         lingering = LingeringTransport(cast(asyncio.Transport, transport), self.loop)
         self.transport = cast(asyncio.Transport, lingering)
-        if len(self.connections) >= self.limits.max_connections and not self._close_an_idle_one():
+        if len(self.connections) >= self.limits.max_connections and not self._make_room():
             limit = {"server.max_connections": self.limits.max_connections}
             self._answer(503, "this server has all connections it can hold", limit)
             return
@@ -165,15 +165,21 @@ class GuardedProtocol(H11Protocol):
         limit = {"server.read_timeout_seconds": self.limits.read_timeout_seconds}
         self._answer(408, "the headers of the request did not arrive in time", limit)
 
-    def _close_an_idle_one(self) -> bool:
-        """The one that has been idle for longest."""
-        idle = [one for one in self.connections if isinstance(one, GuardedProtocol) and one.is_idle]
-        if not idle:
+    def _make_room(self) -> bool:
+        """End a connection that has had its last answer, else the one that has been idle for longest."""
+        others = [one for one in self.connections if isinstance(one, GuardedProtocol)]
+        ended = [one for one in others if one.transport.is_closing()]
+        idle = [one for one in others if one.is_idle]
+        if not ended and not idle:
             return False
-        longest = min(idle, key=lambda one: cast(asyncio.TimerHandle, one.timeout_keep_alive_task).when())
-        self.connections.discard(longest)
-        longest.transport.abort()
+        unused = ended[0] if ended else min(idle, key=GuardedProtocol.idle_until)
+        self.connections.discard(unused)
+        unused.transport.abort()
         return True
+
+    def idle_until(self) -> float:
+        assert self.timeout_keep_alive_task is not None
+        return self.timeout_keep_alive_task.when()
 
     def _answer(self, status: int, message: str, limit: Mapping[str, float] | None = None) -> None:
         """The last answer of this connection, to what never became a request."""

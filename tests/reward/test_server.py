@@ -281,7 +281,14 @@ def test_connections_have_a_limit_and_idle_ones_give_way() -> None:
             assert await first[0].read() == b"", "the one that was idle for longer has been closed"
             second[1].write(head(len(GOOD)) + GOOD)
             assert (await read_answer(second[0]))[2] == WANTED
-            second[1].close()
+            for _ in range(5):  # nor do those count that were refused and do not hang up
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head(10**9))
+                assert (await read_answer(reader))[0] == 413
+                kept.append((reader, writer))
+            assert (await post(port, GOOD))[2] == WANTED
+            for _, writer in kept:
+                writer.close()
 
     run(work())
 
