@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
@@ -23,12 +24,15 @@ class ScoreActor:
         from rayrlhf.reward.reward_model import RewardModel  # and torch, transformers: not in the replica
 
         self.model = RewardModel(source, policy_path, prompt_key)
+        # Ray takes another of its thousand threads for each call, and torch keeps memory and OpenMP workers
+        # for each thread that it has worked in.
+        self.thread = ThreadPoolExecutor(1, "score")
 
     def ready(self) -> bool:
         return True
 
     def score(self, items: list[ScoreItem]) -> list[float]:
-        return self.model.score(items)
+        return self.thread.submit(self.model.score, items).result()
 
 
 class ModelReward:
