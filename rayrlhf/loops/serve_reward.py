@@ -24,9 +24,9 @@ from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
 from rayrlhf.foreign_text import guard_terminal
-from rayrlhf.loops.serve_http import answers, check_own_port, start_http
+from rayrlhf.loops.serve_http import answers, authorization, check_own_port, read_token, url_of
 from rayrlhf.loops.serve_reward_checks import check_sources
-from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
+from rayrlhf.loops.session import DeploymentFailed, ray_session, start_serve, wait_for_apps
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, create_slots, resolve_gpus_per_slot
 from rayrlhf.placement.apps import app_statuses
@@ -35,6 +35,7 @@ from rayrlhf.placement.plan import PlacementSpec, Units, place, slots_in_words
 from rayrlhf.reward.server import Served, server_app
 
 LOOK_SECONDS = 2.0
+OWN_MACHINE = ("127.0.0.1", "localhost", "::1")
 EXAMPLE = {"query": ["Say hello. Hello!"], "prompts": ["Say hello. "], "labels": [None]}
 
 
@@ -57,13 +58,14 @@ def serve_reward(config: ServeRewardConfig) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     stop = _Stop()
     try:
+        token = read_token(config.server)
         sources = check_sources(config)
         if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
             check_own_port(config.server)
         with ray_session(NAMESPACE) as where:
             signal.signal(signal.SIGTERM, stop)  # after ray.init, which installs its own
             console.say(where)
-            _serve(config, sources, console, stop)
+            _serve(config, sources, token, console, stop)
         raise AssertionError("a server ends by a signal or an error")
     except INPUT_ERRORS as error:
         console.error(str(error))
@@ -78,21 +80,25 @@ def serve_reward(config: ServeRewardConfig) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _serve(config: ServeRewardConfig, sources: list[Served], console: Console, stop: _Stop) -> None:
+def _serve(
+    config: ServeRewardConfig, sources: list[Served], token: bytes | None, console: Console, stop: _Stop
+) -> None:
     """Returns only by an exception."""
-    url = start_http(config.server)
+    url = url_of(config.server)
+    start_serve(proxy_location="Disabled")  # the replicas listen by themselves
     with _placed(config, sources, console) as (run_id, slots):
         app = f"{run_id}-server"
-        target = RunTarget(
-            server_app(sources, config.server, slots), name=app, route_prefix=config.server.route
-        )
+        target = RunTarget(server_app(sources, config.server, slots, token), name=app, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         console.say(f"loading {', '.join(served.name for served in sources)}")
         wait_for_apps({app}, timeout_seconds=config.server.start_timeout_seconds, tell=lambda _: None)
         if not answers(f"{url}/health"):
             raise DeploymentFailed(f"the application runs, but {url}/health does not answer")
+        if token is None and config.server.host not in OWN_MACHINE:
+            console.say(f"anybody who reaches {config.server.host} is answered: set server.token")
         console.say(f"up: POST to {url}, health at {url}/health; Ctrl-C or SIGTERM ends it. Try:")
-        print(f"curl -s {url} -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'", flush=True)
+        headers = ["-H 'Content-Type: application/json'", *authorization(config.server)]
+        print(f"curl -s {url} {' '.join(headers)} -d '{json.dumps(EXAMPLE)}'", flush=True)
         stop.serving = True
         _stay(app, console)
 
