@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayrlhf.config.base import ConfigError, Problem, Section
+from rayrlhf.config.foreign import answer, known_paths, leaf_problems, meant_by
 from rayrlhf.config.reference import (
     INDEX,
     default_of,
@@ -46,8 +47,8 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
             failed_checks += [replace(p, path=f"{path}.{p.path}" if path else p.path) for p in cause.problems]
         else:
             details.append(detail)
-    unknown = [_locate(schema, e["loc"])[0] for e in details if e["type"] in UNKNOWN_KEY]
-    meant = {suggestion for path in unknown for suggestion in suggest(schema, path)}
+    unknown = [(_locate(schema, e["loc"])[0], e["input"]) for e in details if e["type"] in UNKNOWN_KEY]
+    meant = {suggestion for path, value in unknown for suggestion in _meant(schema, path, value)}
     problems: list[Problem] = []
     for detail in details:
         location = detail["loc"]
@@ -56,7 +57,7 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
             location, missing = location[:-1], False  # a list of two numbers that has only one
         path, node, default = _locate(schema, location)
         if detail["type"] in UNKNOWN_KEY:
-            problems.append(_unknown_key(schema, path, detail))
+            problems += leaf_problems(schema, path, detail["input"]) or [_unknown_key(schema, path, detail)]
         elif missing:
             problems += [p for p in _missing(path, node) if not meant & {p.path, path}]
         else:
@@ -201,7 +202,18 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
+def _meant(schema: type[Section], path: str, value: Any) -> list[str]:
+    """The keys that an unknown one, or those below it, stand for."""
+    foreign = [
+        key for problem in leaf_problems(schema, path, value) for key in meant_by(schema, problem.path)
+    ]
+    own = [] if answer(schema, path) is None else meant_by(schema, path)
+    return foreign or own or suggest(schema, path)
+
+
 def _unknown_key(schema: type[Section], path: str, detail: ErrorDetails) -> Problem:
+    if _numbered(path) not in known_paths(schema) and (foreign := answer(schema, path)):
+        return Problem(path, _shorten(detail["input"]), "no such key", foreign)
     suggestions = suggest(schema, path)
     if suggestions == [path]:
         fix = "nest it, one section per line: dotted keys are for the command line"
