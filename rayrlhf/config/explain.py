@@ -19,6 +19,7 @@ from rayrlhf.config.reference import (
     item_of,
     keys_of,
     node_of,
+    number,
     sections_in,
     show,
     tags_of,
@@ -168,7 +169,7 @@ def _fix(path: str, detail: ErrorDetails, node: Any, default: str | None) -> str
         )
     if kind in BOUND_FIXES:
         name, words = BOUND_FIXES[kind]
-        return f"set {path} {words.format(f'{context[name]:g}')}"
+        return f"set {path} {words.format(number(context[name]))}"
     if kind == "literal_error":
         return _closest(value, [show(option) for option in _options(node)], path)
     if kind == "string_type" and isinstance(value, int | float):

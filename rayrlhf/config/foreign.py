@@ -15,7 +15,7 @@ Found = list[tuple[str, Word]]
 
 
 def find_words(path: str) -> Found:
-    """(project, word) of every project that has such a key: by the whole path, by its end, or by its last part."""
+    """(project, word) of every project that has such a key: by the whole path, its last part, or its end."""
     path = path.lower().replace("-", "_")
     leaf = path.rpartition(".")[2]
     whole = [(project, word) for project, word in _all_words() if word.theirs == path]
@@ -36,7 +36,7 @@ def meant_by(schema: type[Section], path: str) -> list[str]:
 
 
 def answer(schema: type[Section] | None, path: str) -> str | None:
-    """What to write in place of another project's key; None where no project has it, or the word is ours too."""
+    """What to write in place of another project's key; None where none has it, or the word is ours too."""
     known = known_paths(schema) if schema is not None else None
     found = find_words(path)
     if known is not None and path.rpartition(".")[2] in {key.rpartition(".")[2] for key in known}:

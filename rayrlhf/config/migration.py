@@ -1,7 +1,7 @@
 """What TRL, verl and OpenRLHF call our keys: the one table behind error messages and docs/migration.md.
 
-Pure data. `ours` are our keys, or `key=value` where one value of ours is meant; none where there is nothing to
-set. `how` says what to do where the value means something else.
+Pure data. `ours` are our keys, or `key=value` where one value of ours is meant; none where there is nothing
+to set. `how` says what to do where the value means something else.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ OPENRLHF = _words(
     (
         "advantage_estimator",
         "algorithm.advantage",
-        "gae, rloo and dr_grpo are ours; group_norm is grpo, reinforce is reinforce_pp, reinforce_baseline is "
-        "reinforce_pp_baseline",
+        "gae, rloo and dr_grpo are ours; group_norm is grpo, reinforce is reinforce_pp, "
+        "reinforce_baseline is reinforce_pp_baseline",
     ),
     ("init_kl_coef", "algorithm.kl_coef"),
     ("kl_target", "algorithm.kl_target", "with algorithm.kl_controller=adaptive"),
@@ -325,7 +325,8 @@ VERL = _words(
     (
         ACTOR + "loss_agg_mode",
         "algorithm.aggregation",
-        "token-mean is token_mean, seq-mean-token-mean sequence_mean, seq-mean-token-sum-norm sequence_sum_norm",
+        "token-mean is token_mean, seq-mean-token-mean sequence_mean, "
+        "seq-mean-token-sum-norm sequence_sum_norm",
     ),
     (ACTOR + "policy_loss.loss_mode", "algorithm.policy_loss", "vanilla is ppo"),
     (ACTOR + "entropy_coeff", "algorithm.entropy_coef"),

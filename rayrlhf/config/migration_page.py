@@ -18,9 +18,9 @@ Three things are different throughout:
 
 - Settings are YAML keys, and `key.path=value` on the command line, without dashes.
 - A step's size is counted over all workers, in prompts (`rollout.prompts_per_step`) or samples
-  (`train.samples_per_step`). There is no accumulation to set: `train.max_tokens_per_micro_batch` says how many
-  tokens go through a device at a time, and a step takes as many micro-batches as it needs.
-- Each role has its own number of workers or replicas, and `placement.preset` says which of them share devices.
+  (`train.samples_per_step`). There is no accumulation to set: `train.max_tokens_per_micro_batch` says how
+  many tokens go through a device at a time, and a step takes as many micro-batches as it needs.
+- Each role has its own number of workers or replicas, and `placement.preset` says which share devices.
 
 This page is made by `make rendered` from `rayrlhf/config/migration.py`.
 """

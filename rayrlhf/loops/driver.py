@@ -38,6 +38,7 @@ from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
 from rayrlhf.loops.checks import InputError, check_precision
+from rayrlhf.loops.early import check_files
 from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
@@ -76,6 +77,7 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     stopped = _StopOnSignal()
     try:
+        check_files(config)
         body = check(config)
         with ray_session(NAMESPACE) as where:
             signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own

@@ -23,6 +23,7 @@ from ray.serve.api import RunTarget
 from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
+from rayrlhf.loops.early import check_files
 from rayrlhf.loops.serve_http import answers, check_own_port, start_http
 from rayrlhf.loops.serve_reward_checks import check_sources
 from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
@@ -55,6 +56,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     stop = _Stop()
     try:
+        check_files(config)
         sources = check_sources(config)
         if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
             check_own_port(config.server)

@@ -1,4 +1,4 @@
-"""The words of TRL, verl and OpenRLHF are answered with ours, from the table that docs/migration.md is made of."""
+"""The words of TRL, verl and OpenRLHF are answered with ours, from the table that docs/migration.md shows."""
 
 from __future__ import annotations
 
