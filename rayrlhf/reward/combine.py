@@ -33,8 +33,8 @@ class RewardCombiner:
     def combine(
         self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks, *, normalize: bool = True
     ) -> list[Sample]:
-        """The same samples with `score`; it is None where a source failed, or where weights make it larger than
-        any reward may be. Collective where it normalises.
+        """The same samples with `score`; it is None where a source failed, or weights make it too large.
+        Collective where it normalises.
 
         The statistics that sources are normalised with take in these samples first; a sample with a failed
         source counts in none. `normalize` False leaves rewards and statistics as they are: evaluations must

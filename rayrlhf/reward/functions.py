@@ -2,7 +2,8 @@
 
 The contract: called with keyword arguments `prompts` (as the model saw them), `responses`, `labels` and every
 column of the data rows, all lists of one length; returns a list of that length of floats, where None or NaN
-means "failed". So does a number beyond ±1e18 (`items.LARGEST_REWARD`), infinity among them. A function that names its arguments gets only those. Sync or async.
+means "failed". So does a number beyond ±1e18 (`items.LARGEST_REWARD`), infinity among them. A
+function that names its arguments gets only those. Sync or async.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def test_a_saved_data_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"prompt": "a", "prompt": "b"}', '{"m": [{"role": "user", "role": "assistant"}], "prompt": "b"}']
+    "line", ['{"prompt": "a", "prompt": "b"}', '{"m": [{"role": "user", "role": "x"}], "prompt": "b"}']
 )
 def test_a_key_twice_in_a_row_is_a_bad_row(tmp_path, line):
     """The last value was taken, without a word."""

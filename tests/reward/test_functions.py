@@ -264,7 +264,7 @@ def test_a_reward_beyond_the_bound_is_refused_at_the_trial(value: str, tmp_path:
     path = tmp_path / "big.py"
     path.write_text(f"def score(responses):\n    return [1.0, {value}]\n")
     code = find_function(f"{path}:score")
-    with pytest.raises(RewardError, match=r"returned -?(inf|1e\+\d\d), which is .*; wanted numbers up to ±1e\+18"):
+    with pytest.raises(RewardError, match=r"returned .*, which is .*; wanted numbers up to ±1e\+18"):
         try_function(code, PROMPTS, None)
 
 
