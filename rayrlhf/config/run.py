@@ -11,6 +11,7 @@ from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
+from rayrlhf.config.learning_rates import with_lora_lr
 from rayrlhf.config.model import CriticConfig, RefConfig, TrainedModelConfig, sequences_are_shared
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig, check_reward_needs
@@ -377,6 +378,11 @@ class PolicyRunConfig(Section):
         _vllm_scores_at_temperature_one,
         _sleeping_engines_share,
     )
+
+    @field_validator("train")
+    @classmethod
+    def _adapters_learn_faster(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        return with_lora_lr(train, info.data.get("model"))
 
     @field_validator("critic")
     @classmethod

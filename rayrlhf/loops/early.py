@@ -91,7 +91,8 @@ def model_folders(config: Any) -> Iterator[tuple[str, str, Kind]]:
     """(key, path, what it has to be) of every checkpoint that a job names, for whatever kind of job."""
     if (model := getattr(config, "model", None)) is not None:
         yield "model.path", model.path, "start" if getattr(config, "job", None) in NEW_HEADS else "policy"
-    for section, kind in (("critic", "start"), ("ref", "policy"), ("teacher", "policy")):
+    others: tuple[tuple[str, Kind], ...] = (("critic", "start"), ("ref", "policy"), ("teacher", "policy"))
+    for section, kind in others:
         part = getattr(config, section, None)
         if part is not None and part.path is not None:
             yield f"{section}.path", part.path, kind
