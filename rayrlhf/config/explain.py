@@ -71,7 +71,7 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
 
 def valid_part(schema: type[S], values: Mapping[str, Any]) -> S:
     """A section with defaults and the valid values only: reading any other field raises AttributeError."""
-    part = schema.model_construct()
+    part = schema.model_construct(_fields_set={name for name in schema.model_fields if name in values})
     fields = vars(part)
     for name, info in schema.model_fields.items():
         if name not in values:

@@ -149,7 +149,7 @@ class OptimizerConfig(Section):
     num_workers: Count = 1
     """Training workers (data-parallel ranks)."""
     max_tokens_per_micro_batch: Count = 8192
-    """Tokens of one packed forward and backward pass."""
+    """Tokens of one packed forward and backward pass; left out, as many as the plan has room for."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotBool] = 2
     """DeepSpeed's ZeRO stage: what workers share out (1 optimizer, 2 and gradients, 3 and weights)."""
     offload_optimizer: bool = False

@@ -24,6 +24,8 @@ from rayrlhf.data.files import Split, resolve_source
 from rayrlhf.data.rows import DataError
 from rayrlhf.models.folder import Kind, folder_problems, has_chat_template
 from rayrlhf.models.weight_files import BrokenFile
+from rayrlhf.placement.heads import split_problems
+from rayrlhf.placement.shape import ShapeUnknown, read_shape
 
 S = TypeVar("S", bound=Section)
 MIN_FREE_BYTES = 64 * 2**20  # for logs and metrics; an export takes as much as the model in addition
@@ -57,7 +59,7 @@ def check_files(config: Any) -> None:
                 Problem(key, f"{path}: no such folder", "a folder, or a hub id (owner/name)", fix)
             )
     if not problems:
-        problems += _chat_template(config)
+        problems += [*_chat_template(config), *_heads(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -122,6 +124,14 @@ def _chat_template(config: Any) -> Iterator[Problem]:
             wanted="a template to render prompts with",
             fix="name one with data.chat_template, or set data.apply_chat_template=false",
         )
+
+
+def _heads(config: Any) -> list[Problem]:
+    """Engines of several GPUs, where the model's shape is known without asking anybody."""
+    try:
+        return list(split_problems(config, read_shape))
+    except ShapeUnknown:
+        return []  # as the plan says, too
 
 
 def _run_folder(config: Any) -> Iterator[Problem]:
