@@ -107,7 +107,7 @@ def _reference_is_used(stage: DpoStage) -> Problem | None:
 
 
 class DpoStage(TrainStage):
-    train: PreferenceTrainConfig = PreferenceTrainConfig()
+    train: PreferenceTrainConfig = PreferenceTrainConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     """Optimisation, of every round."""
     algorithm: PreferenceConfig = PreferenceConfig()
     """The preference loss."""

@@ -23,7 +23,7 @@ from rayrlhf.config.learning_rates import (
 )
 from rayrlhf.config.model import TrainedModelConfig, sequences_are_shared
 from rayrlhf.config.placement import PlacementConfig
-from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, SupervisedTrainConfig
+from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig
 
 
 def _longest_example_fits(config: SupervisedConfig) -> Problem | None:
@@ -78,7 +78,7 @@ class SupervisedConfig(Section):
     """Samples."""
     placement: PlacementConfig = PlacementConfig()
     """Which role sits where."""
-    train: SupervisedTrainConfig = SupervisedTrainConfig()
+    train: Any  # every job's own SupervisedTrainConfig
     """Optimisation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""

@@ -28,7 +28,7 @@ def split_problems(config: Any, shape_of: Callable[[str], ModelShape]) -> Iterat
     engines: list[tuple[str, int, str]] = []
     if rollout is not None and getattr(config.data, "response_key", None) is None:
         engines.append(("rollout.tensor_parallel", rollout.tensor_parallel, config.model.path))
-    if getattr(ref, "engine", None) == "vllm":
+    if ref is not None and getattr(ref, "engine", None) == "vllm":
         engines.append(("ref.tensor_parallel", ref.tensor_parallel, ref.path or config.model.path))
     for key, width, path in engines:
         if width == 1:

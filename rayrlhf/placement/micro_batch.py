@@ -1,7 +1,7 @@
 """What depends on the memory of the devices and is left out, filled in by the plan. Pure.
 
-Of the key `train.max_tokens_per_micro_batch`, and of `rollout.gpu_memory_utilization` where an engine shares
-GPUs with a trainer, whose weights stay while it rolls out.
+That is `train.max_tokens_per_micro_batch`, and `rollout.gpu_memory_utilization` where an engine shares GPUs
+with a trainer, whose weights stay while it rolls out.
 """
 
 from __future__ import annotations

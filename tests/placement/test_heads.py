@@ -97,5 +97,5 @@ def test_a_job_refuses_it_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one of 1, 2, 4"):
         check_files(load_any([*argv, "rollout.tensor_parallel=3"]))
     vllm = ["ref.engine=vllm", "ref.tensor_parallel=8", "ref.location=serve"]
-    with pytest.raises(ConfigError, match="set ref.tensor_parallel to one of 1, 2, 4"):
+    with pytest.raises(ConfigError, match=r"set ref\.tensor_parallel to one of 1, 2, 4"):
         check_files(load_any([*argv, *vllm]))
