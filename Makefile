@@ -7,7 +7,7 @@
 #   make test-long the integration tests that `make test` leaves out for time, a few hours
 #   make gpu-check the CUDA paths on one GPU, and what they reach; without one it says so
 #   make check    lint, formatting, types, import layers
-#   make rendered the examples of cluster/, from the jobs' own files
+#   make rendered the examples of cluster/, from the jobs' own files, and docs/migration.md
 #   make lock     requirements/*.lock from the ranges in pyproject.toml; LOCK_ARGS=--upgrade for newer versions
 #   make clean    remove what the others made, except .venv
 #
@@ -63,6 +63,7 @@ gpu-check:
 
 rendered: install
 	@cluster/render.sh
+	@$(BIN)/python -m rayrlhf.config.migration_page docs/migration.md
 
 format: install
 	$(BIN)/ruff check --fix

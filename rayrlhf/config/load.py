@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from rayrlhf.config.base import ConfigError, Problem, Section
 from rayrlhf.config.explain import explain
+from rayrlhf.config.foreign import option_problem
+from rayrlhf.config.other_job import other_job
 from rayrlhf.config.reference import help_text
 from rayrlhf.config.secrets import masked_tree, remember_all
-from rayrlhf.config.tree import read_tree, write_tree
+from rayrlhf.config.tree import COMMAND_LINE, read_tree, write_tree
 from rayrlhf.foreign_text import write_line
 
 S = TypeVar("S", bound=Section)
@@ -32,8 +34,11 @@ def load_config(schema: type[S], argv: Sequence[str]) -> S:
         fix = f"{_program()} CONFIG.yaml [key.path=value ...]; --help lists the keys"
         raise ConfigError([Problem("the command line", "nothing", "at least one YAML file", fix)])
     tree = read_tree(argv)
-    problems = list(tree.problems)
-    if not tree.unreadable:
+    problems = [option_problem(schema, *option, COMMAND_LINE) for option in tree.options] + tree.problems
+    mistaken = None if tree.unreadable else other_job(schema, tree.values)
+    if mistaken is not None:
+        problems.append(mistaken)  # and not every key that the two jobs do not share
+    elif not tree.unreadable:
         try:
             config = schema.model_validate(tree.values)
             if not problems:

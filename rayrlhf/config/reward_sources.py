@@ -36,7 +36,7 @@ class Source(Section):
 
 class FunctionSource(Source):
     type: Literal["function"]
-    """A Python function of yours: f(prompts, responses, labels, **columns) -> one number per response."""
+    """Your Python function: f(prompts, responses, labels, **columns) -> a number up to 1e18 per response."""
     function: FunctionName
     """`module:function` or `path/file.py:function`."""
     num_replicas: Count = 1

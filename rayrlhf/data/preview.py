@@ -12,9 +12,10 @@ import numpy as np
 
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.examples import ExampleDataConfig, KtoDataConfig
+from rayrlhf.config.foreign import option_problem
 from rayrlhf.config.load import load_or_exit
 from rayrlhf.config.supervised import JOBS
-from rayrlhf.config.tree import read_tree
+from rayrlhf.config.tree import COMMAND_LINE, read_tree
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import head_rows
 from rayrlhf.data.files import Split, resolve_source
@@ -61,8 +62,9 @@ def main(words: Sequence[str]) -> int:
 
 def _schema(argv: Sequence[str]) -> Any:
     tree = read_tree(argv)
-    if tree.unreadable:
-        raise ConfigError(tree.problems, tree.source)
+    if tree.unreadable or tree.options:
+        options = [option_problem(None, *option, COMMAND_LINE) for option in tree.options]
+        raise ConfigError([*options, *tree.problems], tree.source)
     job = tree.values.get("job")
     if isinstance(job, str) and job in JOBS:
         return JOBS[job]

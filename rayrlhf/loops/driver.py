@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import psutil
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]
 from ray.data import ExecutionOptions
@@ -38,6 +39,7 @@ from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
 from rayrlhf.foreign_text import guard_terminal, traceback_text
 from rayrlhf.loops.checks import InputError, check_precision
+from rayrlhf.loops.early import check_files
 from rayrlhf.loops.interrupted import what_goes_on
 from rayrlhf.loops.ray_messages import RAY_LOG, ray_messages_in
 from rayrlhf.loops.run_lock import run_lock
@@ -45,10 +47,20 @@ from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
 from rayrlhf.loops.worker_failures import WorkerFailures
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
-from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
+from rayrlhf.placement.apply import (
+    PlacementError,
+    Slots,
+    check_fits,
+    create_slots,
+    gpu_memory_bytes,
+    resolve_gpus_per_slot,
+)
 from rayrlhf.placement.budget import told_budget
+from rayrlhf.placement.gpus import Gpu
 from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
-from rayrlhf.placement.plan import PlacementSpec
+from rayrlhf.placement.micro_batch import left_to_the_device, sized_for_gpu, sized_for_host
+from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
+from rayrlhf.placement.preset import with_preset
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.items import RewardError
 from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
@@ -81,6 +93,7 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     stopped = _StopOnSignal()
     try:
+        check_files(config)
         body = check(config)
         with (
             run_lock(Path(config.run.path)) as warning,
@@ -118,6 +131,29 @@ def start_folder(config: Any) -> Path:
     run_path.mkdir(parents=True, exist_ok=True)
     (run_path / "config.yaml").write_text(dump_resolved(config))
     return run_path
+
+
+def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C:
+    """The config with what it leaves to the cluster: which roles share slots, how large micro-batches are."""
+    gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
+    total: Any = ray.cluster_resources()
+    found = with_preset(
+        config, plan, lambda spec: shortfall(spec, total=total, free=total, gpus_per_slot=gpus) is None
+    )
+    if found.placement.preset != config.placement.preset:
+        console.say(
+            f"placement.preset=auto: {found.placement.preset}, {slots_in_words(plan(found).num_slots)}"
+        )
+    left = left_to_the_device(found)
+    memory = gpu_memory_bytes() if left and gpus else None
+    if memory is not None:
+        found = sized_for_gpu(found, Gpu("GPU", memory, 0.0, 0.0))
+    elif left and not gpus and len(ray.nodes()) == 1:
+        found = sized_for_host(found, psutil.virtual_memory().total)
+    for key in left:
+        section, _, name = key.partition(".")
+        console.say(f"{key}, left out: {getattr(getattr(found, section), name)}")
+    return found
 
 
 def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console) -> None:

@@ -8,6 +8,7 @@ from rayrlhf.loops.driver import (
     check_placement,
     drive,
     fit,
+    fitted,
     make_trainer,
     named_actor,
     placed,
@@ -71,6 +72,7 @@ def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
 
 
 def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
+    config = fitted(config, plan_placement, console)
     run_path = start_folder(config)
     spec = plan_placement(config)
     weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have

@@ -8,6 +8,7 @@ from rayrlhf.loops.driver import (
     check_placement,
     drive,
     fit,
+    fitted,
     make_trainer,
     placed,
     start_folder,
@@ -76,6 +77,7 @@ class Stores:
 
 
 def _run(config: Any, console: Console) -> Path:
+    config = fitted(config, plan_supervised, console)
     run_path = start_folder(config)
     spec = plan_supervised(config)
     check_placement(spec, config, console)

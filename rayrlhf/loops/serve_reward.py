@@ -24,6 +24,7 @@ from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
 from rayrlhf.foreign_text import guard_terminal
+from rayrlhf.loops.early import check_files
 from rayrlhf.loops.serve_http import answers, authorization, check_own_port, read_token, url_of
 from rayrlhf.loops.serve_reward_checks import check_sources
 from rayrlhf.loops.session import DeploymentFailed, ray_session, start_serve, wait_for_apps
@@ -58,6 +59,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     stop = _Stop()
     try:
+        check_files(config)
         token = read_token(config.server)
         sources = check_sources(config)
         if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):

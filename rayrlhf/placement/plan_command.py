@@ -13,13 +13,16 @@ from rich.table import Table
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.jobs import load_any
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.foreign_text import visible, write_line
 from rayrlhf.placement.advice import Fix, Suggestion, fixes, suggest
 from rayrlhf.placement.budget import Budget, WhatIf, budget_of
 from rayrlhf.placement.gpus import GIB, Gpu, parse_gpus
 from rayrlhf.placement.memory import KINDS
+from rayrlhf.placement.micro_batch import sized_for_gpu
 from rayrlhf.placement.pace import pace_of
-from rayrlhf.placement.plan import slots_in_words
+from rayrlhf.placement.plan import plan_job, slots_in_words
+from rayrlhf.placement.preset import with_preset
 from rayrlhf.placement.shape import ShapeUnknown
 from rayrlhf.terminal import make_console
 
@@ -67,7 +70,16 @@ class _Plan:
         self.console = make_console()
 
     def load(self, overrides: Sequence[str]) -> Any:
-        return load_any([*self.argv, *overrides])
+        return self._fitted(load_any([*self.argv, *overrides]))
+
+    def _fitted(self, config: Any) -> Any:
+        """With what a driver would fill in on these GPUs."""
+        if self.num_gpus is None or self.gpu is None:
+            return config
+        if not isinstance(config, PolicyRunConfig | SupervisedConfig):
+            return config
+        num_gpus = self.num_gpus
+        return sized_for_gpu(with_preset(config, plan_job, lambda spec: spec.num_slots <= num_gpus), self.gpu)
 
     def judge(self, config: Any) -> Budget:
         return budget_of(config, gpu=self.gpu, what_if=self.what_if)

@@ -121,6 +121,7 @@ algorithm: {advantage: grpo, foo_bar: 1, kl_target: 1}  # unknown key; fixed, wi
 reward: {sources: [{type: function, function: "a:b"}]}
 train: {num_workers: 3}  # no num_steps; 64 prompts are not for 3 workers, nor groups of 1 for grpo
 critic: {}  # grpo has none
+rollout: {group_size: 1}
 """
     assert problems("bare", "run.name.x=1", yaml=[text]).keys() == {
         "bare",

@@ -36,6 +36,8 @@ def job(folder: Path, model: str, name: str, **changes: Any) -> Any:
             "samples_per_step": 16,
             "num_steps": 12,
             "lr": 2e-3,
+            "lr_schedule": "constant",
+            "warmup_ratio": 0.0,
             "max_tokens_per_micro_batch": 512,
             "num_threads": 1,
         },
