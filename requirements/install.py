@@ -298,8 +298,8 @@ def _announce(progress: Progress, installer: Installer, build: Build, lock: Path
 EXPECTED = {
     ("uv", False): "1 to 3 minutes, 1 GB to download",
     ("uv", True): "2 to 4 minutes, 4 GB to download",
-    ("pip", False): "4 to 8 minutes, 1 GB to download",
-    ("pip", True): "6 to 12 minutes, 4 GB to download",
+    ("pip", False): "4 to 12 minutes, 1 GB to download",
+    ("pip", True): "6 to 15 minutes, 4 GB to download",
 }
 
 
