@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,10 +17,9 @@ from rayrlhf.data.balance import balanced_partition
 from rayrlhf.loops.critic import LocalCritic
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.mailbox import Answer, Part, Request
+from rayrlhf.loops.remote_critic import critic_folder
 from rayrlhf.placement.lease import NAMESPACE, sit_down
-from rayrlhf.train import collectives
-
-SHARDS = "critic"  # folder of the run, beside the actor's checkpoints
+from rayrlhf.train import collectives, manifest
 
 
 def critic_loop(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
@@ -83,7 +81,7 @@ class CriticWorker:
                 self._save(request.step)
             case "load":
                 self.is_fresh = False
-                self.critic.load(self._folder(request.step))
+                self.critic.load(critic_folder(self.config, request.step))
             case "offload":
                 self.critic.offload()
             case "reload":
@@ -115,22 +113,18 @@ class CriticWorker:
         batches += [(None, _filler())] * missing
         return [(number, batch.to(collectives.device())) for number, batch in batches]
 
-    def _folder(self, step: int) -> Path:
-        return Path(self.config.run.path) / SHARDS / f"step_{step:06d}"
-
     def _save(self, step: int) -> None:
         """Whole or not at all; one more is kept than the actor keeps, whose checkpoint is still to be
         committed.
         """
-        folder = self._folder(step)
-        partial = folder.with_suffix(".partial")
-        self.critic.save(partial)
-        collectives.max_over_ranks(0.0)  # all ranks have written
+        folder = critic_folder(self.config, step)
+        own = folder.parent / f".{folder.name}-rank-{self.rank:04d}"
+        shutil.rmtree(own, ignore_errors=True)  # of workers that died
+        own.mkdir(parents=True)
+        self.critic.save(own)
+        manifest.commit(own, folder, {"step": step})
         if self.rank > 0:
             return
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
         kept = self.config.checkpoint.keep + 1
         for old in sorted(folder.parent.glob("step_??????"))[:-kept]:
             with contextlib.suppress(FileNotFoundError):

@@ -13,11 +13,18 @@ from ray.exceptions import GetTimeoutError
 from torch import Tensor
 
 from rayrlhf.batch import PackedBatch
+from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.mailbox import Answer, CriticFailed, Kind, Part, Request
 from rayrlhf.loops.objectives import StepCounts
 from rayrlhf.train import collectives
 
+SHARDS = "critic"  # folder of the run, beside the actor's checkpoints
 STEP_FILE = "critic.json"  # in the actor's checkpoint: which of the critic's own belongs to it
+
+
+def critic_folder(config: PolicyRunConfig, step: int) -> Path:
+    """Of the critic's own shards."""
+    return Path(config.run.path) / SHARDS / f"step_{step:06d}"
 
 
 class RemoteCritic:

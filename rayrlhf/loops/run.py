@@ -41,6 +41,8 @@ from rayrlhf.loops.mailbox import Mailbox
 from rayrlhf.loops.model_checks import check_adapters
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.policy_async import async_policy_loop
+from rayrlhf.loops.resume import check_resume, still_the_same, take_up
+from rayrlhf.loops.scratch import own_scratch
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.loops.shards import json_line
 from rayrlhf.loops.side_by_side import nodes_watched, trained_beside
@@ -65,27 +67,31 @@ def run_policy(config: PolicyRunConfig) -> int:
 
 def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
     prepared = check_before_ray(config)
+    check_resume(config)
     check_adapters(config)
     return partial(_run, with_absolute_paths(config), prepared)
 
 
 def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     run_path = start_folder(config)
+    newest = take_up(config, console.say)
     spec = plan_placement(config)
     weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
     check_placement(spec, config, console)
     stores = prepare_stores(config, run_path, console.say)
     try_rewards(prepared.reward_functions, config.reward, config.data.label_key, stores.train)
+    fixed = still_the_same(config, newest, stores.fingerprints(), console.say)
     try_out_environment(prepared.environment, config, stores.train)
     with (
         placed(spec, config, console) as (run_id, slots, board),
         make_sinks(config, run_path, console) as sinks,
+        own_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
         # Engines load what model.path has, which a policy on 4-bit weights is not quite.
         newest = 0 if config.model.quantization is None else -1
         _own_actor(stack, WeightHub, f"{run_id}-weights", checkpoint_version=newest)
-        job = _make_job(config, run_id, stores, slots)
+        job = _make_job(config, run_id, stores, slots, fixed)
         trainer = make_trainer(
             policy_loop if config.rollout.max_staleness is None else async_policy_loop,
             job,
@@ -157,7 +163,9 @@ def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:
     )
 
 
-def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots) -> PolicyJob:
+def _make_job(
+    config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots, fixed: dict[str, Any]
+) -> PolicyJob:
     num_trained = config.train.num_workers + (config.num_critic_workers if config.critic_is_apart else 0)
     return PolicyJob(
         config=config,
@@ -167,4 +175,5 @@ def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots
         # Trainers and engines take turns in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(num_trained),
         weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
+        fixed=fixed,
     )

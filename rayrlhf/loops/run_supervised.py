@@ -32,8 +32,10 @@ from rayrlhf.data.example_stream import example_dataset
 from rayrlhf.data.examples import prepare_examples
 from rayrlhf.data.files import Split
 from rayrlhf.data.plan import StepPlan, each_once, plan_steps, row_order
-from rayrlhf.loops.checks import check_model, check_resume
+from rayrlhf.loops.checks import check_model
 from rayrlhf.loops.model_checks import check_models
+from rayrlhf.loops.resume import check_resume, still_the_same, take_up
+from rayrlhf.loops.scratch import own_scratch
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.loops.summary import write_supervised_summary
 from rayrlhf.loops.supervised import supervised_loop
@@ -75,16 +77,19 @@ class Stores:
 
 def _run(config: Any, console: Console) -> Path:
     run_path = start_folder(config)
+    newest = take_up(config, console.say)
     spec = plan_supervised(config)
     check_placement(spec, config, console)
     check_models(config)
     stores = _prepare_stores(config, run_path, console.say)
+    fixed = still_the_same(config, newest, {"data.train": stores.train.fingerprint}, console.say)
     rows_read = config.train.num_rows_read(len(stores.train))
     config = config.model_copy(update={"train": config.train.with_steps(len(stores.train))})
     start_folder(config)  # now with the number of steps
     with (
         placed(spec, config, console) as (run_id, slots, board),
         make_sinks(config, run_path, console) as sinks,
+        own_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
         steps = _steps(config, stores, rows_read)
@@ -94,6 +99,7 @@ def _run(config: Any, console: Console) -> Path:
             threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),
             num_rows=len(stores.train),
             has_eval=stores.held_out is not None,
+            fixed=fixed,
             ref_tables=_ref_tables(config, run_path, stores, steps),
         )
         trainer = make_trainer(

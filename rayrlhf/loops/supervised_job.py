@@ -16,6 +16,7 @@ class SupervisedJob:
     threads_per_worker: int
     num_rows: int  # of the training data
     has_eval: bool
+    fixed: dict[str, Any] = field(default_factory=dict)  # what it can only be resumed with
     ref_tables: dict[str, RefTable] = field(default_factory=dict)  # by split
 
     @property

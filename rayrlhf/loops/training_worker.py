@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from rayrlhf.config.job import JobConfig
-from rayrlhf.loops.checks import fixed_values
 from rayrlhf.loops.reporting import Reporter
+from rayrlhf.loops.scratch import scratch_of
 from rayrlhf.observe.metrics import Timer
 from rayrlhf.placement.lease import sit_down
 from rayrlhf.reward.score import RewardFailure
@@ -52,8 +52,12 @@ def stops_cleanly(loop: Loop) -> Loop:
 class TrainingWorker:
     """One rank. Subclasses give `saved`, what has shards in a checkpoint."""
 
-    def __init__(self, config: JobConfig, *, run_id: str, board: str, threads: int) -> None:
+    def __init__(
+        self, config: JobConfig, *, run_id: str, board: str, threads: int, fixed: dict[str, Any]
+    ) -> None:
         self.config = config
+        self.fixed = fixed
+        self.scratch = scratch_of(Path(config.run.path), run_id)
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         sit_down(run_id, "actor", self.rank)
         torch.set_num_threads(threads)
@@ -79,11 +83,10 @@ class TrainingWorker:
     def is_last(self) -> bool:
         return self.state.step >= self.config.train.total_steps
 
-    def save_state(self) -> None:
-        """Collective."""
+    def save_state(self, beside: Sequence[Path] = ()) -> None:
+        """Collective. `beside`: folders that belong to the checkpoint."""
         self.keep_time()
-        scratch = Path(self.config.run.path) / "scratch"
-        save(self.state, self.saved, scratch, fixed=fixed_values(self.config))
+        save(self.state, self.saved, self.scratch, fixed=self.fixed, beside=beside)
 
     def result(self, *, after: dict[str, Any], export: str | None) -> dict[str, Any]:
         """What the summary is made of; the loop's return value."""
