@@ -10,13 +10,14 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import ActorUnavailableError
 from torch import Tensor
 
 from rayrlhf.batch import PackedBatch, empty_like_batch
 from rayrlhf.data.balance import balanced_partition
 from rayrlhf.loops.critic import LocalCritic
 from rayrlhf.loops.job import PolicyJob
-from rayrlhf.loops.mailbox import Answer, Part, Request
+from rayrlhf.loops.mailbox import MAILBOX_DIED, Answer, CriticFailed, Part, Request
 from rayrlhf.loops.remote_critic import critic_folder
 from rayrlhf.placement.lease import NAMESPACE, sit_down
 from rayrlhf.train import collectives, manifest
@@ -47,7 +48,7 @@ class CriticWorker:
         self.critic = self._fresh()
         self.is_fresh = True
         self.started: int = collectives.gather_lists([time.time_ns()])[0]
-        ray.get(self.mailbox.join.remote(self.started, self.world_size))
+        self._ask("join", self.world_size)
 
     def _fresh(self) -> LocalCritic:
         torch.manual_seed(self.config.run.seed)
@@ -56,7 +57,7 @@ class CriticWorker:
     def requests(self) -> Iterator[tuple[Request, list[Part]]]:
         """Until, and without, the one to stop."""
         while True:
-            call: Any = ray.get(self.mailbox.next.remote(self.started, self.rank))
+            call = self._ask("next", self.rank)
             if call is None:
                 continue
             if call[0].kind == "stop":
@@ -91,7 +92,14 @@ class CriticWorker:
         return Answer()
 
     def answer(self, answer: Answer) -> None:
-        ray.get(self.mailbox.answer.remote(self.started, self.rank, answer))
+        self._ask("answer", self.rank, answer)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Raises `CriticFailed` where the session cannot go on."""
+        try:
+            return ray.get(getattr(self.mailbox, method).remote(self.started, *arguments))
+        except ActorUnavailableError as error:
+            raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}") from error
 
     def tell_failure(self, failure: BaseException) -> None:
         self.mailbox.fail.remote(type(failure).__name__, str(failure))

@@ -43,7 +43,7 @@ from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
 from rayrlhf.placement.budget import told_budget
-from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
+from rayrlhf.placement.lease import NAMESPACE, delete_apps, forget_seats, start_reaper
 from rayrlhf.placement.plan import PlacementSpec
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.items import RewardError
@@ -140,16 +140,19 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
     finally:
         delete_apps(run_id)
         slots.remove()
+        forget_seats(run_id)
         for actor in (reaper, board):  # in a process that keeps its Ray, they would stay as long as it
             ray.kill(actor)
 
 
 def named_actor(actor_class: type, name: str, **arguments: Any) -> Any:
     """A light actor that others look up by its name. It lives on the driver's node: it dies with the driver
-    anyway, and no other node can take it along.
+    anyway, and no other node can take it along. When its process alone dies, Ray starts it again, and who
+    uses it sees to it that it has its state again.
     """
     here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     options: dict[str, Any] = {"name": name, "num_cpus": 0, "namespace": NAMESPACE, "label_selector": here}
+    options["max_restarts"] = -1
     return ray.remote(actor_class).options(**options).remote(**arguments)
 
 

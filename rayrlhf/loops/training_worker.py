@@ -91,6 +91,7 @@ class TrainingWorker:
     def result(self, *, after: dict[str, Any], export: str | None) -> dict[str, Any]:
         """What the summary is made of; the loop's return value."""
         self.keep_time()
+        self.reporter.flush()
         return {
             "before": self.state.eval_before,
             "after": after,

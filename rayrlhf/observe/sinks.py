@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from rayrlhf.config.job import JobConfig
-from rayrlhf.observe.board import Report
+from rayrlhf.observe.board import Report, Taker
 from rayrlhf.observe.console import Console
 
 TAKE_SECONDS = 1.0
+RETRY_SECONDS = 0.2
 DRAIN_DEADLINE_SECONDS = 30.0
 
 
@@ -119,11 +122,20 @@ def make_sinks(config: JobConfig, run_path: Path, console: Console) -> Iterator[
 def drain_in_background(board: Any, sinks: Sinks) -> Iterator[None]:
     """Feed the board's reports to the sinks while the body runs, and the last ones before it is left."""
     stop = threading.Event()
+    taker = Taker()
+
+    def take(seconds: float) -> list[Report]:
+        """Waits for a board whose process died; `RayActorError` when it will not come back."""
+        while True:
+            try:
+                return taker.new(*ray.get(board.take.remote(seconds, taker.had)))
+            except ActorUnavailableError:
+                time.sleep(RETRY_SECONDS)
 
     def drain() -> None:
         while True:
             stopping = stop.is_set()
-            reports = ray.get(board.take.remote(0.0 if stopping else TAKE_SECONDS))
+            reports = take(0.0 if stopping else TAKE_SECONDS)
             for report in reports:
                 sinks.write(report)
             if stopping and not reports:

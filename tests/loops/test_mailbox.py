@@ -106,6 +106,28 @@ def test_a_restart_of_the_critic_breaks_the_session_and_the_next_one_goes_on() -
     asyncio.run(body())
 
 
+def test_28_when_its_process_dies_both_sides_restart_and_go_on() -> None:
+    """A new mailbox knows neither side. Nobody may go on with it as if nothing had been lost: the critic's
+    workers may have died too. What begins with it is served.
+    """
+
+    async def body() -> None:
+        mailbox = Mailbox()  # after the death of another one, with which actor 1 and critic 10 had begun
+        actor = Actor(mailbox, started=1)
+        actor.numbers = [7]
+        assert "between actor and critic died" in await refused(actor.ask(0, "update"))
+        with pytest.raises(CriticFailed, match="between actor and critic died"):
+            await mailbox.next(10, 0)
+        await mailbox.answer(10, 0, Answer())  # to nobody
+        restarted = Actor(mailbox, started=2).ask(0, "begin")
+        await mailbox.join(20, 1)
+        assert await fetch(mailbox, 20, 0) == ("begin", [])
+        await mailbox.answer(20, 0, Answer())
+        assert await restarted == Answer()
+
+    asyncio.run(body())
+
+
 def test_a_restart_of_the_critic_is_told_even_when_nothing_waits() -> None:
     async def body() -> None:
         mailbox = Mailbox()

@@ -1,0 +1,69 @@
+"""Every report comes to the driver once, whatever happens to the board's process."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rayrlhf.observe.board import Board, Poster, Receipt, Report, Taker
+
+
+def reports(count: int) -> list[Report]:
+    return [Report("step", step) for step in range(count)]
+
+
+def test_what_is_posted_is_taken_in_order_and_once() -> None:
+    async def body() -> None:
+        board, poster, taker = Board(), Poster(), Taker()
+        one, two, three = reports(3)
+        for report in (one, two):
+            await board.post(poster.number(report))
+        assert taker.new(*await board.take(5, taker.had)) == [one, two]
+        await board.post(poster.number(three))
+        assert taker.new(*await board.take(5, taker.had)) == [three]
+        assert taker.new(*await board.take(0.01, taker.had)) == []
+
+    asyncio.run(body())
+
+
+def test_28_no_report_is_lost_with_the_boards_process() -> None:
+    """Nor comes twice. Before, what waited there was gone, and the thread that took it with it."""
+
+    async def body() -> None:
+        first, poster, taker = Board(), Poster(), Taker()
+        one, two, three, four = reports(4)
+        receipts = [await first.post(poster.number(one)), await first.post(poster.number(two))]
+        assert poster.hear(receipts) == []
+        assert taker.new(*await first.take(5, taker.had)) == [one, two]
+        receipts = [await first.post(poster.number(three))]  # acknowledged, and lost
+
+        second = Board()
+        receipts.append(await second.post(poster.number(four)))
+        again = poster.hear(receipts)
+        assert [posted.number for posted in again] == [1, 2, 3, 4]
+        receipts = [await second.post(posted) for posted in again]
+        found = taker.new(*await second.take(5, taker.had))
+        assert sorted(report.step for report in found) == [2, 3]
+        assert taker.new(*await second.take(0.01, taker.had)) == []
+        receipts.append(await second.post(poster.number(one)))
+        assert poster.hear(receipts) == []
+        assert list(poster.unconfirmed) == [5], "the driver has confirmed the others"
+
+    asyncio.run(body())
+
+
+def test_an_answer_that_did_not_arrive_is_given_again() -> None:
+    async def body() -> None:
+        board, poster, taker = Board(), Poster(), Taker()
+        [one] = reports(1)
+        await board.post(poster.number(one))
+        await board.take(5, taker.had)  # lost on its way
+        assert taker.new(*await board.take(5, taker.had)) == [one]
+
+    asyncio.run(body())
+
+
+def test_without_a_receipt_everything_unconfirmed_is_posted_again() -> None:
+    poster = Poster()
+    numbered = [poster.number(report) for report in reports(2)]
+    assert poster.hear([Receipt("a", 1), None]) == numbered[1:]
+    assert poster.hear([Receipt("a", 2)]) == []
