@@ -19,9 +19,10 @@ from rayrlhf.placement.lease import sit_down
 from rayrlhf.reward.score import RewardFailure
 from rayrlhf.train import collectives
 from rayrlhf.train.checkpoint import LoopState, Saved, save
+from rayrlhf.train.manifest import DamagedCheckpoint
 
 # Failures that a restart of the workers would only repeat: the run ends and says why.
-FINAL_FAILURES = (RewardFailure, FloatingPointError)
+FINAL_FAILURES = (RewardFailure, FloatingPointError, DamagedCheckpoint)
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
 

@@ -100,7 +100,7 @@ class WeightHub:
         """The number of the publication that is to come. A lower version than before comes from a trainer
         that was restarted from its last checkpoint.
         """
-        number = self.current().announced[0] + 1
+        number = 1 + max(self.current().announced[0], self.newest().number)
         self.state = self.current()._replace(announced=(number, version))
         return number
 

@@ -49,10 +49,6 @@ class LoopState:
                 self.seconds_per_phase[phase] = self.seconds_per_phase.get(phase, 0.0) + seconds
 
 
-class DamagedCheckpoint(RuntimeError):
-    """A checkpoint is no longer what was saved."""
-
-
 def save(
     state: LoopState,
     saved: Sequence[Saved],
@@ -108,20 +104,31 @@ def restore(saved: Sequence[Saved]) -> LoopState:
         return LoopState()
     with checkpoint.as_directory() as name:
         folder = Path(name)
-        [why, *_] = collectives.gather_lists([_damage(folder) if collectives.rank() == 0 else None])
-        if why is not None:
-            raise DamagedCheckpoint(
-                f"{folder}: {why}. Fix: the same command goes on from the newest whole checkpoint"
-            )
+        _check(folder)
         for item in saved:
             item.load(folder)
         return LoopState(**json.loads((folder / STATE_FILE).read_text()))
 
 
-def _damage(folder: Path) -> str | None:
-    """Since the driver looked, or since these workers' predecessors saved it."""
-    found = manifest.read(folder)
-    return None if found is None else manifest.damage(folder, found["files"], full=False)
+def _check(folder: Path) -> None:
+    """What may have happened since the driver looked, or since these workers' predecessors saved it, and
+    whether loading would run code. Every rank raises the same. Collective.
+    """
+    from rayrlhf.train.safe_load import strange_files  # and with it DeepSpeed, which the driver does without
+
+    found = manifest.read(folder) if collectives.rank() == 0 else None
+    why = found and manifest.damage(folder, found["files"], full=False)
+    [why, *_] = collectives.gather_lists([why])
+    if why:
+        fix = "Fix: the same command goes on from the newest whole checkpoint"
+        raise manifest.DamagedCheckpoint(f"{folder}: {why}. {fix}")
+    mine = sorted(folder.rglob("*.pt"))[collectives.rank() :: collectives.world_size()]
+    if strange := collectives.gather_lists(strange_files(mine)):
+        raise manifest.DamagedCheckpoint(
+            f"{'; '.join(strange)}. Nothing of it was run. rayrlhf saves no such thing: somebody has changed "
+            "the checkpoint. Fix: put it back, delete it to go on from the one before, or choose another "
+            "run.name"
+        )
 
 
 def clear(folder: Path) -> None:

@@ -32,6 +32,10 @@ PROGRESS_SECONDS = 10.0
 Tell = Callable[[str], None]
 
 
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint is not what was saved."""
+
+
 class File(TypedDict):
     bytes: int
     xxh3: str  # of the contents, 128 bits: against damage, not against an attacker

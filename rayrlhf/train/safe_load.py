@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from rayrlhf.train.manifest import DamagedCheckpoint
+
 ALLOWED: tuple[type, ...] = (LossScaler, ZeroStageEnum, fragment_address)
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch reads it at every load, and it wins over the argument
 
 
-class UnsafeCheckpoint(ValueError):
+class UnsafeCheckpoint(DamagedCheckpoint):
     """A file of a checkpoint holds what would run code when it is opened."""
 
 
@@ -47,16 +49,21 @@ def only_tensors(folder: Path) -> Iterator[None]:
 
 
 def _story(folder: Path, error: pickle.UnpicklingError) -> str:
-    found = [f"{path}: {what}" for path in sorted(folder.rglob("*.pt")) if (what := _strange(path))]
-    where = "; ".join(found) or f"{folder}: {str(error).splitlines()[0]}"
+    where = (
+        "; ".join(strange_files(sorted(folder.rglob("*.pt")))) or f"{folder}: {str(error).splitlines()[0]}"
+    )
     return (
         f"{where}. Nothing of it was run. A checkpoint that rayrlhf has saved has no such thing: "
         "somebody has changed it. Fix: put the file back, or choose another run.name"
     )
 
 
+def strange_files(paths: Sequence[Path]) -> list[str]:
+    """What is in these files and in no checkpoint of ours. They are looked at, not opened."""
+    return [f"{path}: {what}" for path in paths if (what := _strange(path))]
+
+
 def _strange(path: Path) -> str | None:
-    """What is in the file and in no checkpoint of ours. It is looked at, not opened."""
     known = {f"{kind.__module__}.{kind.__qualname__}" for kind in ALLOWED}
     try:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))) - known

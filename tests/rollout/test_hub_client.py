@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from rayrlhf.rollout.hub import HubIsBlank, HubState, Publication, WeightHub
 from rayrlhf.rollout.hub_client import HubClient
@@ -67,7 +68,7 @@ def test_28_a_killed_hub_is_given_its_state_by_itself(hub: Any) -> None:
     number = client.announce(4)
     client.publish(Publication(number, 4, [([], ray.put(b"weights"))]))
     client.set_turn(False)
-    pid = ray.get(hub.__ray_call__.remote(lambda self: os.getpid()))
+    pid: Any = ray.get(hub.__ray_call__.remote(lambda self: os.getpid()))
     os.kill(pid, signal.SIGKILL)
     started = time.monotonic()
     while True:  # as an engine asks
@@ -75,7 +76,7 @@ def test_28_a_killed_hub_is_given_its_state_by_itself(hub: Any) -> None:
         try:
             newest: Any = ray.get(hub.newest.remote(), timeout=60)
             break
-        except (HubIsBlank, ray.exceptions.ActorUnavailableError):
+        except (HubIsBlank, ActorUnavailableError):
             time.sleep(0.1)
     print(f"a killed hub was back after {time.monotonic() - started:.1f} s")
     assert (newest.number, newest.version) == (1, 4) and ray.get(newest.buckets[0][1]) == b"weights"
