@@ -40,7 +40,7 @@ from rayrlhf.loops.session import deploy, watched
 from rayrlhf.loops.summary import write_supervised_summary
 from rayrlhf.loops.supervised import supervised_loop
 from rayrlhf.loops.supervised_job import SupervisedJob
-from rayrlhf.loops.tasks.reference import RefTable, table_path
+from rayrlhf.loops.tasks.reference import RefTable, is_whole, table_path
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.plan import plan_supervised
@@ -100,7 +100,7 @@ def _run(config: Any, console: Console) -> Path:
             num_rows=len(stores.train),
             has_eval=stores.held_out is not None,
             fixed=fixed,
-            ref_tables=_ref_tables(config, run_path, stores, steps),
+            ref_tables=_ref_tables(config, run_path, stores, steps, console.say),
         )
         trainer = make_trainer(
             supervised_loop,
@@ -164,7 +164,11 @@ def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str
 
 
 def _ref_tables(
-    config: Any, run_path: Path, stores: Stores, steps: dict[str, list[np.ndarray]]
+    config: Any,
+    run_path: Path,
+    stores: Stores,
+    steps: dict[str, list[np.ndarray]],
+    say: Callable[[str], None],
 ) -> dict[str, RefTable]:
     """By split, where the reference's answers lie or will lie."""
     ref = getattr(config, "ref", None)
@@ -175,6 +179,9 @@ def _ref_tables(
     for split, store in stores.by_split():
         rows = _needed(steps[split])
         file = table_path(run_path / "data", split, store.fingerprint, rows, path)
+        if file.is_file() and not is_whole(file):
+            say(f"warning: {file.name} is damaged: the reference is asked again")
+            file.unlink()
         tables[split] = RefTable(str(file), len(rows))
     return tables
 
