@@ -173,7 +173,7 @@ def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | No
     now = fixed_values(config, prepared)
     keys = FIXED if found.has_manifest else [key for key in FIXED if key in saved or key in FIRST_KEYS]
     changed = {
-        key: f"{key}: was {_told(saved.get(key))}, is {_told(now.get(key))}"
+        key: f"{key}: was {_shown(saved.get(key))}, is {_shown(now.get(key))}"
         for key in keys
         if (key in PREPARED) == (prepared is not None) and not _equal(saved.get(key), now.get(key))
     }
@@ -199,7 +199,7 @@ def _equal(saved: Any, now: Any) -> bool:
     return saved == now
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, dict) and "contents" in value:
         contents = value["contents"]
         return value["name"] + (f" (contents {contents[:8]})" if contents else "")

@@ -84,10 +84,10 @@ class TrainingWorker:
     def is_last(self) -> bool:
         return self.state.step >= self.config.train.total_steps
 
-    def save_state(self, beside: Sequence[Path] = ()) -> None:
-        """Collective. `beside`: folders that belong to the checkpoint."""
+    def save_state(self, elsewhere: Sequence[Path] = ()) -> None:
+        """Collective. `elsewhere`: folders that belong to the checkpoint."""
         self.keep_time()
-        save(self.state, self.saved, self.scratch, fixed=self.fixed, beside=beside)
+        save(self.state, self.saved, self.scratch, fixed=self.fixed, elsewhere=elsewhere)
 
     def result(self, *, after: dict[str, Any], export: str | None) -> dict[str, Any]:
         """What the summary is made of; the loop's return value."""

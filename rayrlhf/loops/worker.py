@@ -245,7 +245,7 @@ class PolicyWorker(TrainingWorker):
             self.state.reward_normalizers = self.combiner.state_dict()
             self.state.first_draw = int(-collectives.max_over_ranks(-self.queue.next_draw))
             apart = self.config.critic_is_apart
-            self.save_state(beside=[critic_folder(self.config, self.state.step)] if apart else [])
+            self.save_state(elsewhere=[critic_folder(self.config, self.state.step)] if apart else [])
 
     def evaluate_before(self) -> None:
         if self.state.step == 0:

@@ -82,7 +82,7 @@ class WeightHub:
 
     def restore(self, state: HubState | None) -> None:
         """From the trainers that have set it; from ones that were themselves restarted meanwhile, None: then
-        publications are numbered from above all that engines can hold, and the trainers push anew.
+        publications are numbered from above all that engines can hold, and the trainers push again.
         """
         if self.state is None:
             self.state = state or self._first(int(time.time() * 1000))

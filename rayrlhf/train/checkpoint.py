@@ -17,7 +17,7 @@ from rayrlhf.train import collectives, manifest
 
 STATE_FILE = "state.json"
 RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints that it knows
-BESIDE = "beside"  # in the manifest: what lies elsewhere, as paths from the folder of checkpoints
+ELSEWHERE = "elsewhere"  # in the manifest: what lies elsewhere, as paths from the folder of checkpoints
 
 
 class Saved(Protocol):
@@ -55,12 +55,12 @@ def save(
     scratch: Path,
     *,
     fixed: Mapping[str, Any],
-    beside: Sequence[Path] = (),
+    elsewhere: Sequence[Path] = (),
 ) -> None:
     """Write a checkpoint into the run's storage, whole or not at all. Collective.
 
-    `fixed`: what it can only be resumed with. `beside`: folders with a manifest of their own that belong to
-    it. `scratch` is this start's alone; what workers that died have left there goes.
+    `fixed`: what it can only be resumed with. `elsewhere`: folders with a manifest of their own that belong
+    to it. `scratch` is this start's alone; what workers that died have left there goes.
     """
     own = _own_folder(scratch, state.step)
     for item in saved:
@@ -71,8 +71,8 @@ def save(
     storage = Path(context.experiment_fs_path)
     folder = storage / checkpoint_name(state.step)
     metrics = {"step": state.step, "first_draw": state.first_draw, "fixed": dict(fixed)}
-    elsewhere = [os.path.relpath(path, storage) for path in beside]
-    manifest.commit(own, folder, {"metrics": metrics, BESIDE: elsewhere})
+    paths = [os.path.relpath(path, storage) for path in elsewhere]
+    manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: paths})
     ray.train.report(
         metrics,
         checkpoint=Checkpoint.from_directory(str(folder)),

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from rayrlhf.train import manifest
-from rayrlhf.train.checkpoint import BESIDE, RECORD, STATE_FILE
+from rayrlhf.train.checkpoint import ELSEWHERE, RECORD, STATE_FILE
 
 NAME = re.compile(r"step_(\d{6,})")
 
@@ -82,12 +82,12 @@ def _look(
         metrics = _metrics_of_state(folder) | (recorded or {}).get(folder.name, {})
         return Found(step, folder, metrics, has_manifest=False)
     _raise(manifest.damage(folder, about["files"], full=full, tell=tell))
-    for name in about.get(BESIDE, []):
-        _look_beside(folder.parent / name, full=full, tell=tell)
+    for name in about.get(ELSEWHERE, []):
+        _look_elsewhere(folder.parent / name, full=full, tell=tell)
     return Found(step, folder, about["metrics"], has_manifest=True)
 
 
-def _look_beside(folder: Path, *, full: bool, tell: manifest.Tell | None) -> None:
+def _look_elsewhere(folder: Path, *, full: bool, tell: manifest.Tell | None) -> None:
     """A folder that belongs to the checkpoint."""
     where = f"{folder.parent.name}/{folder.name}"
     if not folder.is_dir():

@@ -157,14 +157,14 @@ class _Progress:
     def __init__(self, name: str, total: int, tell: Tell | None) -> None:
         self.name, self.total, self.tell = name, total, tell
         self.done = 0
-        self.told = time.monotonic()
+        self.last = time.monotonic()
         self.lock = threading.Lock()
 
     def add(self, num_bytes: int) -> None:
         with self.lock:
             self.done += num_bytes
-            if self.tell is not None and time.monotonic() - self.told > PROGRESS_SECONDS:
-                self.told = time.monotonic()
+            if self.tell is not None and time.monotonic() - self.last > PROGRESS_SECONDS:
+                self.last = time.monotonic()
                 self.tell(f"checking {self.name}: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB")
 
 

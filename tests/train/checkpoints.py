@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from rayrlhf.train import manifest
-from rayrlhf.train.checkpoint import BESIDE, STATE_FILE, LoopState, checkpoint_name
+from rayrlhf.train.checkpoint import ELSEWHERE, STATE_FILE, LoopState, checkpoint_name
 from rayrlhf.train.find import search, write_record
 
 
-def leave_checkpoint(storage: Path, step: int, fixed: Any = None, *, beside: tuple[str, ...] = ()) -> Path:
+def leave_checkpoint(storage: Path, step: int, fixed: Any = None, *, elsewhere: tuple[str, ...] = ()) -> Path:
     """A whole one, and Ray Train's record of all that are there."""
     own = storage.parent / "scratch" / "rank-0"
     engine = own / "actor" / "engine"
@@ -24,7 +24,7 @@ def leave_checkpoint(storage: Path, step: int, fixed: Any = None, *, beside: tup
     torch.save({"module": {"weight": torch.full((400_000,), float(step))}}, engine / "model_states.pt")
     metrics = {"step": step, "first_draw": step, "fixed": fixed if fixed is not None else {}}
     folder = storage / checkpoint_name(step)
-    manifest.commit(own, folder, {"metrics": metrics, BESIDE: list(beside)})
+    manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: list(elsewhere)})
     write_record(storage, search(storage))
     return folder
 

@@ -136,7 +136,7 @@ def test_what_lies_elsewhere_belongs_to_it(storage: Path) -> None:
     run = storage.parent
     critics = [leave_checkpoint(run / "critic", step) for step in (6, 8)]
     for step in (6, 8):
-        leave_checkpoint(storage, step, beside=(f"../critic/step_{step:06d}",))
+        leave_checkpoint(storage, step, elsewhere=(f"../critic/step_{step:06d}",))
     assert steps(storage) == [8, 6, 4, 2]
     cut(critics[1] / "state.json")
     assert "critic/step_000008: state.json has" in search(storage).damaged["step_000008"]
