@@ -134,7 +134,7 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
     )
     console.placement(slots)
     board = named_actor(Board, f"{run_id}-board")
-    reaper = start_reaper(run_id, board, slots.group)
+    reaper = start_reaper(run_id, f"{run_id}-board", slots.group)
     try:
         yield run_id, slots, board
     finally:

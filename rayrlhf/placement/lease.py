@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import ray
 from ray import serve
+from ray._raylet import PlacementGroupID  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -42,10 +43,12 @@ class Seat(NamedTuple):
 
 @ray.remote(num_cpus=0)
 class Reaper:
-    def __init__(self, lease: Any, run_id: str, group: PlacementGroup) -> None:
-        self.lease = lease
+    def __init__(self, lease: str, run_id: str, group_id: str) -> None:
+        # Names and not handles: what belongs to the driver cannot be had again when both have died.
+        self.lease_name = lease
+        self.lease: Any = None
         self.run_id = run_id
-        self.group = group
+        self.group = PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))
         self.released = False
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -67,10 +70,12 @@ class Reaper:
 
     def _driver_lives(self) -> bool:
         try:
+            if self.lease is None:
+                self.lease = ray.get_actor(self.lease_name, namespace=NAMESPACE)
             ray.get(self.lease.ping.remote(), timeout=PING_SECONDS)
         except (GetTimeoutError, ActorUnavailableError):
             return True  # slow is not dead; and a process of its own that died comes back
-        except RayActorError:
+        except (RayActorError, ValueError):  # ValueError: it is not even known any longer
             return False
         return True
 
@@ -119,14 +124,14 @@ def _reaper_name(run_id: str) -> str:
     return f"{run_id}-reaper"
 
 
-def start_reaper(run_id: str, lease: Any, group: PlacementGroup) -> Any:
-    """Watch `lease`, any actor of the driver's with a `ping` method that Ray restarts without end."""
+def start_reaper(run_id: str, lease: str, group: PlacementGroup) -> Any:
+    """Watch the actor named `lease`, with a `ping` method, which Ray restarts until its driver dies."""
     reaper = Reaper.options(
         name=_reaper_name(run_id),
         namespace=NAMESPACE,
         lifetime="detached",
         max_restarts=-1,
         resources={HEAD_NODE: 0.001},  # it must outlive the driver's node
-    ).remote(lease, run_id, group)
+    ).remote(lease, run_id, group.id.hex())
     ray.get(reaper.ready.remote())
     return reaper

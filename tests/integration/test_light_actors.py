@@ -19,7 +19,12 @@ from rayrlhf.loops.run import run_policy
 from rayrlhf.placement.lease import NAMESPACE
 from tests.integration.policy_runs import tiny_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.usefixtures("ray_session"),
+]
 
 NUM_STEPS = 6
 ACTORS = ("weights", "board", "reaper")  # by the end of their name

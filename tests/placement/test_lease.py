@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, placement_group_table
 
+from rayrlhf.loops.driver import named_actor
 from rayrlhf.observe.board import Board
 from rayrlhf.placement import lease
 
@@ -42,14 +43,14 @@ def answers(actor: Any, method: str) -> bool:
 
 def test_28_only_the_drivers_death_is_a_drivers_death() -> None:
     """The board is the lease. Before, its process' death had the reaper delete the living run's group."""
-    board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
+    board = named_actor(Board, "rayrlhf-lease-board")
     group = placement_group([{"CPU": 0.1}])
     ray.get(group.ready(), timeout=SECONDS)
 
     def state() -> str:
         return placement_group_table(group)["state"]
 
-    reaper = lease.start_reaper("rayrlhf-lease", board, group)
+    reaper = lease.start_reaper("rayrlhf-lease", "rayrlhf-lease-board", group)
     kill_process(board)
     wait_until(lambda: answers(board, "ping"))
     time.sleep(5 * lease.WATCH_SECONDS)
