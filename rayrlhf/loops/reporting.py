@@ -30,6 +30,7 @@ class Reporter:
         self.board = ray.get_actor(board, namespace=NAMESPACE) if rank == 0 else None
         self._poster = Poster()
         self._receipts: list[Any] = []  # on their way
+        self._deaths_reported = 0
 
     def say(self, step: int, text: str) -> None:
         self._post(Report("phase", step, text))
@@ -71,6 +72,11 @@ class Reporter:
         except ActorDiedError:  # with its run
             self.board, self._receipts = None, []
             return
+        if self._poster.num_deaths > self._deaths_reported:
+            self._deaths_reported = self._poster.num_deaths
+            text = "the board's process died; what it had not passed on was posted again"
+            step = lost[-1].report.step if lost else 0
+            lost.append(self._poster.number(Report("warning", step, text)))
         self._receipts += [self.board.post.remote(posted) for posted in lost]
 
 

@@ -326,6 +326,8 @@ class PolicyWorker(TrainingWorker):
         self.metrics, self.learners.metrics = {}, {}
         for source, what in self.collector.rewards.drain_failures().items():
             self.reporter.warn(self.state.step, f"reward source {source}: {what}")
+        if self.sync.drain_hub_deaths():
+            self.reporter.warn(self.state.step, "the weight hub's process died; it has its state again")
         failed = [sample for sample in self.sampled if sample.score is None]  # all: a lost sample has a name
         shown = self.trained[: self.config.observe.rollouts_per_step]
         self.reporter.step(self.state.step, metrics, [*failed, *shown])

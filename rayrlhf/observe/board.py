@@ -82,6 +82,7 @@ class Poster:
         self.name = uuid.uuid4().hex
         self.unconfirmed: dict[int, Posted] = {}
         self.board = ""
+        self.num_deaths = 0  # of boards' processes
         self._number = 0
         self._lock = threading.Lock()
 
@@ -102,7 +103,9 @@ class Poster:
                 if receipt is None:
                     again = True
                     continue
-                again = again or (bool(self.board) and receipt.board != self.board)
+                if self.board and receipt.board != self.board:
+                    self.num_deaths += 1
+                    again = True
                 self.board = receipt.board
                 if not again:
                     self._forget(receipt.confirmed)

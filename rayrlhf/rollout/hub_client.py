@@ -58,6 +58,11 @@ class HubClient:
         self.call("set_turn", engines)
         self._keep(engines_turn=engines)
 
+    def drain_restored(self) -> int:
+        """How often the hub has had to be given its state since the last call."""
+        count, self.num_restored = self.num_restored, 0
+        return count
+
     def close(self) -> None:
         self._stop.set()
 

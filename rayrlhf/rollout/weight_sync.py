@@ -105,6 +105,10 @@ class WeightSync:
                 self._tell_engines(f"weight sync of version {version}", "catch_up", version)
         return problem
 
+    def drain_hub_deaths(self) -> int:
+        """Of the hub's process since the last call, that it has come back from; on rank 0."""
+        return 0 if self.hub is None else self.hub.drain_restored()
+
     def close(self) -> None:
         self._wait_until_published()
         self.copier.shutdown()

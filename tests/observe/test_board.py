@@ -39,7 +39,7 @@ def test_28_no_report_is_lost_with_the_boards_process() -> None:
         second = Board()
         receipts.append(await second.post(poster.number(four)))
         again = poster.hear(receipts)
-        assert [posted.number for posted in again] == [1, 2, 3, 4]
+        assert [posted.number for posted in again] == [1, 2, 3, 4] and poster.num_deaths == 1
         receipts = [await second.post(posted) for posted in again]
         found = taker.new(*await second.take(5, taker.had))
         assert sorted(report.step for report in found) == [2, 3]
