@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,12 @@ def pid_of(actor: Any) -> int:
             time.sleep(0.05)
 
 
-def kill_in_turn(run: Path, seconds: dict[str, float], failures: list[BaseException]) -> None:
+def kill_in_turn(
+    names: Sequence[str], run: Path, seconds: dict[str, float], failures: list[BaseException]
+) -> None:
     """The process of one actor after every step."""
     try:
-        for number, name in enumerate(ACTORS, start=1):
+        for number, name in enumerate(names, start=1):
             deadline = time.monotonic() + WAIT_SECONDS
             while len(steps_of(run)) < number:
                 assert time.monotonic() < deadline, f"step {number} did not come"
@@ -83,7 +86,7 @@ def test_28_hub_board_and_reaper_die_and_the_run_ends_with_the_same_losses(
     assert run_policy(tiny_run(tmp_path, tiny_model, run={"name": "whole"}, **changes)) == 0
     seconds: dict[str, float] = {}
     failures: list[BaseException] = []
-    killer = threading.Thread(target=kill_in_turn, args=(runs / "tiny", seconds, failures))
+    killer = threading.Thread(target=kill_in_turn, args=(ACTORS, runs / "tiny", seconds, failures))
     killer.start()
     code = run_policy(tiny_run(tmp_path, tiny_model, **changes))
     killer.join(WAIT_SECONDS)
@@ -96,3 +99,37 @@ def test_28_hub_board_and_reaper_die_and_the_run_ends_with_the_same_losses(
     assert "the board's process died; what it had not passed on was posted again" in shown
     assert "failed" not in shown and seconds.keys() == set(ACTORS)
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
+
+
+def test_28_the_mailbox_dies_and_both_trainers_go_on_from_the_checkpoint(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds what the actor's ranks have asked the critic, which nobody can give it back. Each side restarts
+    once, and a repeated step has the loss that it had before, bit for bit.
+    """
+    changes: dict[str, Any] = {
+        "train": {"num_steps": 3, "max_failures": 1},
+        "rollout": {"prompts_per_step": 8},
+        "critic": {"lr": 1e-3, "location": "trainer"},
+        "checkpoint": {"export": False, "every_steps": 1},
+        "observe": {"console": "lines", "tensorboard": False},
+    }
+    config = tiny_run(tmp_path, tiny_model, **changes)
+    run = Path(config.run.path)
+    seconds: dict[str, float] = {}
+    failures: list[BaseException] = []
+    killer = threading.Thread(target=kill_in_turn, args=(["critic"], run, seconds, failures))
+    killer.start()
+    code = run_policy(config)
+    killer.join(WAIT_SECONDS)
+    shown = capsys.readouterr().out
+    assert code == 0 and not failures, (failures, shown)
+    assert "CriticFailed" in shown and "between actor and critic died" in shown
+    by_step: dict[int, list[float]] = {}
+    for step in steps_of(run):
+        by_step.setdefault(step["step"], []).append(step["loss/actor"])
+    print("losses by step:", by_step)
+    assert sorted(by_step) == [1, 2, 3] and all(len(set(losses)) == 1 for losses in by_step.values())
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        [shards] = json.loads((checkpoint / "manifest.json").read_text())["elsewhere"]
+        assert (checkpoint.parent / shards / "manifest.json").is_file()
