@@ -33,6 +33,15 @@ class RunSection(Section):
         return str(Path(self.dir) / self.name)
 
 
+# What of a run may differ from the one that it resumes, if the user says so; loops.resume has the keys.
+Change = Literal["data", "batch", "model", "reward", "seed"]
+
+
+class TrainedRunSection(RunSection):
+    allow_changes: list[Change] = Field(default_factory=list[Change])
+    """What may differ from the run that is resumed: data, batch, model, reward, seed."""
+
+
 class WandbConfig(Section):
     project: str = Field(min_length=1)
     """Weights & Biases project."""
@@ -68,6 +77,9 @@ class DrivenConfig(Protocol):
 
 class JobConfig(DrivenConfig, Protocol):
     """The part of a training job's config that does not depend on what it learns."""
+
+    @property
+    def run(self) -> TrainedRunSection: ...
 
     @property
     def model(self) -> ModelConfig: ...

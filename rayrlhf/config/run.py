@@ -9,7 +9,7 @@ from pydantic import ValidationInfo, field_validator
 from rayrlhf.config.algorithm import GROUP_ADVANTAGES, AlgorithmConfig
 from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.job import ObserveConfig, RunSection
+from rayrlhf.config.job import ObserveConfig, TrainedRunSection
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.learning_rates import with_lora_lr
 from rayrlhf.config.model import CriticConfig, RefConfig, TrainedModelConfig, sequences_are_shared
@@ -326,7 +326,7 @@ def _sleeping_engines_share(config: PolicyRunConfig) -> Problem | None:
 
 
 class PolicyRunConfig(Section):
-    run: RunSection
+    run: TrainedRunSection
     """Name, folder and seed."""
     model: TrainedModelConfig
     """The actor."""

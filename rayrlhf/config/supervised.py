@@ -13,7 +13,7 @@ from rayrlhf.config.examples import (
     PrmDataConfig,
     SftDataConfig,
 )
-from rayrlhf.config.job import ObserveConfig, RunSection
+from rayrlhf.config.job import ObserveConfig, TrainedRunSection
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.learning_rates import (
     PreferenceTrainConfig,
@@ -70,7 +70,7 @@ def _workers_share_sequences(config: SupervisedConfig) -> Problem | None:
 class SupervisedConfig(Section):
     """What the supervised jobs have in common; `data` and what follows it is each job's own."""
 
-    run: RunSection
+    run: TrainedRunSection
     """Name, folder and seed."""
     model: TrainedModelConfig
     """The model that learns."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.base import ConfigError, Problem
-from rayrlhf.config.job import JobConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
@@ -23,7 +22,6 @@ from rayrlhf.rollout.environments import find_environment, try_environment
 from rayrlhf.rollout.turns import Turns
 from rayrlhf.rollout.user_environment import EnvironmentFailure
 from rayrlhf.samples import Prompt
-from rayrlhf.train.checkpoint import newest_fixed, newest_step
 from rayrlhf.usercode import UserCode, UserCodeError
 
 TRIED_PROMPTS = 2
@@ -44,7 +42,6 @@ def check_before_ray(config: PolicyRunConfig) -> Prepared:
     """Raises `InputError`, `DataError` or `RewardError`."""
     for key, path in _model_paths(config):
         check_model(key, path)
-    check_resume(config)
     check_sources(config.data)
     return Prepared(find_rewards(config.reward), _find_environment(config))
 
@@ -207,61 +204,3 @@ def check_precision(config: Any, *, on_gpu: bool) -> None:
             fix="set model.dtype to bfloat16, or remove train.master_weights",
         )
         raise ConfigError([problem])
-
-
-# What a checkpoint has states of, how it divides them and counts data; the number of workers may change,
-# these may not.
-FIXED_KEYS = (
-    "train.zero_stage",
-    "model.dtype",
-    "model.lora.rank",
-    "model.lora.alpha",
-    "model.lora.target_modules",
-    "model.quantization",
-    "rollout.prompts_per_step",
-    "train.samples_per_step",
-)
-
-
-def fixed_values(config: JobConfig) -> dict[str, Any]:
-    """The values of the config that a run has to be resumed with."""
-    found = {key: _value(config, key.split(".")) for key in FIXED_KEYS}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _value(section: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        section = getattr(section, name, None)
-    return section
-
-
-def check_resume(config: JobConfig) -> None:
-    """`run.resume=never` refuses a folder that holds a checkpoint, and every run one that it cannot go on
-    from. Raises `InputError`.
-    """
-    storage = Path(config.run.path) / "checkpoints"
-    step = newest_step(storage)
-    if not step:
-        return
-    if config.run.resume == "never":
-        raise InputError(
-            f"run.resume=never but {config.run.path} holds a checkpoint of step {step}; "
-            "choose another run.name, delete the folder, or set run.resume=auto"
-        )
-    saved, now = newest_fixed(storage), fixed_values(config)
-    if saved is None:
-        raise InputError(
-            f"the checkpoint of step {step} in {config.run.path} was saved by an earlier version, which this "
-            "one cannot go on from. Fix: choose another run.name, and start from that run's export"
-        )
-    for key in dict.fromkeys([*saved, *now]):
-        got, wanted = (_told(values.get(key)) for values in (now, saved))
-        if got != wanted:
-            raise InputError(
-                f"{key}: got {got}, wanted {wanted}, with which the checkpoint of step {step} in "
-                f"{config.run.path} was saved. Fix: take {key} back, or choose another run.name"
-            )
-
-
-def _told(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -6,22 +6,21 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import ActorUnavailableError
 from torch import Tensor
 
 from rayrlhf.batch import PackedBatch, empty_like_batch
 from rayrlhf.data.balance import balanced_partition
 from rayrlhf.loops.critic import LocalCritic
 from rayrlhf.loops.job import PolicyJob
-from rayrlhf.loops.mailbox import Answer, Part, Request
+from rayrlhf.loops.mailbox import MAILBOX_DIED, Answer, CriticFailed, Part, Request
+from rayrlhf.loops.remote_critic import critic_folder
 from rayrlhf.placement.lease import NAMESPACE, sit_down
-from rayrlhf.train import collectives
-
-SHARDS = "critic"  # folder of the run, beside the actor's checkpoints
+from rayrlhf.train import collectives, manifest
 
 
 def critic_loop(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
@@ -49,7 +48,7 @@ class CriticWorker:
         self.critic = self._fresh()
         self.is_fresh = True
         self.started: int = collectives.gather_lists([time.time_ns()])[0]
-        ray.get(self.mailbox.join.remote(self.started, self.world_size))
+        self._ask("join", self.world_size)
 
     def _fresh(self) -> LocalCritic:
         torch.manual_seed(self.config.run.seed)
@@ -58,7 +57,7 @@ class CriticWorker:
     def requests(self) -> Iterator[tuple[Request, list[Part]]]:
         """Until, and without, the one to stop."""
         while True:
-            call: Any = ray.get(self.mailbox.next.remote(self.started, self.rank))
+            call = self._ask("next", self.rank)
             if call is None:
                 continue
             if call[0].kind == "stop":
@@ -83,7 +82,7 @@ class CriticWorker:
                 self._save(request.step)
             case "load":
                 self.is_fresh = False
-                self.critic.load(self._folder(request.step))
+                self.critic.load(critic_folder(self.config, request.step))
             case "offload":
                 self.critic.offload()
             case "reload":
@@ -93,7 +92,14 @@ class CriticWorker:
         return Answer()
 
     def answer(self, answer: Answer) -> None:
-        ray.get(self.mailbox.answer.remote(self.started, self.rank, answer))
+        self._ask("answer", self.rank, answer)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Raises `CriticFailed` where the session cannot go on."""
+        try:
+            return ray.get(getattr(self.mailbox, method).remote(self.started, *arguments))
+        except ActorUnavailableError as error:
+            raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}") from error
 
     def tell_failure(self, failure: BaseException) -> None:
         self.mailbox.fail.remote(type(failure).__name__, str(failure))
@@ -115,22 +121,18 @@ class CriticWorker:
         batches += [(None, _filler())] * missing
         return [(number, batch.to(collectives.device())) for number, batch in batches]
 
-    def _folder(self, step: int) -> Path:
-        return Path(self.config.run.path) / SHARDS / f"step_{step:06d}"
-
     def _save(self, step: int) -> None:
         """Whole or not at all; one more is kept than the actor keeps, whose checkpoint is still to be
         committed.
         """
-        folder = self._folder(step)
-        partial = folder.with_suffix(".partial")
-        self.critic.save(partial)
-        collectives.max_over_ranks(0.0)  # all ranks have written
+        folder = critic_folder(self.config, step)
+        own = folder.parent / f".{folder.name}-rank-{self.rank:04d}"
+        shutil.rmtree(own, ignore_errors=True)  # of workers that died
+        own.mkdir(parents=True)
+        self.critic.save(own)
+        manifest.commit(own, folder, {"step": step})
         if self.rank > 0:
             return
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
         kept = self.config.checkpoint.keep + 1
         for old in sorted(folder.parent.glob("step_??????"))[:-kept]:
             with contextlib.suppress(FileNotFoundError):

@@ -57,7 +57,7 @@ from rayrlhf.placement.apply import (
 )
 from rayrlhf.placement.budget import told_budget
 from rayrlhf.placement.gpus import Gpu
-from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
+from rayrlhf.placement.lease import NAMESPACE, delete_apps, forget_seats, start_reaper
 from rayrlhf.placement.micro_batch import left_to_the_device, sized_for_gpu, sized_for_host
 from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
 from rayrlhf.placement.preset import with_preset
@@ -181,22 +181,25 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
     )
     console.placement(slots)
     board = named_actor(Board, f"{run_id}-board")
-    reaper = start_reaper(run_id, board, slots.group)
+    reaper = start_reaper(run_id, f"{run_id}-board", slots.group)
     try:
         yield run_id, slots, board
     finally:
         delete_apps(run_id)
         slots.remove()
+        forget_seats(run_id)
         for actor in (reaper, board):  # in a process that keeps its Ray, they would stay as long as it
             ray.kill(actor)
 
 
 def named_actor(actor_class: type, name: str, **arguments: Any) -> Any:
     """A light actor that others look up by its name. It lives on the driver's node: it dies with the driver
-    anyway, and no other node can take it along.
+    anyway, and no other node can take it along. When its process alone dies, Ray starts it again, and who
+    uses it sees to it that it has its state again.
     """
     here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     options: dict[str, Any] = {"name": name, "num_cpus": 0, "namespace": NAMESPACE, "label_selector": here}
+    options["max_restarts"] = -1
     return ray.remote(actor_class).options(**options).remote(**arguments)
 
 

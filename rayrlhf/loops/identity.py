@@ -33,13 +33,26 @@ def check_identity(file: Path, identity: Mapping[str, Any], *, resume: str) -> N
             f"run.resume=never but {file.parent} holds what an earlier start has done; choose another "
             "run.name, delete the folder, or set run.resume=auto"
         )
-    differing = differences(json.loads(file.read_text()), identity)
+    differing = differences(_read(file), identity)
     if differing:
         raise InputError(
             f"{file.parent} holds work that was begun with another configuration or other data:\n"
             + "\n".join(f"  {line}" for line in differing)
             + "\nTake them back to go on, or choose another run.name, or delete the folder"
         )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {json.dumps(found):.40}")
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error}): what the work in {file.parent} depends on is not known. "
+            "Fix: choose another run.name, or delete the folder"
+        ) from error
+    return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.run import PolicyRunConfig
@@ -27,6 +28,7 @@ class PolicyJob:
     num_eval_prompts: int  # 0 = no evaluation
     threads_per_worker: int
     weight_route: Route = "object_store"
+    fixed: dict[str, Any] = field(default_factory=dict)  # what it can only be resumed with
 
     @property
     def rollout_app(self) -> str:

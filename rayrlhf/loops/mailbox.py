@@ -4,6 +4,7 @@ A call is handed to the critic when every actor rank has posted its part of it, 
 whoever restarts, the ranks of one side never run different calls. A restart of the critic loses what it had
 learnt since the last checkpoint, so it breaks the actor's session, and the actor's workers restart from that
 checkpoint too; a restart of the actor begins a new session, and the critic follows its first call.
+When the mailbox's own process dies, both sides restart from the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from rayrlhf.loops.objectives import StepCounts
 
 NEXT_SECONDS = 30.0  # a critic rank that waits for a call asks anew after this long
+MAILBOX_DIED = "the process between actor and critic died, and with it what they had asked and answered"
 
 Kind = Literal["begin", "load", "values", "update", "save", "offload", "reload", "stop"]
 
@@ -98,7 +100,7 @@ class Mailbox:
         self, started: int, world_size: int, number: int, rank: int, request: Request, parts: list[Part]
     ) -> Answer:
         """The critic's answer, once every actor rank has posted its part. Raises `CriticFailed`."""
-        self._open_session(started)
+        self._open_session(started, number)
         if self.broken is not None:
             raise CriticFailed(f"{self.broken.kind}: {self.broken.text}")
         call = self.posted.setdefault(number, Call(request))
@@ -112,10 +114,12 @@ class Mailbox:
             raise CriticFailed(f"{call.failure.kind}: {call.failure.text}")
         return call.answer_for(rank)
 
-    def _open_session(self, started: int) -> None:
+    def _open_session(self, started: int, number: int) -> None:
         if started < self.actor_started:
             raise CriticFailed("RuntimeError: newer actor workers have taken over")
         if started > self.actor_started:
+            if number > 0:  # it has begun with a mailbox that died, and its critic's work is lost
+                raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}")
             for call in self.posted.values():
                 call.fail(Failure("RuntimeError", "newer actor workers have taken over"))
             self.actor_started, self.posted, self.broken = started, {}, None
@@ -136,7 +140,8 @@ class Mailbox:
         long.
         """
         if started != self.critic_started:
-            raise CriticFailed("RuntimeError: newer critic workers have taken over")
+            other = "newer critic workers have taken over" if self.critic_started >= 0 else MAILBOX_DIED
+            raise CriticFailed(f"RuntimeError: {other}")
         index = self.fetched[rank]
         if index == len(self.calls):
             self.news.clear()

@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError
 from torch import Tensor
 
 from rayrlhf.batch import PackedBatch
-from rayrlhf.loops.mailbox import Answer, CriticFailed, Kind, Part, Request
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.loops.mailbox import MAILBOX_DIED, Answer, CriticFailed, Kind, Part, Request
 from rayrlhf.loops.objectives import StepCounts
 from rayrlhf.train import collectives
 
+SHARDS = "critic"  # folder of the run, beside the actor's checkpoints
 STEP_FILE = "critic.json"  # in the actor's checkpoint: which of the critic's own belongs to it
+
+
+def critic_folder(config: PolicyRunConfig, step: int) -> Path:
+    """Of the critic's own shards."""
+    return Path(config.run.path) / SHARDS / f"step_{step:06d}"
 
 
 class RemoteCritic:
@@ -90,6 +97,8 @@ class RemoteCritic:
                 f"the critic's trainer did not answer {kind!r} within {seconds:g} s (it runs beside the "
                 "actor's; train.collective_timeout_seconds is its deadline)"
             ) from error
+        except ActorUnavailableError as error:
+            raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}") from error
         except CriticFailed as failure:
             kind_of_failure, _, text = str(failure.args[0] if failure.args else failure).partition(": ")
             if kind_of_failure == FloatingPointError.__name__:

@@ -5,17 +5,22 @@ ranks.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from rayrlhf.observe.board import Report
+from rayrlhf.observe.board import Poster, Receipt, Report
 from rayrlhf.observe.metrics import check_keys
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.samples import Sample
 from rayrlhf.train import collectives
+
+FLUSH_SECONDS = 30.0
+RETRY_SECONDS = 0.2
 
 
 class Reporter:
@@ -23,12 +28,18 @@ class Reporter:
 
     def __init__(self, board: str, rank: int) -> None:
         self.board = ray.get_actor(board, namespace=NAMESPACE) if rank == 0 else None
+        self._poster = Poster()
+        self._receipts: list[Any] = []  # on their way
+        self._deaths_reported = 0
 
     def say(self, step: int, text: str) -> None:
         self._post(Report("phase", step, text))
 
     def event(self, step: int, text: str) -> None:
         self._post(Report("event", step, text))
+
+    def failure(self, step: int, what_failed: str, what_is_done: str) -> None:
+        self._post(Report("failure", step, what_failed, then=what_is_done))
 
     def warn(self, step: int, text: str) -> None:
         self._post(Report("warning", step, text))
@@ -42,8 +53,45 @@ class Reporter:
         self._post(Report("rollouts", step, rows=[_row(step, sample) for sample in shown]))
 
     def _post(self, report: Report) -> None:
-        if self.board is not None:
-            self.board.post.remote(report)
+        if self.board is None:
+            return
+        self._post_again(timeout_seconds=0.0)
+        if self.board is None:
+            return
+        self._receipts.append(self.board.post.remote(self._poster.number(report)))
+
+    def flush(self) -> None:
+        """Wait until the board has everything; what it lost with its process it is given again."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._receipts and time.monotonic() < deadline:
+            self._post_again(timeout_seconds=1.0)
+            if self._receipts:
+                time.sleep(RETRY_SECONDS)
+
+    def _post_again(self, timeout_seconds: float) -> None:
+        assert self.board is not None
+        ready, self._receipts = ray.wait(
+            self._receipts, num_returns=len(self._receipts), timeout=timeout_seconds
+        ) if self._receipts else ([], [])  # fmt: skip
+        try:
+            lost = self._poster.hear([_receipt(ref) for ref in ready])
+        except ActorDiedError:  # with its run
+            self.board, self._receipts = None, []
+            return
+        if self._poster.num_deaths > self._deaths_reported:
+            self._deaths_reported = self._poster.num_deaths
+            text = "the board's process died; what it had not passed on was posted again"
+            step = lost[-1].report.step if lost else 0
+            lost.append(self._poster.number(Report("warning", step, text)))
+        self._receipts += [self.board.post.remote(posted) for posted in lost]
+
+
+def _receipt(ref: Any) -> Receipt | None:
+    """None when the board's process died before it had answered."""
+    try:
+        return ray.get(ref)
+    except ActorUnavailableError:
+        return None
 
 
 def _row(step: int, sample: Sample) -> dict[str, Any]:

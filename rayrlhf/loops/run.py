@@ -42,11 +42,14 @@ from rayrlhf.loops.mailbox import Mailbox
 from rayrlhf.loops.model_checks import check_adapters
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.policy_async import async_policy_loop
+from rayrlhf.loops.resume import check_resume, still_the_same, take_up
+from rayrlhf.loops.scratch import own_scratch
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.loops.shards import json_line
 from rayrlhf.loops.side_by_side import nodes_watched, trained_beside
 from rayrlhf.loops.streams import Stores, prepare_stores, training_streams
 from rayrlhf.loops.summary import write_summary
+from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.apply import Slots
@@ -56,7 +59,6 @@ from rayrlhf.placement.routes import TOLD, weight_route
 from rayrlhf.placement.trainer import SlotTorchTrainer
 from rayrlhf.rollout.hub import Event, WeightHub
 
-REPORT_SECONDS = 20.0  # for the board to take a report
 CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
 
 
@@ -67,6 +69,7 @@ def run_policy(config: PolicyRunConfig) -> int:
 
 def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
     prepared = check_before_ray(config)
+    check_resume(config)
     check_adapters(config)
     return partial(_run, with_absolute_paths(config), prepared)
 
@@ -74,21 +77,24 @@ def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
 def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     config = fitted(config, plan_placement, console)
     run_path = start_folder(config)
+    newest = take_up(config, console.say)
     spec = plan_placement(config)
     weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
     check_placement(spec, config, console)
     stores = prepare_stores(config, run_path, console.say)
     try_rewards(prepared.reward_functions, config.reward, config.data.label_key, stores.train)
+    fixed = still_the_same(config, newest, stores.fingerprints(), console.say)
     try_out_environment(prepared.environment, config, stores.train)
     with (
         placed(spec, config, console) as (run_id, slots, board),
         make_sinks(config, run_path, console) as sinks,
+        own_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
         # Engines load what model.path has, which a policy on 4-bit weights is not quite.
         newest = 0 if config.model.quantization is None else -1
         _own_actor(stack, WeightHub, f"{run_id}-weights", checkpoint_version=newest)
-        job = _make_job(config, run_id, stores, slots)
+        job = _make_job(config, run_id, stores, slots, fixed)
         trainer = make_trainer(
             policy_loop if config.rollout.max_staleness is None else async_policy_loop,
             job,
@@ -112,7 +118,7 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
                 apps,
                 timeout_seconds=config.rollout.start_timeout_seconds,
                 tell=console.say,
-                failed=lambda what, then: ray.get(board.fail.remote(what, then), timeout=REPORT_SECONDS),
+                failed=lambda what, then: sinks.write(Report("failure", 0, what, then=then)),
                 give_up=trainer.abort,
             ),
             nodes_watched(
@@ -161,7 +167,9 @@ def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:
     )
 
 
-def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots) -> PolicyJob:
+def _make_job(
+    config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots, fixed: dict[str, Any]
+) -> PolicyJob:
     num_trained = config.train.num_workers + (config.num_critic_workers if config.critic_is_apart else 0)
     return PolicyJob(
         config=config,
@@ -171,4 +179,5 @@ def _make_job(config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots
         # Trainers and engines take turns in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(num_trained),
         weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
+        fixed=fixed,
     )

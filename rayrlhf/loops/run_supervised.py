@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.data.checks import check_example_sources
@@ -34,13 +33,16 @@ from rayrlhf.data.example_stream import example_dataset
 from rayrlhf.data.examples import prepare_examples
 from rayrlhf.data.files import Split
 from rayrlhf.data.plan import StepPlan, each_once, plan_steps, row_order
-from rayrlhf.loops.checks import check_model, check_resume
+from rayrlhf.loops.checks import check_model
 from rayrlhf.loops.model_checks import check_models
+from rayrlhf.loops.resume import check_resume, still_the_same, take_up
+from rayrlhf.loops.scratch import own_scratch
 from rayrlhf.loops.session import deploy, watched
 from rayrlhf.loops.summary import write_supervised_summary
 from rayrlhf.loops.supervised import supervised_loop
 from rayrlhf.loops.supervised_job import SupervisedJob
-from rayrlhf.loops.tasks.reference import RefTable, table_path
+from rayrlhf.loops.tasks.reference import RefTable, is_whole, table_path
+from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.plan import plan_supervised
@@ -48,7 +50,6 @@ from rayrlhf.train.checkpoint import newest_step
 from rayrlhf.train.served import teacher_deployment
 
 SAMPLE_ROWS = 1024  # of the training data, that a trained reward model's scores are normalised by
-REPORT_SECONDS = 20.0  # for the board to take a report
 START_SECONDS = 600.0  # for a served teacher
 
 
@@ -79,16 +80,19 @@ class Stores:
 def _run(config: Any, console: Console) -> Path:
     config = fitted(config, plan_supervised, console)
     run_path = start_folder(config)
+    newest = take_up(config, console.say)
     spec = plan_supervised(config)
     check_placement(spec, config, console)
     check_models(config)
     stores = _prepare_stores(config, run_path, console.say)
+    fixed = still_the_same(config, newest, {"data.train": stores.train.fingerprint}, console.say)
     rows_read = config.train.num_rows_read(len(stores.train))
     config = config.model_copy(update={"train": config.train.with_steps(len(stores.train))})
     start_folder(config)  # now with the number of steps
     with (
         placed(spec, config, console) as (run_id, slots, board),
         make_sinks(config, run_path, console) as sinks,
+        own_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
         steps = _steps(config, stores, rows_read)
@@ -99,7 +103,8 @@ def _run(config: Any, console: Console) -> Path:
             num_rows=len(stores.train),
             has_eval=stores.held_out is not None,
             num_sampled=_num_sampled(config, stores),
-            ref_tables=_ref_tables(config, run_path, stores, steps),
+            fixed=fixed,
+            ref_tables=_ref_tables(config, run_path, stores, steps, console.say),
         )
         trainer = make_trainer(
             supervised_loop,
@@ -124,7 +129,7 @@ def _run(config: Any, console: Console) -> Path:
                     [job.teacher_app],
                     timeout_seconds=START_SECONDS,
                     tell=console.say,
-                    failed=lambda what, then: ray.get(board.fail.remote(what, then), timeout=REPORT_SECONDS),
+                    failed=lambda what, then: sinks.write(Report("failure", 0, what, then=then)),
                     give_up=trainer.abort,
                 )
             )
@@ -164,7 +169,11 @@ def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str
 
 
 def _ref_tables(
-    config: Any, run_path: Path, stores: Stores, steps: dict[str, list[np.ndarray]]
+    config: Any,
+    run_path: Path,
+    stores: Stores,
+    steps: dict[str, list[np.ndarray]],
+    say: Callable[[str], None],
 ) -> dict[str, RefTable]:
     """By split, where the reference's answers lie or will lie."""
     ref = getattr(config, "ref", None)
@@ -175,6 +184,9 @@ def _ref_tables(
     for split, store in stores.by_split():
         rows = _needed(steps[split])
         file = table_path(run_path / "data", split, store.fingerprint, rows, path)
+        if file.is_file() and not is_whole(file):
+            say(f"warning: {file.name} is damaged: the reference is asked again")
+            file.unlink()
         tables[split] = RefTable(str(file), len(rows))
     return tables
 

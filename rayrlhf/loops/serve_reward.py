@@ -122,7 +122,9 @@ def _placed(
     if slots is not None:
         console.placement(slots)
     lease = named_actor(_Lease, f"{run_id}-lease")
-    reaper = start_reaper(run_id, lease, slots.group if slots is not None else PlacementGroup.empty())
+    reaper = start_reaper(
+        run_id, f"{run_id}-lease", slots.group if slots is not None else PlacementGroup.empty()
+    )
     try:
         yield run_id, slots
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -96,8 +95,7 @@ def nodes_watched(
     finally:
         stop.set()
         thread.join(FAREWELL_SECONDS)
-        with contextlib.suppress(ValueError):  # the register is gone: the run is being torn down from outside
-            book.write()
+        book.write()
 
 
 class _PlacementBook:

@@ -24,6 +24,11 @@ class Stores:
     held_out: PromptStore | None
     texts: PromptStore | None  # learnt beside the policy
 
+    def fingerprints(self) -> dict[str, str]:
+        """Of what is trained on, by the config's key."""
+        found = {"data.train": self.train.fingerprint}
+        return found if self.texts is None else found | {"data.ptx": self.texts.fingerprint}
+
     def num_eval_prompts(self, config: PolicyRunConfig) -> int:
         if self.held_out is None:
             return 0

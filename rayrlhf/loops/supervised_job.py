@@ -17,6 +17,7 @@ class SupervisedJob:
     num_rows: int  # of the training data
     has_eval: bool
     num_sampled: int = 0  # training rows that a reward model scores before its export
+    fixed: dict[str, Any] = field(default_factory=dict)  # what it can only be resumed with
     ref_tables: dict[str, RefTable] = field(default_factory=dict)  # by split
 
     @property

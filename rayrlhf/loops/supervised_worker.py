@@ -36,7 +36,9 @@ TASKS: dict[str, type[Task]] = {
 
 class SupervisedWorker(TrainingWorker):
     def __init__(self, job: SupervisedJob) -> None:
-        super().__init__(job.config, run_id=job.run_id, board=job.board, threads=job.threads_per_worker)
+        super().__init__(
+            job.config, run_id=job.run_id, board=job.board, threads=job.threads_per_worker, fixed=job.fixed
+        )
         self.job = job
         self.config: SupervisedConfig = job.settings
         self.say("loading the model")

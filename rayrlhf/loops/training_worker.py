@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from rayrlhf.config.job import JobConfig
-from rayrlhf.loops.checks import fixed_values
 from rayrlhf.loops.reporting import Reporter
+from rayrlhf.loops.scratch import scratch_of
 from rayrlhf.observe.metrics import Timer
 from rayrlhf.placement.lease import sit_down
 from rayrlhf.reward.score import RewardFailure
 from rayrlhf.train import collectives
 from rayrlhf.train.checkpoint import LoopState, Saved, save
+from rayrlhf.train.manifest import DamagedCheckpoint
 
 # Failures that a restart of the workers would only repeat: the run ends and says why.
-FINAL_FAILURES = (RewardFailure, FloatingPointError)
+FINAL_FAILURES = (RewardFailure, FloatingPointError, DamagedCheckpoint)
 
 AUTO_CHECKPOINT_SECONDS = 15 * 60.0  # what checkpoint.every_steps=auto risks to lose
 
@@ -46,8 +47,12 @@ def stops_cleanly(loop: Loop) -> Loop:
 class TrainingWorker:
     """One rank. Subclasses give `saved`, what has shards in a checkpoint."""
 
-    def __init__(self, config: JobConfig, *, run_id: str, board: str, threads: int) -> None:
+    def __init__(
+        self, config: JobConfig, *, run_id: str, board: str, threads: int, fixed: dict[str, Any]
+    ) -> None:
         self.config = config
+        self.fixed = fixed
+        self.scratch = scratch_of(Path(config.run.path), run_id)
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         sit_down(run_id, "actor", self.rank)
         torch.set_num_threads(threads)
@@ -81,16 +86,16 @@ class TrainingWorker:
         due = time.perf_counter() - self.saved_at >= AUTO_CHECKPOINT_SECONDS
         return collectives.max_over_ranks(float(due and self.rank == 0)) > 0
 
-    def save_state(self) -> None:
-        """Collective."""
+    def save_state(self, elsewhere: Sequence[Path] = ()) -> None:
+        """Collective. `elsewhere`: folders that belong to the checkpoint."""
         self.keep_time()
-        scratch = Path(self.config.run.path) / "scratch"
-        save(self.state, self.saved, scratch, fixed=fixed_values(self.config))
+        save(self.state, self.saved, self.scratch, fixed=self.fixed, elsewhere=elsewhere)
         self.saved_at = time.perf_counter()
 
     def result(self, *, after: dict[str, Any], export: str | None) -> dict[str, Any]:
         """What the summary is made of; the loop's return value."""
         self.keep_time()
+        self.reporter.flush()
         return {
             "before": self.state.eval_before,
             "after": after,

@@ -21,7 +21,7 @@ from rayrlhf.loops.exports import export_actor
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.learners import Learners
 from rayrlhf.loops.prompt_queue import PromptQueue
-from rayrlhf.loops.remote_critic import RemoteCritic
+from rayrlhf.loops.remote_critic import RemoteCritic, critic_folder
 from rayrlhf.loops.reporting import rollout_metrics
 from rayrlhf.loops.texts import TextStream
 from rayrlhf.loops.training_worker import TrainingWorker
@@ -40,7 +40,9 @@ from rayrlhf.train.reference import ServedReference
 
 class PolicyWorker(TrainingWorker):
     def __init__(self, job: PolicyJob) -> None:
-        super().__init__(job.config, run_id=job.run_id, board=job.board, threads=job.threads_per_worker)
+        super().__init__(
+            job.config, run_id=job.run_id, board=job.board, threads=job.threads_per_worker, fixed=job.fixed
+        )
         self.job = job
         self.config = config = job.config
         self.algorithm = config.algorithm
@@ -242,7 +244,8 @@ class PolicyWorker(TrainingWorker):
             self.state.kl_controller = self.learners.kl.state_dict()
             self.state.reward_normalizers = self.combiner.state_dict()
             self.state.first_draw = int(-collectives.max_over_ranks(-self.queue.next_draw))
-            self.save_state()
+            apart = self.config.critic_is_apart
+            self.save_state(elsewhere=[critic_folder(self.config, self.state.step)] if apart else [])
 
     def evaluate_before(self) -> None:
         if self.state.step == 0:
@@ -323,6 +326,8 @@ class PolicyWorker(TrainingWorker):
         self.metrics, self.learners.metrics = {}, {}
         for source, what in self.collector.rewards.drain_failures().items():
             self.reporter.warn(self.state.step, f"reward source {source}: {what}")
+        if self.sync.drain_hub_deaths():
+            self.reporter.warn(self.state.step, "the weight hub's process died; it has its state again")
         failed = [sample for sample in self.sampled if sample.score is None]  # all: a lost sample has a name
         shown = self.trained[: self.config.observe.rollouts_per_step]
         self.reporter.step(self.state.step, metrics, [*failed, *shown])

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
+from rayrlhf.loops.reporting import Reporter
 from rayrlhf.loops.session import last_line
-from rayrlhf.placement.lease import NAMESPACE
 
-POST_SECONDS = 20.0
 ESCAPE_CODES = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours the tracebacks of other processes
 
 
@@ -33,9 +31,9 @@ class WorkerFailures(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         self.num_failures += 1
-        board: Any = ray.get_actor(self.board, namespace=NAMESPACE)
-        posted = board.fail.remote(self.what_failed(worker_exceptions), self.what_is_done())
-        ray.get(posted, timeout=POST_SECONDS)  # the controller may end the run next
+        reporter = Reporter(self.board, rank=0)
+        reporter.failure(self.saved_step, self.what_failed(worker_exceptions), self.what_is_done())
+        reporter.flush()  # the controller may end the run next
 
     def what_failed(self, failures: dict[int, Exception]) -> str:
         """The workers that died, or, where none did, the first one with an error: when one dies, the others

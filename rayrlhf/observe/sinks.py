@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from rayrlhf.config.job import JobConfig
 from rayrlhf.config.secrets import masked, masked_tree
-from rayrlhf.observe.board import Report
+from rayrlhf.observe.board import Report, Taker
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sink_threads import Sink, SinkThread
 from rayrlhf.observe.step_rows import StepRows, json_line
 
 TAKE_SECONDS = 1.0
+RETRY_SECONDS = 0.2
 DRAIN_DEADLINE_SECONDS = 30.0
 
 
@@ -154,8 +157,15 @@ class Wandb:
 class Sinks:
     def __init__(self, sinks: Sequence[SinkThread]) -> None:
         self.sinks = sinks
+        self.phase = Report("phase", 0, "start")  # the newest
 
     def write(self, report: Report) -> None:
+        """To all of them; a failure becomes a warning that says in which phase it happened."""
+        if report.kind == "phase":
+            self.phase = report
+        elif report.kind == "failure":
+            when = f"after step {self.phase.step}, in {self.phase.text}"
+            report = Report("warning", report.step, f"{report.text} {when}; {report.then}")
         for sink in self.sinks:
             sink.write(report)
 
@@ -185,11 +195,20 @@ def make_sinks(config: JobConfig, run_path: Path, console: Console) -> Iterator[
 def drain_in_background(board: Any, sinks: Sinks) -> Iterator[None]:
     """Feed the board's reports to the sinks while the body runs, and the last ones before it is left."""
     stop = threading.Event()
+    taker = Taker()
+
+    def take(seconds: float) -> list[Report]:
+        """Waits for a board whose process died; `RayActorError` when it will not come back."""
+        while True:
+            try:
+                return taker.new(*ray.get(board.take.remote(seconds, taker.had)))
+            except ActorUnavailableError:
+                time.sleep(RETRY_SECONDS)
 
     def drain() -> None:
         while True:
             stopping = stop.is_set()
-            reports = ray.get(board.take.remote(0.0 if stopping else TAKE_SECONDS))
+            reports = take(0.0 if stopping else TAKE_SECONDS)
             for report in reports:
                 sinks.write(report)
             if stopping and not reports:

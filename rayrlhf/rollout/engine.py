@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ActorUnavailableError, ObjectLostError
 
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.rollout.hub import Part, Publication, TensorSlice
+from rayrlhf.rollout.hub import HubIsBlank, Part, Publication, TensorSlice
 
 if TYPE_CHECKING:
     from rayrlhf.rollout.meeting import Delivery, Meeting
@@ -69,7 +69,18 @@ class EngineActor:
 
     async def is_our_turn(self) -> bool:
         """Not while trainers use the memory that this engine would take."""
-        return self.hub is None or await self.hub.is_engines_turn.remote()
+        return self.hub is None or await self._ask_hub("is_engines_turn")
+
+    async def _ask_hub(self, method: str, *arguments: Any) -> Any:
+        """The hub's answer. While it comes back from the death of its process, wait for that."""
+        deadline = time.monotonic() + self.settings.start_timeout_seconds
+        while True:
+            try:
+                return await getattr(self.hub, method).remote(*arguments)
+            except (HubIsBlank, ActorUnavailableError):
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def start(self, name: str) -> int:
         """Build, pull the newest weights and generate once, so that the first real request meets a warm
@@ -81,7 +92,7 @@ class EngineActor:
         self.stepper = Stepper(self.settings.engine_args)
         self.devices = await self.stepper.device_keys()
         if self.hub is not None:
-            self.version = min(0, (await self.hub.newest.remote()).version)
+            self.version = min(0, (await self._ask_hub("newest")).version)
         await self.catch_up(0)
         params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
         async for _ in self.stepper.stream([1, 2, 3], [params]):
@@ -162,10 +173,9 @@ class EngineActor:
             return Publication(0, 0, []), []
         deadline = time.monotonic() + self.settings.start_timeout_seconds
         while True:
-            newest: Any = self.hub.newest.remote()
-            publication: Publication = await newest
+            publication: Publication = await self._ask_hub("newest")
             in_time = time.monotonic() < deadline
-            if publication.version < at_least and in_time and await self.hub.is_coming.remote(at_least):
+            if publication.version < at_least and in_time and await self._ask_hub("is_coming", at_least):
                 pass
             elif publication.number <= self.publication:
                 return publication, []
@@ -211,7 +221,7 @@ class EngineActor:
 
     async def _record(self, what: str) -> None:
         if self.hub is not None:
-            await self.hub.record.remote(self.name, what)
+            await self._ask_hub("record", self.name, what)
 
     async def describe(self) -> dict[str, Any]:
         return {"engine_pid": os.getpid(), "version": self.version, "devices": self.devices}

@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import ray
 from ray import ObjectRef
 
 MAX_EVENTS = 10_000
@@ -46,43 +47,79 @@ class Publication:
     buckets: list[Bucket]
 
 
+class HubIsBlank(RuntimeError):
+    """The hub's process died, and the trainers have not given the new one its state yet: ask again."""
+
+
+class HubState(NamedTuple):
+    """What a hub's process takes along when it dies."""
+
+    publication: Publication  # the newest
+    announced: tuple[int, int]  # number and version of the one that is being made, or of the newest
+    engines_turn: bool = True
+
+
 class WeightHub:
     """A small actor of the run that knows the newest version and keeps its buckets alive.
 
-    Where engines and trainers have their memory by turns, it also knows whose turn it is.
+    Where engines and trainers have their memory by turns, it also knows whose turn it is. Started again after
+    its process died it answers `HubIsBlank` until `restore`.
     """
 
     def __init__(self, *, checkpoint_version: int = 0) -> None:
         """`checkpoint_version`: -1 where the checkpoint is not yet the policy, whose version 0 is to come."""
-        self.newest_publication = Publication(0, checkpoint_version, [])
-        # Number and version of the publication that is being made, or of the newest.
-        self.announced = (-checkpoint_version, 0)
-        self.engines_turn = True
+        self.checkpoint_version = checkpoint_version
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.state: HubState | None = None if self._is_restarted() else self._first(0)
+
+    def _is_restarted(self) -> bool:
+        return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+    def _first(self, number: int) -> HubState:
+        """Nothing has been published; `number` counts from there."""
+        version = self.checkpoint_version
+        return HubState(Publication(number, version, []), (number - version, 0))
+
+    def restore(self, state: HubState | None) -> None:
+        """From the trainers that have set it; from ones that were themselves restarted meanwhile, None: then
+        publications are numbered from above all that engines can hold, and the trainers push again.
+        """
+        if self.state is None:
+            self.state = state or self._first(int(time.time() * 1000))
+            self.record("hub", "its process died; the trainers have given it its state again")
+
+    def ping(self) -> None:
+        self.current()
+
+    def current(self) -> HubState:
+        if self.state is None:
+            raise HubIsBlank("the weight hub's process died and has not got its state back yet")
+        return self.state
 
     def announce(self, version: int) -> int:
         """The number of the publication that is to come. A lower version than before comes from a trainer
         that was restarted from its last checkpoint.
         """
-        self.announced = (self.announced[0] + 1, version)
-        return self.announced[0]
+        number = 1 + max(self.current().announced[0], self.newest().number)
+        self.state = self.current()._replace(announced=(number, version))
+        return number
 
     def publish(self, publication: Publication) -> None:
-        self.newest_publication = publication
+        self.state = self.current()._replace(publication=publication)
 
     def is_coming(self, version: int) -> bool:
         """Whether a publication of at least that version has been announced and is not here yet."""
-        number, announced = self.announced
-        return announced >= version and number > self.newest_publication.number
+        number, announced = self.current().announced
+        return announced >= version and number > self.newest().number
 
     def newest(self) -> Publication:
-        return self.newest_publication
+        return self.current().publication
 
     def set_turn(self, engines: bool) -> None:
-        self.engines_turn = engines
+        self.state = self.current()._replace(engines_turn=engines)
 
     def is_engines_turn(self) -> bool:
-        return self.engines_turn
+        return self.current().engines_turn
 
     def record(self, who: str, what: str) -> None:
         self.events.append(Event(time.time(), who, what))

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from rayrlhf.models.adapters import Weight
 from rayrlhf.rollout.bucket import Group, flatten, lay_out, plan_buckets
 from rayrlhf.rollout.courier import Courier
-from rayrlhf.rollout.hub import Bucket, Part, Publication, TensorSlice
+from rayrlhf.rollout.hub import Bucket, HubState, Part, Publication, TensorSlice
+from rayrlhf.rollout.hub_client import HubClient
 from rayrlhf.rollout.meeting import Backend
 
 COPIES_UNDER_WAY = 2  # buckets that wait to be put into the object store
@@ -49,7 +50,8 @@ class WeightSync:
         gather: Callable[[list[Any]], list[Any]],
     ) -> None:
         """`gathered` makes partitioned parameters whole; `gather` joins the ranks' lists."""
-        self.hub = hub
+        self.hub = HubClient(hub, timeout_seconds) if rank == 0 else None
+        self.gather = gather
         self.engines = engines
         self.rank = rank
         self.num_engines = num_engines
@@ -74,8 +76,8 @@ class WeightSync:
         """Whether the engines may hold anything else than this version, as after a restart of the trainer; or
         nothing, asleep.
         """
-        newest: Any = ray.get(self.hub.newest.remote(), timeout=self.timeout_seconds)
-        awake: Any = ray.get(self.hub.is_engines_turn.remote(), timeout=self.timeout_seconds)
+        found: list[HubState] = [] if self.hub is None else [self.hub.call("current")]
+        newest, _, awake = self.gather(found)[0]
         return version > 0 or newest.number > 0 or newest.version < version or not awake
 
     def push(self, weights: Iterable[Weight], version: int) -> str | None:
@@ -103,18 +105,23 @@ class WeightSync:
                 self._tell_engines(f"weight sync of version {version}", "catch_up", version)
         return problem
 
+    def drain_hub_deaths(self) -> int:
+        """Of the hub's process since the last call, that it has come back from; on rank 0."""
+        return 0 if self.hub is None else self.hub.drain_restored()
+
     def close(self) -> None:
         self._wait_until_published()
         self.copier.shutdown()
+        if self.hub is not None:
+            self.hub.close()
         if self.courier is not None:
             self.courier.close()
 
     def _announce(self, version: int) -> int:
-        if self.rank > 0:
+        if self.hub is None:
             return 0
         self._wait_until_published()
-        number: Any = ray.get(self.hub.announce.remote(version), timeout=self.timeout_seconds)
-        return number
+        return self.hub.announce(version)
 
     def _copy(self, group: Group, slices: list[TensorSlice], flat: Tensor | None) -> Future[Bucket]:
         """The bucket on its way to the object store, beside what else goes on; only a few are kept for it."""
@@ -129,7 +136,8 @@ class WeightSync:
 
     def _publish(self, number: int, version: int, copies: Sequence[Future[Bucket]]) -> None:
         publication = Publication(number, version, [copy.result() for copy in copies])
-        ray.get(self.hub.publish.remote(publication), timeout=self.timeout_seconds)
+        assert self.hub is not None
+        self.hub.publish(publication)
 
     def _wait_until_published(self) -> None:
         if self.publishing is not None:
@@ -141,24 +149,24 @@ class WeightSync:
 
         Engines that start meanwhile wait for their turn. Raises `TimeoutError` like `push`.
         """
-        if self.rank > 0:
+        if self.hub is None:
             return 0
-        ray.get(self.hub.set_turn.remote(False), timeout=self.timeout_seconds)
+        self.hub.set_turn(False)
         answers = self._tell_engines("putting the engines to sleep", "sleep")
         return sum(answer["freed_bytes"] for answer in answers)
 
     def engines_wake(self, part: Part) -> None:
         """The engines' turn, in two stages: `weights`, which are then to be pushed, and `kv_cache`."""
-        if self.rank > 0:
+        if self.hub is None:
             return
         if part == "weights":
-            ray.get(self.hub.set_turn.remote(True), timeout=self.timeout_seconds)
+            self.hub.set_turn(True)
         self._tell_engines(f"waking the engines' {part}", "wake", part)
 
     def record(self, what: str) -> None:
         """In the hub's trace, for rank 0."""
-        if self.rank == 0:
-            ray.get(self.hub.record.remote("trainers", what), timeout=self.timeout_seconds)
+        if self.hub is not None:
+            self.hub.call("record", "trainers", what)
 
     def _tell_engines(self, what: str, method: str, *arguments: Any) -> list[dict[str, Any]]:
         """The answers of the running engines. Raises `TimeoutError` naming those who did it."""

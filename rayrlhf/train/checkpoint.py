@@ -1,11 +1,10 @@
-"""Checkpoints under Ray Train: every rank saves its shard, Ray merges them into one folder per step."""
+"""Checkpoints under Ray Train: every rank saves its shard, and a folder per step holds them all."""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any, Protocol
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from rayrlhf.train import collectives
+from rayrlhf.train import collectives, manifest
 
 STATE_FILE = "state.json"
 TRAIN_FOLDER = "checkpoints"  # Ray Train's, in the run's folder
+RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints that it knows
+ELSEWHERE = "elsewhere"  # in the manifest: what lies elsewhere, as paths from the folder of checkpoints
 
 
 class Saved(Protocol):
@@ -49,37 +50,97 @@ class LoopState:
                 self.seconds_per_phase[phase] = self.seconds_per_phase.get(phase, 0.0) + seconds
 
 
-def save(state: LoopState, saved: Sequence[Saved], scratch: Path, *, fixed: Mapping[str, Any]) -> None:
-    """Write a checkpoint and wait until it is in the run's storage. Collective. `fixed`: the keys of the
-    config whose values it can only be resumed with.
+def save(
+    state: LoopState,
+    saved: Sequence[Saved],
+    scratch: Path,
+    *,
+    fixed: Mapping[str, Any],
+    elsewhere: Sequence[Path] = (),
+) -> None:
+    """Write a checkpoint into the run's storage, whole or not at all. Collective.
+
+    `fixed`: what it can only be resumed with. `elsewhere`: folders with a manifest of their own that belong
+    to it. `scratch` is this start's alone; what workers that died have left there goes.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"step-{state.step:06d}-rank-{collectives.rank()}-", dir=scratch))
+    own = _own_folder(scratch, state.step)
     for item in saved:
-        item.save(folder)
+        item.save(own)
     if collectives.rank() == 0:
-        (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
+        (own / STATE_FILE).write_text(json.dumps(asdict(state)))
+    context: Any = ray.train.get_context().get_storage()
+    storage = Path(context.experiment_fs_path)
+    folder = storage / checkpoint_name(state.step)
+    metrics = {"step": state.step, "first_draw": state.first_draw, "fixed": dict(fixed)}
+    paths = [os.path.relpath(path, storage) for path in elsewhere]
+    manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: paths})
     ray.train.report(
-        {"step": state.step, "first_draw": state.first_draw, "fixed": dict(fixed)},
+        metrics,
         checkpoint=Checkpoint.from_directory(str(folder)),
-        checkpoint_dir_name=checkpoint_name(state.step),
-        checkpoint_upload_mode=CheckpointUploadMode.SYNC,
-        delete_local_checkpoint_after_upload=True,
+        checkpoint_dir_name=folder.name,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is there
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another rank of this node is still saving
-        scratch.rmdir()
+    if collectives.rank() == 0:
+        clear(scratch)
+
+
+def _own_folder(scratch: Path, step: int) -> Path:
+    """An empty folder of this rank's."""
+    if collectives.rank() == 0:
+        clear(scratch)
+        scratch.mkdir(parents=True, exist_ok=True)
+    collectives.max_over_ranks(0.0)  # nobody writes before that
+    own = scratch / f"{checkpoint_name(step)}-rank-{collectives.rank():04d}"
+    own.mkdir()
+    return own
 
 
 def restore(saved: Sequence[Saved]) -> LoopState:
-    """The newest checkpoint's state, its shards loaded; a fresh state when there is none. Collective."""
+    """The newest checkpoint's state, its shards loaded; a fresh state when there is none. Collective.
+
+    Raises `DamagedCheckpoint`.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return LoopState()
-    with checkpoint.as_directory() as folder:
+    with checkpoint.as_directory() as name:
+        folder = Path(name)
+        _check(folder)
         for item in saved:
-            item.load(Path(folder))
-        return LoopState(**json.loads((Path(folder) / STATE_FILE).read_text()))
+            item.load(folder)
+        return LoopState(**json.loads((folder / STATE_FILE).read_text()))
+
+
+def _check(folder: Path) -> None:
+    """What may have happened since the driver looked, or since these workers' predecessors saved it, and
+    whether loading would run code. Every rank raises the same. Collective.
+    """
+    from rayrlhf.train.safe_load import strange_files  # and with it DeepSpeed, which the driver does without
+
+    found = manifest.read(folder) if collectives.rank() == 0 else None
+    why = found and manifest.damage(folder, found["files"], full=False)
+    [why, *_] = collectives.gather_lists([why])
+    if why:
+        fix = "Fix: the same command goes on from the newest whole checkpoint"
+        raise manifest.DamagedCheckpoint(f"{folder}: {why}. {fix}")
+    mine = sorted(folder.rglob("*.pt"))[collectives.rank() :: collectives.world_size()]
+    if strange := collectives.gather_lists(strange_files(mine)):
+        raise manifest.DamagedCheckpoint(
+            f"{'; '.join(strange)}. Nothing of it was run. rayrlhf saves no such thing: somebody has changed "
+            "the checkpoint. Fix: put it back, delete it to go on from the one before, or choose another "
+            "run.name"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Everything in there goes; what links lead to stays."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def checkpoint_name(step: int) -> str:
@@ -96,15 +157,10 @@ def newest_first_draw(storage: Path) -> int:
     return _newest_metrics(storage)["first_draw"]
 
 
-def newest_fixed(storage: Path) -> dict[str, Any] | None:
-    """The values of the config that the newest committed checkpoint can only be resumed with; None for one of
-    a version that did not write them.
-    """
-    return _newest_metrics(storage).get("fixed")
-
-
 def _newest_metrics(storage: Path) -> dict[str, Any]:
-    """What was reported with the newest checkpoint."""
-    snapshot = storage / "checkpoint_manager_snapshot.json"
-    newest = json.loads(snapshot.read_text()).get("latest_checkpoint_result") if snapshot.is_file() else None
-    return newest["metrics"] if newest else {"step": 0, "first_draw": 0, "fixed": {}}
+    """What was reported with the newest checkpoint, by Ray Train's own record, which the driver has seen to
+    (`train.find`).
+    """
+    record = storage / RECORD
+    newest = json.loads(record.read_text()).get("latest_checkpoint_result") if record.is_file() else None
+    return newest["metrics"] if newest else {"step": 0, "first_draw": 0}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.train import collectives
+from rayrlhf.train.safe_load import only_tensors
 
 
 class ExponentialMovingAverage:
@@ -134,4 +135,5 @@ def _file(folder: Path, rank: int) -> Path:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with only_tensors(path.parent):
+        return torch.load(path, map_location="cpu", weights_only=True)

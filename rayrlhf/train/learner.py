@@ -19,6 +19,7 @@ from rayrlhf.train import collectives, frozen
 from rayrlhf.train.engine import adapter_state_dict, full_state_dict, make_engine
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 from rayrlhf.train.resize import TAG, load_universal, read_layout, resized, write_layout
+from rayrlhf.train.safe_load import only_tensors
 from rayrlhf.train.sequences import own_outputs, together
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
@@ -171,7 +172,8 @@ class Learner:
         layout = read_layout(shards)
         frozen.check(layout["frozen"], self.module)
         if layout["workers"] == collectives.world_size() or not _has_shards(shards):
-            path, _ = self.engine.load_checkpoint(str(shards), tag=TAG, custom_load_fn=frozen.load)
+            with only_tensors(shards):
+                path, _ = self.engine.load_checkpoint(str(shards), tag=TAG, custom_load_fn=frozen.load)
         else:
             with resized(shards) as universal:
                 path, _ = load_universal(self.engine, universal)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from rayrlhf.train import collectives
+from rayrlhf.train.safe_load import only_tensors
 
 LAYOUT = "layout.json"  # how many workers have saved, how they divide their states, beside what weights
 TAG = "engine"
@@ -64,7 +65,7 @@ def resized(folder: Path) -> Iterator[Path]:
 def _convert(source: Path, scratch: Path) -> None:
     """In a process of its own: it forks, and prints."""
     scratch.mkdir()
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "rayrlhf.train.universal", "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(scratch / TAG)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=_env())
@@ -98,6 +99,7 @@ def load_universal(engine: Any, folder: Path) -> Any:
     config = engine._config
     before, config.load_universal_checkpoint = config.load_universal_checkpoint, True
     try:
-        return engine.load_checkpoint(str(folder), tag=TAG)
+        with only_tensors(folder):
+            return engine.load_checkpoint(str(folder), tag=TAG)
     finally:
         config.load_universal_checkpoint = before

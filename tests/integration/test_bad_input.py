@@ -13,6 +13,7 @@ from ray.util import placement_group_table
 
 from rayrlhf.loops.run import run_policy
 from tests.integration.policy_runs import tiny_run
+from tests.train.checkpoints import leave_checkpoint
 
 pytestmark = pytest.mark.ray
 
@@ -105,10 +106,7 @@ def test_bad_input(
 def test_resume_never_refuses_a_used_folder(
     tmp_path: Path, tiny_model: str, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    used = tmp_path / "runs" / "tiny" / "checkpoints"
-    used.mkdir(parents=True)
-    snapshot = {"latest_checkpoint_result": {"metrics": {"step": 4}}}
-    (used / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+    leave_checkpoint(tmp_path / "runs" / "tiny" / "checkpoints", 4)
     changes = {"run": {"resume": "never"}}
     assert run_policy(tiny_run(tmp_path, tiny_model, **changes)) == 2
     assert "run.resume=never" in capsys.readouterr().err

@@ -37,6 +37,14 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
         check_identity(file, IDENTITY, resume="never")
 
 
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"run": ', bytes(range(256))])
+def test_a_damaged_identity_is_an_error_that_names_it(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "identity.json"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"identity\.json cannot be read .* Fix: choose another run\.name"):
+        check_identity(file, IDENTITY, resume="auto")
+
+
 def test_what_changes_no_result_may_change() -> None:
     tree = {"sources": [{"type": "math", "num_replicas": 2, "weight": 1.0}], "timeout_seconds": 3}
     assert what_results_depend_on(tree) == {"sources": [{"type": "math", "weight": 1.0}]}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from typing import Any
 
 import pytest
+import ray
 import torch
+from ray.exceptions import ActorUnavailableError
 
 from rayrlhf.loops.mailbox import Answer, CriticFailed, Kind, Mailbox, Part, Request
+from rayrlhf.loops.remote_critic import RemoteCritic
 
 
 def part(name: str) -> Part:
@@ -106,6 +112,28 @@ def test_a_restart_of_the_critic_breaks_the_session_and_the_next_one_goes_on() -
     asyncio.run(body())
 
 
+def test_28_when_its_process_dies_both_sides_restart_and_go_on() -> None:
+    """A new mailbox knows neither side. Nobody may go on with it as if nothing had been lost: the critic's
+    workers may have died too. What begins with it is served.
+    """
+
+    async def body() -> None:
+        mailbox = Mailbox()  # after the death of another one, with which actor 1 and critic 10 had begun
+        actor = Actor(mailbox, started=1)
+        actor.numbers = [7]
+        assert "between actor and critic died" in await refused(actor.ask(0, "update"))
+        with pytest.raises(CriticFailed, match="between actor and critic died"):
+            await mailbox.next(10, 0)
+        await mailbox.answer(10, 0, Answer())  # to nobody
+        restarted = Actor(mailbox, started=2).ask(0, "begin")
+        await mailbox.join(20, 1)
+        assert await fetch(mailbox, 20, 0) == ("begin", [])
+        await mailbox.answer(20, 0, Answer())
+        assert await restarted == Answer()
+
+    asyncio.run(body())
+
+
 def test_a_restart_of_the_critic_is_told_even_when_nothing_waits() -> None:
     async def body() -> None:
         mailbox = Mailbox()
@@ -175,3 +203,34 @@ def test_a_failure_reaches_whoever_asks() -> None:
         assert "newer actor workers have taken over" in await refused(late)
 
     asyncio.run(body())
+
+
+@pytest.mark.ray
+def test_28_a_killed_mailbox_fails_what_waits_in_one_line(ray_session: None) -> None:
+    """By SIGKILL of its process, while an actor rank waits for an answer; the next session is served."""
+    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1).remote()
+    ray.get(mailbox.join.remote(10, 1))
+    critic = RemoteCritic.__new__(RemoteCritic)
+    critic.timeout_seconds = 120
+    waiting = mailbox.ask.remote(1, 1, 0, 0, Request("begin"), [])
+    pid: Any = ray.get(mailbox.__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(CriticFailed, match="between actor and critic died"):
+        critic._wait(waiting, "begin")
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            ray.get(mailbox.join.remote(20, 1), timeout=120)
+            break
+        except ActorUnavailableError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    late = mailbox.ask.remote(1, 1, 3, 0, Request("update"), [])
+    with pytest.raises(CriticFailed, match="between actor and critic died"):
+        critic._wait(late, "update")
+    begun = mailbox.ask.remote(2, 1, 0, 0, Request("begin"), [])
+    request, _ = ray.get(mailbox.next.remote(20, 0), timeout=120)
+    assert request.kind == "begin"
+    ray.get(mailbox.answer.remote(20, 0, Answer()))
+    assert critic._wait(begun, "begin") == Answer()
+    ray.kill(mailbox)

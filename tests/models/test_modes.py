@@ -55,7 +55,9 @@ def test_private_files_and_folders_get_the_modes_of_others(
         script.chmod(0o700)
         assert mode_of(folder) == 0o700 and mode_of(inner / "a.safetensors") == 0o600, "why it is needed"
         honour_umask(folder)
-        assert sorted(path.name for path in folder.rglob("*")) == sorted([inner.name, "a.safetensors", "run.sh"])
+        assert sorted(path.name for path in folder.rglob("*")) == sorted(
+            [inner.name, "a.safetensors", "run.sh"]
+        )
     assert mode_of(folder) == mode_of(inner) == folder_mode
     assert mode_of(inner / "a.safetensors") == file_mode
     assert mode_of(script) == file_mode | {0o644: 0o111, 0o600: 0o100, 0o660: 0o110}[file_mode]
@@ -126,7 +128,9 @@ def test_exports_adapters_and_merged_models_honour_the_umask(
         else:
             export_step_model(model, state, make_tokenizer(), export, step_token="</s>", adapter=adapter)
         assert merge_lora([str(export / "adapter"), str(merged)]) == 0
-    assert (export / "model.safetensors").is_file() and (export / "adapter/adapter_model.safetensors").is_file()
+    assert (export / "model.safetensors").is_file() and (
+        export / "adapter/adapter_model.safetensors"
+    ).is_file()
     assert (merged / "model.safetensors").is_file()
     assert unlike(export, file_mode, folder_mode) == unlike(merged, file_mode, folder_mode) == []
 
@@ -152,7 +156,14 @@ def test_whatever_lets_others_make_private_files_is_known_here() -> None:
             for node in ast.walk(ast.parse(text))
             if isinstance(node, ast.Call)
         }
-        if called & {"save_file", "save_pretrained", "save_model", "mkdtemp", "mkstemp", "NamedTemporaryFile"}:
+        if called & {
+            "save_file",
+            "save_pretrained",
+            "save_model",
+            "mkdtemp",
+            "mkstemp",
+            "NamedTemporaryFile",
+        }:
             name = os.fspath(file.relative_to(REPOSITORY))
             found.add(name)
             assert MAKERS.get(name) or "honour_umask" in called, name

@@ -1,56 +1,105 @@
-"""The board between the workers and the driver's sinks."""
+"""Every report comes to the driver once, whatever happens to the board's process."""
 
 from __future__ import annotations
 
 import asyncio
 
-from rayrlhf.observe.board import Board, Report
+from rayrlhf.observe.board import Board, Poster, Receipt, Report, Taker
 
 
-def step(number: int) -> Report:
-    return Report("step", number)
+def reports(count: int) -> list[Report]:
+    return [Report("step", step) for step in range(count)]
 
 
-def phase(number: int, text: str) -> Report:
-    return Report("phase", number, text)
+def test_what_is_posted_is_taken_in_order_and_once() -> None:
+    async def body() -> None:
+        board, poster, taker = Board(), Poster(), Taker()
+        one, two, three = reports(3)
+        for report in (one, two):
+            await board.post(poster.number(report))
+        assert taker.new(*await board.take(5, taker.had)) == [one, two]
+        await board.post(poster.number(three))
+        assert taker.new(*await board.take(5, taker.had)) == [three]
+        assert taker.new(*await board.take(0.01, taker.had)) == []
+
+    asyncio.run(body())
 
 
-def test_reports_are_taken_once_in_order() -> None:
-    async def play() -> None:
-        board = Board()
-        for report in (phase(0, "rollout"), step(1)):
-            await board.post(report)
-        assert await board.take(1.0) == [phase(0, "rollout"), step(1)]
-        assert await board.take(0.0) == []
+def test_28_no_report_is_lost_with_the_boards_process() -> None:
+    """Nor comes twice. Before, what waited there was gone, and the thread that took it with it."""
 
-    asyncio.run(play())
+    async def body() -> None:
+        first, poster, taker = Board(), Poster(), Taker()
+        one, two, three, four = reports(4)
+        receipts = [await first.post(poster.number(one)), await first.post(poster.number(two))]
+        assert poster.hear(receipts) == []
+        assert taker.new(*await first.take(5, taker.had)) == [one, two]
+        receipts = [await first.post(poster.number(three))]  # acknowledged, and lost
+
+        second = Board()
+        receipts.append(await second.post(poster.number(four)))
+        again = poster.hear(receipts)
+        assert [posted.number for posted in again] == [1, 2, 3, 4] and poster.num_deaths == 1
+        receipts = [await second.post(posted) for posted in again]
+        found = taker.new(*await second.take(5, taker.had))
+        assert sorted(report.step for report in found) == [2, 3]
+        assert taker.new(*await second.take(0.01, taker.had)) == []
+        receipts.append(await second.post(poster.number(one)))
+        assert poster.hear(receipts) == []
+        assert list(poster.unconfirmed) == [5], "the driver has confirmed the others"
+
+    asyncio.run(body())
+
+
+def test_an_answer_that_did_not_arrive_is_given_again() -> None:
+    async def body() -> None:
+        board, poster, taker = Board(), Poster(), Taker()
+        [one] = reports(1)
+        await board.post(poster.number(one))
+        await board.take(5, taker.had)  # lost on its way
+        assert taker.new(*await board.take(5, taker.had)) == [one]
+
+    asyncio.run(body())
+
+
+def test_without_a_receipt_everything_unconfirmed_is_posted_again() -> None:
+    poster = Poster()
+    numbered = [poster.number(report) for report in reports(2)]
+    assert poster.hear([Receipt("a", 1), None]) == numbered[1:]
+    assert poster.hear([Receipt("a", 2)]) == []
 
 
 def test_a_board_that_nobody_reads_is_bounded_and_drops_phases_first() -> None:
-    async def play() -> None:
-        board = Board(max_reports=3)
-        for report in (step(1), phase(1, "rollout"), step(2), phase(2, "rollout"), step(3), step(4)):
-            await board.post(report)
+    async def body() -> None:
+        board, poster, taker = Board(max_reports=3), Poster(), Taker()
+
+        async def post(report: Report) -> None:
+            await board.post(poster.number(report))
+
+        one, two, three, four = (Report("step", step) for step in range(1, 5))
+        for report in (one, Report("phase", 1, "rollout"), two, Report("phase", 2, "rollout"), three, four):
+            await post(report)
         # Both phases went, then the oldest step.
-        *kept, warning = await board.take(1.0)
-        assert kept == [step(2), step(3), step(4)]
+        *kept, warning = taker.new(*await board.take(5, taker.had))
+        assert kept == [two, three, four]
         assert warning.kind == "warning" and warning.text.startswith("3 reports were dropped")
-        await board.post(step(5))
-        assert await board.take(1.0) == [step(5)], "said once"
+        await post(one)
+        assert taker.new(*await board.take(5, taker.had)) == [one], "said once"
 
-    asyncio.run(play())
+    asyncio.run(body())
 
 
-def test_a_failure_is_reported_with_the_phase_in_which_it_happened() -> None:
-    async def play() -> None:
-        board = Board()
-        await board.post(phase(4, "update actor"))
-        await board.fail("actor worker 1 died", "the workers start again from step 4")
-        [_, report] = await board.take(1.0)
-        assert report == Report(
-            "warning",
-            4,
-            "actor worker 1 died after step 4, in update actor; the workers start again from step 4",
-        )
+def test_what_the_driver_was_given_is_not_dropped_before_it_says_so() -> None:
+    async def body() -> None:
+        board, poster, taker = Board(max_reports=2), Poster(), Taker()
+        first, second, third, fourth, fifth = (Report("step", step) for step in range(1, 6))
+        for report in (first, second):
+            await board.post(poster.number(report))
+        name, given = await board.take(5, taker.had)
+        for report in (third, fourth, fifth):
+            await board.post(poster.number(report))
+        assert taker.new(name, given) == [first, second]
+        *kept, warning = taker.new(*await board.take(5, taker.had))
+        assert kept == [fourth, fifth] and warning.text.startswith("1 reports were dropped")
 
-    asyncio.run(play())
+    asyncio.run(body())

@@ -140,3 +140,16 @@ def test_34_tensorboard_hides_what_an_earlier_attempt_logged(same_process: bool,
     seen = scalars(tmp_path, "loss/actor")
     assert seen == [(step, 1.0 if step < 11 else 2.0) for step in range(1, 15)]
     assert [step for step, _ in scalars(tmp_path, "eval/reward_mean")] == [2]
+
+
+def test_a_failure_is_said_with_the_phase_in_which_it_happened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(observe={"tensorboard": False, "console": "lines"})
+    with make_sinks(config, tmp_path, Console("lines")) as sinks:
+        sinks.write(Report("phase", 4, "update actor"))
+        sinks.write(Report("failure", 4, "actor worker 1 died", then="the workers start again from step 4"))
+    assert (
+        "warning: actor worker 1 died after step 4, in update actor; the workers start again from step 4"
+        in capsys.readouterr().out
+    )

@@ -76,7 +76,7 @@ class FrozenReference:
         how many this rank has asked about. Collective.
         """
         if path.is_file():
-            self.tables[split] = torch.from_numpy(np.load(path))
+            self.tables[split] = torch.from_numpy(np.load(path, allow_pickle=False))
             return
         self.model = self.model or self._load()
         told: list[tuple[int, list[float]]] = []
@@ -111,6 +111,14 @@ class RefTable(NamedTuple):
 
     file: str
     num_rows: int
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a table was not cut, nor replaced by what numpy would have to unpickle."""
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False).dtype == np.float32
+    except (ValueError, OSError, EOFError):
+        return False
 
 
 def table_path(folder: Path, split: str, fingerprint: str, rows: np.ndarray, reference: str) -> Path:

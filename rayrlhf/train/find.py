@@ -1,0 +1,164 @@
+"""Which checkpoint a run goes on from: the newest whole one, whatever Ray Train's own record says.
+
+Ray Train resumes from a record of its own, `checkpoint_manager_snapshot.json`. When that is damaged, or names
+folders that are gone, it ends the run although checkpoints are there; so the folders decide, and the record
+is written again from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayrlhf.train import manifest
+from rayrlhf.train.checkpoint import ELSEWHERE, RECORD, STATE_FILE
+
+NAME = re.compile(r"step_(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint."""
+
+    step: int
+    folder: Path
+    metrics: dict[str, Any]  # that it was reported with: step, first_draw, and perhaps fixed
+    has_manifest: bool
+
+
+@dataclass(frozen=True)
+class Search:
+    whole: list[Found] = field(default_factory=list)  # newest first
+    damaged: dict[str, str] = field(default_factory=dict)  # name of a folder -> what is wrong with it
+    record_problem: str | None = None  # with Ray Train's own file
+
+    @property
+    def newest(self) -> Found | None:
+        return self.whole[0] if self.whole else None
+
+
+def search(storage: Path, *, full: bool = False, tell: manifest.Tell | None = None) -> Search:
+    """Look at every checkpoint in Ray Train's folder. With `full`, every byte of the newest whole one."""
+    recorded, problem = _recorded(storage)
+    found = Search(record_problem=problem)
+    names = {path.name: path for path in storage.glob("step_*") if path.is_dir() and _step(path.name)}
+    every: set[str] = names.keys() | (recorded or {}).keys()
+    for name in sorted(every, key=_step, reverse=True):
+        folder = names.get(name)
+        if folder is None:
+            found.damaged[name] = f"the folder is gone ({RECORD} names it)"
+            continue
+        try:
+            whole = _look(folder, recorded, full=full and not found.whole, tell=tell)
+        except ValueError as error:
+            found.damaged[name] = str(error)
+            continue
+        if whole is not None:
+            found.whole.append(whole)
+    return found
+
+
+def _step(name: str) -> int:
+    match = NAME.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def _look(
+    folder: Path, recorded: dict[str, dict[str, Any]] | None, *, full: bool, tell: manifest.Tell | None
+) -> Found | None:
+    """None for one that was never finished. Raises `ValueError` saying what is damaged."""
+    about = manifest.read(folder)
+    step = _step(folder.name)
+    if about is None:
+        if recorded is not None and folder.name not in recorded:
+            return None  # of a version that had Ray Train copy it: the copy was cut off
+        _raise(manifest.damage_without_manifest(folder))
+        metrics = _metrics_of_state(folder) | (recorded or {}).get(folder.name, {})
+        return Found(step, folder, metrics, has_manifest=False)
+    _raise(manifest.damage(folder, about["files"], full=full, tell=tell))
+    for name in about.get(ELSEWHERE, []):
+        _look_elsewhere(folder.parent / name, full=full, tell=tell)
+    return Found(step, folder, about["metrics"], has_manifest=True)
+
+
+def _look_elsewhere(folder: Path, *, full: bool, tell: manifest.Tell | None) -> None:
+    """A folder that belongs to the checkpoint."""
+    where = f"{folder.parent.name}/{folder.name}"
+    if not folder.is_dir():
+        raise ValueError(f"{where}, which belongs to it, is gone")
+    about = manifest.read(folder)
+    if about is None:
+        raise ValueError(f"{where}, which belongs to it, has no {manifest.MANIFEST}")
+    problem = manifest.damage(folder, about["files"], full=full, tell=tell)
+    _raise(problem and f"{where}: {problem}")
+
+
+def _raise(problem: str | None) -> None:
+    if problem:
+        raise ValueError(problem)
+
+
+def _metrics_of_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        return {"step": state["step"], "first_draw": state.get("first_draw", 0)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{STATE_FILE} cannot be read ({error!r})") from error
+
+
+def _recorded(storage: Path) -> tuple[dict[str, dict[str, Any]] | None, str | None]:
+    """The metrics of the checkpoints that Ray Train knows, by folder; None and why when that is unknown."""
+    path = storage / RECORD
+    if not path.is_file():
+        return None, f"{RECORD} is missing" if any(storage.glob("step_*")) else None
+    try:
+        record = json.loads(path.read_text())
+        results = [*record["checkpoint_results"]]
+        if record["latest_checkpoint_result"] is not None:
+            results.append(record["latest_checkpoint_result"])
+        return {str(result["checkpoint_dir_name"]): {**result["metrics"]} for result in results}, None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{RECORD} cannot be read ({error!r})"
+
+
+def write_record(storage: Path, found: Search) -> None:
+    """Ray Train's record, made again from the whole checkpoints where it says anything else. Of those beyond
+    `checkpoint.keep` Ray Train removes the oldest when it saves.
+    """
+    names = [checkpoint.folder.name for checkpoint in reversed(found.whole)]
+    recorded, problem = _recorded(storage)
+    if problem is None and list(recorded or {}) == names and (not names or _is_of_this_ray(storage)):
+        return
+    if not names:
+        (storage / RECORD).unlink(missing_ok=True)
+        return
+    results = [
+        {"version": 0, "checkpoint_dir_name": checkpoint.folder.name, "metrics": checkpoint.metrics}
+        for checkpoint in reversed(found.whole)
+    ]
+    record = {
+        "ray_version": ray.__version__,
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(results))),
+        "latest_checkpoint_result": results[-1],
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": len(results),
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+    partial = storage / f".{RECORD}.partial"
+    partial.write_text(json.dumps(record))
+    os.replace(partial, storage / RECORD)
+
+
+def _is_of_this_ray(storage: Path) -> bool:
+    """Ray Train refuses the record of another version."""
+    return json.loads((storage / RECORD).read_text()).get("ray_version") == ray.__version__

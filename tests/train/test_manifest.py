@@ -1,0 +1,98 @@
+"""A checkpoint is whole or it is not there, and what has happened to it since is seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rayrlhf.train import manifest
+
+# xxh3's 128 bits of nothing: the first test vector of its specification's reference implementation.
+XXH3_OF_NOTHING = "99aa06d3014798d86001c324468d497f"
+
+
+def committed(folder: Path) -> Path:
+    own = folder / "scratch" / "rank-0"
+    (own / "actor").mkdir(parents=True)
+    (own / "state.json").write_text("{}")
+    (own / "empty").write_bytes(b"")
+    (own / "actor" / "big.pt").write_bytes(bytes(range(256)) * 8192)  # 2 MiB
+    manifest.commit(own, folder / "step_000004", {"metrics": {"step": 4}})
+    assert not own.exists() and not list((folder / "scratch").iterdir())
+    return folder / "step_000004"
+
+
+def test_sizes_and_checksums_of_every_file(tmp_path: Path) -> None:
+    folder = committed(tmp_path)
+    found = manifest.read(folder)
+    assert found is not None and found["metrics"] == {"step": 4}
+    assert {name: file["bytes"] for name, file in found["files"].items()} == {
+        "actor/big.pt": 2 * 2**20,
+        "empty": 0,
+        "state.json": 2,
+    }
+    assert found["files"]["empty"]["xxh3"] == XXH3_OF_NOTHING
+    assert manifest.damage(folder, found["files"], full=True) is None
+
+
+def test_a_folder_of_that_name_is_replaced(tmp_path: Path) -> None:
+    folder = committed(tmp_path)
+    (folder / "state.json").write_text("damaged")
+    (folder / "stray").write_text("of another time")
+    again = committed(tmp_path)
+    assert again == folder and not (folder / "stray").exists() and (folder / "state.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "name, change, problem, seen_without_reading",
+    [
+        ("state.json", None, "state.json is missing", True),
+        ("state.json", b"{", "state.json has 1 bytes of 2", True),
+        ("state.json", b"[]", "state.json has other contents than were saved", True),
+        ("actor/big.pt", b"x", "actor/big.pt has 1 bytes of 2,097,152", True),
+        ("actor/big.pt", b"\0" * 2**21, "actor/big.pt has other contents than were saved", False),
+    ],
+)
+def test_damage_is_seen(
+    name: str, change: bytes | None, problem: str, seen_without_reading: bool, tmp_path: Path
+) -> None:
+    folder = committed(tmp_path)
+    files = (manifest.read(folder) or {})["files"]
+    if change is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(change)
+    assert manifest.damage(folder, files, full=True) == problem
+    assert manifest.damage(folder, files, full=False) == (problem if seen_without_reading else None)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": "1"}}}']
+)
+def test_a_damaged_manifest_is_damage(text: str, tmp_path: Path) -> None:
+    folder = committed(tmp_path)
+    (folder / manifest.MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json (cannot be read|has no list of files)"):
+        manifest.read(folder)
+
+
+def test_a_long_check_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = committed(tmp_path)
+    monkeypatch.setattr(manifest, "PROGRESS_SECONDS", -1.0)
+    told: list[str] = []
+    files = (manifest.read(folder) or {})["files"]
+    assert manifest.damage(folder, files, full=True, tell=told.append) is None
+    assert told == ["checking step_000004: 0.0 of 0.0 GB"]
+
+
+def test_old_checkpoints_are_looked_at_for_what_is_cut(tmp_path: Path) -> None:
+    folder = committed(tmp_path)
+    (folder / manifest.MANIFEST).unlink()
+    assert manifest.read(folder) is None
+    assert manifest.damage_without_manifest(folder) == "actor/big.pt is cut off, or no tensors' file"
+    (folder / "actor" / "big.pt").unlink()
+    assert manifest.damage_without_manifest(folder) is None
+    (folder / "state.json").write_text(json.dumps({})[:1])
+    assert "state.json cannot be read" in str(manifest.damage_without_manifest(folder))
