@@ -103,6 +103,10 @@ class WeightSync:
                 self._tell_engines(f"weight sync of version {version}", "catch_up", version)
         return problem
 
+    def strangers(self) -> int:
+        """Connections without the keys that were refused at this rank's end of the direct way, so far."""
+        return self.courier.strangers() if self.courier is not None else 0
+
     def close(self) -> None:
         self._wait_until_published()
         self.copier.shutdown()

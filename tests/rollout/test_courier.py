@@ -13,6 +13,7 @@ from rayrlhf.rollout.courier import MOST_FAILURES, Courier
 
 def make_courier(tell_engines: Any, monkeypatch: pytest.MonkeyPatch) -> Courier:
     monkeypatch.setattr(module, "device_key", lambda device: "here")
+    monkeypatch.setattr(module, "node_id", lambda: "node")
     cpu = torch.device("cpu")
     return Courier("ipc", tell_engines, rank=0, device=cpu, gather=list, timeout_seconds=5.0)
 
@@ -40,8 +41,8 @@ def test_only_engines_on_the_trainers_devices_are_guests(monkeypatch: pytest.Mon
     def two_engines(what: str, method: str, *arguments: Any) -> list[dict[str, Any]]:
         del what, method, arguments
         return [
-            {"replica": 1, "engine_pid": 11, "devices": ["elsewhere"]},
-            {"replica": 0, "engine_pid": 10, "devices": ["here"]},
+            {"replica": 1, "engine_pid": 11, "devices": ["elsewhere"], "node": "other"},
+            {"replica": 0, "engine_pid": 10, "devices": ["here"], "node": "node"},
         ]
 
     courier = make_courier(two_engines, monkeypatch)
