@@ -60,6 +60,15 @@ class Rendering:
     def env(self) -> dict[str, str]:
         return self.config.launch.env
 
+    @property
+    def secrets(self) -> dict[str, tuple[str, str]]:
+        """Variables with the name and the key of the secret that holds each; the key is the variable's name
+        unless it is given.
+        """
+        given = self.config.launch.env_from_secret
+        parts = {variable: reference.partition("/") for variable, reference in given.items()}
+        return {variable: (name, key or variable) for variable, (name, _, key) in parts.items()}
+
     def header(self, where: str = "") -> list[str]:
         """Comment lines: where the file comes from and what was assumed. `where`: instead of nodes."""
         nodes = self.nodes
