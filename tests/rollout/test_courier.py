@@ -9,6 +9,7 @@ import torch
 
 from rayrlhf.rollout import courier as module
 from rayrlhf.rollout.courier import MOST_FAILURES, Courier
+from rayrlhf.rollout.meeting import Guest
 
 
 def make_courier(tell_engines: Any, monkeypatch: pytest.MonkeyPatch) -> Courier:
@@ -48,4 +49,23 @@ def test_only_engines_on_the_trainers_devices_are_guests(monkeypatch: pytest.Mon
     courier = make_courier(two_engines, monkeypatch)
     guests, everybody = courier._guests()
     assert list(guests) == [0] and not everybody
+    courier.close()
+
+
+@pytest.mark.parametrize("engine_node, host", [("node", "127.0.0.1"), ("another", "10.1.2.3")])
+def test_the_store_leaves_loopback_only_for_engines_on_other_nodes(
+    engine_node: str, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Store(module.TransferStore):
+        def __init__(self, host: str) -> None:
+            asked.append(host)
+            super().__init__()
+
+    monkeypatch.setattr(module, "TransferStore", Store)
+    monkeypatch.setattr(module.ray.util, "get_node_ip_address", lambda: "10.1.2.3")
+    courier = make_courier(lambda *_: [], monkeypatch)
+    courier._meeting({0: Guest(10, ("here",), engine_node)})
+    assert asked == [host] and courier.strangers() == 0
     courier.close()
