@@ -154,18 +154,19 @@ def links(device: str) -> dict[str, Any]:
     import torch
     import torch.multiprocessing
 
-    from rayrlhf.rollout.meeting import Guest, Meeting, join, open_store
+    from rayrlhf.rollout.meeting import Guest, Meeting, join
+    from rayrlhf.rollout.transfer_store import TransferStore
 
     num_bytes = (256 if device == "cuda" else 16) * 2**20
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    store = open_store(60)
-    meeting = Meeting("ipc", "127.0.0.1", store.port, {0: Guest(0, ("here",))}, 60)
+    store = TransferStore()
+    meeting = Meeting("ipc", store.address, {0: Guest(0, ("here",))}, 60)
     context = torch.multiprocessing.get_context("spawn")
     sums = context.Queue()
     reader = context.Process(target=_read_buckets, args=(meeting, where, num_bytes, sums), daemon=True)
     reader.start()
     assert sums.get(timeout=SECONDS) == "ready"
-    link = join(meeting, rank=0, device=where, key="here", store=store)
+    link = join(meeting, rank=0, device=where, key="here")
     wanted: list[int] = []
     seconds: list[float] = []
     for _ in range(BUCKETS):
@@ -178,15 +179,18 @@ def links(device: str) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     got = [sums.get(timeout=SECONDS) for _ in range(BUCKETS)]
     reader.join(SECONDS)
+    link.end("done")
+    store.close()
     assert got == wanted, (got, wanted)
     results: dict[str, Any] = {"gigabytes_per_second": round(num_bytes / min(seconds) / 1e9, 1)}
     if device == "cuda":
-        alone = open_store(60)
-        nobody = Meeting("nccl", "127.0.0.1", alone.port, {}, 60)
-        group = join(nobody, rank=0, device=where, key="", store=alone)
+        alone = TransferStore()
+        nobody = Meeting("nccl", alone.address, {}, 60)
+        group = join(nobody, rank=0, device=where, key="")
         group.send(torch.ones(8, dtype=torch.uint8, device=where))
         group.flush()
         group.end("done")
+        alone.close()
         results["nccl"] = "a group of one broadcast"
     return results
 

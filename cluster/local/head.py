@@ -4,8 +4,7 @@
         subprocess.run(["ray", "job", "submit", ...], env=head.client_env())
 
 The head uses free ports, a session folder and an access token of its own: it never meets another Ray cluster
-on the same machine, and nobody else can submit work to it, although Ray's GCS listens on every network
-interface.
+on the same machine, and nobody else can submit work to it. All of its services listen on loopback alone.
 """
 
 from __future__ import annotations
@@ -35,6 +34,10 @@ LAST_WORDS_CHARACTERS = 2000
 MAX_OUTPUT_BYTES = 1_000_000  # `ray start` says a few kilobytes
 STARTED = "Ray runtime started"  # what `ray start` prints when all of its processes are up
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
+
+# Ray replaces 127.0.0.1 by the address of an interface unless this is 0 (services.resolve_ip_for_localhost in
+# Ray 2.60); with that address of a node every service of Ray listens there alone.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 # Settings of another cluster or of an enclosing Ray job, which must not reach this one.
 FOREIGN_SETTINGS = (
@@ -107,6 +110,7 @@ class LocalHead:
         """This process's environment made fit to talk to this head, for `ray job submit` and the like."""
         return {
             **_own_environment(),
+            **LOOPBACK,
             "RAY_API_SERVER_ADDRESS": self.jobs_address,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
@@ -131,13 +135,17 @@ class LocalHead:
         # 0: the system picks. Ray's default range would be shared with every other cluster on this machine.
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={self.temp_dir}"]
         command += [f"--{name}={value}" for name, value in self._resources.items() if value is not None]
-        environment = _own_environment() | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": self._token,
-            "PYTHONUNBUFFERED": "1",  # a job's lines arrive as it prints them
-            # A job has more processes than a small machine has cores; Ray would warn of it at every start.
-            "RAY_worker_maximum_startup_concurrency": "16",
-        }
+        environment = (
+            _own_environment()
+            | LOOPBACK
+            | {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": self._token,
+                "PYTHONUNBUFFERED": "1",  # a job's lines arrive as it prints them
+                # A job has more processes than a small machine has cores; Ray would warn of it each time.
+                "RAY_worker_maximum_startup_concurrency": "16",
+            }
+        )
         self._output = tempfile.TemporaryFile()  # not in temp_dir, which is gone once Ray has failed
         self._supervisor = subprocess.Popen(
             [sys.executable, str(SUPERVISOR), str(os.getpid()), str(self.temp_dir), *command],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rayrlhf.config.base import Count, NaturalNumber, Problem, Section, Wanted
+from rayrlhf.config.secrets import is_secret_name
 
 Quantity = Annotated[str, Field(pattern=r"^[1-9]\d*(Mi|Gi|Ti)$"), Wanted("an amount of memory such as 512Gi")]
 ResourceName = Annotated[
@@ -15,6 +17,44 @@ ResourceName = Annotated[
     Wanted("lower-case letters, digits and '-', as Kubernetes names things"),
 ]
 AbsolutePath = Annotated[str, Field(pattern=r"^/\S*$"), Wanted("an absolute path")]
+
+
+SecretName = Annotated[
+    str,
+    Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[-._a-zA-Z0-9]+)?$"),
+    Wanted("the name of a secret, or name/key, never its value"),
+]
+VariableName = Annotated[
+    str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"), Wanted("a name of an environment variable")
+]
+# What services begin their keys with, and a password in a URL: a secret under any name.
+_SECRET_VALUE = re.compile(
+    r"^(hf_|sk-|ghp_|github_pat_|glpat-|AKIA|xox[bp]-)\w|-----BEGIN|^\w+://[^/\s:@]*:[^/\s@]+@"
+)
+
+
+def _no_secret_is_written_down(launch: LaunchConfig) -> Problem | None:
+    for name, value in launch.env.items():
+        if value and (is_secret_name(name) or _SECRET_VALUE.search(value)):
+            return Problem(
+                f"env.{name}",
+                got="a literal value, which would stand in every rendered file",
+                wanted="the name of a secret that the launcher knows",
+                fix=f"remove it, and set launch.env_from_secret.{name} to a secret (name or name/key)",
+            )
+    return None
+
+
+def _a_variable_has_one_source(launch: LaunchConfig) -> Problem | None:
+    twice = sorted(launch.env.keys() & launch.env_from_secret.keys())
+    if not twice:
+        return None
+    return Problem(
+        f"env_from_secret.{twice[0]}",
+        got=f"launch.env.{twice[0]}, too",
+        wanted="one source for a variable",
+        fix=f"remove launch.env.{twice[0]}",
+    )
 
 
 def _ttl_has_a_shutdown(kuberay: KubeRayConfig) -> Problem | None:
@@ -50,6 +90,17 @@ def _gangs_are_submitted_by_http(kuberay: KubeRayConfig) -> Problem | None:
     )
 
 
+def _a_token_has_authentication(kuberay: KubeRayConfig) -> Problem | None:
+    if kuberay.auth_secret is None or kuberay.auth == "token":
+        return None
+    return Problem(
+        "auth_secret",
+        got=f"{kuberay.auth_secret} with auth=disabled",
+        wanted="auth=token: nobody asks for a token otherwise",
+        fix="remove launch.kuberay.auth_secret, or set launch.kuberay.auth to token",
+    )
+
+
 class KubeRayConfig(Section):
     namespace: ResourceName = "default"
     """Kubernetes namespace."""
@@ -69,8 +120,6 @@ class KubeRayConfig(Section):
     """PersistentVolumeClaim that every pod mounts (ReadWriteMany): runs, models, data."""
     mount_path: AbsolutePath = "/shared"
     """Where it is mounted; relative run.dir lies under it."""
-    env_from: ResourceName | None = None
-    """Kubernetes Secret whose entries are environment variables of every pod."""
     service_account: ResourceName | None = None
     """Service account of the pods."""
     node_selector: dict[str, str] = Field(default_factory=dict)
@@ -79,8 +128,17 @@ class KubeRayConfig(Section):
     """Key of the taint of GPU nodes that worker pods tolerate."""
     queue: ResourceName | None = None
     """Queue of a gang scheduler (the label kueue.x-k8s.io/queue-name)."""
+    auth: Literal["token", "disabled"] = "token"
+    """Whether Ray asks for a token; without, every pod that reaches the head can run code there."""
+    auth_secret: ResourceName | None = None
+    """Secret with the token (key auth_token); null: the operator makes one for the cluster."""
 
-    checks = (_ttl_has_a_shutdown, _retries_have_a_submitter, _gangs_are_submitted_by_http)
+    checks = (
+        _ttl_has_a_shutdown,
+        _retries_have_a_submitter,
+        _gangs_are_submitted_by_http,
+        _a_token_has_authentication,
+    )
 
 
 class AnyscaleConfig(Section):
@@ -133,10 +191,14 @@ class LaunchConfig(Section):
     head_memory: Quantity = "32Gi"
     """Memory of the head node."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of every process; secrets are refused, since rendered files hold them."""
+    """Environment variables of every process; no secrets: they stand in the rendered files."""
+    env_from_secret: dict[VariableName, SecretName] = Field(default_factory=dict)
+    """Variables such as HF_TOKEN, each with the secret (name or name/key) that holds its value."""
     kuberay: KubeRayConfig = KubeRayConfig()
     """Kubernetes with KubeRay."""
     anyscale: AnyscaleConfig = AnyscaleConfig()
     """Anyscale."""
     slurm: SlurmConfig = SlurmConfig()
     """Slurm."""
+
+    checks = (_no_secret_is_written_down, _a_variable_has_one_source)

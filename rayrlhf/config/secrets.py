@@ -139,6 +139,8 @@ def _changed(tree: Any, change: Callable[[str, str], str], at: str) -> Any:
 
 def _changed_item(key: str, value: Any, change: Callable[[str, str], str], at: str) -> Any:
     path = _join(at, key)
+    if key in ("env_from_secret", "auth_secret"):  # names of secrets, whatever the variables are called
+        return value
     if key in ("headers", "header") and isinstance(value, Mapping):
         return {
             name: change(_join(path, str(name)), text) if _is_secret_header(str(name), text) else text

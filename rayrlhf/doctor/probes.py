@@ -126,8 +126,13 @@ def ray_cluster(address: str) -> None:
     import ray
     from ray.util import placement_group_table
 
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": 1, "include_dashboard": False}
-    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    from rayrlhf.loops.local_ray import private_ray
+
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        with private_ray():
+            ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     named: list[Any] = ray.util.list_named_actors(all_namespaces=True)  # dicts, whatever its annotation says
     serve: list[str] = []
     if any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in named):

@@ -9,6 +9,11 @@ from rayrlhf.launch.rendering import EXCLUDED, Rendering, commented, to_yaml
 
 def render_anyscale(job: Rendering) -> str:
     notes = ["anyscale job submit -f this.yaml, in the root of the repository."]
+    if job.secrets:
+        names = ", ".join(f"{name} ({secret})" for name, (secret, _) in job.secrets.items())
+        notes.append(
+            f"A job file has no place for secrets: give the cloud {names}, so that the nodes have them."
+        )
     return commented([*job.header(), *notes]) + to_yaml(anyscale_job(job))
 
 

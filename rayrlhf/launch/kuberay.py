@@ -63,9 +63,12 @@ def rayjob(job: Rendering) -> dict[str, Any]:
     if kuberay.queue is not None:
         metadata["labels"] = {QUEUE_LABEL: kuberay.queue}
         spec["suspend"] = True  # the queue lets it go when there is room for all of it
+    auth = {"mode": kuberay.auth, **({"secretName": kuberay.auth_secret} if kuberay.auth_secret else {})}
     spec["rayClusterSpec"] = {
         "rayVersion": importlib.metadata.version("ray"),
+        "authOptions": auth,
         "headGroupSpec": {
+            # The pod's address, where the operator reaches the job server.
             "rayStartParams": {"dashboard-host": "0.0.0.0", "num-gpus": "0"},
             "template": _pod(job, "head", launch.head_cpus, launch.head_memory, gpus=0),
         },
@@ -111,8 +114,11 @@ def _pod(job: Rendering, role: str, cpus: int, memory: str, *, gpus: int) -> dic
         "resources": {"requests": resources, "limits": resources},
         "volumeMounts": mounts,
     }
-    if kuberay.env_from is not None:
-        container["envFrom"] = [{"secretRef": {"name": kuberay.env_from}}]
+    if job.secrets:
+        container["env"] = [
+            {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
+            for variable, (name, key) in job.secrets.items()
+        ]
     pod: dict[str, Any] = {"containers": [container], "volumes": volumes}
     if role == "head" and kuberay.submission_mode == "SidecarMode":
         pod["restartPolicy"] = "Never"

@@ -14,7 +14,9 @@ def broken_rules(rayjob: Mapping[str, Any]) -> list[str]:
     has_ttl = spec.get("ttlSecondsAfterFinished", 0) > 0
     has_rules = bool((spec.get("deletionStrategy") or {}).get("deletionRules"))
     retries = spec.get("backoffLimit", 0) > 0
-    head = (spec.get("rayClusterSpec") or {}).get("headGroupSpec") or {}
+    cluster = spec.get("rayClusterSpec") or {}
+    auth = cluster.get("authOptions") or {}
+    head = cluster.get("headGroupSpec") or {}
     restart = ((head.get("template") or {}).get("spec") or {}).get("restartPolicy")
     sidecar = mode == "SidecarMode"
     rules = {
@@ -30,7 +32,17 @@ def broken_rules(rayjob: Mapping[str, Any]) -> list[str]:
         "SidecarMode excludes submitterPodTemplate": sidecar and "submitterPodTemplate" in spec,
         "SidecarMode excludes submitterConfig": sidecar and "submitterConfig" in spec,
         "SidecarMode excludes clusterSelector": sidecar and bool(spec.get("clusterSelector")),
+        "authOptions.mode token needs Ray 2.52": auth.get("mode") == "token"
+        and _minor(cluster.get("rayVersion", "")) < (2, 52),
+        "authOptions.secretName needs mode token": "secretName" in auth and auth.get("mode") != "token",
         "SidecarMode needs a head whose restartPolicy is Never or unset": sidecar
         and restart not in (None, "Never"),
     }
     return [rule for rule, broken in rules.items() if broken]
+
+
+def _minor(version: str) -> tuple[int, int]:
+    """(0, 0) for what is no version."""
+    parts = version.split(".")
+    numbers = [int(part) for part in parts[:2] if part.isdecimal()]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, 0)

@@ -64,6 +64,15 @@ class Rendering:
     def env(self) -> dict[str, str]:
         return self.config.launch.env
 
+    @property
+    def secrets(self) -> dict[str, tuple[str, str]]:
+        """Variables with the name and the key of the secret that holds each; the key is the variable's name
+        unless it is given.
+        """
+        given = self.config.launch.env_from_secret
+        parts = {variable: reference.partition("/") for variable, reference in given.items()}
+        return {variable: (name, key or variable) for variable, (name, _, key) in parts.items()}
+
     def header(self, where: str = "") -> list[str]:
         """Comment lines: where the file comes from and what was assumed. `where`: instead of nodes."""
         nodes = self.nodes
@@ -92,7 +101,7 @@ def rendering_of(config: Any, argv: list[str]) -> Rendering:
 
 def _secret_at(path: str) -> Problem:
     if path.startswith("launch."):
-        fix = "set the variable where the launcher runs, or launch.kuberay.env_from to a Kubernetes Secret"
+        fix = "set the variable where the launcher runs"
     elif ".arguments" in path:
         fix = "remove it, and have your class read an environment variable"
     else:

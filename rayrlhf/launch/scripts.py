@@ -24,6 +24,7 @@ def render_local(job: Rendering) -> str:
         START,
         commented([*job.header("this machine"), note]),
         "set -euo pipefail\n",
+        _required(job),
         ABSOLUTE,
         f"exec .venv/bin/python -m cluster.local.submit --num-cpus {cpus} --num-gpus {gpus} -- \\\n",
         _command(job, "$PWD"),
@@ -37,7 +38,11 @@ def render_ray_job(job: Rendering) -> str:
     notes = [
         "RAY_API_SERVER_ADDRESS is the dashboard's, http://head:8265; SHARED a folder of all nodes.",
         "Run it in the root of the repository.",
+        "Where Ray asks for a token: RAY_AUTH_MODE=token, and the cluster's in ~/.ray/auth_token, mode 600.",
     ]
+    if job.secrets:
+        names = ", ".join(job.secrets)
+        notes.append(f"The nodes must have {names} already: Ray shows to all what a job brings along.")
     return "".join(
         [
             START,
@@ -51,6 +56,14 @@ def render_ray_job(job: Rendering) -> str:
             f"  --runtime-env-json {shlex.quote(json.dumps(runtime))} -- \\\n",
             _command(job, "$SHARED"),
         ]
+    )
+
+
+def _required(job: Rendering) -> str:
+    """Lines that end a script at once where a secret is not in its environment, which its job inherits."""
+    return "".join(
+        f': "${{{variable}:?set it to the value of {name}; it is written nowhere}}"\n'
+        for variable, (name, _) in job.secrets.items()
     )
 
 
@@ -102,6 +115,7 @@ def render_slurm(job: Rendering) -> str:
             commented([*job.header(), *notes]),
             "set -euo pipefail\n",
             exports,
+            _required(job),
             *(f"{line}\n" for line in slurm.setup),
             ABSOLUTE,
             _SLURM_BODY.format(

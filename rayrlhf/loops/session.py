@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from ray.exceptions import ActorAlreadyExistsError
 from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatus
 
+from rayrlhf.loops.local_ray import private_ray
 from rayrlhf.loops.watchdog import name_session, start_watchdog
 from rayrlhf.placement.apps import app_statuses
 
@@ -31,7 +32,8 @@ class DeploymentFailed(RuntimeError):
 
 @contextmanager
 def ray_session(namespace: str) -> Iterator[str]:
-    """Join the cluster that RAY_ADDRESS names (a submitted job has it set), or start a local one and stop it.
+    """Join the cluster that RAY_ADDRESS names (a submitted job has it set), or start a local one, which only
+    this user can reach, and stop it.
 
     A process that has Ray running already (a notebook, a test) keeps it. Yields a sentence for the console.
     """
@@ -44,7 +46,8 @@ def ray_session(namespace: str) -> Iterator[str]:
     )
     watchdog = None if address else start_watchdog()
     try:
-        ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+        with nullcontext([]) if address not in (None, "", "local") else private_ray() as warnings:
+            ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
         if watchdog is not None:
             name_session(watchdog, ray.get_runtime_context().get_session_name())
         for name in ("ray.serve", "ray.data", "ray.train"):
@@ -52,7 +55,8 @@ def ray_session(namespace: str) -> Iterator[str]:
         DataContext.get_current().enable_progress_bars = False
         resources = ray.cluster_resources()
         where = f"joined the cluster at {address}" if address else "started a local Ray"
-        yield f"{where}: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+        size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+        yield "\n".join([f"{where}: {size}", *(f"warning: {warning}" for warning in warnings)])
     finally:
         ray.shutdown()
         if watchdog is not None:

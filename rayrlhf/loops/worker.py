@@ -47,6 +47,7 @@ class PolicyWorker(TrainingWorker):
         self.config = config = job.config
         self.algorithm = config.algorithm
         self.sync = self._make_sync()
+        self.strangers = 0  # refused at the weight transfer, as far as they have been reported
         self.turns = Turns(self.sync, engines_sleep=config.engines_sleep)
         self.turns.before_loading()
         beside = config.needs_critic and not config.critic_is_apart
@@ -223,6 +224,16 @@ class PolicyWorker(TrainingWorker):
         weights = self.learners.actor_weights()
         problem = self.turns.roll_out(self.learners, lambda: self.sync.push(weights, version))
         self.metrics["rollout/weight_sync_fallbacks"] = float(problem is not None)
+        strangers = self.sync.strangers()
+        self.metrics["rollout/refused_connections"] = float(strangers)
+        if strangers > self.strangers:
+            count = strangers - self.strangers
+            self.reporter.warn(
+                version,
+                f"{count} connections without this run's keys were refused at the weight transfer's port: "
+                "somebody else scans it (docs/security.md)",
+            )
+        self.strangers = strangers
         if problem is not None:
             route = self.job.weight_route
             self.reporter.warn(version, f"{route} did not bring the weights, the object store did: {problem}")

@@ -127,7 +127,7 @@ def _count_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if heads and hidden and not numbers["head_dim"] and hidden % heads:
         yield f"config.json has hidden_size={hidden}, which num_attention_heads={heads} do not divide"
     if heads and kv_heads and heads % kv_heads:
-        yield f"config.json has num_attention_heads={heads}, which num_key_value_heads={kv_heads} do not divide"
+        yield f"config.json: num_attention_heads={heads}, which num_key_value_heads={kv_heads} do not divide"
 
 
 @lru_cache(maxsize=1)

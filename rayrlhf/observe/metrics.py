@@ -72,6 +72,7 @@ METRICS: dict[str, str] = {
     "data/imbalance": "how many more tokens than the mean the busiest rank trains on, as a share",
     "data/imbalance_before": "the same if every rank trained on what it has collected",
     "rollout/weight_sync_fallbacks": "1 when the direct way failed and the object store helped",
+    "rollout/refused_connections": "strangers that tried the store of the weight transfer, over the attempt",
     "rollout/freed_bytes": "bytes that all engines gave up while the trainers worked",
     "train/epoch": "passes over the training data so far",
     "train/tokens_per_second": "tokens per second of the update phase, all ranks",

@@ -42,6 +42,29 @@ def lay_out(group: Group) -> list[TensorSlice]:
     return slices
 
 
+def check(slices: Sequence[TensorSlice]) -> None:
+    """Before anything is allocated for them. Raises `ValueError` for slices that `lay_out` does not make."""
+    end = 0
+    for piece in slices:
+        dtype = getattr(torch, piece.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{piece.name}: {piece.dtype!r} is no dtype")
+        if any(type(length) is not int or length < 0 for length in piece.shape):
+            raise ValueError(f"{piece.name}: {piece.shape} is no shape")
+        wanted = math.prod(piece.shape) * dtype.itemsize
+        if piece.num_bytes != wanted:
+            raise ValueError(
+                f"{piece.name}: {piece.num_bytes} bytes for {piece.shape} of {piece.dtype}, not {wanted}"
+            )
+        if piece.offset_bytes < end or piece.offset_bytes >= end + ALIGNMENT_BYTES:
+            raise ValueError(f"{piece.name}: lies at {piece.offset_bytes}, the one before ends at {end}")
+        if piece.offset_bytes % ALIGNMENT_BYTES:
+            raise ValueError(
+                f"{piece.name}: lies at {piece.offset_bytes}, not a multiple of {ALIGNMENT_BYTES}"
+            )
+        end = piece.offset_bytes + piece.num_bytes
+
+
 def size_of(slices: Sequence[TensorSlice]) -> int:
     """Bytes of the bucket."""
     return slices[-1].offset_bytes + slices[-1].num_bytes

@@ -13,18 +13,10 @@ from torch import Tensor
 
 from rayrlhf.rollout.bucket import Group, fill, size_of
 from rayrlhf.rollout.device_memory import device_key
+from rayrlhf.rollout.failures import MeetingEnded
 from rayrlhf.rollout.hub import TensorSlice
-from rayrlhf.rollout.meeting import (
-    Backend,
-    Delivery,
-    Guest,
-    Link,
-    Meeting,
-    MeetingEnded,
-    Wire,
-    join,
-    open_store,
-)
+from rayrlhf.rollout.meeting import Backend, Delivery, Guest, Link, Meeting, join
+from rayrlhf.rollout.transfer_store import LOOPBACK, TransferStore
 
 Answers = list[dict[str, Any]]
 LOOK_SECONDS = 2.0  # how soon a dead engine is noticed where its connection does not tell
@@ -52,12 +44,15 @@ class Courier:
         self.gather = gather
         self.timeout_seconds = timeout_seconds
         self.key = device_key(device)
-        devices: list[str] = gather([self.key])
+        places: list[tuple[str, str]] = gather([(self.key, node_id())])
+        devices = [device for device, _ in places]
         self.devices = set(devices)
+        self.nodes = {node for _, node in places} if backend == "ipc" else {places[0][1]}  # that join
         self.sends = rank == 0 if backend != "ipc" else devices.index(self.key) == rank
         self.link: Link | None = None
         self.meeting: Meeting | None = None
-        self.store: Any = None
+        self.store: TransferStore | None = None
+        self.refused = 0  # strangers at the stores before this one
         self.failures = 0
         self.delivery: Delivery | None = None
         self.problem: str | None = None
@@ -84,6 +79,7 @@ class Courier:
         if self.rank == 0:
             self.arrived.clear()
             self.answers = self.requests.submit(self._deliver, delivery)
+            assert self.store is not None
             self.requests.submit(self._look_after, delivery.meeting, self.store)
         if delivery.meeting != self.meeting:
             self.link, self.meeting = None, delivery.meeting
@@ -118,6 +114,10 @@ class Courier:
             self._leave(self.problem)
         return self.problem
 
+    def strangers(self) -> int:
+        """Connections that were refused at this rank's stores, over the run."""
+        return self.refused + (self.store.refused if self.store is not None else 0)
+
     def close(self) -> None:
         self.arrived.set()
         self._leave("the trainers have ended")
@@ -126,7 +126,7 @@ class Courier:
     def _guests(self) -> tuple[dict[int, Guest], bool]:
         """The engines that run and can be reached this way, and whether those are all that run."""
         found = self.tell_engines("asking the engines where they are", "describe")
-        guests = {a["replica"]: Guest(a["engine_pid"], tuple(a["devices"])) for a in sorted_by_replica(found)}
+        guests = {a["replica"]: _guest(a) for a in sorted_by_replica(found)}
         reached = {
             replica: guest
             for replica, guest in guests.items()
@@ -139,27 +139,30 @@ class Courier:
         if self.meeting is not None and self.meeting.guests == guests:
             return self.meeting
         self._leave("other engines are there now")
-        self.store = open_store(self.timeout_seconds)
-        host = ray.util.get_node_ip_address()
-        return Meeting(self.backend, host, self.store.port, guests, self.timeout_seconds)
+        nodes = self.nodes | {guest.node for guest in guests.values()}
+        self.store = TransferStore(LOOPBACK if len(nodes) == 1 else ray.util.get_node_ip_address())
+        return Meeting(self.backend, self.store.address, guests, self.timeout_seconds)
 
     def _has_readers(self, meeting: Meeting) -> bool:
         """Whether somebody takes what this rank sends."""
-        return self.sends and (self.backend != "ipc" or meeting.readers(self.key) > 0)
+        return self.sends and (self.backend != "ipc" or bool(meeting.readers(self.key)))
 
     def _join(self, meeting: Meeting) -> None:
-        self.link = join(meeting, rank=0, device=self.device, key=self.key, store=self.store)
+        self.link = join(meeting, rank=0, device=self.device, key=self.key)
 
     def _leave(self, why: str) -> None:
         if self.link is not None:
             self.link.end(why)
+        if self.store is not None:
+            self.refused += self.store.refused
+            self.store.close()
         self.link = self.meeting = self.store = None
 
     def _deliver(self, delivery: Delivery) -> Answers:
         what = f"delivering version {delivery.version} by {self.backend}"
         return self.tell_engines(what, "receive", delivery)
 
-    def _look_after(self, meeting: Meeting, store: Any) -> None:
+    def _look_after(self, meeting: Meeting, store: TransferStore) -> None:
         """End the meeting when a guest dies: some links would not tell before their deadline."""
         while not self.arrived.wait(LOOK_SECONDS):
             try:
@@ -169,7 +172,7 @@ class Courier:
             there = {answer["replica"]: answer["engine_pid"] for answer in found}
             gone = [replica for replica, guest in meeting.guests.items() if there.get(replica) != guest.pid]
             if gone:
-                Wire(store, 0).end(f"engine {gone[0]} died")
+                store.end(f"engine {gone[0]} died")
                 return
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:
@@ -180,6 +183,15 @@ class Courier:
             if self.link is not None:  # at once: it frees those who still wait for more
                 self.link.end(self.problem)
                 self.link = None
+
+
+def node_id() -> str:
+    """Ray's, of this process."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def _guest(answer: dict[str, Any]) -> Guest:
+    return Guest(answer["engine_pid"], tuple(answer["devices"]), answer["node"])
 
 
 def sorted_by_replica(answers: Answers) -> Answers:

@@ -224,7 +224,8 @@ class EngineActor:
             await self._ask_hub("record", self.name, what)
 
     async def describe(self) -> dict[str, Any]:
-        return {"engine_pid": os.getpid(), "version": self.version, "devices": self.devices}
+        node = ray.get_runtime_context().get_node_id()
+        return {"engine_pid": os.getpid(), "version": self.version, "devices": self.devices, "node": node}
 
     async def check(self) -> int:
         self.stepper.raise_if_dead()

@@ -1,8 +1,8 @@
 """A push that goes straight into the engines' memory: who meets where, and the links that carry the bytes.
 
-Rank 0 of the trainers invites the engines to a meeting. At its address is a small key-value store
-(torch's TCPStore), through which they find each other, and through which one that fails tells the others:
-nobody waits for a peer that is gone. Two kinds of link carry buckets:
+Rank 0 of the trainers invites the engines to a meeting. At its address is a small store that only its members
+can read and write (`rollout.transfer_store`), through which they find each other, and through which one that
+fails tells the others: nobody waits for a peer that is gone. Two kinds of link carry buckets:
 
 * `GroupLink`: rank 0 broadcasts to all workers of all engines, by NCCL between GPUs or gloo between hosts.
 * `IpcLink`: every trainer fills a buffer that the engine on its own device reads in place, by CUDA IPC on a
@@ -14,9 +14,7 @@ store.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,22 +25,19 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from rayrlhf.rollout.device_memory import SharedBuffer, attach
+from rayrlhf.rollout.failures import MeetingEnded
 from rayrlhf.rollout.hub import TensorSlice
+from rayrlhf.rollout.transfer_store import Address, Member
 
 Backend = Literal["gloo", "nccl", "ipc"]
 POLL_SECONDS = 0.001
-ATTEMPT_SECONDS = 2.0
-SETTLE_SECONDS = 0.3
 GONE_SECONDS = 2.0
-ENDED = "ended"  # key: why the meeting is over
+ANSWER_SECONDS = 0.2  # of a store that is there
 NCCL_SECONDS = 24 * 3600.0  # the deadline is ours: NCCL's own would end the process
-
-
-class MeetingEnded(RuntimeError):
-    """A peer failed or did not come in time; the message says who."""
+_ABORTED: list[Store] = []  # a thread of NCCL may still hold one, and does not keep our half of it alive
 
 
 @dataclass(frozen=True)
@@ -51,13 +46,13 @@ class Guest:
 
     pid: int  # of its actor: a restarted one is another guest
     devices: tuple[str, ...]  # of each of its workers
+    node: str = ""  # Ray's id of the node that its actor is on
 
 
 @dataclass(frozen=True)
 class Meeting:
     backend: Backend
-    host: str
-    port: int  # also tells one meeting from another
+    address: Address  # of its store; also tells one meeting from another
     guests: Mapping[int, Guest]  # by replica rank
     timeout_seconds: float
 
@@ -69,9 +64,22 @@ class Meeting:
     def first_rank(self, replica: int) -> int:
         return 1 + sum(len(guest.devices) for other, guest in self.guests.items() if other < replica)
 
-    def readers(self, device: str) -> int:
-        """How many workers of engines are on that device."""
-        return sum(guest.devices.count(device) for guest in self.guests.values())
+    def readers(self, device: str) -> list[int]:
+        """Ranks of the engines' workers on that device."""
+        return [
+            self.first_rank(replica) + worker
+            for replica, guest in self.guests.items()
+            for worker, its_device in enumerate(guest.devices)
+            if its_device == device
+        ]
+
+    def names(self) -> dict[int, str]:
+        """Whose rank is whose."""
+        return {0: "the trainer"} | {
+            self.first_rank(replica) + worker: f"engine {replica}"
+            for replica, guest in self.guests.items()
+            for worker in range(len(guest.devices))
+        }
 
 
 @dataclass(frozen=True)
@@ -97,86 +105,77 @@ class Link(Protocol):
     def end(self, why: str) -> None: ...
 
 
-def open_store(timeout_seconds: float) -> TCPStore:
-    """The store of a new meeting, on this host at a free port."""
-    attempt = timedelta(seconds=ATTEMPT_SECONDS)
-
-    def listen() -> TCPStore:
-        return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=attempt)
-
-    store = _again_until(timeout_seconds, listen)
-    time.sleep(SETTLE_SECONDS)
-    return store
-
-
-def _connect(meeting: Meeting, timeout_seconds: float) -> TCPStore:
-    """Raises `MeetingEnded` at the deadline."""
-    attempt = timedelta(seconds=min(ATTEMPT_SECONDS, timeout_seconds))
-    return _again_until(
-        timeout_seconds, lambda: TCPStore(meeting.host, meeting.port, is_master=False, timeout=attempt)
-    )
-
-
-def _again_until(timeout_seconds: float, connect: Callable[[], TCPStore]) -> TCPStore:
-    """A connection to a port that has just been opened may get stuck; the next one does not."""
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        try:
-            store = connect()
-        except dist.DistError as error:
-            if time.monotonic() > deadline:
-                raise MeetingEnded(f"the store of the meeting could not be reached: {error}") from error
-        else:
-            store.set_timeout(timedelta(seconds=timeout_seconds))
-            return store
-
-
-def join(meeting: Meeting, *, rank: int, device: torch.device, key: str, store: Store | None = None) -> Link:
-    """This member's link. `rank` is 0 for every trainer; `key` names its device; the host brings its `store`.
+def join(meeting: Meeting, *, rank: int, device: torch.device, key: str) -> Link:
+    """This member's link. `rank` is 0 for every trainer; `key` names its device.
 
     Raises `MeetingEnded` naming the members who have not come.
     """
-    if store is None:
-        store = _connect(meeting, meeting.timeout_seconds)
-    wire = Wire(store, meeting.timeout_seconds)
+    wire = Wire(Member(meeting.address, meeting.timeout_seconds), meeting.timeout_seconds)
     if meeting.backend == "ipc":
-        return IpcLink(wire, device, key, readers=meeting.readers(key))
+        return IpcLink(wire, device, key, rank=rank, readers=meeting.readers(key))
     return GroupLink(wire, meeting, rank, device)
 
 
 def end_meeting(meeting: Meeting, why: str) -> None:
     """For a member that may not have joined. Where the store is gone, so is the meeting."""
     with contextlib.suppress(MeetingEnded):
-        Wire(_connect(meeting, GONE_SECONDS), 0).end(why)
+        Wire(Member(meeting.address, GONE_SECONDS), 0).end(why)
 
 
 class Wire:
-    """The store of a meeting, with waits that end at the deadline or with the meeting."""
+    """A member's connection to the store, with waits that end at the deadline or with the meeting."""
 
-    def __init__(self, store: Store, timeout_seconds: float) -> None:
-        self.store = store
+    def __init__(self, member: Member, timeout_seconds: float) -> None:
+        self.member = member
         self.timeout_seconds = timeout_seconds
 
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + self.timeout_seconds
-        try:
-            while not ready():
-                if self.store.check([ENDED]):
-                    raise MeetingEnded(self.reason())
-                if time.monotonic() > deadline:
-                    self.end(f"{what} did not happen within {self.timeout_seconds:g} s")
-                    raise MeetingEnded(self.reason())
-                time.sleep(POLL_SECONDS)
-        except dist.DistError as error:
-            raise MeetingEnded("its host, rank 0 of the trainers, has gone") from error
+        while not ready():
+            if self.member.ended is not None:
+                raise MeetingEnded(self.member.ended)
+            if time.monotonic() > deadline:
+                raise MeetingEnded(
+                    self.member.end(f"{what} did not happen within {self.timeout_seconds:g} s")
+                )
+            self.member.pump(POLL_SECONDS)
 
-    def end(self, why: str) -> None:
-        """Everybody who waits learns why; the first reason stays."""
-        with contextlib.suppress(dist.DistError):  # without its host, it has ended already
-            self.store.compare_set(ENDED, "", why)
+    def take(self, key: str, what: str) -> bytes:
+        """The value of that key, once it is there."""
+        self.member.ask(key)
+        self.wait(lambda: key in self.member.values, what)
+        return self.member.values.pop(key)
 
-    def reason(self) -> str:
-        return self.store.get(ENDED).decode()
+    def end(self, why: str) -> str:
+        """Everybody who waits learns why; the first reason stays, and is returned."""
+        reason = self.member.end(why)
+        self.member.close()
+        return reason
+
+
+class GroupStore(Store):
+    """What a process group of torch asks of a store while it is made, over a wire."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__()
+        self.wire = wire
+        self.known: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self.wire.member.post(f"group/{key}", value.encode() if isinstance(value, str) else value)
+
+    def get(self, key: str) -> bytes:
+        if key not in self.known:
+            self.known[key] = self.wire.take(f"group/{key}", "the making of the group")
+        return self.known[key]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        del timeout  # the wire's is the same
+        for key in keys:
+            self.get(key)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        del timeout
 
 
 class GroupLink:
@@ -186,26 +185,33 @@ class GroupLink:
         self.wire = wire
         self.device = device if meeting.backend == "nccl" else torch.device("cpu")
         self.sending: tuple[Any, Tensor] | None = None  # a bucket under way, kept alive
-        wire.store.set(f"came/{rank}", "")
-        names = {0: "the trainer"} | {
-            meeting.first_rank(replica) + worker: f"engine {replica}"
-            for replica, guest in meeting.guests.items()
-            for worker in range(len(guest.devices))
-        }
-        missing = [name for other, name in names.items() if other != rank]
-
-        def all_came() -> bool:
-            nonlocal missing
-            missing = [name for other, name in names.items() if not wire.store.check([f"came/{other}"])]
-            return not missing
-
+        wire.member.post(f"came/{rank}")
+        self._wait_for_all(meeting, rank)
+        self.store = GroupStore(wire)  # the group calls it, and does not keep it alive
         try:
-            wire.wait(all_came, "the meeting of all members")
-        except MeetingEnded as ended:
-            if missing:
-                raise MeetingEnded(f"{ended}; missing: {', '.join(dict.fromkeys(missing))}") from None
+            self.group: Any = _group(self.store, meeting, rank, wire.member.local_host())
+        except MeetingEnded:
             raise
-        self.group: Any = _group(PrefixStore("group", wire.store), meeting, rank)
+        except RuntimeError as error:
+            raise MeetingEnded(wire.end(f"the group could not be made: {error}")) from error
+
+    def _wait_for_all(self, meeting: Meeting, rank: int) -> None:
+        """Only the trainer asks for everybody, so that the messages grow as the members do."""
+        member = self.wire.member
+        came = {f"came/{other}": name for other, name in meeting.names().items() if other != rank}
+        wanted = came.keys() if rank == 0 else {"all came"}
+        for key in wanted:
+            member.ask(key)
+        try:
+            self.wire.wait(lambda: wanted <= member.values.keys(), "the meeting of all members")
+        except MeetingEnded as ended:
+            for key in came:
+                member.ask(key)
+            member.pump(ANSWER_SECONDS)
+            missing = [name for key, name in came.items() if key not in member.values]
+            raise MeetingEnded(f"{ended}; missing: {', '.join(dict.fromkeys(missing))}") from None
+        if rank == 0:
+            member.post("all came")
 
     def buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -232,6 +238,7 @@ class GroupLink:
         self.wire.end(why)
         if self.group is not None and self.device.type == "cuda":
             self.group.abort()
+            _ABORTED.append(self.store)
         # Closing the connections frees those who wait inside a collective. Gloo waits for its own first, and
         # nobody should wait for that.
         held = [self.sending, self.group]
@@ -255,17 +262,17 @@ class GroupLink:
             raise self._broken(error) from error
 
     def _broken(self, error: RuntimeError) -> MeetingEnded:
-        why = f"a broadcast failed: {error}"
-        self.wire.end(why)
-        try:
-            return MeetingEnded(self.wire.reason())
-        except dist.DistError:
-            return MeetingEnded(why)
+        return MeetingEnded(self.wire.member.end(f"a broadcast failed: {error}"))
 
 
-def _group(store: Store, meeting: Meeting, rank: int) -> Any:
+def _group(store: Store, meeting: Meeting, rank: int, host: str) -> Any:
+    """Gloo listens on `host` alone; NCCL on the interface that NCCL_SOCKET_IFNAME names."""
     if meeting.backend == "gloo":
-        return dist.ProcessGroupGloo(store, rank, meeting.size, timedelta(seconds=meeting.timeout_seconds))
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=host)]
+        options._timeout = timedelta(seconds=meeting.timeout_seconds)
+        return gloo(store, rank, meeting.size, options)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=NCCL_SECONDS)
     return dist.ProcessGroupNCCL(store, rank, meeting.size, options)
@@ -274,10 +281,11 @@ def _group(store: Store, meeting: Meeting, rank: int) -> Any:
 class IpcLink:
     """Buffers in memory that sender and readers share. At most two are alive: one is read, one is filled."""
 
-    def __init__(self, wire: Wire, device: torch.device, key: str, *, readers: int) -> None:
+    def __init__(self, wire: Wire, device: torch.device, key: str, *, rank: int, readers: list[int]) -> None:
         self.wire = wire
         self.device = device
         self.key = key
+        self.rank = rank
         self.readers = readers
         self.count = 0  # buckets, on every end
         self.filling: SharedBuffer | None = None
@@ -292,7 +300,9 @@ class IpcLink:
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # the bytes are there before anybody may look
         self.sent[self.count], self.filling = self.filling, None
-        self.wire.store.set(self._name(self.count), _text(self.sent[self.count].handle))
+        self.wire.member.post(self._name(self.count), self.sent[self.count].handle)
+        for reader in self.readers:
+            self.wire.member.ask(self._read_by(self.count, reader))
         self.count += 1
         self._wait_until_read(self.count - 2)
 
@@ -300,15 +310,19 @@ class IpcLink:
         self._wait_until_read(self.count - 1)
 
     def receive(self, num_bytes: int) -> Tensor:
-        name = self._name(self.count)
-        self.wire.wait(lambda: self.wire.store.check([name]), f"bucket {self.count} on {self.key}")
-        return attach(pickle.loads(base64.b85decode(self.wire.store.get(name))), self.device)
+        handle = self.wire.take(self._name(self.count), f"bucket {self.count} on {self.key}")
+        try:
+            return attach(handle, self.device, num_bytes)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise MeetingEnded(
+                self.wire.member.end(f"bucket {self.count} cannot be read: {error}")
+            ) from error
 
     def release(self) -> None:
         """What `receive` gave has been copied, and the buffer may be filled again."""
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        self.wire.store.add(self._name(self.count) + "/read", 1)
+        self.wire.member.post(self._read_by(self.count, self.rank))
         self.count += 1
 
     def end(self, why: str) -> None:
@@ -318,16 +332,15 @@ class IpcLink:
     def _wait_until_read(self, count: int) -> None:
         if count not in self.sent:
             return
-        name = self._name(count) + "/read"
+        receipts = {self._read_by(count, reader) for reader in self.readers}
         everybody_has = f"the reading of bucket {count} on {self.key}"
-        self.wire.wait(lambda: self.wire.store.add(name, 0) >= self.readers, everybody_has)
-        self.wire.store.delete_key(self._name(count))
-        self.wire.store.delete_key(name)
+        self.wire.wait(lambda: receipts <= self.wire.member.values.keys(), everybody_has)
+        for name in (self._name(count), *receipts):
+            self.wire.member.drop(name)
         del self.sent[count]
 
     def _name(self, count: int) -> str:
         return f"bucket/{self.key}/{count}"
 
-
-def _text(handle: Any) -> str:
-    return base64.b85encode(pickle.dumps(handle)).decode()
+    def _read_by(self, count: int, rank: int) -> str:
+        return f"{self._name(count)}/read/{rank}"

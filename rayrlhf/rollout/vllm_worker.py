@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from rayrlhf.rollout.bucket import size_of, unpack
+from rayrlhf.rollout.bucket import check, size_of, unpack
 from rayrlhf.rollout.device_memory import device_key
 from rayrlhf.rollout.hub import TensorSlice
 from rayrlhf.rollout.meeting import Link, Meeting, join
@@ -64,6 +64,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
         slices = update_info.slices
+        check(slices)
         if update_info.bucket is not None:
             self._load(slices, torch.from_numpy(update_info.bucket))
             return

@@ -109,6 +109,10 @@ class WeightSync:
         """Of the hub's process since the last call, that it has come back from; on rank 0."""
         return 0 if self.hub is None else self.hub.drain_restored()
 
+    def strangers(self) -> int:
+        """Connections without the keys that were refused at this rank's end of the direct way, so far."""
+        return self.courier.strangers() if self.courier is not None else 0
+
     def close(self) -> None:
         self._wait_until_published()
         self.copier.shutdown()

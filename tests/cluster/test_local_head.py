@@ -67,6 +67,19 @@ def test_a_job_runs_with_our_python_and_sees_what_git_does_not_ignore(
 
 
 @pytest.mark.ray
+def test_all_of_its_services_listen_on_loopback_alone(head: LocalHead) -> None:
+    """Ten ports were open on every interface before, the GCS's and the workers' among them."""
+    (supervisor,) = (p for p in psutil.Process().children() if str(head.temp_dir) in p.cmdline())
+    addresses = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in supervisor.children(recursive=True)
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses == {"127.0.0.1"}
+
+
+@pytest.mark.ray
 def test_without_the_token_nobody_gets_in(head: LocalHead) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(

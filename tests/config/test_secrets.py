@@ -158,7 +158,6 @@ def test_24_a_secret_is_not_rendered(target: str, monkeypatch: pytest.MonkeyPatc
     """Before: it stood in the ConfigMap, in the script, and in the comment at its top."""
     for config, key in (
         (config_with(), "reward.sources.0.headers.X-Judge"),
-        (make_config(launch={"env": {"WANDB_API_KEY": SECRETS[0]}}), "launch.env.WANDB_API_KEY"),
         (make_config(launch={"slurm": {"setup": [f"export HF_TOKEN={SECRETS[0]}"]}}), "launch.slurm.setup.0"),
     ):
         with pytest.raises(ConfigError, match="a secret") as refused:

@@ -112,6 +112,11 @@ HEALTHY: dict[str, Any] = {"rayClusterSpec": {"headGroupSpec": {}}, "shutdownAft
             "SidecarMode excludes clusterSelector",
         ),
         (
+            {"rayClusterSpec": {"rayVersion": "2.51.1", "authOptions": {"mode": "token"}}},
+            "mode token needs Ray 2.52",
+        ),
+        ({"rayClusterSpec": {"authOptions": {"secretName": "mine"}}}, "secretName needs mode token"),
+        (
             {
                 "submissionMode": "SidecarMode",
                 "rayClusterSpec": {"headGroupSpec": {"template": {"spec": {"restartPolicy": "Always"}}}},
@@ -137,6 +142,13 @@ def test_every_rule_of_the_operator(changes: dict[str, Any], rule: str) -> None:
         (["launch.cpus_per_node=4"], "launch.cpus_per_node"),
         (["launch.gpus_per_node=0"], "launch.gpus_per_node"),
         (["launch.memory_per_node=lots"], "launch.memory_per_node"),
+        (["launch.env.HF_TOKEN=abc"], "launch.env.HF_TOKEN"),
+        (["launch.env.WANDB_API_KEY=abc"], "launch.env.WANDB_API_KEY"),
+        (["launch.env.MIRROR=https://me:hunter2@mirror/x"], "launch.env.MIRROR"),
+        (["launch.env.NOTE=hf_abcdefghij"], "launch.env.NOTE"),
+        (["launch.env_from_secret.HF_TOKEN=hf_AbCdEf"], "launch.env_from_secret.HF_TOKEN"),
+        (["launch.env_from_secret.A=b", "launch.env.A=c"], "launch.env_from_secret.A"),
+        (["launch.kuberay.auth=disabled", "launch.kuberay.auth_secret=mine"], "launch.kuberay.auth_secret"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(
@@ -144,6 +156,50 @@ def test_what_cannot_be_launched_is_refused(
 ) -> None:
     assert main(["--target", "kuberay", PPO, *overrides]) == 2
     assert key in capsys.readouterr().err
+
+
+def test_kuberay_asks_for_a_token_unless_that_is_switched_off() -> None:
+    """Before: every pod that reached the head could run code there."""
+    assert rayjob(PPO)["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    own = rayjob(PPO, "launch.kuberay.auth_secret=mine")["spec"]["rayClusterSpec"]
+    assert own["authOptions"] == {"mode": "token", "secretName": "mine"}
+    without = rayjob(PPO, "launch.kuberay.auth=disabled")["spec"]["rayClusterSpec"]
+    assert without["authOptions"] == {"mode": "disabled"}
+
+
+SECRETS = ("launch.env_from_secret.HF_TOKEN=hub/token", "launch.env_from_secret.WANDB_API_KEY=wandb")
+
+
+def test_secrets_are_named_in_a_manifest_and_never_written() -> None:
+    manifest = rayjob(PPO, *SECRETS, 'launch.env.TOKENIZERS_PARALLELISM="false"')
+    jsonschema.validate(manifest, schema("kuberay/rayjob.schema.json"))
+    cluster = manifest["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        assert container["env"] == [
+            {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}},
+            {
+                "name": "WANDB_API_KEY",
+                "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "WANDB_API_KEY"}},
+            },
+        ]
+    assert "HF_TOKEN" not in manifest["spec"]["runtimeEnvYAML"]
+
+
+@pytest.mark.parametrize("target", ["local", "slurm"])
+def test_a_script_ends_at_once_where_a_secret_is_missing(target: str) -> None:
+    script = render(target, PPO, *SECRETS)
+    environment = {"PATH": os.environ["PATH"], "HF_TOKEN": "there"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0
+    assert "WANDB_API_KEY: set it to the value of wandb; it is written nowhere" in done.stderr
+    assert "HF_TOKEN" not in done.stderr
+
+
+@pytest.mark.parametrize("target", ["anyscale", "ray-job"])
+def test_where_a_launcher_has_no_place_for_secrets_the_file_says_so(target: str) -> None:
+    comments = [line for line in render(target, PPO, *SECRETS).splitlines() if line.startswith("# ")]
+    assert any("HF_TOKEN" in line and "WANDB_API_KEY" in line for line in comments)
 
 
 @pytest.mark.parametrize("config", SHIPPED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from rayrlhf.rollout.device_memory import SharedBuffer, attach
-from rayrlhf.rollout.meeting import Backend, Guest, Link, Meeting, MeetingEnded, end_meeting, join, open_store
+from rayrlhf.rollout.failures import MeetingEnded
+from rayrlhf.rollout.meeting import Backend, Guest, Link, Meeting, end_meeting, join
+from rayrlhf.rollout.transfer_store import Address, TransferStore
 
 CPU = torch.device("cpu")
 SIZES = [1000, 1, 70_000, 16]
@@ -23,19 +25,29 @@ def bucket(index: int) -> Tensor:
     return (torch.arange(SIZES[index]) % 251 + index).to(torch.uint8)
 
 
+@pytest.fixture(autouse=True)
+def stores() -> Iterator[list[TransferStore]]:
+    """Closes what a test has opened."""
+    yield OPENED
+    while OPENED:
+        OPENED.pop().close()
+
+
+OPENED: list[TransferStore] = []
+
+
 class Party:
     """The trainer and every worker of the engines."""
 
     def __init__(self, backend: Backend, *, seconds: float = 20.0) -> None:
-        self.store = open_store(seconds)
-        self.meeting = Meeting(backend, "127.0.0.1", self.store.port, GUESTS, seconds)
+        self.store = TransferStore()
+        OPENED.append(self.store)
+        self.meeting = Meeting(backend, self.store.address, GUESTS, seconds)
         self.pool = ThreadPoolExecutor(self.meeting.size)
 
     def run(self, member: Callable[[Link], Any], rank: int) -> Future[Any]:
         def attend() -> Any:
-            link = join(
-                self.meeting, rank=rank, device=CPU, key="node", store=self.store if rank == 0 else None
-            )
+            link = join(self.meeting, rank=rank, device=CPU, key="node")
             try:
                 return member(link)
             except MeetingEnded as ended:
@@ -64,10 +76,10 @@ def receive(link: Link, *, pushes: int = 1) -> list[Tensor]:
 
 
 def test_ranks_at_a_meeting() -> None:
-    meeting = Meeting("gloo", "host", 1, GUESTS, 1.0)
+    meeting = Meeting("gloo", Address("tcp://host:1", b"", b"", b""), GUESTS, 1.0)
     assert meeting.size == 4
     assert (meeting.first_rank(0), meeting.first_rank(2)) == (1, 2)
-    assert meeting.readers("node") == 3 and meeting.readers("elsewhere") == 0
+    assert meeting.readers("node") == [1, 2, 3] and meeting.readers("elsewhere") == []
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
@@ -105,7 +117,7 @@ def test_one_that_never_came_can_say_why(backend: Backend) -> None:
     end_meeting(party.meeting, "engine 2: asleep")
     with pytest.raises(MeetingEnded, match="engine 2: asleep"):
         sender.result(30)
-    del party.store
+    party.store.close()
     end_meeting(party.meeting, "too late")  # nobody is there any more
 
 
@@ -113,7 +125,7 @@ def test_a_meeting_ends_with_its_host() -> None:
     party = Party("ipc")
     reader = party.run(lambda link: link.receive(10), 1)
     time.sleep(0.5)
-    del party.store
+    party.store.close()
     with pytest.raises(MeetingEnded, match=r"rank 0 of the trainers, has gone"):
         reader.result(30)
 
@@ -135,11 +147,11 @@ def test_a_buffer_nobody_reads_has_a_deadline() -> None:
 
 def test_shared_memory_goes_with_its_owner() -> None:
     buffer = SharedBuffer(8, CPU)
-    seen = attach(buffer.handle, CPU)
+    seen = attach(buffer.handle, CPU, 8)
     buffer.flat.fill_(7)
     assert seen.tolist() == [7] * 8
     handle = buffer.handle
     del buffer
     assert seen.tolist() == [7] * 8, "who is reading goes on"
-    with pytest.raises(RuntimeError):
-        attach(handle, CPU)
+    with pytest.raises(OSError):
+        attach(handle, CPU, 8)

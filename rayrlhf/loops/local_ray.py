@@ -1,0 +1,83 @@
+"""A Ray that this process starts for itself: no other machine reaches it, and no other user of this one.
+
+By default Ray's services listen on every interface, and Ray makes its token file readable by all users of the
+machine. Who reaches those ports with the token runs code with the rights of this process.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR, _enable_token_auth
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
+
+# With 0 the node's address is 127.0.0.1, and then every service of Ray 2.60 listens there alone; an argument
+# of `ray.init` is replaced by the address of an interface (services.resolve_ip_for_localhost).
+LOOPBACK_SETTING = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+
+@contextmanager
+def private_ray() -> Iterator[list[str]]:
+    """`ray.init` in the body starts a Ray on loopback, with a token. Yields what its user should know."""
+    constants: Any = ray_constants
+    setting, allowed = os.environ.get(LOOPBACK_SETTING), constants.ENABLE_RAY_CLUSTER
+    os.environ[LOOPBACK_SETTING], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield _authenticate()
+    finally:
+        constants.ENABLE_RAY_CLUSTER = allowed
+        if setting is None:
+            os.environ.pop(LOOPBACK_SETTING, None)
+        else:
+            os.environ[LOOPBACK_SETTING] = setting
+
+
+def _authenticate() -> list[str]:
+    mode = os.environ.get(AUTH_MODE_ENV_VAR)
+    if mode is not None and mode.lower() != "token":
+        return [f"{AUTH_MODE_ENV_VAR}={mode}: every user of this machine can run code in this Ray as you"]
+    _enable_token_auth()
+    if os.environ.get(TOKEN):
+        return []
+    given = os.environ.get(TOKEN_PATH)
+    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
+    if not given and not path.exists():
+        try:
+            make_token_file(path)
+        except OSError:  # a home that cannot be written: the token lives as long as this process
+            os.environ[TOKEN] = secrets.token_hex(32)
+    AuthenticationTokenLoader.instance().reset_cache()
+    return who_else_reads(path) if path.exists() else []
+
+
+def make_token_file(path: Path) -> None:
+    """A new token that only its owner can read. Of two who make one at once, the first one's stays."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))  # 256 bits, as Ray makes its own
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
+
+
+def who_else_reads(path: Path) -> list[str]:
+    """A warning for a token file that others can read or replace."""
+    found = path.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        return [f"Ray's token file {path} belongs to another user, who can run code in this Ray as you"]
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        mode = stat.S_IMODE(found.st_mode)
+        return [f"other users can read Ray's token file (mode {mode:o}): chmod 600 {path}"]
+    return []
