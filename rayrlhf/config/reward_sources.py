@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rayrlhf.config.base import Count, PositiveNumber, Section, Wanted
 from rayrlhf.config.model import Dtype
+from rayrlhf.config.user_code import CodeLimits
 
 FunctionName = Annotated[
     str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"), Wanted("module:function or path/to/file.py:function")
@@ -32,7 +33,14 @@ class Source(Section):
     """Subtract the running mean of its rewards and divide by their running standard deviation."""
 
 
-class FunctionSource(Source):
+class FunctionLimits(CodeLimits):
+    """What a function of the user's may take."""
+
+    timeout_seconds: PositiveNumber | None = None
+    """Deadline of one call, then its process is replaced; 4/5 of the deadline of scoring when left out."""
+
+
+class FunctionSource(FunctionLimits, Source):
     type: Literal["function"]
     """A Python function of yours: f(prompts, responses, labels, **columns) -> one number per response."""
     function: FunctionName

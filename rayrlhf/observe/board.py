@@ -13,7 +13,7 @@ from typing import Any
 class Report:
     """One thing worth telling: a phase that began, a finished step, an evaluation, rollouts to keep."""
 
-    kind: str  # "phase" | "step" | "eval" | "rollouts" | "warning"
+    kind: str  # "phase" | "step" | "eval" | "rollouts" | "warning" | "note"
     step: int
     text: str = ""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -93,6 +93,8 @@ class Console:
             self._step(report)
         elif report.kind == "warning":
             self.say(f"warning: {report.text}")
+        elif report.kind == "note":
+            self.say(report.text)
         elif report.kind == "eval":
             told = (
                 _rewards(report.metrics) if "eval/reward_mean" in report.metrics else _others(report.metrics)

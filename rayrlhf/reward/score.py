@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any
 
 from rayrlhf.config.reward import RewardConfig
-from rayrlhf.reward.items import Failure, ScoreItem, checked_reward
+from rayrlhf.reward.items import Failure, LostForGood, ScoreItem, Unverified, checked_reward
 from rayrlhf.samples import Sample
 
 BACKOFF_SECONDS = 0.5  # before the first retry; doubled from one to the next
@@ -46,6 +46,7 @@ class RewardClient:
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
         self._last_reason: dict[str, str] = {}
+        self._num_unverified = 0
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """The same samples, in their order, with `source_rewards`: None where a source failed for good."""
@@ -61,7 +62,7 @@ class RewardClient:
         retries = self.config.retries if source.handle is not None else 0
         first_turn = next(self._turns[source.name])
         for attempt in range(retries + 1):
-            missing = [i for i, reward in enumerate(rewards) if isinstance(reward, Failure)]
+            missing = [i for i, r in enumerate(rewards) if isinstance(r, Failure) and not r.final]
             if not missing:
                 break
             if attempt:
@@ -79,6 +80,9 @@ class RewardClient:
             answers: list[Any] = [_environment_reward(sample) for sample in samples]
         else:
             answers = await self._request(source, samples, turn)
+        unverified = [answer for answer in answers if isinstance(answer, Unverified)]
+        with self._lock:
+            self._num_unverified += len(unverified)
         rewards = [checked_reward(answer) for answer in answers]
         reasons = [reward.reason for reward in rewards if isinstance(reward, Failure)]
         if reasons:
@@ -104,7 +108,7 @@ class RewardClient:
         except Exception as error:
             # The border to code that is not ours: whatever it raises, the samples count as failed, with the
             # reason.
-            return [Failure(self._reason(error))] * len(samples)
+            return [Failure(self._reason(error), final=isinstance(error, LostForGood))] * len(samples)
         if len(answers) != len(samples):
             return [Failure(f"returned {len(answers)} rewards for {len(samples)} responses")] * len(samples)
         return answers
@@ -130,6 +134,12 @@ class RewardClient:
             self._failures.clear()
             self._last_reason.clear()
         return told
+
+    def drain_unverified(self) -> int:
+        """Answers since the last call that took too long to verify; they count as wrong."""
+        with self._lock:
+            drained, self._num_unverified = self._num_unverified, 0
+        return drained
 
     def check(self, num_failed: int, num_samples: int) -> None:
         """Stop the run when more than `reward.max_failed_fraction` of a step failed, or all of it."""

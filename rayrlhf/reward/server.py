@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from rayrlhf.config.serve_reward import ServedFunction, ServedModel, ServerConfig
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.placement.apply import Slots
-from rayrlhf.reward.functions import function_deployment
+from rayrlhf.reward.functions import function_deployment, hosted_function
 from rayrlhf.reward.items import Failure, ScoreItem, checked_reward
 from rayrlhf.reward.model import model_deployment
 from rayrlhf.reward.query import LABEL, BadRequest, ModelFacts, Queries, TextTokens, read_queries, token_item
@@ -154,10 +154,12 @@ def server_app(sources: list[Served], config: ServerConfig, slots: Slots | None)
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=2,
     )
-    return deployment.bind(sources, [_scorer(s, i, slots) for i, s in enumerate(sources)], config)
+    return deployment.bind(
+        sources, [_scorer(s, i, slots, config.timeout_seconds) for i, s in enumerate(sources)], config
+    )
 
 
-def _scorer(served: Served, index: int, slots: Slots | None) -> Any:
+def _scorer(served: Served, index: int, slots: Slots | None, timeout_seconds: float) -> Any:
     if isinstance(served.source, ServedModel):
         assert slots is not None
         # Reads token ids and no conversation: `policy_path` is whose tokens they are.
@@ -165,4 +167,10 @@ def _scorer(served: Served, index: int, slots: Slots | None) -> Any:
             served.source, role=f"reward:{index}", policy_path=served.source.path, prompt_key="", slots=slots
         )
     assert served.code is not None
-    return function_deployment(served.code, label_key=LABEL, num_replicas=served.source.num_replicas)
+    assert isinstance(served.source, ServedFunction)
+    return function_deployment(
+        hosted_function(served.code, served.source, timeout_seconds),
+        label_key=LABEL,
+        num_replicas=served.source.num_replicas,
+        name=served.name,
+    )

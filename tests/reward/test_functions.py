@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayrlhf.reward.functions import (
-    FunctionReward,
-    arguments_for,
-    call_function,
-    find_function,
-    try_function,
-)
+from rayrlhf.config.reward_sources import FunctionLimits
+from rayrlhf.isolation.output import OutputLog
+from rayrlhf.reward import functions
+from rayrlhf.reward.function_host import call_function, narrow
+from rayrlhf.reward.functions import FunctionReward, arguments_for, hosted_function, try_function
 from rayrlhf.reward.items import RewardError, ScoreItem
+from rayrlhf.usercode import UserCode, find_user_code
 from tests.samples import make_prompt
+
+LIMITS = FunctionLimits()
 
 SOURCE = """
 import math
@@ -44,6 +45,10 @@ def _private(responses):
     return [0.0 for _ in responses]
 """
 PROMPTS = [make_prompt(prompt="a", answer="1", topic="x"), make_prompt(prompt="b", answer="2")]
+
+
+def find_function(text: str) -> UserCode:
+    return functions.find_function(text, LIMITS, 60)
 
 
 @pytest.fixture
@@ -132,10 +137,11 @@ def test_arguments_are_narrowed_to_the_signature() -> None:
     def asks_for_all(**everything: Any) -> None: ...
 
     responses = ["r0", "r1"]
-    narrowed = arguments_for(asks_for_three, PROMPTS, responses, "answer")
+    arguments = arguments_for(PROMPTS, responses, "answer")
+    narrowed = narrow(asks_for_three, arguments)
     # A column that a row does not have is None there, so that all lists have one length.
     assert narrowed == {"responses": responses, "labels": ["1", "2"], "topic": ["x", None]}
-    assert arguments_for(asks_for_all, PROMPTS, responses, "answer") == {
+    assert narrow(asks_for_all, arguments) == {
         "prompts": ["a", "b"],
         "responses": responses,
         "labels": ["1", "2"],
@@ -147,14 +153,15 @@ def test_arguments_are_narrowed_to_the_signature() -> None:
 def test_without_a_label_column_labels_are_none() -> None:
     def asks(labels: list[Any]) -> None: ...
 
-    assert arguments_for(asks, PROMPTS, ["r0", "r1"], None) == {"labels": [None, None]}
+    assert narrow(asks, arguments_for(PROMPTS, ["r0", "r1"], None)) == {"labels": [None, None]}
 
 
 def test_a_column_cannot_shadow_the_responses() -> None:
     def asks(prompts: list[str], responses: list[str]) -> None: ...
 
     prompts = [make_prompt(prompt="rendered", prompts="raw", responses="reference")]
-    assert arguments_for(asks, prompts, ["mine"], None) == {"prompts": ["rendered"], "responses": ["mine"]}
+    arguments = arguments_for(prompts, ["mine"], None)
+    assert narrow(asks, arguments) == {"prompts": ["rendered"], "responses": ["mine"]}
 
 
 def call(returned: Any, count: int = 2) -> list[float | None]:
@@ -213,7 +220,8 @@ def test_a_slow_plain_function_does_not_hold_up_the_replica() -> None:
 def tried(source: str, tmp_path: Path) -> None:
     path = tmp_path / "tried.py"
     path.write_text(source)
-    try_function(find_function(f"{path}:score"), PROMPTS, "answer")
+    hosted = hosted_function(find_function(f"{path}:score"), LIMITS, 60)
+    try_function(hosted, OutputLog("reward0"), PROMPTS, "answer")
 
 
 def test_a_trial_sees_what_training_will_show(tmp_path: Path) -> None:
@@ -233,7 +241,7 @@ def score(prompts, responses, labels, answer, topic):
     [
         (
             "(responses): return [1 / 0]",
-            r"score raised ZeroDivisionError: division by zero when called with responses$",
+            r"score raised ZeroDivisionError: division by zero \(tried.py:1\) when called with responses$",
         ),
         (
             "(responses, anwser): return [0, 0]",
@@ -251,8 +259,22 @@ def test_a_trial_tells_what_is_wrong(body: str, message: str, tmp_path: Path) ->
 
 
 def test_a_replica_scores(reward_file: Path) -> None:
-    replica = FunctionReward(find_function(f"{reward_file}:letters"), "answer")
     items = [
         ScoreItem(prompt, response, [1]) for prompt, response in zip(PROMPTS, ["ab1", "--"], strict=True)
     ]
-    assert asyncio.run(replica.score(items)) == [2.0, 0.0]
+
+    async def scored() -> list[float | None]:
+        replica = await make_replica(find_user_code(f"{reward_file}:letters", "function"))
+        try:
+            return await replica.score(items)
+        finally:
+            await replica.pool.kill()
+
+    assert asyncio.run(scored()) == [2.0, 0.0]
+
+
+async def make_replica(code: UserCode) -> FunctionReward:
+    """As Serve makes it."""
+    replica = FunctionReward.__new__(FunctionReward)
+    await replica.__init__(hosted_function(code, LIMITS, 60), "answer", "reward0")
+    return replica
