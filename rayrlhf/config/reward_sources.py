@@ -87,9 +87,9 @@ class MathSource(Source):
     wrong: float = 0.0
     """Reward of any other response, those without an answer included."""
     timeout_seconds: PositiveNumber = 10
-    """Deadline of one comparison; a response that takes longer has failed, since it may be right."""
+    """Deadline of one comparison; a response that takes longer counts as wrong and in reward/unverified."""
     num_processes: Count = 1
-    """Processes per replica that compare."""
+    """Processes per replica that compare; up to 8 more while comparisons take longer than a second."""
     num_replicas: Count = 1
     """Serve replicas of this source."""
 
@@ -102,9 +102,9 @@ class ReasoningGymSource(Source):
     answer: Literal["tag", "last_line", "whole"] = "tag"
     """What the answer is: the last <answer>…</answer>, the last line with text, or the whole response."""
     timeout_seconds: PositiveNumber = 10
-    """Deadline of one scoring; a response that takes longer has failed, since it may be right."""
+    """Deadline of one scoring; a response that takes longer gets 0 and counts in reward/unverified."""
     num_processes: Count = 1
-    """Processes per replica that score."""
+    """Processes per replica that score; up to 8 more while scorings take longer than a second."""
     num_replicas: Count = 1
     """Serve replicas of this source."""
 

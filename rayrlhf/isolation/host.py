@@ -33,7 +33,7 @@ def run(request_fd: int, answer_fd: int) -> NoReturn:
     except BaseException as error:  # exit() at import, too
         _write(answer_fd, encoded({"id": READY, "error": _reason(error)}))
         os._exit(0)
-    _write(answer_fd, encoded({"id": READY, "result": max_calls}))
+    _write(answer_fd, encoded({"id": READY, "result": [max_calls, os.getpid()]}))
     try:
         asyncio.run(_serve(host, requests, answer_fd))
     finally:

@@ -114,9 +114,11 @@ class ProcessPool:
         try:
             return await process.call(method, *arguments)
         except CodeTimeout:
-            had_company = len(loaded.began) > 1
+            if len(loaded.began) == 1:
+                await process.kill()
+                raise
             await self.retire(process)
-            if not (had_company and process.died):
+            if not process.died:
                 raise
             # Another one may have held the interpreter's lock.
         except ProcessDied as died:
@@ -155,14 +157,21 @@ class ProcessPool:
             return loaded, now
 
     def _may_start(self) -> bool:
+        slow = self._full_of_slow()
+        for each in slow:
+            each.process.step_back()
+        living = sum(each.process.takes_calls for each in self._processes)
+        return living + self._num_starting < self.num_processes + min(len(slow), self.num_extra)
+
+    def _full_of_slow(self) -> list[_Loaded]:
         now = time.monotonic()
-        living = [each for each in self._processes if each.process.takes_calls]
-        slow = [
+        return [
             each
-            for each in living
-            if not each.has_room and all(now - began > self.slow_seconds for began in each.began)
+            for each in self._processes
+            if each.process.takes_calls
+            and not each.has_room
+            and all(now - began > self.slow_seconds for began in each.began)
         ]
-        return len(living) + self._num_starting < self.num_processes + min(len(slow), self.num_extra)
 
     async def _start(self) -> None:
         process = CodeProcess(self.hosted, self.output)
@@ -178,8 +187,8 @@ class ProcessPool:
     async def _leave(self, loaded: _Loaded, began: float) -> None:
         loaded.began.remove(began)
         idle = not loaded.began
-        living = sum(each.process.takes_calls for each in self._processes)
-        if idle and (not loaded.process.takes_calls or living > self.num_processes):
+        quick = sum(each.process.takes_calls for each in self._processes) - len(self._full_of_slow())
+        if idle and (not loaded.process.takes_calls or quick > self.num_processes):
             await loaded.process.kill()
         self._processes = [each for each in self._processes if each.began or each.process.takes_calls]
         self._notify()

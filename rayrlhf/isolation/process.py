@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from rayrlhf.isolation.output import OutputLog
 PONG_SECONDS = 2.0
 CLOSED_SECONDS = 1.0  # between the end of the answers and that of the process
 END_SECONDS = 10.0  # for the guard to kill what is left, and to say how the process ended
+LOW_PRIORITY = 5  # a third of what others get, and all that they leave
 MEMORY_SHARE = 0.5  # of the machine's, where no limit is set
 
 
@@ -40,6 +42,7 @@ class Hosted:
     start_key: str = "start_timeout_seconds"  # how messages call the first, and the second
     timeout_key: str = "timeout_seconds"
     max_memory_gib: float | None = None
+    env_vars: tuple[tuple[str, str], ...] = ()
 
     @property
     def max_memory_bytes(self) -> int:
@@ -58,6 +61,7 @@ class CodeProcess:
         self.retired = False  # takes no more calls
         self.died = ""  # why, once it has
         self._closing = False
+        self._pid = 0  # in its own words: only for its priority
         self._number = READY
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._popen: subprocess.Popen[bytes] | None = None
@@ -87,7 +91,11 @@ class CodeProcess:
             pass_fds=theirs,
             start_new_session=True,
             # Ray puts the folder of a job on the path of its workers.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                **dict(self.hosted.env_vars),
+            },
         )
         for fd in theirs:
             os.close(fd)
@@ -98,7 +106,7 @@ class CodeProcess:
         self._reading = asyncio.ensure_future(self._read(answer_read))
         self._requests.write(frame(pickle.dumps((self.hosted.host, self.hosted.arguments))))
         try:
-            self.max_calls = await asyncio.wait_for(ready, self.hosted.start_timeout_seconds)
+            self.max_calls, self._pid = await asyncio.wait_for(ready, self.hosted.start_timeout_seconds)
         except TimeoutError:
             await self.kill()
             seconds = f"{self.hosted.start_timeout_seconds:g} s ({self.hosted.start_key})"
@@ -127,6 +135,11 @@ class CodeProcess:
             raise CodeTimeout(f"took longer than {seconds:g} s ({self.hosted.timeout_key})") from None
         finally:
             self._calls.pop(number, None)
+
+    def step_back(self) -> None:
+        """Leave the processors to others that want them."""
+        with suppress(OSError):  # it may have ended
+            os.setpriority(os.PRIO_PROCESS, self._pid, LOW_PRIORITY)
 
     async def answers(self) -> bool:
         """Whether its loop runs: not while a call holds the interpreter's lock, or blocks the loop."""
