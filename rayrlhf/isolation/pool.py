@@ -17,6 +17,8 @@ from rayrlhf.isolation.frames import CodeTimeout, ProcessDied
 from rayrlhf.isolation.output import OutputLog
 from rayrlhf.isolation.process import CodeProcess, Hosted
 
+NUM_ALONE = 4  # calls at once that have a process of their own
+
 
 @dataclass(eq=False)
 class _Loaded:
@@ -52,7 +54,7 @@ class ProcessPool:
         self._num_starting = 0
         self._changed = asyncio.Event()  # another one after each change
         self._line = asyncio.Lock()  # who holds it is the first to get a place
-        self._alone = asyncio.Lock()
+        self._alone = asyncio.Semaphore(NUM_ALONE)
         self._background: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -86,6 +88,18 @@ class ProcessPool:
             yield loaded.process
         finally:
             await asyncio.shield(self._spawn(self._leave(loaded, began)))
+
+    @asynccontextmanager
+    async def own_process(self) -> AsyncIterator[CodeProcess]:
+        """A new one for this caller alone, after another one has died under it."""
+        async with self._alone:
+            process = CodeProcess(self.hosted, self.output)
+            self.num_started += 1
+            await process.start()
+            try:
+                yield process
+            finally:
+                await process.kill()
 
     async def retire(self, process: CodeProcess) -> None:
         """It takes no more calls, and goes with the last that it has; at once, if it does not even answer."""
@@ -129,14 +143,8 @@ class ProcessPool:
         return await self._call_alone(method, arguments)
 
     async def _call_alone(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        async with self._alone:
-            process = CodeProcess(self.hosted, self.output)
-            self.num_started += 1
-            await process.start()
-            try:
-                return await process.call(method, *arguments)
-            finally:
-                await process.kill()
+        async with self.own_process() as process:
+            return await process.call(method, *arguments)
 
     async def _place(self) -> tuple[_Loaded, float]:
         """A process with room for one more, and since when it counts there. First come, first served."""

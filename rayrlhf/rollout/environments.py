@@ -7,6 +7,7 @@ Environments are found and tried once on the driver; the replicas need no slot, 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -81,10 +82,10 @@ class IsolatedEnvironments:
         self._stuck: dict[CodeProcess, int] = {}
 
     @asynccontextmanager
-    async def episode(self) -> AsyncIterator[IsolatedEnvironment]:
-        """Raises `EnvironmentFailure` where no process starts."""
+    async def episode(self, *, alone: bool = False) -> AsyncIterator[IsolatedEnvironment]:
+        """`alone`: in a process of its own. Raises `EnvironmentFailure` where no process starts."""
         try:
-            async with self.pool.process() as process:
+            async with self.pool.own_process() if alone else self.pool.process() as process:
                 yield IsolatedEnvironment(self, process, next(self._numbers))
         except CodeError as error:
             raise EnvironmentFailure(str(error)) from error
@@ -212,20 +213,32 @@ class EnvironmentReplica:
         """An episode for the columns of a row. `params` are vLLM's SamplingParams; every turn derives a seed
         of its own from theirs. Each response is sampled by weights of at least `min_version`.
 
-        It begins again, once, where its process died while other episodes had calls in it.
+        It begins again, once and in a process of its own, where its process died while other episodes had
+        calls in it.
         """
-        episode, innocent = await self._play(prompt, params, min_version)
-        if innocent:
-            episode, _ = await self._play(prompt, params, min_version)
+        began = time.monotonic()
+        episode, innocent = await self._play(self.config, prompt, params, min_version, alone=False)
+        left = self.config.timeout_seconds - (time.monotonic() - began)
+        if innocent and left > 0:
+            in_time = self.config.model_copy(update={"timeout_seconds": left})
+            episode, _ = await self._play(in_time, prompt, params, min_version, alone=True)
         return episode
 
-    async def _play(self, prompt: Prompt, params: dict[str, Any], min_version: int) -> tuple[Episode, bool]:
+    async def _play(
+        self,
+        config: EnvironmentConfig,
+        prompt: Prompt,
+        params: dict[str, Any],
+        min_version: int,
+        *,
+        alone: bool,
+    ) -> tuple[Episode, bool]:
         async def complete(prompt_ids: list[int], params: dict[str, Any]) -> Generation:
             return await self._complete(prompt_ids, params, min_version)
 
         try:
-            async with self.environments.episode() as environment:
-                episode = await play(environment, self.turns, self.config, prompt.columns, params, complete)
+            async with self.environments.episode(alone=alone) as environment:
+                episode = await play(environment, self.turns, config, prompt.columns, params, complete)
                 return episode, environment.innocent
         except EnvironmentFailure as error:  # no process starts
             return Episode.failed(str(error)), False

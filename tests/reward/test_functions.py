@@ -16,7 +16,7 @@ from rayrlhf.isolation.output import OutputLog
 from rayrlhf.reward import functions
 from rayrlhf.reward.function_host import call_function, narrow
 from rayrlhf.reward.functions import FunctionReward, arguments_for, hosted_function, try_function
-from rayrlhf.reward.items import RewardError, ScoreItem
+from rayrlhf.reward.items import LostForGood, RewardError, ScoreItem
 from rayrlhf.usercode import UserCode, find_user_code
 from tests.samples import make_prompt
 
@@ -278,3 +278,84 @@ async def make_replica(code: UserCode) -> FunctionReward:
     replica = FunctionReward.__new__(FunctionReward)
     await replica.__init__(hosted_function(code, LIMITS, 60), "answer", "reward0")
     return replica
+
+
+# 23: what a reward function may do to its process, on the driver
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("exit()", r"tried.py fails at import: SystemExit: None$"),
+        ("raise KeyboardInterrupt", r"tried.py fails at import: KeyboardInterrupt"),
+        ("import os; os._exit(0)", r"score: it ended its own process with exit code 0$"),
+        ("import os; os.abort()", r"score: its process was killed by SIGABRT$"),
+        (
+            "import time; time.sleep(1000)",
+            r"score: its import took longer than 2 s \(start_timeout_seconds\)$",
+        ),
+    ],
+)
+def test_an_import_on_the_driver_does_it_no_harm(source: str, message: str, tmp_path: Path) -> None:
+    """`exit()` ended the run with code 0 and without a word; a loop that never ends hung it for ever."""
+    path = tmp_path / "tried.py"
+    path.write_text(source)
+    seconds = 2 if "sleep" in source else 60
+    with pytest.raises(RewardError, match=message) as caught:
+        functions.find_function(f"{path}:score", FunctionLimits(start_timeout_seconds=seconds), 60)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("exit()", r"score raised SystemExit: None \(tried.py:2\) when called with responses$"),
+        ("raise KeyboardInterrupt", r"score raised KeyboardInterrupt:  \(tried.py:2\)"),
+        ("import os; os._exit(3)", r"score: it ended its own process with exit code 3"),
+        ("import time; time.sleep(1000)", r"score took longer than 2 s \(timeout_seconds\)$"),
+        ("return [object()] * 2", r"returned \[<object .* a list of 2 floats was wanted"),
+        ("return [0.0] * 10**7", r"returned 10000000 rewards for 2 responses"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_trial_does_the_driver_no_harm(kind: str, body: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "tried.py"
+    path.write_text(f"{kind} score(responses):\n    {body}")
+    limits = FunctionLimits(timeout_seconds=2 if "sleep" in body else None)
+    hosted = hosted_function(find_user_code(f"{path}:score", "function"), limits, 60)
+    with pytest.raises(RewardError, match=message) as caught:
+        try_function(hosted, OutputLog("reward0"), PROMPTS, "answer")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_deadline_of_a_call_leaves_time_to_wait_in_line() -> None:
+    code = UserCode("rewards:length", "function")
+    assert hosted_function(code, FunctionLimits(), 50).timeout_seconds == 40
+    assert hosted_function(code, FunctionLimits(timeout_seconds=7), 50).timeout_seconds == 7
+
+
+def test_in_a_replica_a_call_that_ends_the_process_costs_itself(tmp_path: Path) -> None:
+    """And is not asked again, which would cost another process."""
+    path = tmp_path / "fatal.py"
+    path.write_text(
+        "import os, time\n"
+        "def score(responses):\n"
+        "    if responses == ['die']:\n"
+        "        time.sleep(0.2)\n"
+        "        os._exit(0)\n"
+        "    time.sleep(0.5)\n"
+        "    return [1.0]\n"
+    )
+
+    async def main() -> list[Any]:
+        replica = await make_replica(find_user_code(f"{path}:score", "function"))
+        try:
+            asked = [replica.score([ScoreItem(PROMPTS[0], r, [1])]) for r in ("a", "die", "b")]
+            return list(await asyncio.gather(*asked, return_exceptions=True))
+        finally:
+            await replica.pool.kill()
+
+    first, died, last = asyncio.run(main())
+    assert (first, last) == ([1.0], [1.0])
+    assert isinstance(died, LostForGood)
+    assert str(died) == f"{path}:score: it ended its own process with exit code 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -144,6 +145,63 @@ def test_calls_that_never_return_cost_a_process(make_replica: Any, monkeypatch: 
             assert len(replica.pool._processes) == 1, "the one before has gone"
 
     asyncio.run(main())
+
+
+FATAL = """
+import os, time
+
+class Counter:
+    def reset(self, row):
+        self.row = row
+        return "Go"
+
+    def step(self, response):
+        exec(self.row["does"])
+        return "again", 1.0, True
+"""
+
+
+@pytest.fixture
+def fatal(tmp_path: Path) -> str:
+    path = tmp_path / "fatal.py"
+    path.write_text(FATAL)
+    return f"{path}:Counter"
+
+
+@pytest.mark.parametrize(
+    "does, failure",
+    [
+        ("exit()", r"step\(\) raised SystemExit: None"),
+        ("raise KeyboardInterrupt", r"step\(\) raised KeyboardInterrupt"),
+        ("os._exit(0)", r"step\(\): it ended its own process with exit code 0"),
+        ("os.abort()", r"step\(\): its process was killed by SIGABRT"),
+    ],
+)
+def test_an_episode_that_ends_its_process_has_failed(
+    does: str, failure: str, fatal: str, make_replica: Any
+) -> None:
+    async def main() -> tuple[Episode, Episode]:
+        async with make_replica(Engines(), fatal) as replica:
+            bad = await replica.episode(make_prompt(does=does), PARAMS, 5)
+            return bad, await replica.episode(make_prompt(does="pass"), PARAMS, 5)
+
+    bad, next_one = asyncio.run(main())
+    assert re.match(failure, bad.failure) and bad.reward is None
+    assert (next_one.failure, next_one.reward) == ("", 1.0), "another process has taken its place"
+
+
+def test_episodes_beside_one_that_ends_the_process_begin_again(fatal: str, make_replica: Any) -> None:
+    async def main() -> list[Episode]:
+        async with make_replica(Engines(), fatal) as replica:
+            rows = ["time.sleep(0.5)", "time.sleep(0.5)", "time.sleep(0.2) or os._exit(1)"]
+            episodes = await asyncio.gather(
+                *(replica.episode(make_prompt(does=does), PARAMS, 5) for does in rows)
+            )
+            return episodes
+
+    *others, culprit = asyncio.run(main())
+    assert culprit.reward is None and "exit code 1" in culprit.failure
+    assert [(episode.reward, episode.failure) for episode in others] == [(1.0, "")] * 2
 
 
 # What the driver does before any model is loaded
