@@ -16,7 +16,10 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Literal
 
+from rayrlhf.isolation.frames import described
+
 Kind = Literal["function", "class"]
+OWN_FILES = (__file__, importlib.__file__)  # on the way to the user's
 
 
 class UserCodeError(ValueError):
@@ -79,7 +82,7 @@ class UserCode:
         try:
             exec(compile(source, path, "exec"), module.__dict__)
         except BaseException as error:  # exit() at import is one more way to fail
-            raise UserCodeError(f"{self.place} fails at import: {_in_words(error)}") from error
+            raise UserCodeError(f"{self.place} fails at import: {described(error, OWN_FILES)}") from error
         return module
 
 
@@ -168,10 +171,6 @@ class _Carried(MetaPathFinder, InspectLoader):
         return self.source_to_code(found.text, found.path)
 
 
-def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
 def _names(module: ModuleType, kind: Kind) -> str:
     is_kind = inspect.isclass if kind == "class" else inspect.isfunction
     public = {name: found for name, found in vars(module).items() if is_kind(found) and name[0] != "_"}
@@ -186,4 +185,4 @@ def _import(name: str) -> ModuleType:
             f"cannot import {name!r} ({error}); is it on PYTHONPATH, or did you mean a .py file?"
         ) from error
     except BaseException as error:
-        raise UserCodeError(f"{name} fails at import: {_in_words(error)}") from error
+        raise UserCodeError(f"{name} fails at import: {described(error, OWN_FILES)}") from error

@@ -60,7 +60,8 @@ def described(error: BaseException, own_files: tuple[str, ...]) -> str:
     """
     message = (str(error).strip().splitlines() or [""])[-1]
     frames = traceback.extract_tb(error.__traceback__)
-    foreign = [each for each in frames if each.filename not in (*own_files, __file__)]
+    ours = (*own_files, __file__)
+    foreign = [each for each in frames if each.filename not in ours and not each.filename.startswith("<")]
     own = [each for each in foreign if each.filename == foreign[0].filename]
     place = f" ({own[-1].filename.rpartition('/')[2]}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {message:.500}{place}"

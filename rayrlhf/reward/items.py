@@ -20,6 +20,17 @@ class LostForGood(RewardError):
     """A request that must not be repeated: it would do the same harm again."""
 
 
+def last_words(error: BaseException) -> str:
+    """One line. What a replica has raised comes in Ray's wrapping, with a traceback; a `RewardError` of ours
+    is a sentence already.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RewardError):
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 @dataclass(frozen=True)
 class ScoreItem:
     """One sample as a source sees it."""

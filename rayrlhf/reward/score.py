@@ -12,7 +12,15 @@ from itertools import count
 from typing import Any
 
 from rayrlhf.config.reward import RewardConfig
-from rayrlhf.reward.items import Failure, LostForGood, RewardError, ScoreItem, Unverified, checked_reward
+from rayrlhf.reward.items import (
+    Failure,
+    LostForGood,
+    RewardError,
+    ScoreItem,
+    Unverified,
+    checked_reward,
+    last_words,
+)
 from rayrlhf.samples import Sample
 
 BACKOFF_SECONDS = 0.5  # before the first retry; doubled from one to the next
@@ -116,11 +124,9 @@ class RewardClient:
     def _reason(self, error: Exception) -> str:
         if type(error) is TimeoutError:
             return f"no answer within reward.timeout_seconds={self.config.timeout_seconds:g}"
-        cause = getattr(error, "cause", None)  # what a replica has raised, in Ray's wrapping
-        if isinstance(cause, RewardError):  # a sentence of ours
-            return str(cause)
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[-1]}" if lines else repr(error)
+        if isinstance(getattr(error, "cause", None), RewardError):
+            return last_words(error)
+        return f"{type(error).__name__}: {last_words(error)}" if str(error).strip() else repr(error)
 
     def _count(self, name: str, num_failed: int) -> None:
         with self._lock:

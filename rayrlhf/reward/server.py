@@ -20,7 +20,7 @@ from rayrlhf.config.serve_reward import ServedFunction, ServedModel, ServerConfi
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.placement.apply import Slots
 from rayrlhf.reward.functions import function_deployment, hosted_function
-from rayrlhf.reward.items import Failure, ScoreItem, checked_reward
+from rayrlhf.reward.items import Failure, ScoreItem, checked_reward, last_words
 from rayrlhf.reward.model import model_deployment
 from rayrlhf.reward.query import LABEL, BadRequest, ModelFacts, Queries, TextTokens, read_queries, token_item
 from rayrlhf.usercode import UserCode
@@ -128,10 +128,7 @@ class _Source:
             return await getattr(self.handle, method).remote(*arguments)
         except (RayTaskError, RayActorError) as error:
             # The border to code of the user's and to processes that die: the client may ask again.
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise _SourceFailed(
-                f"{self.served.name}: {said[-1] if said else type(error).__name__}"
-            ) from error
+            raise _SourceFailed(f"{self.served.name}: {last_words(error)}") from error
 
 
 def _sum(scores: Sequence[float | None]) -> float | None:
@@ -173,4 +170,5 @@ def _scorer(served: Served, index: int, slots: Slots | None, timeout_seconds: fl
         label_key=LABEL,
         num_replicas=served.source.num_replicas,
         name=served.name,
+        say=print,  # into Ray's log of the replica
     )

@@ -286,7 +286,7 @@ async def make_replica(code: UserCode) -> FunctionReward:
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("exit()", r"tried.py fails at import: SystemExit: None$"),
+        ("exit()", r"tried.py fails at import: SystemExit: None .tried.py:1.$"),
         ("raise KeyboardInterrupt", r"tried.py fails at import: KeyboardInterrupt"),
         ("import os; os._exit(0)", r"score: it ended its own process with exit code 0$"),
         ("import os; os.abort()", r"score: its process was killed by SIGABRT$"),
