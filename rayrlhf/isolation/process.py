@@ -230,5 +230,5 @@ class CodeProcess:
             name = signal.Signals(how["signal"]).name
             held = f"{how['peak_bytes'] / 2**30:.2g} GiB"
             why = f", as happens when memory runs out (it held {held})" if name == "SIGKILL" else ""
-            return f"its process was killed by {name}{why}" + (last if name == "SIGKILL" else "")
+            return f"its process was killed by {name}{why}"
         return "its process has ended" if self._closing else "it closed the pipe of its answers"
