@@ -31,12 +31,13 @@ class OutputLog:
         self._lock = threading.Lock()
         self._num_lines = 0
         self._num_said = 0  # of those behind the first
+        self._threads: list[threading.Thread] = []
 
-    def read(self, fd: int) -> threading.Thread:
+    def read(self, fd: int) -> None:
         """Follow what arrives at `fd`, and close it at the end."""
         thread = threading.Thread(target=self._follow, args=(fd,), daemon=True, name="output")
         thread.start()
-        return thread
+        self._threads = [*(each for each in self._threads if each.is_alive()), thread]
 
     def _follow(self, fd: int) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -69,18 +70,29 @@ class OutputLog:
         further = self._num_lines - FIRST_LINES
         if further <= 0:
             cut = " …" if len(line) > SHOWN_CHARACTERS else ""
-            self.say(f"{self.name}: {line[:SHOWN_CHARACTERS]}{cut}")
+            self._say(f"{self.name}: {line[:SHOWN_CHARACTERS]}{cut}")
         elif further >= 10 and further >= 10 * self._num_said:
             self._say_how_many(further)
 
     def _say_how_many(self, further: int) -> None:
-        assert self.say is not None
         self._num_said = further
         where = f" in {self.path}" if self.path is not None else ""
-        self.say(f"{self.name}: … {further:,} more line{'s' * (further > 1)}{where}")
+        self._say(f"{self.name}: … {further:,} more line{'s' * (further > 1)}{where}")
 
-    def close(self) -> None:
-        """Call it when the processes have ended."""
+    def _say(self, text: str) -> None:
+        assert self.say is not None
+        try:
+            self.say(text)
+        except Exception as error:
+            # Who reads has gone. The pipe must be read all the same, or the process would stop at its
+            # next line.
+            self.say = None
+            print(f"the first lines of {self.name} are not shown: {error!r:.200}", file=sys.stderr)
+
+    def close(self, wait_seconds: float = 0.0) -> None:
+        """Call it when the processes have ended; it waits for what they have left in their pipes."""
+        for thread in self._threads:
+            thread.join(wait_seconds)
         with self._lock:
             further = self._num_lines - FIRST_LINES
             if self.say is not None and further > self._num_said:
@@ -99,7 +111,7 @@ class _File(RotatingFileHandler):
         self.broken = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            super().__init__(path, maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8", errors="replace")
+            super().__init__(path, maxBytes=FILE_BYTES, backupCount=1, encoding="utf-8", delay=True)
         except OSError as error:
             self._give_up(path, error)
 

@@ -17,6 +17,7 @@ from rayrlhf.isolation.frames import CodeTimeout, ProcessDied
 from rayrlhf.isolation.output import OutputLog
 from rayrlhf.isolation.process import CodeProcess, Hosted
 
+OUTPUT_SECONDS = 5.0  # for what is left in the pipes of processes that have ended
 NUM_ALONE = 4  # calls at once that have a process of their own
 
 
@@ -121,7 +122,7 @@ class ProcessPool:
         await asyncio.gather(*self._background, return_exceptions=True)
         await asyncio.gather(*(loaded.process.kill() for loaded in self._processes))
         self._processes.clear()
-        self.output.close()
+        await asyncio.get_running_loop().run_in_executor(None, self.output.close, OUTPUT_SECONDS)
 
     async def _call(self, loaded: _Loaded, began: float, method: str, arguments: tuple[Any, ...]) -> Any:
         process = loaded.process
