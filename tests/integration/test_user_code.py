@@ -51,10 +51,11 @@ def test_the_others_are_scored_in_the_meantime(
 ) -> None:
     """Six hanging calls silenced a replica, and `exit()` ended a run with code 0."""
     bad = ["os._exit(0)", "exit()", *["time.sleep(1000)"] * 6]
-    assert scored(tmp_path, tiny_model, [*bad, *["pass"] * 16], max_failed_fraction=0.9) == 0
+    responses = [bad[i // 3] if i % 3 == 0 else "pass" for i in range(24)]
+    assert scored(tmp_path, tiny_model, responses, max_failed_fraction=0.9) == 0
     rows = lines_of(tmp_path / "runs/tiny/generations.jsonl")
     scores = {row["prompt"]: row["score"] for row in rows}
-    assert [scores[f"say {i}"] for i in range(24)] == [None] * 8 + [0.5] * 16
+    assert [scores[f"say {i}"] for i in range(24)] == [None, 0.5, 0.5] * 8
     out = capfd.readouterr().out
     assert "mine: line 0" in out and "mine: line 4" in out and "mine: line 5" not in out
     log = tmp_path / "runs/tiny/logs/reward-mine.log"
