@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, Literal
 
+from rayrlhf.isolation.frames import described
+
 Kind = Literal["function", "class"]
+OWN_FILES = (__file__, importlib.__file__)  # on the way to the user's
 
 
 class UserCodeError(ValueError):
@@ -20,14 +27,26 @@ class UserCodeError(ValueError):
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A module that lies beside the user's file, or within a package there."""
+
+    module: str  # its dotted name
+    path: str  # on the driver
+    text: str
+    is_package: bool
+
+
+@dataclass(frozen=True)
 class UserCode:
-    """A function or class that can travel: a file is carried along as text, since other nodes may not have
-    it.
+    """A function or class that can travel: a file is carried along as text, with those beside it that it
+    imports, since other nodes may not have them.
     """
 
     text: str  # as in the config
     kind: Kind
-    file_source: str | None  # the file's content, for path/file.py:name
+    file_source: str | None = None  # the file's content, for path/file.py:name
+    folder: str = ""  # of the file, on the driver
+    beside: tuple[Beside, ...] = ()
 
     @property
     def place(self) -> str:
@@ -38,8 +57,12 @@ class UserCode:
         return self.text.rpartition(":")[2]
 
     def load(self) -> Callable[..., Any]:
-        """The function or class itself. Raises `UserCodeError` that says what was not found."""
-        module = _import(self.place) if self.file_source is None else _run_file(self.place, self.file_source)
+        """The function or class itself. Raises `UserCodeError` that says what was not found.
+
+        It runs the user's code, and changes where this process looks for modules: call it in a process of its
+        own (`rayrlhf.isolation`).
+        """
+        module = _import(self.place) if self.file_source is None else self._run_file(self.file_source)
         found: Any = getattr(module, self.name, None)
         fits = inspect.isclass(found) if self.kind == "class" else callable(found)
         if not fits:
@@ -47,19 +70,105 @@ class UserCode:
             raise UserCodeError(f"{self.place} has no {self.kind} {self.name!r}; it has: {others}")
         return found
 
+    def _run_file(self, source: str) -> ModuleType:
+        """As `python file.py` would: modules of its folder come first."""
+        sys.path.insert(0, self.folder)  # for what is not carried along, where the folder exists
+        sys.meta_path.insert(0, _Carried(self.beside))
+        path = str(Path(self.folder) / Path(self.place).name)
+        # The checksum keeps apart files of one name in different folders.
+        module = ModuleType(f"user_file_{Path(path).stem}_{zlib.crc32(source.encode()):08x}")
+        module.__file__ = path
+        sys.modules[module.__name__] = module  # dataclasses and the like look their module up
+        try:
+            exec(compile(source, path, "exec"), module.__dict__)
+        except BaseException as error:  # exit() at import is one more way to fail
+            raise UserCodeError(f"{self.place} fails at import: {described(error, OWN_FILES)}") from error
+        return module
+
 
 def find_user_code(text: str, kind: Kind) -> UserCode:
-    """Resolve `module:name` or `path/file.py:name` on the driver. Raises `UserCodeError`."""
-    code = UserCode(text, kind, None)
+    """Resolve `module:name` or `path/file.py:name` on the driver, without running any of it. Raises
+    `UserCodeError`.
+    """
+    code = UserCode(text, kind)
     if not code.place or not code.name:
         raise UserCodeError(f"{text!r} is not of the form module:{kind} or path/file.py:{kind}")
-    if code.place.endswith(".py"):
-        path = Path(code.place)
-        if not path.is_file():
-            raise UserCodeError(f"{path} is not a file (looked from {Path.cwd()})")
-        code = UserCode(text, kind, path.read_text(encoding="utf-8"))
-    code.load()
-    return code
+    if not code.place.endswith(".py"):
+        return code
+    path = Path(code.place)
+    if not path.is_file():
+        raise UserCodeError(f"{path} is not a file (looked from {Path.cwd()})")
+    folder = path.resolve().parent
+    try:
+        source = path.read_text(encoding="utf-8")
+        return UserCode(text, kind, source, str(folder), _imported_beside(source, folder))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserCodeError(f"{path} cannot be read: {error}") from error
+
+
+def _imported_beside(source: str, folder: Path) -> tuple[Beside, ...]:
+    """The modules and packages in `folder` that a file there imports, at its top or within its functions, and
+    those that they import in turn.
+    """
+    found: dict[str, Beside] = {}
+    remaining = [source]
+    while remaining:
+        for name in _imported_names(remaining.pop()):
+            package, single = folder / name, folder / f"{name}.py"
+            is_package = (package / "__init__.py").is_file()
+            if name in found or not (is_package or single.is_file()):
+                continue
+            for path in sorted(package.rglob("*.py")) if is_package else [single]:
+                parts = path.relative_to(folder).with_suffix("").parts
+                is_init = parts[-1] == "__init__"
+                module = ".".join(parts[:-1] if is_init else parts)
+                text = path.read_text(encoding="utf-8")
+                found[module] = Beside(module, str(path), text, is_init)
+                remaining.append(text)
+    return tuple(found.values())
+
+
+def _imported_names(source: str) -> set[str]:
+    """The first parts of the names of absolute imports. What cannot be parsed fails when it is imported."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+class _Carried(MetaPathFinder, InspectLoader):
+    """Imports modules from the texts that came along."""
+
+    def __init__(self, beside: Sequence[Beside]) -> None:
+        self.modules = {each.module: each for each in beside}
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        found = self.modules.get(fullname)
+        if found is None:
+            return None
+        spec = spec_from_loader(fullname, self, origin=found.path, is_package=found.is_package)
+        assert spec is not None
+        spec.has_location = True
+        if found.is_package:
+            spec.submodule_search_locations = [str(Path(found.path).parent)]
+        return spec
+
+    def get_source(self, fullname: str) -> str:
+        return self.modules[fullname].text
+
+    def is_package(self, fullname: str) -> bool:
+        return self.modules[fullname].is_package
+
+    def get_code(self, fullname: str) -> CodeType:
+        found = self.modules[fullname]
+        return self.source_to_code(found.text, found.path)
 
 
 def _names(module: ModuleType, kind: Kind) -> str:
@@ -75,17 +184,5 @@ def _import(name: str) -> ModuleType:
         raise UserCodeError(
             f"cannot import {name!r} ({error}); is it on PYTHONPATH, or did you mean a .py file?"
         ) from error
-    except Exception as error:
-        raise UserCodeError(f"{name} fails at import: {type(error).__name__}: {error}") from error
-
-
-def _run_file(path: str, source: str) -> ModuleType:
-    # The checksum keeps apart files of one name in different folders.
-    module = ModuleType(f"user_file_{Path(path).stem}_{zlib.crc32(source.encode()):08x}")
-    module.__file__ = path
-    sys.modules[module.__name__] = module  # dataclasses and the like look their module up
-    try:
-        exec(compile(source, path, "exec"), module.__dict__)
-    except Exception as error:
-        raise UserCodeError(f"{path} fails at import: {type(error).__name__}: {error}") from error
-    return module
+    except BaseException as error:
+        raise UserCodeError(f"{name} fails at import: {described(error, OWN_FILES)}") from error

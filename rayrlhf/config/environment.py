@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rayrlhf.config.base import Count, PositiveNumber, Section, Wanted
+from rayrlhf.config.base import Count, PositiveNumber, Wanted
+from rayrlhf.config.user_code import CodeLimits
 
 ClassName = Annotated[
     str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"), Wanted("module:Class or path/to/file.py:Class")
 ]
 
 
-class EnvironmentConfig(Section):
+class EnvironmentConfig(CodeLimits):
     environment: ClassName
     """A Python class of yours with reset(row) and step(response): `module:Class` or `path/file.py:Class`."""
     arguments: dict[str, Any] = Field(default_factory=dict)

@@ -10,6 +10,7 @@ from pydantic import Field
 from rayrlhf.config.base import Count, PositiveNumber, Problem, Section, Wanted
 from rayrlhf.config.model import Dtype
 from rayrlhf.config.secrets import is_masked, masked_tree
+from rayrlhf.config.user_code import CodeLimits
 
 FunctionName = Annotated[
     str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"), Wanted("module:function or path/to/file.py:function")
@@ -34,7 +35,14 @@ class Source(Section):
     """Subtract the running mean of its rewards and divide by their running standard deviation."""
 
 
-class FunctionSource(Source):
+class FunctionLimits(CodeLimits):
+    """What a function of the user's may take."""
+
+    timeout_seconds: PositiveNumber | None = None
+    """Deadline of one call, then its process is replaced; 4/5 of the deadline of scoring when left out."""
+
+
+class FunctionSource(FunctionLimits, Source):
     type: Literal["function"]
     """Your Python function: f(prompts, responses, labels, **columns) -> a number up to 1e18 per response."""
     function: FunctionName
@@ -119,9 +127,9 @@ class MathSource(Source):
     wrong: float = 0.0
     """Reward of any other response, those without an answer included."""
     timeout_seconds: PositiveNumber = 10
-    """Deadline of one comparison; a response that takes longer has failed, since it may be right."""
+    """Deadline of one comparison; a response that takes longer counts as wrong and in reward/unverified."""
     num_processes: Count = 1
-    """Processes per replica that compare."""
+    """Processes per replica that compare; up to 8 more while comparisons take longer than a second."""
     num_replicas: Count = 1
     """Serve replicas of this source."""
 
@@ -134,9 +142,9 @@ class ReasoningGymSource(Source):
     answer: Literal["tag", "last_line", "whole"] = "tag"
     """What the answer is: the last <answer>…</answer>, the last line with text, or the whole response."""
     timeout_seconds: PositiveNumber = 10
-    """Deadline of one scoring; a response that takes longer has failed, since it may be right."""
+    """Deadline of one scoring; a response that takes longer gets 0 and counts in reward/unverified."""
     num_processes: Count = 1
-    """Processes per replica that score."""
+    """Processes per replica that score; up to 8 more while scorings take longer than a second."""
     num_replicas: Count = 1
     """Serve replicas of this source."""
 

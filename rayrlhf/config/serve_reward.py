@@ -9,7 +9,7 @@ from pydantic import Field
 from rayrlhf.config.base import Count, PositiveNumber, Problem, Section, Wanted
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.placement import PlacementConfig
-from rayrlhf.config.reward_sources import FunctionName, ModelSource, SourceName
+from rayrlhf.config.reward_sources import FunctionLimits, FunctionName, ModelSource, SourceName
 
 Route = Annotated[
     str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)+$"), Wanted("a path such as /get_reward, without a final /")
@@ -42,7 +42,7 @@ class ServedModel(ModelSource):
     """What happens to a longer query: answer 413, or score its last or first max_tokens tokens."""
 
 
-class ServedFunction(Section):
+class ServedFunction(FunctionLimits):
     type: Literal["function"]
     """A Python function of yours: f(prompts, responses, labels) -> one number per response."""
     function: FunctionName

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,17 @@ from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.rollout import EngineConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import read_chat_template
-from rayrlhf.loops.checks import Prepared
+from rayrlhf.loops.checks import Prepared, log_of
 from rayrlhf.loops.job import PolicyJob, RewardApp
+from rayrlhf.loops.reporting import ToBoard
 from rayrlhf.models.load import resolve_dtype
 from rayrlhf.placement.apply import Slots
-from rayrlhf.reward.functions import function_deployment
+from rayrlhf.reward.functions import function_deployment, hosted_function
 from rayrlhf.reward.model import model_deployment
 from rayrlhf.reward.remote import remote_deployment
 from rayrlhf.reward.verifiable import verifiable_deployment
 from rayrlhf.rollout.engine import EngineSettings, rollout_deployment
-from rayrlhf.rollout.environments import EnvironmentSetup, environment_deployment
+from rayrlhf.rollout.environments import NAME, EnvironmentSetup, environment_deployment
 from rayrlhf.rollout.scorer import scorer_deployment
 from rayrlhf.train.served import reference_deployment
 from rayrlhf.usercode import UserCode
@@ -59,6 +61,8 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
         prompt_key=config.data.prompt_key,
         label_key=config.data.label_key,
         slots=slots,
+        run_path=config.run.path,
+        say=ToBoard(job.board),
     )
     if prepared.environment is not None:
         setup = EnvironmentSetup(
@@ -69,6 +73,8 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
             trust_remote_code=config.model.trust_remote_code,
             chat_template=read_chat_template(config.data),
             rollout_app=job.rollout_app,
+            log=log_of(config.run.path, NAME),
+            say=ToBoard(job.board),
         )
         apps[job.environment_app] = environment_deployment(setup)
     if config.ref_is_served:
@@ -108,14 +114,23 @@ def reward_apps(
     prompt_key: str,
     label_key: str | None,
     slots: Slots,
+    run_path: Path | str,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """App name -> bound deployment of every reward source that has one."""
+    """App name -> bound deployment of every reward source that has one. What functions print goes into the
+    run's folder, its first lines to `say`.
+    """
     apps: dict[str, Any] = {}
-    for index, (source, (_, _, app)) in enumerate(zip(reward.sources, names, strict=True)):
+    for index, (source, (name, _, app)) in enumerate(zip(reward.sources, names, strict=True)):
         match source.type:
             case "function":
                 apps[app] = function_deployment(
-                    functions[index], label_key=label_key, num_replicas=source.num_replicas
+                    hosted_function(functions[index], source, reward.timeout_seconds),
+                    label_key=label_key,
+                    num_replicas=source.num_replicas,
+                    name=name,
+                    log=log_of(run_path, f"reward-{name}"),
+                    say=say,
                 )
             case "model":
                 apps[app] = model_deployment(

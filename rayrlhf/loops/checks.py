@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,17 @@ from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.prompts import PromptStore
-from rayrlhf.reward.functions import find_function, try_function
+from rayrlhf.isolation.output import OutputLog
+from rayrlhf.reward.functions import find_function, hosted_function, try_function
 from rayrlhf.reward.items import RewardError
 from rayrlhf.reward.remote import check_reachable, resolved_source
 from rayrlhf.reward.verifiable import check_installed, try_rows
-from rayrlhf.rollout.environments import find_environment, try_environment
+from rayrlhf.rollout.environments import (
+    NAME,
+    find_environment,
+    hosted_environment,
+    try_environment,
+)
 from rayrlhf.rollout.turns import Turns
 from rayrlhf.rollout.user_environment import EnvironmentFailure
 from rayrlhf.samples import Prompt
@@ -52,7 +58,7 @@ def find_rewards(reward: RewardConfig) -> dict[int, UserCode]:
     for index, source in enumerate(reward.sources):
         with _named(index, source.type):
             if source.type == "function":
-                functions[index] = find_function(source.function)
+                functions[index] = find_function(source.function, source, reward.timeout_seconds)
             elif source.type == "math" or source.type == "reasoning_gym":
                 check_installed(source)
             elif source.type == "remote":
@@ -74,14 +80,22 @@ def _find_environment(config: PolicyRunConfig) -> UserCode | None:
     if config.rollout.environment is None:
         return None
     try:
-        return find_environment(config.rollout.environment.environment)
+        return find_environment(config.rollout.environment)
     except UserCodeError as error:
         raise InputError(f"rollout.environment.environment: {error}") from error
 
 
-def try_out_environment(code: UserCode | None, config: PolicyRunConfig, prompts: PromptStore) -> None:
-    """Play the beginning of an episode on real rows, before any model is loaded. Raises `InputError` and
-    `DataError` (for a chat template that cannot continue a conversation).
+def log_of(run_path: str | Path, name: str) -> Path:
+    """Where what a piece of the user's code prints is kept: in the run's folder, which all nodes share."""
+    return Path(run_path) / "logs" / f"{name}.log"
+
+
+def try_out_environment(
+    code: UserCode | None, config: PolicyRunConfig, prompts: PromptStore, say: Callable[[str], None]
+) -> None:
+    """Play the beginning of an episode on real rows, before any model is loaded; `say` takes the first lines
+    that it prints. Raises `InputError` and `DataError` (for a chat template that cannot continue a
+    conversation).
     """
     environment = config.rollout.environment
     if code is None or environment is None:
@@ -91,21 +105,35 @@ def try_out_environment(code: UserCode | None, config: PolicyRunConfig, prompts:
     )
     rows = [prompt.columns for prompt in _first(prompts, TRIED_PROMPTS)]
     try:
-        try_environment(code, environment, rows, Turns(tokenizer, config.data))
+        try_environment(
+            hosted_environment(code, environment),
+            OutputLog(NAME, log_of(config.run.path, NAME), say),
+            environment,
+            rows,
+            Turns(tokenizer, config.data),
+        )
     except EnvironmentFailure as error:
         raise InputError(f"rollout.environment: {error}") from error
 
 
 def try_rewards(
-    functions: dict[int, UserCode], reward: RewardConfig, label_key: str | None, prompts: PromptStore
+    functions: dict[int, UserCode],
+    reward: RewardConfig,
+    label_key: str | None,
+    prompts: PromptStore,
+    run_path: str | Path,
+    say: Callable[[str], None],
 ) -> None:
     """Try every reward source that can be tried before any model is loaded: functions are called once on real
-    prompts, labels are read, servers must answer. Raises `RewardError`.
+    prompts, labels are read, servers must answer. What functions print goes into the run's folder, its first
+    lines to `say`. Raises `RewardError`.
     """
-    for index, source in enumerate(reward.sources):
+    for index, (source, name) in enumerate(zip(reward.sources, reward.source_names, strict=True)):
         with _named(index, source.type):
             if source.type == "function":
-                try_function(functions[index], _first(prompts, TRIED_PROMPTS), label_key)
+                hosted = hosted_function(functions[index], source, reward.timeout_seconds)
+                output = OutputLog(name, log_of(run_path, f"reward-{name}"), say)
+                try_function(hosted, output, _first(prompts, TRIED_PROMPTS), label_key)
             elif source.type == "math" or source.type == "reasoning_gym":
                 try_rows(source, _first(prompts, TRIED_LABELS), label_key)
             elif source.type == "remote":

@@ -20,6 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from rayrlhf.loops.checks import (
 from rayrlhf.loops.generate_worker import GenerateJob, Pace, ShardWorker
 from rayrlhf.loops.identity import check_identity, what_results_depend_on, write_atomically
 from rayrlhf.loops.job import reward_app_names
+from rayrlhf.loops.reporting import ToBoard
 from rayrlhf.loops.session import deploy, last_line, wait_for_apps
 from rayrlhf.loops.shards import (
     NEW_COLUMNS,
@@ -60,6 +62,7 @@ from rayrlhf.loops.shards import (
 )
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.rows import RowsProgress
+from rayrlhf.observe.sinks import Sinks, drain_in_background
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.plan import plan_generate
 from rayrlhf.rollout.engine import rollout_deployment
@@ -121,7 +124,7 @@ def _run(config: GenerateRunConfig, functions: dict[int, UserCode], console: Con
         return run_path
     check_columns(store, config)
     if config.reward is not None:
-        try_rewards(functions, config.reward, config.data.label_key, store)
+        try_rewards(functions, config.reward, config.data.label_key, store, run_path, console.say)
     shards = plan_shards(config.generate.num_rows or len(store), config.generate.rows_per_shard)
     folder = ShardFolder(run_path / "shards")
     pace = Pace(time.monotonic())
@@ -200,7 +203,7 @@ def _answer_all(
         no_gpu = config.placement.model_copy(update={"gpus_per_slot": 0})
         config = config.model_copy(update={"placement": no_gpu})
     check_placement(spec, config, console)
-    with placed(spec, config, console) as (run_id, slots, _):
+    with placed(spec, config, console) as (run_id, slots, board), ExitStack() as stack:
         job = GenerateJob(
             config=config,
             run_id=run_id,
@@ -210,6 +213,7 @@ def _answer_all(
             num_workers=num_workers(config, len(pending)),
         )
         apps = _apps(job, slots, functions)
+        stack.enter_context(drain_in_background(board, Sinks([console])))
         console.say(f"starting {len(apps)} apps")
         deploy(apps)
         wait_for_apps(set(apps), timeout_seconds=config.rollout.start_timeout_seconds, tell=console.say)
@@ -266,6 +270,8 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
             prompt_key=config.data.prompt_key,
             label_key=config.data.label_key,
             slots=slots,
+            run_path=config.run.path,
+            say=ToBoard(job.board),
         )
     return apps
 

@@ -55,6 +55,10 @@ class GenerateJob:
         return f"{self.run_id}-rollout"
 
     @property
+    def board(self) -> str:
+        return f"{self.run_id}-board"
+
+    @property
     def prompts_in_flight(self) -> int:
         """Of one worker. All of them together ask for more than the engines work on, so that none idles."""
         rollout = self.config.rollout

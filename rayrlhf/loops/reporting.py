@@ -94,6 +94,19 @@ def _receipt(ref: Any) -> Receipt | None:
         return None
 
 
+class ToBoard:
+    """Takes lines for the console, in whatever process of the run it is called."""
+
+    def __init__(self, board: str) -> None:
+        self.board = board
+        self._actor: Any = None
+
+    def __call__(self, text: str) -> None:
+        if self._actor is None:
+            self._actor = ray.get_actor(self.board, namespace=NAMESPACE)
+        self._actor.post.remote(Report("note", 0, text))
+
+
 def _row(step: int, sample: Sample) -> dict[str, Any]:
     return {
         "step": step,

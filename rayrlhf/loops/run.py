@@ -82,9 +82,11 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
     check_placement(spec, config, console)
     stores = prepare_stores(config, run_path, console.say)
-    try_rewards(prepared.reward_functions, config.reward, config.data.label_key, stores.train)
+    try_rewards(
+        prepared.reward_functions, config.reward, config.data.label_key, stores.train, run_path, console.say
+    )
     fixed = still_the_same(config, newest, stores.fingerprints(), console.say)
-    try_out_environment(prepared.environment, config, stores.train)
+    try_out_environment(prepared.environment, config, stores.train, console.say)
     with (
         placed(spec, config, console) as (run_id, slots, board),
         make_sinks(config, run_path, console) as sinks,

@@ -26,7 +26,13 @@ def check_sources(config: ServeRewardConfig) -> list[Served]:
         key = f"reward.sources.{index}"
         if isinstance(source, ServedFunction):
             try:
-                found.append(Served(name, source, code=find_function(source.function)))
+                found.append(
+                    Served(
+                        name,
+                        source,
+                        code=find_function(source.function, source, config.server.timeout_seconds),
+                    )
+                )
             except RewardError as error:
                 raise RewardError(f"{key}.function: {error}") from error
         else:

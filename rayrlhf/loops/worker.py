@@ -196,10 +196,12 @@ class PolicyWorker(TrainingWorker):
             {
                 "unscored": float(unscored),
                 "dropped": float(len(self.sampled) - num_scored),
+                "unverified": float(self.collector.rewards.drain_unverified()),
                 "all": float(len(self.sampled)),
             }
         )
         self.metrics["reward/failed"] = totals["dropped"]
+        self.metrics["reward/unverified"] = totals["unverified"]
         self.collector.rewards.check(int(totals["unscored"]), int(totals["all"]))
 
     def learn(self, samples: Sequence[Sample], step: int) -> None:

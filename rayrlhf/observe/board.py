@@ -21,7 +21,7 @@ MAX_REPORTS = 10_000
 class Report:
     """One thing worth telling: a phase that began, a finished step, an evaluation, rollouts to keep."""
 
-    kind: str  # "phase" | "step" | "eval" | "rollouts" | "event" | "warning" | "failure"
+    kind: str  # "phase" | "step" | "eval" | "rollouts" | "event" | "note" | "warning" | "failure"
     step: int
     text: str = ""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -99,6 +99,8 @@ class Console:
             self.say(one_line(report.text))
         elif report.kind == "warning":
             self.say(f"warning: {one_line(report.text)}")
+        elif report.kind == "note":
+            self.say(report.text)
         elif report.kind == "eval":
             told = (
                 _rewards(report.metrics) if "eval/reward_mean" in report.metrics else _others(report.metrics)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 METRICS: dict[str, str] = {
     "reward/mean": "mean score of the step's samples, after weights and clip",
     "reward/std": "standard deviation of the scores",
+    "reward/unverified": "answers since the last step, held-out ones too, that took too long to grade: wrong",
     "reward/failed": "samples dropped because a reward source failed for good",
     "reward/accuracy": "share of pairs whose chosen response has the higher reward, or of steps judged right",
     "reward/accuracy_good": "share of good steps judged good",

@@ -155,7 +155,7 @@ class Wandb:
 
 
 class Sinks:
-    def __init__(self, sinks: Sequence[SinkThread]) -> None:
+    def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = sinks
         self.phase = Report("phase", 0, "start")  # the newest
 

@@ -1,4 +1,5 @@
-"""Reward functions of the user's: found, tried once on the driver, then run by Serve replicas.
+"""Reward functions of the user's: found, tried once on the driver, then called by Serve replicas; always in a
+process of their own.
 
 The contract: called with keyword arguments `prompts` (as the model saw them), `responses`, `labels` and every
 column of the data rows, all lists of one length; returns a list of that length of floats, where None or NaN
@@ -9,76 +10,89 @@ function that names its arguments gets only those. Sync or async.
 from __future__ import annotations
 
 import asyncio
-import inspect
-import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import serve
 
-from rayrlhf.reward.items import LARGEST_REWARD, Failure, RewardError, ScoreItem, checked_reward
+from rayrlhf.config.reward_sources import FunctionLimits
+from rayrlhf.isolation.frames import CodeError, ProcessDied
+from rayrlhf.isolation.output import OutputLog
+from rayrlhf.isolation.pool import ProcessPool
+from rayrlhf.isolation.process import Hosted
+from rayrlhf.placement.apps import of_this_replica
+from rayrlhf.reward.items import (
+    LARGEST_REWARD,
+    Failure,
+    LostForGood,
+    RewardError,
+    ScoreItem,
+    checked_reward,
+)
 from rayrlhf.samples import Prompt
 from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
 
-RewardFunction = Callable[..., Any]
+TIMEOUT_SHARE = 0.8  # of the deadline that includes waiting in line, where a function has none of its own
+TRIED_RESPONSE = "A short answer, to see whether the reward function works."
 
 
-def find_function(text: str) -> UserCode:
-    """Resolve `module:function` or `path/file.py:function` on the driver. Raises `RewardError`."""
+def hosted_function(code: UserCode, limits: FunctionLimits, timeout_seconds: float) -> Hosted:
+    """`timeout_seconds` is the deadline of whoever asks."""
+    return Hosted(
+        "rayrlhf.reward.function_host:FunctionHost",
+        (code,),
+        start_timeout_seconds=limits.start_timeout_seconds,
+        timeout_seconds=limits.timeout_seconds or TIMEOUT_SHARE * timeout_seconds,
+        max_memory_gib=limits.max_memory_gib,
+    )
+
+
+def find_function(text: str, limits: FunctionLimits, timeout_seconds: float) -> UserCode:
+    """Resolve `module:function` or `path/file.py:function` on the driver, and import it in a process. Raises
+    `RewardError`.
+    """
     try:
-        return find_user_code(text, "function")
+        code = find_user_code(text, "function")
     except UserCodeError as error:
         raise RewardError(str(error)) from error
 
+    async def start() -> None:
+        async with ProcessPool(hosted_function(code, limits, timeout_seconds), OutputLog(text)):
+            pass
+
+    try:
+        asyncio.run(start())
+    except CodeError as error:
+        raise RewardError(_with_name(text, error)) from error
+    return code
+
 
 def arguments_for(
-    function: RewardFunction,
-    prompts: Sequence[Prompt],
-    responses: Sequence[str],
-    label_key: str | None,
+    prompts: Sequence[Prompt], responses: Sequence[str], label_key: str | None
 ) -> dict[str, list[Any]]:
-    """The keyword arguments of one call, narrowed to those the function names."""
+    """The keyword arguments of one call, before they are narrowed to those that the function names."""
     columns = sorted({name for prompt in prompts for name in prompt.columns})
     arguments: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in columns}
     arguments["prompts"] = [prompt.prompt for prompt in prompts]
     arguments["responses"] = list(responses)
     arguments["labels"] = [p.columns.get(label_key) if label_key else None for p in prompts]
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return arguments
-    return {name: values for name, values in arguments.items() if name in parameters}
+    return arguments
 
 
-async def call_function(
-    function: RewardFunction, arguments: dict[str, list[Any]], count: int
-) -> list[float | None]:
-    """Call it and hold it to the contract; NaN becomes None. Raises `RewardError` on a broken one."""
-    if inspect.iscoroutinefunction(function):
-        returned = await function(**arguments)
-    else:
-        returned = await asyncio.to_thread(function, **arguments)
-    try:
-        rewards = [None if value is None or math.isnan(float(value)) else float(value) for value in returned]
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"returned {returned!r:.200}; a list of {count} floats was wanted") from error
-    if len(rewards) != count:
-        raise RewardError(f"returned {len(rewards)} rewards for {count} responses")
-    return rewards
-
-
-def try_function(code: UserCode, prompts: Sequence[Prompt], label_key: str | None) -> None:
+def try_function(hosted: Hosted, output: OutputLog, prompts: Sequence[Prompt], label_key: str | None) -> None:
     """Call it once, with the first prompts and a plain answer. Raises `RewardError`."""
-    function = code.load()
-    responses = ["A short answer, to see whether the reward function works."] * len(prompts)
-    arguments = arguments_for(function, prompts, responses, label_key)
+    [code] = hosted.arguments
+    arguments = arguments_for(prompts, [TRIED_RESPONSE] * len(prompts), label_key)
+
+    async def call() -> list[float | None]:
+        async with ProcessPool(hosted, output) as pool:
+            return await pool.call("score", arguments, len(prompts))
+
     try:
-        rewards = asyncio.run(call_function(function, arguments, len(prompts)))
-    except RewardError as error:
-        raise RewardError(f"{code.text} {error}") from error
-    except Exception as error:
-        raise RewardError(
-            f"{code.text} raised {type(error).__name__}: {error} when called with {', '.join(arguments)}"
-        ) from error
+        rewards = asyncio.run(call())
+    except CodeError as error:
+        raise RewardError(_with_name(code.text, error)) from error
     if all(reward is None for reward in rewards):
         raise RewardError(f"{code.text} returned only NaN or None, which means that scoring failed")
     for reward in rewards:
@@ -86,21 +100,61 @@ def try_function(code: UserCode, prompts: Sequence[Prompt], label_key: str | Non
             raise RewardError(f"{code.text} {checked.reason}; wanted numbers up to ±{LARGEST_REWARD:g}")
 
 
-class FunctionReward:
-    """The Serve replica that runs a user's function; CPU work, so it has no slot."""
+def _with_name(text: str, error: CodeError) -> str:
+    """The sentence with its subject, which some have."""
+    reason = str(error)
+    place = text.rpartition(":")[0]
+    if reason.startswith(place):
+        return reason
+    return f"{text}{': ' if reason.startswith('it') else ' '}{reason}"
 
-    def __init__(self, code: UserCode, label_key: str | None) -> None:
-        self.function = code.load()
+
+class FunctionReward:
+    """The Serve replica in front of the process with a user's function; CPU work, so it has no slot."""
+
+    async def __init__(
+        self,
+        hosted: Hosted,
+        label_key: str | None,
+        name: str,
+        log: Path | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self.label_key = label_key
+        self.text: str = hosted.arguments[0].text
+        self.pool = ProcessPool(hosted, OutputLog(name, of_this_replica(log), say))
+        try:
+            await self.pool.start()
+        except CodeError as error:
+            raise RewardError(_with_name(self.text, error)) from error
 
     async def score(self, items: list[ScoreItem]) -> list[float | None]:
-        """One call of the function per request: a user's function that raises fails no other request."""
+        """One call of the function per request: a user's function that raises fails no other request. Raises
+        `RewardError`; `LostForGood` where the call ended the function's process.
+        """
         prompts, responses = [item.prompt for item in items], [item.response for item in items]
-        arguments = arguments_for(self.function, prompts, responses, self.label_key)
-        return await call_function(self.function, arguments, len(items))
+        arguments = arguments_for(prompts, responses, self.label_key)
+        try:
+            return await self.pool.call("score", arguments, len(items))
+        except ProcessDied as error:
+            raise LostForGood(_with_name(self.text, error)) from error
+        except CodeError as error:
+            raise RewardError(_with_name(self.text, error)) from error
+
+    def __del__(self) -> None:  # Serve calls it when the replica goes
+        if hasattr(self, "pool"):
+            self.pool.close()
 
 
-def function_deployment(code: UserCode, *, label_key: str | None, num_replicas: int) -> Any:
+def function_deployment(
+    hosted: Hosted,
+    *,
+    label_key: str | None,
+    num_replicas: int,
+    name: str,
+    log: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Any:
     deployment = serve.deployment(FunctionReward).options(
         name="reward",
         num_replicas=num_replicas,
@@ -109,4 +163,4 @@ def function_deployment(code: UserCode, *, label_key: str | None, num_replicas: 
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=2,
     )
-    return deployment.bind(code, label_key)
+    return deployment.bind(hosted, label_key, name, log, say)

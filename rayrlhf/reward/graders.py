@@ -1,4 +1,4 @@
-"""Graders of verifiable answers. They run in processes of their own (`grader_process`), on input that no one
+"""Graders of verifiable answers. They run in processes of their own (`grader_host`), on input that no one
 has read: a model may write an expression that takes for ever, or all memory.
 
 A grader takes a request, a plain JSON object, and gives a number. It raises `UnusableRow` where the data row,

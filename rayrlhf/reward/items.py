@@ -16,6 +16,21 @@ class RewardError(ValueError):
     """A reward source that cannot be used, or that breaks the contract."""
 
 
+class LostForGood(RewardError):
+    """A request that must not be repeated: it would do the same harm again."""
+
+
+def last_words(error: BaseException) -> str:
+    """One line. What a replica has raised comes in Ray's wrapping, with a traceback; a `RewardError` of ours
+    is a sentence already.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RewardError):
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 @dataclass(frozen=True)
 class ScoreItem:
     """One sample as a source sees it."""
@@ -28,8 +43,17 @@ class ScoreItem:
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that a source could not score."""
+    """A sample that a source could not score. `final`: it need not be asked again."""
 
+    reason: str
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Unverified:
+    """The reward of an answer that could not be verified, which counts as wrong, and why."""
+
+    reward: float
     reason: str
 
 
@@ -37,6 +61,8 @@ def checked_reward(value: Any) -> float | Failure:
     """What a source gave for one sample, held to the contract: a finite number, no text and no null."""
     if isinstance(value, Failure):
         return value
+    if isinstance(value, Unverified):
+        value = value.reward
     if value is None or not isinstance(value, int | float):
         return Failure(f"returned {value!r:.80}, which is no number")
     if not abs(value) <= LARGEST_REWARD:  # NaN too

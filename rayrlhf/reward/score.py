@@ -13,7 +13,15 @@ from typing import Any
 
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.foreign_text import one_line
-from rayrlhf.reward.items import Failure, ScoreItem, checked_reward
+from rayrlhf.reward.items import (
+    Failure,
+    LostForGood,
+    RewardError,
+    ScoreItem,
+    Unverified,
+    checked_reward,
+    last_words,
+)
 from rayrlhf.samples import Sample
 
 BACKOFF_SECONDS = 0.5  # before the first retry; doubled from one to the next
@@ -47,6 +55,7 @@ class RewardClient:
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
         self._last_reason: dict[str, str] = {}
+        self._num_unverified = 0
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """The same samples, in their order, with `source_rewards`: None where a source failed for good."""
@@ -62,7 +71,7 @@ class RewardClient:
         retries = self.config.retries if source.handle is not None else 0
         first_turn = next(self._turns[source.name])
         for attempt in range(retries + 1):
-            missing = [i for i, reward in enumerate(rewards) if isinstance(reward, Failure)]
+            missing = [i for i, r in enumerate(rewards) if isinstance(r, Failure) and not r.final]
             if not missing:
                 break
             if attempt:
@@ -80,6 +89,9 @@ class RewardClient:
             answers: list[Any] = [_environment_reward(sample) for sample in samples]
         else:
             answers = await self._request(source, samples, turn)
+        unverified = [answer for answer in answers if isinstance(answer, Unverified)]
+        with self._lock:
+            self._num_unverified += len(unverified)
         rewards = [checked_reward(answer) for answer in answers]
         reasons = [reward.reason for reward in rewards if isinstance(reward, Failure)]
         if reasons:
@@ -105,7 +117,7 @@ class RewardClient:
         except Exception as error:
             # The border to code that is not ours: whatever it raises, the samples count as failed, with the
             # reason.
-            return [Failure(self._reason(error))] * len(samples)
+            return [Failure(self._reason(error), final=isinstance(error, LostForGood))] * len(samples)
         if len(answers) != len(samples):
             return [Failure(f"returned {len(answers)} rewards for {len(samples)} responses")] * len(samples)
         return answers
@@ -113,9 +125,10 @@ class RewardClient:
     def _reason(self, error: Exception) -> str:
         if type(error) is TimeoutError:
             return f"no answer within reward.timeout_seconds={self.config.timeout_seconds:g}"
-        lines = str(error).strip().splitlines()
-        # It is logged, counted by its text and told: a reward may raise whatever a response held.
-        return one_line(f"{type(error).__name__}: {lines[-1]}" if lines else repr(error))
+        # It is logged and counted by its text: a reward may raise whatever a response held.
+        if isinstance(getattr(error, "cause", None), RewardError):
+            return one_line(last_words(error))
+        return one_line(f"{type(error).__name__}: {last_words(error)}" if str(error).strip() else repr(error))
 
     def _count(self, name: str, num_failed: int) -> None:
         with self._lock:
@@ -132,6 +145,12 @@ class RewardClient:
             self._failures.clear()
             self._last_reason.clear()
         return told
+
+    def drain_unverified(self) -> int:
+        """Answers since the last call that took too long to verify; they count as wrong."""
+        with self._lock:
+            drained, self._num_unverified = self._num_unverified, 0
+        return drained
 
     def check(self, num_failed: int, num_samples: int) -> None:
         """Stop the run when more than `reward.max_failed_fraction` of a step failed, or all of it."""

@@ -25,9 +25,9 @@ from rayrlhf.config.serve_reward import ServedFunction, ServedModel, ServerConfi
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.lease import HEAD_NODE
 from rayrlhf.reward.admission import Admission, NoToken, Overloaded, TooSlow, check_content, check_token
-from rayrlhf.reward.functions import function_deployment
+from rayrlhf.reward.functions import function_deployment, hosted_function
 from rayrlhf.reward.http_guard import RETRY_AFTER_SECONDS, HttpServer, problem
-from rayrlhf.reward.items import Failure, checked_reward
+from rayrlhf.reward.items import Failure, checked_reward, last_words
 from rayrlhf.reward.query import LABEL, BadRequest, ModelFacts, Queries, cut_to_readable, read_queries
 from rayrlhf.reward.text_model import text_model_deployment
 from rayrlhf.usercode import UserCode
@@ -248,8 +248,7 @@ class _Source:
             response.cancel()
             raise
         except RayTaskError as error:  # the border to code of the user's
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = ascii(said[-1])[1:-1] if said else type(error).__name__
+            reason = ascii(last_words(error))[1:-1]
             raise SourceFailed(f"{self.served.name}: {reason[:SHOWN_CHARACTERS]}", status=500) from error
         except (RayActorError, DeploymentUnavailableError, RequestCancelledError) as error:
             # The border to processes that die: Serve starts another one, and the client may ask again.
@@ -304,4 +303,11 @@ def _scorer(served: Served, index: int, slots: Slots | None, config: ServerConfi
             slots=slots,
         )
     assert served.code is not None
-    return function_deployment(served.code, label_key=LABEL, num_replicas=served.source.num_replicas)
+    assert isinstance(served.source, ServedFunction)
+    return function_deployment(
+        hosted_function(served.code, served.source, config.timeout_seconds),
+        label_key=LABEL,
+        num_replicas=served.source.num_replicas,
+        name=served.name,
+        say=print,  # into Ray's log of the replica
+    )

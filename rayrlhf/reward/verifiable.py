@@ -11,12 +11,72 @@ from typing import Any
 from ray import serve
 
 from rayrlhf.config.reward import MathSource, ReasoningGymSource
-from rayrlhf.reward.grader_pool import GraderPool
+from rayrlhf.isolation.frames import CodeError, CodeTimeout, ProcessDied
+from rayrlhf.isolation.output import OutputLog
+from rayrlhf.isolation.pool import ProcessPool
+from rayrlhf.isolation.process import Hosted
 from rayrlhf.reward.graders import import_reasoning_gym
-from rayrlhf.reward.items import Failure, RewardError, ScoreItem
+from rayrlhf.reward.items import Failure, RewardError, ScoreItem, Unverified
 from rayrlhf.samples import Prompt
 
 VerifiableSource = MathSource | ReasoningGymSource
+
+START_SECONDS = 120  # a grader's libraries take a second or two, on a busy machine more
+SLOW_SECONDS = 1.0  # a grading that takes longer holds up nobody: another process takes its place
+NUM_EXTRA_PROCESSES = 8
+
+
+def grader_pool(
+    kind: str, *, num_processes: int, timeout_seconds: float, slow_seconds: float = SLOW_SECONDS
+) -> ProcessPool:
+    """Processes that grade, each killed and replaced when it misses its deadline.
+
+    The time limits of the graders' libraries are made of signals, which only the main thread of a process can
+    have; a Serve replica has threads. And no signal handler interrupts a long computation inside C code.
+    """
+    hosted = Hosted(
+        "rayrlhf.reward.grader_host:GraderHost",
+        (kind,),
+        start_timeout_seconds=START_SECONDS,
+        timeout_seconds=timeout_seconds,
+        # Threads of numpy's would count against its memory and cores.
+        env_vars=(("OPENBLAS_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "1")),
+    )
+    return ProcessPool(
+        hosted,
+        OutputLog(kind),
+        num_processes=num_processes,
+        num_extra=NUM_EXTRA_PROCESSES,
+        slow_seconds=slow_seconds,
+    )
+
+
+async def start_graders(pool: ProcessPool) -> None:
+    """Raises `RewardError` where they do not start."""
+    try:
+        await pool.start()
+    except CodeError as error:
+        [kind] = pool.hosted.arguments
+        raise RewardError(
+            f"the grader of {kind} does not start: {error}. "
+            "Is its package installed on every node (pip install 'rayrlhf[verify]')?"
+        ) from error
+
+
+async def grade(pool: ProcessPool, request: dict[str, Any]) -> float | Failure | Unverified:
+    """An answer that takes too long, or too much memory, has its verdict by that and is not graded again."""
+    try:
+        answer = await pool.call("grade", request)
+    except CodeTimeout as error:
+        return Unverified(0.0, f"grading {error}")
+    except ProcessDied as error:
+        return Unverified(0.0, f"grading it ended the grader: {error}")
+    except CodeError as error:  # no grader starts
+        return Failure(str(error))
+    if "unverified" in answer:
+        return Unverified(0.0, answer["unverified"])
+    # The same row would fail again.
+    return Failure(answer["failure"], final=True) if "failure" in answer else answer["reward"]
 
 
 def grading_request(
@@ -79,34 +139,38 @@ def told_with_place(
     failure: Failure, source: VerifiableSource, prompt: Prompt, label_key: str | None
 ) -> Failure:
     place = f"row {prompt.row_id}" + (f", column {label_key!r}" if source.type == "math" else "")
-    return Failure(f"{place}: {failure.reason}")
+    return Failure(f"{place}: {failure.reason}", final=failure.final)
 
 
 class VerifiableReward:
     """The Serve replica in front of a pool of graders; CPU work, so it has no slot."""
 
-    def __init__(self, source: VerifiableSource, label_key: str | None) -> None:
+    async def __init__(self, source: VerifiableSource, label_key: str | None) -> None:
         self.source = source
         self.label_key = label_key
-        self.pool = GraderPool(
+        self.pool = grader_pool(
             source.type, num_processes=source.num_processes, timeout_seconds=source.timeout_seconds
         )
+        await start_graders(self.pool)
 
-    async def score(self, items: list[ScoreItem]) -> list[float | Failure]:
+    async def score(self, items: list[ScoreItem]) -> list[float | Failure | Unverified]:
         return list(await asyncio.gather(*map(self._score_one, items)))
 
-    async def _score_one(self, item: ScoreItem) -> float | Failure:
+    async def _score_one(self, item: ScoreItem) -> float | Failure | Unverified:
         source = self.source
         try:
             request = grading_request(source, item.prompt, item.response, self.label_key)
         except RewardError as error:
-            return Failure(str(error))
-        grade = await self.pool.ask(request)
-        if isinstance(grade, Failure):
-            return told_with_place(grade, source, item.prompt, self.label_key)
+            return Failure(str(error), final=True)
+        graded = await grade(self.pool, request)
+        if isinstance(graded, Failure):
+            return told_with_place(graded, source, item.prompt, self.label_key)
+        if isinstance(graded, Unverified):
+            wrong = source.wrong if source.type == "math" else 0.0
+            return Unverified(wrong, f"row {item.prompt.row_id}: {graded.reason}")
         if source.type == "math":
-            return source.correct if grade else source.wrong
-        return grade
+            return source.correct if graded else source.wrong
+        return graded
 
     def __del__(self) -> None:  # Serve calls it when the replica goes
         if hasattr(self, "pool"):
@@ -146,8 +210,17 @@ def check_installed(source: VerifiableSource) -> None:
 
 def try_rows(source: VerifiableSource, prompts: Iterable[Prompt], label_key: str | None) -> None:
     """That the grader can use these rows. Raises `RewardError`, which names the row and the column."""
-    with GraderPool(source.type, num_processes=1, timeout_seconds=source.timeout_seconds) as pool:
-        for prompt in prompts:
-            grade = pool.grade(grading_request(source, prompt, None, label_key))
-            if isinstance(grade, Failure):
-                raise RewardError(told_with_place(grade, source, prompt, label_key).reason)
+
+    async def all_rows() -> None:
+        pool = grader_pool(source.type, num_processes=1, timeout_seconds=source.timeout_seconds)
+        try:
+            await start_graders(pool)
+            for prompt in prompts:
+                graded = await grade(pool, grading_request(source, prompt, None, label_key))
+                if isinstance(graded, Failure | Unverified):
+                    failure = Failure(graded.reason)
+                    raise RewardError(told_with_place(failure, source, prompt, label_key).reason)
+        finally:
+            await pool.kill()
+
+    asyncio.run(all_rows())

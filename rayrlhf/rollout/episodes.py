@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from rayrlhf.config.environment import EnvironmentConfig
 from rayrlhf.data.rows import BadRow
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.turns import Turns
-from rayrlhf.rollout.user_environment import EnvironmentFailure, UserEnvironment
+from rayrlhf.rollout.user_environment import EnvironmentFailure
 
 # (prompt_ids, vLLM's SamplingParams) -> the one generation
 Complete = Callable[[list[int], dict[str, Any]], Awaitable[Generation]]
@@ -35,9 +35,26 @@ class Episode:
     reward: float | None  # sum over the steps; None after a failure
     failure: str = ""
 
+    @classmethod
+    def failed(cls, reason: str) -> Episode:
+        """One that did not even begin."""
+        return _Transcript().episode(reason)
+
+
+class Playable(Protocol):
+    """An environment as an episode sees it: its methods raise `EnvironmentFailure`."""
+
+    running: str  # the user's method that runs now
+
+    async def reset(self, row: dict[str, Any]) -> Any: ...
+
+    async def step(self, response: str) -> tuple[Any, float, bool]: ...
+
+    async def close(self) -> None: ...
+
 
 async def play(
-    environment: UserEnvironment,
+    environment: Playable,
     turns: Turns,
     config: EnvironmentConfig,
     row: Mapping[str, Any],
@@ -73,7 +90,7 @@ async def play(
 
 async def _take_turns(
     transcript: _Transcript,
-    environment: UserEnvironment,
+    environment: Playable,
     turns: Turns,
     config: EnvironmentConfig,
     row: Mapping[str, Any],

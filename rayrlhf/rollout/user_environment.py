@@ -1,4 +1,6 @@
-"""The user's side of an episode: an instance of their class, its calls run apart and held to a contract."""
+"""The user's side of an episode: an instance of their class, its calls held to a contract. It lives in a
+process of its own (see `environment_host`).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,14 @@ import logging
 import math
 import queue
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rayrlhf.foreign_text import one_line, visible
-from rayrlhf.rollout.turns import Message, Observation
+from rayrlhf.isolation.frames import described
+
+if TYPE_CHECKING:
+    from rayrlhf.rollout.turns import Message, Observation
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +115,10 @@ class UserEnvironment:
                 returned, error = await self._thread.run(method, *arguments)
                 if error is not None:
                     raise error
-        except (Exception, SystemExit) as error:  # foreign code
-            raise EnvironmentFailure(f"{name}() raised {_described(error)}") from error
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # foreign code: exit() ends the episode and nothing else
+            raise EnvironmentFailure(f"{name}() raised {described(error, (__file__,))}") from error
         self.running = ""
         return returned
 
@@ -162,13 +167,3 @@ async def _let_go_of(coroutine: Any) -> Any:
     if task.cancelled():
         raise RuntimeError("the coroutine cancelled itself")
     return task.result()
-
-
-def _described(error: BaseException) -> str:
-    """Type and last line of its message, and the line of the user's file that it came through."""
-    message = (str(error).strip().splitlines() or [""])[-1]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    place = f" ({own[-1].filename.rpartition('/')[2]}:{own[-1].lineno})" if own else ""
-    # It is logged, kept with the sample and told: an environment may raise whatever a response held.
-    return one_line(f"{type(error).__name__}: {message}"[:MESSAGE_CHARACTERS]) + visible(place)

@@ -147,7 +147,8 @@ def test_our_own_client_gets_the_scores_of_plain_transformers(tmp_path: Path) ->
         status, problem = post(url, json.dumps({"query": ["a" * 200], "prompts": ["a"]}).encode())
         assert status == 413 and "201 tokens" in problem and "128 at most" in problem
         status, problem = post(url, json.dumps({"query": ["a"], "prompts": ["a"], "labels": ["x"]}).encode())
-        assert status == 500 and problem.startswith("lengths: ValueError: could not convert")
+        assert status == 500 and problem.startswith("lengths: ")
+        assert "response_lengths raised ValueError: could not convert" in problem
         with urllib.request.urlopen(f"{url}/health", timeout=30) as health:
             assert json.loads(health.read()) == {"status": "ok", "sources": ["reward0", "lengths"]}
 

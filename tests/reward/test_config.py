@@ -95,7 +95,7 @@ def tried(source: dict[str, Any], *rows: dict[str, Any]) -> None:
     """What the driver does with the rows of the data, once it has them."""
     store: Any = [make_prompt(row_id=i, **row) for i, row in enumerate(rows)]
     config = make_config(reward={"sources": [source]}, data={"label_key": "gold"})
-    try_rewards({}, config.reward, "gold", store)
+    try_rewards({}, config.reward, "gold", store, "", lambda text: None)
 
 
 def test_the_driver_reads_labels() -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayrlhf.reward.functions import (
-    FunctionReward,
-    arguments_for,
-    call_function,
-    find_function,
-    try_function,
-)
-from rayrlhf.reward.items import RewardError, ScoreItem
+from rayrlhf.config.reward_sources import FunctionLimits
+from rayrlhf.isolation.output import OutputLog
+from rayrlhf.reward import functions
+from rayrlhf.reward.function_host import call_function, narrow
+from rayrlhf.reward.functions import FunctionReward, arguments_for, hosted_function, try_function
+from rayrlhf.reward.items import LostForGood, RewardError, ScoreItem
+from rayrlhf.usercode import UserCode, find_user_code
 from tests.samples import make_prompt
+
+LIMITS = FunctionLimits()
 
 SOURCE = """
 import math
@@ -44,6 +45,10 @@ def _private(responses):
     return [0.0 for _ in responses]
 """
 PROMPTS = [make_prompt(prompt="a", answer="1", topic="x"), make_prompt(prompt="b", answer="2")]
+
+
+def find_function(text: str) -> UserCode:
+    return functions.find_function(text, LIMITS, 60)
 
 
 @pytest.fixture
@@ -132,10 +137,11 @@ def test_arguments_are_narrowed_to_the_signature() -> None:
     def asks_for_all(**everything: Any) -> None: ...
 
     responses = ["r0", "r1"]
-    narrowed = arguments_for(asks_for_three, PROMPTS, responses, "answer")
+    arguments = arguments_for(PROMPTS, responses, "answer")
+    narrowed = narrow(asks_for_three, arguments)
     # A column that a row does not have is None there, so that all lists have one length.
     assert narrowed == {"responses": responses, "labels": ["1", "2"], "topic": ["x", None]}
-    assert arguments_for(asks_for_all, PROMPTS, responses, "answer") == {
+    assert narrow(asks_for_all, arguments) == {
         "prompts": ["a", "b"],
         "responses": responses,
         "labels": ["1", "2"],
@@ -147,14 +153,15 @@ def test_arguments_are_narrowed_to_the_signature() -> None:
 def test_without_a_label_column_labels_are_none() -> None:
     def asks(labels: list[Any]) -> None: ...
 
-    assert arguments_for(asks, PROMPTS, ["r0", "r1"], None) == {"labels": [None, None]}
+    assert narrow(asks, arguments_for(PROMPTS, ["r0", "r1"], None)) == {"labels": [None, None]}
 
 
 def test_a_column_cannot_shadow_the_responses() -> None:
     def asks(prompts: list[str], responses: list[str]) -> None: ...
 
     prompts = [make_prompt(prompt="rendered", prompts="raw", responses="reference")]
-    assert arguments_for(asks, prompts, ["mine"], None) == {"prompts": ["rendered"], "responses": ["mine"]}
+    arguments = arguments_for(prompts, ["mine"], None)
+    assert narrow(asks, arguments) == {"prompts": ["rendered"], "responses": ["mine"]}
 
 
 def call(returned: Any, count: int = 2) -> list[float | None]:
@@ -213,7 +220,8 @@ def test_a_slow_plain_function_does_not_hold_up_the_replica() -> None:
 def tried(source: str, tmp_path: Path) -> None:
     path = tmp_path / "tried.py"
     path.write_text(source)
-    try_function(find_function(f"{path}:score"), PROMPTS, "answer")
+    hosted = hosted_function(find_function(f"{path}:score"), LIMITS, 60)
+    try_function(hosted, OutputLog("reward0"), PROMPTS, "answer")
 
 
 def test_a_trial_sees_what_training_will_show(tmp_path: Path) -> None:
@@ -233,7 +241,7 @@ def score(prompts, responses, labels, answer, topic):
     [
         (
             "(responses): return [1 / 0]",
-            r"score raised ZeroDivisionError: division by zero when called with responses$",
+            r"score raised ZeroDivisionError: division by zero \(tried.py:1\) when called with responses$",
         ),
         (
             "(responses, anwser): return [0, 0]",
@@ -251,11 +259,106 @@ def test_a_trial_tells_what_is_wrong(body: str, message: str, tmp_path: Path) ->
 
 
 def test_a_replica_scores(reward_file: Path) -> None:
-    replica = FunctionReward(find_function(f"{reward_file}:letters"), "answer")
     items = [
         ScoreItem(prompt, response, [1]) for prompt, response in zip(PROMPTS, ["ab1", "--"], strict=True)
     ]
-    assert asyncio.run(replica.score(items)) == [2.0, 0.0]
+
+    async def scored() -> list[float | None]:
+        replica = await make_replica(find_user_code(f"{reward_file}:letters", "function"))
+        try:
+            return await replica.score(items)
+        finally:
+            await replica.pool.kill()
+
+    assert asyncio.run(scored()) == [2.0, 0.0]
+
+
+async def make_replica(code: UserCode) -> FunctionReward:
+    """As Serve makes it."""
+    replica = FunctionReward.__new__(FunctionReward)
+    await replica.__init__(hosted_function(code, LIMITS, 60), "answer", "reward0")
+    return replica
+
+
+# 23: what a reward function may do to its process, on the driver
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("exit()", r"tried.py fails at import: SystemExit: None .tried.py:1.$"),
+        ("raise KeyboardInterrupt", r"tried.py fails at import: KeyboardInterrupt"),
+        ("import os; os._exit(0)", r"score: it ended its own process with exit code 0$"),
+        ("import os; os.abort()", r"score: its process was killed by SIGABRT$"),
+        (
+            "import time; time.sleep(1000)",
+            r"score: its import took longer than 2 s \(start_timeout_seconds\)$",
+        ),
+    ],
+)
+def test_an_import_on_the_driver_does_it_no_harm(source: str, message: str, tmp_path: Path) -> None:
+    """`exit()` ended the run with code 0 and without a word; a loop that never ends hung it for ever."""
+    path = tmp_path / "tried.py"
+    path.write_text(source)
+    seconds = 2 if "sleep" in source else 60
+    with pytest.raises(RewardError, match=message) as caught:
+        functions.find_function(f"{path}:score", FunctionLimits(start_timeout_seconds=seconds), 60)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("exit()", r"score raised SystemExit: None \(tried.py:2\) when called with responses$"),
+        ("raise KeyboardInterrupt", r"score raised KeyboardInterrupt:  \(tried.py:2\)"),
+        ("import os; os._exit(3)", r"score: it ended its own process with exit code 3"),
+        ("import time; time.sleep(1000)", r"score took longer than 2 s \(timeout_seconds\)$"),
+        ("return [object()] * 2", r"returned \[<object .* a list of 2 floats was wanted"),
+        ("return [0.0] * 10**7", r"returned 10000000 rewards for 2 responses"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_trial_does_the_driver_no_harm(kind: str, body: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "tried.py"
+    path.write_text(f"{kind} score(responses):\n    {body}")
+    limits = FunctionLimits(timeout_seconds=2 if "sleep" in body else None)
+    hosted = hosted_function(find_user_code(f"{path}:score", "function"), limits, 60)
+    with pytest.raises(RewardError, match=message) as caught:
+        try_function(hosted, OutputLog("reward0"), PROMPTS, "answer")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_deadline_of_a_call_leaves_time_to_wait_in_line() -> None:
+    code = UserCode("rewards:length", "function")
+    assert hosted_function(code, FunctionLimits(), 50).timeout_seconds == 40
+    assert hosted_function(code, FunctionLimits(timeout_seconds=7), 50).timeout_seconds == 7
+
+
+def test_in_a_replica_a_call_that_ends_the_process_costs_itself(tmp_path: Path) -> None:
+    """And is not asked again, which would cost another process."""
+    path = tmp_path / "fatal.py"
+    path.write_text(
+        "import os, time\n"
+        "def score(responses):\n"
+        "    if responses == ['die']:\n"
+        "        time.sleep(0.2)\n"
+        "        os._exit(0)\n"
+        "    time.sleep(0.5)\n"
+        "    return [1.0]\n"
+    )
+
+    async def main() -> list[Any]:
+        replica = await make_replica(find_user_code(f"{path}:score", "function"))
+        try:
+            asked = [replica.score([ScoreItem(PROMPTS[0], r, [1])]) for r in ("a", "die", "b")]
+            return list(await asyncio.gather(*asked, return_exceptions=True))
+        finally:
+            await replica.pool.kill()
+
+    first, died, last = asyncio.run(main())
+    assert (first, last) == ([1.0], [1.0])
+    assert isinstance(died, LostForGood)
+    assert str(died) == f"{path}:score: it ended its own process with exit code 0"
 
 
 @pytest.mark.parametrize("value", ["float('inf')", "-float('inf')", "1e30", "1e19"])
@@ -263,12 +366,13 @@ def test_a_reward_beyond_the_bound_is_refused_at_the_trial(value: str, tmp_path:
     """In the run each such sample fails (`test_score`); the trial took it."""
     path = tmp_path / "big.py"
     path.write_text(f"def score(responses):\n    return [1.0, {value}]\n")
-    code = find_function(f"{path}:score")
+    hosted = hosted_function(find_user_code(f"{path}:score", "function"), LIMITS, 60)
     with pytest.raises(RewardError, match=r"returned .*, which is .*; wanted numbers up to ±1e\+18"):
-        try_function(code, PROMPTS, None)
+        try_function(hosted, OutputLog("reward0"), PROMPTS, None)
 
 
 def test_the_largest_reward_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "big.py"
     path.write_text("def score(responses):\n    return [1e18, None]\n")
-    try_function(find_function(f"{path}:score"), PROMPTS, None)
+    hosted = hosted_function(find_user_code(f"{path}:score", "function"), LIMITS, 60)
+    try_function(hosted, OutputLog("reward0"), PROMPTS, None)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from rayrlhf.config.reward import MathSource, ReasoningGymSource
-from rayrlhf.reward.grader_pool import GraderPool
+from rayrlhf.config.reward import MathSource, ReasoningGymSource, RewardConfig
+from rayrlhf.isolation.pool import ProcessPool
 from rayrlhf.reward.graders import UnusableRow, gold_text, import_reasoning_gym, load_math, load_reasoning_gym
-from rayrlhf.reward.items import Failure, RewardError
-from rayrlhf.reward.verifiable import check_installed, grading_request, read_answer, try_rows
-from tests.samples import make_prompt
+from rayrlhf.reward.items import Failure, RewardError, ScoreItem, Unverified
+from rayrlhf.reward.score import RewardClient, RewardSource
+from rayrlhf.reward.verifiable import (
+    VerifiableReward,
+    check_installed,
+    grade,
+    grader_pool,
+    grading_request,
+    read_answer,
+    start_graders,
+    try_rows,
+)
+from rayrlhf.samples import Sample
+from tests.samples import make_prompt, make_sample
 
 MATH = MathSource(type="math")
 GYM = ReasoningGymSource(type="reasoning_gym")
@@ -174,46 +186,103 @@ def test_labels_are_read_before_the_run() -> None:
         try_rows(MATH, [*good, make_prompt(row_id=3, gold=r"\frac{")], "gold")
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[GraderPool]:
-    with GraderPool("math", num_processes=1, timeout_seconds=2) as made:
-        yield made
+@asynccontextmanager
+async def graders(kind: str = "math", **options: Any) -> AsyncIterator[ProcessPool]:
+    pool = grader_pool(kind, **({"num_processes": 1, "timeout_seconds": 2} | options))
+    try:
+        await start_graders(pool)
+        yield pool
+    finally:
+        await pool.kill()
 
 
-def test_a_pathological_expression_costs_its_deadline_and_no_more(pool: GraderPool) -> None:
-    started = time.monotonic()
-    grade = pool.grade({"label": "5", "response": "$9^{9^{9^{9}}}$"})
-    assert grade == Failure("grading took longer than the source's 2 s")
-    assert time.monotonic() - started < 20
-    assert pool.grade({"label": "5", "response": "5"}) == 1.0, "another process has taken its place"
+TOWER = "$9^{9^{9^{9}}}$"  # no computer has the time, nor the memory
+GOOD = {"label": "5", "response": "5"}
 
 
-def test_a_failure_of_a_grader_keeps_it(pool: GraderPool) -> None:
-    process = pool._idle[0]._process
-    grade = pool.grade({"label": None, "response": "5"})
-    assert grade == Failure("None is no answer; wanted a text or a number")
-    assert pool.grade({"label": "5", "response": "5"}) == 1.0
-    assert pool._idle[0]._process is process
+def test_a_pathological_expression_costs_its_deadline_and_no_more() -> None:
+    async def main() -> None:
+        async with graders() as pool:
+            assert await grade(pool, {"label": "5", "response": TOWER}) == Unverified(
+                0.0, "grading took longer than 2 s (timeout_seconds)"
+            )
+            assert await grade(pool, GOOD) == 1.0, "another process has taken its place"
+
+    asyncio.run(main())
 
 
-def test_a_grader_that_died_is_replaced(pool: GraderPool) -> None:
-    process = pool._idle[0]._process
-    assert process is not None
-    process.kill()
-    process.wait()
-    assert pool.grade({"label": "5", "response": "5"}) == Failure("the grader ended with status -9")
-    assert pool.grade({"label": "5", "response": "5"}) == 1.0
+def test_a_failure_of_a_grader_keeps_it() -> None:
+    async def main() -> None:
+        async with graders() as pool:
+            assert await grade(pool, {"label": None, "response": "5"}) == Failure(
+                "None is no answer; wanted a text or a number", final=True
+            )
+            assert await grade(pool, GOOD) == 1.0
+            assert pool.num_started == 1
+
+    asyncio.run(main())
 
 
-def test_graders_end_with_their_pool() -> None:
-    with GraderPool("math", num_processes=2, timeout_seconds=2) as made:
-        processes = [idle._process for idle in made._idle]
-    assert all(process is not None and process.poll() is not None for process in processes)
+def test_a_grader_that_died_is_replaced() -> None:
+    async def main() -> None:
+        async with graders() as pool:
+            [loaded] = pool._processes
+            await loaded.process.kill()
+            assert await grade(pool, GOOD) == 1.0
+            assert pool.num_started == 2
+
+    asyncio.run(main())
 
 
-def test_a_grader_that_does_not_start_says_so(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(
-        RewardError, match="the grader of alchemy ended with status 1; its output is in the log"
-    ):
-        GraderPool("alchemy", num_processes=1, timeout_seconds=2)
-    assert "KeyError: 'alchemy'" in capfd.readouterr().err
+def test_answers_that_take_long_to_grade_hold_up_nobody_and_are_not_graded_again() -> None:
+    """23a: 2 power towers among 16 answers, one process, and a caller that asks again whatever fails.
+
+    That good answers do not wait for them: `test_slow_calls_hold_up_nobody` in tests/isolation.
+    """
+    responses = [TOWER if i in (1, 5) else "so it is 5" for i in range(16)]
+
+    async def main() -> tuple[list[Sample], RewardClient, int]:
+        replica = VerifiableReward.__new__(VerifiableReward)
+        source = MathSource(type="math", timeout_seconds=4, wrong=-1.0)
+        await replica.__init__(source, "gold")
+        asked = 0
+
+        class Handle:
+            async def _score(self, items: list[ScoreItem]) -> Any:
+                nonlocal asked
+                asked += 1
+                return await replica.score(items)
+
+            def remote(self, items: list[ScoreItem]) -> Any:
+                return self._score(items)
+
+            @property
+            def score(self) -> Any:
+                return self
+
+        reward = RewardConfig.model_validate({"sources": [{"type": "math"}], "timeout_seconds": 200})
+        client = RewardClient([RewardSource("math", 1.0, Handle())], reward)
+
+        async def one(response: str) -> Sample:
+            sample = make_sample(prompt=make_prompt(gold="5"), response=response, score=None)
+            [scored] = await client.score([sample])
+            return scored
+
+        try:
+            return await asyncio.gather(*map(one, responses)), client, asked
+        finally:
+            await replica.pool.kill()
+
+    scored, client, asked = asyncio.run(main())
+    assert [s.source_rewards for s in scored] == [(-1.0,) if r == TOWER else (1.0,) for r in responses]
+    assert asked == 16, "nothing is asked twice"
+    assert client.drain_unverified() == 2 and client.drain_failures() == {}
+
+
+def test_a_grader_that_does_not_start_says_so() -> None:
+    async def main() -> None:
+        async with graders("alchemy"):
+            raise AssertionError
+
+    with pytest.raises(RewardError, match="the grader of alchemy does not start: KeyError: 'alchemy'"):
+        asyncio.run(main())

@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.reward import score as score_module
-from rayrlhf.reward.items import LARGEST_REWARD, Failure, ScoreItem
+from rayrlhf.reward.items import LARGEST_REWARD, Failure, LostForGood, ScoreItem, Unverified
 from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource, backoff_seconds
 from rayrlhf.samples import Sample
 from tests.samples import make_prompt, make_sample
@@ -244,3 +245,22 @@ def test_no_failure_is_allowed_at_zero() -> None:
     rewards.check(0, 10)
     with pytest.raises(RewardFailure):
         rewards.check(1, 1000)
+
+
+def test_what_is_lost_for_good_is_not_asked_again() -> None:
+    """A call that has ended the process of the user's function would do so again."""
+    fatal = Handle(RayTaskError("score", "Traceback …", LostForGood("it ended")).as_instanceof_cause())
+    rewards = client(fatal, Handle([Failure("no such row", final=True)]), retries=2)
+    assert rewards_of(rewards, samples(1)) == [(None, None)]
+    assert len(fatal.requests) == 1
+    assert rewards.drain_failures() == {
+        "source0": "1 samples failed: it ended",
+        "source1": "1 samples failed: no such row",
+    }
+
+
+def test_answers_that_could_not_be_verified_are_counted() -> None:
+    rewards = client(Handle([Unverified(-1.0, "grading took longer than 2 s"), 1.0]))
+    assert rewards_of(rewards, samples(2)) == [(-1.0,), (1.0,)]
+    assert rewards.drain_failures() == {}
+    assert (rewards.drain_unverified(), rewards.drain_unverified()) == (1, 0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +16,31 @@ from ray.exceptions import RayTaskError
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.environment import EnvironmentConfig
 from rayrlhf.config.rollout import RolloutConfig
+from rayrlhf.isolation.output import OutputLog
 from rayrlhf.rollout import client as client_module
 from rayrlhf.rollout import environments
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.environments import (
     EnvironmentReplica,
     EnvironmentSetup,
-    find_environment,
+    hosted_environment,
     try_environment,
 )
 from rayrlhf.rollout.episodes import Episode
 from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.rollout.turns import Turns
 from rayrlhf.rollout.user_environment import EnvironmentFailure
-from rayrlhf.usercode import UserCodeError
+from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
 from tests.samples import make_prompt
 from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer
 
 PARAMS = {"max_tokens": 4, "seed": 1}
 DATA = PromptDataConfig.model_validate({"train": ["prompts.jsonl"], "max_prompt_tokens": 40})
 TURNS = Turns(make_tokenizer(CHAT_TEMPLATE), DATA)
-NEVER = threading.Event()
+
+
+def find_environment(text: str, **config: Any) -> UserCode:
+    return environments.find_environment(EnvironmentConfig(environment=text, **config))
 
 
 class Counter:
@@ -50,7 +57,7 @@ class Counter:
 
 class Hanging(Counter):
     def step(self, response: str) -> Any:
-        NEVER.wait()
+        time.sleep(1000)
 
 
 class Engines:
@@ -80,26 +87,35 @@ def in_task(cause: Exception) -> RayTaskError:
 def make_replica(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(client_module, "RETRY_SECONDS", 0.0)
 
-    def make(engines: Engines, environment: str = "Counter", **config: Any) -> EnvironmentReplica:
-        text = f"{Path(__file__)}:{environment}"
+    @asynccontextmanager
+    async def make(
+        engines: Engines, text: str = f"{Path(__file__)}:Counter", **config: Any
+    ) -> AsyncIterator[EnvironmentReplica]:
         rollout = RolloutConfig.model_validate({"environment": {"environment": text, **config}})
-        replica = EnvironmentReplica(
-            EnvironmentSetup(find_environment(text), rollout, DATA, tiny_model, False, None, "engines")
-        )
+        code = find_user_code(text, "class")
+        replica = EnvironmentReplica.__new__(EnvironmentReplica)
+        await replica.__init__(EnvironmentSetup(code, rollout, DATA, tiny_model, False, None, "engines"))
         monkeypatch.setattr(environments.serve, "get_app_handle", {"engines": engines}.__getitem__)
-        return replica
+        try:
+            yield replica
+        finally:
+            await replica.pool.kill()
 
     return make
 
 
-def play(replica: EnvironmentReplica, *, steps: int) -> Episode:
-    return asyncio.run(replica.episode(make_prompt(steps=steps), PARAMS, 5))
+def played(making: Any, *, steps: int) -> Episode:
+    async def play() -> Episode:
+        async with making as replica:
+            return await replica.episode(make_prompt(steps=steps), PARAMS, 5)
+
+    return asyncio.run(play())
 
 
 def test_a_turn_whose_engine_dies_is_asked_again(make_replica: Any) -> None:
     undisturbed, disturbed = Engines(), Engines(in_task(EngineDied("out of memory")))
-    episode = play(make_replica(undisturbed), steps=3)
-    assert play(make_replica(disturbed), steps=3) == episode
+    episode = played(make_replica(undisturbed), steps=3)
+    assert played(make_replica(disturbed), steps=3) == episode
     assert (episode.reward, episode.num_turns, set(episode.policy_versions)) == (3.0, 3, {5})
     # The same tokens with the same seed: not the episode begins anew, only the turn.
     assert disturbed.requests == [undisturbed.requests[0], *undisturbed.requests]
@@ -108,30 +124,84 @@ def test_a_turn_whose_engine_dies_is_asked_again(make_replica: Any) -> None:
 def test_a_request_that_kills_engines_is_given_up(make_replica: Any) -> None:
     deaths = [in_task(EngineDied("out of memory")) for _ in range(9)]
     with pytest.raises(EngineDied):
-        play(make_replica(Engines(*deaths)), steps=1)
+        played(make_replica(Engines(*deaths)), steps=1)
 
 
 def test_what_an_engine_refuses_is_no_fault_of_the_environment(make_replica: Any) -> None:
     with pytest.raises(ValueError):
-        play(make_replica(Engines(in_task(ValueError("longer than the model")))), steps=1)
+        played(make_replica(Engines(in_task(ValueError("longer than the model")))), steps=1)
 
 
-def test_calls_that_never_return_are_counted(make_replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environments, "MAX_STUCK_THREADS", 1)
-    replica = make_replica(Engines(), "Hanging", timeout_seconds=0.1)
-    # The file travels as text and was run anew: its event is another one than ours.
-    never: threading.Event = replica.make.step.__globals__["NEVER"]
-    assert play(replica, steps=1).failure.startswith("timed out after 0.1 s in step()")
-    asyncio.run(replica.check_health())
-    play(replica, steps=1)
-    assert asyncio.run(replica.num_stuck()) == 2
-    with pytest.raises(RuntimeError, match=r"2 calls of .*Hanging never came back"):
-        asyncio.run(replica.check_health())
-    never.set()
-    for thread in replica.stuck:
-        thread.join(timeout=5)
-    assert asyncio.run(replica.num_stuck()) == 0
-    asyncio.run(replica.check_health())
+def test_calls_that_never_return_cost_a_process(make_replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their threads would slow the others down. Episodes to come have another process."""
+    monkeypatch.setattr(environments, "MAX_STUCK_CALLS", 2)
+
+    async def main() -> None:
+        async with make_replica(Engines(), f"{Path(__file__)}:Hanging", timeout_seconds=1.5) as replica:
+            for started in (1, 1, 2):
+                episode = await replica.episode(make_prompt(steps=1), PARAMS, 5)
+                assert episode.failure.startswith("timed out after 1.5 s in step()")
+                assert replica.pool.num_started == started
+            assert len(replica.pool._processes) == 1, "the one before has gone"
+
+    asyncio.run(main())
+
+
+FATAL = """
+import os, time
+
+class Counter:
+    def reset(self, row):
+        self.row = row
+        return "Go"
+
+    def step(self, response):
+        exec(self.row["does"])
+        return "again", 1.0, True
+"""
+
+
+@pytest.fixture
+def fatal(tmp_path: Path) -> str:
+    path = tmp_path / "fatal.py"
+    path.write_text(FATAL)
+    return f"{path}:Counter"
+
+
+@pytest.mark.parametrize(
+    "does, failure",
+    [
+        ("exit()", r"step\(\) raised SystemExit: None"),
+        ("raise KeyboardInterrupt", r"step\(\) raised KeyboardInterrupt"),
+        ("os._exit(0)", r"step\(\): it ended its own process with exit code 0"),
+        ("os.abort()", r"step\(\): its process was killed by SIGABRT"),
+    ],
+)
+def test_an_episode_that_ends_its_process_has_failed(
+    does: str, failure: str, fatal: str, make_replica: Any
+) -> None:
+    async def main() -> tuple[Episode, Episode]:
+        async with make_replica(Engines(), fatal) as replica:
+            bad = await replica.episode(make_prompt(does=does), PARAMS, 5)
+            return bad, await replica.episode(make_prompt(does="pass"), PARAMS, 5)
+
+    bad, next_one = asyncio.run(main())
+    assert re.match(failure, bad.failure) and bad.reward is None
+    assert (next_one.failure, next_one.reward) == ("", 1.0), "another process has taken its place"
+
+
+def test_episodes_beside_one_that_ends_the_process_begin_again(fatal: str, make_replica: Any) -> None:
+    async def main() -> list[Episode]:
+        async with make_replica(Engines(), fatal) as replica:
+            rows = ["time.sleep(0.5)", "time.sleep(0.5)", "time.sleep(0.2) or os._exit(1)"]
+            episodes = await asyncio.gather(
+                *(replica.episode(make_prompt(does=does), PARAMS, 5) for does in rows)
+            )
+            return episodes
+
+    *others, culprit = asyncio.run(main())
+    assert culprit.reward is None and "exit code 1" in culprit.failure
+    assert [(episode.reward, episode.failure) for episode in others] == [(1.0, "")] * 2
 
 
 # What the driver does before any model is loaded
@@ -164,15 +234,17 @@ def greeter(tmp_path: Path) -> str:
 
 
 def tried(text: str, rows: list[dict[str, Any]], **config: Any) -> None:
-    code = find_environment(text)
-    try_environment(code, EnvironmentConfig(environment=text, **config), rows, TURNS)
+    settings = EnvironmentConfig(environment=text, **config)
+    hosted = hosted_environment(find_environment(text), settings)
+    try_environment(hosted, OutputLog("environment"), settings, rows, TURNS)
 
 
 def test_a_trial_plays_real_rows(greeter: str) -> None:
     code = find_environment(f"{greeter}:Greeter")
     Path(greeter).unlink()  # as on another node
     config = EnvironmentConfig(environment=code.text, arguments={"greeting": "Hi"})
-    try_environment(code, config, [{"name": "A"}, {"name": "B"}], TURNS)
+    hosted = hosted_environment(code, config)
+    try_environment(hosted, OutputLog("environment"), config, [{"name": "A"}, {"name": "B"}], TURNS)
 
 
 @pytest.mark.parametrize(

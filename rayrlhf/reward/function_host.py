@@ -1,0 +1,78 @@
+"""A reward function of the user's in its process: called, and held to the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+from rayrlhf.isolation.frames import CodeError, described
+from rayrlhf.reward.items import RewardError
+from rayrlhf.usercode import UserCode, UserCodeError
+
+RewardFunction = Callable[..., Any]
+
+MAX_THREADS = 32  # calls of a plain function at once
+MAX_COROUTINES = 256  # of an async one
+
+
+class FunctionHost:
+    """What `rayrlhf.isolation.host` runs. Raises `CodeError` where there is no such function."""
+
+    def __init__(self, code: UserCode) -> None:
+        try:
+            self.function = code.load()
+        except UserCodeError as error:
+            raise CodeError(str(error)) from error
+        self.max_calls = MAX_COROUTINES if inspect.iscoroutinefunction(self.function) else MAX_THREADS
+
+    async def score(self, arguments: dict[str, list[Any]], count: int) -> list[float | None]:
+        """Raises `CodeError`, whatever the function raises."""
+        narrowed = narrow(self.function, arguments)
+        try:
+            return await call_function(self.function, narrowed, count)
+        except RewardError as error:
+            raise CodeError(str(error)) from error
+        except BaseException as error:  # exit() too: it ends the call and nothing else
+            reason = described(error, (__file__,))
+            raise CodeError(f"raised {reason} when called with {', '.join(narrowed)}") from error
+
+
+def narrow(function: RewardFunction, arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The keyword arguments that the function names; all, if it takes any."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(arguments)
+    return {name: values for name, values in arguments.items() if name in parameters}
+
+
+async def call_function(
+    function: RewardFunction, arguments: dict[str, list[Any]], count: int
+) -> list[float | None]:
+    """Call it and hold it to the contract; NaN becomes None. Raises `RewardError` on a broken one."""
+    if inspect.iscoroutinefunction(function):
+        returned = await function(**arguments)
+    else:
+        returned, error = await asyncio.to_thread(_outcome, function, arguments)
+        if error is not None:
+            raise error
+    try:
+        values = list(islice(returned, count + 1))
+        rewards = [None if value is None or math.isnan(float(value)) else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"returned {returned!r:.200}; a list of {count} floats was wanted") from error
+    if len(rewards) != count:
+        number = len(returned) if hasattr(returned, "__len__") else len(rewards)  # at most one too many
+        raise RewardError(f"returned {number} rewards for {count} responses")
+    return rewards
+
+
+def _outcome(function: RewardFunction, arguments: dict[str, list[Any]]) -> tuple[Any, BaseException | None]:
+    """(result, error): not every exception passes through a future, StopIteration does not."""
+    try:
+        return function(**arguments), None
+    except BaseException as error:
+        return None, error
