@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayrlhf.chat.conversation import HELP, ChatProblem, Conversation, Sampling, Screen
+from rayrlhf.hub.ids import parse_id
+from rayrlhf.hub.resolve import no_folder
 
 
 def main(words: Sequence[str]) -> int:
@@ -90,7 +92,9 @@ def _start(options: argparse.Namespace, interactive: bool) -> Conversation:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from rayrlhf.chat.speaker import load_speakers  # torch and transformers: seconds
 
-    speakers = load_speakers(options.model, options.base, dtype=options.dtype, chat_template=template)
+    speakers = load_speakers(
+        options.model, options.base, dtype=options.dtype, chat_template=template, say=screen.note
+    )
     if interactive:
         screen.note(HELP)
     sampling = Sampling(
@@ -111,8 +115,8 @@ def _check_checkpoint(name: str, path: str) -> None:
                 f"{name}={path}: the folder has neither config.json nor adapter_config.json; "
                 "wanted a Hugging Face checkpoint, such as the export/ of a run"
             )
-    elif path.count("/") != 1 or path.startswith((".", "/", "~")) or folder.parent.is_dir():
-        raise ChatProblem(f"{name}={path}: no such folder (looked from {Path.cwd()})")
+    elif isinstance(reason := parse_id(path), str):
+        raise ChatProblem(no_folder(name, path, reason))
 
 
 def _read_template(path: str) -> str:

@@ -19,6 +19,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from rayrlhf.chat.conversation import Answer, ChatProblem, Message, Sampling
+from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.resolve import base_of, folder_of
+from rayrlhf.hub.snapshots import ADAPTER_CONFIG
 from rayrlhf.models.load import resolve_dtype
 
 UNFINISHED = "\ufffd"  # how a character looks of which only the first bytes are there
@@ -27,15 +30,31 @@ UNFINISHED = "\ufffd"  # how a character looks of which only the first bytes are
 class Transformer:
     """A causal language model with its tokenizer; a folder with a PEFT adapter is loaded with its base."""
 
-    def __init__(self, name: str, path: str, *, dtype: str, chat_template: str | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        *,
+        dtype: str,
+        chat_template: str | None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Raises `ChatProblem` for what cannot be loaded. `chat_template` (Jinja text) replaces its own."""
         self.name = name
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=resolve_dtype(dtype, device))
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            folder = folder_of(path, "MODEL", say=say, may_be_adapter=True)
+            base = base_of(Path(folder)) if Path(folder, ADAPTER_CONFIG).is_file() else None
+            whole = folder if base is None else folder_of(base, f"the base of {path}", say=say)
+            self.model: Any = AutoModelForCausalLM.from_pretrained(whole, dtype=resolve_dtype(dtype, device))
+            if base is not None:
+                self.model.load_adapter(folder)
+            own = Path(folder, "tokenizer_config.json").is_file()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder if own else whole)
+        except HubError as error:
+            raise ChatProblem(str(error)) from error
         except Exception as error:  # what a broken or foreign checkpoint raises is not specified
             raise ChatProblem(f"{path} cannot be loaded: {error}") from error
         self.model.eval().to(device)
@@ -145,20 +164,24 @@ class _Stop(StoppingCriteria):
 
 
 def load_speakers(
-    tuned: str, base: str | None, *, dtype: str, chat_template: str | None
+    tuned: str,
+    base: str | None,
+    *,
+    dtype: str,
+    chat_template: str | None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Transformer]:
     """The base, if any, then the tuned model. A base without a chat template speaks by that of the tuned one.
 
     Raises `ChatProblem`.
     """
-    model = Transformer(
-        "tuned" if base else Path(tuned).name, tuned, dtype=dtype, chat_template=chat_template
-    )
+    name = "tuned" if base else Path(tuned).name
+    model = Transformer(name, tuned, dtype=dtype, chat_template=chat_template, say=say)
     if model.chat_template is None:
         raise ChatProblem(f"{tuned} has no chat template; give one with --chat-template FILE")
     if base is None:
         return [model]
-    other = Transformer("base", base, dtype=dtype, chat_template=chat_template)
+    other = Transformer("base", base, dtype=dtype, chat_template=chat_template, say=say)
     if other.chat_template is None:
         other.tokenizer.chat_template = model.chat_template
     return [other, model]

@@ -23,6 +23,8 @@ from rayrlhf.data.plan import fill_of, plan_steps, row_order
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.split import in_split
+from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.resolve import folder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,15 +42,14 @@ def main(words: Sequence[str]) -> int:
     options, argv = parser.parse_known_args(list(words))
     try:
         config = load_or_exit(_schema(argv), argv)
-        tokenizer = prompt_tokenizer(
-            config.model.path, config.model.trust_remote_code, read_chat_template(config.data)
-        )
+        folder = folder_of(config.model.path, "model.path", say=_note, weights=False)
+        tokenizer = prompt_tokenizer(folder, config.model.trust_remote_code, read_chat_template(config.data))
         preview = look_at(config.data, tokenizer, config.run.seed, options.split, options.rows)
         fill = packing_fill(preview, config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except DataError as error:
+    except (DataError, HubError) as error:
         print(error, file=sys.stderr)
         return 1
     from rich.console import Console
@@ -57,6 +58,10 @@ def main(words: Sequence[str]) -> int:
 
     show(Console(highlight=False, soft_wrap=True), preview, config, tokenizer, fill, options.show)
     return 0
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _schema(argv: Sequence[str]) -> Any:

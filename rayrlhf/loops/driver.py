@@ -37,7 +37,9 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
+from rayrlhf.hub.errors import HubError
 from rayrlhf.loops.checks import InputError, check_precision
+from rayrlhf.loops.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
 from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
@@ -48,7 +50,7 @@ from rayrlhf.placement.plan import PlacementSpec
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.items import RewardError
 
-INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError)
+INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError, HubError)
 TRAIN_FOLDER = "checkpoints"
 
 C = TypeVar("C", bound=DrivenConfig)
@@ -76,8 +78,10 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     stopped = _StopOnSignal()
     try:
+        config = pin(config, console.say)
         body = check(config)
-        with ray_session(NAMESPACE) as where:
+        fetch_here(config, console.say)
+        with ray_session(NAMESPACE) as where, lent_access(config):
             signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own
             console.say(where)
             run_path = body(console)
@@ -133,6 +137,11 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
         timeout_seconds=config.placement.start_timeout_seconds,
     )
     console.placement(slots)
+    try:
+        fetch_on_nodes(config, slots, console.say)
+    except BaseException:
+        slots.remove()
+        raise
     board = named_actor(Board, f"{run_id}-board")
     reaper = start_reaper(run_id, board, slots.group)
     try:
@@ -205,7 +214,6 @@ def threads_each(processes: int) -> int:
 
 def _worker_environment(threads: int) -> dict[str, str]:
     return {
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
         "KMP_BLOCKTIME": "1",  # threads of the role that waits must not spin on cores that the other needs

@@ -23,6 +23,7 @@ from ray.serve.api import RunTarget
 from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
+from rayrlhf.loops.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
 from rayrlhf.loops.serve_http import answers, check_own_port, start_http
 from rayrlhf.loops.serve_reward_checks import check_sources
 from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
@@ -55,10 +56,12 @@ def serve_reward(config: ServeRewardConfig) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     stop = _Stop()
     try:
+        config = pin(config, console.say)
         sources = check_sources(config)
+        fetch_here(config, console.say)
         if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
             check_own_port(config.server)
-        with ray_session(NAMESPACE) as where:
+        with ray_session(NAMESPACE) as where, lent_access(config):
             signal.signal(signal.SIGTERM, stop)  # after ray.init, which installs its own
             console.say(where)
             _serve(config, sources, console, stop)
@@ -111,6 +114,11 @@ def _placed(
     slots = _create_slots(place(units, config.placement), config, run_id) if units else None
     if slots is not None:
         console.placement(slots)
+        try:
+            fetch_on_nodes(config, slots, console.say)
+        except BaseException:
+            slots.remove()
+            raise
     lease = named_actor(_Lease, f"{run_id}-lease")
     reaper = start_reaper(run_id, lease, slots.group if slots is not None else PlacementGroup.empty())
     try:

@@ -59,7 +59,7 @@ def _load_base(plan: Plan, tensors: dict[str, Tensor]) -> Any:
     options = {"num_labels": heads[-1].shape[0]} if heads and plan.task != "CAUSAL_LM" else {}
     try:
         model, loading = CLASSES[plan.task].from_pretrained(
-            plan.base, dtype="auto", output_loading_info=True, **options
+            plan.loaded_base, dtype="auto", output_loading_info=True, **options
         )
     except Exception as error:  # what a broken or foreign checkpoint raises is not specified
         raise MergeProblem(f"the base {plan.base} cannot be loaded for {plan.task}: {error}") from error
@@ -114,7 +114,7 @@ def _some(names: list[str]) -> str:
 def _tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     """The adapter's own, which may have another chat template, else that of the base."""
     own = (plan.adapter / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(str(plan.adapter) if own else plan.base)
+    return AutoTokenizer.from_pretrained(str(plan.adapter) if own else plan.loaded_base)
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
