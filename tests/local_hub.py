@@ -149,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
         return commit
 
     def _api(self, path: str, query: dict[str, list[str]], body: bytes, token: str | None) -> None:
+        if path.count("/") < 2:
+            raise _Refused(404)
         plural, owner, name, *rest = path.split("/")
         kind = plural.removesuffix("s")
         repo = self._repo(kind, f"{owner}/{name}", token)

@@ -17,6 +17,11 @@ class Access:
     offline: bool = False
 
 
+def offline_variable() -> dict[str, str]:
+    """For the environment of processes with one of their own: who forbids the hub forbids it everywhere."""
+    return {"HF_HUB_OFFLINE": os.environ["HF_HUB_OFFLINE"]} if "HF_HUB_OFFLINE" in os.environ else {}
+
+
 def own_access() -> Access:
     """As this process's environment has it."""
     from huggingface_hub import constants, get_token

@@ -36,7 +36,7 @@ def resolve(
     """The id pinned, with its config and tokenizer in the cache. Where the hub cannot be reached, what the
     cache knows of it counts. Raises `HubError`.
     """
-    pinned = hub_id.at(commit_of(hub_id, access, cache, say))
+    pinned = hub_id.at(commit_of(hub_id, access, cache))
     if not complete_folder(cache, pinned, weights=False):
         listing = listed(cache, pinned, access)
         download(cache, pinned, small_files(listing), access, say=say)
@@ -46,7 +46,8 @@ def resolve(
     return pinned
 
 
-def commit_of(hub_id: HubId, access: Access, cache: Path, say: Callable[[str], None]) -> str:
+def commit_of(hub_id: HubId, access: Access, cache: Path) -> str:
+    """Raises `HubError`."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
 

@@ -12,9 +12,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rayrlhf.hub.access import Access
 from rayrlhf.hub.errors import HubError, explained
@@ -42,6 +41,8 @@ LOOK_SECONDS = 0.5  # between two looks at how far a download has come
 TOLD_SECONDS = 5.0  # between two lines about it
 STALLED_SECONDS = 300.0  # without a byte: then it is given up
 DISK_MARGIN = 64 * 2**20
+
+T = TypeVar("T")
 
 
 def small_files(names: Iterable[str]) -> list[str]:
@@ -107,16 +108,14 @@ def _all_there(folder: Path, names: Iterable[str]) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def fetch(
-    cache: Path, hub_id: HubId, access: Access, *, weights: bool, say: Callable[[str], None], where: str = ""
-) -> str:
+def fetch(cache: Path, hub_id: HubId, access: Access, *, weights: bool, say: Callable[[str], None]) -> str:
     """Have in the cache what is needed of a pinned model, and return its folder. Raises `HubError`."""
     listing = listed(cache, hub_id, access)
-    folder = download(cache, hub_id, small_files(listing), access, say=say, where=where)
+    folder = download(cache, hub_id, small_files(listing), access, say=say)
     if not weights:
         return folder
     heavy = weight_files(listing, lambda name: json.loads(Path(folder, name).read_text()))
-    return download(cache, hub_id, heavy, access, say=say, where=where)
+    return download(cache, hub_id, heavy, access, say=say)
 
 
 def listed(cache: Path, hub_id: HubId, access: Access) -> dict[str, int]:
@@ -124,7 +123,7 @@ def listed(cache: Path, hub_id: HubId, access: Access) -> dict[str, int]:
     listing = cached_listing(cache, hub_id)
     if listing is None:
         try:
-            folder = Path(_snapshot(cache, hub_id, ["config.json", "README.md"], access))
+            folder = Path(_snapshot(cache, hub_id, ["config.json", "README.md"], access, News()))
         except Exception as error:  # of huggingface_hub, its client, the disk
             raise explained(error, hub_id, access, cache) from error
         listing = cached_listing(cache, hub_id)
@@ -145,59 +144,86 @@ def download(
     access: Access,
     *,
     say: Callable[[str], None],
-    where: str = "",
 ) -> str:
     """Have these files in the cache and return the snapshot's folder. What is there is not fetched again.
-    Tells how far it is; gives up after `STALLED_SECONDS` without a byte. Raises `HubError`.
+    Raises `HubError`.
     """
     listing = cached_listing(cache, hub_id) or {}
     folder = snapshot_folder(cache, hub_id)
     missing = [name for name in names if folder is None or not (folder / name).is_file()]
     size = sum(listing.get(name, 0) for name in missing)
     _check_disk(cache, hub_id, size)
-    outcome = _Outcome()
+    news = News()
+    what = f"{len(missing)} files, {in_words(size)}"
+    return telling(
+        lambda: _snapshot(cache, hub_id, names, access, news),
+        hub_id,
+        access,
+        cache,
+        measure=lambda: bytes_fetched(cache, hub_id),
+        news=news,
+        say=say if size else lambda _: None,
+        what=what,
+    )
 
-    def work() -> None:
+
+class News:
+    """Counts what a download reports of itself."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def telling(
+    work: Callable[[], T],
+    hub_id: HubId,
+    access: Access,
+    cache: Path,
+    *,
+    measure: Callable[[], int],
+    news: News,
+    say: Callable[[str], None],
+    what: str,
+) -> T:
+    """Do `work`, which fetches, and say how many bytes have come (`measure`, of all on the disk). Raises
+    `HubError` for what it raises, and when nothing has moved for `STALLED_SECONDS`.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
         try:
-            outcome.folder = _snapshot(cache, hub_id, names, access)
-        except BaseException as error:  # told by the thread that waits
-            outcome.error = error
+            results.append(work())
+        except BaseException as error:  # raised again by the thread that waits
+            errors.append(error)
 
-    thread = threading.Thread(target=work, daemon=True, name=f"fetch-{hub_id.repo}")
-    before = bytes_fetched(cache, hub_id)
+    thread = threading.Thread(target=run, daemon=True, name=f"fetch-{hub_id.repo}")
+    before = measure()
     started = told = moved = time.monotonic()
-    last = before
-    if size:
-        say(f"fetching {hub_id.repo}: {len(missing)} files, {in_words(size)}{where}")
+    last = (before, 0)
+    say(f"fetching {hub_id.repo}: {what}")
     thread.start()
     while thread.is_alive():
         thread.join(LOOK_SECONDS)
-        now, there = time.monotonic(), bytes_fetched(cache, hub_id)
+        now, there = time.monotonic(), (measure(), news.count)
         if there != last:
             last, moved = there, now
         if now - moved > STALLED_SECONDS:
             raise HubError(
-                f"{hub_id}: no byte has come for {STALLED_SECONDS:g} s, with {in_words(last - before)} of "
-                f"{in_words(size)} fetched{where}. Fix: look at the network and at HF_ENDPOINT; what is "
-                "there is kept, so that the same command goes on"
+                f"{hub_id}: nothing has come for {STALLED_SECONDS:g} s, after {in_words(there[0] - before)} "
+                f"of {what}. Fix: look at the network and at HF_ENDPOINT; what is there is kept, so that the "
+                "same command goes on"
             )
         if now - told > TOLD_SECONDS:
             told = now
-            say(f"fetching {hub_id.repo}: {in_words(last - before)} of {in_words(size)}{where}")
-    if outcome.error is not None:
-        raise explained(outcome.error, hub_id, access, cache) from outcome.error
-    if size:
-        say(f"fetched {hub_id.repo}: {in_words(size)} in {time.monotonic() - started:.0f} s{where}")
-    return outcome.folder
+            say(f"fetching {hub_id.repo}: {in_words(there[0] - before)} of {what}")
+    if errors:
+        raise explained(errors[0], hub_id, access, cache) from errors[0]
+    say(f"fetched {hub_id.repo}: {in_words(measure() - before)} in {time.monotonic() - started:.0f} s")
+    return results[0]
 
 
-@dataclass
-class _Outcome:
-    folder: str = ""
-    error: BaseException | None = None
-
-
-def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access) -> str:
+def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access, news: News) -> str:
     from huggingface_hub import snapshot_download
     from tqdm.auto import tqdm
 
@@ -205,6 +231,9 @@ def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access) -> s
         def __init__(self, *arguments: Any, **options: Any) -> None:
             options.pop("name", None)
             super().__init__(*arguments, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            news.count += 1
 
     return snapshot_download(
         hub_id.repo,

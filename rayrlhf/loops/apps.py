@@ -12,6 +12,7 @@ from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.rollout import EngineConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import read_chat_template
+from rayrlhf.hub.access import offline_variable
 from rayrlhf.loops.checks import Prepared
 from rayrlhf.loops.job import PolicyJob, RewardApp
 from rayrlhf.models.load import resolve_dtype
@@ -159,6 +160,7 @@ def engine_settings(
         "logprobs_mode": "processed_logprobs",
     }
     env_vars = {
+        **offline_variable(),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

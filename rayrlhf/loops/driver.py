@@ -37,6 +37,7 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
+from rayrlhf.hub.access import offline_variable
 from rayrlhf.hub.errors import HubError
 from rayrlhf.loops.checks import InputError, check_precision
 from rayrlhf.loops.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
@@ -214,6 +215,7 @@ def threads_each(processes: int) -> int:
 
 def _worker_environment(threads: int) -> dict[str, str]:
     return {
+        **offline_variable(),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
         "KMP_BLOCKTIME": "1",  # threads of the role that waits must not spin on cores that the other needs

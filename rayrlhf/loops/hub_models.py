@@ -20,6 +20,7 @@ from rayrlhf.hub.ids import HubId, cache_folder, names_a_cache, parse_id, pinned
 from rayrlhf.hub.local import ACTOR_PREFIX, HubKeeper, Lent, local_folder
 from rayrlhf.hub.resolve import no_folder, resolve
 from rayrlhf.loops.checks import InputError
+from rayrlhf.loops.hub_data import pin_data
 from rayrlhf.placement.apply import PlacementError, Slots
 from rayrlhf.placement.lease import NAMESPACE
 
@@ -60,29 +61,29 @@ def pin(config: C, say: Say) -> C:
         if isinstance(hub_id, str):
             problems.append(no_folder(key, path, hub_id))
             continue
-        earlier = pinned_id(began_with.get(key, ""))
+        earlier = pinned_id(_earlier_path(began_with, key))
         if earlier is not None and earlier.repo == hub_id.repo and not hub_id.is_pinned:
             hub_id = hub_id.at(str(earlier.revision))
         try:
-            pins[key] = str(_resolved(hub_id, pins, say, needs_tokenizer=_needs_tokenizer(key)))
+            pins[key] = str(_resolved(hub_id, key, say))
         except HubError as error:
             problems.append(f"{key}={path}: {error}")
+    config = with_paths(config, pins)
+    if getattr(config, "data", None) is not None:
+        data = pin_data(config.data, began_with.get("data"), say, problems)
+        config = config.model_copy(update={"data": data})
     if problems:
         raise InputError("\n".join(problems))
-    return with_paths(config, pins)
+    return config
 
 
-def _resolved(hub_id: HubId, pins: dict[str, str], say: Say, *, needs_tokenizer: bool) -> HubId:
-    """One id has one commit in a run, whichever keys name it."""
+def _resolved(hub_id: HubId, key: str, say: Say) -> HubId:
+    needs_tokenizer = key == "model.path" or key.startswith("reward.")
     return resolve(hub_id, own_access(), cache_folder(os.environ), say=say, needs_tokenizer=needs_tokenizer)
 
 
-def _needs_tokenizer(key: str) -> bool:
-    return key == "model.path" or key.startswith("reward.")
-
-
-def _began_with(config: Any) -> dict[str, str]:
-    """The models of this run's config.yaml, from an earlier start."""
+def _began_with(config: Any) -> dict[str, Any]:
+    """This run's config.yaml, from an earlier start."""
     run = getattr(config, "run", None)
     file = None if run is None else Path(run.path) / "config.yaml"
     if file is None or not file.is_file():
@@ -91,15 +92,17 @@ def _began_with(config: Any) -> dict[str, str]:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}  # it is written again
-    found: dict[str, str] = {}
-    for section in SECTIONS:
-        path = ((tree or {}).get(section) or {}).get("path")
-        if isinstance(path, str):
-            found[f"{section}.path"] = path
-    for index, source in enumerate(((tree or {}).get("reward") or {}).get("sources") or ()):
-        if isinstance(source.get("path"), str):
-            found[f"reward.sources.{index}.path"] = source["path"]
-    return found
+    return tree if isinstance(tree, dict) else {}
+
+
+def _earlier_path(tree: dict[str, Any], key: str) -> str:
+    found: Any = tree
+    for name in key.split("."):
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def with_paths(config: C, paths: dict[str, str]) -> C:
@@ -148,12 +151,12 @@ def fetch_on_nodes(config: Any, slots: Slots, say: Say) -> None:
     """Have on every node what its slots will load, before deadlines of what loads it begin. Raises
     `PlacementError` for a node that cannot.
     """
+    paths = {key: path for key, path in model_paths(config) if pinned_id(path) is not None}
     wanted: dict[str, set[str]] = {}
-    paths = [path for _, path in model_paths(config) if pinned_id(path) is not None]
-    if not paths:
-        return
-    for slot in slots.table:
-        wanted.setdefault(slot.node, set()).update(paths)
+    for plan in slots.spec.roles:
+        needed = {path for key, path in paths.items() if _is_loaded_by(plan.role, key)}
+        for slot in {slot for unit in plan.units for slot in unit} if needed else ():
+            wanted.setdefault(slots.table[slot].node, set()).update(needed)
     fetching: dict[Any, tuple[str, Any]] = {}
     for node, needed in wanted.items():
         affinity = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -177,6 +180,13 @@ def fetch_on_nodes(config: Any, slots: Slots, say: Say) -> None:
     finally:
         for _, actor in fetching.values():
             ray.kill(actor)
+
+
+def _is_loaded_by(role: str, key: str) -> bool:
+    """Whether a unit of the role may load the model of that key; trainers may hold all but reward models."""
+    if role.startswith("reward:"):
+        return key == f"reward.sources.{role.removeprefix('reward:')}.path"
+    return key == "model.path" if role == "rollout" else not key.startswith("reward.")
 
 
 class _Fetcher:
