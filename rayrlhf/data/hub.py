@@ -23,9 +23,6 @@ def load_hub_dataset(path: str) -> Any:
 
     Raises `DataError` saying what was tried.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
     hub_id, _, split = path.partition(":")
     splits = load_splits(hub_id)
     wanted = split.split("|")
@@ -42,6 +39,7 @@ def load_splits(hub_id: str) -> Any:
     """All splits of `owner/name[/configuration][@revision]`. Raises `DataError`."""
     import datasets
 
+    datasets.disable_progress_bars()
     parts = HUB_ID.fullmatch(hub_id)
     assert parts is not None, hub_id
     repo, configuration, revision = parts["repo"], parts["configuration"], parts["revision"]

@@ -155,16 +155,17 @@ def download(
     _check_disk(cache, hub_id, size)
     news = News()
     what = f"{len(missing)} files, {in_words(size)}"
-    return telling(
-        lambda: _snapshot(cache, hub_id, names, access, news),
-        hub_id,
-        access,
-        cache,
-        measure=lambda: bytes_fetched(cache, hub_id),
-        news=news,
-        say=say if size else lambda _: None,
-        what=what,
-    )
+    try:
+        return telling(
+            lambda: _snapshot(cache, hub_id, names, access, news),
+            hub_id,
+            measure=lambda: bytes_fetched(cache, hub_id),
+            news=news,
+            say=say if size else lambda _: None,
+            what=what,
+        )
+    except Exception as error:  # of huggingface_hub, its client, the disk
+        raise explained(error, hub_id, access, cache) from error
 
 
 class News:
@@ -177,16 +178,14 @@ class News:
 def telling(
     work: Callable[[], T],
     hub_id: HubId,
-    access: Access,
-    cache: Path,
     *,
     measure: Callable[[], int],
     news: News,
     say: Callable[[str], None],
     what: str,
 ) -> T:
-    """Do `work`, which fetches, and say how many bytes have come (`measure`, of all on the disk). Raises
-    `HubError` for what it raises, and when nothing has moved for `STALLED_SECONDS`.
+    """Do `work`, which fetches, and say how many bytes have come (`measure`, of all on the disk). Raises what
+    it raises, and `HubError` when nothing has moved for `STALLED_SECONDS`.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -218,7 +217,7 @@ def telling(
             told = now
             say(f"fetching {hub_id.repo}: {in_words(there[0] - before)} of {what}")
     if errors:
-        raise explained(errors[0], hub_id, access, cache) from errors[0]
+        raise errors[0]
     say(f"fetched {hub_id.repo}: {in_words(measure() - before)} in {time.monotonic() - started:.0f} s")
     return results[0]
 

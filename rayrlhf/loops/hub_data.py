@@ -12,10 +12,10 @@ from rayrlhf.data.files import HUB_ID, hub_id_of
 from rayrlhf.data.hub import load_splits
 from rayrlhf.data.rows import DataError
 from rayrlhf.hub.access import own_access
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.errors import HubError, recognised
 from rayrlhf.hub.ids import COMMIT, HubId, cache_folder
 from rayrlhf.hub.resolve import commit_of
-from rayrlhf.hub.snapshots import News, bytes_fetched, telling
+from rayrlhf.hub.snapshots import News, bytes_fetched, listed, telling
 
 C = TypeVar("C", bound=Any)
 Say = Callable[[str], None]
@@ -68,16 +68,18 @@ def _pinned(parts: Any, kept: dict[str, str], say: Say) -> str:
         load_splits(where)
         return f"hub@{where}{split}"
     pinned = hub_id.at(commit)
-    telling(
-        lambda: load_splits(f"{where}@{commit}"),
-        pinned,
-        access,
-        cache,
-        measure=lambda: bytes_fetched(cache, pinned) + _converted(repo),
-        news=News(),
-        say=say,
-        what="a data set",
-    )
+    listed(cache, pinned, access)  # says clearly where access is refused, which `datasets` does not
+    try:
+        telling(
+            lambda: load_splits(f"{where}@{commit}"),
+            pinned,
+            measure=lambda: bytes_fetched(cache, pinned) + _converted(repo),
+            news=News(),
+            say=say,
+            what="a data set",
+        )
+    except DataError as error:
+        raise recognised(error, pinned, access, cache) or error from error
     return f"hub@{where}@{commit}{split}"
 
 
