@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,6 +15,7 @@ ResourceName = Annotated[
     Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"),
     Wanted("lower-case letters, digits and '-', as Kubernetes names things"),
 ]
+SECRET_NAME = re.compile(r"(TOKEN|API_KEY|SECRET|PASSWORD)$")
 AbsolutePath = Annotated[str, Field(pattern=r"^/\S*$"), Wanted("an absolute path")]
 
 
@@ -75,6 +77,8 @@ class KubeRayConfig(Section):
     """Labels of the GPU nodes."""
     gpu_taint: str | None = "nvidia.com/gpu"
     """Key of the taint of GPU nodes that worker pods tolerate."""
+    secrets: list[ResourceName] = Field(default_factory=list)
+    """Secrets whose keys every pod has in its environment (HF_TOKEN, WANDB_API_KEY); named, never copied."""
     queue: ResourceName | None = None
     """Queue of a gang scheduler (the label kueue.x-k8s.io/queue-name)."""
 
@@ -115,6 +119,19 @@ class SlurmConfig(Section):
     """Port of the head; those of its services follow it."""
 
 
+def _no_secret_is_written(launch: LaunchConfig) -> Problem | None:
+    named = [key for key in launch.env if SECRET_NAME.search(key)]
+    if not named:
+        return None
+    return Problem(
+        f"env.{named[0]}",
+        got="a value",
+        wanted="nothing secret: it would stand in the rendered files and in the job's metadata",
+        fix="remove it; give it by a Secret (launch.kuberay.secrets), or in the environment that the job is "
+        "started in",
+    )
+
+
 class LaunchConfig(Section):
     image: str = "rayrlhf:latest"
     """Container image with this repository installed (kuberay, anyscale)."""
@@ -138,3 +155,5 @@ class LaunchConfig(Section):
     """Anyscale."""
     slurm: SlurmConfig = SlurmConfig()
     """Slurm."""
+
+    checks = (_no_secret_is_written,)
