@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayrlhf.chat.conversation import HELP, ChatProblem, Conversation, Sampling, Screen
+from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import parse_id
-from rayrlhf.hub.resolve import no_folder
+from rayrlhf.hub.resolve import base_of, folder_of, no_folder
+from rayrlhf.hub.snapshots import ADAPTER_CONFIG
 
 
 def main(words: Sequence[str]) -> int:
@@ -87,14 +89,15 @@ def _start(options: argparse.Namespace, interactive: bool) -> Conversation:
     template = None if options.chat_template is None else _read_template(options.chat_template)
     screen = _screen(interactive, 1 if options.base is None else 2)
     screen.note("loading …")
+    model = _fetched("MODEL", options.model, screen)
+    base = None if options.base is None else _fetched("--base", options.base, screen)
     if not Path("/dev/nvidiactl").exists():
         # transformers imports DeepSpeed, which otherwise tells everybody that it has found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from rayrlhf.chat.speaker import load_speakers  # torch and transformers: seconds
 
-    speakers = load_speakers(
-        options.model, options.base, dtype=options.dtype, chat_template=template, say=screen.note
-    )
+    name = Path(options.model).name.partition("@")[0]
+    speakers = load_speakers(model, base, dtype=options.dtype, chat_template=template, name=name)
     if interactive:
         screen.note(HELP)
     sampling = Sampling(
@@ -117,6 +120,20 @@ def _check_checkpoint(name: str, path: str) -> None:
             )
     elif isinstance(reason := parse_id(path), str):
         raise ChatProblem(no_folder(name, path, reason))
+
+
+def _fetched(name: str, path: str, screen: Screen) -> str:
+    """The folder of a checkpoint, of which all is there, also what an adapter belongs to. Raises
+    `ChatProblem`.
+    """
+    try:
+        folder = folder_of(path, name, say=screen.note, may_be_adapter=True)
+        base = base_of(Path(folder)) if (Path(folder) / ADAPTER_CONFIG).is_file() else None
+        if base is not None:
+            folder_of(base, f"the base of {name}={path}", say=screen.note)
+    except HubError as error:
+        raise ChatProblem(str(error)) from error
+    return folder
 
 
 def _read_template(path: str) -> str:

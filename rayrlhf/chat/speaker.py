@@ -30,29 +30,20 @@ UNFINISHED = "\ufffd"  # how a character looks of which only the first bytes are
 class Transformer:
     """A causal language model with its tokenizer; a folder with a PEFT adapter is loaded with its base."""
 
-    def __init__(
-        self,
-        name: str,
-        path: str,
-        *,
-        dtype: str,
-        chat_template: str | None,
-        say: Callable[[str], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, name: str, path: str, *, dtype: str, chat_template: str | None) -> None:
         """Raises `ChatProblem` for what cannot be loaded. `chat_template` (Jinja text) replaces its own."""
         self.name = name
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         try:
-            folder = folder_of(path, "MODEL", say=say, may_be_adapter=True)
-            base = base_of(Path(folder)) if Path(folder, ADAPTER_CONFIG).is_file() else None
-            whole = folder if base is None else folder_of(base, f"the base of {path}", say=say)
+            base = base_of(Path(path)) if Path(path, ADAPTER_CONFIG).is_file() else None
+            whole = path if base is None else folder_of(base, f"the base of {path}", say=lambda _: None)
             self.model: Any = AutoModelForCausalLM.from_pretrained(whole, dtype=resolve_dtype(dtype, device))
             if base is not None:
-                self.model.load_adapter(folder)
-            own = Path(folder, "tokenizer_config.json").is_file()
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder if own else whole)
+                self.model.load_adapter(path)
+            own = Path(path, "tokenizer_config.json").is_file()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path if own else whole)
         except HubError as error:
             raise ChatProblem(str(error)) from error
         except Exception as error:  # what a broken or foreign checkpoint raises is not specified
@@ -169,19 +160,19 @@ def load_speakers(
     *,
     dtype: str,
     chat_template: str | None,
-    say: Callable[[str], None] = lambda _: None,
+    name: str | None = None,
 ) -> list[Transformer]:
     """The base, if any, then the tuned model. A base without a chat template speaks by that of the tuned one.
 
     Raises `ChatProblem`.
     """
-    name = "tuned" if base else Path(tuned).name
-    model = Transformer(name, tuned, dtype=dtype, chat_template=chat_template, say=say)
+    name = "tuned" if base else name or Path(tuned).name
+    model = Transformer(name, tuned, dtype=dtype, chat_template=chat_template)
     if model.chat_template is None:
         raise ChatProblem(f"{tuned} has no chat template; give one with --chat-template FILE")
     if base is None:
         return [model]
-    other = Transformer("base", base, dtype=dtype, chat_template=chat_template, say=say)
+    other = Transformer("base", base, dtype=dtype, chat_template=chat_template)
     if other.chat_template is None:
         other.tokenizer.chat_template = model.chat_template
     return [other, model]

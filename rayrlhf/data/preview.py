@@ -19,6 +19,7 @@ from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import head_rows
 from rayrlhf.data.files import Split, resolve_source
 from rayrlhf.data.formats import id_of, normal_form
+from rayrlhf.data.hub_pins import pin_data
 from rayrlhf.data.plan import fill_of, plan_steps, row_order
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json
@@ -44,7 +45,11 @@ def main(words: Sequence[str]) -> int:
         config = load_or_exit(_schema(argv), argv)
         folder = folder_of(config.model.path, "model.path", say=_note, weights=False)
         tokenizer = prompt_tokenizer(folder, config.model.trust_remote_code, read_chat_template(config.data))
-        preview = look_at(config.data, tokenizer, config.run.seed, options.split, options.rows)
+        problems: list[str] = []
+        data = pin_data(config.data, None, _note, problems)
+        if problems:
+            raise DataError("\n".join(problems))
+        preview = look_at(data, tokenizer, config.run.seed, options.split, options.rows)
         fill = packing_fill(preview, config)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -154,7 +154,7 @@ def download(
     size = sum(listing.get(name, 0) for name in missing)
     _check_disk(cache, hub_id, size)
     news = News()
-    what = f"{len(missing)} files, {in_words(size)}"
+    what = f"{in_words(size)} in {len(missing)} file{'s' * (len(missing) != 1)}"
     try:
         return telling(
             lambda: _snapshot(cache, hub_id, names, access, news),

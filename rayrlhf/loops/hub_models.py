@@ -14,13 +14,13 @@ import yaml
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayrlhf.data.hub_pins import pin_data
 from rayrlhf.hub.access import own_access
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import HubId, cache_folder, names_a_cache, parse_id, pinned_id
 from rayrlhf.hub.local import ACTOR_PREFIX, HubKeeper, Lent, local_folder
 from rayrlhf.hub.resolve import no_folder, resolve
 from rayrlhf.loops.checks import InputError
-from rayrlhf.loops.hub_data import pin_data
 from rayrlhf.placement.apply import PlacementError, Slots
 from rayrlhf.placement.lease import NAMESPACE
 

@@ -80,7 +80,7 @@ def _adapt(plan: Plan, base: Any, tensors: dict[str, Tensor]) -> PeftModel:
             f"ADAPTER={plan.adapter}: peft_type={config.peft_type} learns prompts; wanted an adapter of "
             "weights, such as LORA"
         )
-    config.base_model_name_or_path = plan.base  # it may have moved
+    config.base_model_name_or_path = plan.loaded_base  # it may have moved
     try:
         adapted: Any = get_peft_model(base, config)
     except ValueError as error:  # its target_modules are not in this architecture

@@ -1,4 +1,4 @@
-"""The driver's part with data sets of the hub: pin their ids, and fetch them before Ray starts."""
+"""Ids of data sets become commits, once, and their files are fetched: on the driver, before Ray starts."""
 
 from __future__ import annotations
 

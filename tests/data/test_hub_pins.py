@@ -18,7 +18,7 @@ import json, sys
 from pathlib import Path
 from rayrlhf.config.examples import SftDataConfig
 from rayrlhf.data.hub import load_hub_dataset, shared_copy
-from rayrlhf.loops.hub_data import pin_data
+from rayrlhf.data.hub_pins import pin_data
 
 config, began_with, folder = json.loads(sys.argv[1])
 lines, problems = [], []
