@@ -28,7 +28,7 @@ C = TypeVar("C", bound=Any)
 Say = Callable[[str], None]
 
 POLL_SECONDS = 1.0
-ANSWER_SECONDS = 60.0  # for a node that fetches to say how far it is
+ANSWER_SECONDS = 300.0  # for an actor to start and answer
 SECTIONS = ("model", "critic", "ref", "teacher")
 
 
@@ -176,7 +176,9 @@ def fetch_on_nodes(config: Any, slots: Slots, say: Say) -> None:
                     raise PlacementError(f"node {node[:6]}: {problem}")
                 ray.kill(actor)
     except RayError as error:
-        raise PlacementError(f"a node died while it fetched models: {error}") from error
+        raise PlacementError(
+            f"a node died, or did not answer for {ANSWER_SECONDS:g} s, while it fetched models: {error}"
+        ) from error
     finally:
         for _, actor in fetching.values():
             ray.kill(actor)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from rayrlhf.hub.access import own_access
+from rayrlhf.hub.access import Access, own_access
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import cache_folder, parse_id
 from rayrlhf.hub.local import local_folder
@@ -17,6 +17,7 @@ from rayrlhf.hub.resolve import base_of, folder_of, resolve
 from rayrlhf.hub.snapshots import small_files, weight_files
 from tests.local_hub import TOKEN, LocalHub
 
+NOBODY = "http://127.0.0.1:9"  # no port that anybody listens on
 WEIGHTS = "tiny/policy/model.safetensors"
 
 
@@ -66,8 +67,7 @@ def test_a_second_start_needs_no_network(
 ) -> None:
     ref = pinned("tiny/policy")
     folder = local_folder(ref)
-    hub.server.shutdown()
-    hub.server.server_close()
+    monkeypatch.setenv("HF_ENDPOINT", NOBODY)
     assert pinned("tiny/policy") == ref
     assert local_folder(ref) == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -194,3 +194,50 @@ def test_one_format_of_weights_is_fetched() -> None:
     assert small_files([*names, *nested, *small]) == sorted(
         [*small[:-1], "model.safetensors.index.json", *nested[2:]]
     )
+
+
+def test_a_node_that_cannot_reach_the_hub_takes_the_drivers_shared_cache(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node's own HF_HOME comes first; without a hub, what it sees of the driver's folder is better than
+    nothing. Where its environment names none, the driver's is its cache.
+    """
+    from rayrlhf.hub import local
+
+    ref = pinned("tiny/policy")
+    folder = local_folder(ref)
+    lent = local.Lent(own_access(), str(tmp_path / "home" / "hub"), cache_is_named=True)
+    monkeypatch.setattr(local, "_borrow", lambda _: lent)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "node"))
+    own = local_folder(ref)
+    assert own.startswith(str(tmp_path / "node")) and hub.downloads()[WEIGHTS] == 2
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "other-node"))
+    unreachable = local.Lent(Access(TOKEN, NOBODY), lent.cache, cache_is_named=True)
+    monkeypatch.setattr(local, "_borrow", lambda _: unreachable)
+    assert local_folder(ref) == folder
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    assert local_folder(ref) == folder
+
+
+def test_a_download_that_stands_still_is_given_up(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayrlhf.hub import snapshots
+
+    ref = pinned("tiny/policy")
+    hub.bytes_per_second = 1.0  # a piece of 64 KiB takes hours
+    monkeypatch.setattr(snapshots, "STALLED_SECONDS", 2.0)
+    with pytest.raises(HubError, match=r"nothing has come for 2 s, after .* of 1\.\d MB in 1 file\. Fix: "):
+        local_folder(ref)
+    hub.bytes_per_second = None
+
+
+def test_a_long_download_says_how_far_it_is(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayrlhf.hub import snapshots
+
+    ref, lines = pinned("tiny/policy"), list[str]()
+    hub.bytes_per_second = 600_000.0  # two seconds for the weights
+    monkeypatch.setattr(snapshots, "TOLD_SECONDS", 0.4)
+    local_folder(ref, say=lines.append)
+    assert lines[0].startswith("fetching tiny/policy: 1.3 MB in 1 file")
+    assert lines[-1].startswith("fetched tiny/policy: 1.3 MB in ")
+    assert len(lines) > 3

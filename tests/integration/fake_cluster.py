@@ -117,4 +117,5 @@ def serve_commands(nodes: int, cpus: int, gpus: int, environments: list[dict[str
 
 
 if __name__ == "__main__":
-    serve_commands(*map(int, sys.argv[1:4]), json.loads(sys.argv[4]))
+    nodes, cpus, gpus = map(int, sys.argv[1:4])
+    serve_commands(nodes, cpus, gpus, json.loads(sys.argv[4]))
