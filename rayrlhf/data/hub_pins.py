@@ -57,7 +57,7 @@ def _pinned(parts: Any, kept: dict[str, str], say: Say) -> str:
     """
     access, cache = own_access(), cache_folder(os.environ)
     repo, revision = parts["repo"], parts["revision"]
-    hub_id = HubId(repo, revision if revision else kept.get(repo), "dataset")
+    hub_id = HubId(repo, revision or kept.get(repo), "dataset")
     where = f"{repo}/{parts['configuration']}" if parts["configuration"] else repo
     split = f":{parts['split']}" if parts["split"] else ""
     try:

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayrlhf.data.hub_pins import pin_data
 from rayrlhf.hub.access import own_access
 from rayrlhf.hub.errors import HubError
-from rayrlhf.hub.ids import HubId, cache_folder, names_a_cache, parse_id, pinned_id
+from rayrlhf.hub.ids import cache_folder, names_a_cache, parse_id, pinned_id
 from rayrlhf.hub.local import ACTOR_PREFIX, HubKeeper, Lent, local_folder
 from rayrlhf.hub.resolve import no_folder, resolve
 from rayrlhf.loops.checks import InputError
@@ -46,7 +46,8 @@ def model_paths(config: Any) -> Iterator[tuple[str, str]]:
 
 def pin(config: C, say: Say) -> C:
     """The config with every id pinned to a commit, and what is small of these models in this node's cache:
-    the checks that follow read it. A run that goes on keeps the commits that it began with.
+    the checks that follow read it. A run that goes on keeps the commits that it began with, except where an
+    id names a revision.
 
     Raises `InputError` that names every key with a path that is neither a folder nor an id, or with an id
     that cannot be had.
@@ -62,12 +63,21 @@ def pin(config: C, say: Say) -> C:
             problems.append(no_folder(key, path, hub_id))
             continue
         earlier = pinned_id(_earlier_path(began_with, key))
-        if earlier is not None and earlier.repo == hub_id.repo and not hub_id.is_pinned:
-            hub_id = hub_id.at(str(earlier.revision))
+        if earlier is not None and earlier.repo != hub_id.repo:
+            earlier = None
+        if earlier is not None and hub_id.revision is None:
+            hub_id = earlier
+        needs_tokenizer = key == "model.path" or key.startswith("reward.")
         try:
-            pins[key] = str(_resolved(hub_id, key, say))
+            pinned = resolve(
+                hub_id, own_access(), cache_folder(os.environ), say=say, needs_tokenizer=needs_tokenizer
+            )
         except HubError as error:
             problems.append(f"{key}={path}: {error}")
+            continue
+        if earlier is not None and pinned != earlier:
+            say(f"warning: {key} is {pinned}, but the run began with {earlier}")
+        pins[key] = str(pinned)
     config = with_paths(config, pins)
     if getattr(config, "data", None) is not None:
         data = pin_data(config.data, began_with.get("data"), say, problems)
@@ -75,11 +85,6 @@ def pin(config: C, say: Say) -> C:
     if problems:
         raise InputError("\n".join(problems))
     return config
-
-
-def _resolved(hub_id: HubId, key: str, say: Say) -> HubId:
-    needs_tokenizer = key == "model.path" or key.startswith("reward.")
-    return resolve(hub_id, own_access(), cache_folder(os.environ), say=say, needs_tokenizer=needs_tokenizer)
 
 
 def _began_with(config: Any) -> dict[str, Any]:

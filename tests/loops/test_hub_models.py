@@ -81,6 +81,10 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(
     other = tiny_run(tmp_path, "tiny/policy", run={"name": "other", "dir": str(tmp_path / "runs")})
     assert pin(other, print).model.path == newer
 
+    lines: list[str] = []
+    assert pin(tiny_run(tmp_path, "tiny/policy@main"), lines.append).model.path == newer
+    assert lines[-1] == f"warning: model.path is {newer}, but the run began with {began.model.path}"
+
 
 def test_all_that_cannot_be_had_is_told_at_once_by_its_key(
     hub: LocalHub,  # noqa: F811
