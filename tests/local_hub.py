@@ -54,7 +54,7 @@ class LocalHub:
     def __init__(self, *, bytes_per_second: float | None = None) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.asked: list[tuple[str, str]] = []  # (method, path)
-        self.tokens: Counter[str | None] = Counter()
+        self.tokens: Counter[str | None] = Counter()  # of those who asked for something of a repository
         self.bytes_per_second = bytes_per_second
         hub = self
 
@@ -124,7 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append((self.command, path))
         authorization = self.headers.get("Authorization")
         token = authorization.removeprefix("Bearer ") if authorization else None
-        self.hub.tokens[token] += 1
+        if path.count("/") > 2:  # the client also asks, without a token, what the hub knows of its callers
+            self.hub.tokens[token] += 1
         try:
             if token not in (None, TOKEN):
                 raise _Refused(401, "", "Invalid credentials in Authorization header")

@@ -172,7 +172,7 @@ def fetch_on_nodes(config: Any, slots: Slots, say: Say) -> None:
     try:
         while fetching:
             ready, _ = ray.wait(list(fetching), timeout=POLL_SECONDS)
-            for node, actor in fetching.values():
+            for node, actor in fetching.values():  # after the wait: who is ready has no more to say then
                 for line in ray.get(actor.news.remote(), timeout=ANSWER_SECONDS):
                     say(f"{line} on node {node[:6]}")
             for ref in ready:
@@ -206,7 +206,7 @@ class _Fetcher:
         """The reason why it cannot, or nothing."""
         try:
             for path in paths:
-                local_folder(path, say=self.lines.append)
+                local_folder(path, say=lambda line: self.lines.append(line))
         except HubError as error:
             return str(error)
         return ""

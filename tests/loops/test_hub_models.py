@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import yaml
 from huggingface_hub import constants
 
 from rayrlhf.config.load import dump_resolved
+from rayrlhf.loops import hub_models
 from rayrlhf.loops.checks import InputError
 from rayrlhf.loops.driver import start_folder
-from rayrlhf.loops.hub_models import fetch_here, pin
+from rayrlhf.loops.hub_models import _Fetcher, fetch_here, pin
 from tests.hub.conftest import hub, policy  # noqa: F401
 from tests.integration.policy_runs import tiny_run
 from tests.local_hub import TOKEN, LocalHub
@@ -105,3 +107,19 @@ def test_folders_alone_ask_nobody(hub: LocalHub, policy: Path, tmp_path: Path) -
     assert pin(config, print) == config
     fetch_here(config, print)
     assert hub.asked == []
+
+
+def test_a_node_that_fetches_loses_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what it says after it was asked for news."""
+    fetcher = _Fetcher()
+    told: list[str] = []
+
+    def fetch_asking(path: str, say: Callable[[str], None]) -> str:
+        say("one")
+        told.extend(fetcher.news())
+        say("two")
+        return path
+
+    monkeypatch.setattr(hub_models, "local_folder", fetch_asking)
+    assert fetcher.fetch(["a"]) == ""
+    assert [*told, *fetcher.news()] == ["one", "two"]
