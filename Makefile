@@ -1,4 +1,4 @@
-# Each target works from a fresh clone on a bare Linux x86-64 machine with Python 3.11 (venv, pip); the first one installs
+# Each target works from a fresh clone on a bare Linux x86-64 machine with Python 3.11, 3.12 or 3.13; the first one installs
 # everything into .venv, later ones see that nothing changed and go straight to work.
 #
 #   make demo     train a 135M model with PPO through `ray job submit`, on CPU, and show what it learned
@@ -7,31 +7,34 @@
 #   make test-long the integration tests that `make test` leaves out for time, a few hours
 #   make gpu-check the CUDA paths on one GPU, and what they reach; without one it says so
 #   make check    lint, formatting, types, import layers
-#   make rendered the examples of cluster/, from the jobs' own files
+#   make rendered the examples of cluster/, from the jobs' own files, and docs/migration.md
+#   make lock     requirements/*.lock from the ranges in pyproject.toml; LOCK_ARGS=--upgrade for newer versions
 #   make clean    remove what the others made, except .venv
 #
-# torch comes as a CPU wheel (torch 2.13.0+cpu). Unless your package index serves it, add PyTorch's index of CPU wheels:
-#   make demo PIP_EXTRA_INDEX_URL=<that index>
-# Another interpreter: make demo PYTHON=/opt/python3.11/bin/python3.11
+# No parameter is needed. For those who want another way (requirements/install.sh):
+#   make install PYTHON=/opt/python3.12/bin/python3.12     another interpreter
+#   make install LOCK=gpu                                  what a machine with GPUs needs; later targets keep it
+#   make install INSTALLER=pip                             without uv
 
 SHELL := bash
-PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 # Extra arguments for pytest: make test PYTEST_ARGS="tests/algorithms -x"
 PYTEST_ARGS ?=
+# Arguments for the resolver: make lock LOCK_ARGS="gpu --upgrade-package ray"
+LOCK_ARGS ?=
+export PYTHON LOCK INSTALLER
 
-ifdef PIP_EXTRA_INDEX_URL
-export PIP_EXTRA_INDEX_URL
-endif
-
-.PHONY: help install model demo pipeline test test-long gpu-check check rendered format clean
+.PHONY: help install model demo pipeline test test-long gpu-check check rendered format lock clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 
 install:
-	@requirements/install.sh $(PYTHON) $(VENV)
+	@requirements/install.sh $(VENV)
+
+lock:
+	@$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3) -m requirements.lock $(LOCK_ARGS)
 
 model: install
 	@$(BIN)/python -m jobs.demo.model
@@ -60,6 +63,7 @@ gpu-check:
 
 rendered: install
 	@cluster/render.sh
+	@$(BIN)/python -m rayrlhf.config.migration_page docs/migration.md
 
 format: install
 	$(BIN)/ruff check --fix

@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 
 from rayrlhf.config.generate import GenerateRunConfig
-from rayrlhf.config.load import load_or_exit
+from rayrlhf.loops.early import load_job
 
 
 def main() -> int:
-    config = load_or_exit(GenerateRunConfig, sys.argv[1:])
-    # Only now that the config is known to be good: this imports torch and ray, which takes seconds.
+    config = load_job(GenerateRunConfig, sys.argv[1:])
+    # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
     from rayrlhf.loops.generate import run_generate
 
     return run_generate(config)

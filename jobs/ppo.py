@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from rayrlhf.config.load import load_or_exit
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.loops.early import load_job
 
 
 def main() -> int:
-    config = load_or_exit(PolicyRunConfig, sys.argv[1:])
-    # Only now that the config is known to be good: this imports torch and ray, which takes seconds.
+    config = load_job(PolicyRunConfig, sys.argv[1:])
+    # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
     from rayrlhf.loops.run import run_policy
 
     return run_policy(config)

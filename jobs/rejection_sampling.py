@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 
 from rayrlhf.config.chains import RejectionSamplingConfig
-from rayrlhf.config.load import load_or_exit
+from rayrlhf.loops.early import load_job
 
 
 def main() -> int:
-    config = load_or_exit(RejectionSamplingConfig, sys.argv[1:])
-    # Only now that the config is known to be good: these import torch and ray, which takes seconds.
+    config = load_job(RejectionSamplingConfig, sys.argv[1:])
+    # Only now that config and files are known to be good: these import torch and ray, which takes seconds.
     from rayrlhf.loops.chain import run_chain
     from rayrlhf.loops.choose import best_of_n
 

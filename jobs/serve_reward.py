@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from rayrlhf.config.load import load_or_exit
 from rayrlhf.config.serve_reward import ServeRewardConfig
+from rayrlhf.loops.early import load_job
 
 
 def main() -> int:
-    config = load_or_exit(ServeRewardConfig, sys.argv[1:])
-    # Only now that the config is known to be good: this imports torch and ray, which takes seconds.
+    config = load_job(ServeRewardConfig, sys.argv[1:])
+    # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
     from rayrlhf.loops.serve_reward import serve_reward
 
     return serve_reward(config)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from rayrlhf.foreign_text import guard_terminal, write_line
+
 
 @dataclass(frozen=True)
 class Command:
@@ -63,6 +65,7 @@ COMMANDS: dict[str, Command] = {
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command that the words (of the command line) begin with, and returns its exit code."""
+    guard_terminal()
     words = list(sys.argv[1:] if words is None else words)
     for length in (2, 1):
         name = " ".join(words[:length])
@@ -74,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = " ".join(words[:2])
     near = get_close_matches(asked, COMMANDS, n=1) or get_close_matches(words[0], COMMANDS, n=1)
     hint = f"did you mean rayrlhf {near[0]}?" if near else "rayrlhf --help lists the commands"
-    print(f"rayrlhf has no command {asked!r}; {hint}", file=sys.stderr)
+    write_line(f"rayrlhf has no command {asked!r}; {hint}", sys.stderr)
     return 2
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.local.head import LocalHead
+from rayrlhf.foreign_text import COLOUR, write_line
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -63,7 +64,8 @@ def follow(command: list[str], environment: dict[str, str]) -> int:
         assert submitter.stdout is not None
         for line in submitter.stdout:
             if not RAY_CHATTER.match(line):
-                print(line, end="", flush=True)
+                # The job's own words are clean; what a library or the user's code printed may not be.
+                write_line(COLOUR.sub("", line.rstrip("\n")))
         return submitter.wait()
     finally:
         if submitter.poll() is None:

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayrlhf.models.modes import honour_umask
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -55,7 +57,7 @@ def ensure_model(destination: Path = MODEL_PATH) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
         convert(weights, scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it private
+        honour_umask(scratch)
         _move_into_place(scratch, destination)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -86,8 +88,6 @@ def convert(weights: Path, destination: Path) -> None:
     tokenizer.model_max_length = CONTEXT_TOKENS
     tokenizer.save_pretrained(destination)
     dequantized_model(weights, tokenizer).save_pretrained(destination)
-    for file in destination.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def restore_digit_splitting(tokenizer: PreTrainedTokenizerFast) -> None:

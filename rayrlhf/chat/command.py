@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayrlhf.chat.conversation import HELP, ChatProblem, Conversation, Sampling, Screen
+from rayrlhf.foreign_text import write_line
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import parse_id
 from rayrlhf.hub.resolve import base_of, folder_of, no_folder
@@ -26,7 +27,7 @@ def main(words: Sequence[str]) -> int:
     try:
         conversation = _start(options, interactive)
     except ChatProblem as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        write_line(f"error: {problem}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -148,9 +149,9 @@ def _screen(interactive: bool, num_speakers: int) -> Screen:
 
     if not interactive:
         return Lines()
-    from rich.console import Console
+    from rayrlhf.terminal import SafeConsole
 
-    console = Console(highlight=False)
+    console = SafeConsole()
     return Terminal(console) if num_speakers == 1 else Columns(console)
 
 

@@ -10,19 +10,24 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrlhf.chat.conversation import Answer
+from rayrlhf.foreign_text import one_line, visible, write_line
 
 REDRAWS_PER_SECOND = 8
 
 
 class Lines:
-    """Answers on stdout, all else on stderr. With two speakers each answer begins with its name."""
+    """Answers on stdout, all else on stderr. With two speakers each answer begins with its name.
+
+    A pipe may end at a terminal, and its reader may be a program's log: what is not seen is an escape here
+    too.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.speaking: int | None = None
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        write_line(text, sys.stderr)
 
     def begin(self, names: list[str]) -> None:
         self.names = names
@@ -30,9 +35,10 @@ class Lines:
 
     def piece(self, speaker: int, text: str) -> None:
         if speaker != self.speaking and len(self.names) > 1:
-            print("\n" if self.speaking is not None else "", f"{self.names[speaker]}: ", sep="", end="")
+            gap = "\n" if self.speaking is not None else ""
+            write_line(f"{gap}{one_line(self.names[speaker])}: ", end="")
         self.speaking = speaker
-        print(text, end="", flush=True)
+        write_line(text, end="")
 
     def end(self, answers: list[Answer]) -> None:
         if answers:
@@ -48,12 +54,12 @@ class Terminal:
         self.console = console
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(visible(text), style="dim"))
 
     def begin(self, names: list[str]) -> None: ...
 
     def piece(self, speaker: int, text: str) -> None:
-        self.console.out(text, end="", highlight=False)
+        self.console.out(visible(text), end="", highlight=False)
         self.console.file.flush()
 
     def end(self, answers: list[Answer]) -> None:
@@ -74,7 +80,7 @@ class Columns(Terminal):
         self.live.start()
 
     def piece(self, speaker: int, text: str) -> None:
-        self.texts[speaker] += text
+        self.texts[speaker] += visible(text)
         self.live.update(self._table([], max_lines=max(4, self.console.height - 6)))
 
     def end(self, answers: list[Answer]) -> None:
@@ -87,7 +93,7 @@ class Columns(Terminal):
         cells = []
         for index, (name, text) in enumerate(zip(self.names, self.texts, strict=True)):
             footer = answers[index].speed if index < len(answers) else ""
-            table.add_column(name, footer=Text(footer, style="dim"), ratio=1, overflow="fold")
+            table.add_column(one_line(name), footer=Text(footer, style="dim"), ratio=1, overflow="fold")
             cells.append(Text(text) if max_lines is None else self._tail(text, max_lines))
         table.add_row(*cells)
         return table

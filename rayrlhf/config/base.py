@@ -8,6 +8,9 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+# Keys and values are foreign text: no escape code of theirs reaches a terminal. Line feeds are ours.
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != ord("\n")}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -22,7 +25,7 @@ class Problem:
     def __str__(self) -> str:
         place = f"  ({self.where})" if self.where else ""
         lines = f"got:    {self.got}", f"wanted: {self.wanted}", f"fix:    {self.fix}"
-        return "\n    ".join([f"  {self.path}{place}", *lines]) + "\n"
+        return "\n    ".join([f"  {self.path}{place}", *lines]).translate(CONTROL) + "\n"
 
 
 class ConfigError(ValueError):

@@ -22,6 +22,7 @@ from rayrlhf.config.examples import RewardTemplate, Share
 from rayrlhf.config.generate import GenerateDataConfig, GenerateRunConfig, SampledConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
+from rayrlhf.config.learning_rates import PreferenceTrainConfig, SftTrainConfig
 from rayrlhf.config.model import ModelConfig, TrainedModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig
@@ -32,7 +33,7 @@ from rayrlhf.config.supervised import (
     SftRunConfig,
     SupervisedConfig,
 )
-from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, SupervisedTrainConfig
+from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig
 
 RESPONSE, REWARD = "response", "reward"  # columns of the rows that are trained on
 CHOSEN_FILE = "chosen.jsonl"
@@ -79,7 +80,7 @@ class TrainStage(Section):
 
     data: StageDataConfig = StageDataConfig()
     """Lengths, and what is held out."""
-    train: SupervisedTrainConfig = SupervisedTrainConfig()
+    train: SftTrainConfig = SftTrainConfig()
     """Optimisation, of every round."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
@@ -106,6 +107,8 @@ def _reference_is_used(stage: DpoStage) -> Problem | None:
 
 
 class DpoStage(TrainStage):
+    train: PreferenceTrainConfig = PreferenceTrainConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Optimisation, of every round."""
     algorithm: PreferenceConfig = PreferenceConfig()
     """The preference loss."""
     reference: Literal["previous", "start"] | None = None

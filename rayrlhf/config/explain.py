@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayrlhf.config.base import ConfigError, Problem, Section
+from rayrlhf.config.foreign import answer, known_paths, leaf_problems, meant_by
 from rayrlhf.config.reference import (
     INDEX,
     default_of,
@@ -18,6 +19,7 @@ from rayrlhf.config.reference import (
     item_of,
     keys_of,
     node_of,
+    number,
     sections_in,
     show,
     tags_of,
@@ -46,8 +48,8 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
             failed_checks += [replace(p, path=f"{path}.{p.path}" if path else p.path) for p in cause.problems]
         else:
             details.append(detail)
-    unknown = [_locate(schema, e["loc"])[0] for e in details if e["type"] in UNKNOWN_KEY]
-    meant = {suggestion for path in unknown for suggestion in suggest(schema, path)}
+    unknown = [(_locate(schema, e["loc"])[0], e["input"]) for e in details if e["type"] in UNKNOWN_KEY]
+    meant = {suggestion for path, value in unknown for suggestion in _meant(schema, path, value)}
     problems: list[Problem] = []
     for detail in details:
         location = detail["loc"]
@@ -56,7 +58,7 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
             location, missing = location[:-1], False  # a list of two numbers that has only one
         path, node, default = _locate(schema, location)
         if detail["type"] in UNKNOWN_KEY:
-            problems.append(_unknown_key(schema, path, detail))
+            problems += leaf_problems(schema, path, detail["input"]) or [_unknown_key(schema, path, detail)]
         elif missing:
             problems += [p for p in _missing(path, node) if not meant & {p.path, path}]
         else:
@@ -69,7 +71,7 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
 
 def valid_part(schema: type[S], values: Mapping[str, Any]) -> S:
     """A section with defaults and the valid values only: reading any other field raises AttributeError."""
-    part = schema.model_construct()
+    part = schema.model_construct(_fields_set={name for name in schema.model_fields if name in values})
     fields = vars(part)
     for name, info in schema.model_fields.items():
         if name not in values:
@@ -167,7 +169,7 @@ def _fix(path: str, detail: ErrorDetails, node: Any, default: str | None) -> str
         )
     if kind in BOUND_FIXES:
         name, words = BOUND_FIXES[kind]
-        return f"set {path} {words.format(f'{context[name]:g}')}"
+        return f"set {path} {words.format(number(context[name]))}"
     if kind == "literal_error":
         return _closest(value, [show(option) for option in _options(node)], path)
     if kind == "string_type" and isinstance(value, int | float):
@@ -201,7 +203,18 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
+def _meant(schema: type[Section], path: str, value: Any) -> list[str]:
+    """The keys that an unknown one, or those below it, stand for."""
+    foreign = [
+        key for problem in leaf_problems(schema, path, value) for key in meant_by(schema, problem.path)
+    ]
+    own = [] if answer(schema, path) is None else meant_by(schema, path)
+    return foreign or own or suggest(schema, path)
+
+
 def _unknown_key(schema: type[Section], path: str, detail: ErrorDetails) -> Problem:
+    if _numbered(path) not in known_paths(schema) and (foreign := answer(schema, path)):
+        return Problem(path, _shorten(detail["input"]), "no such key", foreign)
     suggestions = suggest(schema, path)
     if suggestions == [path]:
         fix = "nest it, one section per line: dotted keys are for the command line"

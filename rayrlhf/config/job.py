@@ -22,7 +22,7 @@ class RunSection(Section):
     """Name of the run; the same name resumes it."""
     dir: str = "runs"
     """Folder that holds the folders of runs."""
-    seed: NaturalNumber = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of data order, sampling and initialisation."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest checkpoint; never refuses a folder that has one."""

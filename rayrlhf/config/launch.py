@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,7 +14,6 @@ ResourceName = Annotated[
     Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"),
     Wanted("lower-case letters, digits and '-', as Kubernetes names things"),
 ]
-SECRET_NAME = re.compile(r"(TOKEN|API_KEY|SECRET|PASSWORD)$")
 AbsolutePath = Annotated[str, Field(pattern=r"^/\S*$"), Wanted("an absolute path")]
 
 
@@ -71,14 +69,14 @@ class KubeRayConfig(Section):
     """PersistentVolumeClaim that every pod mounts (ReadWriteMany): runs, models, data."""
     mount_path: AbsolutePath = "/shared"
     """Where it is mounted; relative run.dir lies under it."""
+    env_from: ResourceName | None = None
+    """Kubernetes Secret whose entries are environment variables of every pod."""
     service_account: ResourceName | None = None
     """Service account of the pods."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the GPU nodes."""
     gpu_taint: str | None = "nvidia.com/gpu"
     """Key of the taint of GPU nodes that worker pods tolerate."""
-    secrets: list[ResourceName] = Field(default_factory=list)
-    """Secrets whose keys every pod has in its environment (HF_TOKEN, WANDB_API_KEY); named, never copied."""
     queue: ResourceName | None = None
     """Queue of a gang scheduler (the label kueue.x-k8s.io/queue-name)."""
 
@@ -119,19 +117,6 @@ class SlurmConfig(Section):
     """Port of the head; those of its services follow it."""
 
 
-def _no_secret_is_written(launch: LaunchConfig) -> Problem | None:
-    named = [key for key in launch.env if SECRET_NAME.search(key)]
-    if not named:
-        return None
-    return Problem(
-        f"env.{named[0]}",
-        got="a value",
-        wanted="nothing secret: it would stand in the rendered files and in the job's metadata",
-        fix="remove it; give it by a Secret (launch.kuberay.secrets), or in the environment that the job is "
-        "started in",
-    )
-
-
 class LaunchConfig(Section):
     image: str = "rayrlhf:latest"
     """Container image with this repository installed (kuberay, anyscale)."""
@@ -148,12 +133,10 @@ class LaunchConfig(Section):
     head_memory: Quantity = "32Gi"
     """Memory of the head node."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of every process; no secrets: they stand in the rendered files."""
+    """Environment variables of every process; secrets are refused, since rendered files hold them."""
     kuberay: KubeRayConfig = KubeRayConfig()
     """Kubernetes with KubeRay."""
     anyscale: AnyscaleConfig = AnyscaleConfig()
     """Anyscale."""
     slurm: SlurmConfig = SlurmConfig()
     """Slurm."""
-
-    checks = (_no_secret_is_written,)

@@ -12,8 +12,12 @@ from pydantic import ValidationError
 
 from rayrlhf.config.base import ConfigError, Problem, Section
 from rayrlhf.config.explain import explain
+from rayrlhf.config.foreign import option_problem
+from rayrlhf.config.other_job import other_job
 from rayrlhf.config.reference import help_text
-from rayrlhf.config.tree import read_tree, write_tree
+from rayrlhf.config.secrets import masked_tree, remember_all
+from rayrlhf.config.tree import COMMAND_LINE, read_tree, write_tree
+from rayrlhf.foreign_text import write_line
 
 S = TypeVar("S", bound=Section)
 
@@ -30,15 +34,20 @@ def load_config(schema: type[S], argv: Sequence[str]) -> S:
         fix = f"{_program()} CONFIG.yaml [key.path=value ...]; --help lists the keys"
         raise ConfigError([Problem("the command line", "nothing", "at least one YAML file", fix)])
     tree = read_tree(argv)
-    problems = list(tree.problems)
-    if not tree.unreadable:
+    problems = [option_problem(schema, *option, COMMAND_LINE) for option in tree.options] + tree.problems
+    mistaken = None if tree.unreadable else other_job(schema, tree.values)
+    if mistaken is not None:
+        problems.append(mistaken)  # and not every key that the two jobs do not share
+    elif not tree.unreadable:
         try:
             config = schema.model_validate(tree.values)
             if not problems:
+                remember_all(config.model_dump(mode="json"))
                 return config
         except ValidationError as error:
             told = {problem.path for problem in problems}
             problems += [p for p in explain(error, schema, tree.values) if p.path not in told]
+    remember_all(tree.values)  # problems quote what is wrong
     placed = [replace(p, where=p.where or tree.places.get(p.path, "")) for p in problems]
     raise ConfigError(placed, tree.source)
 
@@ -48,13 +57,15 @@ def load_or_exit(schema: type[S], argv: Sequence[str]) -> S:
     try:
         return load_config(schema, argv)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        write_line(str(error), sys.stderr)
         sys.exit(2)
 
 
 def dump_resolved(config: Section) -> str:
-    """The whole configuration as YAML, defaults included; loading it gives an equal one."""
-    return write_tree(config.model_dump(mode="json"))
+    """The whole configuration as YAML, defaults included; loading it gives an equal one. Literal secrets are
+    `***`, with which it cannot be loaded; `${VARIABLE}` stays.
+    """
+    return write_tree(masked_tree(config.model_dump(mode="json")))
 
 
 def _program() -> str:

@@ -12,6 +12,7 @@ from rayrlhf.config.base import Count, NotBool, PositiveNumber, Problem, Section
 
 Role = Literal["actor", "critic", "ref", "reward", "rollout", "teacher"]
 Preset = Literal[
+    "auto",
     "disaggregated",
     "colocate_actor_ref",
     "colocate_critic_reward",
@@ -28,6 +29,7 @@ EVERYTHING: tuple[str, tuple[Role, ...]] = (
 )
 # Names of pools and the roles that share their slots; every other role has slots of its own.
 PRESETS: dict[str, tuple[tuple[str, tuple[Role, ...]], ...]] = {
+    "auto": (),  # until a driver has seen the cluster
     "disaggregated": (),
     "colocate_actor_ref": (ACTOR_REF,),
     "colocate_critic_reward": (CRITIC_REWARD,),
@@ -80,8 +82,8 @@ def _pools_are_disjoint(placement: PlacementConfig) -> Problem | None:
 
 
 class PlacementConfig(Section):
-    preset: Preset = "disaggregated"
-    """Which roles share slots: none (disaggregated), those named, all; or those of each entry of pools."""
+    preset: Preset = "auto"
+    """Roles that share slots: none (disaggregated), those named, all, of pools; auto: none if it fits."""
     pools: list[PoolConfig] = Field(default_factory=list)
     """With preset: pools, the groups of roles that share slots; a role in none of them gets its own."""
     cpus_per_slot: PositiveNumber = 1.0

@@ -110,9 +110,14 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
         for name, sign in BOUNDS.items():
             bound = getattr(item, name, None)
             if bound is not None:
-                yield f"{sign} {bound:g}"
+                yield f"{sign} {number(bound)}"
         if getattr(item, "min_length", None):
             yield "that is not empty"
+
+
+def number(value: float) -> str:
+    """`0.5` or `2147483648`, not 2.14748e+09."""
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else f"{value:g}"
 
 
 def tags_of(variant: type[Section]) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Count, PositiveNumber, Section, Wanted
+from rayrlhf.config.base import Count, PositiveNumber, Problem, Section, Wanted
 from rayrlhf.config.model import Dtype
+from rayrlhf.config.secrets import is_masked, masked_tree
 
 FunctionName = Annotated[
     str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"), Wanted("module:function or path/to/file.py:function")
@@ -34,7 +36,7 @@ class Source(Section):
 
 class FunctionSource(Source):
     type: Literal["function"]
-    """A Python function of yours: f(prompts, responses, labels, **columns) -> one number per response."""
+    """Your Python function: f(prompts, responses, labels, **columns) -> a number up to 1e18 per response."""
     function: FunctionName
     """`module:function` or `path/file.py:function`."""
     num_replicas: Count = 1
@@ -54,21 +56,59 @@ class ModelSource(Source):
     """Dtype of its weights."""
 
 
+def _secrets_are_there(source: RemoteSource) -> Problem | None:
+    """`***` stands in the config.yaml of a run, which must not be asked with it."""
+    places = {f"urls.{index}": url for index, url in enumerate(source.urls)}
+    places |= {f"headers.{name}": value for name, value in (source.headers or {}).items()}
+    for path, value in places.items():
+        if is_masked(value):
+            return Problem(
+                path,
+                got=f"{value}, where a secret has been masked",
+                wanted="the secret, or ${VARIABLE} to read it from the environment",
+                fix="write ${VARIABLE} in its place, and set the variable where the run is started",
+            )
+    return None
+
+
+def _one_authorization(source: RemoteSource) -> Problem | None:
+    """The HTTP client refuses each request that has both."""
+    if not any(name.lower() == "authorization" for name in source.headers or {}):
+        return None
+    for index, url in enumerate(source.urls):
+        if re.match(r"https?://[^/?#]*@", url):
+            return Problem(
+                f"urls.{index}",
+                got="a user in the address in addition to the header Authorization",
+                wanted="one of the two: a request has one Authorization",
+                fix="remove the user and password from the address, or the header",
+            )
+    return None
+
+
 class RemoteSource(Source):
     type: Literal["remote"]
     """A server: POST {"query": […], "prompts": […], "labels": […]} is answered by {"rewards": […]}."""
     urls: list[Url] = Field(min_length=1)
-    """Its addresses, asked in turn; a sample that failed goes to the next one."""
+    """Its addresses, asked in turn; `${VARIABLE}` in one is read from the driver's environment."""
     timeout_seconds: PositiveNumber = 30
     """Deadline of one HTTP request."""
     max_batch: Count = 32
     """Samples per request."""
     max_concurrent: Count = 8
     """Requests that a replica has under way at once, shared out over the addresses (at least one each)."""
+    max_response_bytes: Annotated[int, Field(ge=64)] = 4 * 1024 * 1024
+    """Largest answer to one request, unpacked; a longer one is not read to its end and has failed."""
     headers: Headers | None = None
-    """HTTP headers; a value `env:NAME` is read from the driver's environment and stands in no file."""
+    """HTTP headers; `${VARIABLE}` in one is read from the driver's environment and stands in no file."""
     num_replicas: Count = 1
     """Serve replicas that send the requests."""
+
+    checks = (_secrets_are_there, _one_authorization)
+
+    def __repr_args__(self) -> Any:
+        """What tracebacks and Ray's lists of trainers show holds no secret."""
+        return masked_tree(dict(super().__repr_args__())).items()
 
 
 class MathSource(Source):

@@ -81,7 +81,7 @@ class EngineConfig(Section):
     kv_cache_bytes: Count = 1_073_741_824
     """Key-value cache of a CPU engine, in bytes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Share of its GPU's memory that an engine takes."""
+    """Share of its GPU's memory that an engine takes; left out, less where it shares one with a trainer."""
     max_concurrent_requests: Count = 256
     """Requests an engine works on at once."""
     num_threads: Count | None = None
@@ -106,6 +106,8 @@ def _asleep_engines_have_no_work(rollout: RolloutConfig) -> Problem | None:
 
 
 class RolloutConfig(EngineConfig):
+    group_size: Count = 1
+    """Samples per prompt; left out, 8 for estimators that compare them (grpo, rloo, …), else 1."""
     prompts_per_step: Count = 64
     """Prompts per step, over all workers."""
     sampling: SamplingConfig = SamplingConfig()

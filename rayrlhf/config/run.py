@@ -11,16 +11,21 @@ from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
+from rayrlhf.config.learning_rates import with_lora_lr
 from rayrlhf.config.model import CriticConfig, RefConfig, TrainedModelConfig, sequences_are_shared
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward import RewardConfig, check_reward_needs
 from rayrlhf.config.rollout import RolloutConfig
 from rayrlhf.config.train import CheckpointConfig, EvalConfig, TrainConfig
 
+GROUP_SIZE = 8  # of estimators that compare a prompt's samples
+
 
 def _groups_have_a_baseline(config: PolicyRunConfig) -> Problem | None:
     if config.algorithm.advantage not in GROUP_ADVANTAGES or config.rollout.group_size >= 2:
         return None
+    if "group_size" not in config.rollout.model_fields_set:
+        return None  # it gets its default when all else is valid
     return Problem(
         "rollout.group_size",
         got=f"{config.rollout.group_size} with algorithm.advantage={config.algorithm.advantage}",
@@ -377,6 +382,20 @@ class PolicyRunConfig(Section):
         _vllm_scores_at_temperature_one,
         _sleeping_engines_share,
     )
+
+    @field_validator("rollout")
+    @classmethod
+    def _groups_where_needed(cls, rollout: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+        algorithm = info.data.get("algorithm")
+        compares = algorithm is not None and algorithm.advantage in GROUP_ADVANTAGES
+        if not compares or "group_size" in rollout.model_fields_set:
+            return rollout
+        return rollout.model_copy(update={"group_size": GROUP_SIZE})
+
+    @field_validator("train")
+    @classmethod
+    def _adapters_learn_faster(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        return with_lora_lr(train, info.data.get("model"))
 
     @field_validator("critic")
     @classmethod

@@ -6,13 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Count, PositiveNumber, Section, Wanted
+from rayrlhf.config.base import Count, PositiveNumber, Problem, Section, Wanted
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.reward_sources import FunctionName, ModelSource, SourceName
 
 Route = Annotated[
     str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)+$"), Wanted("a path such as /get_reward, without a final /")
+]
+TokenPlace = Annotated[
+    str,
+    Field(pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:\S.*)$"),
+    Wanted("env:NAME or file:PATH: the token itself stands in no config"),
 ]
 
 
@@ -60,19 +65,46 @@ class ServedRewardConfig(Section):
         return [source.name or f"reward{index}" for index, source in enumerate(self.sources)]
 
 
+def _every_request_has_a_connection(server: ServerConfig) -> Problem | None:
+    if server.max_connections >= server.max_requests:
+        return None
+    return Problem(
+        "max_connections",
+        f"{server.max_connections}, with max_requests={server.max_requests}",
+        "a connection for each request that is held",
+        "raise max_connections, or lower max_requests",
+    )
+
+
 class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address that it listens on; 0.0.0.0 lets other machines in, and nobody is asked for a password."""
+    """Address that it listens on; 0.0.0.0 lets other machines in: then set `token`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 5000
-    """Port that it listens on."""
+    """Port that it listens on, at the head node."""
     route: Route = "/get_reward"
-    """Path of the POST requests; GET <route>/health tells how the server is."""
+    """Path of the POST requests; GET <route>/health tells how the server is, without a token."""
+    token: TokenPlace | None = None
+    """Bearer token of its clients, read at the start from `env:NAME` or `file:PATH`; none when left out."""
     num_replicas: Count = 1
-    """Serve replicas that read requests and tokenise them."""
+    """Serve replicas that read requests; they share the port. The limits below are each replica's."""
     timeout_seconds: PositiveNumber = 60
-    """Deadline of one request, waiting in line included; then the answer is 504."""
+    """Deadline of one request, from its headers on, waiting in line included; then the answer is 504."""
+    read_timeout_seconds: PositiveNumber = 20
+    """Time for a request's headers to arrive, and again for its body; slower clients are cut off (408)."""
+    max_body_bytes: Count = 8 * 2**20
+    """Bytes of the largest body; larger ones are refused (413) before they are read."""
+    max_queries: Count = 1024
+    """Queries of one request; more are refused (413) before any is tokenised."""
+    max_request_tokens: Count = 1_000_000
+    """Tokens of all queries of one request; more are refused (413)."""
+    max_requests: Count = 256
+    """Requests held at once; those past them are refused at once (503, with Retry-After)."""
+    max_connections: Count = 1024
+    """Connections held at once; beyond them idle ones are closed, and if all are busy new ones get 503."""
     start_timeout_seconds: PositiveNumber = 600
     """Deadline for the server to come up."""
+
+    checks = (_every_request_has_a_connection,)
 
 
 class ServeRewardConfig(Section):

@@ -15,9 +15,15 @@ from rayrlhf.config.examples import (
 )
 from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
+from rayrlhf.config.learning_rates import (
+    PreferenceTrainConfig,
+    RewardTrainConfig,
+    SftTrainConfig,
+    with_lora_lr,
+)
 from rayrlhf.config.model import TrainedModelConfig, sequences_are_shared
 from rayrlhf.config.placement import PlacementConfig
-from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig, SupervisedTrainConfig
+from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig
 
 
 def _longest_example_fits(config: SupervisedConfig) -> Problem | None:
@@ -72,7 +78,7 @@ class SupervisedConfig(Section):
     """Samples."""
     placement: PlacementConfig = PlacementConfig()
     """Which role sits where."""
-    train: SupervisedTrainConfig = SupervisedTrainConfig()
+    train: Any  # every job's own SupervisedTrainConfig
     """Optimisation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
@@ -85,6 +91,11 @@ class SupervisedConfig(Section):
 
     eval_metrics: ClassVar[tuple[str, ...]] = ("loss",)
 
+    @field_validator("train")
+    @classmethod
+    def _adapters_learn_faster(cls, train: Any, info: ValidationInfo) -> Any:
+        return with_lora_lr(train, info.data.get("model"))
+
     checks = (_longest_example_fits, _evaluation_has_samples, _metric_is_known, _workers_share_sequences)
 
 
@@ -93,6 +104,8 @@ class SftRunConfig(SupervisedConfig):
     """Supervised fine-tuning."""
     data: SftDataConfig
     """Conversations, prompts with responses, or plain text."""
+    train: SftTrainConfig = SftTrainConfig()
+    """Optimisation."""
 
     eval_metrics = ("loss", "entropy")
 
@@ -111,6 +124,8 @@ class RmRunConfig(SupervisedConfig):
     """Pairs of a chosen and a rejected response."""
     algorithm: RewardLossConfig = RewardLossConfig()
     """The pairwise loss."""
+    train: RewardTrainConfig = RewardTrainConfig()
+    """Optimisation."""
 
     eval_metrics = ("loss", "accuracy", "margin", "calibration_error")
 
@@ -127,6 +142,8 @@ class PrmRunConfig(SupervisedConfig):
     """Solutions in steps with a label each."""
     algorithm: StepLossConfig = StepLossConfig()
     """The head."""
+    train: RewardTrainConfig = RewardTrainConfig()
+    """Optimisation."""
 
     eval_metrics = ("loss", "accuracy", "accuracy_good", "accuracy_bad")
 
@@ -205,6 +222,8 @@ class DpoRunConfig(SupervisedConfig):
     """The preference loss."""
     ref: FrozenRefConfig | None = None
     """The reference; null with orpo and simpo."""
+    train: PreferenceTrainConfig = PreferenceTrainConfig()
+    """Optimisation."""
 
     eval_metrics = ("loss", "accuracy", "margin", "chosen", "rejected", "nll", "calibration_error")
     checks = (*SupervisedConfig.checks, _ref_is_used)
@@ -240,6 +259,8 @@ class KtoRunConfig(SupervisedConfig):
     """The loss."""
     ref: FrozenRefConfig = FrozenRefConfig()
     """The reference."""
+    train: PreferenceTrainConfig = PreferenceTrainConfig()
+    """Optimisation."""
 
     eval_metrics = ("loss", "accuracy", "desirable", "undesirable", "mismatched")
 
@@ -300,6 +321,8 @@ class KdRunConfig(SupervisedConfig):
     """The model that is imitated."""
     algorithm: DistillationConfig = DistillationConfig()
     """The divergence."""
+    train: SftTrainConfig = SftTrainConfig()
+    """Optimisation."""
 
     eval_metrics = ("loss", "divergence", "nll")
 

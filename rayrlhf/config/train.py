@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from rayrlhf.config.base import (
     ConfigError,
@@ -21,6 +21,7 @@ from rayrlhf.config.base import (
 )
 from rayrlhf.config.rollout import SamplingConfig
 
+WARMUP_RATIO = 0.03  # of supervised jobs
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # YAML has lists, no tuples.
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False), Wanted("a list of two numbers >= 0 and < 1")]
@@ -148,7 +149,7 @@ class OptimizerConfig(Section):
     num_workers: Count = 1
     """Training workers (data-parallel ranks)."""
     max_tokens_per_micro_batch: Count = 8192
-    """Tokens of one packed forward and backward pass."""
+    """Tokens of one packed forward and backward pass; left out, as many as the plan has room for."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotBool] = 2
     """DeepSpeed's ZeRO stage: what workers share out (1 optimizer, 2 and gradients, 3 and weights)."""
     offload_optimizer: bool = False
@@ -164,7 +165,7 @@ class OptimizerConfig(Section):
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     lr: NonNegativeNumber = 1e-6
-    """Learning rate; of the actor, where there is a critic too."""
+    """Learning rate; of the actor, where there is a critic too. Ten times the default with model.lora."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: NaturalNumber = 0
@@ -251,10 +252,18 @@ class SupervisedTrainConfig(OptimizerConfig):
     """Passes over the training data, 1 when neither this nor num_steps is given."""
     num_steps: Count | None = None
     """Optimizer steps, instead of num_epochs."""
-    warmup_ratio: Fraction = 0.0
-    """Share of the steps over which the learning rate rises linearly, instead of warmup_steps."""
+    warmup_ratio: Fraction | None = None
+    """Share of the steps over which the learning rate rises linearly; null: 0.03, or 0 with warmup_steps."""
 
     checks = (*OPTIMIZER_CHECKS, _steps_or_epochs, _one_warmup, _workers_share_samples)
+
+    @field_validator("warmup_ratio")
+    @classmethod
+    def _one_of_two(cls, ratio: float | None, info: ValidationInfo) -> float:
+        """What is left out gets its value, so that the resolved config tells it."""
+        if ratio is not None:
+            return ratio
+        return 0.0 if info.data.get("warmup_steps") else WARMUP_RATIO
 
     @property
     def total_steps(self) -> int:
@@ -266,7 +275,7 @@ class SupervisedTrainConfig(OptimizerConfig):
         num_steps = self.num_steps
         if num_steps is None:
             num_steps = math.ceil(self.num_rows_read(num_rows) / self.samples_per_step)
-        warmup_steps = self.warmup_steps or round(self.warmup_ratio * num_steps)
+        warmup_steps = self.warmup_steps or round((self.warmup_ratio or 0.0) * num_steps)
         if warmup_steps > num_steps:
             problem = Problem(
                 "train.warmup_steps",
@@ -313,8 +322,8 @@ def _patience_has_evaluations(evaluation: SupervisedEvalConfig) -> Problem | Non
 
 
 class CheckpointConfig(Section):
-    every_steps: Count | None = None
-    """Save every n steps; null saves at the end only."""
+    every_steps: Annotated[Count | Literal["auto"] | None, Wanted("an integer >= 1, auto or null")] = "auto"
+    """Save every n steps; auto when 15 minutes have passed since the last save; null at the end only."""
     keep: Count = 2
     """How many checkpoints are kept."""
     export: bool = True

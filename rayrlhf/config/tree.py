@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -15,6 +16,12 @@ from rayrlhf.config.base import Problem
 
 COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+OPTION = re.compile(r"-|[+~]+[A-Za-z_]")  # --key, and what Hydra puts before a key
+# Of a file. YAML's aliases make a few lines stand for billions of values.
+MAX_BYTES = 2**20
+MAX_VALUES = 10_000
+MAX_DEPTH = 40
+MAX_DIGITS = 30
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,7 +44,25 @@ for _type, _pattern, _first_characters in (
     for _class in (_Loader, _Dumper):
         _tag, _regexp = f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_pattern})$")
         _class.add_implicit_resolver(_tag, _regexp, _first_characters)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value).replace("_", "")))
+
+
+def _integer(_loader: _Loader, node: yaml.Node) -> int:
+    text = str(node.value).replace("_", "")
+    if len(text) > MAX_DIGITS:  # Python refuses those of thousands of digits
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(text)} digits", node.start_mark
+        )
+    return int(text)
+
+
+# Nothing but what JSON has: no dates, no sets, no objects.
+_PLAIN = ("null", "bool", "float", "str", "seq", "map")
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _PLAIN
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 @dataclass
@@ -47,6 +72,7 @@ class ConfigTree:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)  # key path -> where it was given
     problems: list[Problem] = field(default_factory=list)
+    options: list[tuple[str, str | None]] = field(default_factory=list)  # --key or --key value: none is known
     sources: list[str] = field(default_factory=list)  # YAML files
     num_overrides: int = 0
     unreadable: bool = False
@@ -65,11 +91,21 @@ def read_tree(arguments: Sequence[str]) -> ConfigTree:
     """
     tree = ConfigTree()
     overrides: list[str] = []
+    waiting = False  # for the value of an option
     for argument in arguments:
+        is_file = argument.endswith((".yaml", ".yml"))
+        is_value = waiting and not is_file and not OVERRIDE.match(argument) and not OPTION.match(argument)
+        if is_value:
+            tree.options[-1] = (tree.options[-1][0], argument)
+        waiting = False
+        if is_value:
+            continue
         if OVERRIDE.match(argument):
             overrides.append(argument)
-        elif argument.startswith("-"):
-            tree.problems.append(_option(argument))
+        elif OPTION.match(argument):
+            name, equals, value = argument.partition("=")
+            tree.options.append((name, value if equals else None))
+            waiting = not equals
         elif argument.endswith((".yaml", ".yml")) or Path(argument).exists():
             tree.sources.append(argument)
             _read_file(tree, argument)
@@ -79,13 +115,6 @@ def read_tree(arguments: Sequence[str]) -> ConfigTree:
         tree.num_overrides += 1
         _apply_override(tree, override)
     return tree
-
-
-def _option(argument: str) -> Problem:
-    key, equals, value = argument.lstrip("-").partition("=")
-    override = key.replace("-", "_") + equals + value
-    fix = f"write {override}, without dashes" if OVERRIDE.match(override) else "leave it out"
-    return Problem(argument, "an option", "YAML files, key.path=value, or --help", fix, COMMAND_LINE)
 
 
 def _neither_file_nor_override(argument: str) -> Problem:
@@ -100,12 +129,12 @@ def _neither_file_nor_override(argument: str) -> Problem:
 def _read_file(tree: ConfigTree, path: str) -> None:
     """Merge the file into the tree; if that is impossible the tree becomes unreadable."""
     try:
-        values, places, duplicates = _parse(Path(path).read_text(encoding="utf-8"), path)
+        values, places, duplicates = _parse(_read_text(path), path)
     except FileNotFoundError:
         problem = Problem(
             path, "no such file", "a YAML file", f"mend the path; it was looked up in {Path.cwd()}"
         )
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         problem = Problem(path, str(error), "a YAML file in UTF-8", "make it a readable text file")
     except yaml.YAMLError as error:
         problem = _broken_yaml(path, error)
@@ -127,11 +156,27 @@ def _read_file(tree: ConfigTree, path: str) -> None:
     tree.problems.append(problem)
 
 
+def _read_text(path: str) -> str:
+    """Raises `OSError`, and `ValueError` for what is no text, or more than any configuration."""
+    with open(path, "rb") as stream:
+        content = stream.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes, which is no configuration")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("text in UTF-16; save it as UTF-8")
+    if b"\0" in content:
+        raise ValueError(f"no text: a zero byte at position {content.index(0) + 1}")
+    return content.decode("utf-8")
+
+
 def _broken_yaml(path: str, error: yaml.YAMLError) -> Problem:
     said = getattr(error, "problem", None) or str(error)
     context, mark = getattr(error, "context", None), getattr(error, "problem_mark", None)
     if mark is None:
         return Problem(path, f"broken YAML: {said}", "YAML", "mend it")
+    if "tag" in said:
+        fix = "remove the tag (!…): texts, numbers, true, false, null, lists and sections need none"
+        return Problem(path, f"{said} in line {mark.line + 1}", "plain YAML", fix, f"{path}:{mark.line + 1}")
     snippet = (mark.get_snippet(indent=0) or "").partition("\n")[0].strip()
     return Problem(
         path,
@@ -152,14 +197,26 @@ def _parse(text: str, file: str) -> tuple[Any, dict[str, str], list[Problem]]:
         places: dict[str, str] = {}
         duplicates: list[Problem] = []
         _walk(node, "", file, places, duplicates)
-        return loader.construct_document(node), places, duplicates
+        return _constructed(loader, node), places, duplicates
     except RecursionError:
         raise yaml.YAMLError("nested too deeply, or an alias (*name) inside its own anchor (&name)") from None
     finally:
         loader.dispose()
 
 
-def _walk(node: yaml.Node, path: str, file: str, places: dict[str, str], duplicates: list[Problem]) -> None:
+def _constructed(loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except (ValueError, LookupError) as error:  # `!!int x`
+        tag = "a value that its tag (!!…) does not fit"
+        raise yaml.constructor.ConstructorError(None, None, f"{tag}: {error}", node.start_mark) from error
+
+
+def _walk(
+    node: yaml.Node, path: str, file: str, places: dict[str, str], duplicates: list[Problem], depth: int = 0
+) -> None:
+    if depth > MAX_DEPTH:
+        raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels")
     children: list[tuple[str, int, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         children = [(str(key.value), key.start_mark.line + 1, value) for key, value in node.value]
@@ -180,7 +237,9 @@ def _walk(node: yaml.Node, path: str, file: str, places: dict[str, str], duplica
             )
         lines[key] = line
         places[child] = f"{file}:{line}"
-        _walk(value, child, file, places, duplicates)
+        if len(places) > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values once its aliases (*name) are followed")
+        _walk(value, child, file, places, duplicates, depth + 1)
 
 
 def _merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import numpy as np
 
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.examples import ExampleDataConfig, KtoDataConfig
+from rayrlhf.config.foreign import option_problem
 from rayrlhf.config.load import load_or_exit
 from rayrlhf.config.supervised import JOBS
-from rayrlhf.config.tree import read_tree
+from rayrlhf.config.tree import COMMAND_LINE, read_tree
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import head_rows
 from rayrlhf.data.files import Split, resolve_source
@@ -24,6 +25,7 @@ from rayrlhf.data.plan import fill_of, plan_steps, row_order
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.split import in_split
+from rayrlhf.foreign_text import write_line
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.resolve import folder_of
 
@@ -52,27 +54,27 @@ def main(words: Sequence[str]) -> int:
         preview = look_at(data, tokenizer, config.run.seed, options.split, options.rows)
         fill = packing_fill(preview, config)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        write_line(str(error), sys.stderr)
         return 2
     except (DataError, HubError) as error:
-        print(error, file=sys.stderr)
+        write_line(str(error), sys.stderr)
         return 1
-    from rich.console import Console
-
     from rayrlhf.data.preview_text import show
+    from rayrlhf.terminal import SafeConsole
 
-    show(Console(highlight=False, soft_wrap=True), preview, config, tokenizer, fill, options.show)
+    show(SafeConsole(soft_wrap=True), preview, config, tokenizer, fill, options.show)
     return 0
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    write_line(text, sys.stderr)
 
 
 def _schema(argv: Sequence[str]) -> Any:
     tree = read_tree(argv)
-    if tree.unreadable:
-        raise ConfigError(tree.problems, tree.source)
+    if tree.unreadable or tree.options:
+        options = [option_problem(None, *option, COMMAND_LINE) for option in tree.options]
+        raise ConfigError([*options, *tree.problems], tree.source)
     job = tree.values.get("job")
     if isinstance(job, str) and job in JOBS:
         return JOBS[job]

@@ -13,6 +13,7 @@ from rayrlhf.config.examples import ExampleDataConfig, PairDataConfig, PrmDataCo
 from rayrlhf.data.chat import decode_prompt
 from rayrlhf.data.render import RenderedExample, RenderedSequence
 from rayrlhf.data.rows import describe_bad_rows
+from rayrlhf.foreign_text import MESSAGE_CHARACTERS, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,13 +40,13 @@ def show(
     console.print(Text.assemble("Tokens: ", marks, ", ", Text("read only", READ if in_colour else "")))
     for place, example in preview.examples[:num_shown]:
         console.print()
-        console.print(Text(f"{place}{_value(example, config.data)}", "bold"))
+        console.print(Text(f"{visible(place)}{_value(example, config.data)}", "bold"))
         for name, sequence in zip(_names(example, config.data), example.sequences, strict=True):
             console.print(Text(f"-- {name}{len(sequence)} tokens, {sum(sequence.loss_mask)} learnt"))
             console.print(_marked(sequence, tokenizer, in_colour))
     console.print()
     for line in (*_counts(preview, config.data), *_lengths(preview), *_packing(fill, config)):
-        console.print(Text(line))
+        console.print(Text(visible(line, limit=MESSAGE_CHARACTERS)))
 
 
 def _value(example: RenderedExample, data: ExampleDataConfig) -> str:
@@ -63,7 +64,7 @@ def _marked(sequence: RenderedSequence, tokenizer: PreTrainedTokenizerBase, in_c
     shown = sequence.part(0, MAX_TOKENS_SHOWN)
     text = Text()
     for start, stop in _runs(shown):
-        piece = decode_prompt(shown.input_ids[start:stop], tokenizer)
+        piece = visible(decode_prompt(shown.input_ids[start:stop], tokenizer), limit=MESSAGE_CHARACTERS)
         learnt = bool(shown.loss_mask[start])
         if learnt and not in_colour:
             piece = f"{OPEN}{piece}{CLOSE}"

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 4 << 20  # of text; small enough that a data set of some size keeps all CPUs busy tokenising
 CHUNK_ROWS = 10_000  # of a saved data set
 BATCH_ROWS = 1024  # rows of a columnar file that are turned into Python objects at a time
+# What text files begin with that are none, or not in UTF-8.
+FOREIGN_STARTS = (
+    (b"\xff\xfe", "it is text in UTF-16; save it as UTF-8"),
+    (b"\xfe\xff", "it is text in UTF-16; save it as UTF-8"),
+    (b"\x1f\x8b", "it is compressed with gzip; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed with zstd; unpack it"),
+    (b"PK\x03\x04", "it is a zip archive; unpack it"),
+    (b"PAR1", "it is a Parquet file; name it so, or write parquet@path"),
+    (b"version https://git-lfs", "it is a pointer of Git LFS, not the file itself; git lfs pull gets it"),
+)
 CSV_FIELD_LIMIT = 2**31 - 1  # csv's own limit, 128 kB, is shorter than some conversations
 
 
@@ -41,6 +51,8 @@ def plan_chunks(file: DataFile, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
     for a file that cannot be opened as its type.
     """
     with _readable(file):
+        if file.type in ("jsonl", "json", "csv"):
+            _refuse_foreign(file)
         if file.type == "jsonl" or (file.type == "json" and not _starts_with_bracket(file.path)):
             yield from _line_chunks(file.path, chunk_bytes)
         elif file.type in ("json", "csv"):
@@ -76,6 +88,14 @@ def _readable(file: DataFile) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
         raise DataError(f"{file.path} cannot be read as {file.type}: {error}") from error
+
+
+def _refuse_foreign(file: DataFile) -> None:
+    with open(file.path, "rb") as stream:
+        head = stream.read(32)
+    for start, told in FOREIGN_STARTS:
+        if head.startswith(start):
+            raise DataError(f"{file.path} cannot be read as {file.type}: {told}")
 
 
 def _line_chunks(path: str, chunk_bytes: int) -> Iterator[Chunk]:
@@ -114,7 +134,7 @@ def _read_lines(chunk: Chunk) -> Iterator[RawRow]:
 
 def _row_of_line(path: str, number: int, line: bytes) -> RawRow:
     try:
-        columns = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
+        columns = json.loads(line.rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         byte = line[error.start]
         return RawRow(path, number, {}, f"not UTF-8 (byte 0x{byte:02x} at position {error.start + 1})")
@@ -123,6 +143,16 @@ def _row_of_line(path: str, number: int, line: bytes) -> RawRow:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
         return RawRow(path, number, {}, f"not valid JSON ({error})")
     return _row_of_json(path, number, columns)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python would silently take the last of two values. Raises `ValueError`."""
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in columns if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object; wanted every key once")
+    return columns
 
 
 def _row_of_json(path: str, number: int, value: Any) -> RawRow:
@@ -136,7 +166,7 @@ def _row_of_json(path: str, number: int, value: Any) -> RawRow:
 def _read_json_array(chunk: Chunk) -> Iterator[RawRow]:
     with open(chunk.path, encoding="utf-8-sig") as stream:
         try:
-            items = json.load(stream)
+            items = json.load(stream, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{chunk.path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); "
@@ -236,6 +266,10 @@ def _read_arrow(chunk: Chunk) -> Iterator[RawRow]:
 
 
 def _rows_of_batch(path: str, first_row: int, batch: pa.RecordBatch) -> Iterator[RawRow]:
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path} has two columns {twice!r}; give every column its own name")
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError:  # find the row that it was

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from rayrlhf.doctor import environment, gpus, machine, probes, versions
 from rayrlhf.doctor.finding import Finding
+from rayrlhf.foreign_text import visible
+from rayrlhf.terminal import SafeConsole, make_console
 
 COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 NAME_WIDTH = 18
@@ -27,7 +28,7 @@ def main(words: Sequence[str]) -> int:
     """Returns 0 when nothing failed, else 1."""
     options = _parser().parse_args(list(words))
     findings: list[Finding] = []
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = make_console(log_width=120)
     for check in _checks(options):
         for finding in check():
             findings.append(finding)
@@ -76,13 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tell(console: Console, finding: Finding) -> None:
-    line = Text.assemble(
-        (f"{finding.status:<5}", COLORS[finding.status]), f"{finding.name:<{NAME_WIDTH}}", finding.found
-    )
+def _tell(console: SafeConsole, finding: Finding) -> None:
+    status = f"{finding.status:<5}", COLORS[finding.status]
+    line = Text.assemble(status, f"{finding.name:<{NAME_WIDTH}}", visible(finding.found))
     console.print(line, soft_wrap=True)
     if finding.fix:
-        console.print(Text(f"{'':<5}{'':<{NAME_WIDTH}}fix: {finding.fix}"), soft_wrap=True)
+        console.print(Text(f"{'':<5}{'':<{NAME_WIDTH}}fix: {visible(finding.fix)}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

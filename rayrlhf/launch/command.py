@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.jobs import load_any
+from rayrlhf.foreign_text import write_line
 from rayrlhf.launch.anyscale import render_anyscale
 from rayrlhf.launch.kuberay import render_kuberay
 from rayrlhf.launch.rendering import Rendering, rendering_of
@@ -29,7 +30,7 @@ def main(words: Sequence[str]) -> int:
     try:
         text = TARGETS[options.target](rendering_of(load_any(argv), argv))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        write_line(str(error), sys.stderr)
         return 2
     if options.out is None:
         print(text, end="")
@@ -37,7 +38,8 @@ def main(words: Sequence[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
     if text.startswith("#!"):
-        options.out.chmod(0o755)
+        mode = options.out.stat().st_mode
+        options.out.chmod(mode | (mode & 0o444) >> 2)  # to be run by those who may read it
     return 0
 
 

@@ -111,8 +111,8 @@ def _pod(job: Rendering, role: str, cpus: int, memory: str, *, gpus: int) -> dic
         "resources": {"requests": resources, "limits": resources},
         "volumeMounts": mounts,
     }
-    if kuberay.secrets:
-        container["envFrom"] = [{"secretRef": {"name": name}} for name in kuberay.secrets]
+    if kuberay.env_from is not None:
+        container["envFrom"] = [{"secretRef": {"name": kuberay.env_from}}]
     pod: dict[str, Any] = {"containers": [container], "volumes": volumes}
     if role == "head" and kuberay.submission_mode == "SidecarMode":
         pod["restartPolicy"] = "Never"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.jobs import script_of
 from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.secrets import is_secret_name, secrets_in
 from rayrlhf.config.tree import read_tree
 from rayrlhf.launch.sizing import Nodes, nodes_of
 from rayrlhf.placement.plan import slots_in_words
 
+ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=([^\s;]+)")  # in a line of shell
 EXCLUDED = ("/.venv/", "/.git/", "/runs/", "/models/", "wandb/")  # of an uploaded working directory
 
 
@@ -73,7 +77,27 @@ class Rendering:
 
 
 def rendering_of(config: Any, argv: list[str]) -> Rendering:
+    """Raises `ConfigError` for a literal secret: a rendered file is committed, mailed and stored."""
+    config_tree = config.model_dump(mode="json")
+    places = secrets_in(config_tree)
+    setup = ((config_tree.get("launch") or {}).get("slurm") or {}).get("setup") or []
+    for index, line in enumerate(setup):
+        for name, value in ASSIGNMENT.findall(line):
+            if is_secret_name(name) and not value.startswith("$"):
+                places[f"launch.slurm.setup.{index}"] = value
+    if places:
+        raise ConfigError([_secret_at(path) for path in places])
     return Rendering(config, tuple(argv), nodes_of(config))
+
+
+def _secret_at(path: str) -> Problem:
+    if path.startswith("launch."):
+        fix = "set the variable where the launcher runs, or launch.kuberay.env_from to a Kubernetes Secret"
+    elif ".arguments" in path:
+        fix = "remove it, and have your class read an environment variable"
+    else:
+        fix = "write ${VARIABLE} in its place, and set the variable where the job runs"
+    return Problem(path, "a secret", "none: it would stand in the rendered file", fix)
 
 
 def commented(lines: list[str]) -> str:

@@ -17,7 +17,7 @@ from rayrlhf.data.checks import check_sources
 from rayrlhf.data.prompts import PromptStore
 from rayrlhf.reward.functions import find_function, try_function
 from rayrlhf.reward.items import RewardError
-from rayrlhf.reward.remote import check_reachable, resolve_headers
+from rayrlhf.reward.remote import check_reachable, resolved_source
 from rayrlhf.reward.verifiable import check_installed, try_rows
 from rayrlhf.rollout.environments import find_environment, try_environment
 from rayrlhf.rollout.turns import Turns
@@ -59,7 +59,7 @@ def find_rewards(reward: RewardConfig) -> dict[int, UserCode]:
             elif source.type == "math" or source.type == "reasoning_gym":
                 check_installed(source)
             elif source.type == "remote":
-                resolve_headers(source.headers)
+                resolved_source(source)
     return functions
 
 

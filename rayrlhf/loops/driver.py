@@ -20,12 +20,12 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import signal
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import psutil
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]
 from ray.data import ExecutionOptions
@@ -37,22 +37,38 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
+from rayrlhf.foreign_text import guard_terminal, traceback_text
 from rayrlhf.hub.access import offline_variable
 from rayrlhf.hub.errors import HubError
 from rayrlhf.loops.checks import InputError, check_precision
+from rayrlhf.loops.early import check_files
 from rayrlhf.loops.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
+from rayrlhf.loops.interrupted import what_goes_on
+from rayrlhf.loops.ray_messages import RAY_LOG, ray_messages_in
+from rayrlhf.loops.run_lock import run_lock
 from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
+from rayrlhf.loops.worker_failures import WorkerFailures
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
-from rayrlhf.placement.apply import PlacementError, Slots, check_fits, create_slots, resolve_gpus_per_slot
+from rayrlhf.placement.apply import (
+    PlacementError,
+    Slots,
+    check_fits,
+    create_slots,
+    gpu_memory_bytes,
+    resolve_gpus_per_slot,
+)
 from rayrlhf.placement.budget import told_budget
+from rayrlhf.placement.gpus import Gpu
 from rayrlhf.placement.lease import NAMESPACE, delete_apps, start_reaper
-from rayrlhf.placement.plan import PlacementSpec
+from rayrlhf.placement.micro_batch import left_to_the_device, sized_for_gpu, sized_for_host
+from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
+from rayrlhf.placement.preset import with_preset
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.items import RewardError
+from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
 
 INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError, HubError)
-TRAIN_FOLDER = "checkpoints"
 
 C = TypeVar("C", bound=DrivenConfig)
 
@@ -75,15 +91,24 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
 
     Returns the exit code: 0 done, 2 bad input, 1 anything else; errors are one clear message.
     """
+    guard_terminal()
     console = Console(config.observe.console)
     previous = signal.getsignal(signal.SIGTERM)
     stopped = _StopOnSignal()
     try:
+        check_files(config)
         config = pin(config, console.say)
         body = check(config)
         fetch_here(config, console.say)
-        with ray_session(NAMESPACE) as where, lent_access(config):
+        with (
+            run_lock(Path(config.run.path)) as warning,
+            ray_messages_in(Path(config.run.path) / RAY_LOG),
+            ray_session(NAMESPACE) as where,
+            lent_access(config),
+        ):
             signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own
+            if warning is not None:
+                console.say(f"warning: {warning}")
             console.say(where)
             run_path = body(console)
         console.summary(run_path)
@@ -93,14 +118,14 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
         return 2
     except (DeploymentFailed, RunFailed) as error:
         log = Path(config.run.path) / "error.log"
-        log.write_text(traceback.format_exc())
+        log.write_text(traceback_text(error), encoding="utf-8")
         console.error(f"{error}\n(details: {log})")
         return 1
     except PartFailed as part:
         return part.code
     except KeyboardInterrupt:
         how, code = ("stopped by SIGTERM", 143) if stopped.received else ("interrupted", 130)
-        console.error(f"{how}; the same command goes on from the newest checkpoint")
+        console.error(f"{how}; {what_goes_on(config)}")
         return code
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -112,6 +137,29 @@ def start_folder(config: Any) -> Path:
     run_path.mkdir(parents=True, exist_ok=True)
     (run_path / "config.yaml").write_text(dump_resolved(config))
     return run_path
+
+
+def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C:
+    """The config with what it leaves to the cluster: which roles share slots, how large micro-batches are."""
+    gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
+    total: Any = ray.cluster_resources()
+    found = with_preset(
+        config, plan, lambda spec: shortfall(spec, total=total, free=total, gpus_per_slot=gpus) is None
+    )
+    if found.placement.preset != config.placement.preset:
+        console.say(
+            f"placement.preset=auto: {found.placement.preset}, {slots_in_words(plan(found).num_slots)}"
+        )
+    left = left_to_the_device(found)
+    memory = gpu_memory_bytes() if left and gpus else None
+    if memory is not None:
+        found = sized_for_gpu(found, Gpu("GPU", memory, 0.0, 0.0))
+    elif left and not gpus and len(ray.nodes()) == 1:
+        found = sized_for_host(found, psutil.virtual_memory().total)
+    for key in left:
+        section, _, name = key.partition(".")
+        console.say(f"{key}, left out: {getattr(getattr(found, section), name)}")
+    return found
 
 
 def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console) -> None:
@@ -190,6 +238,14 @@ def make_trainer(
             failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             worker_runtime_env={"env_vars": _worker_environment(threads)},
+            callbacks=[
+                WorkerFailures(
+                    job.board,
+                    role=role,
+                    max_failures=config.train.max_failures,
+                    saved_step=newest_step(Path(config.run.path) / folder),
+                )
+            ],
         ),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),

@@ -14,7 +14,7 @@ MISSING = "nothing"
 # What may change from one start to the next: it changes no row.
 OPERATIONAL_KEYS = {
     *("num_replicas", "num_processes", "max_batch", "max_concurrent", "max_tokens_per_batch"),
-    *("timeout_seconds", "retries", "max_failed_fraction", "urls", "headers"),
+    *("timeout_seconds", "retries", "max_failed_fraction", "urls", "headers", "max_response_bytes"),
 }
 
 

@@ -27,6 +27,9 @@ class Reporter:
     def say(self, step: int, text: str) -> None:
         self._post(Report("phase", step, text))
 
+    def event(self, step: int, text: str) -> None:
+        self._post(Report("event", step, text))
+
     def warn(self, step: int, text: str) -> None:
         self._post(Report("warning", step, text))
 

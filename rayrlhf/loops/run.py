@@ -8,6 +8,7 @@ from rayrlhf.loops.driver import (
     check_placement,
     drive,
     fit,
+    fitted,
     make_trainer,
     named_actor,
     placed,
@@ -55,6 +56,7 @@ from rayrlhf.placement.routes import TOLD, weight_route
 from rayrlhf.placement.trainer import SlotTorchTrainer
 from rayrlhf.rollout.hub import Event, WeightHub
 
+REPORT_SECONDS = 20.0  # for the board to take a report
 CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
 
 
@@ -70,6 +72,7 @@ def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
 
 
 def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
+    config = fitted(config, plan_placement, console)
     run_path = start_folder(config)
     spec = plan_placement(config)
     weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
@@ -109,6 +112,7 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
                 apps,
                 timeout_seconds=config.rollout.start_timeout_seconds,
                 tell=console.say,
+                failed=lambda what, then: ray.get(board.fail.remote(what, then), timeout=REPORT_SECONDS),
                 give_up=trainer.abort,
             ),
             nodes_watched(

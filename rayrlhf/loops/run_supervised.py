@@ -8,6 +8,7 @@ from rayrlhf.loops.driver import (
     check_placement,
     drive,
     fit,
+    fitted,
     make_trainer,
     placed,
     start_folder,
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.data.checks import check_example_sources
@@ -46,6 +48,7 @@ from rayrlhf.train.checkpoint import newest_step
 from rayrlhf.train.served import teacher_deployment
 
 SAMPLE_ROWS = 1024  # of the training data, that a trained reward model's scores are normalised by
+REPORT_SECONDS = 20.0  # for the board to take a report
 START_SECONDS = 600.0  # for a served teacher
 
 
@@ -74,6 +77,7 @@ class Stores:
 
 
 def _run(config: Any, console: Console) -> Path:
+    config = fitted(config, plan_supervised, console)
     run_path = start_folder(config)
     spec = plan_supervised(config)
     check_placement(spec, config, console)
@@ -94,6 +98,7 @@ def _run(config: Any, console: Console) -> Path:
             threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),
             num_rows=len(stores.train),
             has_eval=stores.held_out is not None,
+            num_sampled=_num_sampled(config, stores),
             ref_tables=_ref_tables(config, run_path, stores, steps),
         )
         trainer = make_trainer(
@@ -119,6 +124,7 @@ def _run(config: Any, console: Console) -> Path:
                     [job.teacher_app],
                     timeout_seconds=START_SECONDS,
                     tell=console.say,
+                    failed=lambda what, then: ray.get(board.fail.remote(what, then), timeout=REPORT_SECONDS),
                     give_up=trainer.abort,
                 )
             )
@@ -173,6 +179,12 @@ def _ref_tables(
     return tables
 
 
+def _num_sampled(config: Any, stores: Stores) -> int:
+    """Only a reward model has scores to normalise, and only its export says by what."""
+    wanted = config.job == "rm" and config.checkpoint.export
+    return min(len(stores.train), SAMPLE_ROWS) if wanted else 0
+
+
 def _needed(steps: list[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate(steps))
 
@@ -205,8 +217,8 @@ def _streams(
     streams: dict[str, Any] = {"train": train}
     if stores.held_out is not None:
         streams["eval"] = once(stores.held_out, np.concatenate(steps["eval"]))
-    if job.config.job == "rm":
-        streams["sample"] = once(stores.train, np.arange(min(len(stores.train), SAMPLE_ROWS)))
+    if job.num_sampled:
+        streams["sample"] = once(stores.train, np.arange(job.num_sampled))
     for split, store in stores.by_split():
         if split in job.ref_tables and not Path(job.ref_tables[split].file).is_file():
             streams[f"ref_{split}"] = once(store, _needed(steps[split]))

@@ -1,25 +1,26 @@
-"""Ray Serve with its HTTP proxy on: started, or found to be what the config wants."""
+"""Where a reward server listens, what its token is, and whether it answers."""
 
 from __future__ import annotations
 
 import http.client
-import json
+import os
+import shlex
 import socket
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import ray
 
 from rayrlhf.config.serve_reward import ServerConfig
 from rayrlhf.loops.checks import InputError
-from rayrlhf.loops.session import start_serve
+from rayrlhf.reward.admission import token_digest
 
-PROXY_SECONDS = 20.0  # for Serve's HTTP proxy to do what Serve was told; 3 s on an idle machine
+ANSWER_SECONDS = 20.0  # for replicas that are up to answer; at once on an idle machine
 POLL_SECONDS = 0.1
+MIN_TOKEN_CHARACTERS = 16
 ANY_ADDRESS = ("0.0.0.0", "::")
-# What the proxy says of itself: that it is well, or that it knows no application yet.
-PROXY_WORDS = ("success", "Route table is not populated yet.")
 
 
 def check_own_port(server: ServerConfig) -> None:
@@ -27,73 +28,67 @@ def check_own_port(server: ServerConfig) -> None:
     _check_port(server, "127.0.0.1" if server.host in ANY_ADDRESS else server.host)
 
 
-def start_http(server: ServerConfig) -> str:
-    """Serve with its HTTP proxy where the config wants it; the URL of the requests. Raises `InputError`.
-
-    A cluster has one Serve, whose proxy stands where the first to start Serve wanted it: what others chose
-    cannot be changed while it runs.
-    """
+def url_of(server: ServerConfig) -> str:
+    """The URL of the requests; replicas are on the head node. Raises `InputError` where its port is taken."""
     host = _reachable(server.host)
-    root = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
-    if not _proxy_answers(root):
-        _check_port(server, host)
-        start_serve(proxy_location="HeadOnly", http_options={"host": server.host, "port": server.port})
-        _wait_for_proxy(root, server)
-    status, routes = _get(f"{root}/-/routes")
-    taken = json.loads(routes) if status == 200 else {}
-    if server.route in taken:
+    _check_port(server, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}{server.route}"
+
+
+def read_token(server: ServerConfig) -> bytes | None:
+    """The digest of the token that `server.token` names; the token itself stays here. Raises `InputError`."""
+    if server.token is None:
+        return None
+    key = f"server.token={server.token}"
+    kind, _, place = server.token.partition(":")
+    try:
+        token = os.environ[place] if kind == "env" else Path(place).read_text(encoding="utf-8")
+    except KeyError as error:
+        raise InputError(f"{key}: the environment has no variable {place}; set it to the token") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{key}: cannot read the token ({error}); wanted a file with it alone") from error
+    token = token.strip()
+    if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or not token.isprintable() or " " in token:
         raise InputError(
-            f"server.route={server.route}: the application {taken[server.route]} has it on this cluster; "
-            "choose another route"
+            f"{key}: it holds {len(token)} characters; wanted a token of {MIN_TOKEN_CHARACTERS} or more "
+            "printable ASCII characters without blanks, such as `openssl rand -hex 32` makes"
         )
-    return root + server.route
+    return token_digest(token)
+
+
+def authorization(server: ServerConfig) -> list[str]:
+    """What curl is given for the token, by whose place it reads it."""
+    if server.token is None:
+        return []
+    kind, _, place = server.token.partition(":")
+    return [f'-H "Authorization: Bearer {f"${place}" if kind == "env" else f"$(cat {shlex.quote(place)})"}"']
 
 
 def answers(url: str) -> bool:
-    """Whether a request gets an answer of status 200 soon; the proxy learns of an application last of all."""
-    deadline = time.monotonic() + PROXY_SECONDS
-    while _get(url)[0] != 200:
+    """Whether a request gets an answer of status 200 soon."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while not _is_well(url):
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
     return True
 
 
-def _wait_for_proxy(root: str, server: ServerConfig) -> None:
-    deadline = time.monotonic() + PROXY_SECONDS
-    while not _proxy_answers(root):
-        if time.monotonic() > deadline:
-            raise InputError(
-                f"server.host={server.host}, server.port={server.port}: no proxy of Ray Serve at {root}. "
-                "A cluster has one Serve, and this one's has other HTTP settings or no proxy (training runs "
-                "need none): start the reward server before them, or end their runs and `serve shutdown`, or "
-                "unset RAY_ADDRESS to use a Ray of its own"
-            )
-        time.sleep(POLL_SECONDS)
-
-
 def _reachable(host: str) -> str:
-    """Where to reach a proxy of the head node that listens on `host`."""
+    """Where to reach replicas of the head node that listen on `host`."""
     if host not in ANY_ADDRESS:
         return host
     heads = [node for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
     return heads[0]["NodeManagerAddress"] if heads else "127.0.0.1"
 
 
-def _proxy_answers(root: str) -> bool:
-    return _get(f"{root}/-/healthz")[1] in PROXY_WORDS
-
-
-def _get(url: str) -> tuple[int | None, str]:
-    """Status and text; None where nobody answers in HTTP."""
+def _is_well(url: str) -> bool:
     no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with no_proxy.open(url, timeout=10) as response:
-            return response.status, response.read().decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return None, ""
+            return response.status == 200
+    except (urllib.error.HTTPError, OSError, http.client.HTTPException):
+        return False
 
 
 def _check_port(server: ServerConfig, host: str) -> None:

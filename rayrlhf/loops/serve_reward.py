@@ -23,10 +23,12 @@ from ray.serve.api import RunTarget
 from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
+from rayrlhf.foreign_text import guard_terminal
+from rayrlhf.loops.early import check_files
 from rayrlhf.loops.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
-from rayrlhf.loops.serve_http import answers, check_own_port, start_http
+from rayrlhf.loops.serve_http import answers, authorization, check_own_port, read_token, url_of
 from rayrlhf.loops.serve_reward_checks import check_sources
-from rayrlhf.loops.session import DeploymentFailed, ray_session, wait_for_apps
+from rayrlhf.loops.session import DeploymentFailed, ray_session, start_serve, wait_for_apps
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.apply import PlacementError, Slots, create_slots, resolve_gpus_per_slot
 from rayrlhf.placement.apps import app_statuses
@@ -35,6 +37,7 @@ from rayrlhf.placement.plan import PlacementSpec, Units, place, slots_in_words
 from rayrlhf.reward.server import Served, server_app
 
 LOOK_SECONDS = 2.0
+OWN_MACHINE = ("127.0.0.1", "localhost", "::1")
 EXAMPLE = {"query": ["Say hello. Hello!"], "prompts": ["Say hello. "], "labels": [None]}
 
 
@@ -52,10 +55,13 @@ def serve_reward(config: ServeRewardConfig) -> int:
     """Serve until Ctrl-C or SIGTERM. Exit codes: 0 ended by one of them, 2 bad input, 1 anything else, 130
     ended while it was still starting.
     """
+    guard_terminal()
     console = Console("lines")
     previous = signal.getsignal(signal.SIGTERM)
     stop = _Stop()
     try:
+        check_files(config)
+        token = read_token(config.server)
         config = pin(config, console.say)
         sources = check_sources(config)
         fetch_here(config, console.say)
@@ -64,7 +70,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
         with ray_session(NAMESPACE) as where, lent_access(config):
             signal.signal(signal.SIGTERM, stop)  # after ray.init, which installs its own
             console.say(where)
-            _serve(config, sources, console, stop)
+            _serve(config, sources, token, console, stop)
         raise AssertionError("a server ends by a signal or an error")
     except INPUT_ERRORS as error:
         console.error(str(error))
@@ -79,21 +85,25 @@ def serve_reward(config: ServeRewardConfig) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _serve(config: ServeRewardConfig, sources: list[Served], console: Console, stop: _Stop) -> None:
+def _serve(
+    config: ServeRewardConfig, sources: list[Served], token: bytes | None, console: Console, stop: _Stop
+) -> None:
     """Returns only by an exception."""
-    url = start_http(config.server)
+    url = url_of(config.server)
+    start_serve(proxy_location="Disabled")  # the replicas listen by themselves
     with _placed(config, sources, console) as (run_id, slots):
         app = f"{run_id}-server"
-        target = RunTarget(
-            server_app(sources, config.server, slots), name=app, route_prefix=config.server.route
-        )
+        target = RunTarget(server_app(sources, config.server, slots, token), name=app, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         console.say(f"loading {', '.join(served.name for served in sources)}")
         wait_for_apps({app}, timeout_seconds=config.server.start_timeout_seconds, tell=lambda _: None)
         if not answers(f"{url}/health"):
             raise DeploymentFailed(f"the application runs, but {url}/health does not answer")
+        if token is None and config.server.host not in OWN_MACHINE:
+            console.say(f"anybody who reaches {config.server.host} is answered: set server.token")
         console.say(f"up: POST to {url}, health at {url}/health; Ctrl-C or SIGTERM ends it. Try:")
-        print(f"curl -s {url} -H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'", flush=True)
+        headers = ["-H 'Content-Type: application/json'", *authorization(config.server)]
+        print(f"curl -s {url} {' '.join(headers)} -d '{json.dumps(EXAMPLE)}'", flush=True)
         stop.serving = True
         _stay(app, console)
 

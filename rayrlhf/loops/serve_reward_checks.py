@@ -49,7 +49,8 @@ def _facts(key: str, source: ServedModel) -> ModelFacts:
             "jobs/rm.py exports"
         )
     is_decoder = has_packed_scorer(source.path)
-    eos = prompt_tokenizer(source.path).eos_token_id
+    tokenizer = prompt_tokenizer(source.path)
+    eos = tokenizer.eos_token_id
     if source.append_eos and (eos is None or not is_decoder):
         why = "its tokenizer has no eos token" if eos is None else "an encoder frames texts by itself"
         raise InputError(f"{key}.append_eos=true: {why}; set it to false")
@@ -60,7 +61,8 @@ def _facts(key: str, source: ServedModel) -> ModelFacts:
             f"{key}.max_tokens={source.max_tokens}: the model has {positions} positions; "
             f"set it to {positions} or less, or leave it out"
         )
-    return ModelFacts(source.max_tokens or positions, is_decoder, mean, std)
+    longest = max(map(len, tokenizer.get_vocab()))
+    return ModelFacts(source.max_tokens or positions, is_decoder, mean, std, longest)
 
 
 def _mean_and_std(key: str, source: ServedModel, found: Any) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from rayrlhf.loops.watchdog import name_session, start_watchdog
 from rayrlhf.placement.apps import app_statuses
 
 POLL_SECONDS = 0.25
+HEALTH_SECONDS = 2.0
 SERVE_START_SECONDS = 30.0  # for Serve to be found by a job that came second
 
 
@@ -85,10 +86,15 @@ def deploy(apps: dict[str, Any]) -> None:
 
 @contextmanager
 def watched(
-    apps: Iterable[str], *, timeout_seconds: float, tell: Callable[[str], None], give_up: Callable[[], None]
+    apps: Iterable[str],
+    *,
+    timeout_seconds: float,
+    tell: Callable[[str], None],
+    failed: Callable[[str, str], None],
+    give_up: Callable[[], None],
 ) -> Iterator[None]:
-    """While the body runs, wait for the apps to come up; call `give_up`, which must end the body, if one
-    fails.
+    """While the body runs, wait for the apps to come up; call `give_up`, which must end the body, if one does
+    not. After that, report replicas that die to `failed` (what died, what is done about it).
 
     Raises `DeploymentFailed` with the app's own reason, whatever the body raised when it was ended.
     """
@@ -98,8 +104,9 @@ def watched(
     def watch() -> None:
         try:
             wait_for_apps(set(apps), timeout_seconds=timeout_seconds, tell=tell, stop=stop)
-        except DeploymentFailed as failed:
-            failure.append(failed)
+            _report_health(set(apps), tell=tell, failed=failed, stop=stop)
+        except DeploymentFailed as error:
+            failure.append(error)
             give_up()
 
     thread = threading.Thread(target=watch, daemon=True, name="serve-apps")
@@ -140,6 +147,28 @@ def wait_for_apps(
                 )
         if waiting and time.monotonic() > deadline:
             raise DeploymentFailed(f"{', '.join(sorted(waiting))} did not start within {timeout_seconds:g} s")
+
+
+def _report_health(
+    apps: set[str],
+    *,
+    tell: Callable[[str], None],
+    failed: Callable[[str, str], None],
+    stop: threading.Event,
+) -> None:
+    """Until `stop` is set. Serve replaces a dead replica by itself, but a person should know of the wait."""
+    unwell: set[str] = set()
+    while not stop.wait(HEALTH_SECONDS):
+        statuses = app_statuses()
+        for name in sorted(apps & set(statuses)):
+            status = statuses[name].app_status.status
+            role = name.rpartition("-")[2]
+            if status == ApplicationStatus.UNHEALTHY and name not in unwell:
+                unwell.add(name)
+                failed(f"a replica of {role} died", "Serve starts another")
+            elif status == ApplicationStatus.RUNNING and name in unwell:
+                unwell.discard(name)
+                tell(f"{role} is complete again")
 
 
 def last_line(text: str) -> str:

@@ -16,6 +16,7 @@ class SupervisedJob:
     threads_per_worker: int
     num_rows: int  # of the training data
     has_eval: bool
+    num_sampled: int = 0  # training rows that a reward model scores before its export
     ref_tables: dict[str, RefTable] = field(default_factory=dict)  # by split
 
     @property

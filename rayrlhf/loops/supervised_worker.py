@@ -54,7 +54,7 @@ class SupervisedWorker(TrainingWorker):
     def resume(self) -> None:
         self.state = restore(self.saved)
         if self.state.step:
-            self.say(f"resuming after step {self.state.step}")
+            self.announce(f"resuming after step {self.state.step}")
 
     def ask_reference(self) -> None:
         """With `ref.precompute`, one pass over the samples, unless a former run has left its answers."""
@@ -122,7 +122,7 @@ class SupervisedWorker(TrainingWorker):
         self.reporter.step(self.state.step, metrics, shown=[])
         if self.is_due(self.config.eval.every_steps) and not self.is_last():
             self.evaluate("during")
-        if self.is_due(self.config.checkpoint.every_steps) or self.is_last() or self.has_lost_patience():
+        if self.checkpoint_is_due() or self.is_last() or self.has_lost_patience():
             with self.phase("checkpoint"):
                 self.save_state()
 
@@ -164,16 +164,29 @@ class SupervisedWorker(TrainingWorker):
     def finish(self) -> dict[str, Any]:
         """The evaluation after the last step, the export, and what the summary is made of."""
         if self.has_lost_patience():
-            self.say(f"stopped: eval.{self.config.eval.metric} has not improved (eval.patience)")
+            patience = self.config.eval.patience
+            self.announce(
+                f"stopped: eval.metric={self.config.eval.metric} has not improved in {patience} evaluations "
+                f"(eval.patience={patience})"
+            )
         self.last_evaluation = {}
         self.evaluate("after")
-        self.task.before_export(self._sample_of_training_data)
-        export = self._export("export") if self.config.checkpoint.export else None
+        export = self._export_trained() if self.config.checkpoint.export else None
         return self.result(after=self.last_evaluation, export=export)
 
+    def _export_trained(self) -> str:
+        if self.job.num_sampled:
+            with self.phase("score_training_rows"):
+                self.task.before_export(self._sample_of_training_data)
+        return self._export("export")
+
     def _sample_of_training_data(self) -> Iterator[MicroBatches]:
+        """A sample of the training rows, in parts of one step each; says how far it is."""
+        done, total = 0, self.job.num_sampled
         for _, micro_batches in iter_examples(_shard("sample"), self.rank):
+            self.say(f"score training rows {min(done, total)}/{total}")
             yield micro_batches
+            done += self.config.train.samples_per_step
 
     def _export(self, name: str) -> str:
         path = Path(self.config.run.path) / name

@@ -23,12 +23,14 @@ from rayrlhf.train.checkpoint import LoopState, Saved, save
 # Failures that a restart of the workers would only repeat: the run ends and says why.
 FINAL_FAILURES = (RewardFailure, FloatingPointError)
 
+AUTO_CHECKPOINT_SECONDS = 15 * 60.0  # what checkpoint.every_steps=auto risks to lose
+
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def stops_cleanly(loop: Loop) -> Loop:
-    """Turn a final failure into a result, so that Ray Train does not restart the workers for it, and tell
-    every other one: a restart must not be silent.
+    """Turn a final failure into a result, so that Ray Train does not restart the workers for it. Every other
+    one is reported by `worker_failures`.
     """
 
     @functools.wraps(loop)
@@ -37,14 +39,6 @@ def stops_cleanly(loop: Loop) -> Loop:
             return loop(arguments)
         except FINAL_FAILURES as failure:
             return {"failure": f"{type(failure).__name__}: {failure}"}
-        except Exception as failure:
-            job = arguments["job"]
-            Reporter(job.board, rank=0).warn(
-                0,
-                f"worker {collectives.rank()} failed: {type(failure).__name__}: {failure}; "
-                f"train.max_failures={job.config.train.max_failures} restarts from the newest checkpoint",
-            )
-            raise
 
     return wrapped
 
@@ -61,7 +55,7 @@ class TrainingWorker:
         self.state = LoopState()
         self.reporter = Reporter(board, self.rank)
         self.timer = Timer()
-        self.started = self.step_started = time.perf_counter()
+        self.started = self.step_started = self.saved_at = time.perf_counter()
 
     @property
     def saved(self) -> Sequence[Saved]:
@@ -79,11 +73,20 @@ class TrainingWorker:
     def is_last(self) -> bool:
         return self.state.step >= self.config.train.total_steps
 
+    def checkpoint_is_due(self) -> bool:
+        """By `checkpoint.every_steps`. With "auto" rank 0's clock decides for all ranks. Collective."""
+        every_steps = self.config.checkpoint.every_steps
+        if every_steps != "auto":
+            return self.is_due(every_steps)
+        due = time.perf_counter() - self.saved_at >= AUTO_CHECKPOINT_SECONDS
+        return collectives.max_over_ranks(float(due and self.rank == 0)) > 0
+
     def save_state(self) -> None:
         """Collective."""
         self.keep_time()
         scratch = Path(self.config.run.path) / "scratch"
         save(self.state, self.saved, scratch, fixed=fixed_values(self.config))
+        self.saved_at = time.perf_counter()
 
     def result(self, *, after: dict[str, Any], export: str | None) -> dict[str, Any]:
         """What the summary is made of; the loop's return value."""
@@ -102,6 +105,10 @@ class TrainingWorker:
 
     def say(self, text: str) -> None:
         self.reporter.say(self.state.step, text)
+
+    def announce(self, text: str) -> None:
+        """What must be in every log, whatever else the console leaves out."""
+        self.reporter.event(self.state.step, text)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

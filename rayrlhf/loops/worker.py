@@ -118,7 +118,7 @@ class PolicyWorker(TrainingWorker):
         if self.state.step:
             self.learners.kl.load_state_dict(self.state.kl_controller)
             self.combiner.load_state_dict(self.state.reward_normalizers)
-            self.say(f"resuming after step {self.state.step}")
+            self.announce(f"resuming after step {self.state.step}")
         if self.sync.is_news(self.state.step):
             self.push_weights(version=self.state.step)
 
@@ -230,7 +230,7 @@ class PolicyWorker(TrainingWorker):
         self._report()
         if self.is_due(self.config.eval.every_steps) and not self.is_last():
             self.evaluate("during")
-        if self.is_due(self.config.checkpoint.every_steps) or self.is_last():
+        if self.checkpoint_is_due() or self.is_last():
             self.save()
 
     @property

@@ -24,6 +24,7 @@ from transformers import (
 
 from rayrlhf.models.adapters import TrainedAdapter
 from rayrlhf.models.heads import ScoreModel, StepModel
+from rayrlhf.models.modes import honour_umask
 
 STEP_LABELS = {0: "bad", 1: "good"}
 HEAD = "score"  # of transformers' decoder-style classifiers
@@ -170,5 +171,6 @@ def _write(save_model: Callable[[Path], None], tokenizer: PreTrainedTokenizerBas
     for folder in (partial, partial / ADAPTER_FOLDER):
         if folder.is_dir():
             tokenizer.save_pretrained(folder)
+    honour_umask(partial)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)

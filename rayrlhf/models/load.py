@@ -37,7 +37,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(local_folder(path, weights=False), trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        local_folder(path, weights=False), trust_remote_code=trust_remote_code
+    )
 
 
 def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> PolicyModel:
@@ -103,7 +105,9 @@ def load_step_model(
     no linear head can give.
     """
     options = _load_options(config, device)
-    found = AutoConfig.from_pretrained(local_folder(path, weights=False), trust_remote_code=config.trust_remote_code)
+    found = AutoConfig.from_pretrained(
+        local_folder(path, weights=False), trust_remote_code=config.trust_remote_code
+    )
     classifier: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(found), None)
     if classifier is None or not issubclass(classifier, GenericForTokenClassification):
         raise ValueError(
@@ -150,7 +154,9 @@ def checkpoint_activations(model: Any) -> None:
 
 def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
     """Whether this checkpoint's classifier is a decoder with a `score` head: it can read packed sequences."""
-    config = AutoConfig.from_pretrained(local_folder(path, weights=False), trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        local_folder(path, weights=False), trust_remote_code=trust_remote_code
+    )
     classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     return classifier is not None and issubclass(classifier, GenericForSequenceClassification)
 
@@ -203,7 +209,12 @@ def step_head_of(causal_lm: Any, reward_token_ids: tuple[int, int]) -> nn.Linear
 
 
 def _is_made_for(path: str, suffix: str, *, trust_remote_code: bool) -> bool:
-    architectures = AutoConfig.from_pretrained(local_folder(path, weights=False), trust_remote_code=trust_remote_code).architectures or []
+    architectures = (
+        AutoConfig.from_pretrained(
+            local_folder(path, weights=False), trust_remote_code=trust_remote_code
+        ).architectures
+        or []
+    )
     return any(name.endswith(suffix) for name in architectures)
 
 

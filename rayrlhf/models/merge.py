@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from rayrlhf.models.export import with_padding
 from rayrlhf.models.merge_lora import ADAPTER_PREFIX, ADAPTER_WEIGHTS, MergeProblem, Plan
+from rayrlhf.models.modes import honour_umask
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -130,6 +131,7 @@ def _write(plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        honour_umask(partial)
         partial.rename(plan.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.foreign_text import write_line
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import parse_id
 from rayrlhf.hub.resolve import base_of, folder_of
@@ -38,7 +39,7 @@ class Plan:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    write_line(text, sys.stderr)
 
 
 def main(words: Sequence[str]) -> int:
@@ -61,9 +62,9 @@ def main(words: Sequence[str]) -> int:
         _check_base(folder)
         from rayrlhf.models.merge import merge  # torch, transformers and peft: seconds
 
-        print(merge(replace(plan, base_folder=folder)))
+        write_line(merge(replace(plan, base_folder=folder)))
     except (MergeProblem, HubError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        write_line(f"error: {problem}", sys.stderr)
         return 2
     return 0
 

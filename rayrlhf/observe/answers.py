@@ -9,6 +9,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rayrlhf.foreign_text import one_line, visible
+
+SAMPLE_CHARACTERS = 4_000  # of a prompt or a response; the output has all of it
+
 
 def generation_summary(summary: dict[str, Any]) -> Iterator[RenderableType]:
     """What batch inference came to."""
@@ -28,7 +32,7 @@ def generation_summary(summary: dict[str, Any]) -> Iterator[RenderableType]:
     yield table
     for sample in summary["shown"]:
         yield _sample(sample)
-    yield Text(f"Answers: {summary['output']}")
+    yield Text(visible(f"Answers: {summary['output']}"))
 
 
 def chain_summary(summary: dict[str, Any]) -> Iterator[RenderableType]:
@@ -47,7 +51,8 @@ def chain_summary(summary: dict[str, Any]) -> Iterator[RenderableType]:
         table.add_row("last export", _score(summary["last"]), *("" for _ in keys))
     yield table
     if summary["export"]:
-        yield Text(f"The trained model, for AutoModelForCausalLM.from_pretrained: {summary['export']}")
+        told = f"The trained model, for AutoModelForCausalLM.from_pretrained: {summary['export']}"
+        yield Text(visible(told))
 
 
 def _score(entry: dict[str, Any]) -> str:
@@ -62,8 +67,8 @@ def _sample(sample: dict[str, Any]) -> Text:
     if isinstance(prompt, list):
         prompt = prompt[-1].get("content", "")
     lines = Text()
-    lines.append(f"{' '.join(str(prompt).split())}\n", style="bold")
+    lines.append(f"{one_line(str(prompt), limit=SAMPLE_CHARACTERS)}\n", style="bold")
     score = "" if sample["score"] is None else f"{sample['score']:+.2f}  "
     lines.append(f"  {score}", style="dim")
-    lines.append("(failed)" if response is None else " ".join(response.split()))
+    lines.append("(failed)" if response is None else one_line(response, limit=SAMPLE_CHARACTERS))
     return lines

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console as RichConsole
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,11 +15,16 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
+from rayrlhf.config.secrets import masked
+from rayrlhf.foreign_text import LINE_CHARACTERS, MESSAGE_CHARACTERS, one_line, visible
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.summary import show_summary
+from rayrlhf.terminal import SafeConsole, make_console
 
-PROGRESS_SECONDS = 20.0  # between two lines of a log that tell how far a long phase has come
+PROGRESS_SECONDS = 10.0  # without a line, after which a log says how far a long phase has come
+PHASE_CHARACTERS = 200
 
 # (metric, label, format): one step, one line
 COLUMNS = [
@@ -46,24 +49,25 @@ class Console:
     def __init__(self, mode: str) -> None:
         interactive = sys.stdout.isatty()
         self.mode = ("live" if interactive else "lines") if mode == "auto" else mode
-        self.rich = RichConsole(highlight=False, width=None if interactive else 140)
+        self.rich = make_console()
         self.started = time.monotonic()
         self.num_steps = 0
         self.progress: Progress | None = None
         self.task: Any = None
         self.step_seconds: list[float] = []
-        self.progress_told = self.started
+        self.said_at = self.started
         self.phases_told: set[str] = set()
 
     def say(self, text: str) -> None:
+        self.said_at = time.monotonic()
         if self.mode != "quiet":
-            self.rich.print(f"[dim]{self._clock()}[/dim] {escape(text)}", soft_wrap=True)
+            told = visible(masked(text), limit=LINE_CHARACTERS)
+            self.rich.print(Text.assemble((self._clock(), "dim"), " ", told), soft_wrap=True)
 
     def error(self, text: str) -> None:
         self.close()
-        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error[/bold red] {escape(text)}"
-        )
+        told = visible(masked(text), limit=MESSAGE_CHARACTERS)
+        SafeConsole(stderr=True, soft_wrap=True).print(Text.assemble(("error", "bold red"), " ", told))
 
     def placement(self, slots: Any) -> None:
         from rayrlhf.placement.apply import describe
@@ -80,7 +84,7 @@ class Console:
                 MofNCompleteColumn(),
                 BarColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 console=self.rich,
             )
             self.task = self.progress.add_task("starting", total=num_steps)
@@ -91,8 +95,10 @@ class Console:
             self._phase(report)
         elif report.kind == "step":
             self._step(report)
+        elif report.kind == "event":
+            self.say(one_line(report.text))
         elif report.kind == "warning":
-            self.say(f"warning: {report.text}")
+            self.say(f"warning: {one_line(report.text)}")
         elif report.kind == "eval":
             told = (
                 _rewards(report.metrics) if "eval/reward_mean" in report.metrics else _others(report.metrics)
@@ -101,16 +107,16 @@ class Console:
 
     def _phase(self, report: Report) -> None:
         if self.progress is not None:
-            self.progress.update(self.task, description=escape(report.text))
-        elif report.step == 0 and not self.step_seconds:
-            # Before the first step is through, a log would be silent for long. Progress ("3/8 prompts") comes
-            # too often for a line each.
-            now = time.monotonic()
-            is_news = report.text not in self.phases_told and "/" not in report.text
-            if is_news or now - self.progress_told > PROGRESS_SECONDS:
-                self.progress_told = now
-                self.phases_told.add(report.text)
-                self.say(report.text)
+            told = one_line(masked(report.text), limit=PHASE_CHARACTERS)
+            self.progress.update(self.task, description=told)
+            return
+        # Before the first step and after the last each phase is news, once; between them the steps' own lines
+        # are enough. Progress ("3/8 prompts") comes too often for a line each, but no log is silent for long.
+        around_steps = not self.step_seconds or 0 < self.num_steps <= report.step
+        is_news = around_steps and report.text not in self.phases_told and "/" not in report.text
+        if is_news or time.monotonic() - self.said_at > PROGRESS_SECONDS:
+            self.phases_told.add(report.text)
+            self.say(one_line(report.text))
 
     def _step(self, report: Report) -> None:
         self.step_seconds.append(report.metrics.get("time/step", 0.0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,7 +14,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from rayrlhf.observe.console import Console
+from rayrlhf.config.secrets import masked
+from rayrlhf.foreign_text import one_line
+from rayrlhf.observe.console import PHASE_CHARACTERS, Console
 
 
 class RowsProgress:
@@ -33,7 +34,7 @@ class RowsProgress:
                 MofNCompleteColumn(),
                 BarColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 console=console.rich,
             )
             self.task = self.bar.add_task("", total=total, completed=done)
@@ -47,7 +48,8 @@ class RowsProgress:
 
     def tell(self, text: str) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, description=escape(text))
+            told = one_line(masked(text), limit=PHASE_CHARACTERS)
+            self.bar.update(self.task, completed=self.done, description=told)
         else:
             self.console.say(f"rows {self.done}/{self.total}  {text}")
 

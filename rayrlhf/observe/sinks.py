@@ -2,77 +2,118 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
 from rayrlhf.config.job import JobConfig
+from rayrlhf.config.secrets import masked, masked_tree
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
+from rayrlhf.observe.sink_threads import Sink, SinkThread
+from rayrlhf.observe.step_rows import StepRows, json_line
 
 TAKE_SECONDS = 1.0
 DRAIN_DEADLINE_SECONDS = 30.0
 
 
-class Sink(Protocol):
-    def write(self, report: Report) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class JsonLines:
-    """`metrics.jsonl` (one line per step or evaluation), `rollouts.jsonl`, `eval/<when>-<step>.jsonl`."""
+    """`metrics.jsonl` (one line per step or evaluation), `rollouts.jsonl`, `eval/<when>-<step>.jsonl`; each
+    step once, whatever was begun again. Rows of earlier attempts are in `superseded.jsonl`.
+    """
 
     def __init__(self, run_path: Path) -> None:
         self.run_path = run_path
+        self.metrics = StepRows(run_path / "metrics.jsonl")
+        self.rollouts = StepRows(run_path / "rollouts.jsonl")
 
     def write(self, report: Report) -> None:
-        if report.kind in ("step", "eval"):
-            # NaN (an undefined explained variance, say) is not JSON.
-            known = {key: value if math.isfinite(value) else None for key, value in report.metrics.items()}
-            self._append("metrics.jsonl", [{"step": report.step, **known}])
+        # NaN (an undefined explained variance, say) is not JSON.
+        known = {key: value if math.isfinite(value) else None for key, value in report.metrics.items()}
+        if report.kind == "step":
+            if self.metrics.take_back(report.step):
+                self.rollouts.take_back(report.step)
+                self._take_back_evaluations(report.step)
+            self.metrics.add(report.step, [{"step": report.step, **known}])
         if report.kind == "rollouts":
-            self._append("rollouts.jsonl", report.rows)
+            self.rollouts.take_back(report.step)
+            self.rollouts.add(report.step, report.rows)
         if report.kind == "eval":
-            (self.run_path / "eval").mkdir(exist_ok=True)
-            self._append(f"eval/{report.text}-{report.step:06d}.jsonl", report.rows)
+            file = self.run_path / "eval" / f"{report.text}-{report.step:06d}.jsonl"
+            if file.exists():  # the one after the last step, or before the first, of a run begun again
+                self.metrics.take_back_last(report.step, b'"eval/')
+                self._take_back_evaluation(file)
+            self.metrics.add(report.step, [{"step": report.step, **known}])
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("".join(map(json_line, report.rows)), encoding="utf-8")
 
-    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        with (self.run_path / name).open("a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    def _take_back_evaluations(self, step: int) -> None:
+        """Those of this step and later ones."""
+        for file in (self.run_path / "eval").glob("*-*.jsonl"):
+            at = file.stem.rpartition("-")[2]
+            if at.isdecimal() and int(at) >= step:
+                self._take_back_evaluation(file)
+
+    def _take_back_evaluation(self, file: Path) -> None:
+        """Keep it under a name of its own: `superseded/during-000012.2.jsonl` is the second."""
+        folder = file.parent / "superseded"
+        folder.mkdir(exist_ok=True)
+        before = sum(1 for _ in folder.glob(f"{file.stem}.*.jsonl"))
+        file.rename(folder / f"{file.stem}.{before + 1}.jsonl")
 
     def close(self) -> None:
         pass
 
 
 class TensorBoard:
-    def __init__(self, run_path: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    """Where steps come again, TensorBoard hides the curves of the earlier attempt from there on."""
 
-        self.writer = SummaryWriter(str(run_path / "tensorboard"))
+    def __init__(self, run_path: Path) -> None:
+        self.folder = run_path / "tensorboard"
+        self.is_resumed = any(self.folder.glob("events.*"))
+        self.writer: Any = None
+        self.last_step = -1
+        self._open(None)
 
     def write(self, report: Report) -> None:
+        if not report.metrics:
+            return
+        # An evaluation has the step that was logged before it, whose other curves stay.
+        first = report.step if report.kind == "step" else report.step + 1
+        if self.is_resumed or (report.kind == "step" and report.step <= self.last_step):
+            self.writer.close()
+            self._open(first)
+            self.is_resumed = False
+        if report.kind == "step":
+            self.last_step = report.step
         for key, value in report.metrics.items():
             self.writer.add_scalar(key, value, report.step)
-        if report.metrics:
-            self.writer.flush()
+        self.writer.flush()
+
+    def _open(self, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
 
     def close(self) -> None:
         self.writer.close()
 
 
 class Wandb:
-    def __init__(self, config: JobConfig, run_path: Path) -> None:
+    """Steps in W&B only rise: of those that come again it keeps the values of the earlier attempt."""
+
+    def __init__(self, config: JobConfig, run_path: Path, say: Callable[[str], None]) -> None:
         import wandb
 
         settings = config.observe.wandb
         assert settings is not None
+        self.say = say
         self.run = wandb.init(
             project=settings.project,
             entity=settings.entity,
@@ -81,19 +122,37 @@ class Wandb:
             id=config.run.name,
             resume="allow",
             dir=str(run_path),
-            config=config.model_dump(mode="json"),
+            config=masked_tree(config.model_dump(mode="json")),
+            # The command line goes with it, which may hold what the config masks.
+            settings=wandb.Settings(x_disable_meta=any(masked(word) != word for word in sys.argv)),
         )
+        self.is_behind = False
 
     def write(self, report: Report) -> None:
-        if report.metrics:
-            self.run.log(report.metrics, step=report.step)
+        if not report.metrics:
+            return
+        if report.step < self.run.step:
+            self._tell(report.step, self.run.step)
+            return
+        self.is_behind = False
+        self.run.log(report.metrics, step=report.step)
+
+    def _tell(self, step: int, reached: int) -> None:
+        """Once for each time that the run falls back."""
+        if not self.is_behind:
+            self.is_behind = True
+            self.run.summary["steps_kept_from_an_earlier_attempt"] = f"{step} to {reached - 1}"
+            self.say(
+                f"warning: W&B has steps up to {reached} from before the restart and cannot replace them: "
+                f"its curves go on at step {reached}; metrics.jsonl has steps {step} on as they are now"
+            )
 
     def close(self) -> None:
         self.run.finish()
 
 
 class Sinks:
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[SinkThread]) -> None:
         self.sinks = sinks
 
     def write(self, report: Report) -> None:
@@ -103,14 +162,21 @@ class Sinks:
 
 @contextmanager
 def make_sinks(config: JobConfig, run_path: Path, console: Console) -> Iterator[Sinks]:
+    """The sinks of a run, which are flushed and closed when the body is left."""
     console.start(config.train.total_steps)
+    makers: dict[str, Callable[[], Sink]] = {
+        "metrics.jsonl": lambda: JsonLines(run_path),
+        "the console": lambda: console,
+    }
+    if config.observe.tensorboard:
+        makers["TensorBoard"] = lambda: TensorBoard(run_path)
+    if config.observe.wandb is not None:
+        makers["Weights & Biases"] = lambda: Wandb(config, run_path, console.say)
     with ExitStack() as stack:
-        sinks: list[Sink] = [console, JsonLines(run_path)]
-        if config.observe.tensorboard:
-            sinks.append(TensorBoard(run_path))
-        if config.observe.wandb is not None:
-            sinks.append(Wandb(config, run_path))
-        for sink in sinks:
+        sinks: list[SinkThread] = []
+        for name, make in makers.items():
+            sink = SinkThread(name, make, lambda text: console.say(f"warning: {text}"))
+            sinks.append(sink)
             stack.callback(sink.close)
         yield Sinks(sinks)
 

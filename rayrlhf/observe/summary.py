@@ -14,17 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rayrlhf.foreign_text import one_line, visible
 from rayrlhf.observe.answers import chain_summary, generation_summary
+from rayrlhf.terminal import make_console
 
 OPENED_BY = {"rm": "AutoModelForSequenceClassification", "prm": "AutoModelForTokenClassification"}
 LOG_WIDTH = 110  # where the output is not a terminal
+SAMPLE_CHARACTERS = 4_000  # of a prompt or a response; rollouts.jsonl and eval/ have all of it
 
 
 def show_summary(run_path: Path, console: Console | None = None) -> None:
     """Print the summary of the run in `run_path`. Raises `FileNotFoundError` when there is none."""
     summary = json.loads((run_path / "summary.json").read_text())
-    # Responses are a language model's words: they are printed as Text, never parsed as markup.
-    console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+    console = console or make_console(log_width=LOG_WIDTH)
     console.print()
     if "rounds" in summary or "output" in summary:
         for part in (chain_summary if "rounds" in summary else generation_summary)(summary):
@@ -43,8 +45,9 @@ def show_summary(run_path: Path, console: Console | None = None) -> None:
     if summary["export"]:
         opened_by = OPENED_BY.get(summary.get("job", ""), "AutoModelForCausalLM")
         text = f"The trained model, for {opened_by}.from_pretrained: {summary['export']}"
-        console.print(Text(text), soft_wrap=True)
-    console.print(Text(f"Metrics, rollouts and the resolved config: {run_path}"), soft_wrap=True)
+        console.print(Text(visible(text)), soft_wrap=True)
+    told = f"Metrics, rollouts and the resolved config: {run_path}"
+    console.print(Text(visible(told)), soft_wrap=True)
 
 
 def metrics_table(summary: dict[str, Any]) -> Table:
@@ -97,10 +100,10 @@ def verdict(summary: dict[str, Any]) -> Text:
 def sample_lines(sample: dict[str, Any]) -> Text:
     """One held-out prompt with the model's response before and after training."""
     lines = Text()
-    lines.append(f"{_prompt_text(sample['prompt'])}\n", style="bold")
+    lines.append(f"{visible(_prompt_text(sample['prompt']), limit=SAMPLE_CHARACTERS)}\n", style="bold")
     for when, end in (("before", "\n"), ("after", "")):
         lines.append(f"  {when:<6} {sample[f'reward_{when}']:+.2f}  ", style="dim")
-        lines.append(" ".join(sample[when].split()) + end)
+        lines.append(one_line(sample[when], limit=SAMPLE_CHARACTERS) + end)
     return lines
 
 

@@ -15,7 +15,9 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.placement.budget import Budget
 from rayrlhf.placement.gpus import Gpu
+from rayrlhf.placement.heads import splits_evenly
 from rayrlhf.placement.pace import pace_of
+from rayrlhf.placement.shape import read_shape
 
 NUM_FIXES = 3
 MAX_CHANGES = 3  # of settings in one idea
@@ -137,7 +139,7 @@ def suggest(config: PolicyRunConfig, num_gpus: int, gpu: Gpu, load: Load, judge:
 def _placements(config: PolicyRunConfig, num_gpus: int) -> Iterator[tuple[str, ...]]:
     """Everything on all GPUs by turns, or trainers and engines apart in several proportions."""
     others = sum(source.num_replicas for source in config.reward.sources if source.type == "model")
-    for width in (1, 2, 4, 8):
+    for width in _widths(config):
         for stage, offload, checkpointing in _memory_ladder():
             common = (
                 f"train.zero_stage={stage}",
@@ -166,6 +168,12 @@ def _placements(config: PolicyRunConfig, num_gpus: int) -> Iterator[tuple[str, .
                         f"rollout.num_engines={left // width}",
                         "rollout.gpu_memory_utilization=0.85",
                     )
+
+
+def _widths(config: PolicyRunConfig) -> list[int]:
+    """GPUs of an engine: as many as divide both kinds of heads, so that each holds keys and values once."""
+    shape = read_shape(config.model.path)
+    return [width for width in (1, 2, 4, 8) if splits_evenly(shape, width)]
 
 
 def _memory_ladder() -> Iterator[tuple[int, str, str]]:

@@ -17,6 +17,7 @@ from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
 
 RELEASE_SECONDS = 2.5
 NVIDIA_SMI_SECONDS = 20.0
+PROBE_SECONDS = 60.0
 
 
 class PlacementError(RuntimeError):
@@ -175,6 +176,25 @@ def _uuid(gpu: str) -> str | None:
     except FileNotFoundError:
         return None
     return told.strip() or None
+
+
+def gpu_memory_bytes() -> int | None:
+    """Of a GPU of this cluster; None where there is no NVIDIA driver, as on a fake cluster."""
+    if not ray.cluster_resources().get("GPU", 0):
+        return None
+    return ray.get(_gpu_memory.remote(), timeout=PROBE_SECONDS)
+
+
+@ray.remote(num_cpus=0, num_gpus=0.01)
+def _gpu_memory() -> int | None:
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(
+            command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True
+        ).stdout
+    except FileNotFoundError:
+        return None
+    return min((int(line) for line in told.split()), default=0) * 2**20 or None
 
 
 def _per_node(found: list[Found]) -> str:

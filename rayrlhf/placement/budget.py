@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayrlhf.config.base import ConfigError
 from rayrlhf.config.model import LoraConfig, TrainedModelConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.placement import memory
 from rayrlhf.placement.gpus import GIB, Gpu
+from rayrlhf.placement.heads import split_problems
 from rayrlhf.placement.memory import Adapter, Bytes, Precision
 from rayrlhf.placement.plan import PlacementSpec, kind_of, plan_job
 from rayrlhf.placement.shape import ModelShape, ShapeUnknown, read_shape
@@ -116,6 +118,8 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     size = 4 if dtype == "float32" or (dtype == "auto" and not on_gpu) else 2
     precision = Precision(size, on_gpu)
     shapes = _Shapes()
+    if split := list(split_problems(config, shapes.of)):
+        raise ConfigError(split)
     if isinstance(config, PolicyRunConfig):
         roles = _policy_roles(config, shapes, precision, gpu)
     elif isinstance(config, SupervisedConfig):

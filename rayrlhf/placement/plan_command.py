@@ -8,19 +8,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.jobs import load_any
 from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.supervised import SupervisedConfig
+from rayrlhf.foreign_text import visible, write_line
 from rayrlhf.placement.advice import Fix, Suggestion, fixes, suggest
 from rayrlhf.placement.budget import Budget, WhatIf, budget_of
 from rayrlhf.placement.gpus import GIB, Gpu, parse_gpus
 from rayrlhf.placement.memory import KINDS
+from rayrlhf.placement.micro_batch import sized_for_gpu
 from rayrlhf.placement.pace import pace_of
-from rayrlhf.placement.plan import slots_in_words
+from rayrlhf.placement.plan import plan_job, slots_in_words
+from rayrlhf.placement.preset import with_preset
 from rayrlhf.placement.shape import ShapeUnknown
+from rayrlhf.terminal import make_console
 
 FITS, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
 
@@ -35,7 +39,7 @@ def main(words: Sequence[str]) -> int:
         gpus = parse_gpus(options.gpus) if options.gpus else None
         return _Plan(argv, options, gpus).show()
     except (ConfigError, ShapeUnknown) as error:
-        print(error, file=sys.stderr)
+        write_line(str(error), sys.stderr)
         return BAD_INPUT
 
 
@@ -63,10 +67,19 @@ class _Plan:
         self.options = options
         self.num_gpus, self.gpu = gpus if gpus is not None else (None, None)
         self.what_if = WhatIf(options.lora_rank, options.qlora, options.sequence_parallel)
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        self.console = make_console()
 
     def load(self, overrides: Sequence[str]) -> Any:
-        return load_any([*self.argv, *overrides])
+        return self._fitted(load_any([*self.argv, *overrides]))
+
+    def _fitted(self, config: Any) -> Any:
+        """With what a driver would fill in on these GPUs."""
+        if self.num_gpus is None or self.gpu is None:
+            return config
+        if not isinstance(config, PolicyRunConfig | SupervisedConfig):
+            return config
+        num_gpus = self.num_gpus
+        return sized_for_gpu(with_preset(config, plan_job, lambda spec: spec.num_slots <= num_gpus), self.gpu)
 
     def judge(self, config: Any) -> Budget:
         return budget_of(config, gpu=self.gpu, what_if=self.what_if)
@@ -105,7 +118,7 @@ class _Plan:
             )
         say("\nWorking:")
         for line in dict.fromkeys(line for each in budget.roles.values() for line in each.working):
-            say(f"  {line}")
+            say(f"  {visible(line)}")
         if not self._has_room(budget) and budget.fits is False:
             self._show_fixes(config)
         say("")
@@ -176,7 +189,7 @@ class _Plan:
         if found is None:
             self.console.print(f"Nothing that was tried fits on {self.num_gpus} x {self.gpu.name}.")
             return
-        self.console.print(_told_suggestion(found), markup=False)
+        self.console.print(_told_suggestion(found))
 
 
 def _stages(config: Any) -> Iterator[tuple[str, Any]]:

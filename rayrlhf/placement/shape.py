@@ -160,7 +160,13 @@ def read_shape(path: str) -> ModelShape:
         file = _cached(path) or file
         path = path.removeprefix(PREFIX).partition("@")[0]
     if file.is_file():
-        return shape_of(json.loads(file.read_text(encoding="utf-8")), path)
+        try:
+            return shape_of(json.loads(file.read_text(encoding="utf-8")), path)
+        except ShapeUnknown:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise ShapeUnknown(f"{path}: its config.json cannot be read ({told}); get it again") from error
     known: dict[str, Any] = json.loads(KNOWN_SHAPES.read_text(encoding="utf-8"))
     for entry in known["shapes"]:
         if path in entry["names"]:

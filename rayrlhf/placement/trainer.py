@@ -9,7 +9,6 @@ tests/placement has the contract test that fails when one of them moves):
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -97,10 +96,15 @@ class SlotTorchTrainer(TorchTrainer):
             .remote(**controller_arguments)
         )
         self.controller = controller
-        if threading.current_thread() is threading.main_thread():
-            self._register_sigint_handler(controller)
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        # Ray would register its own handler for Ctrl-C here, which ends the driver by `sys.exit(0)`: the exit
+        # code of a run that is done, without a word. Python's handler raises KeyboardInterrupt instead, and
+        # the workers go with their controller.
+        try:
+            ray.get(controller.run.remote())
+            return ray.get(controller.get_result.remote())
+        except KeyboardInterrupt:
+            ray.kill(controller)
+            raise
 
 
 def slot_scaling(slots: Slots, role: str) -> SlotScalingConfig:

@@ -1,4 +1,9 @@
-"""Single requests answered in batches: samples come one by one, but models and servers like many at once."""
+"""Single requests answered in batches: samples come one by one, but models and servers like many at once.
+
+`serve.batch` makes its batches before the one under way has ended, each of what came within its short wait:
+requests that trickle in meanwhile are never put together. With a size of one's own it moves an item that did
+not fit to the end of the line, each time.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,10 @@ GATHER_SECONDS = 0.005
 
 
 class Batcher(Generic[Item, Result]):
-    """At most `max_concurrent` batches are under way; what arrives meanwhile waits and then goes together."""
+    """At most `max_concurrent` batches are under way; what arrives meanwhile waits and then goes together.
+
+    Items of several requests alternate: a short request does not wait for all items of a long one before it.
+    """
 
     def __init__(
         self,
@@ -23,19 +31,28 @@ class Batcher(Generic[Item, Result]):
         *,
         max_batch: int,
         max_concurrent: int = 1,
+        size_of: Callable[[Item], int] = lambda _: 1,
+        max_size: int | None = None,
     ) -> None:
-        """`run` answers a batch: one result per item, in their order."""
+        """`run` answers a batch: one result per item, in their order. A batch has `max_batch` items and, by
+        `size_of`, a size of `max_size` at most; an item that is larger goes alone.
+        """
         self.run = run
         self.max_batch = max_batch
         self.max_concurrent = max_concurrent
-        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self.size_of = size_of
+        self.max_size = max_size
+        # One line of items per request.
+        self._waiting: deque[deque[tuple[Item, asyncio.Future[Result]]]] = deque()
         self._runners: set[asyncio.Task[None]] = set()
 
     async def ask(self, items: Sequence[Item]) -> list[Result]:
         """The results of `items`, in their order. Raises what `run` raised for a batch that held one."""
         loop = asyncio.get_running_loop()
+        if not items:
+            return []
         futures: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
-        self._waiting.extend(zip(items, futures, strict=True))
+        self._waiting.append(deque(zip(items, futures, strict=True)))
         if len(self._runners) < self.max_concurrent:
             runner = asyncio.ensure_future(self._run_batches())
             self._runners.add(runner)
@@ -49,11 +66,22 @@ class Batcher(Generic[Item, Result]):
                 await self._answer(batch)
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        """One item of each request, and so on until the batch is full."""
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
+        room = self.max_size
         while self._waiting and len(batch) < self.max_batch:
-            item, future = self._waiting.popleft()
+            line = self._waiting[0]
+            item, future = line[0]
             if not future.done():  # nobody waits for one that was cancelled
+                if room is not None:
+                    room -= self.size_of(item)
+                    if room < 0 and batch:
+                        break
                 batch.append((item, future))
+            line.popleft()
+            self._waiting.popleft()
+            if line:
+                self._waiting.append(line)
         return batch
 
     async def _answer(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.config.reward import RewardConfig
+from rayrlhf.reward.items import LARGEST_REWARD
 from rayrlhf.reward.normalize import RunningMoments, SumOverRanks, batch_moments
 from rayrlhf.samples import Sample
 
@@ -32,7 +33,8 @@ class RewardCombiner:
     def combine(
         self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks, *, normalize: bool = True
     ) -> list[Sample]:
-        """The same samples with `score`; it is None where a source failed. Collective where it normalises.
+        """The same samples with `score`; it is None where a source failed, or weights make it too large.
+        Collective where it normalises.
 
         The statistics that sources are normalised with take in these samples first; a sample with a failed
         source counts in none. `normalize` False leaves rewards and statistics as they are: evaluations must
@@ -52,7 +54,8 @@ class RewardCombiner:
             result[i] = replace(samples[i], score=self._final(samples[i], total))
         return result
 
-    def _final(self, sample: Sample, total: float) -> float:
+    def _final(self, sample: Sample, total: float) -> float | None:
+        """None for a score that losses cannot be computed of in float32: it counts as failed."""
         overlong, clip = self.config.overlong, self.config.clip
         if overlong is not None:
             total -= overlong.factor * overlong_share(
@@ -60,7 +63,8 @@ class RewardCombiner:
             )
         if sample.truncated and self.config.truncation_penalty is not None:
             total = self.config.truncation_penalty
-        return total if clip is None else min(max(total, clip[0]), clip[1])
+        score = total if clip is None else min(max(total, clip[0]), clip[1])
+        return score if abs(score) <= LARGEST_REWARD else None
 
     def source_means(self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks) -> dict[str, float]:
         """`reward/source/<name>`: mean raw reward over the ranks' samples that the source has scored.

@@ -2,7 +2,8 @@
 
 The contract: called with keyword arguments `prompts` (as the model saw them), `responses`, `labels` and every
 column of the data rows, all lists of one length; returns a list of that length of floats, where None or NaN
-means "failed". A function that names its arguments gets only those. Sync or async.
+means "failed". So does a number beyond ±1e18 (`items.LARGEST_REWARD`), infinity among them. A
+function that names its arguments gets only those. Sync or async.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from ray import serve
 
-from rayrlhf.reward.items import RewardError, ScoreItem
+from rayrlhf.reward.items import LARGEST_REWARD, Failure, RewardError, ScoreItem, checked_reward
 from rayrlhf.samples import Prompt
 from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
 
@@ -80,6 +81,9 @@ def try_function(code: UserCode, prompts: Sequence[Prompt], label_key: str | Non
         ) from error
     if all(reward is None for reward in rewards):
         raise RewardError(f"{code.text} returned only NaN or None, which means that scoring failed")
+    for reward in rewards:
+        if reward is not None and isinstance(checked := checked_reward(reward), Failure):
+            raise RewardError(f"{code.text} {checked.reason}; wanted numbers up to ±{LARGEST_REWARD:g}")
 
 
 class FunctionReward:

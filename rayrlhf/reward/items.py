@@ -40,6 +40,10 @@ def checked_reward(value: Any) -> float | Failure:
     if value is None or not isinstance(value, int | float):
         return Failure(f"returned {value!r:.80}, which is no number")
     if not abs(value) <= LARGEST_REWARD:  # NaN too
-        what = "not finite" if not math.isfinite(value) else f"beyond {LARGEST_REWARD:g}"
-        return Failure(f"returned {value}, which is {what}")
+        # An integer may have thousands of digits, too many for float() and for a message.
+        is_finite = isinstance(value, int) or math.isfinite(value)
+        what = f"beyond {LARGEST_REWARD:g}" if is_finite else "not finite"
+        return Failure(
+            f"returned {value if abs(value) < 1e30 or not is_finite else 'a number'}, which is {what}"
+        )
     return float(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
@@ -23,23 +24,28 @@ class ScoreActor:
         from rayrlhf.reward.reward_model import RewardModel  # and torch, transformers: not in the replica
 
         self.model = RewardModel(source, policy_path, prompt_key)
+        # Ray takes another of its thousand threads for each call, and torch keeps memory and OpenMP workers
+        # for each thread that it has worked in.
+        self.thread = ThreadPoolExecutor(1, "score")
 
     def ready(self) -> bool:
         return True
 
     def score(self, items: list[ScoreItem]) -> list[float]:
-        return self.model.score(items)
+        return self.thread.submit(self.model.score, items).result()
 
 
 class ModelReward:
     """The Serve replica in front of one reward model."""
+
+    ACTOR: type[ScoreActor] = ScoreActor
 
     async def __init__(
         self, role: str, source: ModelSource, policy_path: str, prompt_key: str, slots: Slots
     ) -> None:
         self.model = SlotChild(
             role,
-            ScoreActor,
+            self.ACTOR,
             source,
             policy_path,
             prompt_key,
@@ -64,7 +70,11 @@ class ModelReward:
 def model_deployment(
     source: ModelSource, *, role: str, policy_path: str, prompt_key: str, slots: Slots
 ) -> Any:
-    deployment = serve.deployment(ModelReward).options(
+    return replica_deployment(ModelReward, source, (role, source, policy_path, prompt_key, slots))
+
+
+def replica_deployment(replica: type[ModelReward], source: ModelSource, arguments: tuple[Any, ...]) -> Any:
+    deployment = serve.deployment(replica).options(
         name="reward",
         num_replicas=source.num_replicas,
         max_ongoing_requests=256,
@@ -74,4 +84,4 @@ def model_deployment(
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=2,
     )
-    return deployment.bind(role, source, policy_path, prompt_key, slots)
+    return deployment.bind(*arguments)

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rayrlhf.config.serve_reward import ServedModel
 from rayrlhf.data.rows import BadRow, check_unicode
 from rayrlhf.reward.items import ScoreItem
 from rayrlhf.samples import Prompt
 
+if TYPE_CHECKING:  # the replicas that read requests do without transformers
+    from transformers import PreTrainedTokenizerBase
+
 LABEL = "label"  # the column of `Prompt.columns` that holds a query's label
+SHOWN_CHARACTERS = 40  # of a client's text in a message
 WANTED = '{"query": [texts], "prompts": [texts], "labels": [values]}'
+
+
+# Read beyond `max_tokens` of a text that will be cut: the tokens at a cut are not those of the whole text.
+CUT_MARGIN_TOKENS = 64
 
 
 class BadRequest(ValueError):
     """A request that cannot be answered, with the HTTP status that says so."""
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    def __init__(self, message: str, status: int = 400, limit: Mapping[str, float] | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.limit = dict(limit or {})  # the config key that the request is beyond, and its value
 
 
 @dataclass(frozen=True)
@@ -65,18 +73,26 @@ def token_item(token_ids: list[int]) -> ScoreItem:
     return ScoreItem(Prompt(row_id=0, prompt_ids=[], prompt=""), "", token_ids)
 
 
-def read_queries(body: bytes) -> Queries:
-    """The request's lists; keys that are not ours are ignored. Raises `BadRequest` with what is wrong."""
+def read_queries(body: bytes, *, max_queries: int | None = None) -> Queries:
+    """The request's lists; keys that are not ours are ignored. Raises `BadRequest` with what is wrong.
+
+    Stricter than `json.loads`: no NaN, no number that a float cannot hold, no key twice, nothing but UTF-8.
+    """
     try:
-        asked = json.loads(body)
+        asked = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_no_number,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON ({error}); wanted {WANTED}") from error
     if not isinstance(asked, dict):
         raise BadRequest(f"the body is a {type(asked).__name__}; wanted {WANTED}")
-    query = _texts(asked, "query")
+    query = _texts(asked, "query", max_queries)
     if query is None:
         raise BadRequest(f"no 'query'; wanted {WANTED}")
-    prompts = _texts(asked, "prompts")
+    prompts = _texts(asked, "prompts", max_queries)
     labels = asked.get("labels")
     if labels is not None and not isinstance(labels, list):
         raise BadRequest(f"'labels' is a {type(labels).__name__}; wanted a list with a value per query")
@@ -86,12 +102,42 @@ def read_queries(body: bytes) -> Queries:
     return Queries(query, prompts, labels if labels is not None else [None] * len(query))
 
 
-def _texts(asked: Mapping[str, Any], name: str) -> list[str] | None:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {_shown(twice)} stands twice in one object")
+    return made
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {_shown(text)} is too large")
+    return value
+
+
+def _shown(text: str) -> str:
+    return ascii(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...")
+
+
+def _texts(asked: Mapping[str, Any], name: str, max_queries: int | None) -> list[str] | None:
     values = asked.get(name)
     if values is None:
         return None
     if not isinstance(values, list):
         raise BadRequest(f"'{name}' is a {type(values).__name__}; wanted a list of texts")
+    if max_queries is not None and len(values) > max_queries:
+        raise BadRequest(
+            f"'{name}' has {len(values)} items; this server takes {max_queries} queries per request at most",
+            status=413,
+            limit={"server.max_queries": max_queries},
+        )
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise BadRequest(f"{name}[{index}] is a {type(value).__name__}; wanted a text")
@@ -110,6 +156,54 @@ class ModelFacts:
     is_decoder: bool  # it reads packed sequences, judged at their last token
     mean: float = 0.0  # subtracted from its scores, which then are divided by `std`
     std: float = 1.0
+    characters_per_token: int = 64  # of the longest token in its vocabulary
+
+
+def cut_to_readable(
+    texts: Sequence[str], source: ServedModel, facts: ModelFacts, max_request_tokens: int
+) -> list[str]:
+    """The texts without what cannot be read in any case, so that no tokenizer meets it.
+
+    No token has more characters than the longest of the vocabulary, so a text's length gives a lower bound of
+    its tokens (white space that a tokenizer drops, and unknown words that it takes as one, count as if they
+    had some). Raises `BadRequest` (413) for a text, or texts together, that are too long by this bound.
+    """
+    longest = facts.characters_per_token
+    if facts.max_tokens is not None:
+        if source.on_long == "reject":
+            most = facts.max_tokens * longest
+            for index, text in enumerate(texts):
+                if len(text) > most:
+                    least = -(-len(text) // longest)
+                    raise _too_long(
+                        f"query {index} has {len(text)} characters, {least} tokens or more", source, facts
+                    )
+        else:
+            room = (facts.max_tokens + CUT_MARGIN_TOKENS) * longest
+            texts = [text[:room] if source.on_long == "keep_start" else text[-room:] for text in texts]
+    total = sum(map(len, texts))
+    if total > max_request_tokens * longest:
+        raise too_many_tokens(f"{-(-total // longest)} tokens or more", max_request_tokens)
+    return list(texts)
+
+
+def too_many_tokens(found: str, max_request_tokens: int) -> BadRequest:
+    return BadRequest(
+        f"the queries have {found} in all; this server takes {max_request_tokens} per request at most: "
+        "send fewer at once",
+        status=413,
+        limit={"server.max_request_tokens": max_request_tokens},
+    )
+
+
+def _too_long(found: str, source: ServedModel, facts: ModelFacts) -> BadRequest:
+    assert facts.max_tokens is not None
+    return BadRequest(
+        f"{found}; {source.path} reads {facts.max_tokens} at most "
+        "(the server's max_tokens; its on_long=keep_end or keep_start would cut longer ones)",
+        status=413,
+        limit={"max_tokens": facts.max_tokens},
+    )
 
 
 class TextTokens:
@@ -130,21 +224,19 @@ class TextTokens:
         bos = tokenizer.bos_token_id
         self.first: list[Any] = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
 
-    def of(self, texts: Sequence[str]) -> list[list[int]]:
-        """Raises `BadRequest` for a text that is too long (413) or has no token (400)."""
+    def of(self, texts: Sequence[str], first_index: int = 0) -> list[list[int]]:
+        """Raises `BadRequest` for a text that is too long (413) or has no token (400). `first_index` is the
+        place of the first text in its request.
+        """
         encode = self._decoder_ids if self.facts.is_decoder else self._encoder_ids
         with self.lock:
             rows = [encode(text) for text in texts]
         limit = self.facts.max_tokens
-        for index, ids in enumerate(rows):
+        for index, ids in enumerate(rows, start=first_index):
             if not ids:
                 raise BadRequest(f"query {index} has no token; wanted a text that is not empty")
             if limit is not None and len(ids) > limit:
-                raise BadRequest(
-                    f"query {index} has {len(ids)} tokens; {self.source.path} reads {limit} at most "
-                    "(the server's max_tokens; its on_long=keep_end or keep_start would cut longer ones)",
-                    status=413,
-                )
+                raise _too_long(f"query {index} has {len(ids)} tokens", self.source, self.facts)
         return rows
 
     def _decoder_ids(self, text: str) -> list[int]:

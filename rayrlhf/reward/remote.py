@@ -10,40 +10,61 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from multidict import CIMultiDict
 from ray import serve
 
 from rayrlhf.config.reward import RemoteSource
+from rayrlhf.config.secrets import masked, references, remember, remember_all, resolve
+from rayrlhf.foreign_text import one_line
 from rayrlhf.reward.batching import Batcher
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem, checked_reward
 
-FROM_ENVIRONMENT = "env:"
 SHOWN_CHARACTERS = 200  # of an answer that is wrong
 CONNECT_SECONDS = 5  # for the driver's check
+CHUNK_BYTES = 64 * 1024
 
 Rewards = list[float | Failure]
+
+
+class BadAnswer(ValueError):
+    """An answer that holds no rewards; the message says why."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Addresses and headers with what the environment held. Only the config's own text is shown."""
+
+    urls: list[str] = field(repr=False)
+    headers: dict[str, str] = field(repr=False)
+    values: list[str] = field(repr=False)  # of the environment's variables, which no message may quote
 
 
 class RemoteReward:
     """The Serve replica that asks the server. Waiting is all it does, so it has no slot."""
 
-    def __init__(self, source: RemoteSource, label_key: str | None, headers: Mapping[str, str]) -> None:
+    def __init__(self, source: RemoteSource, label_key: str | None, resolved: Resolved) -> None:
         self.source = source
         self.label_key = label_key
-        self.headers = dict(headers)
+        self.resolved = resolved
+        # This is another process than the driver's.
+        remember(resolved.values)
+        remember_all({"urls": resolved.urls, "headers": resolved.headers})
         self.session: aiohttp.ClientSession | None = None
         # Every address has its share, so that one that hangs does not hold the others up.
-        share = max(1, source.max_concurrent // len(source.urls))
+        self.share = max(1, source.max_concurrent // len(source.urls))
         self.batchers = [
             Batcher[ScoreItem, float | Failure](
-                partial(self._ask, url), max_batch=source.max_batch, max_concurrent=share
+                partial(self._ask, shown, url), max_batch=source.max_batch, max_concurrent=self.share
             )
-            for url in source.urls
+            for shown, url in zip(map(masked, source.urls), resolved.urls, strict=True)
         ]
 
     async def score(self, items: list[ScoreItem]) -> Rewards:
@@ -53,25 +74,89 @@ class RemoteReward:
         )
         return [reward for [reward] in answers]
 
-    async def _ask(self, url: str, items: Sequence[ScoreItem]) -> Rewards:
-        """The border to a server that is not ours: what goes wrong fails these samples, with the reason."""
+    async def _ask(self, shown: str, url: str, items: Sequence[ScoreItem]) -> Rewards:
+        """The border to a server that is not ours: what goes wrong fails these samples, with the reason.
+        `shown`: the address as messages may have it.
+        """
         if self.session is None:  # needs the running loop
-            self.session = aiohttp.ClientSession(
-                headers=self.headers, timeout=aiohttp.ClientTimeout(total=self.source.timeout_seconds)
-            )
+            self.session = self._make_session()
         try:
-            async with self.session.post(url, json=request_body(items, self.label_key)) as response:
-                text = await response.text(errors="replace")
-                status = response.status
+            text = await self._post(self.session, url, request_body(items, self.label_key))
         except TimeoutError:
             problem = f"no answer within the source's timeout_seconds={self.source.timeout_seconds:g}"
-            return [Failure(f"{url}: {problem}")] * len(items)
+            return [Failure(f"{shown}: {problem}")] * len(items)
+        except BadAnswer as error:
+            return [Failure(f"{shown}: {error}")] * len(items)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return [Failure(f"{url}: {type(error).__name__}: {error}")] * len(items)
-        if status >= 300:
-            return [Failure(f"{url}: HTTP status {status}: {_shown(text)}")] * len(items)
+            return [Failure(f"{shown}: {type(error).__name__}: {_foreign(str(error))}")] * len(items)
         rewards = read_rewards(text, len(items))
-        return [Failure(f"{url}: {r.reason}") if isinstance(r, Failure) else r for r in rewards]
+        return [Failure(f"{shown}: {r.reason}") if isinstance(r, Failure) else r for r in rewards]
+
+    def _make_session(self) -> aiohttp.ClientSession:
+        headers = CIMultiDict({"Accept-Encoding": "identity"})
+        headers.update(self.resolved.headers)
+        return aiohttp.ClientSession(
+            headers=headers,
+            auto_decompress=False,  # but in `_read`, where there is a limit
+            # Of the whole request: a server that sends a byte now and then has no more time than another.
+            timeout=aiohttp.ClientTimeout(total=self.source.timeout_seconds),
+            connector=aiohttp.TCPConnector(limit=self.share * len(self.batchers)),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def _post(self, session: aiohttp.ClientSession, url: str, body: dict[str, list[Any]]) -> str:
+        """The text of a good answer. Redirects are errors: followed, they would take headers and samples to
+        an address that nobody has named, and a POST that has become a GET is answered with anything.
+
+        Raises `BadAnswer`, `TimeoutError` and what aiohttp raises.
+        """
+        async with session.post(url, json=body, allow_redirects=False) as response:
+            try:
+                if 300 <= response.status < 400:
+                    location = _shown(response.headers.get("Location", "nowhere"))
+                    raise BadAnswer(
+                        f"HTTP status {response.status}, a redirect to {location}, which is not followed; "
+                        "give the address that answers in the source's urls"
+                    )
+                text = await self._read(response)
+                if response.status >= 400:
+                    raise BadAnswer(f"HTTP status {response.status}: {_shown(text)}")
+                return text
+            except BaseException:
+                response.close()  # and its connection: the rest of the answer is not waited for
+                raise
+
+    async def _read(self, response: aiohttp.ClientResponse) -> str:
+        """The body, unpacked piece by piece; never more than the limit is in memory. Raises `BadAnswer`."""
+        limit = self.source.max_response_bytes
+        if (response.content_length or 0) > limit:
+            raise BadAnswer(f"an answer of {response.content_length} bytes; {self._wanted}")
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+            raise BadAnswer(f"an answer packed as {_shown(encoding)}; wanted a plain one, or gzip or deflate")
+        # 32: gzip and zlib, told from one another by their first bytes
+        unpacker = None if encoding in ("identity", "") else zlib.decompressobj(32 + zlib.MAX_WBITS)
+        body = bytearray()
+        num_packed = 0
+        async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+            num_packed += len(chunk)
+            if unpacker is None:
+                body += chunk
+            else:
+                try:
+                    body += unpacker.decompress(chunk, limit + 1 - len(body))
+                except zlib.error as error:
+                    raise BadAnswer(f"an answer that cannot be unpacked ({encoding}): {error}") from error
+            if max(len(body), num_packed) > limit:
+                packed = " when unpacked" if unpacker is not None else ""
+                raise BadAnswer(f"an answer of more than {limit} bytes{packed}; {self._wanted}")
+        if unpacker is not None and not unpacker.eof:
+            raise BadAnswer(f"an answer whose packed body ({encoding}) ends early")
+        return body.decode("utf-8", errors="replace")
+
+    @property
+    def _wanted(self) -> str:
+        return f"the source's max_response_bytes={self.source.max_response_bytes} is the longest that is read"
 
 
 def request_body(items: Sequence[ScoreItem], label_key: str | None) -> dict[str, list[Any]]:
@@ -92,7 +177,7 @@ def read_rewards(text: str, count: int) -> Rewards:
 
     try:
         answer = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not JSON; a number of more digits than Python reads; too deep
         return all_failed(f"the answer is not JSON: {_shown(text)}")
     values = answer.get("rewards") if isinstance(answer, dict) else answer
     if not isinstance(values, list):
@@ -103,45 +188,69 @@ def read_rewards(text: str, count: int) -> Rewards:
 
 
 def _unpacked(value: Any) -> Any:
-    """What a tensor of shape [count, 1] becomes as JSON is a number in a list."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+    """What a tensor of shape [count, 1] becomes as JSON is a number in a list. `true` is no number."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return Failure(f"returned {json.dumps(value)}, which is no number") if isinstance(value, bool) else value
+
+
+def _foreign(text: str) -> str:
+    """What a server said, as a message may quote it. It may have quoted our headers."""
+    return one_line(masked(text), limit=SHOWN_CHARACTERS)
 
 
 def _shown(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(masked(text[: 8 * SHOWN_CHARACTERS]).split())
     return repr(line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}…")
 
 
-def resolve_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """The headers with `env:NAME` replaced by what the environment holds. Raises `RewardError`."""
-    resolved: dict[str, str] = {}
-    for name, value in (headers or {}).items():
-        if value.startswith(FROM_ENVIRONMENT):
-            variable = value.removeprefix(FROM_ENVIRONMENT)
-            if variable not in os.environ:
-                raise RewardError(
-                    f"headers.{name}={value}: the environment has no variable {variable}; "
-                    "set it where the run is started"
-                )
-            value = os.environ[variable]
-        resolved[name] = value
-    return resolved
+def resolved_source(source: RemoteSource) -> Resolved:
+    """The source's addresses and headers with `${NAME}`, and a header that is `env:NAME`, replaced by what
+    the environment holds. Raises `RewardError`.
+    """
+    headers = source.headers or {}
+    return Resolved(
+        urls=[_resolved(f"urls.{index}", url, in_url=True) for index, url in enumerate(source.urls)],
+        headers={name: _resolved(f"headers.{name}", text) for name, text in headers.items()},
+        values=[os.environ[name] for text in (*source.urls, *headers.values()) for name in references(text)],
+    )
+
+
+def _resolved(key: str, text: str, *, in_url: bool = False) -> str:
+    try:
+        value = resolve(text, in_url=in_url)
+    except KeyError as error:
+        [name] = error.args
+        raise RewardError(
+            f"{key}={masked(text)}: the environment has no variable {name}; set it where the run is started"
+        ) from None
+    refused = [
+        character for character in value if not character.isprintable() or (in_url and character == " ")
+    ]
+    if refused:
+        source = f"what {', '.join(references(text)) or 'it'} holds"
+        raise RewardError(
+            f"{key}: {source} has the character {refused[0]!r}, which neither a header nor a URL may have; "
+            "a newline at the end of a file is not part of a secret"
+        )
+    return value
 
 
 def check_reachable(url: str) -> None:
     """That something listens there. No request is sent: scoring may be slow. Raises `RewardError`."""
-    parts = urlsplit(url)
+    address = _resolved("urls", url, in_url=True)
     try:
+        parts = urlsplit(address)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise RewardError(
-            f"urls: nothing answers at {url} ({error}); start the server first, or correct the address"
+            f"urls: nothing answers at {masked(url)} ({_foreign(str(error))}); start the server first, or "
+            "correct the address"
         ) from error
 
 
 def remote_deployment(source: RemoteSource, *, label_key: str | None) -> Any:
-    """Raises `RewardError` for a header that names an unset variable."""
+    """Raises `RewardError` for a header or a URL that names an unset variable."""
     deployment = serve.deployment(RemoteReward).options(
         name="reward",
         num_replicas=source.num_replicas,
@@ -150,4 +259,4 @@ def remote_deployment(source: RemoteSource, *, label_key: str | None) -> Any:
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=2,
     )
-    return deployment.bind(source, label_key, resolve_headers(source.headers))
+    return deployment.bind(source, label_key, resolved_source(source))

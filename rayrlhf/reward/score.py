@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any
 
 from rayrlhf.config.reward import RewardConfig
+from rayrlhf.foreign_text import one_line
 from rayrlhf.reward.items import Failure, ScoreItem, checked_reward
 from rayrlhf.samples import Sample
 
@@ -83,7 +84,7 @@ class RewardClient:
         reasons = [reward.reason for reward in rewards if isinstance(reward, Failure)]
         if reasons:
             with self._lock:
-                self._last_reason[source.name] = reasons[-1]
+                self._last_reason[source.name] = one_line(reasons[-1])
         return rewards
 
     async def _request(self, source: RewardSource, samples: Sequence[Sample], turn: int) -> list[Any]:
@@ -113,7 +114,8 @@ class RewardClient:
         if type(error) is TimeoutError:
             return f"no answer within reward.timeout_seconds={self.config.timeout_seconds:g}"
         lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[-1]}" if lines else repr(error)
+        # It is logged, counted by its text and told: a reward may raise whatever a response held.
+        return one_line(f"{type(error).__name__}: {lines[-1]}" if lines else repr(error))
 
     def _count(self, name: str, num_failed: int) -> None:
         with self._lock:

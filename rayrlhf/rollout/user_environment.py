@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from rayrlhf.foreign_text import one_line, visible
 from rayrlhf.rollout.turns import Message, Observation
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10.0
+MESSAGE_CHARACTERS = 2_000  # of what the user's code raised
 
 
 class Environment(Protocol):
@@ -168,4 +170,5 @@ def _described(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     place = f" ({own[-1].filename.rpartition('/')[2]}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {message}{place}"
+    # It is logged, kept with the sample and told: an environment may raise whatever a response held.
+    return one_line(f"{type(error).__name__}: {message}"[:MESSAGE_CHARACTERS]) + visible(place)

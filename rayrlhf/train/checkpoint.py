@@ -17,6 +17,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from rayrlhf.train import collectives
 
 STATE_FILE = "state.json"
+TRAIN_FOLDER = "checkpoints"  # Ray Train's, in the run's folder
 
 
 class Saved(Protocol):

@@ -121,6 +121,7 @@ algorithm: {advantage: grpo, foo_bar: 1, kl_target: 1}  # unknown key; fixed, wi
 reward: {sources: [{type: function, function: "a:b"}]}
 train: {num_workers: 3}  # no num_steps; 64 prompts are not for 3 workers, nor groups of 1 for grpo
 critic: {}  # grpo has none
+rollout: {group_size: 1}
 """
     assert problems("bare", "run.name.x=1", yaml=[text]).keys() == {
         "bare",
@@ -146,4 +147,4 @@ def test_the_resolved_configuration_reads_the_same_in_yaml_1_1(load: Load, tmp_p
     resolved = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert resolved["rollout"]["sampling"]["stop"] == texts
     assert resolved["run"]["name"] == "1e6" and resolved["train"]["lr"] == 3e-7
-    assert resolved["checkpoint"] == {"every_steps": None, "keep": 2, "export": True, "best": True}
+    assert resolved["checkpoint"] == {"every_steps": "auto", "keep": 2, "export": True, "best": True}

@@ -10,15 +10,23 @@ from tests.config.conftest import Load, Problems
 
 # name: (overrides that break one rule, the path of its problem, what to add so that the rule holds)
 RULES = {
-    "rloo needs a group": (["algorithm.advantage=rloo"], "rollout.group_size", ["rollout.group_size=2"]),
-    "grpo needs a group": (["algorithm.advantage=grpo"], "rollout.group_size", ["rollout.group_size=2"]),
+    "rloo needs a group": (
+        ["algorithm.advantage=rloo", "rollout.group_size=1"],
+        "rollout.group_size",
+        ["rollout.group_size=2"],
+    ),
+    "grpo needs a group": (
+        ["algorithm.advantage=grpo", "rollout.group_size=1"],
+        "rollout.group_size",
+        ["rollout.group_size=2"],
+    ),
     "dr_grpo needs a group": (
-        ["algorithm.advantage=dr_grpo"],
+        ["algorithm.advantage=dr_grpo", "rollout.group_size=1"],
         "rollout.group_size",
         ["rollout.group_size=2"],
     ),
     "reinforce_pp_baseline needs a group": (
-        ["algorithm.advantage=reinforce_pp_baseline"],
+        ["algorithm.advantage=reinforce_pp_baseline", "rollout.group_size=1"],
         "rollout.group_size",
         ["rollout.group_size=2"],
     ),
@@ -407,6 +415,7 @@ def test_an_unrelated_error_hides_no_rule(
 def test_rules_broken_together_are_told_together(problems: Problems) -> None:
     found = problems(
         "algorithm.advantage=grpo",
+        "rollout.group_size=1",
         "critic.lr=1e-5",
         "train.num_workers=7",
         "train.warmup_steps=11",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rayrlhf.config.tree import read_tree
+from rayrlhf.config.foreign import option_problem
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.tree import COMMAND_LINE, read_tree
 
 
 @pytest.fixture
@@ -108,7 +111,8 @@ def test_an_override_that_is_not_yaml_is_an_error() -> None:
 
 
 def test_an_option_is_answered_with_the_override_it_stands_for() -> None:
-    (problem,) = read_tree(["--train.num-steps=1e-3"]).problems
+    (option,) = read_tree(["--train.num-steps=1e-3"]).options
+    problem = option_problem(PolicyRunConfig, *option, COMMAND_LINE)
     assert problem.fix == "write train.num_steps=1e-3, without dashes"
 
 
@@ -150,3 +154,60 @@ def test_every_value_knows_where_it_was_given(write: Any) -> None:
     assert tree.places["train.betas.1"] == f"{lower}:5"
     assert tree.places["train.num_steps"] == f"{upper}:2"
     assert tree.places["train.lr"] == "command line"
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BOMB, "aliases"),  # ten lines that stand for 10^10 values; it never ended
+        (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("x, " * 9 + "x", "{k: 1}"), "aliases"),
+        ("a: " + "{b: " * 60 + "1" + "}" * 60, "nested deeper than 40"),
+        ("a: " + "9" * 5000, "a number of 5000 digits"),
+        ("a: !!python/object/apply:os.system ['true']", "remove the tag"),
+        ("a: !!set {x}", "remove the tag"),
+        ("a: !!timestamp x", "remove the tag"),
+        ("a: !!int x", "remove the tag"),
+        ("a: !!bool maybe", "remove the tag"),
+        ("a: !!float fast", "remove the tag"),
+        ("a: !mine x", "remove the tag"),
+    ],
+    ids=lambda text: text[-24:],
+)
+def test_hostile_yaml_is_refused_within_a_second(text: str, told: str, write: Any) -> None:
+    before = time.process_time()
+    tree = read_tree([write("a.yaml", text)])
+    assert time.process_time() - before < 1.0  # milliseconds, but for the bombs' 10,000 values
+    (problem,) = tree.problems
+    assert tree.unreadable and told in f"{problem.got} {problem.wanted} {problem.fix}"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("run: {name: x}\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        (b"\x7fELF\x02\x01\x01\x00", "a zero byte at position 8"),
+        (b"run: {name: caf\xe9}\n", "'utf-8' codec"),
+        (b"# " + b"x" * 2**20, "more than 1,048,576 bytes"),
+    ],
+)
+def test_what_is_no_text_is_refused_as_such(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    (problem,) = read_tree([str(path)]).problems
+    assert told in problem.got
+
+
+def test_a_device_is_not_read_for_ever() -> None:
+    (problem,) = read_tree(["/dev/zero"]).problems
+    assert "more than" in problem.got
+
+
+def test_escape_codes_of_keys_and_values_are_shown_not_obeyed(write: Any) -> None:
+    tree = read_tree([write("a.yaml", '{"run\\e[2J": 1, "run\\e[2J": 2}')])
+    (problem,) = tree.problems
+    assert "\x1b" not in str(problem) and "\\x1b[2J" in str(problem)

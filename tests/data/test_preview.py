@@ -17,6 +17,7 @@ from rayrlhf.config.load import load_config
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.data.preview import look_at, packing_fill
 from rayrlhf.data.preview_text import show
+from tests.hostile_text import HOSTILE, assert_harmless
 from tests.tiny_model import make_tokenizer
 
 
@@ -70,6 +71,25 @@ def test_masks_counts_lengths_and_packing(config_path, capsys: pytest.CaptureFix
     assert "1 with an id seen before: skipped" in told and "rows.jsonl:2: the id 0 is also" in told
     assert "tokens per sequence: 9 to 9, median 9" in told and "33% of them are learnt" in told
     assert "28% full" in told  # two examples of 9 tokens in a micro-batch of 64
+
+
+@pytest.mark.parametrize("on_bad_row", ["skip", "fail"])
+def test_21_rows_that_steer_a_terminal(
+    on_bad_row: str, config_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before: the text of the rows, and the id of a bad one, were printed raw."""
+    rows = [
+        {"prompt": HOSTILE, "response": HOSTILE, "id": HOSTILE},
+        {"prompt": HOSTILE, "response": HOSTILE, "id": HOSTILE},
+        {"prompt": "hi", HOSTILE: "be"},
+    ]
+    path = config_path(
+        "sft", rows, id_key="id", max_tokens=4096, on_duplicate_id="skip", on_bad_row=on_bad_row
+    )
+    assert main(["data", "preview", path, "train.max_tokens_per_micro_batch=4096"]) == 0
+    told = capsys.readouterr()
+    assert_harmless(told.out + told.err)
+    assert r"\x1b]0;pwned\x07" in told.out and "1 bad" in told.out and "an id seen before" in told.out
 
 
 def test_a_terminal_has_colours(config_path) -> None:

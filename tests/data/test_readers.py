@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,7 +138,7 @@ ROWS = [{"q": f"row {n}", "n": n, "day": date(2024, 1, 1 + n % 28)} for n in ran
 
 def test_parquet_row_groups(tmp_path):
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=1100)
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=1100)
     assert len(list(plan_chunks(DataFile("parquet", str(path))))) == 3
     assert read("parquet", path) == list(enumerate(ROWS, start=1))
 
@@ -156,7 +157,7 @@ def test_text_in_arrow_that_is_not_utf8_costs_one_row(tmp_path):
     path = tmp_path / "a.parquet"
     broken = pa.array([b"good", b"\xff\xfe", b"fine"]).cast(pa.binary())
     text = pa.StringArray.from_buffers(3, broken.buffers()[1], broken.buffers()[2])
-    pyarrow.parquet.write_table(pa.table({"q": text}), path)
+    pq.write_table(pa.table({"q": text}), path)
     assert read("parquet", path) == [
         (1, {"q": "good"}),
         (2, "holds text that is not UTF-8"),
@@ -186,3 +187,49 @@ def test_a_saved_data_set(tmp_path):
     saved.select(range(2, 12)).save_to_disk(tmp_path / "saved")
     rows = read("dataset", tmp_path / "saved")
     assert rows == [(n + 1, {"q": f"row {n + 2}", "turns": [{"role": "user"}]}) for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "a", "prompt": "b"}', '{"m": [{"role": "user", "role": "x"}], "prompt": "b"}']
+)
+def test_a_key_twice_in_a_row_is_a_bad_row(tmp_path, line):
+    """The last value was taken, without a word."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"prompt": "x"}}\n{line}\n')
+    [(_, good), (number, problem)] = read("jsonl", path)
+    assert good == {"prompt": "x"} and number == 2
+    assert "stands twice in one object" in problem
+    array = tmp_path / "a.json"
+    array.write_text(f"[{line}]")
+    with pytest.raises(DataError, match="stands twice in one object"):
+        read("json", array)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    """Parquet and Arrow allow them; the last one was taken."""
+    table = pa.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has two columns 'prompt'"):
+        read("parquet", tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match="has two columns 'prompt'"):
+        read("arrow", tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("type_", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
+        (gzip.compress(b'{"prompt": "a"}'), "gzip"),
+        (b"PK\x03\x04 and more", "zip"),
+        (b"PAR1 and more", "Parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
+    ],
+)
+def test_a_text_file_that_is_none_says_what_it_is(tmp_path, type_, content, told):
+    path = tmp_path / f"a.{type_}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        read(type_, path)

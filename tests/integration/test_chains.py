@@ -38,7 +38,14 @@ def tiny_chain(folder: Path, model_path: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-TRAIN = {"num_epochs": 4, "samples_per_step": 8, "max_tokens_per_micro_batch": 1024, "num_threads": 1}
+TRAIN = {
+    "num_epochs": 4,
+    "samples_per_step": 8,
+    "lr_schedule": "constant",
+    "warmup_ratio": 0.0,
+    "max_tokens_per_micro_batch": 1024,
+    "num_threads": 1,
+}
 
 
 def model_of(folder: Path) -> str:

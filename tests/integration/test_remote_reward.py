@@ -163,3 +163,53 @@ def test_verifiable_answers_beside_a_function(tmp_path: Path, tiny_model: str) -
         assert -1.0 <= line["reward/source/math"] <= 1.0
         assert 0.0 <= line["reward/source/gym"] <= 1.0
         assert 0.0 <= line["reward/source/vowels"] <= 1.0
+
+
+@pytest.mark.long
+def test_24_a_run_leaves_its_secrets_nowhere_and_is_resumed(
+    tmp_path: Path,
+    tiny_model: str,
+    server: FailingServer,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Literal ones and one of the environment, in files and in what is printed; config.yaml has `***`, which
+    hinders no resume.
+    """
+    secrets = ("from-env-secret-1", "header-secret-2", "query-secret-3", "user-secret-4")
+    monkeypatch.setenv("JUDGE_TOKEN", secrets[0])
+    for fault in FAULTS:
+        server.bad[fault] = BAD_ATTEMPTS_PER_FAULT
+    address = f"127.0.0.1:{server.http.server_port}/score?token={secrets[2]}"
+    source = {
+        "type": "remote",
+        "name": "judge",
+        "urls": [f"http://me:{secrets[3]}@{address}", f"http://127.0.0.1:9/?api_key={secrets[2]}"],
+        "headers": {"X-Judge": "Bearer ${JUDGE_TOKEN}", "X-Own": secrets[1]},
+    }
+
+    def run(urls: list[str], num_steps: int) -> tuple[int, str]:
+        config = tiny_run(
+            tmp_path,
+            tiny_model,
+            critic=None,
+            algorithm={"advantage": "reinforce_pp", "kl_coef": 0.0},
+            reward={"sources": [source | {"urls": urls}], "retries": 1, "max_failed_fraction": 1.0},
+            train={"num_steps": num_steps},
+        )
+        return run_policy(config), "".join(capfd.readouterr())
+
+    code, told = run(source["urls"], 1)
+    assert code == 2 and "nothing answers at http://127.0.0.1:9/?api_key=***" in told
+    for num_steps in (1, 2):
+        code, more = run(source["urls"][:1], num_steps)
+        assert code == 0
+        told += more
+    assert not any(secret in told for secret in secrets)
+    run_path = tmp_path / "runs" / "tiny"
+    for path in run_path.rglob("*"):
+        if path.is_file():
+            assert not any(secret.encode() in path.read_bytes() for secret in secrets), path
+    assert "Bearer ${JUDGE_TOKEN}" in (run_path / "config.yaml").read_text()
+    steps = [line["step"] for line in lines_of(tmp_path, "metrics.jsonl") if "reward/failed" in line]
+    assert steps == [1, 2]

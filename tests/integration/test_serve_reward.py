@@ -7,18 +7,21 @@ starts, and the tests' shared Ray starts it without one.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -35,6 +38,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GONE_SECONDS = 60
+TOKEN = "0123456789abcdef"
+AUTHORIZATION = {"Authorization": f"Bearer {TOKEN}"}
+GOOD = json.dumps({"query": ["<s>a"], "prompts": ["<s>"]}).encode()
 
 
 def response_lengths(responses: list[str], labels: list[Any]) -> list[float | None]:
@@ -49,6 +55,7 @@ def server_of(folder: Path, tree: dict[str, Any]) -> Iterator[tuple[subprocess.P
     config = folder / "serve.yaml"
     config.write_text(yaml.safe_dump(tree))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["REWARD_TOKEN"] = TOKEN
     process = subprocess.Popen(
         [sys.executable, "jobs/serve_reward.py", str(config)],
         cwd=REPOSITORY,
@@ -71,12 +78,22 @@ def server_of(folder: Path, tree: dict[str, Any]) -> Iterator[tuple[subprocess.P
             process.wait(GONE_SECONDS)
 
 
+def resident_mib(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Of the replicas and the model's actor, by name."""
+    found: dict[str, float] = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        name = " ".join(child.cmdline()).strip()
+        if name.startswith(("ray::ServeReplica", "ray::TextScoreActor")):
+            found[name] = child.memory_info().rss / 2**20
+    return found
+
+
 def ask(url: str, items: list[ScoreItem]) -> list[float | Failure]:
     """By the source of a policy run, one request per sample."""
 
     async def everything() -> list[list[float | Failure]]:
         source = RemoteSource(type="remote", urls=[url])
-        replica = RemoteReward(source, "answer", {})
+        replica = RemoteReward(source, "answer", AUTHORIZATION)
         try:
             return await asyncio.gather(*(replica.score([item]) for item in items))
         finally:
@@ -87,7 +104,7 @@ def ask(url: str, items: list[ScoreItem]) -> list[float | Failure]:
 
 
 def post(url: str, body: bytes) -> tuple[int, Any]:
-    request = urllib.request.Request(url, body)
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"} | AUTHORIZATION)
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.status, json.loads(response.read())
@@ -106,9 +123,11 @@ def test_our_own_client_gets_the_scores_of_plain_transformers(tmp_path: Path) ->
         {"type": "model", "path": export, "normalize": True, "max_tokens": 128, "weight": 2.0},
         {"type": "function", "name": "lengths", "weight": 0.5, "function": f"{__name__}:response_lengths"},
     ]
-    with server_of(tmp_path, {"server": {"port": port}, "reward": {"sources": sources}}) as (process, said):
+    server = {"port": port, "token": "env:REWARD_TOKEN"}
+    with server_of(tmp_path, {"server": server, "reward": {"sources": sources}}) as (process, said):
         url = f"http://127.0.0.1:{port}/get_reward"
         assert said and said[-1].startswith(f"curl -s {url} "), "".join(said)
+        assert '-H "Authorization: Bearer $REWARD_TOKEN"' in said[-1] and TOKEN not in "".join(said)
         check_reachable(url)
 
         items = [sample(text, 4, label) for text, label in zip(TEXTS, (0.0, None, 2.0, 1.0), strict=False)]
@@ -132,6 +151,7 @@ def test_our_own_client_gets_the_scores_of_plain_transformers(tmp_path: Path) ->
         with urllib.request.urlopen(f"{url}/health", timeout=30) as health:
             assert json.loads(health.read()) == {"status": "ok", "sources": ["reward0", "lengths"]}
 
+        survives(process, url)
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(GONE_SECONDS) == 0
@@ -139,6 +159,73 @@ def test_our_own_client_gets_the_scores_of_plain_transformers(tmp_path: Path) ->
     assert not alive
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{url}/health", timeout=5)
+
+
+async def waits_for_ever(labels: list[Any]) -> list[float]:
+    """A reward function that says in the file that its label names when it was cancelled."""
+    try:
+        await asyncio.sleep(600)
+    except asyncio.CancelledError:
+        Path(labels[0]).write_text("cancelled")
+        raise
+    return [0.0 for _ in labels]
+
+
+@pytest.mark.long
+def test_work_in_a_deployment_ends_with_its_caller_and_at_its_deadline(tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    source = {"type": "function", "function": f"{__name__}:waits_for_ever"}
+    server = {"port": port, "timeout_seconds": 4, "token": "env:REWARD_TOKEN"}
+    with server_of(tmp_path, {"server": server, "reward": {"sources": [source]}}) as (_, said):
+        url = f"http://127.0.0.1:{port}/get_reward"
+        assert said and said[-1].startswith(f"curl -s {url} "), "".join(said)
+        gone, late = tmp_path / "gone", tmp_path / "late"
+        body = {"query": ["a"], "prompts": ["a"]}
+        with pytest.raises(TimeoutError):
+            asked = json.dumps(body | {"labels": [str(gone)]}).encode()
+            headers = {"Content-Type": "application/json"} | AUTHORIZATION
+            urllib.request.urlopen(urllib.request.Request(url, asked, headers), timeout=1.5)
+        started = time.monotonic()
+        status, problem = post(url, json.dumps(body | {"labels": [str(late)]}).encode())
+        assert status == 504 and "no rewards in time" in problem
+        assert 4 <= time.monotonic() - started < 10
+        deadline = time.monotonic() + 20
+        while not (gone.exists() and late.exists()):
+            assert time.monotonic() < deadline, "the deployment works on for nobody"
+            time.sleep(0.1)
+
+
+def survives(process: subprocess.Popen[str], url: str) -> None:
+    """A body of 400 MB, 200,000 queries and a caller without the token; then all is as before."""
+    before = resident_mib(process)
+    assert len(before) == 4, "the front, two sources and the model's actor"
+    [front] = [mib for name, mib in before.items() if name.endswith(":server")]
+    assert front < 350, "it has imported neither torch nor transformers"
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    for sent in (0, 400):  # one that waits for the answer, and one that sends all the same
+        client = http.client.HTTPConnection(str(host), port, timeout=30)
+        client.putrequest("POST", "/get_reward")
+        for name, value in (AUTHORIZATION | {"Content-Type": "application/json"}).items():
+            client.putheader(name, value)
+        client.putheader("Content-Length", str(400 * 10**6))
+        client.endheaders()
+        with suppress(ConnectionError):
+            for _ in range(sent):
+                client.send(b"a" * 10**6)
+        if not sent:
+            answer = client.getresponse()
+            assert answer.status == 413
+            assert json.loads(answer.read())["limit"] == {"server.max_body_bytes": 8 * 2**20}
+        client.close()
+    status, problem = post(url, json.dumps({"query": ["a"] * 200_000, "prompts": ["a"] * 200_000}).encode())
+    assert status == 413 and "200000 items; this server takes 1024 queries" in problem
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(urllib.request.Request(url, GOOD, {"Content-Type": "application/json"}))
+    started = time.monotonic()
+    assert post(url, GOOD)[0] == 200
+    assert time.monotonic() - started < 10
+    after = resident_mib(process)
+    assert all(after[name] < before[name] + 100 for name in before), (before, after)
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

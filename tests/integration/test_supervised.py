@@ -13,6 +13,7 @@ import transformers
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.loops.run_supervised import run_supervised
 from tests.integration import supervised_data as made
+from tests.modes import umask, unreadable
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -35,6 +36,8 @@ def job(folder: Path, model: str, name: str, **changes: Any) -> Any:
             "samples_per_step": 16,
             "num_steps": 12,
             "lr": 2e-3,
+            "lr_schedule": "constant",
+            "warmup_ratio": 0.0,
             "max_tokens_per_micro_batch": 512,
             "num_threads": 1,
         },
@@ -47,8 +50,10 @@ def job(folder: Path, model: str, name: str, **changes: Any) -> Any:
 
 
 def run(config: Any) -> dict[str, Any]:
-    """Run to the end; the summary."""
-    assert run_supervised(config) == 0
+    """Run to the end; the summary. Others can read what it leaves."""
+    with umask(0o022):
+        assert run_supervised(config) == 0
+    assert unreadable(Path(config.run.path)) == []
     summary = json.loads((Path(config.run.path) / "summary.json").read_text())
     told = {key.removeprefix("eval/") for key in summary["evaluation"]["after"]}
     assert told >= set(config.eval_metrics)  # whatever eval.metric may be set to is measured

@@ -73,6 +73,8 @@ def make_config(
             "zero_stage": 3 if task in ("dpo", "rm", "kd", "rm-qlora", "dpo-lora", "dpo-lora-copy") else 2,
             "max_tokens_per_micro_batch": budget,
             "lr": 1e-3,
+            "lr_schedule": "constant",
+            "warmup_ratio": 0.0,
         },
     }
     if "algorithm" in given:

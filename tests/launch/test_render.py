@@ -86,21 +86,6 @@ def test_a_rayjob_by_hand() -> None:
     assert {"name": "config", "mountPath": "/etc/rayrlhf"} in head["volumeMounts"]
 
 
-def test_secrets_are_named_and_reach_every_pod() -> None:
-    """The token of the hub has a way in, and stands in no manifest."""
-    manifest = rayjob(PPO, "launch.kuberay.secrets=[hub, wandb]")
-    jsonschema.validate(manifest, schema("kuberay/rayjob.schema.json"))
-    cluster = manifest["spec"]["rayClusterSpec"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        [container] = group["template"]["spec"]["containers"]
-        assert container["envFrom"] == [{"secretRef": {"name": "hub"}}, {"secretRef": {"name": "wandb"}}]
-
-
-def test_an_id_with_a_revision_is_no_type_with_a_path() -> None:
-    script = render("ray-job", PPO, "model.path=owner/name@v1.0")
-    assert '"model.path=$(absolute owner/name@v1.0)"' in script
-
-
 def test_the_shipped_config_is_the_resolved_one(tmp_path: Path) -> None:
     [config_map, _] = yaml.safe_load_all(render("kuberay", PPO, "train.lr=1e-7"))
     (tmp_path / "job.yaml").write_text(config_map["data"]["job.yaml"])
@@ -152,7 +137,6 @@ def test_every_rule_of_the_operator(changes: dict[str, Any], rule: str) -> None:
         (["launch.cpus_per_node=4"], "launch.cpus_per_node"),
         (["launch.gpus_per_node=0"], "launch.gpus_per_node"),
         (["launch.memory_per_node=lots"], "launch.memory_per_node"),
-        (["launch.env.HF_TOKEN=hf_secret"], "launch.env.HF_TOKEN"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(
@@ -206,3 +190,8 @@ def test_it_answers_at_once_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_id_with_a_revision_is_no_type_with_a_path() -> None:
+    script = render("ray-job", PPO, "model.path=owner/name@v1.0")
+    assert '"model.path=$(absolute owner/name@v1.0)"' in script

@@ -151,3 +151,31 @@ def test_a_live_run_shows_the_same_steps(capsys: Captured) -> None:
     console.close()  # the end of a run and an error may both come
     out = capsys.readouterr().out
     assert "step 1/2" in out and "step 2/2" in out
+
+
+def test_no_log_is_silent_after_the_last_step_or_for_long(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console("lines")
+    console.start(2)
+    for report in (
+        step(1, METRICS),
+        Report("phase", 1, "rollout 1/8 prompts"),
+        step(2, METRICS),
+        Report("phase", 2, "score training rows"),
+        Report("phase", 2, "score training rows 0/600"),
+    ):
+        console.write(report)
+    monkeypatch.setattr(console, "said_at", console.said_at - 11.0)
+    console.write(Report("phase", 2, "score training rows 128/600"))
+    console.write(Report("phase", 2, "score training rows 144/600"))
+    told = [line.partition(":")[2][3:] for line in capsys.readouterr().out.splitlines()]
+    assert told[2:] == ["score training rows", "score training rows 128/600"]
+
+
+def test_events_are_in_every_log(capsys: Captured) -> None:
+    console = Console("lines")
+    console.start(9)
+    for report in (step(4, METRICS), Report("event", 4, "resuming after step 4")):
+        console.write(report)
+    assert "resuming after step 4" in capsys.readouterr().out

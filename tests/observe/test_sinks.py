@@ -114,7 +114,29 @@ def test_sinks_are_closed_when_the_run_fails(tmp_path: Path, monkeypatch: pytest
 
 def test_wandb_writes_an_offline_run(tmp_path: Path) -> None:
     config = make_config(observe={"wandb": {"project": "tests", "mode": "offline"}})
-    sink = Wandb(config, tmp_path)
-    sink.write(Report("step", 1, metrics={"reward/mean": 0.5}))
+    told: list[str] = []
+    sink = Wandb(config, tmp_path, told.append)
+    for step in (1, 2, 3, 2, 3, 4):
+        sink.write(Report("step", step, metrics={"reward/mean": 0.5}))
     sink.close()
     assert list((tmp_path / "wandb").rglob("*.wandb")), "an offline run is a file for `wandb sync`"
+    # Number 34: W&B drops what is logged for a step below its own; before, without a word here.
+    [warning] = told
+    assert "cannot replace them" in warning and "metrics.jsonl has steps 2 on" in warning
+
+
+@pytest.mark.parametrize("same_process", [True, False])
+def test_34_tensorboard_hides_what_an_earlier_attempt_logged(same_process: bool, tmp_path: Path) -> None:
+    """Logged up to 13, resumed from the checkpoint of step 10. Before: two values for 11, 12 and 13."""
+    sink = TensorBoard(tmp_path)
+    for step in range(1, 14):
+        sink.write(Report("step", step, metrics={"loss/actor": 1.0}))
+    sink.write(EVAL)
+    if not same_process:
+        sink = TensorBoard(tmp_path)
+    for step in range(11, 15):
+        sink.write(Report("step", step, metrics={"loss/actor": 2.0}))
+    sink.close()
+    seen = scalars(tmp_path, "loss/actor")
+    assert seen == [(step, 1.0 if step < 11 else 2.0) for step in range(1, 15)]
+    assert [step for step, _ in scalars(tmp_path, "eval/reward_mean")] == [2]

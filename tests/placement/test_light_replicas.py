@@ -17,6 +17,8 @@ def test_replicas_import_nothing_heavy() -> None:
         "rayrlhf.reward.functions",
         "rayrlhf.reward.model",
         "rayrlhf.reward.remote",
+        "rayrlhf.reward.server",
+        "rayrlhf.reward.text_model",
         "rayrlhf.reward.verifiable",
         "rayrlhf.rollout.engine",
         "rayrlhf.rollout.environments",

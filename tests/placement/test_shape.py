@@ -106,3 +106,14 @@ def test_an_unknown_architecture_is_told(config: dict[str, Any], told: str) -> N
 def test_an_unknown_name_is_told() -> None:
     with pytest.raises(ShapeUnknown, match=r"nobody/nothing: no config.json there.*download"):
         read_shape("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", '{"model_type": "llama"}', '{"model_type": "llama", "num_attention_heads": 0}'],
+)
+def test_a_broken_config_is_a_shape_that_is_not_known(text: str, tmp_path: Path) -> None:
+    """`rayrlhf plan` ended with a traceback."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ShapeUnknown, match=r"its config.json cannot be read|nothing is known of"):
+        read_shape(str(tmp_path))

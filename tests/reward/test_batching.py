@@ -129,3 +129,52 @@ def test_nobody_waits_for_what_was_cancelled() -> None:
         assert double.batches == [[0], [2]]
 
     run(work())
+
+
+def test_a_short_request_does_not_wait_for_all_of_a_long_one() -> None:
+    """Twelve items wait when one comes: it is in the next batch of four, and not in the fourth."""
+
+    async def work() -> None:
+        double = Doubler(held=True)
+        batcher = Batcher[int, int](double, max_batch=4)
+        long = asyncio.ensure_future(batcher.ask(range(16)))
+        while not double.batches:
+            await asyncio.sleep(0)
+        short = asyncio.ensure_future(batcher.ask([100]))
+        await asyncio.sleep(0)
+        double.free.set()
+        assert await short == [200]
+        assert double.batches[:2] == [[0, 1, 2, 3], [4, 100, 5, 6]]
+        assert await long == [2 * i for i in range(16)]
+
+    run(work())
+
+
+def test_a_batch_has_a_size_and_a_larger_item_goes_alone() -> None:
+    """Sizes 3, 3, 9, 1, 2 with room for 6 at most: 3 + 3, then 9 by itself, then 1 + 2."""
+
+    async def work() -> None:
+        double = Doubler()
+        batcher = Batcher[int, int](double, max_batch=8, size_of=lambda item: item, max_size=6)
+        assert await batcher.ask([3, 3, 9, 1, 2]) == [6, 6, 18, 2, 4]
+        assert double.batches == [[3, 3], [9], [1, 2]]
+
+    run(work())
+
+
+def test_of_a_request_that_was_cancelled_nothing_is_in_the_next_batch() -> None:
+    async def work() -> None:
+        double = Doubler(held=True)
+        batcher = Batcher[int, int](double, max_batch=2)
+        gone = asyncio.ensure_future(batcher.ask(range(1000)))
+        while not double.batches:
+            await asyncio.sleep(0)
+        stays = asyncio.ensure_future(batcher.ask([7]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        double.free.set()
+        assert await stays == [14]
+        assert double.batches == [[0, 1], [7]]
+
+    run(work())

@@ -182,3 +182,9 @@ def test_a_state_from_before_a_source_was_normalised() -> None:
     assert by.state_dict()["new"]["count"] == 0.0
     # new: one value has no deviation. old: 1, 3 and now 5: mean 3, variance (4 + 0 + 4) / 3.
     assert scores(by, sample(4.0, 5.0)) == pytest.approx([0.0 + 2.0 / (8 / 3) ** 0.5])
+
+
+def test_a_score_too_large_for_float32_has_failed() -> None:
+    """A reward within its bound, 1e18, times its weight: an advantage's square would be infinite."""
+    assert scores(combiner({"weight": 1e3}), sample(1e18), sample(1e14)) == [None, 1e17]
+    assert scores(combiner({"weight": 1e3}, clip=[-5.0, 5.0]), sample(1e18)) == [5.0]

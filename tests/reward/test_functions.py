@@ -256,3 +256,19 @@ def test_a_replica_scores(reward_file: Path) -> None:
         ScoreItem(prompt, response, [1]) for prompt, response in zip(PROMPTS, ["ab1", "--"], strict=True)
     ]
     assert asyncio.run(replica.score(items)) == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("value", ["float('inf')", "-float('inf')", "1e30", "1e19"])
+def test_a_reward_beyond_the_bound_is_refused_at_the_trial(value: str, tmp_path: Path) -> None:
+    """In the run each such sample fails (`test_score`); the trial took it."""
+    path = tmp_path / "big.py"
+    path.write_text(f"def score(responses):\n    return [1.0, {value}]\n")
+    code = find_function(f"{path}:score")
+    with pytest.raises(RewardError, match=r"returned .*, which is .*; wanted numbers up to ±1e\+18"):
+        try_function(code, PROMPTS, None)
+
+
+def test_the_largest_reward_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "big.py"
+    path.write_text("def score(responses):\n    return [1e18, None]\n")
+    try_function(find_function(f"{path}:score"), PROMPTS, None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.serve_reward import ServedModel
-from rayrlhf.reward.query import BadRequest, ModelFacts, TextTokens, read_queries
+from rayrlhf.reward.query import BadRequest, ModelFacts, TextTokens, cut_to_readable, read_queries
 from tests.tiny_model import SPECIAL_TOKENS, make_tokenizer
 
 BOS, EOS, USER = (SPECIAL_TOKENS.index(token) for token in ("<s>", "</s>", "<|user|>"))
@@ -106,3 +106,49 @@ def test_a_long_text_is_refused_by_default() -> None:
 def test_an_encoder_keeps_the_frame_of_its_tokenizer() -> None:
     made = tokens(max_tokens=3, is_decoder=False, on_long="keep_end").of(["abcdef", "a"])
     assert made == [[BOS, *letters("ef")], [BOS, *letters("a")]]
+
+
+def test_a_number_of_queries_is_refused_with_the_limit() -> None:
+    assert read_queries(body(query=["a"] * 3), max_queries=3).query == ["a"] * 3
+    with pytest.raises(BadRequest, match=r"'query' has 4 items; this server takes 3 queries") as caught:
+        read_queries(body(query=["a"] * 4), max_queries=3)
+    assert caught.value.status == 413 and caught.value.limit == {"server.max_queries": 3}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (b'{"query": ["a"], "query": ["b"]}', r"the key 'query' stands twice"),
+        (b'{"query": ["a"], "labels": [{"a": {"x": 1, "x": 1}}]}', r"the key 'x' stands twice"),
+        (b'{"query": ["a"], "labels": [NaN]}', "NaN is no JSON number"),
+        (b'{"query": ["a"], "labels": [-1e400]}', "the number '-1e400' is too large"),
+        (b'{"query": ["a"], "labels": [' + b"9" * 5000 + b"]}", "4300 digits"),
+        ('{"query": ["a"]}'.encode("utf-16"), "utf-8"),
+    ],
+)
+def test_json_that_others_would_take_is_refused(asked: bytes, told: str) -> None:
+    with pytest.raises(BadRequest, match=told) as caught:
+        read_queries(asked)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("on_long", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_what_is_cut_before_it_is_tokenised_changes_no_token(on_long: Any, append_eos: bool) -> None:
+    """4 + 64 tokens of 13 characters at most: of 100,000 characters 884 are read."""
+    text = "".join(chr(ord("a") + i % 26) for i in range(100_000))
+    source = ServedModel(type="model", path="rm", on_long=on_long, append_eos=append_eos)
+    facts = ModelFacts(4, is_decoder=True, characters_per_token=13)
+    [short] = cut_to_readable([text], source, facts, max_request_tokens=1000)
+    assert short == (text[:884] if on_long == "keep_start" else text[-884:])
+    made = tokens(max_tokens=4, on_long=on_long, append_eos=append_eos)
+    assert made.of([short]) == made.of([text])
+
+
+def test_the_bound_by_characters_refuses_nothing_that_can_be_read() -> None:
+    """The longest token has 13 characters: four of them are 52 characters, and are read."""
+    source = ServedModel(type="model", path="rm")
+    facts = ModelFacts(5, is_decoder=True, characters_per_token=13)
+    texts = ["<|assistant|>" * 4]
+    assert cut_to_readable(texts, source, facts, max_request_tokens=10) == texts
+    assert len(tokens(max_tokens=5).of(texts)[0]) == 5  # with the first one, which the tokenizer adds

@@ -16,7 +16,7 @@ import pytest
 
 from rayrlhf.config.reward import RemoteSource
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem
-from rayrlhf.reward.remote import RemoteReward, check_reachable, read_rewards, resolve_headers
+from rayrlhf.reward.remote import RemoteReward, check_reachable, read_rewards, resolved_source
 from tests.samples import make_prompt
 
 Answer = Callable[[dict[str, list[Any]]], tuple[int, str]]  # request -> status and text of the response
@@ -70,12 +70,16 @@ def items(count: int = 2, *, turn: int = 0) -> list[ScoreItem]:
     ]
 
 
+def remote(urls: list[str], **options: Any) -> RemoteSource:
+    return RemoteSource.model_validate({"type": "remote", "urls": urls, **options})
+
+
 def ask(urls: list[str], *requests: list[ScoreItem], **options: Any) -> list[list[float | Failure]]:
     """All requests at once, to one replica."""
-    source = RemoteSource.model_validate({"type": "remote", "urls": urls, **options})
+    source = remote(urls, **options)
 
     async def everything() -> list[list[float | Failure]]:
-        replica = RemoteReward(source, "answer", resolve_headers(source.headers))
+        replica = RemoteReward(source, "answer", resolved_source(source))
         try:
             return list(await asyncio.gather(*map(replica.score, requests)))
         finally:
@@ -129,8 +133,9 @@ def test_headers_may_come_from_the_environment(server: Server, monkeypatch: pyte
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
     ask([server.url], items(), headers={"Authorization": "env:JUDGE_KEY", "X-Run": "7"})
     assert server.headers[0]["Authorization"] == "s3cret" and server.headers[0]["X-Run"] == "7"
+    unset = remote([server.url], headers={"A": "env:NO_SUCH"})
     with pytest.raises(RewardError, match=r"headers\.A=env:NO_SUCH: the environment has no variable NO_SUCH"):
-        resolve_headers({"A": "env:NO_SUCH"})
+        resolved_source(unset)
 
 
 def test_a_slow_server(server: Server) -> None:
@@ -184,6 +189,7 @@ def test_forms_of_a_good_answer(text: str) -> None:
         ('{"rewards": [1]}', "1 rewards for 2 queries"),
         ("[1, 2, 3]", "3 rewards for 2 queries"),
         ("[" * 100_000, "the answer is not JSON: '[[["),
+        ("[1, 1" + "0" * 5000 + "]", "the answer is not JSON: '[1, 10"),
     ],
 )
 def test_what_fails_every_sample_of_the_request(text: str, reason: str) -> None:
@@ -192,7 +198,10 @@ def test_what_fails_every_sample_of_the_request(text: str, reason: str) -> None:
     assert first.reason.startswith(reason) and len(first.reason) < 400
 
 
-@pytest.mark.parametrize("bad", ["NaN", "null", '"1.0"', "Infinity", "1e99", "[1, 2]", "{}", "[]"])
+@pytest.mark.parametrize(
+    "bad",
+    ["NaN", "null", '"1.0"', "Infinity", "1e400", "true", "1" + "0" * 4000, "1e99", "[1, 2]", "{}", "[]"],
+)
 def test_what_fails_its_own_sample_only(bad: str) -> None:
     good, failed = read_rewards(f'{{"rewards": [0.5, {bad}]}}', 2)
     assert good == 0.5

@@ -1,0 +1,46 @@
+"""`placement.preset: auto`, made one of the others by what there is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from rayrlhf.config.base import ConfigError
+from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.placement.plan import PlacementSpec
+
+C = TypeVar("C", bound=Any)
+ROOMIEST = "disaggregated"
+
+
+def with_preset(config: C, plan: Callable[[C], PlacementSpec], fits: Callable[[PlacementSpec], bool]) -> C:
+    """The config with the first preset whose slots fit; the one with the most slots where none does.
+
+    Roles do not share the device of an engine that works while they do: rollouts ahead of training need
+    slots of their own.
+    """
+    if config.placement.preset != "auto":
+        return config
+    narrower = ["colocate_actor_ref", "colocate_all"]
+    if isinstance(config, PolicyRunConfig) and config.rollout.max_staleness is not None:
+        narrower.remove("colocate_all")
+    roomiest = _with(config, ROOMIEST)
+    for candidate in (roomiest, *(_valid(config, preset) for preset in narrower)):
+        if candidate is not None and fits(plan(candidate)):
+            return candidate
+    return roomiest
+
+
+def _with(config: Any, preset: str) -> Any:
+    placement = config.placement.model_copy(update={"preset": preset})
+    return type(config).model_validate(dict(config) | {"placement": placement})
+
+
+def _valid(config: Any, preset: str) -> Any:
+    """None where other settings speak against it, such as workers for a critic in a trainer of its own."""
+    try:
+        return _with(config, preset)
+    except (ConfigError, ValidationError):
+        return None
