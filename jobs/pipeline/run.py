@@ -49,7 +49,7 @@ class Stage:
         ]
 
 
-def stages(model: Path, runs: Path) -> list[Stage]:
+def stages(model: str | Path, runs: Path) -> list[Stage]:
     sft, rm = runs / "sft" / "export", runs / "rm" / "export"
     learnt = json.dumps([{"type": "model", "path": str(rm), "name": "learnt"}])
     return [
@@ -73,7 +73,7 @@ def stages(model: Path, runs: Path) -> list[Stage]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL_PATH)
+    parser.add_argument("--model", default=str(MODEL_PATH), help="a folder, or an id of the hub")
     parser.add_argument("--runs", type=Path, default=RUNS_PATH)
     parser.add_argument("--fresh", action="store_true", help="remove former runs first")
     parser.add_argument("overrides", nargs="*", help="key.path=value, for every stage")
@@ -84,11 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = arguments.runs.resolve()
     if arguments.fresh:
         shutil.rmtree(runs, ignore_errors=True)
-    for stage in stages(arguments.model.resolve(), runs):
+    model = Path(arguments.model).resolve() if Path(arguments.model).is_dir() else arguments.model
+    for stage in stages(model, runs):
         if not run_stage(stage, runs, arguments.overrides):
             return 1
     print(f"\nWhat each stage came to, {time.monotonic() - started:.0f} s in all:")
-    for stage in stages(arguments.model, runs):
+    for stage in stages(model, runs):
         print(f"  {stage.name:4} {outcome(runs / stage.name)}")
     return 0
 

@@ -14,6 +14,10 @@ from pathlib import Path
 
 from rayrlhf.chat.conversation import HELP, ChatProblem, Conversation, Sampling, Screen
 from rayrlhf.foreign_text import write_line
+from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.ids import parse_id
+from rayrlhf.hub.resolve import base_of, folder_of, no_folder
+from rayrlhf.hub.snapshots import ADAPTER_CONFIG
 
 
 def main(words: Sequence[str]) -> int:
@@ -86,12 +90,15 @@ def _start(options: argparse.Namespace, interactive: bool) -> Conversation:
     template = None if options.chat_template is None else _read_template(options.chat_template)
     screen = _screen(interactive, 1 if options.base is None else 2)
     screen.note("loading …")
+    model = _fetched("MODEL", options.model, screen)
+    base = None if options.base is None else _fetched("--base", options.base, screen)
     if not Path("/dev/nvidiactl").exists():
         # transformers imports DeepSpeed, which otherwise tells everybody that it has found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from rayrlhf.chat.speaker import load_speakers  # torch and transformers: seconds
 
-    speakers = load_speakers(options.model, options.base, dtype=options.dtype, chat_template=template)
+    name = Path(options.model).name.partition("@")[0]
+    speakers = load_speakers(model, base, dtype=options.dtype, chat_template=template, name=name)
     if interactive:
         screen.note(HELP)
     sampling = Sampling(
@@ -112,8 +119,22 @@ def _check_checkpoint(name: str, path: str) -> None:
                 f"{name}={path}: the folder has neither config.json nor adapter_config.json; "
                 "wanted a Hugging Face checkpoint, such as the export/ of a run"
             )
-    elif path.count("/") != 1 or path.startswith((".", "/", "~")) or folder.parent.is_dir():
-        raise ChatProblem(f"{name}={path}: no such folder (looked from {Path.cwd()})")
+    elif isinstance(reason := parse_id(path), str):
+        raise ChatProblem(no_folder(name, path, reason))
+
+
+def _fetched(name: str, path: str, screen: Screen) -> str:
+    """The folder of a checkpoint, of which all is there, also what an adapter belongs to. Raises
+    `ChatProblem`.
+    """
+    try:
+        folder = folder_of(path, name, say=screen.note, may_be_adapter=True)
+        base = base_of(Path(folder)) if (Path(folder) / ADAPTER_CONFIG).is_file() else None
+        if base is not None:
+            folder_of(base, f"the base of {name}={path}", say=screen.note)
+    except HubError as error:
+        raise ChatProblem(str(error)) from error
+    return folder
 
 
 def _read_template(path: str) -> str:

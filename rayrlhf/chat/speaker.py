@@ -19,6 +19,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from rayrlhf.chat.conversation import Answer, ChatProblem, Message, Sampling
+from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.resolve import base_of, folder_of
+from rayrlhf.hub.snapshots import ADAPTER_CONFIG
 from rayrlhf.models.load import resolve_dtype
 
 UNFINISHED = "\ufffd"  # how a character looks of which only the first bytes are there
@@ -34,8 +37,15 @@ class Transformer:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=resolve_dtype(dtype, device))
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            base = base_of(Path(path)) if Path(path, ADAPTER_CONFIG).is_file() else None
+            whole = path if base is None else folder_of(base, f"the base of {path}", say=lambda _: None)
+            self.model: Any = AutoModelForCausalLM.from_pretrained(whole, dtype=resolve_dtype(dtype, device))
+            if base is not None:
+                self.model.load_adapter(path)
+            own = Path(path, "tokenizer_config.json").is_file()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path if own else whole)
+        except HubError as error:
+            raise ChatProblem(str(error)) from error
         except Exception as error:  # what a broken or foreign checkpoint raises is not specified
             raise ChatProblem(f"{path} cannot be loaded: {error}") from error
         self.model.eval().to(device)
@@ -145,15 +155,19 @@ class _Stop(StoppingCriteria):
 
 
 def load_speakers(
-    tuned: str, base: str | None, *, dtype: str, chat_template: str | None
+    tuned: str,
+    base: str | None,
+    *,
+    dtype: str,
+    chat_template: str | None,
+    name: str | None = None,
 ) -> list[Transformer]:
     """The base, if any, then the tuned model. A base without a chat template speaks by that of the tuned one.
 
     Raises `ChatProblem`.
     """
-    model = Transformer(
-        "tuned" if base else Path(tuned).name, tuned, dtype=dtype, chat_template=chat_template
-    )
+    name = "tuned" if base else name or Path(tuned).name
+    model = Transformer(name, tuned, dtype=dtype, chat_template=chat_template)
     if model.chat_template is None:
         raise ChatProblem(f"{tuned} has no chat template; give one with --chat-template FILE")
     if base is None:

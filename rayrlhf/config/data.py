@@ -12,7 +12,7 @@ from rayrlhf.config.base import Count, PositiveNumber, Problem, Section, Wanted
 
 class SourceConfig(Section):
     path: str = Field(min_length=1)
-    """File, folder or glob, as `type@path` (jsonl, json, csv, parquet, arrow, dataset) or by its suffix."""
+    """File, folder, glob (`type@path` or by suffix), or hub id: owner/name[/configuration][@revision]."""
     probability: PositiveNumber | None = None
     """Share of this source in the mix (shares need not sum to 1); give it for all sources or for none."""
 

@@ -13,7 +13,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 class ModelConfig(Section):
     path: str = Field(min_length=1)
-    """Folder of the actor's Hugging Face checkpoint, or a hub id (owner/name)."""
+    """Folder of the actor's Hugging Face checkpoint, or a hub id: owner/name, or owner/name@revision."""
     dtype: Dtype = "auto"
     """Dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
@@ -99,7 +99,7 @@ def sequences_are_shared(model: TrainedModelConfig, num_workers: int, key: str) 
 
 class CriticConfig(Section):
     path: str | None = None
-    """Checkpoint to start the critic from (language model or reward model); the actor's when left out."""
+    """Folder or hub id to start the critic from (language or reward model); the actor's when left out."""
     lr: NonNegativeNumber = 1e-5
     """Learning rate of the critic; its schedule, warm-up and optimizer are those of `train`."""
     value_clip: PositiveNumber | None = 0.2
@@ -123,7 +123,7 @@ def _engine_serves(ref: RefConfig) -> Problem | None:
 
 class RefConfig(Section):
     path: str | None = None
-    """Checkpoint of the reference policy; the actor's when left out."""
+    """Folder or hub id of the reference policy; the actor's when left out."""
     location: Literal["auto", "worker", "serve", "adapters_off"] = "auto"
     """A copy in every worker, behind Serve, or the actor without its adapters; auto takes the cheapest."""
     num_replicas: Count = 1

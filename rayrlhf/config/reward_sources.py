@@ -55,7 +55,7 @@ class ModelSource(Source):
     type: Literal["model"]
     """A reward model."""
     path: str = Field(min_length=1)
-    """Folder of an AutoModelForSequenceClassification checkpoint with one label."""
+    """Folder or hub id of an AutoModelForSequenceClassification checkpoint with one label."""
     num_replicas: Count = 1
     """Serve replicas of this source."""
     max_tokens_per_batch: Count = 8192

@@ -150,7 +150,7 @@ class PrmRunConfig(SupervisedConfig):
 
 class FrozenRefConfig(Section):
     path: str | None = None
-    """Checkpoint of the reference; the model's own start when left out."""
+    """Folder or hub id of the reference; the model's own start when left out."""
     precompute: bool = False
     """Ask the reference about every sample before training, keep the answers on disk and forget the model."""
 
@@ -278,7 +278,7 @@ def _served_teacher_is_cut(config: TeacherConfig) -> Problem | None:
 
 class TeacherConfig(Section):
     path: str = Field(min_length=1)
-    """The teacher's checkpoint; it has the student's vocabulary."""
+    """Folder or hub id of the teacher; it has the student's vocabulary."""
     location: Literal["worker", "serve"] = "worker"
     """A frozen copy in every training worker, or replicas behind Ray Serve that send their top_k tokens."""
     top_k: Count = 64

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.data import DataConfig, PromptDataConfig
 from rayrlhf.data.rows import BadRow, DataError, check_unicode, prompt_of
+from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.local import local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,10 @@ def prompt_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        folder = local_folder(path, weights=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except HubError as error:
+        raise DataError(str(error)) from error
     except Exception as error:  # what a broken or foreign tokenizer raises is not specified
         raise DataError(f"no tokenizer can be loaded from {path}: {error}") from error
     if chat_template is not None:

@@ -77,7 +77,11 @@ def prepare_examples(
     files_of: Split = "train" if config.eval_share else split
     names = config.train_split if files_of == "train" else config.eval_split
     with spooled(
-        lambda: read_sources(sources, files_of, names), stage, RENDERED_SCHEMA, tally, out_path
+        lambda: read_sources(sources, files_of, names, copies=out_path.parent / "hub"),
+        stage,
+        RENDERED_SCHEMA,
+        tally,
+        out_path,
     ) as rows:
         tally.check_rows_left(sources, split)
         order = tally.row_order(sources, seed, config.mixing_stops)

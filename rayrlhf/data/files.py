@@ -30,8 +30,11 @@ TYPES = (*SUFFIXES, "dataset", "hub")
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("test", "eval", "validation")}
 SAVED_DATASET = "state.json"  # what `datasets.Dataset.save_to_disk` leaves in its folder
 SAVED_DATASET_DICT = "dataset_dict.json"  # … and `datasets.DatasetDict.save_to_disk`
-# owner/name, owner/name/configuration, each perhaps with :split.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.\[\]%-]+)?")
+# owner/name, owner/name/configuration, each perhaps with @revision and :split.
+HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<configuration>[\w.-]+))?"
+    r"(@(?P<revision>\w[\w./-]*))?(:(?P<split>[\w.\[\]%|-]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ def resolve_source(source: str, split: Split, split_name: str | None = None) -> 
     names = SPLIT_NAMES[split] if split_name is None else (split_name,)
     if source.startswith("hub@"):
         if not HUB_ID.fullmatch(source[4:]):
-            raise DataError(f"{source}: wanted an id as hub@owner/name, hub@owner/name/configuration:split")
+            raise DataError(
+                f"{source}: wanted an id as hub@owner/name, hub@owner/name/configuration:split or "
+                "hub@owner/name@revision:split"
+            )
         return [_hub_file(source[4:], names)]
     type_, path = _type_and_path(source)
     if type_ is None and not os.path.exists(path) and _is_hub_id(source):
@@ -65,6 +71,14 @@ def resolve_source(source: str, split: Split, split_name: str | None = None) -> 
         return _resolve(source, type_, path, split, names)
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error}") from error
+
+
+def hub_id_of(source: str) -> str | None:
+    """The id, with what follows it, where a source is a data set of the hub."""
+    if source.startswith("hub@"):
+        return source[4:] if HUB_ID.fullmatch(source[4:]) else None
+    type_, path = _type_and_path(source)
+    return source if type_ is None and not os.path.exists(path) and _is_hub_id(source) else None
 
 
 def _is_hub_id(source: str) -> bool:

@@ -20,11 +20,14 @@ from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import head_rows
 from rayrlhf.data.files import Split, resolve_source
 from rayrlhf.data.formats import id_of, normal_form
+from rayrlhf.data.hub_pins import pin_data
 from rayrlhf.data.plan import fill_of, plan_steps, row_order
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.split import in_split
 from rayrlhf.foreign_text import write_line
+from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.resolve import folder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,15 +45,18 @@ def main(words: Sequence[str]) -> int:
     options, argv = parser.parse_known_args(list(words))
     try:
         config = load_or_exit(_schema(argv), argv)
-        tokenizer = prompt_tokenizer(
-            config.model.path, config.model.trust_remote_code, read_chat_template(config.data)
-        )
-        preview = look_at(config.data, tokenizer, config.run.seed, options.split, options.rows)
+        folder = folder_of(config.model.path, "model.path", say=_note, weights=False)
+        tokenizer = prompt_tokenizer(folder, config.model.trust_remote_code, read_chat_template(config.data))
+        problems: list[str] = []
+        data = pin_data(config.data, None, _note, problems)
+        if problems:
+            raise DataError("\n".join(problems))
+        preview = look_at(data, tokenizer, config.run.seed, options.split, options.rows)
         fill = packing_fill(preview, config)
     except ConfigError as error:
         write_line(str(error), sys.stderr)
         return 2
-    except DataError as error:
+    except (DataError, HubError) as error:
         write_line(str(error), sys.stderr)
         return 1
     from rayrlhf.data.preview_text import show
@@ -58,6 +64,10 @@ def main(words: Sequence[str]) -> int:
 
     show(SafeConsole(soft_wrap=True), preview, config, tokenizer, fill, options.show)
     return 0
+
+
+def _note(text: str) -> None:
+    write_line(text, sys.stderr)
 
 
 def _schema(argv: Sequence[str]) -> Any:

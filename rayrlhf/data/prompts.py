@@ -52,7 +52,10 @@ def prepare_prompts(
         on_long_fix="data.on_long_prompt to drop or truncate",
     )
     tally = Tally(policy, [0] * len(sources), contents=("prompt_ids", "columns_json"))
-    with spooled(lambda: read_sources(sources, split), renderer, RENDERED_SCHEMA, tally, out_path) as rows:
+    copies = out_path.parent / "hub"
+    with spooled(
+        lambda: read_sources(sources, split, copies=copies), renderer, RENDERED_SCHEMA, tally, out_path
+    ) as rows:
         tally.check_rows_left(sources, split)
         order = tally.row_order(sources, seed)
         write_store(rows, order, tally.counts(order), tally.fingerprint(order), out_path)

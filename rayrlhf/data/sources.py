@@ -6,13 +6,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray.data
 from ray.data import DataContext, Dataset
 
 from rayrlhf.config.data import SourceConfig
-from rayrlhf.data.files import Split, resolve_source
+from rayrlhf.data.files import DataFile, Split, resolve_source
+from rayrlhf.data.hub import shared_copy
 from rayrlhf.data.readers import Chunk, plan_chunks, read_chunk
 from rayrlhf.data.rows import BadRow, DataError, columns_to_json
 
@@ -20,18 +22,23 @@ from rayrlhf.data.rows import BadRow, DataError, columns_to_json
 READ_TASK_CPUS = 0.5
 
 
-def read_sources(sources: Sequence[SourceConfig], split: Split, split_name: str | None = None) -> Dataset:
+def read_sources(
+    sources: Sequence[SourceConfig], split: Split, split_name: str | None = None, *, copies: Path
+) -> Dataset:
     """All rows of all sources, in the order of the sources, their files and their rows.
 
     Columns: `source` (index into `sources`), `_file`, `_row` (1-based; 0 for a problem of the file as a
     whole), `columns_json` (the row as one JSON object: rows of one file need not share a schema, so Arrow
     columns cannot hold them), `problem` (why the row could not be read; empty for a good one). Lazy, and one
-    task per few megabytes. `split_name` is what the split is called where a source holds several. Raises
-    `DataError` for files that do not exist or cannot be opened; call it inside `ordered_and_quiet`.
+    task per few megabytes. `split_name` is what the split is called where a source holds several; `copies` is
+    a folder that all nodes see, into which data sets of the hub are put. Raises `DataError` for files that do
+    not exist or cannot be opened; call it inside `ordered_and_quiet`.
     """
     chunks: list[dict[str, Any]] = []
     for index, source in enumerate(sources):
         for file in resolve_source(source.path, split, split_name):
+            if file.type == "hub":
+                file = DataFile("dataset", shared_copy(file.path, copies))
             chunks += [{"source": index, **asdict(chunk)} for chunk in plan_chunks(file)]
     if not chunks:
         raise DataError(

@@ -46,9 +46,9 @@ def judge_hub(env: Mapping[str, str]) -> Finding:
     home = env.get("HF_HOME")
     if home and not Path(home).is_dir():
         return warn("model hub", f"HF_HOME={home} does not exist", "create it, or unset HF_HOME")
-    offline = env.get("HF_HUB_OFFLINE", "1") == "1"
-    told = "jobs read local folders and the local cache only"
-    return ok("model hub", told if offline else "HF_HUB_OFFLINE=0: jobs may download models")
+    if env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return ok("model hub", "HF_HUB_OFFLINE is set: ids of the hub are looked up in the local cache only")
+    return ok("model hub", "ids of the hub may be fetched (HF_HUB_OFFLINE=1 forbids it)")
 
 
 def judge_compiler(nvcc: str | None, ninja: str | None, cuda_home: str | None) -> Finding:

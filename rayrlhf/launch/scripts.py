@@ -73,7 +73,7 @@ def _command(job: Rendering, root: str) -> str:
     given = [shlex.join(words)]
     for key, path in paths_of(job.argv).items():
         kind, at, bare = path.partition("@")
-        if at:
+        if at and "/" not in kind:  # a type of data; else it is an id's revision
             given.append(f'"{key}={kind}@$(absolute {shlex.quote(bare)})"')
         else:
             given.append(f'"{key}=$(absolute {shlex.quote(path)})"')

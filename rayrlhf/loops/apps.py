@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.rollout import EngineConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import read_chat_template
+from rayrlhf.hub.access import offline_variable
 from rayrlhf.loops.checks import Prepared, log_of
 from rayrlhf.loops.job import PolicyJob, RewardApp
 from rayrlhf.loops.reporting import ToBoard
@@ -175,7 +175,7 @@ def engine_settings(
         "logprobs_mode": "processed_logprobs",
     }
     env_vars = {
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        **offline_variable(),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

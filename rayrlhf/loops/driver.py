@@ -38,8 +38,11 @@ from rayrlhf.config.job import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.data.rows import DataError
 from rayrlhf.foreign_text import guard_terminal, traceback_text
+from rayrlhf.hub.access import offline_variable
+from rayrlhf.hub.errors import HubError
 from rayrlhf.loops.checks import InputError, check_precision
 from rayrlhf.loops.early import check_files
+from rayrlhf.loops.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
 from rayrlhf.loops.interrupted import what_goes_on
 from rayrlhf.loops.ray_messages import RAY_LOG, ray_messages_in
 from rayrlhf.loops.run_lock import run_lock
@@ -65,7 +68,7 @@ from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.items import RewardError
 from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
 
-INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError)
+INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError, HubError)
 
 C = TypeVar("C", bound=DrivenConfig)
 
@@ -94,11 +97,14 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
     stopped = _StopOnSignal()
     try:
         check_files(config)
+        config = pin(config, console.say)
         body = check(config)
+        fetch_here(config, console.say)
         with (
             run_lock(Path(config.run.path)) as warning,
             ray_messages_in(Path(config.run.path) / RAY_LOG),
             ray_session(NAMESPACE) as where,
+            lent_access(config),
         ):
             signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own
             if warning is not None:
@@ -180,6 +186,11 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
         timeout_seconds=config.placement.start_timeout_seconds,
     )
     console.placement(slots)
+    try:
+        fetch_on_nodes(config, slots, console.say)
+    except BaseException:
+        slots.remove()
+        raise
     board = named_actor(Board, f"{run_id}-board")
     reaper = start_reaper(run_id, f"{run_id}-board", slots.group)
     try:
@@ -263,7 +274,7 @@ def threads_each(processes: int) -> int:
 
 def _worker_environment(threads: int) -> dict[str, str]:
     return {
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        **offline_variable(),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
         "KMP_BLOCKTIME": "1",  # threads of the role that waits must not spin on cores that the other needs

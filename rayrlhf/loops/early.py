@@ -53,7 +53,9 @@ def check_files(config: Any) -> None:
         if Path(path).is_dir():  # a hub id is another check's
             tokenizer = key == "model.path" or kind == "scorer"
             problems += folder_problems(key, path, kind, trust_remote_code=trust, needs_tokenizer=tokenizer)
-        elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        elif (
+            path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") > 1
+        ):  # a revision may have some
             fix = f"give the path of a Hugging Face checkpoint folder; it was looked up from {Path.cwd()}"
             problems.append(
                 Problem(key, f"{path}: no such folder", "a folder, or a hub id (owner/name)", fix)

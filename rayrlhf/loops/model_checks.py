@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from rayrlhf.config.supervised import KdRunConfig, PrmRunConfig, RmRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
+from rayrlhf.hub.local import local_folder
 from rayrlhf.loops.checks import InputError
 from rayrlhf.loops.tasks.prm import single_token
 from rayrlhf.models.distill import check_same_vocabulary
@@ -46,7 +47,9 @@ def check_adapters(config: Any) -> None:
     for path in dict.fromkeys([model.path, critic.path if critic is not None else None]):
         if path is None:
             continue
-        found = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        found = AutoConfig.from_pretrained(
+            local_folder(path, weights=False), trust_remote_code=model.trust_remote_code
+        )
         with torch.device("meta"):
             decoder = AutoModel.from_config(found, trust_remote_code=model.trust_remote_code)
         _ask("model.lora.target_modules", check_targets, decoder, model.lora)
@@ -64,5 +67,7 @@ def _ask(key: str, check: Any, *arguments: Any) -> None:
 
 
 def _vocabulary(path: str, config: KdRunConfig) -> int:
-    found = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    found = AutoConfig.from_pretrained(
+        local_folder(path, weights=False), trust_remote_code=config.model.trust_remote_code
+    )
     return found.get_text_config().vocab_size

@@ -25,6 +25,7 @@ from ray.util.placement_group import PlacementGroup
 from rayrlhf.config.serve_reward import ServedModel, ServeRewardConfig
 from rayrlhf.foreign_text import guard_terminal
 from rayrlhf.loops.early import check_files
+from rayrlhf.loops.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
 from rayrlhf.loops.serve_http import answers, authorization, check_own_port, read_token, url_of
 from rayrlhf.loops.serve_reward_checks import check_sources
 from rayrlhf.loops.session import DeploymentFailed, ray_session, start_serve, wait_for_apps
@@ -61,10 +62,12 @@ def serve_reward(config: ServeRewardConfig) -> int:
     try:
         check_files(config)
         token = read_token(config.server)
+        config = pin(config, console.say)
         sources = check_sources(config)
+        fetch_here(config, console.say)
         if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
             check_own_port(config.server)
-        with ray_session(NAMESPACE) as where:
+        with ray_session(NAMESPACE) as where, lent_access(config):
             signal.signal(signal.SIGTERM, stop)  # after ray.init, which installs its own
             console.say(where)
             _serve(config, sources, token, console, stop)
@@ -121,6 +124,11 @@ def _placed(
     slots = _create_slots(place(units, config.placement), config, run_id) if units else None
     if slots is not None:
         console.placement(slots)
+        try:
+            fetch_on_nodes(config, slots, console.say)
+        except BaseException:
+            slots.remove()
+            raise
     lease = named_actor(_Lease, f"{run_id}-lease")
     reaper = start_reaper(
         run_id, f"{run_id}-lease", slots.group if slots is not None else PlacementGroup.empty()

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from rayrlhf.config.serve_reward import ServedFunction, ServedModel, ServeRewardConfig
 from rayrlhf.data.chat import prompt_tokenizer
+from rayrlhf.hub.local import local_folder
 from rayrlhf.loops.checks import InputError, check_model
 from rayrlhf.models.load import has_packed_scorer
 from rayrlhf.reward.functions import find_function
@@ -45,7 +46,7 @@ def check_sources(config: ServeRewardConfig) -> list[Served]:
 
 def _facts(key: str, source: ServedModel) -> ModelFacts:
     """Raises `InputError` for a checkpoint that is no reward model, or not one as the source says."""
-    found: Any = AutoConfig.from_pretrained(source.path)
+    found: Any = AutoConfig.from_pretrained(local_folder(source.path, weights=False))
     architectures = found.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures) or found.num_labels != 1:
         raise InputError(

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rayrlhf.config.model import ModelConfig, TrainedModelConfig
+from rayrlhf.hub.local import local_folder
 from rayrlhf.models.attention import attention_implementation
 from rayrlhf.models.distill import DistillModel, TeacherModel
 from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
@@ -36,12 +37,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        local_folder(path, weights=False), trust_remote_code=trust_remote_code
+    )
 
 
 def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> PolicyModel:
     """The actor or the reference, in training mode (`from_pretrained` alone leaves a model in eval mode)."""
-    causal_lm = AutoModelForCausalLM.from_pretrained(path, **_load_options(config, device))
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **_load_options(config, device))
     return PolicyModel(causal_lm, chunk_tokens=chunk_tokens).train()
 
 
@@ -55,13 +58,13 @@ def load_student(
     beta: float = 0.5,
 ) -> DistillModel:
     """A language model to be distilled into, in training mode; `divergence` is one of `DISTILL_LOSSES`."""
-    causal_lm = AutoModelForCausalLM.from_pretrained(path, **_load_options(config, device))
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **_load_options(config, device))
     return DistillModel(causal_lm, chunk_tokens=chunk_tokens, divergence=divergence, beta=beta).train()
 
 
 def load_teacher(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> TeacherModel:
     """A language model to distil from: frozen and in eval mode."""
-    causal_lm = AutoModelForCausalLM.from_pretrained(path, **_load_options(config, device))
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **_load_options(config, device))
     return TeacherModel(causal_lm, chunk_tokens=chunk_tokens)
 
 
@@ -102,7 +105,9 @@ def load_step_model(
     no linear head can give.
     """
     options = _load_options(config, device)
-    found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    found = AutoConfig.from_pretrained(
+        local_folder(path, weights=False), trust_remote_code=config.trust_remote_code
+    )
     classifier: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(found), None)
     if classifier is None or not issubclass(classifier, GenericForTokenClassification):
         raise ValueError(
@@ -110,7 +115,7 @@ def load_step_model(
             "so a process reward model made from it could not be exported; choose another checkpoint"
         )
     if _is_made_for(path, "ForTokenClassification", trust_remote_code=config.trust_remote_code):
-        model = AutoModelForTokenClassification.from_pretrained(path, **options)
+        model = AutoModelForTokenClassification.from_pretrained(local_folder(path), **options)
         if model.config.num_labels != 2:
             raise ValueError(
                 f"{path} has {model.config.num_labels} labels; "
@@ -118,9 +123,9 @@ def load_step_model(
             )
         return StepModel(model.base_model, model.score).train()
     if reward_token_ids is None:
-        decoder = AutoModel.from_pretrained(path, **options)
+        decoder = AutoModel.from_pretrained(local_folder(path), **options)
         return StepModel(decoder, _zero_step_head(decoder)).train()
-    causal_lm = AutoModelForCausalLM.from_pretrained(path, **options)
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
     return StepModel(causal_lm.base_model, step_head_of(causal_lm, reward_token_ids)).train()
 
 
@@ -149,7 +154,9 @@ def checkpoint_activations(model: Any) -> None:
 
 def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
     """Whether this checkpoint's classifier is a decoder with a `score` head: it can read packed sequences."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        local_folder(path, weights=False), trust_remote_code=trust_remote_code
+    )
     classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     return classifier is not None and issubclass(classifier, GenericForSequenceClassification)
 
@@ -157,13 +164,13 @@ def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
 def _decoder_and_head(config: ModelConfig, path: str, device: torch.device) -> tuple[nn.Module, nn.Linear]:
     options = _load_options(config, device)
     if is_sequence_classifier(path, trust_remote_code=config.trust_remote_code):
-        model = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        model = AutoModelForSequenceClassification.from_pretrained(local_folder(path), **options)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"{path} has {model.config.num_labels} labels; a reward model or critic needs exactly 1"
             )
         return model.base_model, model.score
-    decoder = AutoModel.from_pretrained(path, **options)
+    decoder = AutoModel.from_pretrained(local_folder(path), **options)
     head = nn.Linear(decoder.config.get_text_config().hidden_size, 1, bias=False, dtype=options["dtype"])
     nn.init.zeros_(head.weight)
     return decoder, head
@@ -202,7 +209,12 @@ def step_head_of(causal_lm: Any, reward_token_ids: tuple[int, int]) -> nn.Linear
 
 
 def _is_made_for(path: str, suffix: str, *, trust_remote_code: bool) -> bool:
-    architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or []
+    architectures = (
+        AutoConfig.from_pretrained(
+            local_folder(path, weights=False), trust_remote_code=trust_remote_code
+        ).architectures
+        or []
+    )
     return any(name.endswith(suffix) for name in architectures)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rayrlhf.config.model import LoraConfig
+from rayrlhf.hub.ids import pinned_id
 from rayrlhf.models.adapters import TrainedAdapter
 from rayrlhf.models.merge_lora import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 
@@ -52,9 +53,11 @@ def write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str
     """Write `adapter_config.json` and the weights. `task` is PEFT's name of the model's kind, and `head` a
     module that was trained as a whole, whose weights are in the state too.
     """
+    pinned = pinned_id(adapter.base)
     config = _peft_config(
         adapter.lora,
-        base_model_name_or_path=adapter.base,
+        base_model_name_or_path=pinned.repo if pinned else adapter.base,
+        revision=pinned.revision if pinned else None,
         task_type=task,
         modules_to_save=[head] if head else None,
         inference_mode=True,

@@ -60,7 +60,7 @@ def _load_base(plan: Plan, tensors: dict[str, Tensor]) -> Any:
     options = {"num_labels": heads[-1].shape[0]} if heads and plan.task != "CAUSAL_LM" else {}
     try:
         model, loading = CLASSES[plan.task].from_pretrained(
-            plan.base, dtype="auto", output_loading_info=True, **options
+            plan.loaded_base, dtype="auto", output_loading_info=True, **options
         )
     except Exception as error:  # what a broken or foreign checkpoint raises is not specified
         raise MergeProblem(f"the base {plan.base} cannot be loaded for {plan.task}: {error}") from error
@@ -81,7 +81,7 @@ def _adapt(plan: Plan, base: Any, tensors: dict[str, Tensor]) -> PeftModel:
             f"ADAPTER={plan.adapter}: peft_type={config.peft_type} learns prompts; wanted an adapter of "
             "weights, such as LORA"
         )
-    config.base_model_name_or_path = plan.base  # it may have moved
+    config.base_model_name_or_path = plan.loaded_base  # it may have moved
     try:
         adapted: Any = get_peft_model(base, config)
     except ValueError as error:  # its target_modules are not in this architecture
@@ -115,7 +115,7 @@ def _some(names: list[str]) -> str:
 def _tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     """The adapter's own, which may have another chat template, else that of the base."""
     own = (plan.adapter / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(str(plan.adapter) if own else plan.base)
+    return AutoTokenizer.from_pretrained(str(plan.adapter) if own else plan.loaded_base)
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

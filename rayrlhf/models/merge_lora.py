@@ -6,11 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rayrlhf.foreign_text import write_line
+from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.ids import parse_id
+from rayrlhf.hub.resolve import base_of, folder_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -26,8 +29,17 @@ class MergeProblem(ValueError):
 class Plan:
     adapter: Path
     out: Path
-    base: str  # folder or hub id
+    base: str  # folder or hub id, as the adapter or the command says
     task: str  # one of TASKS
+    base_folder: str = ""  # of an id; the base itself where left out
+
+    @property
+    def loaded_base(self) -> str:
+        return self.base_folder or self.base
+
+
+def _note(text: str) -> None:
+    write_line(text, sys.stderr)
 
 
 def main(words: Sequence[str]) -> int:
@@ -37,16 +49,21 @@ def main(words: Sequence[str]) -> int:
         description="Merge a PEFT adapter into its base, on the CPU, and write a whole checkpoint.",
         allow_abbrev=False,
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json, or a hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
     parser.add_argument("--base", help="the base checkpoint, where it is not where the adapter says")
     options = parser.parse_args(words)
     try:
-        plan = make_plan(options.adapter, options.out, options.base)
+        adapter = options.adapter
+        if not isinstance(parse_id(adapter), str):
+            adapter = folder_of(adapter, "ADAPTER", say=_note, may_be_adapter=True)
+        plan = make_plan(adapter, options.out, options.base)
+        folder = folder_of(plan.base, "the base", say=_note)
+        _check_base(folder)
         from rayrlhf.models.merge import merge  # torch, transformers and peft: seconds
 
-        write_line(str(merge(plan)))
-    except MergeProblem as problem:
+        write_line(merge(replace(plan, base_folder=folder)))
+    except (MergeProblem, HubError) as problem:
         write_line(f"error: {problem}", sys.stderr)
         return 2
     return 0
@@ -69,7 +86,7 @@ def make_plan(adapter: str, out: str, base: str | None) -> Plan:
         raise MergeProblem(
             f"ADAPTER={adapter}: task_type={task} in {ADAPTER_CONFIG}; wanted one of {', '.join(TASKS)}"
         )
-    base = base or config.get("base_model_name_or_path")
+    base = base or base_of(folder)
     if not base:
         raise MergeProblem(f"ADAPTER={adapter}: {ADAPTER_CONFIG} names no base; give --base")
     _check_base(base)
@@ -80,10 +97,10 @@ def _check_base(base: str) -> None:
     """A folder must hold a checkpoint whose weights are numbers; anything else must look like a hub id."""
     folder = Path(base)
     if not folder.is_dir():
-        if base.count("/") != 1 or base.startswith((".", "/", "~")) or folder.parent.is_dir():
+        if isinstance(reason := parse_id(base), str):
             raise MergeProblem(
-                f"the base {base} is no folder (looked from {Path.cwd()}); give the one the adapter was "
-                "trained on with --base"
+                f"the base {base} is no folder (looked from {Path.cwd()}), and no id of the hub, because "
+                f"{reason}; give the one the adapter was trained on with --base"
             )
         return
     if not (folder / "config.json").is_file():

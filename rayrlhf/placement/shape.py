@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.hub.ids import PREFIX, cache_folder, parse_id, snapshot_folder
+
 KNOWN_SHAPES = Path(__file__).with_name("shapes.json")
 
 
@@ -148,13 +150,15 @@ def _experts(config: Mapping[str, Any]) -> int:
 
 
 def read_shape(path: str) -> ModelShape:
-    """Of a checkpoint folder, a hub id in the local cache, or a well-known hub id (shapes.json).
+    """Of a checkpoint folder, of a hub id (owner/name, or with @revision) whose config.json is in the local
+    cache, or of a well-known id (shapes.json).
 
     Raises `ShapeUnknown`.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
         file = _cached(path) or file
+        path = path.removeprefix(PREFIX).partition("@")[0]
     if file.is_file():
         try:
             return shape_of(json.loads(file.read_text(encoding="utf-8")), path)
@@ -173,9 +177,18 @@ def read_shape(path: str) -> ModelShape:
     )
 
 
-def _cached(hub_id: str) -> Path | None:
-    """The newest `config.json` of a hub id that has been downloaded before."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    found = hub.glob(f"models--{hub_id.replace('/', '--')}/snapshots/*/config.json")
+def _cached(path: str) -> Path | None:
+    """The `config.json` of a hub id that has been fetched before: of its revision where it names one or the
+    cache knows the default one, else the newest.
+    """
+    hub_id = parse_id(path)
+    if isinstance(hub_id, str):
+        return None
+    cache = cache_folder(os.environ)
+    snapshot = snapshot_folder(cache, hub_id)
+    if snapshot is not None and (snapshot / "config.json").is_file():
+        return snapshot / "config.json"
+    if hub_id.revision is not None:
+        return None
+    found = cache.glob(f"{hub_id.cache_name}/snapshots/*/config.json")
     return max(found, key=lambda file: file.stat().st_mtime, default=None)

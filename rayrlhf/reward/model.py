@@ -50,7 +50,7 @@ class ModelReward:
             policy_path,
             prompt_key,
             slots=slots,
-            env_vars={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env_vars={"TOKENIZERS_PARALLELISM": "false"},
             timeout_seconds=600,
         )
         await self.model.call("ready", timeout_seconds=600)

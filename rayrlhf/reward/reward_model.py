@@ -12,6 +12,7 @@ from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.reward import ModelSource
 from rayrlhf.data.packing import micro_batches
+from rayrlhf.hub.local import local_folder
 from rayrlhf.models.heads import ScoreModel
 from rayrlhf.models.load import has_packed_scorer, load_scorer, load_tokenizer, resolve_dtype
 from rayrlhf.reward.items import ScoreItem
@@ -36,7 +37,7 @@ class RewardModel:
             self.packed = load_scorer(model_config, source.path, device=self.device).to(self.device)
         else:
             dtype = resolve_dtype(source.dtype, self.device)
-            model = AutoModelForSequenceClassification.from_pretrained(source.path, dtype=dtype)
+            model = AutoModelForSequenceClassification.from_pretrained(local_folder(source.path), dtype=dtype)
             self.padded: Any = model.eval().to(self.device)
 
     @torch.inference_mode()

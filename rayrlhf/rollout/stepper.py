@@ -21,6 +21,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from rayrlhf.hub.local import local_folder
 from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.rollout.hub import TensorSlice
 from rayrlhf.rollout.meeting import Meeting
@@ -35,7 +36,7 @@ class Stepper:
     def __init__(self, engine_args: dict[str, Any]) -> None:
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
-                **engine_args,
+                **{**engine_args, "model": local_folder(engine_args["model"])},
                 worker_extension_cls="rayrlhf.rollout.vllm_worker.WorkerExtension",
                 weight_transfer_config=WeightTransferConfig(backend=BUCKETS),
             ),

@@ -128,7 +128,8 @@ def test_the_environment(tmp_path: Path) -> None:
     token.chmod(0o600)
     told(environment.judge_token({}, tmp_path), "ok")
     told(environment.judge_hub({"HF_HOME": "/nowhere"}), "warn", "does not exist")
-    told(environment.judge_hub({"HF_HUB_OFFLINE": "0"}), "ok", "may download")
+    told(environment.judge_hub({"HF_HUB_OFFLINE": "0"}), "ok", "may be fetched")
+    told(environment.judge_hub({"HF_HUB_OFFLINE": "1"}), "ok", "local cache only")
     told(environment.judge_compiler("/usr/bin/nvcc", None, None), "warn", "ninja")
     told(environment.judge_compiler(None, None, None), "ok", "offload_optimizer")
 

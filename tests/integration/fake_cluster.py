@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,9 +48,22 @@ class FakeCluster:
 
 
 @contextmanager
-def fake_cluster(*, nodes: int, cpus: int, gpus: int) -> Iterator[FakeCluster]:
+def fake_cluster(
+    *,
+    nodes: int,
+    cpus: int,
+    gpus: int,
+    environment: dict[str, str] | None = None,
+    node_environments: Sequence[dict[str, str]] = (),
+) -> Iterator[FakeCluster]:
+    """`environment`: of the whole cluster, this process's when left out. `node_environments`: what each of
+    the first nodes has in addition.
+    """
     command = [sys.executable, "-m", "tests.integration.fake_cluster", str(nodes), str(cpus), str(gpus)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command.append(json.dumps(list(node_environments)))
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         yield FakeCluster(process)
     finally:
@@ -63,7 +76,7 @@ def fake_cluster(*, nodes: int, cpus: int, gpus: int) -> Iterator[FakeCluster]:
             raise
 
 
-def serve_commands(nodes: int, cpus: int, gpus: int) -> None:
+def serve_commands(nodes: int, cpus: int, gpus: int, environments: list[dict[str, str]]) -> None:
     import ray._private.utils
 
     # The machine-wide note of the newest cluster is not ours to change.
@@ -80,7 +93,11 @@ def serve_commands(nodes: int, cpus: int, gpus: int) -> None:
     limits: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES}
     head: dict[str, Any] = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, **limits}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    added = [cluster.add_node(num_cpus=cpus, num_gpus=gpus, **limits) for _ in range(nodes)]
+    environments += [{}] * (nodes - len(environments))
+    added = [
+        cluster.add_node(num_cpus=cpus, num_gpus=gpus, env_vars=environments[index] or None, **limits)
+        for index in range(nodes)
+    ]
     try:
         cluster.wait_for_nodes()
         tell({"address": cluster.address})
@@ -100,4 +117,5 @@ def serve_commands(nodes: int, cpus: int, gpus: int) -> None:
 
 
 if __name__ == "__main__":
-    serve_commands(*map(int, sys.argv[1:4]))
+    nodes, cpus, gpus = map(int, sys.argv[1:4])
+    serve_commands(nodes, cpus, gpus, json.loads(sys.argv[4]))

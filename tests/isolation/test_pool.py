@@ -90,7 +90,10 @@ def test_what_ends_a_call_and_nothing_else(expression: str, message: str) -> Non
         ("crash()", "its process was killed by SIGSEGV$"),
         ("os.abort()", "its process was killed by SIGABRT$"),
         ("os.kill(os.getpid(), 9)", "killed by SIGKILL, as happens when memory runs out .it held 0"),
-        ("os.closerange(3, 1000) or time.sleep(1000)", "it closed the pipe of its answers|it ended its own process with exit code 0"  # whichever end is seen first),
+        (  # whichever of its ends is seen first
+            "os.closerange(3, 1000) or time.sleep(1000)",
+            "it closed the pipe of its answers|it ended its own process with exit code 0",
+        ),
     ],
 )
 def test_what_ends_the_process_is_named_and_the_process_replaced(expression: str, message: str) -> None:

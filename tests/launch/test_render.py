@@ -246,3 +246,8 @@ def test_it_answers_at_once_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_id_with_a_revision_is_no_type_with_a_path() -> None:
+    script = render("ray-job", PPO, "model.path=owner/name@v1.0")
+    assert '"model.path=$(absolute owner/name@v1.0)"' in script

@@ -46,6 +46,7 @@ def test_ctrl_c_is_an_exit_code_and_a_sentence(
     def interrupt(_: PolicyRunConfig) -> Any:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(driver, "pin", lambda config, _: config)  # its model is nowhere
     assert driver.drive(config_in(tmp_path), interrupt) == 130
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("error interrupted; nothing is saved yet (checkpoint.every_steps=auto)")
