@@ -30,7 +30,7 @@ import yaml
 from cluster.local.head import free_ports
 from rayrlhf.config.reward import RemoteSource
 from rayrlhf.reward.items import Failure, ScoreItem
-from rayrlhf.reward.remote import RemoteReward, check_reachable
+from rayrlhf.reward.remote import RemoteReward, Resolved, check_reachable
 from tests.reward_export import MEAN, STD, TEXTS, make_reward_export, plain_scores
 from tests.samples import make_prompt
 
@@ -93,7 +93,7 @@ def ask(url: str, items: list[ScoreItem]) -> list[float | Failure]:
 
     async def everything() -> list[list[float | Failure]]:
         source = RemoteSource(type="remote", urls=[url])
-        replica = RemoteReward(source, "answer", AUTHORIZATION)
+        replica = RemoteReward(source, "answer", Resolved([url], AUTHORIZATION, values=[TOKEN]))
         try:
             return await asyncio.gather(*(replica.score([item]) for item in items))
         finally:

@@ -67,7 +67,9 @@ class Engines:
         )
         app = rollout_deployment(settings, self.slots, num_engines=NUM_ENGINES, max_requests=64)
         deploy({self.job.rollout_app: app})
-        with watched([self.job.rollout_app], timeout_seconds=120, tell=print, give_up=lambda: None):
+        with watched(
+            [self.job.rollout_app], timeout_seconds=120, tell=print, failed=print, give_up=lambda: None
+        ):
             while app_statuses()[self.job.rollout_app].app_status.status != "RUNNING":
                 time.sleep(0.2)
         self.handle = serve.get_app_handle(self.job.rollout_app)

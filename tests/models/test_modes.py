@@ -34,7 +34,6 @@ MAKERS = {
     "rayrlhf/models/merge.py": "",
     "jobs/demo/model.py": "",
     "rayrlhf/models/lora.py": "writes into the folder of export.py",
-    "rayrlhf/train/checkpoint.py": "a scratch folder, that Ray Train copies from",
 }
 
 

@@ -15,6 +15,7 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.load import load_or_exit
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.rows import DataError
+from rayrlhf.loops import driver
 from rayrlhf.loops.driver import RunFailed, drive
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
@@ -116,8 +117,9 @@ def test_the_proof_is_one() -> None:
 
 @pytest.mark.parametrize(("error", "code"), [(DataError, 2), (RunFailed, 1)])
 def test_21_the_error_of_a_row_and_the_log_that_one_would_cat(
-    error: type[Exception], code: int, tmp_path: Path, capsys: Captured
+    error: type[Exception], code: int, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(driver, "pin", lambda config, _: config)  # its model is nowhere
     config = make_config(run={"dir": str(tmp_path), "name": "r"})
     (tmp_path / "r").mkdir()
 
