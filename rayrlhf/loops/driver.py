@@ -50,6 +50,7 @@ from rayrlhf.loops.session import DeploymentFailed, last_line, ray_session
 from rayrlhf.loops.worker_failures import WorkerFailures
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
+from rayrlhf.observe.wandb_access import check_wandb
 from rayrlhf.placement.apply import (
     PlacementError,
     Slots,
@@ -97,6 +98,7 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
     stopped = _StopOnSignal()
     try:
         check_files(config)
+        check_wandb(config)
         config = pin(config, console.say)
         body = check(config)
         fetch_here(config, console.say)

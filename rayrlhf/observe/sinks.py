@@ -126,9 +126,16 @@ class Wandb:
             resume="allow",
             dir=str(run_path),
             config=masked_tree(config.model_dump(mode="json")),
-            # The command line goes with it, which may hold what the config masks.
-            settings=wandb.Settings(x_disable_meta=any(masked(word) != word for word in sys.argv)),
+            settings=wandb.Settings(
+                # The command line goes with it, which may hold what the config masks.
+                x_disable_meta=any(masked(word) != word for word in sys.argv),
+                # It would capture the terminal's output, and print several lines in colour around a run.
+                console="off",
+                silent=True,
+            ),
         )
+        if self.run.url:
+            self.say(f"Weights & Biases: {self.run.url}")
         self.is_behind = False
 
     def write(self, report: Report) -> None:
