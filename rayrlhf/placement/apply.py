@@ -168,14 +168,18 @@ def _where_am_i() -> tuple[str, str | None, str | None]:
 
 def _uuid(gpu: str) -> str | None:
     """The name of a GPU that is the same in every process; None where there is no NVIDIA driver."""
-    command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=uuid", "--format=csv,noheader"]
+    return _nvidia_smi("uuid", f"--id={gpu}").strip() or None
+
+
+def _nvidia_smi(query: str, *options: str) -> str:
+    """What it answers, without units; nothing where there is no NVIDIA driver."""
+    command = ["nvidia-smi", *options, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(
+        return subprocess.run(
             command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True
         ).stdout
     except FileNotFoundError:
-        return None
-    return told.strip() or None
+        return ""
 
 
 def gpu_memory_bytes() -> int | None:
@@ -187,14 +191,8 @@ def gpu_memory_bytes() -> int | None:
 
 @ray.remote(num_cpus=0, num_gpus=0.01)
 def _gpu_memory() -> int | None:
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(
-            command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True
-        ).stdout
-    except FileNotFoundError:
-        return None
-    return min((int(line) for line in told.split()), default=0) * 2**20 or None
+    mib = [int(line) for line in _nvidia_smi("memory.total").split()]
+    return min(mib) * 2**20 if mib else None
 
 
 def _per_node(found: list[Found]) -> str:
