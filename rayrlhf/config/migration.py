@@ -44,7 +44,7 @@ DATA = "ours is a path or a list of paths"
 
 TRL = _words(
     ("model_name_or_path", "model.path"),
-    ("model_revision", "", NO_SUCH),
+    ("model_revision", "model.path", "write it behind the id: model.path=owner/name@revision"),
     ("dtype", "model.dtype"),
     ("torch_dtype", "model.dtype"),
     ("attn_implementation", "model.attention"),

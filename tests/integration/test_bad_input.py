@@ -20,18 +20,6 @@ pytestmark = pytest.mark.ray
 GOOD_ROW = json.dumps({"prompt": "say something"})
 
 
-def raises(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
-    raise ZeroDivisionError("no vowels at all")
-
-
-def too_few(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
-    return [1.0]
-
-
-def not_a_number(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
-    return [float("nan")] * len(responses)
-
-
 def data(folder: Path, *lines: str) -> dict[str, Any]:
     path = folder / "prompts.jsonl"
     path.write_text("".join(line + "\n" for line in lines))
@@ -39,7 +27,9 @@ def data(folder: Path, *lines: str) -> dict[str, Any]:
 
 
 def reward(name: str) -> dict[str, Any]:
-    return {"reward": {"sources": [{"type": "function", "function": f"{__name__}:{name}"}]}}
+    return {
+        "reward": {"sources": [{"type": "function", "function": f"tests.integration.bad_rewards:{name}"}]}
+    }
 
 
 CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {

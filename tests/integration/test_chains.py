@@ -106,6 +106,7 @@ def test_rejection_sampling(tmp_path: Path, tiny_model: str) -> None:
     assert summary["last"]["score_ci"][0] > summary["rounds"][0]["score_ci"][1]
 
 
+@pytest.mark.long
 def test_conditional_sft_on_responses_that_are_given(tmp_path: Path, tiny_model: str) -> None:
     rows = [{"prompt": f"say {i}", "answer": "ab" if i % 2 else "aaaa"} for i in range(16)]
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -157,6 +157,7 @@ def test_kto_raises_the_margin(tmp_path: Path, tiny_model: str) -> None:
     assert after["eval/accuracy"] > 0.9
 
 
+@pytest.mark.long
 def test_kd_comes_closer_to_a_served_teacher(tmp_path: Path, tiny_model: str) -> None:
     """A teacher in the worker is test_supervised_parity's."""
     from tests.tiny_model import make_tiny_model
