@@ -73,6 +73,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert run_generate(parts) == 0
 
 
+@pytest.mark.long
 def test_rows_that_fail_are_written_with_the_reason(tmp_path: Path, tiny_model: str) -> None:
     """An engine that holds 70 tokens refuses what is longer; the other rows are answered."""
     rows = [{"prompt": "a" * (90 if i == 5 else 10)} for i in range(8)]

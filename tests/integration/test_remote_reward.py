@@ -89,6 +89,7 @@ def lines_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "runs" / "tiny" / name).read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_every_sample_that_a_server_loses_is_counted(
     tmp_path: Path, tiny_model: str, server: FailingServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
