@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from rayrlhf.observe.board import Poster, Receipt, Report
+from rayrlhf.observe.board import Posted, Poster, Receipt, Report
 from rayrlhf.observe.metrics import check_keys
 from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.samples import Sample
@@ -95,16 +96,22 @@ def _receipt(ref: Any) -> Receipt | None:
 
 
 class ToBoard:
-    """Takes lines for the console, in whatever process of the run it is called."""
+    """Takes lines for the console, in whatever process of the run it is called. What dies with the board's
+    process is not posted again: it stands in a log, too.
+    """
 
     def __init__(self, board: str) -> None:
         self.board = board
         self._actor: Any = None
+        self._name = ""
+        self._number = 0
 
     def __call__(self, text: str) -> None:
-        if self._actor is None:
+        if self._actor is None:  # in the process that it has been sent to
             self._actor = ray.get_actor(self.board, namespace=NAMESPACE)
-        self._actor.post.remote(Report("note", 0, text))
+            self._name = uuid.uuid4().hex
+        self._number += 1
+        self._actor.post.remote(Posted(self._name, self._number, Report("note", 0, text)))
 
 
 def _row(step: int, sample: Sample) -> dict[str, Any]:

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("ray_session"),
 ]
 
-NUM_STEPS = 6
+NUM_STEPS = 24  # a fraction of a second each: the run must outlive the last kill
 ACTORS = ("weights", "board", "reaper")  # by the end of their name
 WAIT_SECONDS = 300
 
