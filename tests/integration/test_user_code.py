@@ -41,11 +41,12 @@ def scored(tmp_path: Path, model: str, responses: list[str], **reward: Any) -> i
                 "response_key": "answer",
                 "max_prompt_tokens": 64,
             },
-            reward={"sources": [{**source, "timeout_seconds": 5}], "retries": 0, **reward},
+            reward={"sources": [{**source, "timeout_seconds": 15}], "retries": 0, **reward},
         )
     )
 
 
+@pytest.mark.long
 def test_the_others_are_scored_in_the_meantime(
     tmp_path: Path, tiny_model: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
