@@ -189,7 +189,7 @@ def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | No
 def _fix(key: str) -> str:
     name = FIXED[key]
     allowed = "" if name is None else f"set run.allow_changes=[{name}] to go on all the same, "
-    return f"restore {key}, {allowed}or choose another run.name"
+    return f"take {key} back, {allowed}or choose another run.name"
 
 
 def _equal(saved: Any, now: Any) -> bool:

@@ -119,7 +119,7 @@ def test_35_other_data_are_refused_or_allowed_by_name(tmp_path: Path) -> None:
     assert resumed(sft(tmp_path)) == []
     refusal = (
         r"data\.train: was train\.jsonl \(contents aaaa\), is other\.jsonl \(contents bbbb\)\. "
-        r"Fix: restore data\.train back, set run\.allow_changes=\[data\] to go on all the same, or choose"
+        r"Fix: take data\.train back, set run\.allow_changes=\[data\] to go on all the same, or choose"
     )
     with pytest.raises(InputError, match=refusal):
         resumed(sft(tmp_path, data={"train": "other.jsonl"}), data="bbbb")
