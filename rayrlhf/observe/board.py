@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -142,18 +143,42 @@ class Poster:
 
 
 class Taker:
-    """The driver's end: what is new of what a board gives."""
+    """The driver's end: what is new of what a board gives, in the order in which each poster wrote it.
 
-    def __init__(self) -> None:
+    After a board's death a report may come before those that are posted again; it waits for them, but not
+    longer than `gap_seconds`: what a board has dropped never comes.
+    """
+
+    def __init__(self, gap_seconds: float = 10.0) -> None:
         self.had = ("", 0)
-        self._seen: dict[str, set[int]] = {}
+        self.gap_seconds = gap_seconds
+        self._last: dict[str, int] = {}  # by poster, the number of the newest report that was passed on
+        self._held: dict[str, dict[int, Report]] = {}
+        self._waits_since: dict[str, float] = {}
 
-    def new(self, board: str, waiting: list[Posted]) -> list[Report]:
+    def new(self, board: str, waiting: list[Posted], *, last_call: bool = False) -> list[Report]:
+        """With `last_call` nothing is held back."""
         self.had = (board, len(waiting))
         found: list[Report] = []
         for poster, number, report in waiting:
-            seen = self._seen.setdefault(poster, set())
-            if number not in seen:
-                seen.add(number)
-                found.append(report)
+            if number > self._last.get(poster, 0):
+                self._held.setdefault(poster, {})[number] = report
+                found += self._next(poster, last_call)
+        for poster in list(self._held):
+            found += self._next(poster, last_call)
+        return found
+
+    def _next(self, poster: str, last_call: bool) -> list[Report]:
+        held, found = self._held.get(poster, {}), []
+        now = time.monotonic()
+        while held:
+            number = min(held)
+            if number > self._last.get(poster, 0) + 1 and not last_call:
+                since = self._waits_since.setdefault(poster, now)
+                if now - since < self.gap_seconds:
+                    return found
+            self._waits_since.pop(poster, None)
+            self._last[poster] = number
+            found.append(held.pop(number))
+        self._held.pop(poster, None)
         return found

@@ -208,7 +208,8 @@ def drain_in_background(board: Any, sinks: Sinks) -> Iterator[None]:
         """Waits for a board whose process died; `RayActorError` when it will not come back."""
         while True:
             try:
-                return taker.new(*ray.get(board.take.remote(seconds, taker.had)))
+                name, waiting = ray.get(board.take.remote(seconds, taker.had))
+                return taker.new(name, waiting, last_call=seconds == 0.0)
             except ActorUnavailableError:
                 time.sleep(RETRY_SECONDS)
 

@@ -71,7 +71,7 @@ def test_without_a_receipt_everything_unconfirmed_is_posted_again() -> None:
 
 def test_a_board_that_nobody_reads_is_bounded_and_drops_phases_first() -> None:
     async def body() -> None:
-        board, poster, taker = Board(max_reports=3), Poster(), Taker()
+        board, poster, taker = Board(max_reports=3), Poster(), Taker(gap_seconds=0.0)
 
         async def post(report: Report) -> None:
             await board.post(poster.number(report))
@@ -91,7 +91,7 @@ def test_a_board_that_nobody_reads_is_bounded_and_drops_phases_first() -> None:
 
 def test_what_the_driver_was_given_is_not_dropped_before_it_says_so() -> None:
     async def body() -> None:
-        board, poster, taker = Board(max_reports=2), Poster(), Taker()
+        board, poster, taker = Board(max_reports=2), Poster(), Taker(gap_seconds=0.0)
         first, second, third, fourth, fifth = (Report("step", step) for step in range(1, 6))
         for report in (first, second):
             await board.post(poster.number(report))
@@ -103,3 +103,22 @@ def test_what_the_driver_was_given_is_not_dropped_before_it_says_so() -> None:
         assert kept == [fourth, fifth] and warning.text.startswith("1 reports were dropped")
 
     asyncio.run(body())
+
+
+def test_28_reports_that_are_posted_again_come_before_later_ones() -> None:
+    """A row of step 5 before that of step 4 would be taken for a run that began again."""
+    poster, taker = Poster(), Taker()
+    four, five = (poster.number(Report("step", step)) for step in (4, 5))
+    assert taker.new("second", [five]) == []
+    assert taker.new("second", [five, four, five]) == [four.report, five.report]
+    assert taker.new("second", [four, five]) == []
+
+
+def test_what_never_comes_is_not_waited_for_for_ever() -> None:
+    poster, taker = Poster(), Taker(gap_seconds=0.0)
+    poster.number(Report("step", 1))
+    second = poster.number(Report("step", 2))
+    assert taker.new("board", [second]) == [second.report]
+    patient = Taker()
+    assert patient.new("board", [second]) == []
+    assert patient.new("board", [], last_call=True) == [second.report]
