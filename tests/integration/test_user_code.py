@@ -41,7 +41,7 @@ def scored(tmp_path: Path, model: str, responses: list[str], **reward: Any) -> i
                 "response_key": "answer",
                 "max_prompt_tokens": 64,
             },
-            reward={"sources": [{**source, "timeout_seconds": 15}], "retries": 0, **reward},
+            reward={"sources": [{**source, "timeout_seconds": 5}], "retries": 0, **reward},
         )
     )
 
