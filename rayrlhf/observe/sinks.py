@@ -102,6 +102,10 @@ class TensorBoard:
     def _open(self, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        # Files are read in the order of their names, which begin with the second of their creation; within
+        # one second a counter that is compared as text would decide.
+        while any(self.folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)
         self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
 
     def close(self) -> None:

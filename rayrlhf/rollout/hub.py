@@ -73,7 +73,11 @@ class WeightHub:
         self.state: HubState | None = None if self._is_restarted() else self._first(0)
 
     def _is_restarted(self) -> bool:
-        return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        if not ray.is_initialized():
+            return False
+        context = ray.get_runtime_context()
+        # Outside an actor the question is an error.
+        return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
 
     def _first(self, number: int) -> HubState:
         """Nothing has been published; `number` counts from there."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
@@ -126,8 +127,12 @@ def test_wandb_writes_an_offline_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("same_process", [True, False])
-def test_34_tensorboard_hides_what_an_earlier_attempt_logged(same_process: bool, tmp_path: Path) -> None:
+def test_34_tensorboard_hides_what_an_earlier_attempt_logged(
+    same_process: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logged up to 13, resumed from the checkpoint of step 10. Before: two values for 11, 12 and 13."""
+    # The two files of one second would be read in the wrong order: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     sink = TensorBoard(tmp_path)
     for step in range(1, 14):
         sink.write(Report("step", step, metrics={"loss/actor": 1.0}))
