@@ -152,7 +152,7 @@ def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C
         console.say(
             f"placement.preset=auto: {found.placement.preset}, {slots_in_words(plan(found).num_slots)}"
         )
-    left = left_to_the_device(found)
+    left = left_to_the_device(found, on_gpu=gpus > 0)
     memory = gpu_memory_bytes() if left and gpus else None
     if memory is not None:
         found = sized_for_gpu(found, Gpu("GPU", memory, 0.0, 0.0))
@@ -160,7 +160,7 @@ def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C
         found = sized_for_host(found, psutil.virtual_memory().total)
     for key in left:
         section, _, name = key.partition(".")
-        console.say(f"{key}, left out: {getattr(getattr(found, section), name)}")
+        console.say(f"{key}={getattr(getattr(found, section), name)}, as it is not set")
     return found
 
 

@@ -23,13 +23,13 @@ MARGIN = 0.95  # of a GPU's usable memory, what a plan may fill: it is right wit
 HOST_SHARE = 0.5  # of a machine's memory, for the slots of a run on CPUs
 
 
-def left_to_the_device(config: Any) -> list[str]:
+def left_to_the_device(config: Any, *, on_gpu: bool) -> list[str]:
     """The keys that a driver fills in."""
     found = []
     if "train" in type(config).model_fields and TOKENS not in config.train.model_fields_set:
         found.append(f"train.{TOKENS}")
     shares = isinstance(config, PolicyRunConfig) and config.engines_share_with_trainers
-    if shares and SHARE not in config.rollout.model_fields_set:
+    if on_gpu and shares and SHARE not in config.rollout.model_fields_set:
         found.append(f"rollout.{SHARE}")
     return found
 
@@ -48,7 +48,7 @@ def sized_for_host(config: C, memory_bytes: int) -> C:
 
 
 def _sized(config: C, fits: Callable[[Budget], bool], gpu: Gpu | None) -> C:
-    if not left_to_the_device(config):
+    if not left_to_the_device(config, on_gpu=gpu is not None):
         return config
     try:
         for candidate in _candidates(config, gpu):
@@ -60,11 +60,11 @@ def _sized(config: C, fits: Callable[[Budget], bool], gpu: Gpu | None) -> C:
 
 
 def _candidates(config: C, gpu: Gpu | None) -> Iterator[C]:
-    left, longest = left_to_the_device(config), longest_sample(config)
+    left, longest = left_to_the_device(config, on_gpu=gpu is not None), longest_sample(config)
     sizes: list[int | None] = [None]
     if f"train.{TOKENS}" in left:
         sizes = [*(size for size in SIZES if size > longest), longest]
-    shares: tuple[float | None, ...] = SHARES if f"rollout.{SHARE}" in left and gpu is not None else (None,)
+    shares: tuple[float | None, ...] = SHARES if f"rollout.{SHARE}" in left else (None,)
     for share in shares:
         for size in sizes:
             changes: dict[str, Any] = {}
