@@ -38,7 +38,16 @@ from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig
 RESPONSE, REWARD = "response", "reward"  # columns of the rows that are trained on
 CHOSEN_FILE = "chosen.jsonl"
 # What a training stage takes over from the prompts, so that it renders them alike.
-TEXT_KEYS = ("prompt_key", "input_template", "apply_chat_template", "system_prompt", "chat_template")
+TEXT_KEYS = (
+    "prompt_key",
+    "input_template",
+    "apply_chat_template",
+    "system_prompt",
+    "system_key",
+    "tools",
+    "tools_key",
+    "chat_template",
+)
 STAGE_SECTION = re.compile(r"(?<![\w.])(train|data|eval|checkpoint|algorithm)\.")
 
 

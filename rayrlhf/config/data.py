@@ -24,6 +24,7 @@ def _paths_are_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
+Key = Annotated[str, Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}"), Wanted("a text with {} where the prompt goes")]
 
 Sources = Annotated[
@@ -76,6 +77,8 @@ def _one_kind_of_template(data: DataConfig) -> Problem | None:
 def _given_for_chat(data: DataConfig) -> Iterator[str]:
     if data.system_prompt is not None:
         yield "system_prompt"
+    if data.tools is not None:
+        yield "tools"
     if data.chat_template is not None:
         yield "chat_template"
 
@@ -93,6 +96,12 @@ class DataConfig(Section):
     """Render with the tokenizer's chat template, ready for the assistant's turn."""
     system_prompt: str | None = None
     """System message put before every conversation that has none."""
+    system_key: Key | None = None
+    """Column with a system message; null takes the column system where there is one."""
+    tools: list[dict[str, Any]] | None = None
+    """Tool definitions for the chat template, of every conversation whose row has none."""
+    tools_key: Key | None = None
+    """Column with tool definitions for the chat template; null takes the column tools where there is one."""
     chat_template: str | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
     on_bad_row: Literal["fail", "skip"] = "fail"

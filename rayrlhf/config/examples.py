@@ -7,10 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from rayrlhf.config.base import Count, Problem, Wanted
-from rayrlhf.config.data import DataConfig, SourceConfig
+from rayrlhf.config.data import DataConfig, Key, SourceConfig
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-Key = Annotated[str, Field(min_length=1)]
 RewardTemplate = Annotated[str, Field(pattern=r"\{\}"), Wanted("a text with {} where the reward goes")]
 
 
@@ -58,10 +57,6 @@ class ExampleDataConfig(DataConfig):
     """Split to train on, in hub data sets and folders that hold several; null takes train."""
     eval_split: Key | None = None
     """Split to evaluate on; null takes test, else eval, else validation."""
-    system_key: Key | None = None
-    """Column with a system message; null takes the column system where there is one."""
-    tools_key: Key | None = None
-    """Column with tool definitions for the chat template; null takes the column tools where there is one."""
     id_key: Key | None = None
     """Column that tells rows apart; null compares nothing."""
     on_duplicate_id: Literal["fail", "skip"] = "fail"

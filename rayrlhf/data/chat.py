@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rayrlhf.config.data import DataConfig, PromptDataConfig
-from rayrlhf.data.rows import BadRow, DataError, check_unicode, prompt_of
+from rayrlhf.data.markers import cut, encode, found_in, markers_of
+from rayrlhf.data.messages import Message
+from rayrlhf.data.prompt_rows import prompt_of
+from rayrlhf.data.rows import BadRow, DataError, check_text, check_unicode, column_of, quoted, type_name
+from rayrlhf.data.template import apply_template, tool_form
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.local import local_folder
 
@@ -45,35 +49,92 @@ def read_chat_template(config: DataConfig) -> str | None:
         raise DataError(f"data.chat_template={config.chat_template} cannot be read: {error}") from error
 
 
+class RenderedPrompt(NamedTuple):
+    """What the model is given for a row."""
+
+    text: str  # that the ids decode to, special tokens included
+    ids: list[int]
+    notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
+
+
 def render_prompt(
     columns: Mapping[str, Any], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[int]]:
-    """What the model is given for a row: the text that the ids decode to (special tokens included), the ids.
+) -> RenderedPrompt:
+    """What the model is given for a row.
 
     With `apply_chat_template` a text becomes one user message, `system_prompt` goes before a conversation
     that has no system message of its own, and the template ends with the opening of the assistant's turn.
-    Otherwise the text goes into `input_template`, or stands as it is. A beginning-of-sequence token comes
-    from the template or from the tokenizer, never from both, and no end-of-sequence token is ever added: the
-    answer is still to come.
+    Otherwise the text goes into `input_template`, or stands as it is. What a tokenizer puts before a text
+    comes from the template or from the tokenizer, never from both, and no end-of-sequence token is ever
+    added: the answer is still to come.
 
     Raises `BadRow` for a row that cannot be rendered and `DataError` for a tokenizer without a chat template.
     """
-    prompt = prompt_of(columns, config.prompt_key, config.label_key)
-    if config.apply_chat_template:
-        text = _render_chat(prompt, config, tokenizer)
-        check_unicode(text, f"the conversation in column {config.prompt_key!r}")  # roles and other keys too
-        prompt_ids = encode(text, tokenizer)
-    elif isinstance(prompt, str):
-        text = prompt if config.input_template is None else config.input_template.replace("{}", prompt)
-        prompt_ids = encode_plain(text, tokenizer)
-    else:
-        raise BadRow(
-            f"column {config.prompt_key!r} holds messages, but data.apply_chat_template is false; "
-            "wanted a text, or data.apply_chat_template=true"
-        )
-    if not prompt_ids:
+    found = prompt_of(columns, config)
+    if isinstance(found, str):
+        text = found if config.input_template is None else config.input_template.replace("{}", found)
+        return _prompt(encode_plain(text, tokenizer), config, tokenizer)
+    messages, tools, notes = as_text(found.messages, found.tools, tokenizer)
+    text = apply_template(messages, tokenizer, tools=tools, add_generation_prompt=True)
+    check_unicode(text, f"the conversation in column {config.prompt_key!r}")  # other keys too
+    return _prompt(encode(text, tokenizer), config, tokenizer, notes)
+
+
+def render_text(
+    columns: Mapping[str, Any], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
+) -> RenderedPrompt:
+    """A text of `data.ptx` as it stands; no other column is read."""
+    where = f"column {config.prompt_key!r}"
+    text = column_of(columns, config.prompt_key, "data.ptx.text_key")
+    if not isinstance(text, str):
+        raise BadRow(f"{where} holds {type_name(text)}; wanted a text")
+    check_text(text, where)
+    rendered = _prompt(encode_plain(text, tokenizer), config, tokenizer)
+    if len(rendered.ids) < 2:
+        raise BadRow(f"{where} is a single token, which nothing precedes; there is nothing to learn")
+    return rendered
+
+
+def _prompt(
+    ids: list[int],
+    config: PromptDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    notes: Sequence[str] = (),
+) -> RenderedPrompt:
+    if not ids:
         raise BadRow(f"column {config.prompt_key!r} has no token that the tokenizer knows")
-    return decode_prompt(prompt_ids, tokenizer), prompt_ids
+    return RenderedPrompt(decode_prompt(ids, tokenizer), ids, tuple(notes))
+
+
+def as_text(
+    messages: Sequence[Message], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Message], list[dict[str, Any]] | None, list[str]]:
+    """Messages and tools as the template is to be given them, and notes on what was changed.
+
+    The template's markers in them are text (`rayrlhf.data.markers`), an end-of-turn token with which an
+    answer ends already is left to the template, and tools are left out where the template shows none.
+    """
+    notes = []
+    if tools and tokenizer.chat_template is not None and tool_form(tokenizer) == "nothing":
+        tools = None
+        notes.append("tools left out, which the chat template does not show")
+    markers = markers_of(tokenizer)
+    ended = [_without_end(message, markers.closing) for message in messages]
+    if ended != list(messages):
+        notes.append("an end-of-turn token at the end of an answer left to the chat template")
+    if found := found_in([ended, tools], markers.own):
+        notes.append(f"special tokens of the chat template taken as text: {quoted(found)}")
+    return cut(ended, markers.own), cut(tools, markers.own), notes
+
+
+def _without_end(message: Message, closing: Sequence[str]) -> Message:
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return message
+    while end := next((token for token in closing if content.rstrip().endswith(token)), ""):
+        content = content.rstrip().removesuffix(end)
+    ended = bool(content.strip()) and content != message["content"]
+    return {**message, "content": content} if ended else message
 
 
 def decode_prompt(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -83,57 +144,20 @@ def decode_prompt(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> 
     return text
 
 
-def _render_chat(
-    prompt: str | list[dict[str, Any]], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if config.system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return apply_template(messages, tokenizer, add_generation_prompt=True)
-
-
-def apply_template(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_generation_prompt: bool,
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
-    """The text of a conversation, ready for the assistant's turn with `add_generation_prompt`.
-
-    Raises `BadRow` where the template rejects the conversation and `DataError` where there is no template.
-    """
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"data.apply_chat_template is true, but the tokenizer {tokenizer.name_or_path} has no template; "
-            "name one with data.chat_template, or set data.apply_chat_template=false"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except Exception as error:  # a template is foreign code, and its `raise_exception` means this row
-        raise BadRow(f"the chat template rejects it: {error}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text that says its special tokens itself."""
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text without a chat template, after the beginning-of-sequence token the tokenizer adds."""
-    ids = encode(text, tokenizer)
-    first = _bos_added(tokenizer)
-    return ids if ids[:1] == first else [*first, *ids]
+    """The ids of a text without a chat template, after what the tokenizer puts before a text.
+
+    What of that the text says itself does not come twice.
+    """
+    ids, first = encode(text, tokenizer), list(tokens_put_first(tokenizer))
+    said = next(n for n in range(len(first), -1, -1) if first[len(first) - n :] == ids[:n])
+    return [*first[: len(first) - said], *ids]
 
 
-def _bos_added(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, in a list that is empty where the tokenizer adds none."""
-    bos = tokenizer.bos_token_id
-    return [bos] if isinstance(bos, int) and tokenizer("").input_ids[:1] == [bos] else []
+@lru_cache(maxsize=8)
+def tokens_put_first(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts before a text: Llama's bos, GLM's two tokens, nothing."""
+    alone = encode("a", tokenizer)
+    framed: list[int] = tokenizer("a", verbose=False).input_ids
+    starts = range(len(framed) - len(alone) + 1)
+    return next((tuple(framed[:n]) for n in starts if framed[n : n + len(alone)] == alone), ())

@@ -10,8 +10,10 @@ from rayrlhf.config.data import DataConfig, PromptDataConfig, SourceConfig
 from rayrlhf.config.examples import ExampleDataConfig
 from rayrlhf.data.files import DataFile, Split, resolve_source
 from rayrlhf.data.formats import id_of, normal_form
+from rayrlhf.data.padding import without_padding
+from rayrlhf.data.prompt_rows import prompt_of
 from rayrlhf.data.readers import plan_chunks, read_chunk
-from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json, describe_bad_rows, prompt_of
+from rayrlhf.data.rows import BadRow, DataError, RawRow, describe_bad_rows
 
 HEAD_ROWS = 1000  # looked at in each file
 TOTAL_ROWS = 20_000  # … and in all, so that a data set of a thousand files answers quickly too
@@ -83,8 +85,7 @@ def row_problem(row: RawRow, config: PromptDataConfig) -> str:
     if row.problem:
         return row.problem
     try:
-        prompt_of(row.columns, config.prompt_key, config.label_key)
-        columns_to_json(row.columns)
+        prompt_of(without_padding(row.columns, row.padded), config)
     except BadRow as error:
         return str(error)
     return ""
@@ -95,9 +96,8 @@ def example_problem(row: RawRow, config: ExampleDataConfig) -> str:
     if row.problem:
         return row.problem
     try:
-        normal_form(row.columns, config)
+        normal_form(without_padding(row.columns, row.padded), config)
         id_of(row.columns, config)
-        columns_to_json(row.columns)
     except BadRow as error:
         return str(error)
     return ""

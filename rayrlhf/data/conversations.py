@@ -23,6 +23,7 @@ from rayrlhf.data.messages import (
     check_turns,
     conversation_of,
     prompt_messages,
+    text_or_messages,
     tools_of,
     with_system,
 )
@@ -128,7 +129,10 @@ def _alpaca(columns: Mapping[str, Any], config: SftDataConfig) -> list[Message]:
 
 def _answer_messages(value: Any, where: str) -> list[Message]:
     """An answer may be several messages: tool calls, what tools say, and the answer."""
-    return conversation_of(value, where) if isinstance(value, list) else [answer_message(value, where)]
+    if isinstance(value, Mapping):
+        value = [value]
+    found = text_or_messages(value, where)
+    return [{"role": "assistant", "content": found}] if isinstance(found, str) else found
 
 
 def _up_to_last_answer(messages: list[Message], where: str, config: SftDataConfig) -> list[Message]:

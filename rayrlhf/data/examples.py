@@ -19,11 +19,12 @@ from rayrlhf.data.example_store import EXAMPLE_SCHEMA, SEQUENCE_FIELDS, ExampleS
 from rayrlhf.data.files import Split
 from rayrlhf.data.formats import id_of, normal_form
 from rayrlhf.data.mismatch import mismatched, with_mismatched
+from rayrlhf.data.padding import without_padding
 from rayrlhf.data.render import RenderedExample, render_example, step_token_id
 from rayrlhf.data.rows import BadRow, DataError
 from rayrlhf.data.split import in_split
 from rayrlhf.data.store import STORE_BATCH_ROWS, ArrowRows, write_tables
-from rayrlhf.data.tally import REPORT_FIELDS, Policy, Tally
+from rayrlhf.data.tally import REPORT_FIELDS, Policy, Tally, left_out_notes, with_left_out
 
 RENDERED_SCHEMA = pa.schema(
     [
@@ -85,7 +86,7 @@ def prepare_examples(
     ) as rows:
         tally.check_rows_left(sources, split)
         order = tally.row_order(sources, seed, config.mixing_stops)
-        counts = {**tally.counts(order), "duplicates": tally.duplicates}
+        counts = {**tally.counts(order), "duplicates": tally.repeated.count}
         partners = None
         if isinstance(config, KtoDataConfig):
             partners = mismatched(rows, order, [seed, ("train", "eval").index(split)])
@@ -127,20 +128,28 @@ class RenderStage:
                 if in_split(row["columns_json"], self.split, self.config.eval_share, self.seed):
                     rows.append(self._render(row, tokenizer))
         except DataError as error:  # no matter of a single row: it has no place
-            rows = [{**NOT_RENDERED, "source": 0, "place": "", "problem": str(error)}]
+            rows = [{**NOT_RENDERED, "source": 0, "place": "", "problem": str(error), "notes": []}]
         return pa.Table.from_pylist(rows, RENDERED_SCHEMA)
 
     def _render(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         place = f"{row['_file']}:{row['_row']}" if row["_row"] else ""
-        rendered = {**NOT_RENDERED, "source": row["source"], "place": place, "problem": row["problem"]}
+        rendered = {
+            **NOT_RENDERED,
+            "source": row["source"],
+            "place": place,
+            "problem": row["problem"],
+            "notes": left_out_notes(row["left_out"]),
+        }
         if row["problem"]:
             return rendered
         try:
             columns = json.loads(row["columns_json"])
+            columns = without_padding(columns, json.loads(row["padded"]))
             example = render_example(normal_form(columns, self.config), self.config, tokenizer)
-            return {**rendered, **_columns_of(example), "id": id_of(columns, self.config)}
+            notes = [*rendered["notes"], *example.notes]
+            return {**rendered, **_columns_of(example), "id": id_of(columns, self.config), "notes": notes}
         except BadRow as error:
-            return {**rendered, "problem": str(error)}
+            return {**rendered, "problem": with_left_out(str(error), row["left_out"])}
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
 

@@ -21,9 +21,11 @@ from rayrlhf.data.messages import (
     HH_TURN,
     Message,
     answer_message,
+    check_learnt,
     check_turns,
     conversation_of,
     prompt_messages,
+    text_or_messages,
     tools_of,
     transcript_of,
     with_system,
@@ -83,6 +85,8 @@ def pair_of(columns: Mapping[str, Any], config: PairDataConfig) -> Pair:
     prompt = with_system(prompt, columns, config)
     check_turns([*prompt, better], f"the conversation with column {config.chosen_key!r}")
     check_turns([*prompt, worse], f"the conversation with column {config.rejected_key!r}")
+    check_learnt(better, f"the answer in column {config.chosen_key!r}")
+    check_learnt(worse, f"the answer in column {config.rejected_key!r}")
     if better == worse:
         raise BadRow(f"columns {quoted((config.chosen_key, config.rejected_key))} hold the same answer")
     return Pair(prompt, better, worse, _margin(columns, config), tools_of(columns, config))
@@ -91,9 +95,9 @@ def pair_of(columns: Mapping[str, Any], config: PairDataConfig) -> Pair:
 def _recognised_pair(columns: Mapping[str, Any], config: PairDataConfig) -> str:
     chosen = columns[config.chosen_key]
     prompt_key = pick(columns, config.prompt_key, PROMPT_NAMES)
-    is_text = isinstance(chosen, str) and not chosen.lstrip().startswith("[")
-    whole = not is_text and conversation_of(chosen, f"column {config.chosen_key!r}")[0]["role"] != "assistant"
-    is_hh = is_text and prompt_key is None and HH_TURN.match(chosen) is not None
+    found = _read(chosen, f"column {config.chosen_key!r}")
+    whole = not isinstance(found, str) and found[0]["role"] != "assistant"
+    is_hh = isinstance(found, str) and prompt_key is None and HH_TURN.match(found) is not None
     both = f"{config.chosen_key}, {config.rejected_key}"
     shapes = [
         Shape("prompt", f"{'/'.join(PROMPT_NAMES)} and {both}", prompt_key is not None and not whole),
@@ -101,6 +105,10 @@ def _recognised_pair(columns: Mapping[str, Any], config: PairDataConfig) -> str:
         Shape("hh", f"texts of 'Human:' and 'Assistant:' turns in {both}", is_hh),
     ]
     return recognise(columns, shapes)
+
+
+def _read(answer: Any, where: str) -> str | list[Message]:
+    return text_or_messages([answer] if isinstance(answer, Mapping) else answer, where)
 
 
 def _split(messages: list[Message], where: str) -> tuple[list[Message], Message]:
@@ -161,6 +169,7 @@ def judged_of(columns: Mapping[str, Any], config: KtoDataConfig) -> Judged:
         response = answer_message(columns[response_key], f"column {response_key!r}")
     prompt = with_system(prompt, columns, config)
     check_turns([*prompt, response], "the conversation")
+    check_learnt(response, "the judged answer")
     return Judged(prompt, response, desirable, tools_of(columns, config))
 
 

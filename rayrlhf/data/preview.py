@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,12 @@ from rayrlhf.data.checks import head_rows
 from rayrlhf.data.files import Split, resolve_source
 from rayrlhf.data.formats import id_of, normal_form
 from rayrlhf.data.hub_pins import pin_data
+from rayrlhf.data.padding import without_padding
 from rayrlhf.data.plan import fill_of, plan_steps, row_order
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.split import in_split
+from rayrlhf.data.tally import Places, left_out_notes
 from rayrlhf.foreign_text import write_line
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.resolve import folder_of
@@ -93,6 +96,7 @@ class Preview:
     bad: list[str] = field(default_factory=list)  # file:row: problem
     long: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
+    notes: dict[str, Places] = field(default_factory=dict)  # by what was changed in rows
 
 
 def look_at(
@@ -105,9 +109,12 @@ def look_at(
         try:
             if row.problem:
                 raise BadRow(row.problem)
-            if not in_split(columns_to_json(row.columns), split, data.eval_share, seed):
+            columns_json, left_out = columns_to_json(row.columns)
+            if not in_split(columns_json, split, data.eval_share, seed):
                 continue
-            example = render_example(normal_form(row.columns, data), data, tokenizer)
+            columns = without_padding(row.columns, row.padded)
+            example = render_example(normal_form(columns, data), data, tokenizer)
+            left_out = left_out_notes(json.dumps([*row.left_out, *left_out]))
             row_id = id_of(row.columns, data)
         except BadRow as error:
             preview.num_rows += 1
@@ -123,6 +130,8 @@ def look_at(
             preview.long.append(f"{row.place}: {example.num_tokens} tokens")
             if data.on_long in ("fail", "drop"):
                 continue
+        for note in [*left_out, *example.notes]:
+            preview.notes.setdefault(note, Places()).add([row.place])
         preview.examples.append((row.place, example))
     return preview
 

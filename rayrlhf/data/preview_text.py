@@ -109,6 +109,9 @@ def _counts(preview: Preview, data: ExampleDataConfig) -> Iterator[str]:
             yield describe_bad_rows(places)
         else:
             yield f"0 {what.partition(':')[0]}"
+    for note, rows in preview.notes.items():
+        yield f"{rows.count} with {note}"
+        yield str(rows)
 
 
 def _lengths(preview: Preview) -> Iterator[str]:

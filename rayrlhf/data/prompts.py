@@ -12,13 +12,21 @@ from typing import Any
 import pyarrow as pa
 
 from rayrlhf.config.data import PromptDataConfig, SourceConfig
-from rayrlhf.data.chat import decode_prompt, prompt_tokenizer, read_chat_template, render_prompt
+from rayrlhf.data.chat import (
+    decode_prompt,
+    prompt_tokenizer,
+    read_chat_template,
+    render_prompt,
+    render_text,
+)
 from rayrlhf.data.files import Split
+from rayrlhf.data.padding import without_padding
+from rayrlhf.data.prompt_rows import prompt_columns
 from rayrlhf.data.rows import BadRow, DataError
 from rayrlhf.data.sources import read_sources
 from rayrlhf.data.spool import spooled
 from rayrlhf.data.store import PROMPT_FIELDS, PromptStore, write_store
-from rayrlhf.data.tally import REPORT_FIELDS, Policy, Tally
+from rayrlhf.data.tally import REPORT_FIELDS, Policy, Tally, left_out_notes, with_left_out
 
 RENDERED_SCHEMA = pa.schema([*REPORT_FIELDS, *PROMPT_FIELDS])
 NOT_RENDERED = {"num_tokens": 0, "prompt_ids": [], "prompt": "", "columns_json": ""}
@@ -33,8 +41,11 @@ def prepare_prompts(
     split: Split = "train",
     *,
     trust_remote_code: bool = False,
+    as_texts: bool = False,
 ) -> PromptStore:
     """Reads, renders, tokenises and, where sources have probabilities, mixes; writes the store at `out_path`.
+
+    `as_texts`: the column `prompt_key` holds texts to be learnt as they stand (`data.ptx`).
 
     The order of the rows depends on the sources and the seed only. Ray must be running; the tokenizer is
     loaded once per worker process. The file appears under its name only when it is complete. Raises
@@ -42,7 +53,7 @@ def prepare_prompts(
     them out or to cut them), for files that cannot be read, and where no row is left.
     """
     out_path = Path(out_path)
-    renderer = _Renderer(config, tokenizer_path, trust_remote_code, read_chat_template(config))
+    renderer = _Renderer(config, tokenizer_path, trust_remote_code, read_chat_template(config), as_texts)
     policy = Policy(
         noun="prompts",
         on_bad_row=config.on_bad_row,
@@ -70,13 +81,14 @@ class _Renderer:
     tokenizer_path: str
     trust_remote_code: bool
     chat_template: str | None
+    as_texts: bool
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         try:
             tokenizer = prompt_tokenizer(self.tokenizer_path, self.trust_remote_code, self.chat_template)
             rows = [self._render(row, tokenizer) for row in batch.to_pylist()]
         except DataError as error:  # no matter of a single row: it has no place
-            rows = [{**NOT_RENDERED, "source": 0, "place": "", "problem": str(error)}]
+            rows = [{**NOT_RENDERED, "source": 0, "place": "", "problem": str(error), "notes": []}]
         return pa.Table.from_pylist(rows, RENDERED_SCHEMA)
 
     def _render(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -85,14 +97,20 @@ class _Renderer:
             "source": row["source"],
             "place": f"{row['_file']}:{row['_row']}" if row["_row"] else "",
             "problem": row["problem"],
+            "notes": left_out_notes(row["left_out"]),
         }
         if row["problem"]:
             return rendered
         columns = json.loads(row["columns_json"])
+        # Of what becomes a prompt; rewards are given their columns as they are.
+        padded = set(json.loads(row["padded"])) & set(prompt_columns(self.config))
+        columns = without_padding(columns, padded)
+        render = render_text if self.as_texts else render_prompt
         try:
-            prompt, prompt_ids = render_prompt(columns, self.config, tokenizer)
+            found = render(columns, self.config, tokenizer)
         except BadRow as error:
-            return {**rendered, "problem": str(error)}
+            return {**rendered, "problem": with_left_out(str(error), row["left_out"])}
+        prompt, prompt_ids = found.text, found.ids
         num_tokens = len(prompt_ids)
         if num_tokens > self.config.max_prompt_tokens and self.config.on_long_prompt == "truncate":
             # The end is kept: it holds the question and the opening of the assistant's turn.
@@ -103,5 +121,6 @@ class _Renderer:
             "num_tokens": num_tokens,
             "prompt_ids": prompt_ids,
             "prompt": prompt,
-            "columns_json": row["columns_json"],
+            "columns_json": json.dumps(columns) if padded else row["columns_json"],
+            "notes": [*rendered["notes"], *found.notes],
         }

@@ -271,16 +271,18 @@ def _rows_of_batch(path: str, first_row: int, batch: pa.RecordBatch) -> Iterator
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{path} has two columns {twice!r}; give every column its own name")
     try:
-        rows = batch.to_pylist()
-    except UnicodeDecodeError:  # find the row that it was
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+    except (UnicodeDecodeError, KeyError) as error:  # find the row that it was
         if batch.num_rows == 1:
-            yield RawRow(path, first_row, {}, "holds text that is not UTF-8")
+            is_text = isinstance(error, UnicodeDecodeError)
+            problem = "holds text that is not UTF-8" if is_text else "holds a map with a key twice"
+            yield RawRow(path, first_row, {}, problem)
             return
         for index in range(batch.num_rows):
             yield from _rows_of_batch(path, first_row + index, batch.slice(index, 1))
         return
     for number, columns in enumerate(rows, start=first_row):
-        yield RawRow(path, number, columns)
+        yield RawRow(path, number, columns, padded=tuple(names))
 
 
 def _dataset_chunks(file: DataFile) -> list[Chunk]:
@@ -299,6 +301,28 @@ def _load_dataset(type_: str, path: str) -> Any:
 
 
 def _read_dataset(chunk: Chunk) -> Iterator[RawRow]:
+    """Without columns of images and the like: to decode them takes libraries of their own, and time."""
+    import datasets
+
     rows = _load_dataset(chunk.type, chunk.path).select(range(chunk.start, chunk.stop))
+    kinds = {name: set(_kinds_of(feature)) for name, feature in rows.features.items()}
+    decoded = {
+        name: sorted(kind.__name__ for kind in found - {datasets.Json} if hasattr(kind, "decode"))
+        for name, found in kinds.items()
+    }
+    left_out = tuple(f"{name!r} ({', '.join(found)})" for name, found in decoded.items() if found)
+    rows = rows.select_columns([name for name, found in decoded.items() if not found])
+    padded = tuple(name for name in rows.column_names if datasets.Json not in kinds[name])
     for number, columns in enumerate(rows, start=chunk.first_row):
-        yield RawRow(chunk.path, number, dict(columns))
+        yield RawRow(chunk.path, number, dict(columns), padded=padded, left_out=left_out)
+
+
+def _kinds_of(feature: Any) -> Iterator[type]:
+    """The types of a feature of `datasets` and of all that it is made of."""
+    if isinstance(feature, dict | list):
+        for part in feature.values() if isinstance(feature, dict) else feature:
+            yield from _kinds_of(part)
+    else:
+        yield type(feature)
+        if hasattr(feature, "feature"):  # a list's
+            yield from _kinds_of(feature.feature)

@@ -8,13 +8,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.examples import ExampleDataConfig, PrmDataConfig, SftDataConfig
-from rayrlhf.data.chat import apply_template, decode_prompt, encode, encode_plain
+from rayrlhf.data.chat import as_text, decode_prompt, encode_plain
 from rayrlhf.data.conversations import Conversation, Text
 from rayrlhf.data.formats import NormalForm
-from rayrlhf.data.messages import Message
+from rayrlhf.data.markers import cut, encode, markers_of
+from rayrlhf.data.messages import Message, check_learnt
 from rayrlhf.data.preferences import Judged, Pair
 from rayrlhf.data.rows import BadRow, DataError
 from rayrlhf.data.steps import Steps
+from rayrlhf.data.template import apply_template
 from rayrlhf.data.turns import Learnt, assistant_turns, join, learnt_turns
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class RenderedSequence:
     loss_mask: list[int]  # [T], 0 at position 0
     prompt_tokens: int = 0  # tokens before the last answer
     targets: list[float] = field(default_factory=list)  # [T] where tokens are labelled, else empty
+    notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -51,6 +54,7 @@ class RenderedExample:
     sequences: list[RenderedSequence]
     num_tokens: int  # of the longest sequence, before it was cut
     value: float = 0.0  # see `rayrlhf.batch.Example`
+    notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
 
 
 def render_example(
@@ -64,8 +68,7 @@ def render_example(
     """
     value = 0.0
     if isinstance(example, Text):
-        ids = [*encode_plain(example.text, tokenizer), _eos(tokenizer)]
-        sequences = [_learnt_whole(ids)]
+        sequences = [_learnt_whole(_ended(example.text, tokenizer))]
     elif isinstance(example, Conversation):
         assert isinstance(config, SftDataConfig)
         sequences = [_conversation(example, config, tokenizer)]
@@ -82,35 +85,39 @@ def render_example(
         assert isinstance(config, PrmDataConfig)
         sequences = [_steps(example, config, tokenizer)]
     longest = max(map(len, sequences))
+    notes = tuple(dict.fromkeys(note for sequence in sequences for note in sequence.notes))
     sequences = _fitted([sequence.part(0, len(sequence)) for sequence in sequences], config)
     if not all(any(sequence.loss_mask) for sequence in sequences):
         raise BadRow("it has no token to learn")
     if len(sequences) == 2 and sequences[0].input_ids == sequences[1].input_ids:
         raise BadRow("its answers come to the same tokens")
-    return RenderedExample(sequences, longest, value)
+    return RenderedExample(sequences, longest, value, notes)
 
 
 def _sequence(answer: Learnt) -> RenderedSequence:
-    return RenderedSequence(answer.input_ids, answer.loss_mask, answer.prompt_tokens)
+    return RenderedSequence(answer.input_ids, answer.loss_mask, answer.prompt_tokens, notes=answer.notes)
 
 
 def _conversation(
     conversation: Conversation, config: SftDataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> RenderedSequence:
-    messages = conversation.messages
+    messages, tools = conversation.messages, conversation.tools
+    turns = assistant_turns(messages, config.learn)
     if not config.apply_chat_template:
+        check_learnt(messages[-1], "the answer")
         sequence = _sequence(_answered(messages[:-1], messages[-1], None, config, tokenizer))
     elif config.learn == "all" and messages[-1]["role"] != "assistant":
-        text = apply_template(messages, tokenizer, tools=conversation.tools, add_generation_prompt=False)
-        return _learnt_whole(encode(text, tokenizer))
+        messages, tools, notes = as_text(messages, tools, tokenizer)
+        text = apply_template(messages, tokenizer, tools=tools, add_generation_prompt=False)
+        return _learnt_whole(encode(text, tokenizer), notes)
     else:
-        turns = assistant_turns(messages, last_only=config.learn != "responses")
-        sequence = _sequence(learnt_turns(messages, turns, tokenizer, conversation.tools))
-    return _learnt_whole(sequence.input_ids) if config.learn == "all" else sequence
+        sequence = _sequence(learnt_turns(messages, turns, tokenizer, tools))
+    return _learnt_whole(sequence.input_ids, sequence.notes) if config.learn == "all" else sequence
 
 
-def _learnt_whole(ids: list[int]) -> RenderedSequence:
-    return RenderedSequence(ids, [1] * len(ids), prompt_tokens=len(ids))  # no answer that may not be cut
+def _learnt_whole(ids: list[int], notes: Sequence[str] = ()) -> RenderedSequence:
+    # No answer that may not be cut.
+    return RenderedSequence(ids, [1] * len(ids), prompt_tokens=len(ids), notes=tuple(notes))
 
 
 def _answered(
@@ -123,14 +130,14 @@ def _answered(
     """A prompt and its answer, which alone is learnt."""
     if config.apply_chat_template:
         return learnt_turns([*prompt, answer], [len(prompt)], tokenizer, tools)
+    if "content" not in answer:
+        raise BadRow("its answer has tool calls, but data.apply_chat_template is false: nothing shows them")
     asked = _plain_prompt(prompt, config)
     prompt_ids = encode_plain(asked, tokenizer)
-    ids = encode_plain(asked + answer["content"], tokenizer)
+    ids = _ended(asked + answer["content"], tokenizer)
     if ids[: len(prompt_ids)] != prompt_ids:
-        ids = join(prompt_ids, answer["content"], ids, tokenizer)
-    eos = _eos(tokenizer)
-    if ids[-1] != eos:
-        ids = [*ids, eos]
+        joined = join(prompt_ids, answer["content"], ids[:-1], tokenizer)
+        ids = joined if joined[-1] == ids[-1] else [*joined, ids[-1]]
     num_answer = len(ids) - len(prompt_ids)
     return Learnt(ids, [0] * len(prompt_ids) + [1] * num_answer, len(prompt_ids))
 
@@ -145,6 +152,13 @@ def _plain_prompt(prompt: Sequence[Message], config: ExampleDataConfig) -> str:
     return text if config.input_template is None else config.input_template.replace("{}", text)
 
 
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text without a chat template, and an eos, unless it ends with one already."""
+    eos, bare = _eos(tokenizer), text.rstrip()
+    ids = encode_plain(bare if bare.endswith(str(tokenizer.eos_token)) else text, tokenizer)
+    return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
@@ -157,21 +171,25 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 def _steps(example: Steps, config: PrmDataConfig, tokenizer: PreTrainedTokenizerBase) -> RenderedSequence:
     """The prompt, then each step and the step token, at which its label stands."""
     marker = step_token_id(config.step_token, tokenizer)
+    notes: list[str] = []
+    own: Sequence[str] = ()
     if config.apply_chat_template:
-        text = apply_template(example.prompt, tokenizer, add_generation_prompt=True)
+        messages, tools, notes = as_text(example.prompt, example.tools, tokenizer)
+        own = [token for token in markers_of(tokenizer).own if token != config.step_token]
+        text = apply_template(messages, tokenizer, tools=tools, add_generation_prompt=True)
         input_ids = encode(text, tokenizer)
     else:
         input_ids = encode_plain(_plain_prompt(example.prompt, config), tokenizer)
     prompt_tokens = len(input_ids)
     loss_mask, targets = [0] * prompt_tokens, [0.0] * prompt_tokens
     for number, (step, label) in enumerate(zip(example.steps, example.labels, strict=True), start=1):
-        step_ids = encode(step, tokenizer)
+        step_ids = encode(cut(step, own), tokenizer)
         if marker in step_ids:
             raise BadRow(f"step {number} holds the token of data.step_token={config.step_token!r}")
         input_ids = [*input_ids, *step_ids, marker]
         loss_mask += [*[0] * len(step_ids), int(label is not None)]
         targets += [*[0.0] * len(step_ids), label or 0.0]
-    return RenderedSequence(input_ids, loss_mask, prompt_tokens, targets)
+    return RenderedSequence(input_ids, loss_mask, prompt_tokens, targets, tuple(notes))
 
 
 @lru_cache(maxsize=4)

@@ -28,41 +28,12 @@ class RawRow:
     row: int  # 1-based: the line in text files, the item or row in the others
     columns: dict[str, Any]  # empty when the row could not be read
     problem: str = ""  # why it could not be read
+    padded: tuple[str, ...] = ()  # columns with nulls as padding: see `rayrlhf.data.padding`
+    left_out: tuple[str, ...] = ()  # columns that were not read, such as "'image' (an image)"
 
     @property
     def place(self) -> str:
         return f"{self.file}:{self.row}"
-
-
-def prompt_of(
-    columns: Mapping[str, Any], prompt_key: str, label_key: str | None = None
-) -> str | list[dict[str, Any]]:
-    """The row's prompt: a text, or a conversation that ends where the model is to speak.
-
-    Raises `BadRow` for a column that is missing, a prompt that is neither text nor messages, an empty one, a
-    message without role or content, a conversation that already ends with an answer, and text that is not
-    Unicode.
-    """
-    prompt = column_of(columns, prompt_key, "data.prompt_key")
-    if label_key is not None and column_of(columns, label_key, "data.label_key") is None:
-        raise BadRow(f"the label column {label_key!r} is null")
-    if isinstance(prompt, str):
-        check_text(prompt, f"column {prompt_key!r}")
-        return prompt
-    if not isinstance(prompt, list):
-        raise BadRow(
-            f"column {prompt_key!r} holds {type_name(prompt)}; "
-            "wanted a text or a list of {role, content} messages"
-        )
-    messages = messages_of(prompt, f"column {prompt_key!r}")
-    last = messages[-1]
-    if last["role"] == "assistant":
-        raise BadRow(
-            f"the messages in column {prompt_key!r} end with the assistant's answer; "
-            "a prompt ends where the model is to speak, so leave the answer out"
-        )
-    check_text(last.get("content", ""), f"the last message in column {prompt_key!r}")
-    return messages
 
 
 def column_of(columns: Mapping[str, Any], key: str, key_path: str) -> Any:
@@ -70,29 +41,6 @@ def column_of(columns: Mapping[str, Any], key: str, key_path: str) -> Any:
     if key not in columns:
         raise BadRow(f"no column {key!r} ({key_path}); the columns are: {quoted(columns)}")
     return columns[key]
-
-
-def messages_of(messages: Sequence[Any], where: str) -> list[dict[str, Any]]:
-    """Messages, each with a role and a content that is text (or tool calls). Raises `BadRow` for others."""
-    if not messages:
-        raise BadRow(f"{where} is an empty list of messages")
-    checked: list[dict[str, Any]] = []
-    for number, message in enumerate(messages, start=1):
-        place = f"message {number} in {where}"
-        if not isinstance(message, Mapping):
-            raise BadRow(f"{place} is {type_name(message)}; wanted {{role, content}}")
-        # Arrow gives every struct the keys of all others, as nulls, and templates ask "is the key there?".
-        present = {key: value for key, value in message.items() if value is not None}
-        if not isinstance(present.get("role"), str) or not present["role"]:
-            raise BadRow(f"{place} has no role; its keys are: {quoted(present)}")
-        if "content" not in present and "tool_calls" not in present:
-            raise BadRow(f"{place} has no content; its keys are: {quoted(present)}")
-        content = present.get("content", "")
-        if not isinstance(content, str):
-            raise BadRow(f"the content of {place} is {type_name(content)}; wanted a text")
-        check_unicode(content, place)
-        checked.append(present)
-    return checked
 
 
 def check_text(text: str, where: str) -> None:
@@ -123,18 +71,23 @@ def type_name(value: Any) -> str:
     return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def columns_to_json(columns: Mapping[str, Any]) -> str:
-    """All columns as one JSON object, in which form a row travels: rows of one file need not share a schema.
+def columns_to_json(columns: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The columns as one JSON object, in which form a row travels: rows of one file need not share a schema.
 
-    Raises `BadRow` for a column that JSON cannot hold, such as the bytes of an image.
+    Also those that JSON cannot hold, such as the bytes of an image, each with the reason: they are left out.
     """
-    for name, value in columns.items():
-        if isinstance(value, bytes):
-            raise BadRow(f"column {name!r} holds bytes; wanted text, numbers, lists or objects")
     try:
-        return json.dumps(columns, default=_plain)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow(f"its columns cannot be kept as JSON: {error}") from error
+        return json.dumps(columns, default=_plain), []
+    except (TypeError, ValueError, RecursionError):
+        pass  # a column is the reason: which is found below
+    kept, left_out = {}, []
+    for name, value in columns.items():
+        try:
+            json.dumps(value, default=_plain)
+            kept[name] = value
+        except (TypeError, ValueError, RecursionError) as error:
+            left_out.append(f"{name!r} ({error})")
+    return json.dumps(kept, default=_plain), left_out
 
 
 def _plain(value: Any) -> Any:
@@ -142,7 +95,7 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, Decimal):
         return str(value)
-    raise TypeError(f"a value of type {type(value).__name__}")
+    raise TypeError("bytes" if isinstance(value, bytes) else f"a value of type {type(value).__name__}")
 
 
 def describe_bad_rows(problems: Sequence[str], total: int | None = None) -> str:

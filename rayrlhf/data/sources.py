@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rayrlhf.config.data import SourceConfig
 from rayrlhf.data.files import DataFile, Split, resolve_source
 from rayrlhf.data.hub import shared_copy
 from rayrlhf.data.readers import Chunk, plan_chunks, read_chunk
-from rayrlhf.data.rows import BadRow, DataError, columns_to_json
+from rayrlhf.data.rows import DataError, RawRow, columns_to_json
 
 # A share of a CPU, so that reading goes on where the CPUs are few and partly taken.
 READ_TASK_CPUS = 0.5
@@ -29,10 +30,11 @@ def read_sources(
 
     Columns: `source` (index into `sources`), `_file`, `_row` (1-based; 0 for a problem of the file as a
     whole), `columns_json` (the row as one JSON object: rows of one file need not share a schema, so Arrow
-    columns cannot hold them), `problem` (why the row could not be read; empty for a good one). Lazy, and one
-    task per few megabytes. `split_name` is what the split is called where a source holds several; `copies` is
-    a folder that all nodes see, into which data sets of the hub are put. Raises `DataError` for files that do
-    not exist or cannot be opened; call it inside `ordered_and_quiet`.
+    columns cannot hold them), `problem` (why the row could not be read; empty for a good one), `padded` and
+    `left_out` (JSON lists of what `RawRow` has). Lazy, and one task per few megabytes. `split_name` is what
+    the split is called where a source holds several; `copies` is a folder that all nodes see, into which data
+    sets of the hub are put. Raises `DataError` for files that do not exist or cannot be opened; call it
+    inside `ordered_and_quiet`.
     """
     chunks: list[dict[str, Any]] = []
     for index, source in enumerate(sources):
@@ -53,19 +55,23 @@ def _rows_of_chunk(described: dict[str, Any]) -> Iterator[dict[str, Any]]:
     chunk = Chunk(**described)
     try:
         for row in read_chunk(chunk):
-            columns_json, problem = "", row.problem
-            if not problem:
-                try:
-                    columns_json = columns_to_json(row.columns)
-                except BadRow as error:
-                    problem = str(error)
-            yield _described(source, row.file, row.row, columns_json, problem)
+            columns_json, left_out = columns_to_json(row.columns)
+            row = replace(row, left_out=(*row.left_out, *left_out))
+            yield _described(source, row, "" if row.problem else columns_json)
     except DataError as error:  # Ray would bury it in its own; as a row it arrives as it is
-        yield _described(source, chunk.path, 0, "", str(error))
+        yield _described(source, RawRow(chunk.path, 0, {}, str(error)), "")
 
 
-def _described(source: int, file: str, row: int, columns_json: str, problem: str) -> dict[str, Any]:
-    return {"source": source, "_file": file, "_row": row, "columns_json": columns_json, "problem": problem}
+def _described(source: int, row: RawRow, columns_json: str) -> dict[str, Any]:
+    return {
+        "source": source,
+        "_file": row.file,
+        "_row": row.row,
+        "columns_json": columns_json,
+        "problem": row.problem,
+        "padded": json.dumps(row.padded),
+        "left_out": json.dumps(row.left_out),
+    }
 
 
 @contextmanager

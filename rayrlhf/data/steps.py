@@ -9,7 +9,7 @@ from typing import Any
 
 from rayrlhf.config.examples import PrmDataConfig
 from rayrlhf.data.columns import PROMPT_NAMES, Shape, pick, pick_or_fail, recognise
-from rayrlhf.data.messages import Message, check_turns, prompt_messages, with_system
+from rayrlhf.data.messages import Message, check_turns, prompt_messages, tools_of, with_system
 from rayrlhf.data.rows import BadRow, check_text, column_of, type_name
 
 PROBLEM_NAMES = (*PROMPT_NAMES, "problem")
@@ -26,6 +26,7 @@ class Steps:
     prompt: list[Message]
     steps: list[str]
     labels: list[float | None]  # one per step
+    tools: list[dict[str, Any]] | None = None
 
 
 def steps_of(columns: Mapping[str, Any], config: PrmDataConfig) -> Steps:
@@ -51,7 +52,7 @@ def steps_of(columns: Mapping[str, Any], config: PrmDataConfig) -> Steps:
     read = [_label(label, number, scale, config) for number, label in enumerate(labels, start=1)]
     if all(label is None for label in read):
         raise BadRow("no step has a label to learn")
-    return Steps(prompt, list(steps), read)
+    return Steps(prompt, list(steps), read, tools_of(columns, config))
 
 
 def _recognised(columns: Mapping[str, Any], config: PrmDataConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,34 @@ REPORT_FIELDS = [
     pa.field("place", pa.string()),
     pa.field("problem", pa.string()),  # empty for a good row
     pa.field("num_tokens", pa.int64()),  # of the longest sequence, before it is cut
+    pa.field("notes", pa.list_(pa.string())),  # what was changed in the row
 ]
+
+
+def left_out_notes(left_out: str) -> list[str]:
+    """Notes on the columns that a source could not read, given as JSON."""
+    return [f"column {column} left out, which JSON cannot hold" for column in json.loads(left_out)]
+
+
+def with_left_out(problem: str, left_out: str) -> str:
+    """A row's problem, with the columns that it may have been looked for in."""
+    columns = json.loads(left_out)
+    return f"{problem}; columns left out: {', '.join(columns)}" if columns else problem
+
+
+@dataclass
+class Places:
+    """How many rows something has happened to, and where first."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, places: Sequence[str]) -> None:
+        self.count += len(places)
+        self.first += places[: max(0, MAX_SHOWN - len(self.first))]
+
+    def __str__(self) -> str:
+        return describe_bad_rows(self.first, self.count)
 
 
 @dataclass(frozen=True)
@@ -49,11 +77,10 @@ class Tally:
     policy: Policy
     rows_of_source: list[int]
     contents: tuple[str, ...]  # columns that the fingerprint covers
-    skipped_bad: int = 0
-    dropped_long: int = 0
-    truncated: int = 0
-    duplicates: int = 0
-    shown: list[str] = field(default_factory=list)  # the first bad rows
+    bad: Places = field(default_factory=Places)
+    long: Places = field(default_factory=Places)
+    repeated: Places = field(default_factory=Places)
+    notes: dict[str, Places] = field(default_factory=dict)  # by what was changed
     _place_of_id: dict[str, str] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
 
@@ -69,16 +96,13 @@ class Tally:
         bad = [f"{place}: {problem}" for place, problem in zip(places, problems, strict=True) if problem]
         if bad and self.policy.on_bad_row == "fail":
             raise DataError(f"rows that cannot be used\n{describe_bad_rows(bad)}\n{on_bad_row_fix()}")
-        self.skipped_bad += len(bad)
-        self.shown += bad[: MAX_SHOWN - len(self.shown)]
+        self.bad.add(bad)
         keep = np.array([not problem for problem in problems])
         keep[self._repeated(batch, keep)] = False
         long = self._long(batch, keep)
         if self.policy.on_long == "drop":
             keep[long] = False
-            self.dropped_long += len(long)
-        else:
-            self.truncated += len(long)
+        self._note(batch, keep)
         kept = batch.filter(pa.array(keep))
         self._keep(kept)
         return kept
@@ -100,20 +124,27 @@ class Tally:
                 f"rows with the same id\n{describe_bad_rows(described)}\n"
                 "give every row its own, or set data.on_duplicate_id=skip"
             )
-        self.duplicates += len(repeated)
+        self.repeated.add(described)
         return repeated
+
+    def _note(self, batch: pa.Table, keep: np.ndarray) -> None:
+        places, notes = batch.column("place").to_pylist(), batch.column("notes").to_pylist()
+        for index in np.flatnonzero(keep).tolist():
+            for note in notes[index] or []:
+                self.notes.setdefault(note, Places()).add([places[index]])
 
     def _long(self, batch: pa.Table, keep: np.ndarray) -> list[int]:
         policy = self.policy
         lengths, places = batch.column("num_tokens").to_pylist(), batch.column("place").to_pylist()
         long = [i for i, length in enumerate(lengths) if keep[i] and length > policy.max_tokens]
+        described = [f"{places[index]}: {lengths[index]} tokens" for index in long]
         if long and policy.on_long == "fail":
-            described = [f"{places[index]}: {lengths[index]} tokens" for index in long]
             raise DataError(
                 f"{policy.noun} longer than {policy.max_tokens_key}={policy.max_tokens}\n"
                 f"{describe_bad_rows(described)}\nraise {policy.max_tokens_key} to {max(lengths)} or more, "
                 f"or set {policy.on_long_fix}"
             )
+        self.long.add(described)
         return long
 
     def _keep(self, rows: pa.Table) -> None:
@@ -136,26 +167,26 @@ class Tally:
     def counts(self, order: np.ndarray) -> dict[str, int]:
         return {
             "rows": len(order),
-            "skipped_bad": self.skipped_bad,
-            "dropped_long": self.dropped_long,
-            "truncated": self.truncated,
+            "skipped_bad": self.bad.count,
+            "dropped_long": self.long.count if self.policy.on_long == "drop" else 0,
+            "truncated": self.long.count if self.policy.on_long == "truncate" else 0,
             "unused_by_mixing": sum(self.rows_of_source) - len(np.unique(order)),
         }
 
     def log(self) -> None:
+        """Says what was left out or changed: how many rows, and the first of them."""
         noun, key = self.policy.noun, self.policy.max_tokens_key
-        if self.skipped_bad:
-            logger.warning(
-                "skipped %d bad rows (data.on_bad_row=skip)\n%s",
-                self.skipped_bad,
-                describe_bad_rows(self.shown, self.skipped_bad),
-            )
-        if self.duplicates:
-            logger.warning("skipped %d rows whose id had come before", self.duplicates)
-        if self.dropped_long:
-            logger.warning("dropped %d %s longer than %s", self.dropped_long, noun, key)
-        if self.truncated:
-            logger.warning("cut %s off %d %s longer than %s", self.policy.cut, self.truncated, noun, key)
+        if self.bad.count:
+            logger.warning("skipped %d bad rows (data.on_bad_row=skip)\n%s", self.bad.count, self.bad)
+        if self.repeated.count:
+            logger.warning("skipped %d rows whose id had come before\n%s", self.repeated.count, self.repeated)
+        if self.long.count and self.policy.on_long == "drop":
+            logger.warning("dropped %d %s longer than %s\n%s", self.long.count, noun, key, self.long)
+        elif self.long.count:
+            cut = self.policy.cut
+            logger.warning("cut %s off %d %s longer than %s\n%s", cut, self.long.count, noun, key, self.long)
+        for note, places in self.notes.items():
+            logger.warning("%s, in %d %s\n%s", note, places.count, noun, places)
 
     def check_rows_left(self, sources: Sequence[SourceConfig], split: Split) -> None:
         """Raises `DataError` where no row is left, or none of a source that is to be mixed."""
@@ -166,8 +197,8 @@ class Tally:
         ]
         if empty and (len(empty) == len(sources) or sources[0].probability is not None):
             raise DataError(
-                f"no usable row in {', '.join(empty)} ({self.skipped_bad} bad rows skipped, "
-                f"{self.dropped_long} long {self.policy.noun} dropped); "
+                f"no usable row in {', '.join(empty)} ({self.bad.count} bad rows skipped, "
+                f"{self.long.count} long {self.policy.noun} dropped); "
                 f"check the files, the keys of data and {self.policy.max_tokens_key}"
             )
 

@@ -7,14 +7,15 @@ the one that ends its turn included. What a template puts around the turns is ne
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from rayrlhf.data.chat import apply_template, decode_prompt, encode
+from rayrlhf.data.chat import as_text, decode_prompt
+from rayrlhf.data.markers import cut, encode, found_in, special_texts, whole
 from rayrlhf.data.messages import Message
 from rayrlhf.data.rows import BadRow, DataError, check_unicode
+from rayrlhf.data.template import apply_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Learnt:
     input_ids: list[int]  # [T]
     loss_mask: list[int]  # [T]
     prompt_tokens: int  # tokens before the last learnt turn: what inference would send for it
+    notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
 
 
 def learnt_turns(
@@ -41,22 +43,25 @@ def learnt_turns(
     """Token ids of `messages` and a mask over the turns with these indices, ascending, the last one last.
 
     A turn is what a rendering that ends with it has more than the one that ends where the assistant is to
-    speak, up to its last special token, which is the one that ends the turn. Where the template has
-    `{% generation %}` tags, only what stands inside them and the ending token are learnt.
+    speak, up to the last special token that the template writes in it, which is the one that ends the turn.
+    Where the template has `{% generation %}` tags, only what stands inside them and the ending token are
+    learnt.
 
     Raises `DataError` for a template that renders the beginning of a conversation otherwise when more
     follows, as some drop earlier reasoning: what the mask covers would not be what inference sends. Raises
     `BadRow` where a token reaches over the boundary between prompt and answer.
     """
+    messages, tools, notes = as_text(messages, tools, tokenizer)
     spans, text = _turn_spans(messages, turns, tokenizer, tools)
+    ends = _turn_ends(messages, turns, tokenizer, tools, spans, text)
     check_unicode(text, "the conversation")  # roles and other keys too
     tags = _tag_spans(messages[: turns[-1] + 1], tokenizer, tools)
     tokens = _Tokens.of(text, [start for start, _ in spans], tokenizer)
     loss_mask = [0] * len(tokens.ids)
     prompt_tokens = stop = 0
-    for start, end in spans:
+    for (start, end), turn_end in zip(spans, ends, strict=True):
         prompt_tokens = tokens.before(start)
-        stop = tokens.ending_before(end, prompt_tokens)
+        stop = tokens.before(turn_end)
         inside = [(start, end)] if tags is None else [(a, b) for a, b in tags if a < end and b > start]
         for first, last in inside:
             begin = tokens.before(max(first, start))
@@ -68,7 +73,7 @@ def learnt_turns(
         raise BadRow(
             "the {% generation %} tags of the chat template mark nothing in it; there is nothing to learn"
         )
-    return Learnt(tokens.ids[:stop], loss_mask[:stop], prompt_tokens)
+    return Learnt(tokens.ids[:stop], loss_mask[:stop], prompt_tokens, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -106,21 +111,6 @@ class _Tokens:
             raise self._straddling(position)
         return len(before)
 
-    def ending_before(self, position: int, start: int) -> int:
-        """Tokens up to the last special one before a place, from the token `start` on."""
-        before = self._encoded(position)
-        endings = ending_tokens(self.tokenizer)
-        for index in range(len(before) - 1, start - 1, -1):
-            if before[index] in endings:
-                if self.ids[: index + 1] != before[: index + 1]:
-                    raise self._straddling(position)
-                return index + 1
-        raise DataError(
-            "the chat template does not end the assistant's turn with a special token, so the model would "
-            f"not learn to stop: it ends with {_tail(self.text[:position])}; "
-            "name another template with data.chat_template"
-        )
-
     def _encoded(self, position: int) -> list[int]:
         if position not in self.known:
             head = self.ids[: self.cut_tokens] if position >= self.cut else []
@@ -129,7 +119,8 @@ class _Tokens:
         return self.known[position]
 
     def _straddling(self, position: int) -> BadRow:
-        left, right = self.text[max(0, position - 10) : position], self.text[position : position + 10]
+        left = whole(self.text[max(0, position - 10) : position])
+        right = whole(self.text[position : position + 10])
         return BadRow(
             f"a token reaches over the boundary of a turn, between {left!r} and {right!r}, so no mask is "
             "exact; mend the text there, or set data.learn=last_response"
@@ -168,8 +159,40 @@ def _turn_spans(
     return spans, text
 
 
+def _turn_ends(
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[dict[str, Any]] | None,
+    spans: Sequence[Span],
+    text: str,
+) -> list[int]:
+    """Where in the text each turn ends: behind the last special token that the template writes in it.
+
+    One in the words of an answer ends nothing, so that with such words a rendering in which they have none
+    tells how much the template writes behind the end.
+    """
+    special = special_texts(tokenizer)
+    plain_spans, plain_text = spans, text
+    if found_in(messages[: turns[-1] + 1], special):
+        plain = cut(list(messages), special)
+        plain_spans, plain_text = _turn_spans(plain, turns, tokenizer, cut(tools, special))
+    ending = re.compile("|".join(map(re.escape, _ending_texts(tokenizer))) or "(?!)")
+    ends = []
+    for (_, end), (start, plain_end) in zip(spans, plain_spans, strict=True):
+        found = [match.end() for match in ending.finditer(plain_text, start, plain_end)]
+        if not found:
+            raise DataError(
+                "the chat template does not end the assistant's turn with a special token, so the model "
+                f"would not learn to stop: it ends with {_tail(text[:end])}; "
+                "name another template with data.chat_template"
+            )
+        ends.append(end - (plain_end - found[-1]))
+    return ends
+
+
 def _tail(text: str) -> str:
-    return repr("…" + text[-30:])
+    return repr("…" + whole(text[-30:]))
 
 
 def _parting(text: str, other: str) -> str:
@@ -177,7 +200,7 @@ def _parting(text: str, other: str) -> str:
     same = next(
         (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other))
     )
-    return repr("…" + text[max(0, same - 20) : same + 20] + "…")
+    return repr("…" + whole(text[max(0, same - 20) : same + 20]) + "…")
 
 
 def _tag_spans(
@@ -212,31 +235,36 @@ def join(
     joined = [*prompt_ids, *encode(answer, tokenizer)]
     if decode_prompt(joined, tokenizer) != decode_prompt(whole_ids, tokenizer):
         raise BadRow(
-            f"a token reaches over the boundary between the prompt and the answer {answer[:20]!r}, and the "
-            "answer cannot be encoded apart; begin or end one of them otherwise"
+            f"a token reaches over the boundary between the prompt and the answer {whole(answer[:20])!r}, "
+            "and the answer cannot be encoded apart; begin or end one of them otherwise"
         )
     return joined
 
 
-@lru_cache(maxsize=4)
-def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _ending_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Special tokens that may end a turn: all but the one that begins a text (unless it ends one as well)."""
-    special = set(tokenizer.all_special_ids)
-    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if tokenizer.bos_token_id != tokenizer.eos_token_id:
-        special.discard(tokenizer.bos_token_id)
-    return frozenset(special)
+    bos = tokenizer.bos_token if tokenizer.bos_token_id != tokenizer.eos_token_id else None
+    return [text for text in special_texts(tokenizer) if text != bos]
 
 
-def assistant_turns(messages: Sequence[Message], last_only: bool) -> list[int]:
-    """Indices of the turns to learn; a weight of 0, as OpenAI's files have it, leaves a turn out."""
-    turns = list(_weighted_turns(messages))
-    if not turns:
-        raise BadRow("every message of the assistant has the weight 0; there is nothing to learn")
-    return turns[-1:] if last_only else turns
+def assistant_turns(messages: Sequence[Message], learn: str) -> list[int]:
+    """Indices of the turns to learn with `data.learn`; a weight of 0 leaves a turn out.
 
-
-def _weighted_turns(messages: Sequence[Message]) -> Iterator[int]:
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and message.get("weight", 1) != 0:
-            yield index
+    Raises `BadRow` where that leaves nothing, or contradicts what is to be learnt.
+    """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    weighted = [index for index in turns if messages[index].get("weight") != 0]
+    if learn == "all" and weighted != turns:
+        raise BadRow(
+            "a message is marked as not to be learnt (weight: 0 or alike), but data.learn=all learns "
+            "everything; remove the mark, or set data.learn=responses"
+        )
+    if learn != "responses":
+        weighted = [index for index in weighted if index == turns[-1]]
+    if not weighted:
+        which = "every message" if learn == "responses" else "the last message"
+        raise BadRow(
+            f"{which} of the assistant has the weight 0 (or train: false, or alike); "
+            "there is nothing to learn"
+        )
+    return weighted

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.rollout import EngineConfig
@@ -58,7 +59,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
         job.reward_apps,
         prepared.reward_functions,
         policy_path=config.model.path,
-        prompt_key=config.data.prompt_key,
+        data=config.data,
         label_key=config.data.label_key,
         slots=slots,
         run_path=config.run.path,
@@ -111,7 +112,7 @@ def reward_apps(
     functions: dict[int, UserCode],
     *,
     policy_path: str,
-    prompt_key: str,
+    data: PromptDataConfig,
     label_key: str | None,
     slots: Slots,
     run_path: Path | str,
@@ -137,7 +138,7 @@ def reward_apps(
                     source,
                     role=f"reward:{index}",
                     policy_path=policy_path,
-                    prompt_key=prompt_key,
+                    data=data,
                     slots=slots,
                 )
             case "remote":

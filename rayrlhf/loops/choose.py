@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rayrlhf.config.chains import RESPONSE, REWARD, ChoiceSection, LabelSection, PairSection
@@ -13,7 +13,7 @@ from rayrlhf.loops.shards import Answer, answers_of
 Chosen = tuple[list[dict[str, Any]], dict[str, int]]  # rows, and counts by name
 
 
-def best_of_n(rows: Iterable[dict[str, Any]], prompt_key: str, section: ChoiceSection) -> Chosen:
+def best_of_n(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: ChoiceSection) -> Chosen:
     """Per row its response with the highest score, the first of several; rows without one are counted."""
     chosen: list[dict[str, Any]] = []
     counts = Counter(chosen=0, below_min_score=0, without_response=0)
@@ -27,11 +27,11 @@ def best_of_n(rows: Iterable[dict[str, Any]], prompt_key: str, section: ChoiceSe
             counts["below_min_score"] += 1
             continue
         counts["chosen"] += 1
-        chosen.append({**_asked(row, prompt_key), RESPONSE: best.response, "score": best.score})
+        chosen.append({**_asked(row, columns), RESPONSE: best.response, "score": best.score})
     return chosen, dict(counts)
 
 
-def best_and_worst(rows: Iterable[dict[str, Any]], prompt_key: str, section: PairSection) -> Chosen:
+def best_and_worst(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: PairSection) -> Chosen:
     """Per row the pair of its best and its worst response, the first of several each.
 
     A tie (scores no further apart than `min_margin`, or one text twice) is left out and counted, as is a row
@@ -52,7 +52,7 @@ def best_and_worst(rows: Iterable[dict[str, Any]], prompt_key: str, section: Pai
         counts["pairs"] += 1
         pairs.append(
             {
-                **_asked(row, prompt_key),
+                **_asked(row, columns),
                 "chosen": best.response,
                 "rejected": worst.response,
                 "score_chosen": best.score,
@@ -62,7 +62,7 @@ def best_and_worst(rows: Iterable[dict[str, Any]], prompt_key: str, section: Pai
     return pairs, dict(counts)
 
 
-def labelled(rows: Iterable[dict[str, Any]], prompt_key: str, section: LabelSection) -> Chosen:
+def labelled(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: LabelSection) -> Chosen:
     """Every scored response with its reward as a label, rounded; normalised over all of them if asked."""
     answers: list[tuple[dict[str, Any], Answer]] = []
     without = 0
@@ -78,7 +78,7 @@ def labelled(rows: Iterable[dict[str, Any]], prompt_key: str, section: LabelSect
         deviation = math.sqrt(variance) or 1.0
     labels = [
         {
-            **_asked(row, prompt_key),
+            **_asked(row, columns),
             RESPONSE: answer.response,
             REWARD: round((answer.known_score - mean) / deviation, section.decimals) + 0.0,  # no "-0"
             "score": answer.score,
@@ -88,8 +88,9 @@ def labelled(rows: Iterable[dict[str, Any]], prompt_key: str, section: LabelSect
     return labels, {"labelled": len(labels), "without_response": without}
 
 
-def _asked(row: dict[str, Any], prompt_key: str) -> dict[str, Any]:
-    return {prompt_key: row[prompt_key], "row_id": row["row_id"]}
+def _asked(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """What was asked, as the row says it: the prompt, and a system message and tools where there are any."""
+    return {**{name: row[name] for name in columns if name in row}, "row_id": row["row_id"]}
 
 
 def _usable(row: dict[str, Any], *, drop_truncated: bool) -> list[Answer]:

@@ -267,7 +267,7 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
             job.reward_apps,
             functions,
             policy_path=config.model.path,
-            prompt_key=config.data.prompt_key,
+            data=config.data,
             label_key=config.data.label_key,
             slots=slots,
             run_path=config.run.path,

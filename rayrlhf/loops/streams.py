@@ -39,7 +39,11 @@ def prepare_stores(config: PolicyRunConfig, run_path: Path, say: Callable[[str],
     """Read, render and tokenise everything. Raises `DataError`."""
 
     def prepare(
-        name: str, sources: list[SourceConfig], data: PromptDataConfig, split: Split = "train"
+        name: str,
+        sources: list[SourceConfig],
+        data: PromptDataConfig,
+        split: Split = "train",
+        as_texts: bool = False,
     ) -> PromptStore:
         store = prepare_prompts(
             sources,
@@ -49,6 +53,7 @@ def prepare_stores(config: PolicyRunConfig, run_path: Path, say: Callable[[str],
             config.run.seed,
             split=split,
             trust_remote_code=config.model.trust_remote_code,
+            as_texts=as_texts,
         )
         say(f"{name} prompts: " + ", ".join(f"{n} {what}" for what, n in store.counts.items() if n))
         return store
@@ -57,7 +62,7 @@ def prepare_stores(config: PolicyRunConfig, run_path: Path, say: Callable[[str],
     return Stores(
         train=prepare("train", data.train, data),
         held_out=prepare("eval", data.eval, data, "eval") if data.eval else None,
-        texts=prepare("ptx", data.ptx.sources, text_config(data)) if data.ptx else None,
+        texts=prepare("ptx", data.ptx.sources, text_config(data), as_texts=True) if data.ptx else None,
     )
 
 

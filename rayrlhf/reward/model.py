@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 
+from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.reward import ModelSource
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
@@ -20,10 +21,10 @@ MAX_BATCH = 256
 class ScoreActor:
     """One reward model."""
 
-    def __init__(self, source: ModelSource, policy_path: str, prompt_key: str) -> None:
+    def __init__(self, source: ModelSource, policy_path: str, data: PromptDataConfig | None) -> None:
         from rayrlhf.reward.reward_model import RewardModel  # and torch, transformers: not in the replica
 
-        self.model = RewardModel(source, policy_path, prompt_key)
+        self.model = RewardModel(source, policy_path, data)
         # Ray takes another of its thousand threads for each call, and torch keeps memory and OpenMP workers
         # for each thread that it has worked in.
         self.thread = ThreadPoolExecutor(1, "score")
@@ -41,14 +42,14 @@ class ModelReward:
     ACTOR: type[ScoreActor] = ScoreActor
 
     async def __init__(
-        self, role: str, source: ModelSource, policy_path: str, prompt_key: str, slots: Slots
+        self, role: str, source: ModelSource, policy_path: str, data: PromptDataConfig | None, slots: Slots
     ) -> None:
         self.model = SlotChild(
             role,
             self.ACTOR,
             source,
             policy_path,
-            prompt_key,
+            data,
             slots=slots,
             env_vars={"TOKENIZERS_PARALLELISM": "false"},
             timeout_seconds=600,
@@ -68,9 +69,9 @@ class ModelReward:
 
 
 def model_deployment(
-    source: ModelSource, *, role: str, policy_path: str, prompt_key: str, slots: Slots
+    source: ModelSource, *, role: str, policy_path: str, data: PromptDataConfig | None, slots: Slots
 ) -> Any:
-    return replica_deployment(ModelReward, source, (role, source, policy_path, prompt_key, slots))
+    return replica_deployment(ModelReward, source, (role, source, policy_path, data, slots))
 
 
 def replica_deployment(replica: type[ModelReward], source: ModelSource, arguments: tuple[Any, ...]) -> Any:

@@ -9,9 +9,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
+from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.reward import ModelSource
+from rayrlhf.data.chat import as_text
+from rayrlhf.data.markers import encode
 from rayrlhf.data.packing import micro_batches
+from rayrlhf.data.prompt_rows import Question, prompt_of
+from rayrlhf.data.template import apply_template
 from rayrlhf.hub.local import local_folder
 from rayrlhf.models.heads import ScoreModel
 from rayrlhf.models.load import has_packed_scorer, load_scorer, load_tokenizer, resolve_dtype
@@ -25,10 +30,10 @@ class RewardModel:
     no causal mask to cut, score padded ones.
     """
 
-    def __init__(self, source: ModelSource, policy_path: str, prompt_key: str) -> None:
+    def __init__(self, source: ModelSource, policy_path: str, data: PromptDataConfig | None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.source = source
-        self.prompt_key = prompt_key
+        self.data = data  # how the policy's rows are read; None where only tokens are scored
         self.tokenizer: Any = load_tokenizer(source.path)
         self.same_tokens = self.tokenizer.get_vocab() == load_tokenizer(policy_path).get_vocab()
         model_config = ModelConfig(path=source.path, dtype=source.dtype)
@@ -57,14 +62,16 @@ class RewardModel:
         return scores
 
     def _tokenise(self, prompt: Prompt, response: str) -> list[int]:
-        asked = prompt.columns.get(self.prompt_key, prompt.prompt)
+        has_row = self.data is not None and self.data.prompt_key in prompt.columns
         if self.tokenizer.chat_template is None:
+            asked = prompt.columns[self.data.prompt_key] if self.data and has_row else prompt.prompt
             return self.tokenizer(f"{asked}{response}")["input_ids"]
-        messages = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        text = self.tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": response}], tokenize=False
-        )
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        asked = prompt_of(prompt.columns, self.data) if self.data and has_row else prompt.prompt
+        question = asked if isinstance(asked, Question) else Question([{"role": "user", "content": asked}])
+        answer = {"role": "assistant", "content": response}
+        messages, tools, _ = as_text([*question.messages, answer], question.tools, self.tokenizer)
+        text = apply_template(messages, self.tokenizer, tools=tools, add_generation_prompt=False)
+        return encode(text, self.tokenizer)
 
     def _score_packed(self, rows: Sequence[list[int]]) -> list[float]:
         assert self.packed is not None

@@ -44,7 +44,7 @@ class TextModelReward(ModelReward):
         self, source: ServedModel, facts: ModelFacts, role: str, max_request_tokens: int, slots: Slots
     ) -> None:
         # It reads token ids and no conversation: `policy_path` is whose tokens they are.
-        await super().__init__(role, source, source.path, "", slots)
+        await super().__init__(role, source, source.path, None, slots)
         await self.model.call("read_texts", source, facts, timeout_seconds=600)
         self.read_with(source, max_request_tokens)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.data.chat import render_prompt
+from rayrlhf.data.markers import cut, encode, markers_of, whole
 from rayrlhf.data.rows import BadRow, DataError, check_unicode
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Turns:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: PromptDataConfig) -> None:
         self.tokenizer = tokenizer
         # The opening comes from the environment: no column of the data has to hold it, nor a label.
-        self.data = data.model_copy(update={"prompt_key": "opening", "label_key": None})
+        changes = {"prompt_key": "opening", "label_key": None, "system_key": None, "tools_key": None}
+        self.data = data.model_copy(update=changes)
         self.end_of_turn_id: int | None = None  # the token that closes an answer in the template
         if data.apply_chat_template:
             self.end_of_turn_id = check_template(tokenizer)
@@ -43,7 +45,8 @@ class Turns:
         """Text and ids of the messages (or text) that `reset` gave. Raises `BadRow`."""
         if isinstance(opening, Sequence) and not isinstance(opening, str):
             opening = list(opening)
-        prompt, prompt_ids = render_prompt({"opening": opening}, self.data, self.tokenizer)
+        rendered = render_prompt({"opening": opening}, self.data, self.tokenizer)
+        prompt, prompt_ids = rendered.text, rendered.ids
         limit = self.data.max_prompt_tokens
         if len(prompt_ids) > limit:
             raise BadRow(f"the opening has {len(prompt_ids)} tokens; data.max_prompt_tokens is {limit}")
@@ -62,13 +65,15 @@ class Turns:
                     "data.apply_chat_template=false; wanted a text"
                 )
             check_unicode(observation, "the observation")
-            return observation, _encode(observation, self.tokenizer)
-        text = behind_answer(self.tokenizer, as_messages(observation))
+            return observation, encode(observation, self.tokenizer)
+        # The template's markers in an observation, such as one that repeats what the policy wrote, are text.
+        messages = cut(as_messages(observation), markers_of(self.tokenizer).own)
+        text = behind_answer(self.tokenizer, messages)
         # As a whole, since a tokenizer may treat the first characters of a text differently.
-        ids = _encode(text, self.tokenizer)
+        ids = encode(text, self.tokenizer)
         if self.end_of_turn_id is not None and list(response_ids[-1:]) == [self.end_of_turn_id]:
             ids = ids[ids.index(self.end_of_turn_id) + 1 :]
-        return text, ids
+        return whole(text), ids
 
 
 def as_messages(observation: Observation) -> list[Message]:
@@ -117,7 +122,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
             _refusal(f"it ends an answer with {closing!r}, but goes on from it with {observed[:80]!r}")
         )
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((token for token in _encode(closing, tokenizer) if token in special), None)
+    return next((token for token in encode(closing, tokenizer) if token in special), None)
 
 
 def _refusal(reason: str) -> str:
@@ -147,7 +152,3 @@ def _behind_answer(
     if not found:
         raise BadRow("the chat template leaves an answer out once another message follows it")
     return behind
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -27,7 +27,8 @@ def ids(text: str) -> list[int]:
 def render(prompt: Any, chat_template: str | None = None, **fields: Any) -> tuple[str, list[int]]:
     config = PromptDataConfig.model_validate({"train": "a.jsonl", **fields})
     tokenizer = make_tokenizer(chat_template) if chat_template is not None else make_tokenizer()
-    return render_prompt({"prompt": prompt}, config, tokenizer)
+    rendered = render_prompt({"prompt": prompt}, config, tokenizer)
+    return rendered.text, rendered.ids
 
 
 def test_a_text_becomes_one_user_message() -> None:
@@ -77,7 +78,7 @@ def test_what_a_row_can_get_wrong() -> None:
         render("hi", "{{ raise_exception('no such role') }}")
     with pytest.raises(BadRow, match="no token that the tokenizer knows"):
         render("hi", "{{ '' }}")
-    with pytest.raises(BadRow, match="the conversation in column 'prompt' is not valid Unicode"):
+    with pytest.raises(BadRow, match="the role of message 1 in column 'prompt' is not valid Unicode"):
         render([{"role": "\ud800", "content": "hi"}])
 
 
@@ -93,7 +94,8 @@ def test_a_template_of_the_users_own(tmp_path: Path) -> None:
     fields = {"train": "a.jsonl", "chat_template": str(tmp_path / "own.jinja")}
     config = PromptDataConfig.model_validate(fields)
     tokenizer = prompt_tokenizer(str(tmp_path), chat_template=read_chat_template(config))
-    assert render_prompt({"prompt": "hi"}, config, tokenizer) == ("hi!", [*HI, *ids("!")])
+    rendered = render_prompt({"prompt": "hi"}, config, tokenizer)
+    assert (rendered.text, rendered.ids) == ("hi!", [*HI, *ids("!")])
     assert prompt_tokenizer(str(tmp_path)).chat_template == make_tokenizer().chat_template
     assert read_chat_template(PromptDataConfig.model_validate({"train": "a.jsonl"})) is None
     (tmp_path / "own.jinja").write_bytes(b"\xff")

@@ -104,9 +104,10 @@ def test_a_system_prompt_goes_before_what_has_none() -> None:
 
 
 def test_tool_calls_and_tools() -> None:
-    call = {"role": "assistant", "tool_calls": [{"name": "add"}]}
+    add = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    call = {"role": "assistant", "tool_calls": [add]}
     messages = [USER, call, {"role": "tool", "content": "3"}, ASSISTANT]
-    tools = [{"name": "add"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
     assert sft({"messages": messages, "tools": tools}) == Conversation(messages, tools)
     assert sft({"messages": messages, "tools": json.dumps(tools)}) == Conversation(messages, tools)
     assert sft({"messages": messages, "tools": None}) == Conversation(messages)

@@ -60,7 +60,7 @@ MALFORMED: list[tuple[str, str | bytes, str]] = [
     ("sft", '{"messages": []}', "an empty list of messages"),
     ("sft", '{"messages": null}', "fit no format"),
     ("sft", '{"messages": 3}', "column 'messages' holds a value of type int; wanted a list"),
-    ("sft", '{"messages": "[{"}', "begins like a JSON list, but is not valid JSON"),
+    ("sft", '{"messages": "[{"}', "column 'messages' is a text that is not valid JSON"),
     ("sft", messages("hi"), "message 1 in column 'messages' is a text"),
     ("sft", messages({"content": "hi"}), "message 1 in column 'messages' has no role"),
     ("sft", messages(USER, {"role": "assistant"}), "message 2 in column 'messages' has no content"),
@@ -70,7 +70,11 @@ MALFORMED: list[tuple[str, str | bytes, str]] = [
         messages(USER, {**ASSISTANT, "content": 3}),
         "the content of message 2 .* is a value of type int",
     ),
-    ("sft", messages(USER, {**ASSISTANT, "role": "bot"}), "has the role 'bot'; wanted system, user"),
+    (
+        "sft",
+        messages(USER, {**ASSISTANT, "role": "narrator"}),
+        "has the role 'narrator'; wanted system, user",
+    ),
     ("sft", messages(ASSISTANT, USER), "the role 'assistant' at the beginning; wanted system or user"),
     ("sft", messages(USER, USER, ASSISTANT), "the role 'user' after 'user'; wanted assistant"),
     (

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from rayrlhf.config.chains import ConditionalSftConfig, IterativeDpoConfig, RejectionSamplingConfig
 from rayrlhf.data.example_store import ExampleStore
+from rayrlhf.data.prompt_rows import prompt_columns
 from rayrlhf.loops import chain
 from rayrlhf.loops.chain import run_chain
 from rayrlhf.loops.choose import best_and_worst, best_of_n, labelled
@@ -60,7 +61,7 @@ def test_iterative_dpo(
     config = IterativeDpoConfig.model_validate(tiny_chain(tmp_path, tiny_model, num_rounds=2, dpo=dpo))
 
     def choose(rows: Any) -> Any:
-        return best_and_worst(rows, config.data.prompt_key, config.choose)
+        return best_and_worst(rows, prompt_columns(config.data), config.choose)
 
     with monkeypatch.context() as patched:  # stopped when the second round begins
         run_generate = chain.run_generate
@@ -93,7 +94,7 @@ def test_iterative_dpo(
 def test_rejection_sampling(tmp_path: Path, tiny_model: str) -> None:
     sft = {"data": {"max_tokens": 64}, "train": {**TRAIN, "lr": 2e-3}}
     config = RejectionSamplingConfig.model_validate(tiny_chain(tmp_path, tiny_model, sft=sft))
-    assert run_chain(config, lambda rows: best_of_n(rows, config.data.prompt_key, config.choose)) == 0
+    assert run_chain(config, lambda rows: best_of_n(rows, prompt_columns(config.data), config.choose)) == 0
 
     run_path = tmp_path / "runs/chain"
     asked = lines_of(run_path / "1-generate/generations.jsonl")
@@ -118,7 +119,7 @@ def test_conditional_sft_on_responses_that_are_given(tmp_path: Path, tiny_model:
         sft={"data": {"max_tokens": 64}, "train": TRAIN, "reward_template": "<{}>"},
     )
     config = ConditionalSftConfig.model_validate(tree)
-    assert run_chain(config, lambda rows: labelled(rows, config.data.prompt_key, config.choose)) == 0
+    assert run_chain(config, lambda rows: labelled(rows, prompt_columns(config.data), config.choose)) == 0
 
     run_path = tmp_path / "runs/chain"
     chosen = lines_of(run_path / "1-choose/chosen.jsonl")
