@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rayrlhf.algorithms.distill_losses import DISTILL_LOSSES, top_k_divergence
 from rayrlhf.models.attention import packed_inputs
+from rayrlhf.models.dropout import TrainedModule
 from rayrlhf.models.fused_head import LogitScaling, ProjectionGradients, project, slices
 from rayrlhf.models.logprobs import OutputHead, learnt_tokens, logit_scaling
 
@@ -125,7 +126,7 @@ class DistillHead(OutputHead):
         return ChunkedLogits.apply(hidden, self.weight, self.bias, self.scaling, self.chunk_tokens, of_logits)
 
 
-class DistillModel(nn.Module):
+class DistillModel(TrainedModule):
     """A causal language model that answers as `PolicyModel` does, with the divergence from its teacher.
 
     The names of its parameters are those of `PolicyModel`.
