@@ -31,7 +31,7 @@ class SftTrainConfig(_Cosine):
 
 class DistillationTrainConfig(SftTrainConfig):
     dropout: bool = False
-    """Train with the dropout of the student's own config.json; the divergence is then of random parts of it."""
+    """Train with the dropout of the student's config.json; what is compared with the teacher is then cut."""
 
 
 class RewardTrainConfig(_Cosine):

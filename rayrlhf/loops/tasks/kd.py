@@ -32,7 +32,12 @@ class DistillationTask(LanguageModelTask):
         if teacher.location == "worker":
             return LocalTeacher(self.config, self.device)
         handle = serve.get_app_handle(setting.teacher_app)
-        return ServedTeacher(handle, top_k=teacher.top_k, timeout_seconds=teacher.timeout_seconds)
+        return ServedTeacher(
+            handle,
+            top_k=teacher.top_k,
+            student_size=self.learner.module.vocabulary_size,
+            timeout_seconds=teacher.timeout_seconds,
+        )
 
     def load_module(self) -> TrainedModule:
         config, algorithm = self.config, self.config.algorithm
