@@ -25,6 +25,13 @@ class _Cosine(SupervisedTrainConfig):
 class SftTrainConfig(_Cosine):
     lr: NonNegativeNumber = 1e-5
     """Learning rate (arXiv 2307.09288 has 2e-5, 2411.15124 5e-6 for 8B); ten times the default with LoRA."""
+    dropout: bool = True
+    """Train with the dropout of the model's own config.json, where it has some (GPT-2 has 0.1, Llama 0)."""
+
+
+class DistillationTrainConfig(SftTrainConfig):
+    dropout: bool = False
+    """Train with the dropout of the student's config.json; what is compared with the teacher is then cut."""
 
 
 class RewardTrainConfig(_Cosine):

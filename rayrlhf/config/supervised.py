@@ -16,6 +16,7 @@ from rayrlhf.config.examples import (
 from rayrlhf.config.job import ObserveConfig, TrainedRunSection
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.learning_rates import (
+    DistillationTrainConfig,
     PreferenceTrainConfig,
     RewardTrainConfig,
     SftTrainConfig,
@@ -321,7 +322,7 @@ class KdRunConfig(SupervisedConfig):
     """The model that is imitated."""
     algorithm: DistillationConfig = DistillationConfig()
     """The divergence."""
-    train: SftTrainConfig = SftTrainConfig()
+    train: DistillationTrainConfig = DistillationTrainConfig()
     """Optimisation."""
 
     eval_metrics = ("loss", "divergence", "nll")

@@ -51,7 +51,7 @@ def check_files(config: Any) -> None:
     trust = getattr(getattr(config, "model", None), "trust_remote_code", False)
     for key, path, kind in model_folders(config):
         if Path(path).is_dir():  # a hub id is another check's
-            tokenizer = key == "model.path" or kind == "scorer"
+            tokenizer = key in ("model.path", "teacher.path") or kind == "scorer"
             problems += folder_problems(key, path, kind, trust_remote_code=trust, needs_tokenizer=tokenizer)
         elif (
             path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") > 1

@@ -67,7 +67,7 @@ def pin(config: C, say: Say) -> C:
             earlier = None
         if earlier is not None and hub_id.revision is None:
             hub_id = earlier
-        needs_tokenizer = key == "model.path" or key.startswith("reward.")
+        needs_tokenizer = key in ("model.path", "teacher.path") or key.startswith("reward.")
         try:
             pinned = resolve(
                 hub_id, own_access(), cache_folder(os.environ), say=say, needs_tokenizer=needs_tokenizer

@@ -30,8 +30,7 @@ def check_models(config: Any) -> None:
             for word in config.algorithm.reward_tokens or ():
                 _ask("algorithm.reward_tokens", single_token, word, tokenizer)
     if isinstance(config, KdRunConfig):
-        sizes = [_vocabulary(path, config) for path in (config.model.path, config.teacher.path)]
-        _ask("teacher.path", check_same_vocabulary, *sizes)
+        _check_teacher(config)
 
 
 def check_adapters(config: Any) -> None:
@@ -66,7 +65,22 @@ def _ask(key: str, check: Any, *arguments: Any) -> None:
         raise InputError(f"{key}: {error}") from error
 
 
-def _vocabulary(path: str, config: KdRunConfig) -> int:
+def _check_teacher(config: KdRunConfig) -> None:
+    trust = config.model.trust_remote_code
+    student, teacher = (
+        prompt_tokenizer(path, trust).get_vocab() for path in (config.model.path, config.teacher.path)
+    )
+    sizes = [_head_size(path, config) for path in (config.model.path, config.teacher.path)]
+    _ask(
+        "teacher.path",
+        lambda: check_same_vocabulary(student, teacher, student_size=sizes[0], teacher_size=sizes[1]),
+    )
+    if config.teacher.location == "serve" and config.teacher.top_k > min(sizes):
+        raise InputError(f"teacher.top_k={config.teacher.top_k}: wanted at most {min(sizes)}, the vocabulary")
+
+
+def _head_size(path: str, config: KdRunConfig) -> int:
+    """Rows of the output projection, padding among them."""
     found = AutoConfig.from_pretrained(
         local_folder(path, weights=False), trust_remote_code=config.model.trust_remote_code
     )

@@ -43,13 +43,14 @@ class SupervisedWorker(TrainingWorker):
         self.config: SupervisedConfig = job.settings
         self.say("loading the model")
         self.task: Task = TASKS[job.config.job](TaskSetting(job.config, job.teacher_app))
+        self.random_states = self.own_random_states()
         self.metrics: dict[str, float] = {}
         self.last_evaluation: dict[str, Any] = {}
         self._eval_steps: list[MicroBatches] | None = None
 
     @property
     def saved(self) -> Sequence[Saved]:
-        return [self.task]
+        return [self.task, self.random_states]
 
     # The verbs of the loop
 

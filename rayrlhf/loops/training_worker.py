@@ -20,6 +20,7 @@ from rayrlhf.reward.score import RewardFailure
 from rayrlhf.train import collectives
 from rayrlhf.train.checkpoint import LoopState, Saved, save
 from rayrlhf.train.manifest import DamagedCheckpoint
+from rayrlhf.train.random_states import RandomStates
 
 # Failures that a restart of the workers would only repeat: the run ends and says why.
 FINAL_FAILURES = (RewardFailure, FloatingPointError, DamagedCheckpoint)
@@ -56,7 +57,7 @@ class TrainingWorker:
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         sit_down(run_id, "actor", self.rank)
         torch.set_num_threads(threads)
-        torch.manual_seed(config.run.seed)
+        torch.manual_seed(config.run.seed)  # as on all ranks, for models that begin at random
         self.state = LoopState()
         self.reporter = Reporter(board, self.rank)
         self.timer = Timer()
@@ -65,6 +66,10 @@ class TrainingWorker:
     @property
     def saved(self) -> Sequence[Saved]:
         raise NotImplementedError
+
+    def own_random_states(self) -> RandomStates:
+        """From here on this rank's random numbers are its own: to be called when its models are loaded."""
+        return RandomStates(self.config.run.seed, rank=self.rank, world_size=self.world_size)
 
     def count_steps(self) -> Iterator[int]:
         """The steps from where the run stands to its end."""

@@ -53,6 +53,7 @@ class PolicyWorker(TrainingWorker):
         beside = config.needs_critic and not config.critic_is_apart
         self.say("loading the actor" + (" and the critic" if beside else ""))
         self.learners = Learners(config, reference=self._served_reference(), critic=self._remote_critic())
+        self.random_states = self.own_random_states()
         self.collector = self._make_collector()
         self.combiner = RewardCombiner(config.reward, response_limit=config.rollout.max_response_tokens)
         self.queue = PromptQueue(
@@ -250,7 +251,7 @@ class PolicyWorker(TrainingWorker):
 
     @property
     def saved(self) -> Sequence[Saved]:
-        return [self.learners, self.queue]
+        return [self.learners, self.queue, self.random_states]
 
     def save(self) -> None:
         with self.phase("checkpoint"):

@@ -2,14 +2,15 @@
 
 What a teacher knows of N tokens travels as its hidden states, from which its logits are made a chunk of rows
 at a time (a teacher in the same worker), or as the log-probabilities of its k likeliest tokens (a teacher
-behind a network). The student's logits are made by chunks too, once in the forward and once in the backward
+behind a network). Both have one vocabulary; where their projections are padded to other sizes, as those of
+Qwen2.5 are, they are compared over the rows that both have. The student's logits are made by chunks too, once in the forward and once in the backward
 pass; what is computed from them is plain autograd code. While a chunk is at work there are about ten tensors
 [chunk, V], so a chunk wants to be smaller than for log-probabilities alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from rayrlhf.algorithms.distill_losses import DISTILL_LOSSES, top_k_divergence
 from rayrlhf.models.attention import packed_inputs
+from rayrlhf.models.dropout import TrainedModule
 from rayrlhf.models.fused_head import LogitScaling, ProjectionGradients, project, slices
 from rayrlhf.models.logprobs import OutputHead, learnt_tokens, logit_scaling
 
@@ -115,8 +117,11 @@ class DistillHead(OutputHead):
         def of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             log_probs = logits.log_softmax(-1)  # [n, V]
             if isinstance(teacher, TeacherHidden):
-                of_teacher = _logits(teacher, rows).log_softmax(-1).to(logits.dtype)
-                divergence = DISTILL_LOSSES[self.divergence](log_probs, of_teacher, beta=self.beta)
+                of_teacher = _logits(teacher, rows)
+                both = min(logits.size(-1), of_teacher.size(-1))
+                of_teacher = of_teacher[:, :both].log_softmax(-1).to(logits.dtype)
+                compared = log_probs if both == logits.size(-1) else log_probs[:, :both].log_softmax(-1)
+                divergence = DISTILL_LOSSES[self.divergence](compared, of_teacher, beta=self.beta)
             else:
                 ids, logprobs = teacher.ids[rows], teacher.logprobs[rows].to(logits.dtype)
                 divergence = top_k_divergence(self.divergence, log_probs, ids, logprobs, beta=self.beta)
@@ -125,7 +130,7 @@ class DistillHead(OutputHead):
         return ChunkedLogits.apply(hidden, self.weight, self.bias, self.scaling, self.chunk_tokens, of_logits)
 
 
-class DistillModel(nn.Module):
+class DistillModel(TrainedModule):
     """A causal language model that answers as `PolicyModel` does, with the divergence from its teacher.
 
     The names of its parameters are those of `PolicyModel`.
@@ -161,7 +166,7 @@ class DistillModel(nn.Module):
     ) -> DistillLogprobs:
         """Log-probability of each token in the mask and the divergence where it stands.
 
-        Raises `ValueError` for a teacher of another vocabulary or of another number of tokens.
+        Raises `ValueError` for a teacher that has answered for another number of tokens.
         """
         where, weight = learnt_tokens(position_ids, loss_mask)
         teacher = self._checked(teacher, int(weight.sum()))
@@ -175,8 +180,6 @@ class DistillModel(nn.Module):
 
     def _checked(self, teacher: Teacher, count: int) -> Teacher:
         """With a row for the token that the head looks at where there is none to learn."""
-        if isinstance(teacher, TeacherHidden):
-            check_same_vocabulary(self.vocabulary_size, teacher.weight.size(0))
         if teacher[0].size(0) != count:
             raise ValueError(
                 f"the teacher answered for {teacher[0].size(0)} tokens; {count} are to be learnt"
@@ -191,13 +194,16 @@ class DistillModel(nn.Module):
 class TopKHead(OutputHead):
     """The teacher's output projection, fused with log-softmax and the choice of the k likeliest tokens."""
 
-    def forward(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Token ids [N, k], the likeliest first, and their log-probabilities [N, k] in fp32."""
+    def forward(self, hidden: Tensor, k: int, vocabulary_size: int) -> tuple[Tensor, Tensor]:
+        """Token ids [N, k] below `vocabulary_size`, the likeliest first, and their log-probabilities [N, k]
+        among these in fp32.
+        """
         block = _block(hidden, self.weight, self.chunk_tokens)
         ids = torch.empty(hidden.size(0), k, dtype=torch.long, device=hidden.device)
         logprobs = torch.empty(hidden.size(0), k, device=hidden.device)
         for rows in slices(0, hidden.size(0), self.chunk_tokens):
             logits = self.scaling.apply_(project(hidden[rows], self.weight, self.bias, out=block))
+            logits = logits[:, :vocabulary_size]
             normaliser = logits.logsumexp(-1, keepdim=True)
             values, ids[rows] = logits.topk(k, -1)
             logprobs[rows] = values - normaliser
@@ -233,8 +239,10 @@ class TeacherModel(nn.Module):
         cu_seqlens: Tensor,  # [S+1]
         loss_mask: Tensor,  # [T]
         top_k: int | None = None,
+        student_size: int | None = None,
     ) -> Teacher:
-        """What `DistillModel` needs for the same batch: hidden states, or the `top_k` likeliest tokens.
+        """What `DistillModel` needs for the same batch: hidden states, or the `top_k` likeliest tokens, of
+        those that a student with so many logits has.
 
         An engine with ZeRO-3 gives back hidden states beside an emptied weight; see `bound`.
         """
@@ -245,18 +253,23 @@ class TeacherModel(nn.Module):
         rows = hidden[where - 1]
         if top_k is None:
             return self.bound(rows[:count])
-        if not 0 < top_k <= self.vocabulary_size:
-            raise ValueError(
-                f"top_k={top_k} must be in 1 .. {self.vocabulary_size}, the teacher's vocabulary"
-            )
-        ids, logprobs = self.head(rows, top_k)
+        both = min(self.vocabulary_size, student_size or self.vocabulary_size)
+        if not 0 < top_k <= both:
+            raise ValueError(f"top_k={top_k} must be in 1 .. {both}, the teacher's vocabulary")
+        ids, logprobs = self.head(rows, top_k, both)
         return TeacherTopK(ids[:count], logprobs[:count])
 
     def top_k(
-        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, loss_mask: Tensor, k: int
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        loss_mask: Tensor,
+        k: int,
+        student_size: int | None = None,
     ) -> TeacherTopK:
         """The k likeliest tokens in the place of each learnt one, made chunk by chunk."""
-        answer = self(input_ids, position_ids, cu_seqlens, loss_mask, k)
+        answer = self(input_ids, position_ids, cu_seqlens, loss_mask, k, student_size)
         assert isinstance(answer, TeacherTopK)
         return answer
 
@@ -268,13 +281,28 @@ class TeacherModel(nn.Module):
         return TeacherHidden(hidden, self.head.weight, self.head.bias, self.head.scaling)
 
 
-def check_same_vocabulary(student_size: int, teacher_size: int) -> None:
-    """Raises `ValueError` where the two cannot be compared token by token."""
-    if student_size != teacher_size:
+def check_same_vocabulary(
+    student: Mapping[str, int], teacher: Mapping[str, int], *, student_size: int, teacher_size: int
+) -> None:
+    """Raises `ValueError` where the two cannot be compared token by token: where a token has another id with
+    the other, or none, or where a head has no logit for one. The sizes are those of the heads, which may be
+    padded.
+    """
+    strange = sorted(
+        token for token in student.keys() | teacher.keys() if student.get(token) != teacher.get(token)
+    )
+    if strange:
+        first = strange[0]
         raise ValueError(
-            f"the student has a vocabulary of {student_size} tokens and the teacher one of {teacher_size}; "
-            "distillation compares them token by token, so both need the same"
+            f"the student's vocabulary of {len(student)} tokens and the teacher's of {len(teacher)} differ "
+            f"in {len(strange)} tokens, such as {first!r} with the id {student.get(first)} and "
+            f"{teacher.get(first)}; distillation compares them token by token, so both need the same. "
+            "Fix: take a teacher of the student's family"
         )
+    largest = max(student.values(), default=-1)
+    for whose, size in (("student", student_size), ("teacher", teacher_size)):
+        if largest >= size:
+            raise ValueError(f"the {whose} has {size} logits, but its tokenizer has ids up to {largest}")
 
 
 @torch.no_grad()

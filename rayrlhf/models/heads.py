@@ -6,8 +6,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rayrlhf.models.parallel import PackedModel
+
+
+class ScalarHead(nn.Module):
+    """A linear head whose output is fp32 whatever the weights are.
+
+    In bfloat16 values near 5 are 1/32 apart, and a difference of two of them, as in GAE, is mostly rounding.
+    It owns the very parameters of the layer that it is made from, under the same names.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight  # [labels, H]
+        self.bias = linear.bias  # [labels] or None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, labels] of `hidden` [N, H]."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias)
 
 
 class ValueModel(PackedModel):
@@ -20,12 +39,12 @@ class ValueModel(PackedModel):
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.decoder = decoder
-        self.head = head
+        self.head = ScalarHead(head)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Values [T] in fp32."""
         hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
-        after = share.placed(self.head(hidden).squeeze(-1).float())  # [T], of the state after each token
+        after = share.placed(self.head(hidden).squeeze(-1))  # [T], of the state after each token
         return torch.where(position_ids > 0, after.roll(1), 0.0)
 
 
@@ -35,13 +54,13 @@ class ScoreModel(PackedModel):
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.decoder = decoder
-        self.head = head
+        self.head = ScalarHead(head)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Scores [S] in fp32."""
         hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
         last = cu_seqlens[1:].long() - 1
-        scores = self.head(hidden[share.rows_of(last)]).squeeze(-1).float()
+        scores = self.head(hidden[share.rows_of(last)]).squeeze(-1)
         return share.summed(scores * share.holds()[last])
 
 
@@ -51,7 +70,7 @@ class StepModel(PackedModel):
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.decoder = decoder
-        self.head = head
+        self.head = ScalarHead(head)
 
     def forward(
         self,
@@ -69,5 +88,5 @@ class StepModel(PackedModel):
         where = (loss_mask > 0).nonzero().squeeze(-1)
         count = where.numel()
         rows = hidden[share.rows_of(where)] if count else hidden[:1]
-        logits = self.head(rows)[:count].float()
+        logits = self.head(rows)[:count]
         return share.summed(logits * share.holds()[where, None])

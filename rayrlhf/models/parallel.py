@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayrlhf.models.attention import packed_inputs
+from rayrlhf.models.dropout import TrainedModule
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _pieces(block: range, bounds: list[int]) -> list[Piece]:
     return [piece for piece in cut if piece.first < piece.stop]
 
 
-class PackedModel(nn.Module):
+class PackedModel(TrainedModule):
     """A decoder over packed streams, and a head."""
 
     # The ranks that compute each stream together; each of them must call the model on the same one.

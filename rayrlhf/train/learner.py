@@ -61,7 +61,8 @@ class Learner:
 
     @torch.no_grad()
     def infer(self, batches: Sequence[PackedBatch], forward: Forward) -> list[Any]:
-        """The module's outputs, one per micro-batch, without gradients."""
+        """The module's outputs, one per micro-batch, without gradients and in evaluation mode."""
+        self.engine.eval()
         return own_outputs(self.module, batches, lambda batch: forward(self.engine, batch))
 
     def update(self, *terms: Term, step: int) -> dict[str, float]:
@@ -71,6 +72,7 @@ class Learner:
         step whose gradient is not finite is skipped and counted in `loss/<name>_bad_steps`;
         `train.max_bad_steps` of them in a row raise `FloatingPointError`.
         """
+        self.engine.train()
         lr = learning_rate(self.base_lr, self.train, step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -162,7 +164,7 @@ class Learner:
             )
         sums = frozen.bit_sums(self.module)
         if collectives.rank() == 0:
-            write_layout(shards, self.train.zero_stage, sums)
+            write_layout(shards, self.train.zero_stage, sums, self.bad_steps_in_a_row)
 
     def load(self, folder: Path) -> None:
         """Also what another number of workers has saved. Collective. Raises `ValueError` when frozen weights
@@ -171,6 +173,7 @@ class Learner:
         shards = folder / self.name
         layout = read_layout(shards)
         frozen.check(layout["frozen"], self.module)
+        self.bad_steps_in_a_row = layout.get("bad_steps_in_a_row", 0)
         if layout["workers"] == collectives.world_size() or not _has_shards(shards):
             with only_tensors(shards):
                 path, _ = self.engine.load_checkpoint(str(shards), tag=TAG, custom_load_fn=frozen.load)

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from rayrlhf.train import collectives
 from rayrlhf.train.safe_load import only_tensors
@@ -30,10 +30,16 @@ class Layout(TypedDict):
     workers: int
     zero_stage: int
     frozen: dict[str, int]  # bit sums by name
+    bad_steps_in_a_row: NotRequired[int]  # not of earlier versions
 
 
-def write_layout(folder: Path, zero_stage: int, frozen: dict[str, int]) -> None:
-    layout = Layout(workers=collectives.world_size(), zero_stage=zero_stage, frozen=frozen)
+def write_layout(folder: Path, zero_stage: int, frozen: dict[str, int], bad_steps_in_a_row: int) -> None:
+    layout = Layout(
+        workers=collectives.world_size(),
+        zero_stage=zero_stage,
+        frozen=frozen,
+        bad_steps_in_a_row=bad_steps_in_a_row,
+    )
     (folder / LAYOUT).write_text(json.dumps(layout))
 
 

@@ -73,10 +73,11 @@ class TeacherActor:
         return True
 
     @torch.inference_mode()
-    def top_k(self, batch: PackedBatch, k: int) -> tuple[Tensor, Tensor]:
+    def top_k(self, batch: PackedBatch, k: int, student_size: int) -> tuple[Tensor, Tensor]:
         """The fields of `models.distill.TeacherTopK`."""
         b = batch.to(self.device)
-        ids, logprobs = self.model.top_k(b.input_ids, b.position_ids, b.cu_seqlens, b.loss_mask, k)
+        told = self.model.top_k(b.input_ids, b.position_ids, b.cu_seqlens, b.loss_mask, k, student_size)
+        ids, logprobs = told
         return ids.cpu(), logprobs.cpu()
 
 

@@ -34,15 +34,17 @@ class LocalTeacher:
 
 
 class ServedTeacher:
-    """Asks a deployment for its `top_k` tokens."""
+    """Asks a deployment for its `top_k` tokens, of those that a student with `student_size` logits has."""
 
-    def __init__(self, handle: Any, *, top_k: int, timeout_seconds: float) -> None:
+    def __init__(self, handle: Any, *, top_k: int, student_size: int, timeout_seconds: float) -> None:
         self.handle = handle
         self.top_k = top_k
+        self.student_size = student_size
         self.timeout_seconds = timeout_seconds
 
     def answers(self, batches: Sequence[PackedBatch]) -> list[TeacherAnswer]:
-        told = ask_all(self.handle, "top_k", batches, self.top_k, timeout_seconds=self.timeout_seconds)
+        asked = (self.top_k, self.student_size)
+        told = ask_all(self.handle, "top_k", batches, *asked, timeout_seconds=self.timeout_seconds)
         return [
             TeacherTopK(*(tensor.to(batch.input_ids.device) for tensor in answer))
             for answer, batch in zip(told, batches, strict=True)

@@ -9,6 +9,7 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from rayrlhf.config.supervised import JOBS
+from rayrlhf.data.chat import prompt_tokenizer
 from rayrlhf.loops.checks import InputError
 from rayrlhf.loops.model_checks import check_adapters, check_models
 from tests.integration.policy_runs import tiny_run
@@ -28,13 +29,26 @@ def test_reward_words_are_one_token(tiny_model: str) -> None:
         check_models(config("prm", tiny_model, data=data, algorithm={"reward_tokens": ["bad", "good"]}))
 
 
-def test_a_teacher_has_the_vocabulary_of_its_student(tiny_model: str, tmp_path: Path) -> None:
+def test_13_a_teacher_has_the_vocabulary_of_its_student(tiny_model: str, tmp_path: Path) -> None:
+    """Tokens are compared; heads may be padded."""
     from transformers import LlamaConfig
 
+    from tests.tiny_model import make_tokenizer
+
     check_models(config("kd", tiny_model, teacher={"path": tiny_model}))
-    LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"teacher.path: .* 264 .* 300"):
-        check_models(config("kd", tiny_model, teacher={"path": str(tmp_path)}))
+    teacher = str(tmp_path)
+    LlamaConfig(vocab_size=300).save_pretrained(teacher)
+    make_tokenizer().save_pretrained(teacher)
+    check_models(config("kd", tiny_model, teacher={"path": teacher}))
+    served = {"path": teacher, "location": "serve", "top_k": 265}
+    with pytest.raises(InputError, match=r"teacher.top_k=265: wanted at most 264"):
+        check_models(config("kd", tiny_model, teacher=served))
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|extra|>", "<|other|>"))
+    (tmp_path / "tokenizer_config.json").unlink()
+    prompt_tokenizer.cache_clear()
+    with pytest.raises(InputError, match=r"teacher.path: .* differ in 2 tokens, such as '<.extra.>'"):
+        check_models(config("kd", tiny_model, teacher={"path": teacher}))
 
 
 def test_a_reward_model_can_pad(tiny_model: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ from transformers import (
     MistralConfig,
 )
 
+from rayrlhf.algorithms.advantages import gae
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.models.attention import VARLEN_SDPA, attention_implementation, packed_inputs
-from rayrlhf.models.heads import StepModel, ValueModel
+from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
 from rayrlhf.models.load import (
     has_packed_scorer,
     is_sequence_classifier,
@@ -306,3 +308,56 @@ def test_a_call_without_boundaries_is_refused(tiny_model: str) -> None:
     decoder = load_critic(fp32(tiny_model), tiny_model, device=CPU).decoder
     with pytest.raises(ValueError, match="needs cu_seq_lens_q"):
         decoder(input_ids=tokens(4)[None])
+
+
+class SlowCurve(nn.Module):
+    """A decoder in bfloat16 whose hidden states let values rise slowly to about 5."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        along = torch.linspace(4, 5, length)[:, None] + 0.1 * torch.randn(length, 64, generator=generator)
+        self.hidden = along.bfloat16()[None]  # [1, T, H]
+
+    def forward(self, **_: Any) -> Any:
+        return SimpleNamespace(last_hidden_state=self.hidden)
+
+
+def test_17_values_leave_the_head_in_fp32() -> None:
+    """GAE is of differences of values, which are smaller than a bfloat16's steps at 5 (1/32)."""
+    length = 400
+    decoder = SlowCurve(length)
+    head = nn.Linear(64, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.constant_(head.weight, 1 / 64)
+    inputs = packed(tokens(length), [length])
+
+    def advantages(values: Tensor) -> Tensor:
+        zeros, mask = torch.zeros(length), torch.ones(length)
+        return gae(zeros, values, mask, inputs[2], gamma=1.0, lam=0.0)[0][1:-1].double()  # not the ends
+
+    after = (decoder.hidden[0].double() @ head.weight[0].double()).float()
+    exact = advantages(torch.cat([torch.zeros(1), after[:-1]]))
+    in_bfloat16 = head(decoder.hidden[0]).squeeze(-1).float()
+    rounded = advantages(torch.cat([torch.zeros(1), in_bfloat16[:-1]]))
+    found = ValueModel(decoder, head)(*inputs)
+    assert found.dtype == torch.float32
+    size = exact.square().mean().sqrt()
+    assert (rounded - exact).square().mean().sqrt() > 0.2 * size  # what bfloat16 would make of it
+    assert (advantages(found) - exact).square().mean().sqrt() < 1e-4 * size
+
+
+@pytest.mark.parametrize("kind", ["score", "step"])
+def test_17_scores_leave_their_heads_in_fp32(kind: str) -> None:
+    decoder = SlowCurve(6)
+    head = nn.Linear(64, 1 if kind == "score" else 2, dtype=torch.bfloat16)
+    inputs = packed(tokens(6), [4, 2])
+    if kind == "score":
+        found, read = ScoreModel(decoder, head)(*inputs), decoder.hidden[0, [3, 5]]
+    else:
+        mask = torch.tensor([0.0, 0, 1, 0, 0, 1])
+        found, read = StepModel(decoder, head)(*inputs, mask), decoder.hidden[0, [2, 5]]
+    exact = read.double() @ head.weight.double().T + head.bias.double()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double().view_as(exact), exact, rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    assert head.weight.grad is not None and head.weight.grad.dtype == torch.bfloat16

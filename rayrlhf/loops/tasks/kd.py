@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
-from torch import nn
 
 from rayrlhf.algorithms.aggregate import sequence_counts, sequence_sums
 from rayrlhf.batch import PackedBatch
@@ -13,6 +12,7 @@ from rayrlhf.config.supervised import KdRunConfig
 from rayrlhf.loops.tasks.sft import LanguageModelTask
 from rayrlhf.loops.tasks.task import Mean, Measured, MicroBatches, TaskSetting
 from rayrlhf.models.distill import DistillLogprobs
+from rayrlhf.models.dropout import TrainedModule, keep_dropout
 from rayrlhf.models.load import load_student
 from rayrlhf.train.teacher import LocalTeacher, ServedTeacher, Teacher
 
@@ -32,11 +32,16 @@ class DistillationTask(LanguageModelTask):
         if teacher.location == "worker":
             return LocalTeacher(self.config, self.device)
         handle = serve.get_app_handle(setting.teacher_app)
-        return ServedTeacher(handle, top_k=teacher.top_k, timeout_seconds=teacher.timeout_seconds)
+        return ServedTeacher(
+            handle,
+            top_k=teacher.top_k,
+            student_size=self.learner.module.vocabulary_size,
+            timeout_seconds=teacher.timeout_seconds,
+        )
 
-    def load_module(self) -> nn.Module:
+    def load_module(self) -> TrainedModule:
         config, algorithm = self.config, self.config.algorithm
-        return load_student(
+        student = load_student(
             config.model,
             config.model.path,
             device=self.device,
@@ -44,6 +49,9 @@ class DistillationTask(LanguageModelTask):
             divergence=algorithm.divergence,
             beta=algorithm.jsd_beta,
         )
+        if config.train.dropout:
+            keep_dropout(student)
+        return student
 
     def prepare(self, micro_batches: MicroBatches, split: str) -> list[PackedBatch]:
         batches = super().prepare(micro_batches, split)

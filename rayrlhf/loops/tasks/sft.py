@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import sequence_counts, sequence_sums
 from rayrlhf.batch import PackedBatch
 from rayrlhf.loops.tasks.task import Mean, Measured, Task
+from rayrlhf.models.dropout import TrainedModule, keep_dropout
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import load_policy
 from rayrlhf.models.logprobs import TokenLogprobs
@@ -19,7 +20,7 @@ from rayrlhf.train import collectives
 class LanguageModelTask(Task):
     """A causal language model learns; what it learns is up to the subclass."""
 
-    def load_module(self) -> nn.Module:
+    def load_module(self) -> TrainedModule:
         config = self.config
         return load_policy(
             config.model,
@@ -45,6 +46,12 @@ class LanguageModelTask(Task):
 
 class SftTask(LanguageModelTask):
     """Σ -log p / learnt tokens of the step: every token weighs the same, whatever its sequence's length."""
+
+    def load_module(self) -> TrainedModule:
+        module = super().load_module()
+        if self.config.train.dropout:
+            keep_dropout(module)
+        return module
 
     def weights(self, batch: PackedBatch) -> Tensor:
         return sequence_counts(batch.loss_mask, batch.cu_seqlens)

@@ -120,7 +120,6 @@ class Task:
     @torch.no_grad()
     def evaluate(self, micro_batches: MicroBatches) -> dict[str, Any]:
         """Per example, `row_ids` and [total, weight] of every metric and of the loss. Collective."""
-        self.learner.engine.eval()
         batches = self.prepare(micro_batches, "eval")
         outputs = self.learner.infer(batches, self.forward)
         rows: dict[str, list[Any]] = {"row_ids": []}
@@ -131,7 +130,6 @@ class Task:
             for key, mean in {"eval/loss": measured.loss, **measured.metrics}.items():
                 pairs = torch.stack([mean.total, mean.weight], dim=-1)[real]
                 rows.setdefault(key, []).extend(pairs.double().tolist())
-        self.learner.engine.train()
         return rows
 
     @property

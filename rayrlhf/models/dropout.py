@@ -1,0 +1,77 @@
+"""Log-probabilities, scores and values that are compared come from a model without chance in it.
+
+Dropout, dropped layers, jitter of routers and Phi-MoE's sampled experts all hang on `module.training`, under
+many names, some read from the config in each forward pass. So the layers stay in evaluation mode while they
+are trained, whatever their architecture. Adapters have a dropout of their own (`model.lora.dropout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+LORA_DROPOUT = "lora_dropout"  # PEFT's module
+
+
+class TrainedModule(nn.Module):
+    """A decoder and a head. In training mode it is deterministic unless `drops` is set."""
+
+    # The model's own dropout in training: of its config.json, where it has some. See `keep_dropout`.
+    drops: bool = False
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode and not self.drops:
+            _settle(self)
+        return self
+
+
+def keep_dropout(module: TrainedModule) -> None:
+    """Train with the model's own dropout, but with every layer: ranks that dropped different ones would wait
+    for each other under ZeRO-3 and sequence parallelism.
+    """
+    module.drops = True
+    for layer in module.modules():
+        if hasattr(layer, "layerdrop"):
+            setattr(layer, "layerdrop", 0.0)  # noqa: B010  # of no type that is known
+    module.train(module.training)
+
+
+def _settle(module: nn.Module) -> None:
+    """Put what is in `module` into evaluation mode, but for the dropout of adapters."""
+    inside = [
+        (name, child)
+        for name, child in module.named_modules()
+        if child is not module and LORA_DROPOUT not in name.split(".")
+    ]
+    for _, child in inside:
+        child.training = False
+    recomputed: list[Any] = [child for _, child in inside if getattr(child, "gradient_checkpointing", False)]
+    layers: list[Any] = [child for child in recomputed if isinstance(child, GradientCheckpointingLayer)]
+    for layer in layers:
+        # transformers computes activations again in layers that are in training mode only.
+        layer.training = True
+        layer._gradient_checkpointing_func = partial(_recomputed, layer)
+    for decoder in recomputed if not layers else ():  # of models with code of their own: it asks itself
+        decoder.training = True
+        own = [name for name, value in vars(decoder).items() if type(value) is float and "drop" in name]
+        for name in own:
+            setattr(decoder, name, 0.0)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Tensor) -> Any:
+    """The layer's outputs, in evaluation mode; its activations are computed again in the backward pass."""
+
+    def settled(*inputs: Tensor) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(settled, *inputs, use_reentrant=False)
