@@ -1,4 +1,4 @@
-"""docs/architectures.md from the probe: `python -m rayrlhf.models.architectures_page [FILE]`; minutes of a CPU."""
+"""docs/architectures.md from the probe, in minutes: `python -m rayrlhf.models.architectures_page [FILE]`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ HEAD = """\
 
 Which models are computed rightly here. A small copy of each, with random weights in fp32, is shown three
 sequences: its log-probabilities by the functions that training uses are compared with those of transformers'
-own forward pass on each sequence alone. Every job does the same with its own models' configs before Ray starts,
-and `rayrlhf plan` shows what it says.
+own forward pass on each sequence alone. Every job does the same with its own models' configs before Ray
+starts, and `rayrlhf plan` shows what it says.
 
 - **supported packed**: sequences share a stream.
 - **supported one sequence per stream**: right, but slower. Layers carry state from one sequence into the next
@@ -28,9 +28,10 @@ and `rayrlhf plan` shows what it says.
   stream, or attention has no kernel for packed streams. Nothing has to be set.
 - **refused**: the job ends with the reason before anything is started.
 
-The configs are those that transformers' classes have without arguments, at a length beyond all of their windows,
-with these changes: multipliers that would be 1 are others, and what says "with" is set. *Packed* is the largest
-difference of a log-probability had all sequences shared a stream, *measured* that of the way that is taken.
+The configs are those that transformers' classes have without arguments, at a length beyond all of their
+windows, with these changes: multipliers that would be 1 are others, and what stands under "with" is set.
+*Packed* is the largest difference of a log-probability (or entropy) had all sequences shared a stream,
+*measured* that of the way that is taken. The latter is never above 1e-4.
 
 """
 COLUMNS = "| model_type | with | verdict | measured | packed | why |\n|---|---|---|---|---|---|"
@@ -41,12 +42,8 @@ NOT_ONE = {
     "residual_multiplier": 0.5,
     "key_multiplier": 0.7,
 }
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 4096,
-}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE |= {"original_max_position_embeddings": 4096}
 LONGROPE |= {"short_factor": [1.0 + i / 48 for i in range(48)], "long_factor": [2.0 + i for i in range(48)]}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LFM2 = ["conv", "conv", "full_attention", "conv"] * 4

@@ -239,7 +239,7 @@ def _streams_and_options(
     if verdict.streams is None:
         raise ValueError(f"{path}: {verdict.reason}; choose another model")
     streams = verdict.streams
-    limits = [limit for kind, limit in rope_limits(found) if kind == "longrope"]
+    limits = [limit for _, limit in rope_limits(found)]
     if streams.is_packed and limits:
         streams = Streams(longest_packed=min(limits))
     kernel = config.attention_kernel

@@ -216,8 +216,9 @@ class _Subject:
         changed[-1] = (changed[-1] - 2) % (VOCABULARY - 3) + 3
         if _distance([self.plain(changed)[:-1]], [expected[index][:-1]]) > TOLERANCE:
             raise Refusal("it is bidirectional: its outputs depend on later tokens")
-        again = [self.plain(ids) for ids in reversed(self.sequences)][::-1]
-        if _distance(again, expected) > TOLERANCE:
+        order = sorted(range(len(LENGTHS)), key=lambda i: LENGTHS[i])
+        again = [self.plain(self.sequences[i]) for i in order]
+        if _distance(again, [expected[i] for i in order]) > TOLERANCE:
             raise Refusal(
                 "its outputs depend on the sequences that it has seen before (a dynamic rotary embedding "
                 "beyond max_position_embeddings): keep the run's sequences below that"

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-LENGTHS = (9, 45, 14)  # tokens of the test's sequences
-NARROW, WIDE = 24, 64  # a window or limit that the longest of them exceeds, and one that it does not
+LENGTHS = (9, 45, 30)  # tokens of the test's sequences: two beyond the narrow limits
+NARROW, WIDE = 24, 96  # a window or limit that the longest of them exceeds, and one that it does not
 VOCABULARY = 96
 HEADS, HEAD_SIZE = 4, 16
 HIDDEN = HEADS * HEAD_SIZE
@@ -195,6 +195,8 @@ def _shrink_rope(config: Any, longest: int | None) -> None:
             limit = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
             small = NARROW if longest is None or longest > limit else WIDE
             rope["original_max_position_embeddings"] = small
+            if "original_max_position_embeddings" in vars(config):  # which some write over that
+                config.original_max_position_embeddings = small
         if rope.get("rope_type") == "dynamic":
             limit = config.max_position_embeddings
             config.max_position_embeddings = NARROW if longest is None or longest > limit else WIDE
