@@ -32,7 +32,7 @@ COMMANDS: dict[str, Command] = {
         explains_itself=True,
     ),
     "plan": Command(
-        "rayrlhf.placement.plan_command:main",
+        "rayrlhf.loops.plan:main",
         "CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--gpus 16xA100-80] [--suggest] [--json]",
         "who sits where, what they hold, whether it fits and what to change; starts nothing",
         explains_itself=True,

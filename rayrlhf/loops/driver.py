@@ -40,6 +40,7 @@ from rayrlhf.data.rows import DataError
 from rayrlhf.foreign_text import guard_terminal, traceback_text
 from rayrlhf.hub.access import offline_variable
 from rayrlhf.hub.errors import HubError
+from rayrlhf.loops.architectures import check_architectures
 from rayrlhf.loops.checks import InputError, check_precision
 from rayrlhf.loops.early import check_files
 from rayrlhf.loops.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
@@ -101,6 +102,7 @@ def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
         check_wandb(config)
         config = pin(config, console.say)
         body = check(config)
+        check_architectures(config, console.say)
         fetch_here(config, console.say)
         with (
             run_lock(Path(config.run.path)) as warning,

@@ -8,7 +8,11 @@ under conditions that are easy to miss, and otherwise lets sequences attend to e
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,32 +45,30 @@ def varlen_sdpa(
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         raise ValueError("varlen_sdpa needs cu_seq_lens_q: call the model through packed_inputs()")
-    if softcap is not None:
-        raise ValueError(
-            "this model caps its attention scores, which SDPA cannot: use flash_attention_2 on a GPU"
-        )
-    if sliding_window is not None and int(kwargs["max_length_q"]) > sliding_window:
-        raise ValueError(
-            f"a sequence of {int(kwargs['max_length_q'])} tokens exceeds the model's sliding window of "
-            f"{sliding_window}: shorten it or use flash_attention_2 on a GPU"
-        )
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("this model's attention has sinks, which varlen_sdpa does not know")
+    seen = _seen.get()
+    if seen is not None:
+        seen.add(module)
     options: dict[str, Any] = {
         "scale": scaling,
         "dropout_p": dropout if module.training else 0.0,
         "enable_gqa": getattr(module, "num_key_value_groups", 1) > 1,
+        "softcap": softcap,
     }
+    reach = Reach(sliding_window, chunk_size(module))
     share: Share | None = kwargs.get("sequence_share")
     if share is None:
         lengths = cu_seqlens.diff().tolist()
         parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-        outputs = [scaled_dot_product_attention(q, k, v, is_causal=True, **options) for q, k, v in parts]
+        outputs = [_attend(q, k, v, reach, options) for q, k, v in parts]
     else:
-        outputs = _of_share(query, key, value, share, options)
+        outputs = _of_share(query, key, value, share, reach, options)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
 def _of_share(
-    query: Tensor, key: Tensor, value: Tensor, share: Share, options: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, share: Share, reach: Reach, options: dict[str, Any]
 ) -> list[Tensor]:
     """Each run of held tokens attends to its sequence, from where that starts to itself."""
     share.num_attended += 1
@@ -74,11 +76,113 @@ def _of_share(
     outputs = []
     for q, piece in zip(query.split([p.stop - p.first for p in share.pieces], 2), share.pieces, strict=True):
         k, v = keys[:, :, piece.start : piece.stop], values[:, :, piece.start : piece.stop]
-        causal: dict[str, Any] = {"is_causal": True}
-        if piece.first > piece.start:
-            causal = {"attn_mask": causal_lower_right(q.size(2), k.size(2))}
-        outputs.append(scaled_dot_product_attention(q, k, v, **causal, **options))
+        outputs.append(_attend(q, k, v, reach, options))
     return outputs
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, reach: Reach, options: dict[str, Any]) -> Tensor:
+    """The last tokens of a sequence, as many as there are queries, to all of it that they reach."""
+    stop, outputs = key.size(2), []
+    first = stop - query.size(2)
+    for block in reach.blocks(first, stop):
+        q = query[:, :, block.first - first : block.stop - first]
+        k, v = key[:, :, block.start : block.stop], value[:, :, block.start : block.stop]
+        outputs.append(_attend_block(q, k, v, reach.window, options))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: dict[str, Any]) -> Tensor:
+    options = dict(options)
+    softcap = options.pop("softcap")
+    is_narrow = window is not None and k.size(2) > window
+    if softcap is not None:
+        return _capped(q, k, v, _band(q, k, window if is_narrow else None), softcap, **options)
+    if is_narrow:
+        return scaled_dot_product_attention(q, k, v, attn_mask=_band(q, k, window), **options)
+    if q.size(2) == k.size(2):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    mask: Any = causal_lower_right(q.size(2), k.size(2))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+
+
+def _band(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """Which keys each query attends to, [queries, keys]; the last query is at the last key."""
+    ahead = k.size(2) - q.size(2)
+    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(ahead)
+    return mask if window is None else mask.triu(ahead - window + 1)
+
+
+def _capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    softcap: float,
+    *,
+    scale: float | None,
+    dropout_p: float,
+    enable_gqa: bool,
+) -> Tensor:
+    """Attention whose scores are softcap · tanh(score / softcap), which SDPA's kernels have not (Gemma 2)."""
+    if enable_gqa:
+        k, v = (each.repeat_interleave(q.size(1) // k.size(1), 1) for each in (k, v))
+    scores = q @ k.transpose(-1, -2) * (scale if scale is not None else q.size(-1) ** -0.5)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return torch.dropout(weights, dropout_p, True) @ v
+
+
+class Block(NamedTuple):
+    """A run of queries, and where the keys begin that the first of them reaches."""
+
+    first: int
+    stop: int
+    start: int
+
+
+class Reach(NamedTuple):
+    """How far back a layer's tokens attend: `window` tokens with themselves, or the start of their chunk."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def blocks(self, first: int, stop: int) -> list[Block]:
+        """The queries at `first` .. `stop` - 1 of a sequence, in blocks that need few keys."""
+        size = self.chunk or self.window
+        if size is None or stop <= size:
+            return [Block(first, stop, 0)]
+        edges = [first, *range((first // size + 1) * size, stop, size), stop]
+        if self.chunk is not None:
+            return [Block(a, b, a // size * size) for a, b in pairwise(edges)]
+        return [Block(a, b, max(0, a - size + 1)) for a, b in pairwise(edges)]
+
+
+def chunk_size(module: Any) -> int | None:
+    """Of a layer with chunked attention (Llama 4), which transformers knows by its mask alone."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or layer is None or kinds[layer] != "chunked_attention":
+        return None
+    return config.attention_chunk_size  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def has_chunks(config: Any) -> bool:
+    """Whether a model with this config has layers with chunked attention."""
+    return "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+@contextmanager
+def attending_layers() -> Iterator[set[nn.Module]]:
+    """The modules that attend through `varlen_sdpa` meanwhile."""
+    seen: set[nn.Module] = set()
+    token = _seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
+
+
+_seen: ContextVar[set[nn.Module] | None] = ContextVar("seen", default=None)
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rayrlhf.algorithms.distill_losses import DISTILL_LOSSES, top_k_divergence
-from rayrlhf.models.attention import packed_inputs
 from rayrlhf.models.dropout import TrainedModule
 from rayrlhf.models.fused_head import LogitScaling, ProjectionGradients, project, slices
 from rayrlhf.models.logprobs import OutputHead, learnt_tokens, logit_scaling
+from rayrlhf.models.streams import Streams, decoder_of, hidden_states
 
 # of_logits(logits [n, V], which rows) -> two numbers per row, [n] and [n]; differentiable
 OfLogits: TypeAlias = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -136,6 +136,8 @@ class DistillModel(TrainedModule):
     The names of its parameters are those of `PolicyModel`.
     """
 
+    streams = Streams()
+
     def __init__(
         self, causal_lm: PreTrainedModel, *, chunk_tokens: int, divergence: str, beta: float = 0.5
     ) -> None:
@@ -170,8 +172,8 @@ class DistillModel(TrainedModule):
         """
         where, weight = learnt_tokens(position_ids, loss_mask)
         teacher = self._checked(teacher, int(weight.sum()))
-        decoder = self.causal_lm.get_decoder()
-        hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
+        decoder = decoder_of(self.causal_lm)
+        hidden = hidden_states(decoder, input_ids, position_ids, cu_seqlens, self.streams)  # [T, H]
         logprobs, divergence = self.head(hidden[where - 1], input_ids[where], teacher=teacher)
         empty = torch.zeros(input_ids.numel(), device=hidden.device)
         return DistillLogprobs(
@@ -216,6 +218,8 @@ class TeacherModel(nn.Module):
     Frozen, and in eval mode whatever `train()` asks for.
     """
 
+    streams = Streams()
+
     def __init__(self, causal_lm: PreTrainedModel, *, chunk_tokens: int) -> None:
         super().__init__()
         self.causal_lm = causal_lm
@@ -248,8 +252,8 @@ class TeacherModel(nn.Module):
         """
         where, weight = learnt_tokens(position_ids, loss_mask)
         count = int(weight.sum())
-        decoder = self.causal_lm.get_decoder()
-        hidden = decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]  # [T, H]
+        decoder = decoder_of(self.causal_lm)
+        hidden = hidden_states(decoder, input_ids, position_ids, cu_seqlens, self.streams)  # [T, H]
         rows = hidden[where - 1]
         if top_k is None:
             return self.bound(rows[:count])

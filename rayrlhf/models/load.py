@@ -23,10 +23,12 @@ from transformers.models.auto.modeling_auto import (
 
 from rayrlhf.config.model import ModelConfig, TrainedModelConfig
 from rayrlhf.hub.local import local_folder
-from rayrlhf.models.attention import attention_implementation
+from rayrlhf.models.attention import attention_implementation, has_chunks
 from rayrlhf.models.distill import DistillModel, TeacherModel
 from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
 from rayrlhf.models.logprobs import PolicyModel, logit_scaling
+from rayrlhf.models.probe import Head, rope_limits, verdict_of
+from rayrlhf.models.streams import Streams, with_streams
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -44,8 +46,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> PolicyModel:
     """The actor or the reference, in training mode (`from_pretrained` alone leaves a model in eval mode)."""
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **_load_options(config, device))
-    return PolicyModel(causal_lm, chunk_tokens=chunk_tokens).train()
+    streams, options = _streams_and_options(config, path, device)
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
+    return with_streams(PolicyModel(causal_lm, chunk_tokens=chunk_tokens), streams).train()
 
 
 def load_student(
@@ -58,26 +61,29 @@ def load_student(
     beta: float = 0.5,
 ) -> DistillModel:
     """A language model to be distilled into, in training mode; `divergence` is one of `DISTILL_LOSSES`."""
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **_load_options(config, device))
-    return DistillModel(causal_lm, chunk_tokens=chunk_tokens, divergence=divergence, beta=beta).train()
+    streams, options = _streams_and_options(config, path, device)
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
+    student = DistillModel(causal_lm, chunk_tokens=chunk_tokens, divergence=divergence, beta=beta)
+    return with_streams(student, streams).train()
 
 
 def load_teacher(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> TeacherModel:
     """A language model to distil from: frozen and in eval mode."""
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **_load_options(config, device))
-    return TeacherModel(causal_lm, chunk_tokens=chunk_tokens)
+    streams, options = _streams_and_options(config, path, device)
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
+    return with_streams(TeacherModel(causal_lm, chunk_tokens=chunk_tokens), streams)
 
 
 def load_critic(config: ModelConfig, path: str, *, device: torch.device) -> ValueModel:
     """A critic from a language model (a new head, all values 0) or from a reward model (its score head)."""
-    decoder, head = _decoder_and_head(config, path, device)
-    return ValueModel(decoder, head).train()
+    decoder, head, streams = _decoder_and_head(config, path, device)
+    return with_streams(ValueModel(decoder, head), streams).train()
 
 
 def load_scorer(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
     """A decoder-style reward model (`AutoModelForSequenceClassification`, one label), in eval mode."""
-    decoder, head = _decoder_and_head(config, path, device)
-    return ScoreModel(decoder, head).eval()
+    decoder, head, streams = _decoder_and_head(config, path, device)
+    return with_streams(ScoreModel(decoder, head), streams).eval()
 
 
 def load_reward_model(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
@@ -90,8 +96,8 @@ def load_reward_model(config: ModelConfig, path: str, *, device: torch.device) -
             f"{path}: transformers has no decoder-style sequence classifier for this architecture, "
             "so a reward model made from it could not be exported; choose another checkpoint"
         )
-    decoder, head = _decoder_and_head(config, path, device)
-    return ScoreModel(decoder, head).train()
+    decoder, head, streams = _decoder_and_head(config, path, device)
+    return with_streams(ScoreModel(decoder, head), streams).train()
 
 
 def load_step_model(
@@ -104,7 +110,6 @@ def load_step_model(
     transformers has no token classifier to export it as, for another number of labels, and for logits that
     no linear head can give.
     """
-    options = _load_options(config, device)
     found = AutoConfig.from_pretrained(
         local_folder(path, weights=False), trust_remote_code=config.trust_remote_code
     )
@@ -114,6 +119,7 @@ def load_step_model(
             f"{path}: transformers has no decoder-style token classifier for this architecture, "
             "so a process reward model made from it could not be exported; choose another checkpoint"
         )
+    streams, options = _streams_and_options(config, path, device, head="values")
     if _is_made_for(path, "ForTokenClassification", trust_remote_code=config.trust_remote_code):
         model = AutoModelForTokenClassification.from_pretrained(local_folder(path), **options)
         if model.config.num_labels != 2:
@@ -121,12 +127,13 @@ def load_step_model(
                 f"{path} has {model.config.num_labels} labels; "
                 "a process reward model needs exactly 2, (bad, good)"
             )
-        return StepModel(model.base_model, model.score).train()
+        return with_streams(StepModel(model.base_model, model.score), streams).train()
     if reward_token_ids is None:
         decoder = AutoModel.from_pretrained(local_folder(path), **options)
-        return StepModel(decoder, _zero_step_head(decoder)).train()
+        return with_streams(StepModel(decoder, _zero_step_head(decoder)), streams).train()
     causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
-    return StepModel(causal_lm.base_model, step_head_of(causal_lm, reward_token_ids)).train()
+    model = StepModel(causal_lm.base_model, step_head_of(causal_lm, reward_token_ids))
+    return with_streams(model, streams).train()
 
 
 def adapt(config: TrainedModelConfig, model: Any, *, device: torch.device, seed: int) -> None:
@@ -161,19 +168,21 @@ def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
     return classifier is not None and issubclass(classifier, GenericForSequenceClassification)
 
 
-def _decoder_and_head(config: ModelConfig, path: str, device: torch.device) -> tuple[nn.Module, nn.Linear]:
-    options = _load_options(config, device)
+def _decoder_and_head(
+    config: ModelConfig, path: str, device: torch.device
+) -> tuple[nn.Module, nn.Linear, Streams]:
+    streams, options = _streams_and_options(config, path, device, head="values")
     if is_sequence_classifier(path, trust_remote_code=config.trust_remote_code):
         model = AutoModelForSequenceClassification.from_pretrained(local_folder(path), **options)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"{path} has {model.config.num_labels} labels; a reward model or critic needs exactly 1"
             )
-        return model.base_model, model.score
+        return model.base_model, model.score, streams
     decoder = AutoModel.from_pretrained(local_folder(path), **options)
     head = nn.Linear(decoder.config.get_text_config().hidden_size, 1, bias=False, dtype=options["dtype"])
     nn.init.zeros_(head.weight)
-    return decoder, head
+    return decoder, head, streams
 
 
 def _zero_step_head(decoder: Any) -> nn.Linear:
@@ -218,9 +227,26 @@ def _is_made_for(path: str, suffix: str, *, trust_remote_code: bool) -> bool:
     return any(name.endswith(suffix) for name in architectures)
 
 
-def _load_options(config: ModelConfig, device: torch.device) -> dict[str, Any]:
-    return {
+def _streams_and_options(
+    config: ModelConfig, path: str, device: torch.device, *, head: Head = "policy"
+) -> tuple[Streams, dict[str, Any]]:
+    """In which streams the model is right, and how it is loaded for that. Raises `ValueError` if in none."""
+    found = AutoConfig.from_pretrained(
+        local_folder(path, weights=False), trust_remote_code=config.trust_remote_code
+    )
+    # Of any length: the driver has looked at the run's own (loops.model_checks).
+    verdict = verdict_of(found, longest=0, head=head, trust_remote_code=config.trust_remote_code)
+    if verdict.streams is None:
+        raise ValueError(f"{path}: {verdict.reason}; choose another model")
+    streams = verdict.streams
+    limits = [limit for _, limit in rope_limits(found)]
+    if streams.is_packed and limits:
+        streams = Streams(longest_packed=min(limits))
+    kernel = config.attention_kernel
+    if has_chunks(found):  # FlashAttention's kernels know no chunks
+        kernel = "sdpa"
+    return streams, {
         "dtype": resolve_dtype(config.dtype, device),
-        "attn_implementation": attention_implementation(config.attention_kernel, device),
+        "attn_implementation": streams.attention or attention_implementation(kernel, device),
         "trust_remote_code": config.trust_remote_code,
     }

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 from rayrlhf.models.parallel import PackedModel
+from rayrlhf.models.streams import decoder_of
 
 
 class TokenLogprobs(NamedTuple):
@@ -25,9 +26,16 @@ class TokenLogprobs(NamedTuple):
 def logit_scaling(config: PreTrainedConfig) -> LogitScaling:
     """What this model does to its projection's output."""
     text = config.get_text_config()
-    # Granite divides its logits, Cohere multiplies them.
-    divisor = (getattr(text, "logits_scaling", None) or 1.0) / (getattr(text, "logit_scale", None) or 1.0)
-    return LogitScaling(divisor, getattr(text, "final_logit_softcapping", None))
+
+    def factor(name: str) -> float:
+        return getattr(text, name, None) or 1.0
+
+    # Granite and MiniCPM divide by logits_scaling, HyperCLOVA X multiplies; Inkling divides earlier.
+    scaling = factor("logits_scaling") ** (-1.0 if text.model_type == "hyperclovax" else 1.0)
+    divisor = scaling * factor("logits_mup_width_multiplier")
+    softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
+    # Cohere and Falcon-H1 multiply.
+    return LogitScaling(divisor / (factor("logit_scale") * factor("lm_head_multiplier")), softcap)
 
 
 class OutputHead(nn.Module):
@@ -75,8 +83,7 @@ class PolicyModel(PackedModel):
         temperature: float = 1.0,
     ) -> TokenLogprobs:
         """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
-        decoder: Any = self.causal_lm.get_decoder()
-        hidden, share = self.decode(decoder, input_ids, position_ids, cu_seqlens)
+        hidden, share = self.decode(decoder_of(self.causal_lm), input_ids, position_ids, cu_seqlens)
         where, weight = learnt_tokens(position_ids, loss_mask * share.holds().roll(1))
         rows = hidden[share.rows_of(where - 1)]
         logprobs, entropy = self.head(rows, input_ids[where], temperature)

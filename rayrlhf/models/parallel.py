@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rayrlhf.models.attention import packed_inputs
 from rayrlhf.models.dropout import TrainedModule
+from rayrlhf.models.streams import Streams, hidden_states
 
 
 @dataclass
@@ -103,6 +104,7 @@ def _pieces(block: range, bounds: list[int]) -> list[Piece]:
 class PackedModel(TrainedModule):
     """A decoder over packed streams, and a head."""
 
+    streams = Streams()
     # The ranks that compute each stream together; each of them must call the model on the same one.
     sequence_group: dist.ProcessGroup | None = None
 
@@ -111,13 +113,23 @@ class PackedModel(TrainedModule):
     ) -> tuple[Tensor, Share]:
         """Hidden states [n, H] of the tokens that this rank holds, and which they are."""
         share = Share.of(cu_seqlens, input_ids.numel(), self.sequence_group)
+        if share.group is None:
+            return hidden_states(decoder, input_ids, position_ids, cu_seqlens, self.streams), share
+        if needs_streams_of_one(cu_seqlens, self.streams):
+            raise ValueError(
+                "this model needs streams of one sequence, which ranks cannot share: "
+                "set model.sequence_parallel to 1"
+            )
         inputs = packed_inputs(share.take(input_ids), share.take(position_ids), cu_seqlens)
-        if share.group is not None:
-            inputs["sequence_share"] = share
-        hidden = decoder(**inputs).last_hidden_state[0]
-        if share.group is not None:
-            check_layers(decoder.config.get_text_config().num_hidden_layers, share)
+        hidden = decoder(**inputs, sequence_share=share).last_hidden_state[0]
+        check_layers(decoder.config.get_text_config().num_hidden_layers, share)
         return hidden, share
+
+
+def needs_streams_of_one(cu_seqlens: Tensor, streams: Streams) -> bool:
+    if streams.is_packed:
+        return False
+    return streams.longest_packed is None or int(cu_seqlens.diff().max()) > streams.longest_packed
 
 
 def check_layers(layers: int, share: Share) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 from rich.table import Table
 
@@ -29,7 +29,11 @@ from rayrlhf.terminal import make_console
 FITS, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
 
 
-def main(words: Sequence[str]) -> int:
+# The lines of a job's config about its models' architectures: a layer above tells them, as it needs torch.
+Architectures: TypeAlias = Callable[[Any], Iterable[str]]
+
+
+def main(words: Sequence[str], architectures: Architectures = lambda config: ()) -> int:
     """Returns 0 when everything fits or nothing is known of the GPUs, 1 when it does not, 2 for bad input."""
     options, argv = _parser().parse_known_args(list(words))
     try:
@@ -37,7 +41,7 @@ def main(words: Sequence[str]) -> int:
             print("--suggest needs --gpus, for example --gpus 16xA100-80", file=sys.stderr)
             return BAD_INPUT
         gpus = parse_gpus(options.gpus) if options.gpus else None
-        return _Plan(argv, options, gpus).show()
+        return _Plan(argv, options, gpus, architectures).show()
     except (ConfigError, ShapeUnknown) as error:
         write_line(str(error), sys.stderr)
         return BAD_INPUT
@@ -62,8 +66,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Plan:
-    def __init__(self, argv: list[str], options: Any, gpus: tuple[int, Gpu] | None) -> None:
+    def __init__(
+        self, argv: list[str], options: Any, gpus: tuple[int, Gpu] | None, architectures: Architectures
+    ) -> None:
         self.argv = argv
+        self.architectures = architectures
         self.options = options
         self.num_gpus, self.gpu = gpus if gpus is not None else (None, None)
         self.what_if = WhatIf(options.lora_rank, options.qlora, options.sequence_parallel)
@@ -86,16 +93,27 @@ class _Plan:
 
     def show(self) -> int:
         stages = list(_stages(self.load([])))
-        budgets = [(name, config, self.judge(config)) for name, config in stages]
+        try:
+            budgets = [(name, config, self.judge(config)) for name, config in stages]
+        except ShapeUnknown:
+            if not self.options.json:
+                self._show_architectures(stages)
+            raise
         if self.options.json:
-            print(json.dumps({name: _as_json(budget) for name, _, budget in budgets}, indent=2))
+            told = {name: {"architectures": list(self.architectures(config))} for name, config, _ in budgets}
+            print(json.dumps({name: _as_json(budget) | told[name] for name, _, budget in budgets}, indent=2))
         else:
             for name, config, budget in budgets:
                 self._show_stage(name, config, budget)
+            self._show_architectures(stages)
         if self.options.suggest:
             self._show_suggestion(stages[0][1])
         fits = all(self._has_room(budget) for _, _, budget in budgets)
         return FITS if fits else DOES_NOT_FIT
+
+    def _show_architectures(self, stages: Sequence[tuple[str, Any]]) -> None:
+        for line in dict.fromkeys(line for _, config in stages for line in self.architectures(config)):
+            self.console.print(visible(line))
 
     def _has_room(self, budget: Budget) -> bool:
         too_many = self.num_gpus is not None and budget.spec.num_slots > self.num_gpus

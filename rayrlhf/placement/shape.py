@@ -157,7 +157,7 @@ def read_shape(path: str) -> ModelShape:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        file = _cached(path) or file
+        file = cached_config(path) or file
         path = path.removeprefix(PREFIX).partition("@")[0]
     if file.is_file():
         try:
@@ -177,7 +177,7 @@ def read_shape(path: str) -> ModelShape:
     )
 
 
-def _cached(path: str) -> Path | None:
+def cached_config(path: str) -> Path | None:
     """The `config.json` of a hub id that has been fetched before: of its revision where it names one or the
     cache knows the default one, else the newest.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -281,26 +282,29 @@ def decoder_of(config: Any) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA).get_decoder()
 
 
-def test_a_sequence_beyond_the_sliding_window_is_refused() -> None:
-    config = MistralConfig(**SMALL, sliding_window=4)
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SMALL, sliding_window=4),
+        Gemma2Config(
+            **SMALL, attn_logit_softcapping=0.5, sliding_window=3, layer_types=["sliding_attention"]
+        ),
+        Gemma2Config(**SMALL, attn_logit_softcapping=0.5, layer_types=["full_attention"]),
+    ],
+)
+def test_5_windows_and_caps_are_those_of_the_model_alone(config: Any) -> None:
+    """A window holds the token itself and those before it."""
+    plain_config = copy.deepcopy(config)
     decoder = decoder_of(config)
-    ids = torch.arange(8)
-    with pytest.raises(ValueError, match="a sequence of 5 tokens exceeds the model's sliding window of 4"):
-        decoder(**packed_inputs(*packed(ids, [5, 3])))
-    # A window holds the token itself and those before it: 4 tokens fit, and see what they see without one.
-    plain = AutoModelForCausalLM.from_config(
-        MistralConfig(**SMALL, sliding_window=4), attn_implementation="eager"
-    )
-    plain.get_decoder().load_state_dict(decoder.state_dict())
-    found = decoder(**packed_inputs(*packed(ids, [4, 4]))).last_hidden_state[0]
-    expected = [plain.get_decoder()(input_ids=part[None]).last_hidden_state[0] for part in ids.split(4)]
+    plain = AutoModelForCausalLM.from_config(plain_config, attn_implementation="eager").get_decoder()
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    plain.load_state_dict(decoder.state_dict())
+    lengths = [4, 9, 1, 5]
+    ids = torch.arange(sum(lengths))
+    found = decoder(**packed_inputs(*packed(ids, lengths))).last_hidden_state[0]
+    expected = [plain(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)]
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
-
-
-def test_capped_attention_scores_are_refused() -> None:
-    decoder = decoder_of(Gemma2Config(**SMALL, attn_logit_softcapping=50.0))
-    with pytest.raises(ValueError, match="caps its attention scores"):
-        decoder(**packed_inputs(*packed(torch.arange(4), [4])))
 
 
 def test_a_call_without_boundaries_is_refused(tiny_model: str) -> None:

@@ -1,0 +1,134 @@
+"""Which of a job's models are computed rightly here, and how: their verdicts, before Ray starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig
+
+from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.supervised import PrmRunConfig, RmRunConfig
+from rayrlhf.hub.local import local_folder
+from rayrlhf.loops.hub_models import model_paths
+from rayrlhf.models.load import has_packed_scorer
+from rayrlhf.models.probe import Head, Verdict, verdict_of
+from rayrlhf.placement.shape import cached_config
+
+
+class Judged(NamedTuple):
+    key: str
+    kind: str  # transformers' model_type
+    verdict: Verdict
+
+    def line(self) -> str:
+        told = f"{self.key}: {self.kind} is {self.verdict.name}"
+        if self.verdict.streams is None or not self.verdict.streams.is_packed:
+            told += f": {self.verdict.reason}"
+        if self.verdict.streams is None:
+            return told
+        slower = "" if self.verdict.streams.is_packed else "; right, but slower"
+        return f"{told} (largest difference measured {self.verdict.deviation:.1e}{slower})"
+
+
+def check_architectures(config: Any, say: Callable[[str], None]) -> None:
+    """Of a training job. Raises `ConfigError` with every model that is refused."""
+    if not hasattr(config, "train"):
+        return
+    problems: list[Problem] = []
+    for judged in judge(config):
+        if judged.verdict.streams is None:
+            problems.append(
+                Problem(
+                    judged.key,
+                    got=f"a {judged.kind}: {judged.verdict.reason}",
+                    wanted="an architecture that is computed rightly here",
+                    fix="choose another model: docs/architectures.md lists those that were tried",
+                )
+            )
+        elif not judged.verdict.streams.is_packed:
+            say(judged.line())
+        if judged.key == "model.path":
+            problems += _shared(config, judged)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _shared(config: Any, judged: Judged) -> Iterator[Problem]:
+    """Ranks share sequences only where every layer attends through our kernel."""
+    verdict, size = judged.verdict, config.model.sequence_parallel
+    if size > 1 and verdict.streams is not None and not verdict.shares_sequences:
+        why = (
+            verdict.reason
+            or f"{verdict.layers - verdict.attending} of {verdict.layers} layers mix tokens otherwise"
+        )
+        yield Problem(
+            "model.sequence_parallel",
+            got=f"{size} with a {judged.kind}: {why}",
+            wanted="1: ranks share a sequence only in layers that attend through our kernel",
+            fix="set model.sequence_parallel to 1",
+        )
+
+
+def _fetched(path: str) -> str:
+    return local_folder(path, weights=False)
+
+
+def judge(config: Any, folder_of: Callable[[str], str] = _fetched) -> Iterator[Judged]:
+    """Every model that the job computes itself, whose config.json is in `folder_of` its path."""
+    trust = config.model.trust_remote_code
+    ref = getattr(config, "ref", None)
+    for key, named in model_paths(config):
+        path = folder_of(named)
+        if key == "ref.path" and ref is not None and getattr(ref, "engine", "packed") == "vllm":
+            continue
+        if key.startswith("reward.") and not has_packed_scorer(path):
+            continue  # it reads padded batches by transformers' own forward pass
+        found = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        heads: list[Head] = [_head(config, key)]
+        if key == "model.path" and getattr(config, "critic", None) is not None and config.critic.path is None:
+            heads.append("values")
+        verdicts = [
+            verdict_of(found, longest=longest_sequence(config), head=head, trust_remote_code=trust)
+            for head in heads
+        ]
+        refused = [verdict for verdict in verdicts if verdict.streams is None]
+        yield Judged(key, found.model_type, (refused or verdicts)[0])
+
+
+def _head(config: Any, key: str) -> Head:
+    if key == "model.path":
+        return "values" if isinstance(config, RmRunConfig | PrmRunConfig) else "policy"
+    return "values" if key.startswith(("critic.", "reward.")) else "policy"
+
+
+def longest_sequence(config: Any) -> int:
+    """Tokens of the longest sequence that the job can train on."""
+    data = config.data
+    longest = getattr(data, "max_tokens", 0)
+    rollout = getattr(config, "rollout", None)
+    if rollout is not None:
+        longest = data.max_prompt_tokens + rollout.max_response_tokens
+    ptx = getattr(data, "ptx", None)
+    return max(longest, ptx.max_tokens if ptx is not None else 0)
+
+
+def told_architectures(config: Any) -> Iterator[str]:
+    """A line per model, for a plan. What has no config.json on this machine is named too."""
+    if not hasattr(config, "train"):
+        return
+    missing = [f"{key}={path}" for key, path in model_paths(config) if not _config_here(path)]
+    if missing:
+        yield f"{', '.join(missing)}: no config.json on this machine, so the architecture is not checked yet"
+        return
+    for judged in judge(config, _config_here):
+        yield judged.line()
+
+
+def _config_here(path: str) -> str:
+    """The folder with the model's config.json, or nothing."""
+    if Path(path, "config.json").is_file():
+        return path
+    file = cached_config(path)
+    return "" if file is None else str(file.parent)

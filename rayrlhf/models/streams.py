@@ -1,0 +1,102 @@
+"""How sequences go through a decoder: packed into one stream, or each in a stream of its own.
+
+A model is right in a packed stream only if no layer carries anything from one sequence into the next: state
+space, linear-attention and short-convolution layers do, and some rotary embeddings choose their frequencies
+by the longest sequence that they see. Such models get streams of one sequence (rayrlhf.models.probe finds out
+which), and all that is made of hidden states stays as it is.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rayrlhf.models.attention import packed_inputs
+
+
+class Streams(NamedTuple):
+    """Which sequences may share a stream, e.g. Streams() for Llama, Streams(longest_packed=0) for LFM2."""
+
+    longest_packed: int | None = None  # tokens; longer sequences go alone. None: all share one
+    attention: str | None = None  # transformers' own kernel, for models that cannot use ours; always alone
+
+    @property
+    def is_packed(self) -> bool:
+        return self.longest_packed is None and self.attention is None
+
+
+M = TypeVar("M", bound=Any)
+
+
+def with_streams(model: M, streams: Streams) -> M:
+    """The model, whose sequences go through its decoder so from here on."""
+    model.streams = streams
+    return model
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """The part of a language model that ends in hidden states. Raises `ValueError` where there is none."""
+    for found in (causal_lm.get_decoder(), getattr(causal_lm, "model", None), causal_lm.base_model):
+        if isinstance(found, nn.Module) and found is not causal_lm and not isinstance(found, nn.Linear):
+            return found
+    raise ValueError(f"{type(causal_lm).__name__} has no decoder that could be called without its head")
+
+
+def hidden_states(
+    decoder: Any,
+    input_ids: Tensor,  # [T]
+    position_ids: Tensor,  # [T]
+    cu_seqlens: Tensor,  # [S+1]
+    streams: Streams,
+) -> Tensor:
+    """[T, H] of sequences laid end to end, whatever streams they go through the decoder in."""
+    bounds = cu_seqlens.tolist()
+    groups = _groups(bounds, streams)
+    num_passes = _most_passes(decoder, len(groups), cu_seqlens.device) if not streams.is_packed else 1
+    if len(groups) == num_passes == 1 and streams.attention is None:
+        return decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]
+    outputs, where = [], []
+    for group in groups:
+        rows = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in group]).to(input_ids.device)
+        lengths = torch.tensor([0, *(bounds[i + 1] - bounds[i] for i in group)])
+        ends = lengths.cumsum(0).to(cu_seqlens)
+        outputs.append(_one_stream(decoder, input_ids[rows], position_ids[rows], ends, streams))
+        where.append(rows)
+    hidden = torch.cat(outputs)[torch.cat(where).argsort()]
+    for _ in range(num_passes - len(groups)):
+        ends = torch.tensor([0, 1]).to(cu_seqlens)
+        empty = _one_stream(decoder, input_ids[:1], position_ids[:1], ends, streams)
+        hidden = hidden + 0.0 * empty.sum()  # it goes back through the layers, too
+    return hidden
+
+
+def _one_stream(
+    decoder: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, streams: Streams
+) -> Tensor:
+    if streams.attention is not None:  # as transformers calls it: its own causal mask, its own positions
+        return decoder(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
+    return decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]
+
+
+def _groups(bounds: list[int], streams: Streams) -> list[list[int]]:
+    """The sequences of each stream: those that may share one, then each other one."""
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    limit = max(lengths) if streams.longest_packed is None else streams.longest_packed
+    if streams.attention is not None:
+        limit = 0
+    short = [i for i, length in enumerate(lengths) if length <= limit]
+    return [group for group in (short, *([i] for i, length in enumerate(lengths) if length > limit)) if group]
+
+
+def _most_passes(decoder: nn.Module, count: int, device: torch.device) -> int:
+    """Of any rank where ZeRO-3 makes ranks gather each layer's weights together, else `count`."""
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in decoder.parameters())
+    if not (is_partitioned and dist.is_initialized() and dist.get_world_size() > 1):
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
