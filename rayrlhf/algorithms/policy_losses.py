@@ -57,16 +57,19 @@ def gspo(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped term with one ratio per sequence, ratio = exp(mean token log-ratio) (arXiv 2507.18071).
+    """PPO's clipped term with a sequence's ratio s = exp(mean token log-ratio) on each of its tokens
+    (arXiv 2507.18071).
 
-    The sequence's term stands on each of its policy tokens, so `sequence_mean` aggregation is the paper's
-    objective. The mean is clamped, not its summands. Clip ranges are far narrower than PPO's (the paper: 3e-4
-    and 4e-4).
+    In the form of its section 4.3, GSPO-token: a token's ratio is sg(s)·π/sg(π). Its value is s and its
+    gradient is that of the token's own log-probability, so tokens may have different advantages. Where all
+    of a sequence are equal, value and gradient under `sequence_mean` are those of the paper's section 4.1.
+    The mean is clamped, not its summands. Clip ranges are far narrower than PPO's (the paper: 3e-4 and 4e-4).
     """
     logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
     counts = sequence_counts(loss_mask, cu_seqlens).clamp_min(1.0)
     mean_log_ratio = sequence_sums(logprobs - old_logprobs, loss_mask, cu_seqlens) / counts
-    ratio = _ratio(mean_log_ratio)[sequence_ids_of(cu_seqlens)]
+    of_sequence = mean_log_ratio.detach()[sequence_ids_of(cu_seqlens)]
+    ratio = _ratio(of_sequence + (logprobs - logprobs.detach()))
     loss, metrics = _clipped(ratio, masked(advantages, loss_mask), loss_mask, clip_low, clip_high, dual_clip)
     return loss, metrics | _drift(logprobs, old_logprobs, ratio, loss_mask)
 

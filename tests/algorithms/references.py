@@ -84,9 +84,9 @@ def ppo(new: Array, held: Array, old: Array, a: Array, low: float, high: float, 
 
 
 def gspo(new: Array, held: Array, old: Array, a: Array, low: float, high: float, dual: float | None) -> Array:
-    """The ratio of the sequences' likelihoods, to the power of 1/length."""
-    ratio = ratios(np.array([np.sum(new) / new.size]), np.array([np.sum(old) / new.size]))
-    return clipped(np.repeat(ratio, new.size), a, low, high, dual)
+    """The ratio of the sequences' likelihoods, to the power of 1/length, times each token's π/sg(π)."""
+    ratio = ratios(np.array([np.sum(held) / held.size]), np.array([np.sum(old) / held.size]))
+    return clipped(ratio * np.exp(new) / np.exp(held), a, low, high, dual)
 
 
 def cispo(

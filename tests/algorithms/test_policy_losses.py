@@ -84,7 +84,7 @@ def test_gspo_by_hand() -> None:
     loss, metrics, gradient = run("gspo", ratios, advantages, [4, 2, 2])
     # A: -min(-4, -1.3) = 4 on both tokens; C: -min(2.2, 2.2)
     assert loss == pytest.approx([0, 4.0, 0, 4.0, 0, 0, 0, -2.2], rel=1e-5)
-    # A: both tokens' loss depends on each logprob by half: 2 · (4 · 1/2) = 4; C: -1.1·2
+    # Each token's loss has the slope -ratio·A in its own logprob: 4; C: -1.1·2
     assert gradient == pytest.approx([0, 4.0, 0, 4.0, 0, 0, 0, -2.2], rel=1e-5)
     assert metrics["loss/ratio"] == pytest.approx(4 + 4 + 1.1)
     assert metrics["loss/clip_fraction"] == 0.0
@@ -93,6 +93,56 @@ def test_gspo_by_hand() -> None:
     assert loss == pytest.approx([0, -1.3, 0, -1.3, 0, 0, 0, -2.2], rel=1e-5)
     assert gradient == pytest.approx([0, 0, 0, 0, 0, 0, 0, -2.2], rel=1e-5)
     assert metrics["loss/clip_fraction"] == 2.0
+
+
+def test_14_gspo_with_an_advantage_per_token_has_the_gradient_of_gspo_token() -> None:
+    """The paper's section 4.3: -s·A/4 per token of a sequence of four. Advantages that come to 0 together
+    (rewards with a KL, or GAE) are no reason to learn nothing.
+    """
+    advantages = [1.0, 1.0, -3.0, 1.0]
+    _, metrics, gradient = run("gspo", [1.0] * 4, advantages, [4])
+    assert [slope / 4 for slope in gradient] == pytest.approx([-0.25, -0.25, 0.75, -0.25])
+    assert metrics["loss/ratio"] == 4.0
+    # Off-policy: s = (1·2·2·4)^(1/4) = 2, above the range: good tokens are clipped, the bad one is not.
+    loss, metrics, gradient = run("gspo", [1.0, 2.0, 2.0, 4.0], advantages, [4])
+    assert loss == pytest.approx([-1.3, -1.3, 6.0, -1.3], rel=1e-5)
+    assert gradient == pytest.approx([0.0, 0.0, 6.0, 0.0], rel=1e-5)
+    assert metrics["loss/clip_fraction"] == 3.0
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    drift=st.sampled_from([0.01, 0.3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_14_with_one_advantage_per_sequence_it_is_gspo(lengths: list[int], drift: float, seed: int) -> None:
+    """Value and gradient of the paper's section 4.1, (1/G) Σ min(s·A, clip(s)·A) with the gradient in s."""
+    rng = np.random.default_rng(seed)
+    cu_seqlens = cu_seqlens_of(lengths)
+    old = torch.tensor(rng.normal(-2, 1, sum(lengths)))
+    start = old + torch.tensor(rng.normal(0, drift, sum(lengths)))
+    advantages = rng.normal(size=len(lengths))
+
+    new = start.clone().requires_grad_()
+    log_ratios = (new - old).split(lengths)
+    terms = []
+    for log_ratio, advantage in zip(log_ratios, advantages, strict=True):
+        s = log_ratio.mean().exp()
+        terms.append(torch.minimum(s * advantage, s.clamp(0.8, 1.3) * advantage))
+    paper = -torch.stack(terms).mean()
+    paper.backward()
+
+    ours = start.float().requires_grad_()
+    mask = torch.ones(sum(lengths))
+    spread = torch.tensor(np.repeat(advantages, lengths), dtype=torch.float32)
+    loss, _ = POLICY_LOSSES["gspo"](ours, old, spread, mask, cu_seqlens, clip_low=0.2, clip_high=0.3)
+    counts = {"global_tokens": sum(lengths), "global_sequences": len(lengths), "constant_length": 1.0}
+    total = aggregate("sequence_mean", loss, mask, cu_seqlens, **counts)
+    total.backward()
+    assert total.item() == pytest.approx(paper.item(), rel=1e-4, abs=1e-5)
+    assert new.grad is not None
+    torch.testing.assert_close(ours.grad, new.grad.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_cispo_by_hand() -> None:
@@ -201,8 +251,7 @@ def reference_sequence(
             slopes.append(0.0 if clipped or floor else -term)
     if dual_clip is not None:
         sums["loss/dual_clip_fraction"] = bounded
-    gradients = [sum(slopes) / n] * n if name == "gspo" else slopes
-    return losses, gradients, sums
+    return losses, slopes, sums
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
