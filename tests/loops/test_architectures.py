@@ -1,0 +1,119 @@
+"""A job's models are judged before Ray starts, and a plan shows what was said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import BertConfig, Lfm2Config, MambaConfig
+
+from rayrlhf.config.base import ConfigError
+from rayrlhf.config.supervised import JOBS
+from rayrlhf.loops.architectures import check_architectures, longest_sequence
+from rayrlhf.loops.plan import main as plan
+from tests.integration.policy_runs import tiny_run
+
+
+@pytest.fixture
+def hybrid(tmp_path: Path) -> str:
+    folder = tmp_path / "hybrid"
+    Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2).save_pretrained(folder)
+    return str(folder)
+
+
+def sft(path: str, **sections: Any) -> Any:
+    tree = {"run": {"name": "x"}, "model": {"path": path}, "data": {"train": "none.jsonl"}}
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return JOBS["sft"].model_validate(tree)
+
+
+def test_5_a_packed_model_is_not_worth_a_line(tiny_model: str) -> None:
+    said: list[str] = []
+    check_architectures(sft(tiny_model), said.append)
+    assert said == []
+
+
+def test_5_a_slower_way_is_said(hybrid: str) -> None:
+    said: list[str] = []
+    check_architectures(sft(hybrid), said.append)
+    assert len(said) == 1 and said[0].startswith(
+        "model.path: lfm2 is supported one sequence per stream: its "
+    )
+    assert said[0].endswith("right, but slower)")
+
+
+def test_5_every_refused_model_is_named(tiny_model: str, tmp_path: Path) -> None:
+    BertConfig().save_pretrained(tmp_path / "bert")
+    bert = str(tmp_path / "bert")
+    config = tiny_run(tmp_path, tiny_model, critic={"path": bert}, ref={"path": bert})
+    with pytest.raises(ConfigError) as caught:
+        check_architectures(config, print)
+    told = str(caught.value)
+    assert "critic.path" in told and "ref.path" in told and "model.path" not in told
+    assert "bidirectional" in told and "choose another model" in told
+
+
+def test_5_ranks_cannot_share_the_sequences_of_a_hybrid(hybrid: str, tiny_model: str) -> None:
+    shared = {"train": {"num_workers": 2}}
+    check_architectures(sft(tiny_model, model={"sequence_parallel": 2}, **shared), print)
+    with pytest.raises(
+        ConfigError, match=r"model\.sequence_parallel[\s\S]*lfm2[\s\S]*sequence_parallel to 1"
+    ):
+        check_architectures(sft(hybrid, model={"sequence_parallel": 2}, **shared), print)
+
+
+def test_5_the_longest_sequence_is_that_of_the_data(tiny_model: str, tmp_path: Path) -> None:
+    assert longest_sequence(sft(tiny_model, data={"max_tokens": 777})) == 777
+    config = tiny_run(tmp_path, tiny_model)
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    assert longest_sequence(config) == prompt + response
+
+
+def test_5_a_plan_has_the_verdict(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sft.yaml"
+    tree = {"job": "sft", "run": {"name": "x"}, "model": {"path": tiny_model}, "data": {"train": "x.jsonl"}}
+    file.write_text(yaml.safe_dump(tree))
+    assert plan([str(file)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "model.path: llama is supported packed (largest difference measured" in told
+    assert plan([str(file), "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out).values()
+    assert stage["architectures"][0].startswith("model.path: llama is supported packed")
+
+
+def test_5_a_plan_has_the_verdict_where_nothing_is_known_of_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MambaConfig().save_pretrained(tmp_path)
+    file = tmp_path / "sft.yaml"
+    tree = {
+        "job": "sft",
+        "run": {"name": "x"},
+        "model": {"path": str(tmp_path)},
+        "data": {"train": "x.jsonl"},
+    }
+    file.write_text(yaml.safe_dump(tree))
+    assert plan([str(file)]) == 2
+    told = capsys.readouterr()
+    assert "mamba is supported one sequence per stream" in " ".join(told.out.split())
+    assert "nothing is known of model_type 'mamba'" in told.err
+
+
+def test_5_a_plan_says_what_it_could_not_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sft.yaml"
+    tree = {
+        "job": "sft",
+        "run": {"name": "x"},
+        "model": {"path": "Qwen/Qwen2.5-7B"},
+        "data": {"train": "x.jsonl"},
+    }
+    file.write_text(yaml.safe_dump(tree))
+    assert plan([str(file)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "model.path=Qwen/Qwen2.5-7B: no config.json on this machine" in told
