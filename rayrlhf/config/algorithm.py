@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrlhf.config.base import (
     Count,
@@ -16,6 +16,8 @@ from rayrlhf.config.base import (
     Section,
 )
 
+# What GSPO learns with where nothing else is said (arXiv 2507.18071, section 5.1).
+GSPO_DEFAULTS = {"aggregation": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4}
 # Estimators whose baseline comes from the other samples of the same prompt.
 GROUP_ADVANTAGES = frozenset({"reinforce_pp_baseline", "rloo", "grpo", "dr_grpo"})
 
@@ -75,6 +77,30 @@ def _reinforce_is_on_policy(algorithm: AlgorithmConfig) -> Problem | None:
     )
 
 
+def _reinforce_takes_one_step(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.policy_loss != "reinforce" or algorithm.mini_batches == 1:
+        return None
+    return Problem(
+        "mini_batches",
+        got=f"{algorithm.mini_batches} with policy_loss=reinforce",
+        wanted="1: without a ratio, every mini-batch but the first would be taken for the new policy's own",
+        fix="set algorithm.mini_batches to 1, or algorithm.policy_loss to ppo",
+    )
+
+
+def _sequence_ratios_weigh_sequences(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.policy_loss != "gspo" or algorithm.aggregation == "sequence_mean":
+        return None
+    if "aggregation" not in algorithm.model_fields_set:
+        return None  # it gets its default when all else is valid
+    return Problem(
+        "aggregation",
+        got=f"{algorithm.aggregation} with policy_loss=gspo",
+        wanted="sequence_mean: one ratio per sequence belongs to one term per sequence",
+        fix="remove algorithm.aggregation, or set it to sequence_mean",
+    )
+
+
 def _kl_loss_has_a_gradient(algorithm: AlgorithmConfig) -> Problem | None:
     if algorithm.kl_in != "loss" or algorithm.kl_estimator != "k1" or algorithm.kl_coef == 0:
         return None
@@ -121,26 +147,28 @@ class RolloutCorrectionConfig(Section):
     checks = (_truncation_has_no_low_end,)
 
 
-def _score_range_is_a_range(sampling: DynamicSamplingConfig) -> Problem | None:
-    if sampling.low < sampling.high:
+def _reward_range_is_a_range(sampling: DynamicSamplingConfig) -> Problem | None:
+    if sampling.low is None or sampling.high is None or sampling.low < sampling.high:
         return None
     return Problem(
         "low",
         got=f"{sampling.low:g} with high={sampling.high:g}",
-        wanted="less than high: groups with a mean score strictly between the two are kept",
+        wanted="less than high: groups with a mean reward strictly between the two are kept",
         fix="lower algorithm.dynamic_sampling.low or raise algorithm.dynamic_sampling.high",
     )
 
 
 class DynamicSamplingConfig(Section):
-    low: float = 0.0
-    """Groups whose mean score is this or less are dropped: nothing was solved."""
-    high: float = 1.0
-    """Groups whose mean score is this or more are dropped: everything was solved."""
+    source: str | None = None
+    """Name of the reward source that judges a group; null: the weighted sum of all. Raw, before penalties."""
+    low: float | None = None
+    """Groups whose mean raw reward is this or less are dropped too; null: only those of equal rewards."""
+    high: float | None = None
+    """Groups whose mean raw reward is this or more are dropped too; null: only those of equal rewards."""
     max_draws: Count = 4
     """Draws of rollout.prompts_per_step prompts per step; then the step goes on with the groups it has."""
 
-    checks = (_score_range_is_a_range,)
+    checks = (_reward_range_is_a_range,)
 
 
 class AlgorithmConfig(Section):
@@ -149,21 +177,21 @@ class AlgorithmConfig(Section):
     policy_loss: Literal["ppo", "gspo", "cispo", "reinforce"] = "ppo"
     """Policy objective: clipped ratio per token (ppo) or sequence (gspo), clipped weight, or no ratio."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_norm"] = "token_mean"
-    """How per-token losses become one number."""
+    """How per-token losses become one number; left out, sequence_mean with policy_loss=gspo."""
     gamma: Fraction = 1.0
     """Discount per token."""
     lam: Fraction = 0.95
     """GAE's lambda."""
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """The ratio is clipped below 1 - clip_low."""
+    """The ratio is clipped below 1 - clip_low; left out, 3e-4 with policy_loss=gspo."""
     clip_high: NonNegativeNumber = 0.2
-    """The ratio is clipped above 1 + clip_high."""
+    """The ratio is clipped above 1 + clip_high; left out, 4e-4 with policy_loss=gspo."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on the loss of tokens with a negative advantage (> 1); null switches it off."""
     rollout_correction: RolloutCorrectionConfig | None = None
     """Importance weights for what engine and trainer, or old and new weights, disagree on; null is off."""
     dynamic_sampling: DynamicSamplingConfig | None = None
-    """Drop groups that teach nothing and draw more prompts (DAPO); null keeps every group."""
+    """Drop groups whose raw rewards are all equal and draw more prompts (DAPO); null keeps every group."""
     kl_coef: NonNegativeNumber = 0.01
     """Coefficient of the KL to the reference; 0 runs without a reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -183,9 +211,9 @@ class AlgorithmConfig(Section):
     updates_per_batch: Count = 1
     """Passes over each batch of rollouts (PPO epochs)."""
     mini_batches: Count = 1
-    """Optimizer steps per pass."""
+    """Optimizer steps per pass over a full batch; fewer where samples were dropped."""
     critic_warmup_steps: NaturalNumber = 0
-    """The actor stays frozen for this many first steps while the critic learns."""
+    """The actor, and its learning rate's schedule, wait for this many first steps while the critic learns."""
     ema_beta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of a moving average of the actor's weights, exported beside them; null keeps none."""
     ptx_coef: NonNegativeNumber = 0.0
@@ -197,6 +225,14 @@ class AlgorithmConfig(Section):
         _adaptive_kl_can_move,
         _dual_clip_has_a_ratio,
         _reinforce_is_on_policy,
+        _reinforce_takes_one_step,
+        _sequence_ratios_weigh_sequences,
         _kl_loss_has_a_gradient,
         _critic_warmup_has_a_critic,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gspo_where_left_out(cls, values: Any) -> Any:
+        is_gspo = isinstance(values, dict) and values.get("policy_loss") == "gspo"
+        return {**GSPO_DEFAULTS, **values} if is_gspo else values

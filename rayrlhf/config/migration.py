@@ -41,6 +41,7 @@ ALWAYS = "leave it out: it is always so"
 NO_SUCH = "leave it out: there is no such setting"
 FILTERS = "data.on_long_prompt=drop; longer prompts are an error otherwise"
 DATA = "ours is a path or a list of paths"
+WHOLE = "not in policy runs, which learn by whole distributions: eval.sampling and other jobs may filter"
 
 TRL = _words(
     ("model_name_or_path", "model.path"),
@@ -86,7 +87,8 @@ TRL = _words(
     (
         "loss_type",
         "algorithm.aggregation algorithm.loss",
-        "grpo is sequence_mean, bnpo and dapo token_mean, dr_grpo sequence_sum_norm; sigmoid is dpo",
+        "grpo is sequence_mean, bnpo and dapo token_mean, dr_grpo sequence_sum_norm; sigmoid is dpo; "
+        "ipo takes sums here, so beta is theirs / tokens of a response",
     ),
     ("importance_sampling_level", "algorithm.policy_loss", "token is ppo, sequence is gspo"),
     ("scale_rewards", "algorithm.advantage", "true or group is grpo; false or none is dr_grpo"),
@@ -96,8 +98,8 @@ TRL = _words(
     ("whiten_rewards", "algorithm.whiten_advantages", "ours whitens advantages, not rewards"),
     ("mask_truncated_completions", "reward.truncation_penalty", "ours gives them a score instead"),
     ("temperature", "rollout.sampling.temperature"),
-    ("top_p", "rollout.sampling.top_p"),
-    ("top_k", "rollout.sampling.top_k", "-1 keeps all, not 0"),
+    ("top_p", "rollout.sampling.top_p", WHOLE),
+    ("top_k", "rollout.sampling.top_k", WHOLE),
     ("use_vllm", "", ALWAYS),
     ("vllm_mode", "placement.preset", "colocate is colocate_all, server is disaggregated"),
     ("vllm_gpu_memory_utilization", "rollout.gpu_memory_utilization"),
@@ -213,7 +215,7 @@ OPENRLHF = _words(
     ("reward_clip_range", "reward.clip"),
     ("overlong_buffer_len", "reward.overlong.buffer_tokens"),
     ("overlong_penalty_factor", "reward.overlong.factor"),
-    ("dynamic_filtering", "algorithm.dynamic_sampling", "give the section"),
+    ("dynamic_filtering", "algorithm.dynamic_sampling", "give the section; it judges raw rewards"),
     (
         "dynamic_filtering_reward_range",
         "algorithm.dynamic_sampling.low algorithm.dynamic_sampling.high",
@@ -273,7 +275,7 @@ OPENRLHF = _words(
     ("async_train", "rollout.max_staleness=1"),
     ("async_queue_size", "rollout.max_staleness"),
     ("temperature", "rollout.sampling.temperature"),
-    ("top_p", "rollout.sampling.top_p"),
+    ("top_p", "rollout.sampling.top_p", WHOLE),
     ("eval_temperature", "eval.sampling.temperature"),
     ("eval_n_samples_per_prompt", "eval.samples_per_prompt"),
     ("save_path", "run.dir run.name", "the model lies in run.dir/run.name/export at the end"),
@@ -355,8 +357,8 @@ VERL = _words(
     (ROLLOUT + "mode", "rollout.max_staleness", "a number rolls out ahead of training; null takes turns"),
     (ROLLOUT + "n", "rollout.group_size"),
     (ROLLOUT + "temperature", "rollout.sampling.temperature"),
-    (ROLLOUT + "top_k", "rollout.sampling.top_k"),
-    (ROLLOUT + "top_p", "rollout.sampling.top_p"),
+    (ROLLOUT + "top_k", "rollout.sampling.top_k", WHOLE),
+    (ROLLOUT + "top_p", "rollout.sampling.top_p", WHOLE),
     (ROLLOUT + "dtype", "rollout.dtype"),
     (ROLLOUT + "prompt_length", "data.max_prompt_tokens"),
     (ROLLOUT + "response_length", "rollout.sampling.max_new_tokens"),
@@ -395,6 +397,7 @@ VERL = _words(
     ("algorithm.kl_ctrl.horizon", "algorithm.kl_horizon"),
     ("algorithm.kl_ctrl.target_kl", "algorithm.kl_target"),
     ("algorithm.filter_groups.enable", "algorithm.dynamic_sampling", "give the section"),
+    ("algorithm.filter_groups.metric", "algorithm.dynamic_sampling.source", "name of the reward source"),
     ("algorithm.filter_groups.max_num_gen_batches", "algorithm.dynamic_sampling.max_draws"),
     ("trainer.total_epochs", "train.num_epochs train.num_steps", EPOCHS_IN_STEPS),
     ("trainer.total_training_steps", "train.num_steps"),

@@ -47,6 +47,28 @@ class SamplingConfig(Section):
     checks = (_minimum_fits,)
 
 
+def _minimum_fits_its_own_maximum(sampling: EvalSamplingConfig) -> Problem | None:
+    return None if sampling.max_new_tokens is None else _minimum_fits(sampling)
+
+
+class EvalSamplingConfig(SamplingConfig):
+    """Greedy where nothing is said, with the rollout's limit and stops."""
+
+    temperature: NonNegativeNumber = 0.0
+    """Sampling temperature; 0 is greedy."""
+    max_new_tokens: Count | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Longest response, in tokens; null is rollout.sampling's."""
+    stop: list[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Strings that end a response, beside the model's own end of text; null is rollout.sampling's."""
+
+    checks = (_minimum_fits_its_own_maximum,)
+
+    def completed(self, rollout: SamplingConfig) -> SamplingConfig:
+        """With what is null taken over from `rollout`."""
+        limits = {"max_new_tokens": rollout.max_new_tokens, "stop": rollout.stop}
+        return SamplingConfig.model_validate(limits | self.model_dump(exclude_none=True))
+
+
 class WeightSyncConfig(Section):
     backend: Literal["auto", "nccl", "ipc", "gloo", "object_store"] = "auto"
     """How weights travel: nccl between GPUs, ipc within shared slots, gloo or object_store through hosts."""

@@ -14,8 +14,16 @@ from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.learning_rates import with_lora_lr
 from rayrlhf.config.model import CriticConfig, RefConfig, TrainedModelConfig, sequences_are_shared
 from rayrlhf.config.placement import PlacementConfig
+from rayrlhf.config.policy_checks import (
+    actor_has_its_warmup,
+    any_token_may_stop,
+    dynamic_sampling_knows_its_source,
+    no_token_is_cut,
+    nucleus_is_whole,
+    shortest_evaluation_fits,
+)
 from rayrlhf.config.reward import RewardConfig, check_reward_needs
-from rayrlhf.config.rollout import RolloutConfig
+from rayrlhf.config.rollout import RolloutConfig, SamplingConfig
 from rayrlhf.config.train import CheckpointConfig, EvalConfig, TrainConfig
 
 GROUP_SIZE = 8  # of estimators that compare a prompt's samples
@@ -127,18 +135,6 @@ def _dynamic_sampling_has_groups(config: PolicyRunConfig) -> Problem | None:
         got=f"a section dynamic_sampling with rollout.group_size={config.rollout.group_size}",
         wanted="groups of 2 or more: it compares the samples of a prompt",
         fix="set rollout.group_size to 2 or more, or remove algorithm.dynamic_sampling",
-    )
-
-
-def _dynamic_sampling_has_a_fixed_scale(config: PolicyRunConfig) -> Problem | None:
-    normalized = [i for i, source in enumerate(config.reward.sources) if source.normalize]
-    if config.algorithm.dynamic_sampling is None or not normalized:
-        return None
-    return Problem(
-        f"reward.sources.{normalized[0]}.normalize",
-        got="true with algorithm.dynamic_sampling",
-        wanted="false: the range of dynamic_sampling would mean another thing at every step",
-        fix="remove normalize from the source, or remove algorithm.dynamic_sampling",
     )
 
 
@@ -364,10 +360,15 @@ class PolicyRunConfig(Section):
         _mini_batches_are_filled,
         _longest_sample_fits,
         _training_samples,
+        nucleus_is_whole,
+        no_token_is_cut,
+        any_token_may_stop,
         _actor_leaves_warmup,
+        actor_has_its_warmup,
+        shortest_evaluation_fits,
         _evaluation_has_prompts,
         _dynamic_sampling_has_groups,
-        _dynamic_sampling_has_a_fixed_scale,
+        dynamic_sampling_knows_its_source,
         _adaptive_kl_is_slow,
         _ptx_has_both_halves,
         _ptx_fits,
@@ -411,6 +412,11 @@ class PolicyRunConfig(Section):
         algorithm = info.data.get("algorithm")
         needed = algorithm is not None and algorithm.kl_coef > 0
         return RefConfig() if ref is None and needed else ref
+
+    @property
+    def eval_sampling(self) -> SamplingConfig:
+        """How evaluation responses are drawn, with what eval.sampling takes over from the rollout."""
+        return self.eval.sampling.completed(self.rollout.sampling)
 
     @property
     def needs_critic(self) -> bool:

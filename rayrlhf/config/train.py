@@ -19,7 +19,7 @@ from rayrlhf.config.base import (
     Section,
     Wanted,
 )
-from rayrlhf.config.rollout import SamplingConfig
+from rayrlhf.config.rollout import EvalSamplingConfig
 
 WARMUP_RATIO = 0.03  # of supervised jobs
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -350,12 +350,12 @@ class EvalConfig(Section):
     """Evaluate every n steps, beside before the first and after the last."""
     num_prompts: Count | None = None
     """Held-out prompts used; all when left out."""
-    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
-    """How evaluation responses are drawn; greedy unless told otherwise."""
+    sampling: EvalSamplingConfig = EvalSamplingConfig()
+    """How evaluation responses are drawn: greedy unless told otherwise, as long as the rollout's."""
     samples_per_prompt: Count = 1
     """Responses per held-out prompt; with 2 or more, pass@k for k = 1, 2, 4, … up to it."""
     pass_score: float = 1.0
-    """Score from which a response counts as a pass."""
+    """Raw reward (weighted sum of the sources, before penalties and clip) from which a response passes."""
     show_samples: NaturalNumber = 5
     """Pairs of responses, before and after, in the summary."""
 

@@ -227,5 +227,5 @@ def max_model_tokens(config: PolicyRunConfig) -> int:
     budgets.
     """
     rollout = config.rollout
-    new_tokens = max(rollout.max_response_tokens, config.eval.sampling.max_new_tokens)
+    new_tokens = max(rollout.max_response_tokens, config.eval_sampling.max_new_tokens)
     return config.data.max_prompt_tokens + new_tokens

@@ -13,11 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.value_loss import explained_variance, explained_variance_sums
+from rayrlhf.algorithms.value_loss import explained_variance_sums
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import CriticConfig
 from rayrlhf.config.run import PolicyRunConfig
-from rayrlhf.loops.objectives import StepCounts, per_token, value_forward, value_objective
+from rayrlhf.loops.objectives import StepCounts, value_forward, value_objective
+from rayrlhf.loops.step_metrics import UpdateMetrics, update_metrics
 from rayrlhf.models.load import adapt, checkpoint_activations, load_critic, resolve_dtype
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading
@@ -30,7 +31,9 @@ class Critic(Protocol):
 
     def start_update(
         self, batches: list[PackedBatch], counts: StepCounts, *, step: int
-    ) -> Callable[[], dict[str, float]]: ...
+    ) -> Callable[[], UpdateMetrics]: ...
+
+    def finish_step(self, step: int) -> None: ...
 
     def offload(self) -> None: ...
 
@@ -51,8 +54,11 @@ class NoCritic:
 
     def start_update(
         self, batches: list[PackedBatch], counts: StepCounts, *, step: int
-    ) -> Callable[[], dict[str, float]]:
-        return dict
+    ) -> Callable[[], UpdateMetrics]:
+        return UpdateMetrics
+
+    def finish_step(self, step: int) -> None:
+        pass
 
     def offload(self) -> None:
         pass
@@ -100,18 +106,27 @@ class LocalCritic:
 
     def start_update(
         self, batches: list[PackedBatch], counts: StepCounts, *, step: int
-    ) -> Callable[[], dict[str, float]]:
+    ) -> Callable[[], UpdateMetrics]:
         metrics = self._update(batches, counts, step)
         return lambda: metrics
 
-    def _update(self, batches: list[PackedBatch], counts: StepCounts, step: int) -> dict[str, float]:
+    def finish_step(self, step: int) -> None:
+        pass
+
+    def _update(self, batches: list[PackedBatch], counts: StepCounts, step: int) -> UpdateMetrics:
         objective = value_objective(
             self.algorithm, counts, clip=self.clip, constant_length=self.constant_length
         )
-        metrics = per_token(self.learner.update(Term(batches, value_forward, objective), step=step), counts)
+        measured = self.learner.update(Term(batches, value_forward, objective), step=step)
         sums = [explained_variance_sums(_of(b.values), _of(b.returns), b.loss_mask) for b in batches]
-        total = collectives.sum_over_ranks(torch.stack(sums).sum(0).cpu())
-        return metrics | {"loss/explained_variance": explained_variance(total)}
+        returns = collectives.sum_over_ranks(torch.stack(sums).sum(0).cpu())
+        return update_metrics(
+            measured,
+            counts,
+            name="critic",
+            aggregation=self.algorithm.aggregation,
+            returns=tuple(returns.tolist()),
+        )
 
     def offload(self) -> None:
         self.learner.offload()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rayrlhf.config.algorithm import DynamicSamplingConfig
 from rayrlhf.samples import Sample
@@ -17,14 +17,27 @@ def scored_groups(samples: Sequence[Sample], *, needs_group: bool) -> list[Sampl
     return [sample for sample in scored if not needs_group or sizes[sample.group_id] > 1]
 
 
-def in_range(samples: Sequence[Sample], sampling: DynamicSamplingConfig) -> list[Sample]:
-    """Samples of groups whose mean score lies strictly between `low` and `high`."""
-    scores: dict[int, list[float]] = defaultdict(list)
+def informative(
+    samples: Sequence[Sample], sampling: DynamicSamplingConfig, raw_reward: Callable[[Sample], float]
+) -> list[Sample]:
+    """Samples of groups whose raw rewards are not all equal, with a mean strictly between `low` and `high`
+    where these are given.
+
+    Raw, because penalties on length would keep a group whose answers are all right, and drop one for long
+    wrong answers.
+    """
+    rewards: dict[int, list[float]] = defaultdict(list)
     for sample in samples:
-        assert sample.score is not None
-        scores[sample.group_id].append(sample.score)
-    means = {group_id: sum(group) / len(group) for group_id, group in scores.items()}
-    return [sample for sample in samples if sampling.low < means[sample.group_id] < sampling.high]
+        rewards[sample.group_id].append(raw_reward(sample))
+    kept = {group_id for group_id, group in rewards.items() if _is_kept(group, sampling)}
+    return [sample for sample in samples if sample.group_id in kept]
+
+
+def _is_kept(rewards: Sequence[float], sampling: DynamicSamplingConfig) -> bool:
+    mean = sum(rewards) / len(rewards)
+    above = sampling.low is None or mean > sampling.low
+    below = sampling.high is None or mean < sampling.high
+    return min(rewards) < max(rewards) and above and below
 
 
 def count_groups(samples: Sequence[Sample]) -> int:

@@ -50,7 +50,7 @@ def evaluate(
         list(enumerate(prompts, start=first)),
         version=version,
         group_size=config.eval.samples_per_prompt,
-        sampling=config.eval.sampling,
+        sampling=config.eval_sampling,
     )
     samples = combiner.combine(samples, collectives.sum_over_ranks, normalize=False)
     everyone = collectives.gather_lists(samples)
@@ -65,7 +65,11 @@ def evaluate(
             "eval/reward_ci_low": low,
             "eval/reward_ci_high": high,
             "eval/response_tokens_mean": float(np.mean([len(sample.response_ids) for sample in scored])),
-            **pass_rates(scored, config.eval.samples_per_prompt, config.eval.pass_score),
+            **pass_rates(
+                [(sample.group_id, combiner.raw_reward(sample)) for sample in scored],
+                config.eval.samples_per_prompt,
+                config.eval.pass_score,
+            ),
         },
         rows=[
             {
@@ -87,15 +91,16 @@ def _mean_per_prompt(scored: Sequence[Sample]) -> list[float]:
     return [float(np.mean(group)) for group in scores.values()]
 
 
-def pass_rates(scored: Sequence[Sample], group_size: int, pass_score: float) -> dict[str, float]:
+def pass_rates(rewards: Sequence[tuple[int, float]], group_size: int, pass_score: float) -> dict[str, float]:
     """`eval/pass_at_<k>` for k = 1, 2, 4, … up to `group_size`; nothing for single responses.
 
-    A prompt that lost samples to failed rewards counts with what is left, where that is at least k.
+    `rewards` are raw, with the prompt's group id: a right answer passes however long it is. A prompt that
+    lost samples to failed rewards counts with what is left, where that is at least k.
     """
     if group_size < 2:
         return {}
-    sizes = Counter(sample.group_id for sample in scored)
-    passed = Counter(s.group_id for s in scored if s.score is not None and s.score >= pass_score)
+    sizes = Counter(group_id for group_id, _ in rewards)
+    passed = Counter(group_id for group_id, reward in rewards if reward >= pass_score)
     rates: dict[str, float] = {}
     for k in (2**i for i in range(group_size.bit_length())):
         estimates = [pass_at_k(size, passed[group_id], k) for group_id, size in sizes.items() if size >= k]

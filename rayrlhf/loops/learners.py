@@ -18,11 +18,11 @@ from rayrlhf.loops.critic import Critic, LocalCritic, NoCritic
 from rayrlhf.loops.objectives import (
     StepCounts,
     language_model_objective,
-    per_token,
     policy_forward,
     policy_objective,
 )
 from rayrlhf.loops.share import MiniBatch, share_out
+from rayrlhf.loops.step_metrics import UpdateMetrics, update_metrics
 from rayrlhf.models.adapters import Weight, weights_of
 from rayrlhf.models.load import adapt, checkpoint_activations, load_policy, resolve_dtype
 from rayrlhf.samples import Sample
@@ -69,19 +69,26 @@ class Learners:
         self, samples: Sequence[Sample], step: int, phase: Phase, *, texts: Sequence[PackedBatch] = ()
     ) -> None:
         """One step of the algorithm on scored samples of all ranks: critic, then actor, `updates_per_batch`
-        passes over `mini_batches` optimizer steps. `texts` are learnt beside each (PPO-ptx).
+        passes over `mini_batches` optimizer steps. `texts`, all of them, are in the objective of each
+        (PPO-ptx). A mini-batch without a token to learn takes no optimizer step: AdamW would move the weights
+        by its moments alone.
         """
         with phase("logprobs"):
             mini_batches = self._prepare(samples, step)
+        measured, num_empty = UpdateMetrics(), 0
         for _ in range(self.algorithm.updates_per_batch):
             for batches in mini_batches:
-                counts = StepCounts.of(batches)
+                counts = StepCounts.of(batches)  # of all ranks, which therefore agree
+                if counts.tokens == 0:
+                    num_empty += 1
+                    continue
                 with phase("update_critic"):
                     critic_metrics = self.critic.start_update(batches, counts, step=step)
                 with phase("update_actor"):
-                    self.metrics |= self._update_actor(batches, counts, texts, step=step)
+                    measured += self._update_actor(batches, counts, texts, step=step)
                 with phase("update_critic"):
-                    self.metrics |= critic_metrics()
+                    measured += critic_metrics()
+        self.metrics |= measured.result() | {"data/empty_mini_batches": float(num_empty)}
         if "kl/mean" in self.metrics:
             self.kl.update(self.metrics["kl/mean"], int(self.metrics["data/samples"]))
 
@@ -90,6 +97,7 @@ class Learners:
         shared = share_out(
             samples,
             num_mini_batches=self.algorithm.mini_batches,
+            full_batch=self.config.rollout.prompts_per_step * self.config.rollout.group_size,
             budget_tokens=self.config.train.max_tokens_per_micro_batch,
             seed=self.config.run.seed,
             step=step,
@@ -123,9 +131,9 @@ class Learners:
 
     def _update_actor(
         self, batches: MiniBatch, counts: StepCounts, texts: Sequence[PackedBatch], *, step: int
-    ) -> dict[str, float]:
+    ) -> UpdateMetrics:
         if step < self.algorithm.critic_warmup_steps:
-            return {}
+            return UpdateMetrics()
         objective = policy_objective(
             self.algorithm,
             counts,
@@ -137,10 +145,14 @@ class Learners:
             num_tokens = StepCounts.of(list(texts)).tokens
             text_loss = language_model_objective(self.algorithm.ptx_coef, num_tokens)
             terms.append(Term(texts, policy_forward(temperature=1.0), text_loss))
-        metrics = per_token(self.actor.update(*terms, step=step), counts)
+        measured = self.actor.update(*terms, step=step)
         if self.average is not None:
             self.average.update()
-        return metrics
+        return update_metrics(measured, counts, name="actor", aggregation=self.algorithm.aggregation)
+
+    def finish_step(self, step: int) -> None:
+        """Whether or not there was something to learn in it."""
+        self.critic.finish_step(step)
 
     def actor_weights(self) -> Iterator[Weight]:
         """The actor's weights under their names in a Hugging Face checkpoint."""
@@ -179,7 +191,14 @@ def _make_actor(config: PolicyRunConfig) -> Learner:
     if config.train.gradient_checkpointing:
         checkpoint_activations(policy.causal_lm)
     share_sequences(policy, config.model, config.train)
-    return Learner(policy, config.train, lr=config.train.lr, dtype=dtype, name="actor")
+    return Learner(
+        policy,
+        config.train,
+        lr=config.train.lr,
+        dtype=dtype,
+        name="actor",
+        first_step=config.algorithm.critic_warmup_steps,
+    )
 
 
 def make_kl_controller(algorithm: AlgorithmConfig) -> KLController:

@@ -17,6 +17,7 @@ from ray import ObjectRef
 from torch import Tensor
 
 from rayrlhf.loops.objectives import StepCounts
+from rayrlhf.loops.step_metrics import UpdateMetrics
 
 NEXT_SECONDS = 30.0  # a critic rank that waits for a call asks anew after this long
 MAILBOX_DIED = "the process between actor and critic died, and with it what they had asked and answered"
@@ -43,7 +44,7 @@ class Answer:
     """Of one critic rank; or, to an actor rank, of all of them."""
 
     values: dict[int, Tensor] = field(default_factory=dict)  # [T] each, by the number of the micro-batch
-    metrics: dict[str, float] = field(default_factory=dict)  # over all critic ranks, from rank 0
+    metrics: UpdateMetrics = field(default_factory=UpdateMetrics)  # over all critic ranks, from rank 0
 
 
 class Failure(NamedTuple):

@@ -139,12 +139,3 @@ def value_objective(
         return share, metrics
 
     return objective
-
-
-def per_token(metrics: dict[str, float], counts: StepCounts) -> dict[str, float]:
-    """Sums over learnt tokens become means; objectives, norms, rates and maxima are already what they are."""
-
-    def is_final(key: str) -> bool:
-        return key.startswith(("loss/actor", "loss/critic", "loss/ptx")) or key.endswith("_max")
-
-    return {k: v if is_final(k) else v / max(counts.tokens, 1.0) for k, v in metrics.items()}

@@ -16,6 +16,7 @@ from rayrlhf.batch import PackedBatch
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.mailbox import MAILBOX_DIED, Answer, CriticFailed, Kind, Part, Request
 from rayrlhf.loops.objectives import StepCounts
+from rayrlhf.loops.step_metrics import UpdateMetrics
 from rayrlhf.train import collectives
 
 SHARDS = "critic"  # folder of the run, beside the actor's checkpoints
@@ -51,10 +52,12 @@ class RemoteCritic:
 
     def start_update(
         self, batches: list[PackedBatch], counts: StepCounts, *, step: int
-    ) -> Callable[[], dict[str, float]]:
-        self.step = step + 1
+    ) -> Callable[[], UpdateMetrics]:
         ref = self._post("update", step=step, counts=counts, batches=batches)
         return lambda: self._wait(ref, "update").metrics
+
+    def finish_step(self, step: int) -> None:
+        self.step = step + 1
 
     def offload(self) -> None:
         self._wait(self._post("offload"), "offload")

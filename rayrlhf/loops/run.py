@@ -27,6 +27,7 @@ from typing import Any
 
 import ray
 
+from rayrlhf.config.cautions import cautions
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.loops.apps import run_apps
 from rayrlhf.loops.checks import (
@@ -75,6 +76,8 @@ def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
 
 
 def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
+    for caution in cautions(config):
+        console.say(f"warning: {caution}")
     config = fitted(config, plan_placement, console)
     run_path = start_folder(config)
     newest = take_up(config, console.say)

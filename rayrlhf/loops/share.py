@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,15 +27,23 @@ class Shared:
 
 
 def share_out(
-    samples: Sequence[Sample], *, num_mini_batches: int, budget_tokens: int, seed: int, step: int
+    samples: Sequence[Sample],
+    *,
+    num_mini_batches: int,
+    full_batch: int,
+    budget_tokens: int,
+    seed: int,
+    step: int,
 ) -> Shared:
     """Shuffle the samples of all ranks into mini-batches, balance each over the ranks, and pack it.
 
-    Which samples make up a mini-batch depends on the samples alone, not on how many ranks there are. Every
-    rank gets equally many micro-batches (ZeRO-3 would otherwise wait for ever): ranks with fewer add
-    micro-batches that weigh nothing. Collective.
+    `full_batch` samples make up `num_mini_batches`; fewer samples make up fewer mini-batches, none of them
+    larger: a few that a filter has left do not take as many optimizer steps as a full batch. Which samples
+    make up a mini-batch depends on the samples alone, not on how many ranks there are. Every rank gets
+    equally many micro-batches (ZeRO-3 would otherwise wait for ever): ranks with fewer add micro-batches that
+    weigh nothing. Collective.
     """
-    parts, metrics = _balance(samples, num_mini_batches, seed, step)
+    parts, metrics = _balance(samples, num_mini_batches, full_batch, seed, step)
     mini_batches: list[MiniBatch] = []
     fillers = 0
     for part in parts:
@@ -51,6 +60,7 @@ def share_out(
         mini_batches,
         metrics
         | {
+            "data/mini_batches": float(len(mini_batches)),
             "data/micro_batches": total / collectives.world_size(),
             "data/filler_fraction": weightless / total,
             "data/fill": metrics["data/tokens"] / room,
@@ -59,17 +69,18 @@ def share_out(
 
 
 def _balance(
-    samples: Sequence[Sample], num_mini_batches: int, seed: int, step: int
+    samples: Sequence[Sample], num_mini_batches: int, full_batch: int, seed: int, step: int
 ) -> tuple[list[list[Sample]], dict[str, float]]:
     """This rank's samples of each mini-batch, and what the balancing has achieved."""
     mine = [(_key(sample), sample.num_tokens) for sample in samples]
     by_rank = collectives.gather_lists([mine])
     tokens = dict(sorted(pair for pairs in by_rank for pair in pairs))
     keys = list(tokens)
+    num_parts = min(num_mini_batches, max(1, math.ceil(len(keys) * num_mini_batches / full_batch)))
     order = np.random.default_rng([seed, step]).permutation(len(keys))
     destination: dict[Key, tuple[int, int]] = {}  # rank, mini-batch
     tokens_of_rank = [0] * collectives.world_size()
-    for number, chosen in enumerate(split_even([keys[i] for i in order], num_mini_batches)):
+    for number, chosen in enumerate(split_even([keys[i] for i in order], num_parts)):
         shares = balanced_partition([tokens[key] for key in chosen], collectives.world_size())
         for rank, share in enumerate(shares):
             destination |= {chosen[i]: (rank, number) for i in share}
@@ -77,7 +88,7 @@ def _balance(
     outgoing: list[list[Sample]] = [[] for _ in range(collectives.world_size())]
     for sample in samples:
         outgoing[destination[_key(sample)][0]].append(_without_text(sample))
-    parts: list[list[Sample]] = [[] for _ in range(num_mini_batches)]
+    parts: list[list[Sample]] = [[] for _ in range(num_parts)]
     for sample in sorted(collectives.exchange(outgoing), key=_key):
         parts[destination[_key(sample)][1]].append(sample)
     collected = [sum(size for _, size in pairs) for pairs in by_rank]

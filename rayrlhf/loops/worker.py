@@ -15,7 +15,7 @@ from rayrlhf.algorithms.advantages import ADVANTAGES
 from rayrlhf.data.stream import iter_prompts
 from rayrlhf.loops.ahead import RolloutsAhead
 from rayrlhf.loops.collect import Collector
-from rayrlhf.loops.dynamic_sampling import count_groups, first_groups, in_range, scored_groups
+from rayrlhf.loops.dynamic_sampling import count_groups, first_groups, informative, scored_groups
 from rayrlhf.loops.evaluate import evaluate
 from rayrlhf.loops.exports import export_actor
 from rayrlhf.loops.job import PolicyJob
@@ -180,7 +180,7 @@ class PolicyWorker(TrainingWorker):
         while num_draws < (dynamic.max_draws if dynamic else 1) and count_groups(kept) < wanted:
             samples = self.combiner.combine(draw(), collectives.sum_over_ranks)
             scored = scored_groups(samples, needs_group=needs_group)
-            kept += in_range(scored, dynamic) if dynamic else scored
+            kept += self._informative(scored) if dynamic else scored
             self.sampled += samples
             num_scored += len(scored)
             num_draws += 1
@@ -190,6 +190,12 @@ class PolicyWorker(TrainingWorker):
             self.metrics["rollout/groups_in_range"] = float(count_groups(kept))
             kept = first_groups(kept, wanted)
         return kept
+
+    def _informative(self, scored: Sequence[Sample]) -> list[Sample]:
+        dynamic = self.algorithm.dynamic_sampling
+        assert dynamic is not None
+        raw_reward = functools.partial(self.combiner.raw_reward, source=dynamic.source)
+        return informative(scored, dynamic, raw_reward)
 
     def _count_failures(self, num_scored: int) -> None:
         unscored = sum(sample.score is None for sample in self.sampled)
@@ -211,7 +217,7 @@ class PolicyWorker(TrainingWorker):
         nothing = count_groups(samples) == 0
         self.metrics["rollout/empty_steps"] = float(nothing)
         if nothing:
-            self.reporter.warn(step, "no group within algorithm.dynamic_sampling's range: nothing to learn")
+            self.reporter.warn(step, f"nothing to learn: {self._why_nothing()}")
         else:
             if self.config.engines_sleep:
                 with self.phase("engines_sleep"):
@@ -219,8 +225,14 @@ class PolicyWorker(TrainingWorker):
                 freed = {"rollout/freed_bytes": float(self.turns.freed_bytes)}
                 self.metrics |= collectives.sum_metrics(freed)
             self.learners.learn(samples, step, self.phase, texts=texts)
+        self.learners.finish_step(step)
         self.state.step = step + 1
         self.trained = list(samples)
+
+    def _why_nothing(self) -> str:
+        if self.algorithm.dynamic_sampling is None:
+            return "too many samples could not be scored"
+        return "algorithm.dynamic_sampling keeps no group: raw rewards are all equal or out of its range"
 
     def push_weights(self, version: int) -> None:
         """The engines hold `version` then, and are awake."""

@@ -49,10 +49,21 @@ class RewardCombiner:
             raw[:, self.normalized] = self.moments.normalized(raw[:, self.normalized])
         result = [replace(sample, score=None) for sample in samples]
         for i, rewards in zip(scored, raw.tolist(), strict=True):
-            # Added up in one order, so that a score does not depend on the samples around it.
-            total = sum(weight * reward for weight, reward in zip(self.weights, rewards, strict=True))
-            result[i] = replace(samples[i], score=self._final(samples[i], total))
+            result[i] = replace(samples[i], score=self._final(samples[i], self._weighted_sum(rewards)))
         return result
+
+    def raw_reward(self, sample: Sample, source: str | None = None) -> float:
+        """What the source of this name gave a scored sample, or without a name the weighted sum of all:
+        before normalisation, overlong and truncation penalties and clip, which say nothing of an answer being
+        right.
+        """
+        rewards = [reward for reward in sample.source_rewards if reward is not None]
+        assert len(rewards) == len(self.names), "a scored sample has the rewards of all sources"
+        return self._weighted_sum(rewards) if source is None else rewards[self.names.index(source)]
+
+    def _weighted_sum(self, rewards: Sequence[float]) -> float:
+        """Added up in one order, so that it does not depend on the samples around it."""
+        return sum(weight * reward for weight, reward in zip(self.weights, rewards, strict=True))
 
     def _final(self, sample: Sample, total: float) -> float | None:
         """None for a score that losses cannot be computed of in float32: it counts as failed."""

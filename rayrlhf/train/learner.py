@@ -42,9 +42,18 @@ class Learner:
     """
 
     def __init__(
-        self, module: nn.Module, train: OptimizerConfig, *, lr: float, dtype: torch.dtype, name: str
+        self,
+        module: nn.Module,
+        train: OptimizerConfig,
+        *,
+        lr: float,
+        dtype: torch.dtype,
+        name: str,
+        first_step: int = 0,
     ) -> None:
+        """`first_step`: the first of the run in which it learns, where its schedule begins."""
         self.name = name
+        self.first_step = first_step
         self.base_lr = lr
         self.train = train
         self.bad_steps_in_a_row = 0
@@ -73,7 +82,7 @@ class Learner:
         `train.max_bad_steps` of them in a row raise `FloatingPointError`.
         """
         self.engine.train()
-        lr = learning_rate(self.base_lr, self.train, step)
+        lr = learning_rate(self.base_lr, self.train, step, first_step=self.first_step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         sums: dict[str, float] = defaultdict(float)
@@ -189,14 +198,15 @@ def _has_shards(folder: Path) -> bool:
     return any((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt"))
 
 
-def learning_rate(base: float, train: OptimizerConfig, step: int) -> float:
-    """The learning rate of 0-based `step`: linear warm-up, then constant, linear or cosine decay to
-    `min_lr_ratio`.
+def learning_rate(base: float, train: OptimizerConfig, step: int, *, first_step: int = 0) -> float:
+    """The learning rate of 0-based `step`: from `first_step` on linear warm-up, then constant, linear or
+    cosine decay to `min_lr_ratio` at the end of the run.
     """
+    step, total_steps = step - first_step, train.total_steps - first_step
     if step < train.warmup_steps:
         return base * (step + 1) / train.warmup_steps
     if train.lr_schedule == "constant":
         return base
-    progress = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
+    progress = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
     remaining = 1 - progress if train.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return base * (train.min_lr_ratio + (1 - train.min_lr_ratio) * remaining)

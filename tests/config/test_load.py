@@ -22,13 +22,13 @@ def sections_below(schema: type[Section]) -> list[type[Section]]:
 def test_later_files_win_mappings_merge_and_lists_are_replaced(load: Load) -> None:
     config = load(
         yaml=[
-            SMALL + "rollout: {group_size: 2, sampling: {top_p: 0.9, stop: [a, b]}}\n",
+            SMALL + "rollout: {group_size: 2, sampling: {max_new_tokens: 64, stop: [a, b]}}\n",
             "rollout: {sampling: {temperature: 0.7, stop: [c]}}\n",
             "# nothing but a comment\n",
         ]
     )
     assert config.rollout.group_size == 2
-    assert config.rollout.sampling.top_p == 0.9
+    assert config.rollout.sampling.max_new_tokens == 64
     assert config.rollout.sampling.temperature == 0.7
     assert config.rollout.sampling.stop == ["c"]
 

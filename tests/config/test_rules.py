@@ -186,6 +186,52 @@ RULES = {
         "algorithm.updates_per_batch",
         ["algorithm.policy_loss=ppo"],
     ),
+    "17 reinforce takes one step per batch": (
+        ["algorithm.policy_loss=reinforce", "algorithm.mini_batches=8"],
+        "algorithm.mini_batches",
+        ["algorithm.policy_loss=ppo"],
+    ),
+    "14 gspo averages over sequences": (
+        ["algorithm.policy_loss=gspo", "algorithm.aggregation=token_mean"],
+        "algorithm.aggregation",
+        ["algorithm.aggregation=sequence_mean"],
+    ),
+    "14 gspo divides by each sequence's length": (
+        ["algorithm.policy_loss=gspo", "algorithm.aggregation=sequence_sum_norm"],
+        "algorithm.aggregation",
+        ["algorithm.policy_loss=ppo"],
+    ),
+    "8 what is learnt is sampled from the whole nucleus": (
+        ["rollout.sampling.top_p=0.95"],
+        "rollout.sampling.top_p",
+        ["rollout.sampling.top_p=1", "eval.sampling.top_p=0.95"],
+    ),
+    "8 what is learnt is sampled from all tokens": (
+        ["rollout.sampling.top_k=20"],
+        "rollout.sampling.top_k",
+        ["rollout.sampling.top_k=-1", "eval.sampling.top_k=20"],
+    ),
+    "8 what is learnt may stop at once": (
+        ["rollout.sampling.min_new_tokens=4"],
+        "rollout.sampling.min_new_tokens",
+        ["rollout.sampling.min_new_tokens=0", "eval.sampling.min_new_tokens=4"],
+    ),
+    "8 episodes are learnt too": (
+        ["rollout.environment={environment: 'games:Guess'}", "rollout.sampling.top_p=0.95"],
+        "rollout.sampling.top_p",
+        ["rollout.sampling.top_p=1.0"],
+    ),
+    # 10 steps, of which 4 leave the actor alone
+    "16 the actor has time to warm up": (
+        ["train.warmup_steps=7", "algorithm.critic_warmup_steps=4"],
+        "train.warmup_steps",
+        ["algorithm.critic_warmup_steps=3"],
+    ),
+    "15 the rollout's limit holds in evaluations": (
+        ["rollout.sampling.max_new_tokens=100", "eval.sampling.min_new_tokens=101"],
+        "eval.sampling.min_new_tokens",
+        ["eval.sampling.max_new_tokens=101"],
+    ),
     "k1 in the loss has no gradient": (
         ["algorithm.kl_in=loss"],
         "algorithm.kl_estimator",
@@ -212,14 +258,14 @@ RULES = {
         "algorithm.dynamic_sampling",
         ["rollout.group_size=2"],
     ),
-    "dynamic sampling has a fixed scale": (
+    "6 dynamic sampling knows its source": (
         [
-            "algorithm.dynamic_sampling={}",
+            "algorithm.dynamic_sampling={source: corect}",
             "rollout.group_size=2",
-            "reward.sources=[{type: model, path: a, normalize: true}]",
+            "reward.sources=[{type: model, path: a, name: correct}, {type: model, path: b}]",
         ],
-        "reward.sources.0.normalize",
-        ["reward.sources.0.normalize=false"],
+        "algorithm.dynamic_sampling.source",
+        ["algorithm.dynamic_sampling.source=correct"],
     ),
     "PPO-ptx has texts": (
         ["algorithm.ptx_coef=0.1"],
@@ -292,10 +338,10 @@ RULES = {
     "fewest tokens fit": (
         ["rollout.sampling.min_new_tokens=257"],
         "rollout.sampling.min_new_tokens",
-        ["rollout.sampling.max_new_tokens=257"],
+        ["rollout.sampling.min_new_tokens=0"],
     ),
     "fewest tokens of an evaluation fit": (
-        ["eval.sampling.min_new_tokens=257"],
+        ["eval.sampling.min_new_tokens=257", "eval.sampling.max_new_tokens=256"],
         "eval.sampling.min_new_tokens",
         ["eval.sampling.max_new_tokens=257"],
     ),

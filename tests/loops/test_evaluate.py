@@ -79,9 +79,19 @@ class Rewards:
             raise RewardFailure(f"{num_failed} of {num_samples}")
 
 
-def run(rows: list[int], rollouts: Any, rewards: Any, num_prompts: int, **evaluation: Any) -> Evaluation:
+def run(
+    rows: list[int],
+    rollouts: Any,
+    rewards: Any,
+    num_prompts: int,
+    *,
+    reward: dict[str, Any] | None = None,
+    **evaluation: Any,
+) -> Evaluation:
     config = make_config(
-        data={"train": "a.jsonl", "eval": "b.jsonl", "prompt_key": "question"}, eval=evaluation
+        data={"train": "a.jsonl", "eval": "b.jsonl", "prompt_key": "question"},
+        eval=evaluation,
+        reward=reward or {},
     )
     prompts = [make_prompt(row_id=row, prompt=f"rendered {row}", question=f"q{row}") for row in rows]
     combiner = RewardCombiner(config.reward, response_limit=100)
@@ -117,6 +127,20 @@ def test_pass_rates_by_hand() -> None:
     assert len(found.rows) == 8
 
 
+def test_17_a_right_answer_passes_however_long_it_is() -> None:
+    """Responses of 100 tokens, the limit: the penalty of 1 is in the reward, not in whether one passes."""
+    settings: dict[str, Any] = {
+        "samples_per_prompt": 2,
+        "pass_score": 100.0,
+        "sampling": {"temperature": 1.0},
+    }
+    shaped = {"overlong": {"buffer_tokens": 10, "factor": 1.0}, "clip": [-5.0, 50.0]}
+    found = run([99], Rollouts(), Rewards(), 1, reward=shaped, **settings)
+    # Raw rewards 99 and 100, of which one passes: pass@1 = 1/2. Scores are 98 and 99, clipped to 50.
+    assert found.metrics["eval/pass_at_1"] == 0.5 and found.metrics["eval/pass_at_2"] == 1.0
+    assert found.metrics["eval/reward_mean"] == 50.0
+
+
 def test_repeats_are_left_out() -> None:
     found = run([0, 1, 2, 0], Rollouts(), Rewards(), num_prompts=3)
     assert [row["prompt"] for row in found.rows] == ["q0", "q1", "q2"]
@@ -126,8 +150,11 @@ def test_repeats_are_left_out() -> None:
 def test_all_ranks_results_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As rank 1 of two: prompts 3, 4 and a repeat of 0 are its own; 0, 1 and 2 come from rank 0."""
     theirs = [
-        make_sample(
-            prompt=make_prompt(row_id=i, question=f"q{i}"), group_id=FIRST_GROUP_ID + i, score=float(i)
+        replace(
+            make_sample(
+                prompt=make_prompt(row_id=i, question=f"q{i}"), group_id=FIRST_GROUP_ID + i, score=float(i)
+            ),
+            source_rewards=(float(i),),
         )
         for i in range(3)
     ]

@@ -15,6 +15,7 @@ from ray.exceptions import ActorUnavailableError
 
 from rayrlhf.loops.mailbox import Answer, CriticFailed, Kind, Mailbox, Part, Request
 from rayrlhf.loops.remote_critic import RemoteCritic
+from rayrlhf.loops.step_metrics import UpdateMetrics
 
 
 def part(name: str) -> Part:
@@ -64,11 +65,17 @@ def test_a_call_is_delivered_when_all_actor_ranks_have_posted_and_to_all_critic_
         assert await fetch(mailbox, 10, 1) == ("values", ["a", "b", "c"])
         # Critic rank 0 has worked on parts 0 and 2, rank 1 on part 1.
         numbers = [torch.tensor([float(i)]) for i in range(3)]
-        await mailbox.answer(10, 0, Answer({0: numbers[0], 2: numbers[2]}, {"loss/critic": 4.0}))
+        await mailbox.answer(
+            10, 0, Answer({0: numbers[0], 2: numbers[2]}, UpdateMetrics(sums={"loss/critic_bad_steps": 4.0}))
+        )
         assert not first.done()
-        await mailbox.answer(10, 1, Answer({1: numbers[1]}, {"loss/critic": 5.0}))
-        assert await first == Answer({0: numbers[0], 1: numbers[1]}, {"loss/critic": 4.0})
-        assert await late == Answer({0: numbers[2]}, {"loss/critic": 4.0})
+        await mailbox.answer(
+            10, 1, Answer({1: numbers[1]}, UpdateMetrics(sums={"loss/critic_bad_steps": 5.0}))
+        )
+        assert await first == Answer(
+            {0: numbers[0], 1: numbers[1]}, UpdateMetrics(sums={"loss/critic_bad_steps": 4.0})
+        )
+        assert await late == Answer({0: numbers[2]}, UpdateMetrics(sums={"loss/critic_bad_steps": 4.0}))
 
     asyncio.run(body())
 

@@ -13,7 +13,6 @@ from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.loops.objectives import (
     StepCounts,
     language_model_objective,
-    per_token,
     policy_forward,
     policy_objective,
     value_forward,
@@ -220,26 +219,6 @@ def test_the_value_loss_by_hand() -> None:
 def test_counts_of_a_step() -> None:
     tool = pack_samples([make_sample([1, 2, 3], loss_mask=[1, 0, 1]), make_sample([1], loss_mask=[0])])
     assert StepCounts.of([batch_of(2, 1), tool, batch_of(4)]) == StepCounts(tokens=9.0, sequences=4.0)
-
-
-def test_sums_become_means_and_the_rest_stays() -> None:
-    metrics = {
-        "loss/actor": 0.5,
-        "loss/actor_grad_norm": 2.0,
-        "loss/actor_lr": 1e-6,
-        "loss/critic_bad_steps": 1.0,
-        "rollout/logprob_diff_max": 0.25,
-        "rollout/logprob_diff_mean": 3.0,
-        "kl/mean": 1.5,
-        "loss/clip_fraction": 6.0,
-    }
-    assert per_token(metrics, COUNTS) == {
-        **dict(list(metrics.items())[:5]),
-        "rollout/logprob_diff_mean": 0.5,
-        "kl/mean": 0.25,
-        "loss/clip_fraction": 1.0,
-    }
-    assert per_token({"kl/mean": 0.0}, StepCounts(0.0, 0.0)) == {"kl/mean": 0.0}
 
 
 def test_models_are_called_with_the_fields_of_the_batch() -> None:

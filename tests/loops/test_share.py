@@ -33,14 +33,25 @@ def members(batches: MiniBatch) -> list[list[int]]:
 
 
 def made(lengths: Sequence[int], parts: int, budget: int, *, seed: int = 0, step: int = 0) -> Shared:
-    return share_out(numbered(lengths), num_mini_batches=parts, budget_tokens=budget, seed=seed, step=step)
+    return share_out(
+        numbered(lengths),
+        num_mini_batches=parts,
+        full_batch=max(1, len(lengths)),
+        budget_tokens=budget,
+        seed=seed,
+        step=step,
+    )
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(2, 12), max_size=20), parts=st.integers(1, 5), seed=st.integers(0, 9))
+@given(
+    lengths=st.lists(st.integers(2, 12), min_size=5, max_size=20),
+    parts=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
 def test_every_sample_once_and_never_over_the_budget(lengths: list[int], parts: int, seed: int) -> None:
     shared = made(lengths, parts, 15, seed=seed, step=3)
-    assert len(shared.mini_batches) == parts
+    assert len(shared.mini_batches) == shared.metrics["data/mini_batches"] == parts
     found = [members(batches) for batches in shared.mini_batches]
     assert sorted(i for batches in found for batch in batches for i in batch) == list(range(len(lengths)))
     sizes = [sum(map(len, batches)) for batches in found]
@@ -87,7 +98,42 @@ def test_ranks_with_less_to_do_fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_samples_there_is_still_a_micro_batch() -> None:
-    assert [members(batches) for batches in made([], 2, 10).mini_batches] == [[[]], [[]]]
+    assert [members(batches) for batches in made([], 2, 10).mini_batches] == [[[]]]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "sizes"),
+    [
+        (64, [8] * 8),  # a full batch
+        (63, [8] * 7 + [7]),
+        (16, [8, 8]),  # two groups of eight have been kept
+        (9, [5, 4]),  # never more than 8 in one
+        (5, [5]),  # at 8 mini-batches, 3 had been empty
+        (1, [1]),
+    ],
+)
+def test_11_fewer_samples_make_up_fewer_mini_batches(num_samples: int, sizes: list[int]) -> None:
+    shared = share_out(
+        numbered([3] * num_samples), num_mini_batches=8, full_batch=64, budget_tokens=64, seed=0, step=0
+    )
+    assert [sum(map(len, members(batches))) for batches in shared.mini_batches] == sizes
+    assert shared.metrics["data/mini_batches"] == len(sizes)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 40))
+def test_11_no_mini_batch_is_empty_or_over_its_size(full: int, parts: int, num_samples: int) -> None:
+    parts, num_samples = min(parts, full), min(num_samples, full)
+    shared = share_out(
+        numbered([2] * num_samples),
+        num_mini_batches=parts,
+        full_batch=full,
+        budget_tokens=64,
+        seed=0,
+        step=0,
+    )
+    sizes = [sum(map(len, members(batches))) for batches in shared.mini_batches]
+    assert sum(sizes) == num_samples and len(sizes) <= parts
+    assert all(1 <= size <= -(-full // parts) for size in sizes) or num_samples == 0
 
 
 class Ranks:
@@ -116,7 +162,9 @@ class Ranks:
             found = []
             for rank, samples in enumerate(self.by_rank):
                 self.rank = rank
-                shared = share_out(samples, num_mini_batches=parts, budget_tokens=64, seed=0, step=0)
+                shared = share_out(
+                    samples, num_mini_batches=parts, full_batch=12, budget_tokens=64, seed=0, step=0
+                )
                 found.append([members(batches) for batches in shared.mini_batches])
                 self.metrics = shared.metrics
         return found

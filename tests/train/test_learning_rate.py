@@ -62,3 +62,16 @@ def test_a_rate_of_zero_stays_zero() -> None:
 def test_a_run_that_is_all_warm_up_has_no_decay_to_divide_by() -> None:
     train = TrainConfig.model_validate({"num_steps": 2, "warmup_steps": 2, "lr_schedule": "linear"})
     assert learning_rate(1.0, train, 2) == 1.0
+
+
+def test_16_the_actors_warm_up_begins_when_the_critics_ends() -> None:
+    """10 warm-up steps to 1e-6 after 20 in which only the critic learns, of 100: 1e-7 and not 9.7e-7."""
+    train = TrainConfig.model_validate({"num_steps": 100, "warmup_steps": 10, "lr_schedule": "cosine"})
+    found = [learning_rate(1e-6, train, step, first_step=20) for step in range(20, 100)]
+    assert found[:10] == pytest.approx([1e-7 * (i + 1) for i in range(10)])
+    # The decay takes the 70 steps that are left: it is half done at step 65, and done at 100.
+    assert found[65 - 20] == pytest.approx(5e-7)
+    assert learning_rate(1e-6, train, 100, first_step=20) == pytest.approx(0.0, abs=1e-15)
+    assert found == [
+        learning_rate(1e-6, train.model_copy(update={"num_steps": 80}), step) for step in range(80)
+    ]
