@@ -55,7 +55,11 @@ def ipo(
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(h - 1/(2β))² (arXiv 2310.12036, its τ is β): h is led to a finite target. `gamma` has no effect."""
+    """(h - 1/(2β))² (arXiv 2310.12036, its τ is β): h is led to a finite target. `gamma` has no effect.
+
+    Of sums over the responses' tokens, as in the paper's equation 17, where π(y|x) is a whole response's. TRL
+    takes means: for responses of n tokens its β is n times this one.
+    """
     _refuse_label_smoothing("ipo", label_smoothing)
     chosen = _log_ratio("ipo", chosen_sums, ref_chosen_sums)
     rejected = _log_ratio("ipo", rejected_sums, ref_rejected_sums)

@@ -67,6 +67,17 @@ def test_ipo_by_hand() -> None:
     assert loss == gradient[0] == gradient[1] == 0.0
 
 
+def test_17_ipo_compares_whole_responses() -> None:
+    """Sums, whatever the lengths: h = 6 over 3 tokens and 6 is at the target of β = 1/12. TRL's form, of
+    means, has h = 2 there, and its target 1/(2β) is met by β = 1/4: three times ours.
+    """
+    loss, _, gradient = run("ipo", -3.0, -9.0, (-6.0, -6.0), tokens=(3, 3), beta=1 / 12)
+    assert loss == pytest.approx(0.0, abs=1e-10) and gradient == pytest.approx((0.0, 0.0), abs=1e-5)
+    other_lengths = run("ipo", -3.0, -9.0, (-6.0, -6.0), tokens=(1, 7), beta=0.25)
+    assert other_lengths[0] == run("ipo", -3.0, -9.0, (-6.0, -6.0), tokens=(3, 3), beta=0.25)[0]
+    assert other_lengths[0] == pytest.approx((6.0 - 2.0) ** 2)
+
+
 def test_cdpo_by_hand() -> None:
     # β·h = ln 3 as above; -0.9·ln(3/4) - 0.1·ln(1/4); slope -β·(0.9·1/4 - 0.1·3/4)
     loss, _, gradient = run("cdpo", -3.0, -6.0, (-4.0, -5.0), beta=LN3 / 2, label_smoothing=0.1)
