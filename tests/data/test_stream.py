@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.store import PROMPT_FIELDS, ArrowRows, PromptStore, write_store
-from rayrlhf.data.stream import iter_prompts, prompt_dataset, prompt_plan
+from rayrlhf.data.stream import PromptPlan, iter_prompts, prompt_dataset, step_ranges
+
+
+def prompt_plan(
+    num_rows: int, prompts_per_step: int, num_steps: int, world_size: int, seed: int, shuffle: bool = True
+) -> np.ndarray:
+    return PromptPlan(num_rows, prompts_per_step, num_steps, world_size, seed, shuffle).rows(0, num_steps)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,36 @@ def test_properties_of_a_plan(
     assert one_worker.reshape(-1).tolist() == flat.tolist()
     longer = prompt_plan(num_rows, prompts_per_step, num_steps + 3, world_size, seed, shuffle)
     assert longer[:num_steps].tolist() == plan.tolist()
+    lazy = PromptPlan(num_rows, prompts_per_step, num_steps, world_size, seed, shuffle)
+    for start in range(num_steps):  # wherever it is looked into
+        assert lazy.rows(start, num_steps).tolist() == plan[start:].tolist()
+
+
+def test_19_a_plan_of_hundreds_of_millions_of_steps_takes_no_memory() -> None:
+    PromptPlan(100, 64, 9, 8, seed=0).rows(0, 9)  # what numpy imports is no part of it
+    tracemalloc.start()
+    plan = PromptPlan(1000, 64, 500_000_000, 8, seed=0)
+    late = plan.rows(499_999_990, 500_000_000)
+    few = PromptPlan(100, 64, 500_000_000, 8, seed=0).rows(499_999_999, 500_000_000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert late.shape == (10, 8, 8) and len(set(few.reshape(-1).tolist())) == 64
+    assert most < 1 << 20
+
+
+def test_19_blocks_of_a_long_run_stay_small() -> None:
+    def most(num_steps: int, world_size: int = 1, rows_per_step: int = 8) -> tuple[int, int]:
+        blocks = step_ranges(0, num_steps, world_size, rows_per_step)
+        sizes = [
+            block["last"][0].as_py() - block["first"][0].as_py() for block in blocks[:: len(blocks) // 8]
+        ]
+        return len(blocks), max(sizes) * rows_per_step // world_size
+
+    assert most(1000) == (1000, 8)
+    assert most(1_000_000) == (4082, 1960)
+    assert most(300_000_000) == (65_531, 36_624)
+    with pytest.raises(ValueError, match=r"are more than a stream can hold, .*train.num_steps"):
+        step_ranges(0, 10**12, 1, 8)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +179,7 @@ def test_a_worker_notices_what_is_not_as_planned(
 
 def test_there_must_be_a_step_left(store: PromptStore) -> None:
     with pytest.raises(ValueError, match="start_step=2 of a plan with 2 steps"):
-        prompt_dataset(store.path, prompt_plan(50, 4, 2, 2, seed=0), start_step=2)
+        prompt_dataset(store.path, PromptPlan(50, 4, 2, 2, seed=0), start_step=2)
 
 
 @pytest.mark.ray
@@ -155,7 +192,8 @@ def test_two_workers_get_the_plan(
     import ray
 
     monkeypatch.setattr("rayrlhf.data.stream.MAX_BLOCKS", max_blocks)
-    plan = prompt_plan(50, 6, 18, 2, seed=3)  # 108 rows: two epochs and a bit
+    plan = PromptPlan(50, 6, 18, 2, seed=3)  # 108 rows: two epochs and a bit
+    planned = plan.rows(0, 18)
 
     @ray.remote(num_cpus=2)  # of 4: the workers take them all, and the prompts must come nevertheless
     class Worker:
@@ -175,7 +213,10 @@ def test_two_workers_get_the_plan(
         assert steps == [
             (
                 step,
-                [(row, [row] * (row + 1), f"row {row}", {"label": row}) for row in plan[step, rank].tolist()],
+                [
+                    (row, [row] * (row + 1), f"row {row}", {"label": row})
+                    for row in planned[step, rank].tolist()
+                ],
             )
             for step in range(start_step, 18)
         ]
