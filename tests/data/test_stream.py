@@ -80,7 +80,7 @@ def test_properties_of_a_plan(
 
 
 def test_19_a_plan_of_hundreds_of_millions_of_steps_takes_no_memory() -> None:
-    PromptPlan(100, 64, 9, 8, seed=0).rows(0, 9)  # what numpy imports is no part of it
+    PromptPlan(1000, 64, 40, 8, seed=0).rows(0, 40)  # what numpy imports is no part of it
     tracemalloc.start()
     plan = PromptPlan(1000, 64, 500_000_000, 8, seed=0)
     late = plan.rows(499_999_990, 500_000_000)
@@ -91,19 +91,26 @@ def test_19_a_plan_of_hundreds_of_millions_of_steps_takes_no_memory() -> None:
     assert most < 1 << 20
 
 
-def test_19_blocks_of_a_long_run_stay_small() -> None:
-    def most(num_steps: int, world_size: int = 1, rows_per_step: int = 8) -> tuple[int, int]:
-        blocks = step_ranges(0, num_steps, world_size, rows_per_step)
-        sizes = [
-            block["last"][0].as_py() - block["first"][0].as_py() for block in blocks[:: len(blocks) // 8]
-        ]
-        return len(blocks), max(sizes) * rows_per_step // world_size
+def test_19_blocks_of_a_long_run_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In numbers that are easy to follow: 10 blocks, of 64 rows at most, up to 100 blocks, then 256 rows."""
+    limits = {"MAX_BLOCKS": 10, "BLOCK_ROWS": 64, "MAX_LONG_BLOCKS": 100, "MAX_BLOCK_ROWS": 256}
+    for name, limit in limits.items():
+        monkeypatch.setattr(f"rayrlhf.data.stream.{name}", limit)
 
-    assert most(1000) == (1000, 8)
-    assert most(1_000_000) == (4082, 1960)
-    assert most(300_000_000) == (65_531, 36_624)
-    with pytest.raises(ValueError, match=r"are more than a stream can hold, .*train.num_steps"):
-        step_ranges(0, 10**12, 1, 8)
+    def found(num_steps: int, world_size: int = 1) -> tuple[int, int]:
+        blocks = [block.to_pylist()[0] for block in step_ranges(5, 5 + num_steps, world_size, 8)]
+        steps = [block["last"] - block["first"] for block in blocks if block["rank"] == world_size - 1]
+        assert sum(steps) == num_steps
+        return len(blocks), max(steps) * 8 // world_size
+
+    assert found(5) == (5, 8)
+    assert found(80) == (10, 64)
+    assert found(81) == (11, 64)
+    assert found(80, world_size=2) == (10, 64)
+    assert found(800) == (100, 64)
+    assert found(3200) == (100, 256)
+    with pytest.raises(ValueError, match=r"3201 steps of 8 rows are more than a stream .*train.num_steps"):
+        found(3201)
 
 
 @pytest.mark.parametrize(
