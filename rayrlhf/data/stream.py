@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from rayrlhf.data.rows import DataError
 from rayrlhf.data.store import PromptStore, prompts_of
 from rayrlhf.samples import Prompt
 
@@ -165,14 +166,14 @@ def step_ranges(start: int, stop: int, world_size: int, rows_per_step: int) -> l
     """The steps in blocks of one rank each, as tables with `first`, `last` (exclusive) and `rank`.
 
     A block is fetched as a whole, so that a longer run has more of them, and only then larger ones. Raises
-    `ValueError` for a run that no stream can hold.
+    `DataError` for a run that no stream can hold.
     """
     num_steps, per_rank = stop - start, -(-rows_per_step // world_size)
     per_block = -(-num_steps * world_size // MAX_BLOCKS)
     if per_block * per_rank > BLOCK_ROWS:
         per_block = max(BLOCK_ROWS // per_rank, -(-num_steps * world_size // MAX_LONG_BLOCKS), 1)
     if per_block > 1 and per_block * per_rank > MAX_BLOCK_ROWS:
-        raise ValueError(
+        raise DataError(
             f"{num_steps} steps of {rows_per_step} rows are more than a stream can hold, "
             f"{MAX_LONG_BLOCKS * MAX_BLOCK_ROWS} rows; lower train.num_steps or train.num_epochs"
         )

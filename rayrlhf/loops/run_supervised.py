@@ -33,6 +33,7 @@ from rayrlhf.data.example_stream import example_dataset
 from rayrlhf.data.examples import prepare_examples
 from rayrlhf.data.files import Split
 from rayrlhf.data.plan import RowOrder, each_once
+from rayrlhf.data.stream import step_ranges
 from rayrlhf.loops.checks import check_model
 from rayrlhf.loops.model_checks import check_models
 from rayrlhf.loops.resume import check_resume, still_the_same, take_up
@@ -95,6 +96,11 @@ def _run(config: Any, console: Console) -> Path:
         own_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
+        if len(stores.train) < min(rows_read, config.train.samples_per_step):
+            console.say(
+                f"warning: data.train has {len(stores.train)} samples, fewer than train.samples_per_step="
+                f"{config.train.samples_per_step}: samples repeat within a step"
+            )
         steps = _steps(config, stores, rows_read)
         job = SupervisedJob(
             config=config,
@@ -161,6 +167,7 @@ def _prepare_stores(config: Any, run_path: Path, say: Callable[[str], None]) -> 
 def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str, Sequence[np.ndarray]]:
     """The rows of every training step, and of every part of an evaluation."""
     per_step = config.train.samples_per_step
+    step_ranges(0, -(-rows_read // per_step), config.train.num_workers, per_step)  # raises for too many
     steps: dict[str, Sequence[np.ndarray]] = {
         "train": RowOrder(len(stores.train), per_step, rows_read, config.run.seed, config.data.shuffle)
     }
