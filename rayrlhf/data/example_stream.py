@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from rayrlhf.data.example_store import ExampleStore, examples_of
-from rayrlhf.data.plan import StepPlan
-from rayrlhf.data.stream import MAX_BLOCKS, fetched
+from rayrlhf.data.plan import plan_steps
+from rayrlhf.data.stream import fetched, step_ranges
 from rayrlhf.samples import Example
 
 if TYPE_CHECKING:
@@ -22,46 +23,47 @@ if TYPE_CHECKING:
 
 
 def example_dataset(
-    store_path: str | os.PathLike[str], plans: Iterable[StepPlan], start_step: int = 0
+    store_path: str | os.PathLike[str],
+    order: Sequence[np.ndarray],
+    start_step: int = 0,
+    *,
+    world_size: int,
+    budget_tokens: int,
 ) -> Dataset:
-    """The plans, of the steps from `start_step` on, as a data set whose rows `streaming_split` hands to the
-    ranks in turn.
+    """The steps from `start_step` on, packed and shared out, as a data set whose rows `streaming_split` hands
+    to the ranks in turn. A step is planned when it is fetched, by each rank alike.
 
     Columns: `step`, `rank`, `sizes` (examples per micro-batch) and one list per column of the store. What is
     said of `rayrlhf.data.stream.prompt_dataset` holds here too. Raises `ValueError` where no step is left.
     """
-    steps = list(plans)
-    if not steps:
+    if not 0 <= start_step < len(order):
         raise ValueError(f"no step from start_step={start_step} on")
-    world_size = len(steps[0].ranks)
-    steps_per_block = -(-len(steps) * world_size // MAX_BLOCKS)
-    blocks = [
-        _plan_block(steps[first : first + steps_per_block], start_step + first, rank)
-        for first in range(0, len(steps), steps_per_block)
-        for rank in range(world_size)
-    ]
-    return fetched(blocks, partial(_fetch, os.path.abspath(store_path)))
+    blocks = step_ranges(start_step, len(order), world_size, len(order[0]))
+    fetch = partial(
+        _fetch, os.path.abspath(store_path), order, world_size=world_size, budget_tokens=budget_tokens
+    )
+    return fetched(blocks, fetch)
 
 
-def _plan_block(plans: list[StepPlan], first_step: int, rank: int) -> pa.Table:
+def _fetch(
+    store_path: str, order: Sequence[np.ndarray], block: pa.Table, *, world_size: int, budget_tokens: int
+) -> pa.Table:
+    """What a rank trains on in the steps of a block: each column of the store becomes a list per step."""
+    [(first, last, rank)] = zip(*block.to_pydict().values(), strict=True)
+    store = ExampleStore.open(store_path)
+    plans = plan_steps(
+        order, store.num_tokens, world_size=world_size, budget_tokens=budget_tokens, start=first, stop=last
+    )
     packs = [plan.ranks[rank] for plan in plans]
-    return pa.table(
+    row_ids = pa.array([[row for pack in step for row in pack] for step in packs], pa.list_(pa.int64()))
+    rows = store.take(row_ids.flatten().to_pylist())
+    fetched = pa.table(
         {
-            "step": pa.array(range(first_step, first_step + len(plans)), pa.int64()),
-            "rank": pa.array([rank] * len(plans), pa.int64()),
+            "step": pa.array(range(first, last), pa.int64()),
+            "rank": pa.array([rank] * (last - first), pa.int64()),
             "sizes": pa.array([[len(pack) for pack in step] for step in packs], pa.list_(pa.int32())),
-            "row_ids": pa.array(
-                [[row for pack in step for row in pack] for step in packs], pa.list_(pa.int64())
-            ),
         }
     )
-
-
-def _fetch(store_path: str, block: pa.Table) -> pa.Table:
-    """The store's rows in the place of their ids: each of its columns becomes a list per step."""
-    row_ids = block.column("row_ids").combine_chunks()
-    rows = ExampleStore.open(store_path).take(row_ids.flatten().to_pylist())
-    fetched = block.drop_columns(["row_ids"])
     for name in rows.column_names:
         values = rows.column(name).combine_chunks()
         fetched = fetched.append_column(name, pa.ListArray.from_arrays(_offsets(row_ids), values))

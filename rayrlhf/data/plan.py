@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
 from rayrlhf.data.balance import balanced_partition
 from rayrlhf.data.packing import micro_batches
-from rayrlhf.data.stream import prompt_plan
+from rayrlhf.data.stream import PromptPlan
 
 MicroBatches = list[list[int]]  # row ids; an empty micro-batch is a filler
 
@@ -27,15 +28,46 @@ class StepPlan:
     ranks: tuple[MicroBatches, ...]
 
 
-def row_order(
-    num_rows: int, samples_per_step: int, total_rows: int, seed: int, shuffle: bool = True
-) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class RowOrder(Sequence[np.ndarray]):
     """The row ids of each step: epochs run on across steps, and the last step takes what is left of
-    `total_rows`.
+    `total_rows`. Nothing of it is kept: a part is computed when it is asked for.
     """
-    num_steps = -(-total_rows // samples_per_step)
-    rows = prompt_plan(num_rows, samples_per_step, num_steps, 1, seed, shuffle).reshape(-1)[:total_rows]
-    return [rows[start : start + samples_per_step] for start in range(0, total_rows, samples_per_step)]
+
+    num_rows: int
+    samples_per_step: int
+    total_rows: int
+    seed: int
+    shuffle: bool = True
+
+    def __len__(self) -> int:
+        return -(-self.total_rows // self.samples_per_step)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            start, stop, stride = index.indices(len(self))
+            assert stride == 1
+            return self._steps(start, stop)
+        step = index + len(self) if index < 0 else index
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {index} of {len(self)}")
+        return self._steps(step, step + 1)[0]
+
+    def _steps(self, start: int, stop: int) -> list[np.ndarray]:
+        plan = PromptPlan(self.num_rows, self.samples_per_step, len(self), 1, self.seed, self.shuffle)
+        left = self.total_rows - start * self.samples_per_step  # from the first of these steps on
+        rows = plan.rows(start, max(start, stop)).reshape(-1)[:left]
+        return [rows[i : i + self.samples_per_step] for i in range(0, len(rows), self.samples_per_step)]
+
+    def distinct(self) -> np.ndarray:
+        """The rows that come at all, in ascending order."""
+        if self.total_rows >= self.num_rows:  # a whole epoch
+            return np.arange(self.num_rows)
+        return np.unique(np.concatenate(self[:]))
 
 
 def plan_step(
@@ -62,9 +94,10 @@ def plan_steps(
     world_size: int,
     budget_tokens: int,
     start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[StepPlan]:
-    """The plans of the steps from `start` on."""
-    for rows in order[start:]:
+    """The plans of the steps from `start` on, up to `stop` where it is given."""
+    for rows in order[start : len(order) if stop is None else stop]:
         yield plan_step(rows, num_tokens, world_size=world_size, budget_tokens=budget_tokens)
 
 

@@ -23,7 +23,7 @@ from rayrlhf.data.files import Split, resolve_source
 from rayrlhf.data.formats import id_of, normal_form
 from rayrlhf.data.hub_pins import pin_data
 from rayrlhf.data.padding import without_padding
-from rayrlhf.data.plan import fill_of, plan_steps, row_order
+from rayrlhf.data.plan import RowOrder, fill_of, plan_steps
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.split import in_split
@@ -172,7 +172,7 @@ def packing_fill(preview: Preview, config: Any) -> float | None:
         return None
     train, num_tokens = config.train, np.array(lengths, dtype=np.int64)
     per_step = min(train.samples_per_step, len(lengths))
-    order = row_order(len(lengths), per_step, len(lengths), config.run.seed, config.data.shuffle)
+    order = RowOrder(len(lengths), per_step, len(lengths), config.run.seed, config.data.shuffle)
     plans = plan_steps(
         order, num_tokens, world_size=train.num_workers, budget_tokens=train.max_tokens_per_micro_batch
     )

@@ -7,14 +7,17 @@ that it did.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from rayrlhf.data.rows import DataError
 from rayrlhf.data.store import PromptStore, prompts_of
 from rayrlhf.samples import Prompt
 
@@ -26,12 +29,21 @@ if TYPE_CHECKING:
 # limited here.
 FETCH_TASKS = 2
 MAX_BLOCKS = 4096  # each is an object of its own in the cluster, so a long run has several steps in one
+BLOCK_ROWS = 16_384  # … unless they would have more rows than this each: then there are more blocks
+MAX_LONG_BLOCKS = 65_536
+MAX_BLOCK_ROWS = 65_536  # of such a run
 
 
-def prompt_plan(
-    num_rows: int, prompts_per_step: int, num_steps: int, world_size: int, seed: int, shuffle: bool = True
-) -> np.ndarray:
-    """Row ids [num_steps, world_size, prompts_per_step / world_size], int64.
+@lru_cache(maxsize=2)
+def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    if not shuffle:
+        return np.arange(num_rows)
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """Which rows every step has. Nothing of it is kept: a part is computed when it is asked for.
 
     Every epoch is a permutation of all rows from `default_rng([seed, epoch])`, or the order of the store
     without `shuffle`; steps run on across its end. Where a step spans two epochs, the rows that it has
@@ -40,31 +52,102 @@ def prompt_plan(
     of workers gets the same steps, and a longer run begins with the steps of a shorter one. Raises
     `ValueError` for an empty store and a step that does not divide by the workers.
     """
-    if num_rows < 1:
-        raise ValueError("a plan needs at least one row")
-    if prompts_per_step < 1 or prompts_per_step % world_size:
-        raise ValueError(f"prompts_per_step={prompts_per_step} does not divide by {world_size} workers")
-    total = num_steps * prompts_per_step
-    plan = np.empty(total, dtype=np.int64)
-    filled, epoch = 0, 0
-    while filled < total:
-        rows = np.random.default_rng([seed, epoch]).permutation(num_rows) if shuffle else np.arange(num_rows)
-        carried = filled % prompts_per_step  # how much of the step the last epoch has filled
-        if carried and num_rows >= prompts_per_step:
-            rows = _put_off(rows, plan[filled - carried : filled], prompts_per_step - carried)
-        count = min(num_rows, total - filled)
-        plan[filled : filled + count] = rows[:count]
-        filled, epoch = filled + count, epoch + 1
-    return plan.reshape(num_steps, world_size, prompts_per_step // world_size)
+
+    num_rows: int
+    prompts_per_step: int
+    num_steps: int
+    world_size: int
+    seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1:
+            raise ValueError("a plan needs at least one row")
+        if self.prompts_per_step < 1 or self.prompts_per_step % self.world_size:
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} does not divide by {self.world_size} workers"
+            )
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Row ids of the steps start … stop - 1, [steps, world_size, prompts_per_step / world_size]."""
+        per_step = self.prompts_per_step
+        first, last = start * per_step, stop * per_step
+        found = np.empty(last - first, dtype=np.int64)
+        filled, epoch = first, first // self.num_rows
+        order = self._order(epoch)
+        while filled < last:
+            offset = filled - epoch * self.num_rows
+            count = min(self.num_rows - offset, last - filled)
+            found[filled - first : filled - first + count] = order[offset : offset + count]
+            filled += count
+            if filled < last:
+                epoch += 1
+                order = self._following(order, epoch)
+        return found.reshape(stop - start, self.world_size, per_step // self.world_size)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch, from the last one before it that does not depend on the epoch before.
+
+        An epoch's end is its permutation's where the store has twice the rows of a step: no more than a
+        step's rows at its beginning change places. Otherwise an epoch that begins with a step is near.
+        """
+        if self.num_rows >= 2 * self.prompts_per_step:
+            known = max(0, epoch - 1)
+        else:
+            every = self.prompts_per_step // math.gcd(self.num_rows, self.prompts_per_step)
+            known = epoch - epoch % every
+        order = _epoch_order(self.num_rows, self.seed, known, self.shuffle)
+        for later in range(known + 1, epoch + 1):
+            order = self._following(order, later)
+        return order
+
+    def _following(self, before: np.ndarray, epoch: int) -> np.ndarray:
+        """The order of an epoch after that of the one before."""
+        order = _epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
+        carried = epoch * self.num_rows % self.prompts_per_step  # of the step that spans both
+        if not carried or self.num_rows < self.prompts_per_step:
+            return order
+        return _put_off(order, before[-carried:], self.prompts_per_step - carried)
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """A plan that is given: row ids [num_steps, world_size, prompts per rank]."""
+
+    row_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def world_size(self) -> int:
+        return self.row_ids.shape[1]
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.row_ids.shape[1] * self.row_ids.shape[2]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.row_ids[start:stop]
 
 
 def _put_off(rows: np.ndarray, taken: np.ndarray, needed: int) -> np.ndarray:
-    """Moves the rows in `taken` behind the first `needed` others; the order is kept otherwise."""
-    first = np.flatnonzero(~np.isin(rows, taken))[:needed]
-    return np.concatenate([rows[first], np.delete(rows, first)])
+    """Moves the rows in `taken` behind the first `needed` others; the order is kept otherwise.
+
+    Those are among the first `needed + len(taken)`: what lies behind stays where it is.
+    """
+    head = rows[: needed + len(taken)]
+    is_taken = np.isin(head, taken)
+    first = np.flatnonzero(~is_taken)[:needed]
+    return np.concatenate([head[first], np.delete(head, first), rows[len(head) :]])
 
 
-def prompt_dataset(store_path: str | os.PathLike[str], plan: np.ndarray, start_step: int = 0) -> Dataset:
+def prompt_dataset(
+    store_path: str | os.PathLike[str], plan: PromptPlan | FixedPlan, start_step: int = 0
+) -> Dataset:
     """The plan from `start_step` on, as a data set whose blocks `streaming_split` hands to the ranks in turn.
 
     Columns: `step`, `rank`, `slot` (0 … prompts_per_step - 1, the same prompt's slot for any number of
@@ -73,16 +156,32 @@ def prompt_dataset(store_path: str | os.PathLike[str], plan: np.ndarray, start_s
     checkpoint's step; and with `DataConfig(execution_options=ExecutionOptions(preserve_order=True))`, since
     Ray Train drops the option that the data set carries. Raises `ValueError` where no step is left.
     """
-    num_steps, world_size, _ = plan.shape
-    if not 0 <= start_step < num_steps:
-        raise ValueError(f"start_step={start_step} of a plan with {num_steps} steps")
-    steps_per_block = -(-(num_steps - start_step) * world_size // MAX_BLOCKS)
-    blocks = [
-        _plan_block(plan, range(step, min(step + steps_per_block, num_steps)), rank)
-        for step in range(start_step, num_steps, steps_per_block)
-        for rank in range(world_size)
-    ]
-    return fetched(blocks, partial(_fetch, os.path.abspath(store_path)))
+    if not 0 <= start_step < len(plan):
+        raise ValueError(f"start_step={start_step} of a plan with {len(plan)} steps")
+    blocks = step_ranges(start_step, len(plan), plan.world_size, plan.prompts_per_step)
+    return fetched(blocks, partial(_fetch, os.path.abspath(store_path), plan))
+
+
+def step_ranges(start: int, stop: int, world_size: int, rows_per_step: int) -> list[pa.Table]:
+    """The steps in blocks of one rank each, as tables with `first`, `last` (exclusive) and `rank`.
+
+    A block is fetched as a whole, so that a longer run has more of them, and only then larger ones. Raises
+    `DataError` for a run that no stream can hold.
+    """
+    num_steps, per_rank = stop - start, -(-rows_per_step // world_size)
+    per_block = -(-num_steps * world_size // MAX_BLOCKS)
+    if per_block * per_rank > BLOCK_ROWS:
+        per_block = max(BLOCK_ROWS // per_rank, -(-num_steps * world_size // MAX_LONG_BLOCKS), 1)
+    if per_block > 1 and per_block * per_rank > MAX_BLOCK_ROWS:
+        raise DataError(
+            f"{num_steps} steps of {rows_per_step} rows are more than a stream can hold, "
+            f"{MAX_LONG_BLOCKS * MAX_BLOCK_ROWS} rows; lower train.num_steps or train.num_epochs"
+        )
+    firsts = np.repeat(np.arange(start, stop, per_block, dtype=np.int64), world_size)
+    lasts = np.minimum(firsts + per_block, stop)
+    ranks = np.tile(np.arange(world_size, dtype=np.int64), len(firsts) // world_size)
+    blocks = pa.table({"first": firsts, "last": lasts, "rank": ranks})
+    return [blocks.slice(index, 1) for index in range(len(blocks))]
 
 
 def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Dataset:
@@ -101,24 +200,19 @@ def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Da
         )
 
 
-def _plan_block(plan: np.ndarray, steps: range, rank: int) -> pa.Table:
-    per_rank = plan.shape[2]
-    return pa.table(
-        {
-            "step": pa.array(np.repeat(np.arange(steps.start, steps.stop, dtype=np.int64), per_rank)),
-            "rank": pa.array(np.full(len(steps) * per_rank, rank, dtype=np.int64)),
-            "slot": pa.array(
-                np.tile(np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64), len(steps))
-            ),
-            "row_id": pa.array(plan[steps.start : steps.stop, rank].reshape(-1)),
-        }
-    )
-
-
-def _fetch(store_path: str, block: pa.Table) -> pa.Table:
-    rows = PromptStore.open(store_path).take(block.column("row_id").to_pylist())
-    for name in ("step", "rank", "slot"):
-        rows = rows.append_column(name, block.column(name))
+def _fetch(store_path: str, plan: PromptPlan | FixedPlan, block: pa.Table) -> pa.Table:
+    """The store's rows for a rank's slots of the steps of a block."""
+    [(first, last, rank)] = zip(*block.to_pydict().values(), strict=True)
+    row_ids = plan.rows(first, last)[:, rank]
+    num_steps, per_rank = row_ids.shape
+    columns = {
+        "step": np.repeat(np.arange(first, last, dtype=np.int64), per_rank),
+        "rank": np.full(num_steps * per_rank, rank, dtype=np.int64),
+        "slot": np.tile(np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64), num_steps),
+    }
+    rows = PromptStore.open(store_path).take(row_ids.reshape(-1).tolist())
+    for name, values in columns.items():
+        rows = rows.append_column(name, pa.array(values))
     return rows
 
 

@@ -17,7 +17,7 @@ from rayrlhf.loops.driver import (
 
 # isort: split
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,8 @@ from rayrlhf.data.example_store import ExampleStore
 from rayrlhf.data.example_stream import example_dataset
 from rayrlhf.data.examples import prepare_examples
 from rayrlhf.data.files import Split
-from rayrlhf.data.plan import StepPlan, each_once, plan_steps, row_order
+from rayrlhf.data.plan import RowOrder, each_once
+from rayrlhf.data.stream import step_ranges
 from rayrlhf.loops.checks import check_model
 from rayrlhf.loops.model_checks import check_models
 from rayrlhf.loops.resume import check_resume, still_the_same, take_up
@@ -95,6 +96,11 @@ def _run(config: Any, console: Console) -> Path:
         own_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
+        if len(stores.train) < min(rows_read, config.train.samples_per_step):
+            console.say(
+                f"warning: data.train has {len(stores.train)} samples, fewer than train.samples_per_step="
+                f"{config.train.samples_per_step}: samples repeat within a step"
+            )
         steps = _steps(config, stores, rows_read)
         job = SupervisedJob(
             config=config,
@@ -158,10 +164,13 @@ def _prepare_stores(config: Any, run_path: Path, say: Callable[[str], None]) -> 
     return Stores(train=prepare("train"), held_out=prepare("eval") if config.data.has_eval else None)
 
 
-def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str, list[np.ndarray]]:
+def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str, Sequence[np.ndarray]]:
     """The rows of every training step, and of every part of an evaluation."""
     per_step = config.train.samples_per_step
-    steps = {"train": row_order(len(stores.train), per_step, rows_read, config.run.seed, config.data.shuffle)}
+    step_ranges(0, -(-rows_read // per_step), config.train.num_workers, per_step)  # raises for too many
+    steps: dict[str, Sequence[np.ndarray]] = {
+        "train": RowOrder(len(stores.train), per_step, rows_read, config.run.seed, config.data.shuffle)
+    }
     if stores.held_out is not None:
         count = min(config.eval.num_samples or len(stores.held_out), len(stores.held_out))
         steps["eval"] = each_once(np.arange(count), per_step)
@@ -172,7 +181,7 @@ def _ref_tables(
     config: Any,
     run_path: Path,
     stores: Stores,
-    steps: dict[str, list[np.ndarray]],
+    steps: dict[str, Sequence[np.ndarray]],
     say: Callable[[str], None],
 ) -> dict[str, RefTable]:
     """By split, where the reference's answers lie or will lie."""
@@ -197,12 +206,14 @@ def _num_sampled(config: Any, stores: Stores) -> int:
     return min(len(stores.train), SAMPLE_ROWS) if wanted else 0
 
 
-def _needed(steps: list[np.ndarray]) -> np.ndarray:
+def _needed(steps: Sequence[np.ndarray]) -> np.ndarray:
+    if isinstance(steps, RowOrder):
+        return steps.distinct()
     return np.unique(np.concatenate(steps))
 
 
 def _streams(
-    job: SupervisedJob, stores: Stores, steps: dict[str, list[np.ndarray]], storage: Path
+    job: SupervisedJob, stores: Stores, steps: dict[str, Sequence[np.ndarray]], storage: Path
 ) -> dict[str, Any]:
     """Ray Data sets by name, for the trainer. They are made anew whenever the workers (re)start: that is
     where a resumed stream begins.
@@ -210,21 +221,20 @@ def _streams(
     config = job.settings
     order, per_step = steps["train"], config.train.samples_per_step
 
-    def plans(store: ExampleStore, rows: list[np.ndarray], start: int = 0) -> Iterator[StepPlan]:
-        return plan_steps(
-            rows,
-            store.num_tokens,
+    def stream(store: ExampleStore, steps: Sequence[np.ndarray], start: int = 0) -> Any:
+        return example_dataset(
+            store.path,
+            steps,
+            start,
             world_size=config.train.num_workers,
             budget_tokens=config.train.max_tokens_per_micro_batch,
-            start=start,
         )
 
     def train() -> Any:
-        start = min(newest_step(storage), len(order) - 1)
-        return example_dataset(stores.train.path, plans(stores.train, order, start), start)
+        return stream(stores.train, order, min(newest_step(storage), len(order) - 1))
 
     def once(store: ExampleStore, rows: np.ndarray) -> Callable[[], Any]:
-        return lambda: example_dataset(store.path, plans(store, each_once(rows, per_step)))
+        return lambda: stream(store, each_once(rows, per_step))
 
     streams: dict[str, Any] = {"train": train}
     if stores.held_out is not None:

@@ -12,7 +12,7 @@ from rayrlhf.config.data import PromptDataConfig, SourceConfig
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.files import Split
 from rayrlhf.data.prompts import PromptStore, prepare_prompts
-from rayrlhf.data.stream import prompt_dataset, prompt_plan
+from rayrlhf.data.stream import FixedPlan, PromptPlan, prompt_dataset, step_ranges
 from rayrlhf.loops.evaluate import eval_plan
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.train.checkpoint import newest_first_draw, newest_step
@@ -59,8 +59,14 @@ def prepare_stores(config: PolicyRunConfig, run_path: Path, say: Callable[[str],
         return store
 
     data = config.data
+    train = prepare("train", data.train, data)
+    if len(train) < config.rollout.prompts_per_step:
+        say(
+            f"warning: data.train has {len(train)} prompts, fewer than rollout.prompts_per_step="
+            f"{config.rollout.prompts_per_step}: prompts repeat within a step"
+        )
     return Stores(
-        train=prepare("train", data.train, data),
+        train=train,
         held_out=prepare("eval", data.eval, data, "eval") if data.eval else None,
         texts=prepare("ptx", data.ptx.sources, text_config(data), as_texts=True) if data.ptx else None,
     )
@@ -95,7 +101,8 @@ def training_streams(job: PolicyJob, stores: Stores, *, storage: Path) -> dict[s
     """
     config = job.config
     workers, seed = config.train.num_workers, config.run.seed
-    draws = prompt_plan(
+    step_ranges(0, num_draws(config), workers, config.rollout.prompts_per_step)  # raises for too many
+    draws = PromptPlan(
         len(stores.train),
         config.rollout.prompts_per_step,
         num_draws(config),
@@ -109,11 +116,11 @@ def training_streams(job: PolicyJob, stores: Stores, *, storage: Path) -> dict[s
 
     streams: dict[str, Any] = {"train": train}
     if stores.held_out is not None and job.num_eval_prompts:
-        held_out, plan = stores.held_out, eval_plan(job.num_eval_prompts, workers)
+        held_out, plan = stores.held_out, FixedPlan(eval_plan(job.num_eval_prompts, workers))
         streams["eval"] = lambda: prompt_dataset(held_out.path, plan, 0)
     if stores.texts is not None:
         assert config.data.ptx is not None
         texts, steps = stores.texts, config.train.num_steps
-        order = prompt_plan(len(texts), config.data.ptx.texts_per_step, steps, workers, seed)
+        order = PromptPlan(len(texts), config.data.ptx.texts_per_step, steps, workers, seed)
         streams["ptx"] = lambda: prompt_dataset(texts.path, order, min(newest_step(storage), steps - 1))
     return streams

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.mixing import mixing_order
+from rayrlhf.data.rows import DataError
 
 
 @given(
@@ -58,3 +59,9 @@ def test_a_mixture_until_all_are_through_gives_every_row(counts, seed):
         start = sum(counts[:source])
         rows = [row - start for row in order if start <= row < start + count]
         assert rows == [place % count for place in range(len(rows))], "begins again when it is through"
+
+
+def test_19_a_mixture_that_would_not_end_is_refused() -> None:
+    with pytest.raises(DataError, match=r"source 1 with 5 rows has a share of 1e-12; .*first_exhausted"):
+        mixing_order([5, 5], [1.0, 1e-12], 0, "all_exhausted")
+    assert len(mixing_order([5, 5], [1.0, 0.01], 0, "all_exhausted")) < 5000

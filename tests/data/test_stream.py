@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.store import PROMPT_FIELDS, ArrowRows, PromptStore, write_store
-from rayrlhf.data.stream import iter_prompts, prompt_dataset, prompt_plan
+from rayrlhf.data.stream import PromptPlan, iter_prompts, prompt_dataset, step_ranges
+
+
+def prompt_plan(
+    num_rows: int, prompts_per_step: int, num_steps: int, world_size: int, seed: int, shuffle: bool = True
+) -> np.ndarray:
+    return PromptPlan(num_rows, prompts_per_step, num_steps, world_size, seed, shuffle).rows(0, num_steps)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,43 @@ def test_properties_of_a_plan(
     assert one_worker.reshape(-1).tolist() == flat.tolist()
     longer = prompt_plan(num_rows, prompts_per_step, num_steps + 3, world_size, seed, shuffle)
     assert longer[:num_steps].tolist() == plan.tolist()
+    lazy = PromptPlan(num_rows, prompts_per_step, num_steps, world_size, seed, shuffle)
+    for start in range(num_steps):  # wherever it is looked into
+        assert lazy.rows(start, num_steps).tolist() == plan[start:].tolist()
+
+
+def test_19_a_plan_of_hundreds_of_millions_of_steps_takes_no_memory() -> None:
+    PromptPlan(1000, 64, 40, 8, seed=0).rows(0, 40)  # what numpy imports is no part of it
+    tracemalloc.start()
+    plan = PromptPlan(1000, 64, 500_000_000, 8, seed=0)
+    late = plan.rows(499_999_990, 500_000_000)
+    few = PromptPlan(100, 64, 500_000_000, 8, seed=0).rows(499_999_999, 500_000_000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert late.shape == (10, 8, 8) and len(set(few.reshape(-1).tolist())) == 64
+    assert most < 1 << 20
+
+
+def test_19_blocks_of_a_long_run_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In numbers that are easy to follow: 10 blocks, of 64 rows at most, up to 100 blocks, then 256 rows."""
+    limits = {"MAX_BLOCKS": 10, "BLOCK_ROWS": 64, "MAX_LONG_BLOCKS": 100, "MAX_BLOCK_ROWS": 256}
+    for name, limit in limits.items():
+        monkeypatch.setattr(f"rayrlhf.data.stream.{name}", limit)
+
+    def found(num_steps: int, world_size: int = 1) -> tuple[int, int]:
+        blocks = [block.to_pylist()[0] for block in step_ranges(5, 5 + num_steps, world_size, 8)]
+        steps = [block["last"] - block["first"] for block in blocks if block["rank"] == world_size - 1]
+        assert sum(steps) == num_steps
+        return len(blocks), max(steps) * 8 // world_size
+
+    assert found(5) == (5, 8)
+    assert found(80) == (10, 64)
+    assert found(81) == (11, 64)
+    assert found(80, world_size=2) == (10, 64)
+    assert found(800) == (100, 64)
+    assert found(3200) == (100, 256)
+    with pytest.raises(ValueError, match=r"3201 steps of 8 rows are more than a stream .*train.num_steps"):
+        found(3201)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +186,7 @@ def test_a_worker_notices_what_is_not_as_planned(
 
 def test_there_must_be_a_step_left(store: PromptStore) -> None:
     with pytest.raises(ValueError, match="start_step=2 of a plan with 2 steps"):
-        prompt_dataset(store.path, prompt_plan(50, 4, 2, 2, seed=0), start_step=2)
+        prompt_dataset(store.path, PromptPlan(50, 4, 2, 2, seed=0), start_step=2)
 
 
 @pytest.mark.ray
@@ -155,7 +199,8 @@ def test_two_workers_get_the_plan(
     import ray
 
     monkeypatch.setattr("rayrlhf.data.stream.MAX_BLOCKS", max_blocks)
-    plan = prompt_plan(50, 6, 18, 2, seed=3)  # 108 rows: two epochs and a bit
+    plan = PromptPlan(50, 6, 18, 2, seed=3)  # 108 rows: two epochs and a bit
+    planned = plan.rows(0, 18)
 
     @ray.remote(num_cpus=2)  # of 4: the workers take them all, and the prompts must come nevertheless
     class Worker:
@@ -175,7 +220,10 @@ def test_two_workers_get_the_plan(
         assert steps == [
             (
                 step,
-                [(row, [row] * (row + 1), f"row {row}", {"label": row}) for row in plan[step, rank].tolist()],
+                [
+                    (row, [row] * (row + 1), f"row {row}", {"label": row})
+                    for row in planned[step, rank].tolist()
+                ],
             )
             for step in range(start_step, 18)
         ]
