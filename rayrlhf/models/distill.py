@@ -3,9 +3,10 @@
 What a teacher knows of N tokens travels as its hidden states, from which its logits are made a chunk of rows
 at a time (a teacher in the same worker), or as the log-probabilities of its k likeliest tokens (a teacher
 behind a network). Both have one vocabulary; where their projections are padded to other sizes, as those of
-Qwen2.5 are, they are compared over the rows that both have. The student's logits are made by chunks too, once in the forward and once in the backward
-pass; what is computed from them is plain autograd code. While a chunk is at work there are about ten tensors
-[chunk, V], so a chunk wants to be smaller than for log-probabilities alone.
+Qwen2.5 are, they are compared over the rows that both have. The student's logits are made by chunks too, once
+in the forward and once in the backward pass; what is computed from them is plain autograd code. While a chunk
+is at work there are about ten tensors [chunk, V], so a chunk wants to be smaller than for log-probabilities
+alone.
 """
 
 from __future__ import annotations
