@@ -21,11 +21,12 @@ TEXTS = [
 ]
 
 
-def make_reward_export(folder: Path) -> str:
+def make_reward_export(folder: Path, **reading: str) -> str:
     source = make_tiny_model(folder / "source", sequence_classification=True)
     model = load_reward_model(ModelConfig(path=source), source, device=torch.device("cpu"))
     export = folder / "export"
-    export_reward_model(model, model.state_dict(), load_tokenizer(source), export, mean=MEAN, std=STD)
+    tokenizer = load_tokenizer(source)
+    export_reward_model(model, model.state_dict(), tokenizer, export, mean=MEAN, std=STD, reading=reading)
     return str(export)
 
 

@@ -62,6 +62,8 @@ class ModelSource(Source):
     """Tokens per forward pass."""
     dtype: Dtype = "auto"
     """Dtype of its weights."""
+    read_at: Literal["auto", "answer_end", "template_end"] = "auto"
+    """Token that it was trained at; auto: what rayrlhf's exports say of themselves, else template_end."""
 
 
 def _secrets_are_there(source: RemoteSource) -> Problem | None:

@@ -35,7 +35,7 @@ class ServedModel(ModelSource):
     normalize: bool = False
     """Subtract the `mean` and divide by the `std` that the checkpoint's config.json carries."""
     append_eos: bool = False
-    """Add the eos token to queries that lack it at their end, as those of rayrlhf's `type: remote` do."""
+    """Add the eos token to queries that lack it at their end; with read_at: answer_end they get their own."""
     max_tokens: Count | None = None
     """Tokens of the longest query; what the model's positions allow when left out."""
     on_long: Literal["reject", "keep_end", "keep_start"] = "reject"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.data.chat import as_text, decode_prompt
@@ -245,6 +246,12 @@ def _ending_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Special tokens that may end a turn: all but the one that begins a text (unless it ends one as well)."""
     bos = tokenizer.bos_token if tokenizer.bos_token_id != tokenizer.eos_token_id else None
     return [text for text in special_texts(tokenizer) if text != bos]
+
+
+@lru_cache(maxsize=4)
+def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of special tokens that may end a turn."""
+    return frozenset(tokenizer.convert_tokens_to_ids(_ending_texts(tokenizer)))
 
 
 def assistant_turns(messages: Sequence[Message], learn: str) -> list[int]:

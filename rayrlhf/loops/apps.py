@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.rollout import EngineConfig
@@ -22,6 +21,7 @@ from rayrlhf.models.load import resolve_dtype
 from rayrlhf.placement.apply import Slots
 from rayrlhf.reward.functions import function_deployment, hosted_function
 from rayrlhf.reward.model import model_deployment
+from rayrlhf.reward.reading import Asked
 from rayrlhf.reward.remote import remote_deployment
 from rayrlhf.reward.verifiable import verifiable_deployment
 from rayrlhf.rollout.engine import EngineSettings, rollout_deployment
@@ -58,8 +58,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
         config.reward,
         job.reward_apps,
         prepared.reward_functions,
-        policy_path=config.model.path,
-        data=config.data,
+        asked=Asked(config.model.path, config.data, config.model.trust_remote_code),
         label_key=config.data.label_key,
         slots=slots,
         run_path=config.run.path,
@@ -111,8 +110,7 @@ def reward_apps(
     names: Sequence[RewardApp],
     functions: dict[int, UserCode],
     *,
-    policy_path: str,
-    data: PromptDataConfig,
+    asked: Asked,
     label_key: str | None,
     slots: Slots,
     run_path: Path | str,
@@ -137,8 +135,7 @@ def reward_apps(
                 apps[app] = model_deployment(
                     source,
                     role=f"reward:{index}",
-                    policy_path=policy_path,
-                    data=data,
+                    asked=asked,
                     slots=slots,
                 )
             case "remote":

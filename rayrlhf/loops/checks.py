@@ -10,13 +10,18 @@ from typing import Any
 
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.reward import RewardConfig
+from rayrlhf.config.reward_sources import ModelSource
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.prompts import PromptStore
+from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.hub.local import local_folder
 from rayrlhf.isolation.output import OutputLog
+from rayrlhf.models.weight_files import read_json
 from rayrlhf.reward.functions import find_function, hosted_function, try_function
 from rayrlhf.reward.items import RewardError
+from rayrlhf.reward.reading import Asked, Reading
 from rayrlhf.reward.remote import check_reachable, resolved_source
 from rayrlhf.reward.verifiable import check_installed, try_rows
 from rayrlhf.rollout.environments import (
@@ -123,10 +128,12 @@ def try_rewards(
     prompts: PromptStore,
     run_path: str | Path,
     say: Callable[[str], None],
+    *,
+    asked: Asked | None = None,
 ) -> None:
     """Try every reward source that can be tried before any model is loaded: functions are called once on real
-    prompts, labels are read, servers must answer. What functions print goes into the run's folder, its first
-    lines to `say`. Raises `RewardError`.
+    prompts, labels are read, servers must answer, reward models must know how to read what is `asked`. What
+    functions print goes into the run's folder, its first lines to `say`. Raises `RewardError`.
     """
     for index, (source, name) in enumerate(zip(reward.sources, reward.source_names, strict=True)):
         with _named(index, source.type):
@@ -139,6 +146,23 @@ def try_rewards(
             elif source.type == "remote":
                 for url in source.urls:
                     check_reachable(url)
+            elif source.type == "model" and asked is not None:
+                _try_reading(source, asked, _first(prompts, TRIED_LABELS))
+
+
+def _try_reading(source: ModelSource, asked: Asked, prompts: list[Prompt]) -> None:
+    """Raises `RewardError` for prompts that a model with other tokens than the policy's cannot read."""
+    tokenizer = prompt_tokenizer(source.path)
+    policy = prompt_tokenizer(asked.tokenizer_path, asked.trust_remote_code)
+    config = read_json(Path(local_folder(source.path, weights=False)) / "config.json")
+    try:
+        reading = Reading.of(tokenizer, source.read_at, config)
+        if tokenizer.get_vocab() == policy.get_vocab():
+            return
+        for prompt in prompts:
+            reading.of_conversation(prompt.columns, asked.data, "An answer.")
+    except (BadRow, DataError) as error:
+        raise RewardError(f"path={source.path}: {error}") from error
 
 
 def _first(prompts: PromptStore, count: int) -> list[Prompt]:

@@ -22,6 +22,7 @@ from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.checks import check_example_sources, check_sources
 from rayrlhf.data.files import Split, resolve_source
 from rayrlhf.data.rows import DataError
+from rayrlhf.loops.lengths import length_problems, length_warnings
 from rayrlhf.models.folder import Kind, folder_problems, has_chat_template
 from rayrlhf.models.weight_files import BrokenFile
 from rayrlhf.placement.heads import split_problems
@@ -38,6 +39,8 @@ def load_job(schema: type[S], argv: Sequence[str]) -> S:
     config = load_or_exit(schema, argv)
     try:
         check_files(config)
+        for warning in length_warnings(config, _readers(config)):
+            print(f"warning: {warning}", file=sys.stderr)
         _check_data(config)
     except (ConfigError, DataError) as error:
         print(error if isinstance(error, ConfigError) else f"error {error}", file=sys.stderr)
@@ -61,7 +64,7 @@ def check_files(config: Any) -> None:
                 Problem(key, f"{path}: no such folder", "a folder, or a hub id (owner/name)", fix)
             )
     if not problems:
-        problems += [*_chat_template(config), *_heads(config)]
+        problems += [*_chat_template(config), *_heads(config), *length_problems(config, _readers(config))]
     if problems:
         raise ConfigError(problems)
 
@@ -104,6 +107,11 @@ def model_folders(config: Any) -> Iterator[tuple[str, str, Kind]]:
     for index, source in enumerate(reward.sources if reward is not None else ()):
         if source.type == "model":
             yield f"reward.sources.{index}.path", source.path, "scorer"
+
+
+def _readers(config: Any) -> list[tuple[str, str]]:
+    """Key and folder of the models on this machine that read the job's sequences."""
+    return [(key, path) for key, path, _ in model_folders(config) if (Path(path) / "config.json").is_file()]
 
 
 def _chat_template(config: Any) -> Iterator[Problem]:

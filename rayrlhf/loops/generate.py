@@ -65,6 +65,7 @@ from rayrlhf.observe.rows import RowsProgress
 from rayrlhf.observe.sinks import Sinks, drain_in_background
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.plan import plan_generate
+from rayrlhf.reward.reading import Asked
 from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.usercode import UserCode
 
@@ -109,6 +110,10 @@ def with_absolute_paths(config: GenerateRunConfig) -> GenerateRunConfig:
     return config.model_copy(update=changes)
 
 
+def _asked(config: GenerateRunConfig) -> Asked:
+    return Asked(config.model.path, config.data, config.model.trust_remote_code)
+
+
 def output_path(config: GenerateRunConfig) -> Path:
     return Path(config.generate.output or Path(config.run.path) / GENERATIONS)
 
@@ -124,7 +129,15 @@ def _run(config: GenerateRunConfig, functions: dict[int, UserCode], console: Con
         return run_path
     check_columns(store, config)
     if config.reward is not None:
-        try_rewards(functions, config.reward, config.data.label_key, store, run_path, console.say)
+        try_rewards(
+            functions,
+            config.reward,
+            config.data.label_key,
+            store,
+            run_path,
+            console.say,
+            asked=_asked(config),
+        )
     shards = plan_shards(config.generate.num_rows or len(store), config.generate.rows_per_shard)
     folder = ShardFolder(run_path / "shards")
     pace = Pace(time.monotonic())
@@ -266,8 +279,7 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
             config.reward,
             job.reward_apps,
             functions,
-            policy_path=config.model.path,
-            data=config.data,
+            asked=_asked(config),
             label_key=config.data.label_key,
             slots=slots,
             run_path=config.run.path,

@@ -58,6 +58,7 @@ from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.routes import TOLD, weight_route
 from rayrlhf.placement.trainer import SlotTorchTrainer
+from rayrlhf.reward.reading import Asked
 from rayrlhf.rollout.hub import Event, WeightHub
 
 CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
@@ -86,7 +87,13 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     check_placement(spec, config, console)
     stores = prepare_stores(config, run_path, console.say)
     try_rewards(
-        prepared.reward_functions, config.reward, config.data.label_key, stores.train, run_path, console.say
+        prepared.reward_functions,
+        config.reward,
+        config.data.label_key,
+        stores.train,
+        run_path,
+        console.say,
+        asked=Asked(config.model.path, config.data, config.model.trust_remote_code),
     )
     fixed = still_the_same(config, newest, stores.fingerprints(), console.say)
     try_out_environment(prepared.environment, config, stores.train, console.say)

@@ -15,6 +15,7 @@ from rayrlhf.models.load import has_packed_scorer
 from rayrlhf.reward.functions import find_function
 from rayrlhf.reward.items import RewardError
 from rayrlhf.reward.query import ModelFacts
+from rayrlhf.reward.reading import INPUT_TEMPLATE, read_at
 from rayrlhf.reward.server import Served
 
 
@@ -68,7 +69,16 @@ def _facts(key: str, source: ServedModel) -> ModelFacts:
             f"set it to {positions} or less, or leave it out"
         )
     longest = max(map(len, tokenizer.get_vocab()))
-    return ModelFacts(source.max_tokens or positions, is_decoder, mean, std, longest)
+    settings = found.to_dict()
+    return ModelFacts(
+        source.max_tokens or positions,
+        is_decoder,
+        mean,
+        std,
+        longest,
+        read_at=read_at(source.read_at, settings),
+        input_template=settings.get(INPUT_TEMPLATE),
+    )
 
 
 def _mean_and_std(key: str, source: ServedModel, found: Any) -> tuple[float, float]:

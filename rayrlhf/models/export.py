@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,15 +61,17 @@ def export_reward_model(
     mean: float | None = None,
     std: float | None = None,
     adapter: TrainedAdapter | None = None,
+    reading: Mapping[str, str] | None = None,
 ) -> None:
     """Write an `AutoModelForSequenceClassification` with one label, from `model`'s own `state_dict`.
 
     `mean` and `std` of the scores go into the config, for whoever wants to normalise them; the logits are
-    never normalised. Raises `ValueError` for a tokenizer without a token to pad with (see `padding_token`).
+    never normalised. `reading` goes there too: what `reward.reading` has to know. Raises `ValueError` for a
+    tokenizer without a token to pad with (see `padding_token`).
     """
     padded = with_padding(tokenizer)
     extras = {name: value for name, value in {"mean": mean, "std": std}.items() if value is not None}
-    config = _config_of(model, padded, num_labels=1, **extras)
+    config = _config_of(model, padded, num_labels=1, **extras, **(reading or {}))
     kind = _Classifier(AutoModelForSequenceClassification, "SEQ_CLS")
     _write(lambda folder: _save_classifier(kind, config, state_dict, adapter, folder), padded, path)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from ray import serve
 
-from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.reward import ModelSource
 from rayrlhf.placement.apply import Slots
 from rayrlhf.placement.child import SlotChild
 from rayrlhf.reward.batching import Batcher
-from rayrlhf.reward.items import ScoreItem
+from rayrlhf.reward.items import Failure, ScoreItem
+from rayrlhf.reward.reading import Asked
 
 # Samples that go to the model together; it cuts them into forward passes by their tokens.
 MAX_BATCH = 256
@@ -21,10 +21,10 @@ MAX_BATCH = 256
 class ScoreActor:
     """One reward model."""
 
-    def __init__(self, source: ModelSource, policy_path: str, data: PromptDataConfig | None) -> None:
+    def __init__(self, source: ModelSource, asked: Asked | None) -> None:
         from rayrlhf.reward.reward_model import RewardModel  # and torch, transformers: not in the replica
 
-        self.model = RewardModel(source, policy_path, data)
+        self.model = RewardModel(source, asked)
         # Ray takes another of its thousand threads for each call, and torch keeps memory and OpenMP workers
         # for each thread that it has worked in.
         self.thread = ThreadPoolExecutor(1, "score")
@@ -32,7 +32,7 @@ class ScoreActor:
     def ready(self) -> bool:
         return True
 
-    def score(self, items: list[ScoreItem]) -> list[float]:
+    def score(self, items: list[ScoreItem]) -> list[float | Failure]:
         return self.thread.submit(self.model.score, items).result()
 
 
@@ -41,37 +41,32 @@ class ModelReward:
 
     ACTOR: type[ScoreActor] = ScoreActor
 
-    async def __init__(
-        self, role: str, source: ModelSource, policy_path: str, data: PromptDataConfig | None, slots: Slots
-    ) -> None:
+    async def __init__(self, role: str, source: ModelSource, asked: Asked | None, slots: Slots) -> None:
         self.model = SlotChild(
             role,
             self.ACTOR,
             source,
-            policy_path,
-            data,
+            asked,
             slots=slots,
             env_vars={"TOKENIZERS_PARALLELISM": "false"},
             timeout_seconds=600,
         )
         await self.model.call("ready", timeout_seconds=600)
         # One batch at a time: two in one model at once would only take turns.
-        self.batcher = Batcher[ScoreItem, float](self._score_batch, max_batch=MAX_BATCH)
+        self.batcher = Batcher[ScoreItem, float | Failure](self._score_batch, max_batch=MAX_BATCH)
 
-    async def score(self, items: list[ScoreItem]) -> list[float]:
+    async def score(self, items: list[ScoreItem]) -> list[float | Failure]:
         return await self.batcher.ask(items)
 
-    async def _score_batch(self, items: list[ScoreItem]) -> list[float]:
+    async def _score_batch(self, items: list[ScoreItem]) -> list[float | Failure]:
         return await self.model.call("score", items)
 
     async def check_health(self) -> None:
         await self.model.call("ready")
 
 
-def model_deployment(
-    source: ModelSource, *, role: str, policy_path: str, data: PromptDataConfig | None, slots: Slots
-) -> Any:
-    return replica_deployment(ModelReward, source, (role, source, policy_path, data, slots))
+def model_deployment(source: ModelSource, *, role: str, asked: Asked, slots: Slots) -> Any:
+    return replica_deployment(ModelReward, source, (role, source, asked, slots))
 
 
 def replica_deployment(replica: type[ModelReward], source: ModelSource, arguments: tuple[Any, ...]) -> Any:

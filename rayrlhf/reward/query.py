@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rayrlhf.config.serve_reward import ServedModel
 from rayrlhf.data.rows import BadRow, check_unicode
 from rayrlhf.reward.items import ScoreItem
+from rayrlhf.reward.reading import ReadAt, Reading
 from rayrlhf.samples import Prompt
 
 if TYPE_CHECKING:  # the replicas that read requests do without transformers
@@ -157,6 +158,8 @@ class ModelFacts:
     mean: float = 0.0  # subtracted from its scores, which then are divided by `std`
     std: float = 1.0
     characters_per_token: int = 64  # of the longest token in its vocabulary
+    read_at: ReadAt = "template_end"  # the token that it was trained at, and so is read at
+    input_template: str | None = None  # of one that was trained without chat template
 
 
 def cut_to_readable(
@@ -211,8 +214,10 @@ class TextTokens:
 
     A query is what a policy has read and written, special tokens included: these are taken as such, and a
     beginning-of-sequence token is added only where the tokenizer adds one and the text has none. The score is
-    read at the last token. That is the end-of-sequence token only if the text ends with it or the source has
-    `append_eos`; a text that a chat template closed by eos and a line break ends with the line break.
+    read at the last token. For a model that says so of itself, or `read_at: answer_end`, that is the token
+    which ends the answer. For others it is the end-of-sequence token only if the text ends with it or the
+    source has `append_eos`; a text that a chat template closed by eos and a line break ends with the line
+    break.
     """
 
     def __init__(self, source: ServedModel, tokenizer: PreTrainedTokenizerBase, facts: ModelFacts) -> None:
@@ -222,6 +227,7 @@ class TextTokens:
         self.lock = threading.Lock()  # a tokenizer holds the settings of the call under way
         tokenizer.truncation_side = "left" if source.on_long == "keep_end" else "right"
         bos = tokenizer.bos_token_id
+        self.reading = Reading(tokenizer, facts.read_at, input_template=facts.input_template)
         self.first: list[Any] = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
 
     def of(self, texts: Sequence[str], first_index: int = 0) -> list[list[int]]:
@@ -246,6 +252,9 @@ class TextTokens:
             ids = [*self.first, *ids]
         eos: Any = self.tokenizer.eos_token_id
         end = [eos] if self.source.append_eos and ids[-1:] != [eos] else []
+        if self.reading.at == "answer_end":
+            ids = self.reading.of_text_ids(ids)
+            ids, end = ids[:-1], ids[-1:]
         if self.facts.max_tokens is not None and self.source.on_long != "reject":
             room = self.facts.max_tokens - len(end)
             ids = ids[:room] if self.source.on_long == "keep_start" else ids[max(0, len(ids) - room) :]

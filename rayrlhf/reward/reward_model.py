@@ -1,4 +1,7 @@
-"""A reward model at work: any `AutoModelForSequenceClassification` checkpoint with one label."""
+"""A reward model at work: any `AutoModelForSequenceClassification` checkpoint with one label.
+
+What it reads of a sample is `reward.reading`'s to say.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,40 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
-from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.reward import ModelSource
-from rayrlhf.data.chat import as_text
-from rayrlhf.data.markers import encode
 from rayrlhf.data.packing import micro_batches
-from rayrlhf.data.prompt_rows import Question, prompt_of
-from rayrlhf.data.template import apply_template
+from rayrlhf.data.rows import BadRow, DataError
 from rayrlhf.hub.local import local_folder
 from rayrlhf.models.heads import ScoreModel
 from rayrlhf.models.load import has_packed_scorer, load_scorer, load_tokenizer, resolve_dtype
-from rayrlhf.reward.items import ScoreItem
-from rayrlhf.samples import Prompt
+from rayrlhf.models.positions import positions_of
+from rayrlhf.reward.items import Failure, ScoreItem
+from rayrlhf.reward.reading import Asked, Reading
 
 
 class RewardModel:
     """With the policy's own vocabulary it reads the very tokens of the sample. Otherwise it renders the
-    conversation with its own tokenizer and chat template. Decoders score packed batches; encoders, which have
-    no causal mask to cut, score padded ones.
+    conversation with its own tokenizer and chat template, or as plain text where it has none. Decoders score
+    packed batches; encoders, which have no causal mask to cut, score padded ones.
     """
 
-    def __init__(self, source: ModelSource, policy_path: str, data: PromptDataConfig | None) -> None:
+    def __init__(self, source: ModelSource, asked: Asked | None) -> None:
+        """Without `asked` the samples' token ids are what it reads."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.source = source
-        self.data = data  # how the policy's rows are read; None where only tokens are scored
+        self.asked = asked
         self.tokenizer: Any = load_tokenizer(source.path)
-        self.same_tokens = self.tokenizer.get_vocab() == load_tokenizer(policy_path).get_vocab()
+        config = AutoConfig.from_pretrained(local_folder(source.path, weights=False)).to_dict()
+        self.positions = positions_of(config)
+        self.same_tokens = asked is None
+        if asked is not None:
+            policy: Any = load_tokenizer(asked.tokenizer_path, trust_remote_code=asked.trust_remote_code)
+            self.same_tokens = self.tokenizer.get_vocab() == policy.get_vocab()
+            self.reading = Reading.of(self.tokenizer, source.read_at, config)
         model_config = ModelConfig(path=source.path, dtype=source.dtype)
         self.packed: ScoreModel | None = None
         if has_packed_scorer(source.path):
@@ -46,32 +53,36 @@ class RewardModel:
             self.padded: Any = model.eval().to(self.device)
 
     @torch.inference_mode()
-    def score(self, items: list[ScoreItem]) -> list[float]:
-        if self.same_tokens:
-            token_ids = [item.token_ids for item in items]
-        else:
-            token_ids = [self._tokenise(item.prompt, item.response) for item in items]
-        scores = [0.0] * len(token_ids)
-        lengths = [len(ids) for ids in token_ids]
-        budget = max(self.source.max_tokens_per_batch, *lengths)
+    def score(self, items: list[ScoreItem]) -> list[float | Failure]:
+        """Samples that it cannot read are failures, each for itself."""
+        token_ids = [self._read(item) for item in items]
+        scores: list[float | Failure] = [ids if isinstance(ids, Failure) else 0.0 for ids in token_ids]
+        readable = [(i, ids) for i, ids in enumerate(token_ids) if not isinstance(ids, Failure)]
+        lengths = [len(ids) for _, ids in readable]
+        budget = max([self.source.max_tokens_per_batch, *lengths])
         for members in micro_batches(lengths, budget):
-            rows = [token_ids[i] for i in members]
+            rows = [readable[m][1] for m in members]
             values = self._score_packed(rows) if self.packed is not None else self._score_padded(rows)
-            for i, value in zip(members, values, strict=True):
-                scores[i] = value
+            for m, value in zip(members, values, strict=True):
+                scores[readable[m][0]] = value
         return scores
 
-    def _tokenise(self, prompt: Prompt, response: str) -> list[int]:
-        has_row = self.data is not None and self.data.prompt_key in prompt.columns
-        if self.tokenizer.chat_template is None:
-            asked = prompt.columns[self.data.prompt_key] if self.data and has_row else prompt.prompt
-            return self.tokenizer(f"{asked}{response}")["input_ids"]
-        asked = prompt_of(prompt.columns, self.data) if self.data and has_row else prompt.prompt
-        question = asked if isinstance(asked, Question) else Question([{"role": "user", "content": asked}])
-        answer = {"role": "assistant", "content": response}
-        messages, tools, _ = as_text([*question.messages, answer], question.tools, self.tokenizer)
-        text = apply_template(messages, self.tokenizer, tools=tools, add_generation_prompt=False)
-        return encode(text, self.tokenizer)
+    def _read(self, item: ScoreItem) -> list[int] | Failure:
+        if self.asked is None:
+            return item.token_ids
+        data = self.asked.data
+        try:
+            if self.same_tokens:
+                ids = self.reading.of_tokens(item.token_ids, is_chat=data.apply_chat_template)
+            else:
+                ids = self.reading.of_conversation(item.prompt.columns, data, item.response)
+        except (BadRow, DataError) as error:
+            return Failure(str(error), final=True)
+        count, is_hard = self.positions
+        if is_hard and count is not None and len(ids) > count:
+            why = f"{len(ids)} tokens, and {self.source.path} has {count} positions"
+            return Failure(why, final=True)
+        return ids
 
     def _score_packed(self, rows: Sequence[list[int]]) -> list[float]:
         assert self.packed is not None

@@ -9,7 +9,7 @@ from typing import Any
 from rayrlhf.config.serve_reward import ServedModel
 from rayrlhf.placement.apply import Slots
 from rayrlhf.reward.batching import Batcher
-from rayrlhf.reward.items import ScoreItem
+from rayrlhf.reward.items import Failure, ScoreItem
 from rayrlhf.reward.model import MAX_BATCH, ModelReward, ScoreActor, replica_deployment
 from rayrlhf.reward.query import BadRequest, ModelFacts, TextTokens, token_item, too_many_tokens
 
@@ -43,8 +43,7 @@ class TextModelReward(ModelReward):
     async def __init__(
         self, source: ServedModel, facts: ModelFacts, role: str, max_request_tokens: int, slots: Slots
     ) -> None:
-        # It reads token ids and no conversation: `policy_path` is whose tokens they are.
-        await super().__init__(role, source, source.path, None, slots)
+        await super().__init__(role, source, None, slots)
         await self.model.call("read_texts", source, facts, timeout_seconds=600)
         self.read_with(source, max_request_tokens)
 
@@ -52,14 +51,14 @@ class TextModelReward(ModelReward):
         self.max_request_tokens = max_request_tokens
         self.tokenising = asyncio.Lock()  # fair: chunks of concurrent requests alternate
         # A batch is one forward pass: what nobody waits for any more is not in the next one.
-        self.batcher = Batcher[ScoreItem, float](
+        self.batcher = Batcher[ScoreItem, float | Failure](
             self._score_batch,
             max_batch=MAX_BATCH,
             size_of=lambda item: len(item.token_ids),
             max_size=source.max_tokens_per_batch,
         )
 
-    async def score_texts(self, texts: list[str]) -> list[float] | BadRequest:
+    async def score_texts(self, texts: list[str]) -> list[float | Failure] | BadRequest:
         rows: list[ScoreItem] = []
         num_tokens = 0
         for chunk in chunks(texts):

@@ -15,6 +15,7 @@ from rayrlhf.config.supervised import RmRunConfig
 from rayrlhf.loops.tasks.task import Measured, MicroBatches, Task, mean_over, real_examples
 from rayrlhf.models.export import export_reward_model
 from rayrlhf.models.load import load_reward_model
+from rayrlhf.reward.reading import INPUT_TEMPLATE, READ_AT
 from rayrlhf.train import collectives
 
 
@@ -63,7 +64,18 @@ class RewardModelTask(Task):
         module = self.learner.module
         state = self.learner.state_dict(module, on_this_rank=first)
         adapter = self.learner.trained_adapter(module, self.config.model, on_this_rank=first)
+        reading = {READ_AT: "answer_end"}  # where data.render ends sequences
+        data = self.config.data
+        if not data.apply_chat_template:
+            reading[INPUT_TEMPLATE] = data.input_template or "{}"
         if first:
             export_reward_model(
-                module, state, self.tokenizer(), path, mean=self.mean, std=self.std, adapter=adapter
+                module,
+                state,
+                self.tokenizer(),
+                path,
+                mean=self.mean,
+                std=self.std,
+                adapter=adapter,
+                reading=reading,
             )
