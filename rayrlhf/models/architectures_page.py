@@ -70,6 +70,11 @@ VARIANTS = (
     Entry("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     Entry("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window"),
     Entry("mistral", {"sliding_window": None}, "no window"),
+    Entry("ministral", {"head_dim": 128}, "head_dim"),
+    Entry("nemotron", {"head_dim": 128, "num_key_value_heads": 8}, "head_dim, key-value heads"),
+    Entry("hunyuan_v1_dense", {"head_dim": 128}, "head_dim"),
+    Entry("hunyuan_v1_moe", {"head_dim": 128, "num_experts": 8, "moe_topk": 2}, "head_dim, experts"),
+    Entry("dots1", {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2}, "experts"),
     Entry("deepseek_v2", {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1}, "two experts per token"),
 )
 WITHIN = 64  # tokens, for variants within their limits

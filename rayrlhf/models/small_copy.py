@@ -159,6 +159,9 @@ def _fewer_layers(config: Any) -> None:
     kinds = [tuple(str(each[layer]) for each in lists.values()) for layer in range(total)]
     count = max(kinds.index(kind) + 1 for kind in set(kinds))
     periods = [v for key, v in values.items() if PERIOD.search(key) and isinstance(v, int) and v < total]
+    hybrids = [i for each in lists.values() for i, kind in enumerate(each) if kind == "hybrid"]
+    if len(hybrids) > 1:  # Zamba's share weights, which takes two
+        count = max(count, hybrids[1] + 1)
     numbers = [each for key, each in values.items() if NUMBERS.search(key) and isinstance(each, list)]
     periods += [layer + 1 for each in numbers for layer in each[:2]]
     count = max([count, 2, *(period + 1 for period in periods)])
