@@ -251,7 +251,8 @@ def _ending_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 @lru_cache(maxsize=4)
 def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids of special tokens that may end a turn."""
-    return frozenset(tokenizer.convert_tokens_to_ids(_ending_texts(tokenizer)))
+    ids: Any = tokenizer.convert_tokens_to_ids(_ending_texts(tokenizer))
+    return frozenset(ids)
 
 
 def assistant_turns(messages: Sequence[Message], learn: str) -> list[int]:
