@@ -325,6 +325,8 @@ class IterativeDpoConfig(ChainConfig):
         tree["algorithm"] = self.dpo.algorithm
         if self.dpo.algorithm.loss in NEEDS_REF:
             path = self.model.path if self.dpo.reference == "start" else model_path
+            if path == model_path and self.model.lora is not None:
+                path = None  # the model with its adapters off: held once, and in the same 4 bits
             tree["ref"] = {"path": path, "precompute": self.dpo.precompute_ref}
         return DpoRunConfig.model_validate(tree)
 

@@ -85,6 +85,17 @@ class TrainedModelConfig(ModelConfig):
         return self.lora is not None and path is None
 
 
+def reference_is_quantized(model: TrainedModelConfig, key: str, got: str) -> Problem:
+    """Of a dense copy of the very model that trains in 4 bits. `got`: what asks for it, with its `key`."""
+    return Problem(
+        key,
+        got=f"{got} with model.quantization={model.quantization}",
+        wanted="the model itself with its adapters off, in the same 4 bits: a dense copy is another model, "
+        "from which the policy is away before its first step (KL > 0)",
+        fix=f"remove {key}",
+    )
+
+
 def sequences_are_shared(model: TrainedModelConfig, num_workers: int, key: str) -> Problem | None:
     """`key` holds the number of workers among which sequences are to be shared."""
     if num_workers % model.sequence_parallel == 0:

@@ -12,7 +12,13 @@ from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.job import ObserveConfig, TrainedRunSection
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.learning_rates import with_lora_lr
-from rayrlhf.config.model import CriticConfig, RefConfig, TrainedModelConfig, sequences_are_shared
+from rayrlhf.config.model import (
+    CriticConfig,
+    RefConfig,
+    TrainedModelConfig,
+    reference_is_quantized,
+    sequences_are_shared,
+)
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.policy_checks import (
     actor_has_its_warmup,
@@ -256,6 +262,17 @@ def _ref_is_the_actor_without_adapters(config: PolicyRunConfig) -> Problem | Non
     )
 
 
+def _ref_has_the_weights_of_the_start(config: PolicyRunConfig) -> Problem | None:
+    ref = config.ref
+    if ref is None or config.model.quantization is None or config.ref_is_the_actor:
+        return None
+    if ref.path is None:
+        return reference_is_quantized(config.model, "ref.location", ref.location)
+    if ref.path != config.model.path:
+        return None
+    return reference_is_quantized(config.model, "ref.path", f"{ref.path}, which is model.path,")
+
+
 def _workers_share_sequences(config: PolicyRunConfig) -> Problem | None:
     if config.needs_critic and config.critic is not None and config.critic.num_workers is not None:
         problem = sequences_are_shared(config.model, config.num_critic_workers, "critic.num_workers")
@@ -377,6 +394,7 @@ class PolicyRunConfig(Section):
         check_reward_needs,
         _critic_workers_are_used,
         _ref_is_the_actor_without_adapters,
+        _ref_has_the_weights_of_the_start,
         _ref_replicas_are_used,
         _workers_share_sequences,
         _policies_drop_nothing,

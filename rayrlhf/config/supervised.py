@@ -22,7 +22,7 @@ from rayrlhf.config.learning_rates import (
     SftTrainConfig,
     with_lora_lr,
 )
-from rayrlhf.config.model import TrainedModelConfig, sequences_are_shared
+from rayrlhf.config.model import TrainedModelConfig, reference_is_quantized, sequences_are_shared
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig
 
@@ -64,6 +64,13 @@ def _metric_is_known(config: SupervisedConfig) -> Problem | None:
     )
 
 
+def _ref_has_the_weights_of_the_start(config: SupervisedConfig) -> Problem | None:
+    ref = getattr(config, "ref", None)
+    if ref is None or config.model.quantization is None or ref.path != config.model.path:
+        return None
+    return reference_is_quantized(config.model, "ref.path", f"{ref.path}, which is model.path,")
+
+
 def _workers_share_sequences(config: SupervisedConfig) -> Problem | None:
     return sequences_are_shared(config.model, config.train.num_workers, "train.num_workers")
 
@@ -97,7 +104,13 @@ class SupervisedConfig(Section):
     def _adapters_learn_faster(cls, train: Any, info: ValidationInfo) -> Any:
         return with_lora_lr(train, info.data.get("model"))
 
-    checks = (_longest_example_fits, _evaluation_has_samples, _metric_is_known, _workers_share_sequences)
+    checks = (
+        _longest_example_fits,
+        _evaluation_has_samples,
+        _metric_is_known,
+        _workers_share_sequences,
+        _ref_has_the_weights_of_the_start,
+    )
 
 
 class SftRunConfig(SupervisedConfig):

@@ -121,6 +121,11 @@ RULES = {
         "model.quantization",
         ["model.lora.rank=8"],
     ),
+    "17: a dense copy of a model of 4 bits is another model": (
+        ["model.lora.rank=8", "model.quantization=nf4", "ref.location=serve"],
+        "ref.location",
+        ["ref.location=auto"],
+    ),
     "policies drop nothing": (
         ["model.lora.dropout=0.1"],
         "model.lora.dropout",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rayrlhf.config.model import LoraConfig, TrainedModelConfig
-from rayrlhf.models.adapters import adapter_weights, weights_of
+from rayrlhf.models.adapters import adapter_weights, adapters_off, weights_of
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import adapt, load_policy
 from rayrlhf.models.logprobs import PolicyModel
@@ -59,6 +59,22 @@ def test_all_layers_but_the_head_go_to_4_bits(tiny_model: str) -> None:
         assert 0.05 < (kept - base[name]).norm() / base[name].norm() < 0.12
     in_4_bits = [p for p in policy.parameters() if p.dtype == torch.uint8]
     assert len(in_4_bits) == 2 * 7 and not any(p.requires_grad for p in in_4_bits)
+
+
+def test_17_a_dense_reference_is_another_model(tiny_model: str) -> None:
+    """Why the config refuses one: KL > 0 before the first step. With its adapters off it is the same."""
+    policy = quantized(tiny_model)
+    with torch.no_grad():
+        for _, parameter in adapter_weights(policy):
+            if parameter.size(0) != 4:  # B, which begins at 0
+                parameter.zero_()
+        start = logprobs(policy)
+        with adapters_off(policy):
+            assert torch.equal(logprobs(policy), start)
+        dense = load_policy(TrainedModelConfig(path=tiny_model), tiny_model, device=CPU, chunk_tokens=64)
+        log_ratio = (logprobs(dense) - start)[1:]
+    k3 = log_ratio.exp() - 1 - log_ratio
+    assert k3.mean() > 0.01
 
 
 def test_gradients_pass_also_after_an_evaluation(tiny_model: str) -> None:
