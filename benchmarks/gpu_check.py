@@ -220,7 +220,7 @@ def engine(device: str) -> dict[str, Any]:
     from rayrlhf.config.model import ModelConfig
     from rayrlhf.config.rollout import RolloutConfig
     from rayrlhf.loops.apps import engine_settings
-    from rayrlhf.models.adapters import weights_of
+    from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
     from rayrlhf.rollout.bucket import flatten, lay_out, plan_buckets
     from tests.tiny_model import make_tiny_model
 
@@ -260,7 +260,7 @@ def engine(device: str) -> dict[str, Any]:
 
             async def push() -> None:
                 await stepper.start_weight_update()
-                for group in plan_buckets(weights_of(model), 100_000):
+                for group in plan_buckets(checkpoint_tensors(model), 100_000):
                     slices = lay_out(group)
                     await stepper.load_bucket(slices, flatten(group, slices).numpy())
                 await stepper.finish_weight_update(1)

@@ -22,6 +22,7 @@ from rayrlhf.chat.conversation import Answer, ChatProblem, Message, Sampling
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.resolve import base_of, folder_of
 from rayrlhf.hub.snapshots import ADAPTER_CONFIG
+from rayrlhf.models.generation import ending_ids
 from rayrlhf.models.load import resolve_dtype
 
 UNFINISHED = "\ufffd"  # how a character looks of which only the first bytes are there
@@ -98,12 +99,11 @@ class Transformer:
                 f"the conversation has {num_prompt_tokens} tokens, {self.name} reads {positions}: /reset"
             )
         config = copy.deepcopy(self.model.generation_config)
-        own = config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-        config.eos_token_id = sorted(ends)
+        ends = ending_ids(config, self.tokenizer)
+        config.eos_token_id = ends
         config.pad_token_id = self.tokenizer.pad_token_id
         if config.pad_token_id is None and ends:
-            config.pad_token_id = config.eos_token_id[0]
+            config.pad_token_id = ends[0]
         config.max_length = None
         config.max_new_tokens = min(sampling.max_new_tokens, room)
         config.do_sample = sampling.temperature > 0

@@ -42,7 +42,7 @@ class SamplingConfig(Section):
     max_new_tokens: Count = 256
     """Longest response, in tokens."""
     stop: list[str] = Field(default_factory=list)
-    """Strings that end a response, beside the model's own end of text."""
+    """Strings or special tokens that end a response, beside end of text and the template's end of turn."""
 
     checks = (_minimum_fits,)
 
@@ -76,6 +76,8 @@ class WeightSyncConfig(Section):
     """Size of one transfer, in bytes."""
     timeout_seconds: PositiveNumber = 300
     """Deadline for all engines to hold the new weights."""
+    max_logprob_jump: PositiveNumber | None = 0.1
+    """Stop where a push lifts rollout/logprob_diff_mean over this (nats) and tenfold; null never stops."""
 
 
 def _only_the_pool_oversamples(rollout: RolloutConfig) -> Problem | None:

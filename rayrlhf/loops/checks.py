@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.data import DataConfig
+from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.reward_sources import ModelSource
 from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import check_sources
+from rayrlhf.data.ends import ends_of
 from rayrlhf.data.prompts import PromptStore
 from rayrlhf.data.rows import BadRow, DataError
 from rayrlhf.hub.local import local_folder
@@ -55,6 +58,16 @@ def check_before_ray(config: PolicyRunConfig) -> Prepared:
         check_model(key, path)
     check_sources(config.data)
     return Prepared(find_rewards(config.reward), _find_environment(config))
+
+
+def check_stops(model: ModelConfig, data: DataConfig, stops: Mapping[str, Sequence[str]]) -> None:
+    """`stops`: key -> its strings. Raises `InputError` for those that no engine could find."""
+    ends = ends_of(model, data)
+    for key, stop in stops.items():
+        try:
+            ends(stop)
+        except DataError as error:
+            raise InputError(f"{key}: {error}") from error
 
 
 def find_rewards(reward: RewardConfig) -> dict[int, UserCode]:

@@ -40,6 +40,7 @@ from rayrlhf.loops.checks import (
     absolute,
     absolute_rewards,
     check_model,
+    check_stops,
     find_rewards,
     reward_model_paths,
     try_rewards,
@@ -128,6 +129,7 @@ def _run(config: GenerateRunConfig, functions: dict[int, UserCode], console: Con
         console.say(f"all rows are answered already, in {output}")
         return run_path
     check_columns(store, config)
+    check_stops(config.model, config.data, {"rollout.sampling.stop": config.rollout.sampling.stop})
     if config.reward is not None:
         try_rewards(
             functions,

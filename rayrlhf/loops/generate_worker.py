@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayrlhf.config.generate import GenerateRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
+from rayrlhf.data.ends import end_of_turn_id, ends_of
 from rayrlhf.data.store import PromptStore, prompts_of
 from rayrlhf.loops.background import Background
 from rayrlhf.loops.job import RewardApp
@@ -78,7 +79,10 @@ class Generated:
     def __init__(self, job: GenerateJob) -> None:
         self.rollout = job.config.rollout
         self.client = RolloutClient(
-            serve.get_app_handle(job.rollout_app), self.rollout, seed=job.config.run.seed
+            serve.get_app_handle(job.rollout_app),
+            self.rollout,
+            seed=job.config.run.seed,
+            ends_of=ends_of(job.config.model, job.config.data),
         )
 
     async def samples(self, prompt: Prompt) -> list[Sample]:
@@ -101,14 +105,15 @@ class Given:
         self.tokenizer: Any = prompt_tokenizer(
             config.model.path, config.model.trust_remote_code, read_chat_template(config.data)
         )
+        end_of_turn = end_of_turn_id(self.tokenizer) if config.data.apply_chat_template else None
+        self.end: int | None = self.tokenizer.eos_token_id if end_of_turn is None else end_of_turn
 
     async def samples(self, prompt: Prompt) -> list[Sample]:
         response = prompt.columns.get(self.key)
         if not isinstance(response, str):
             raise ValueError(f"column {self.key!r} (data.response_key) holds no text: {response!r:.80}")
         ids = self.tokenizer(response, add_special_tokens=False, verbose=False).input_ids
-        eos = self.tokenizer.eos_token_id
-        ids = [*ids, *([] if eos is None else [eos])]
+        ids = [*ids, *([] if self.end is None else [self.end])]
         return [
             Sample(
                 group_id=prompt.row_id,

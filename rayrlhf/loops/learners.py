@@ -23,7 +23,7 @@ from rayrlhf.loops.objectives import (
 )
 from rayrlhf.loops.share import MiniBatch, share_out
 from rayrlhf.loops.step_metrics import UpdateMetrics, update_metrics
-from rayrlhf.models.adapters import Weight, weights_of
+from rayrlhf.models.checkpoint_tensors import CheckpointTensors, checkpoint_tensors
 from rayrlhf.models.load import adapt, checkpoint_activations, load_policy, resolve_dtype
 from rayrlhf.samples import Sample
 from rayrlhf.train import collectives
@@ -154,9 +154,9 @@ class Learners:
         """Whether or not there was something to learn in it."""
         self.critic.finish_step(step)
 
-    def actor_weights(self) -> Iterator[Weight]:
-        """The actor's weights under their names in a Hugging Face checkpoint."""
-        return weights_of(self.actor.module.causal_lm)
+    def actor_weights(self) -> Iterator[CheckpointTensors]:
+        """The actor's weights in the names and layouts of a Hugging Face checkpoint."""
+        return checkpoint_tensors(self.actor.module.causal_lm)
 
     def offload(self) -> None:
         """Leave the devices to the engines, but for the weights that these are to be given."""

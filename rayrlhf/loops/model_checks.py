@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.supervised import KdRunConfig, PrmRunConfig, RmRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.hub.local import local_folder
@@ -14,6 +18,7 @@ from rayrlhf.loops.checks import InputError
 from rayrlhf.loops.tasks.prm import single_token
 from rayrlhf.models.distill import check_same_vocabulary
 from rayrlhf.models.export import padding_token
+from rayrlhf.models.generation import repair
 
 
 def check_models(config: Any) -> None:
@@ -56,6 +61,22 @@ def check_adapters(config: Any) -> None:
             from rayrlhf.models.quantize import layers_to_quantize  # and with it bitsandbytes
 
             _ask("model.quantization", layers_to_quantize, decoder)
+
+
+def tell_generation_config(model: ModelConfig, say: Callable[[str], None]) -> None:
+    """Warn of a generation_config.json that transformers would not write again: an export repairs it."""
+    folder = local_folder(model.path, weights=False)
+    if not Path(folder, GENERATION_CONFIG_NAME).is_file():
+        return
+    try:
+        _, problem = repair(GenerationConfig.from_pretrained(folder))
+    except (ValueError, TypeError, OSError) as error:  # no JSON, or no object
+        raise InputError(
+            f"model.path={model.path}: its {GENERATION_CONFIG_NAME} cannot be read: {error}; "
+            "repair the file, or remove it"
+        ) from error
+    if problem:
+        say(f"warning: {GENERATION_CONFIG_NAME} of {model.path} is invalid, the export repairs it: {problem}")
 
 
 def _ask(key: str, check: Any, *arguments: Any) -> None:

@@ -33,6 +33,7 @@ from rayrlhf.loops.apps import run_apps
 from rayrlhf.loops.checks import (
     Prepared,
     check_before_ray,
+    check_stops,
     try_out_environment,
     try_rewards,
     with_absolute_paths,
@@ -40,7 +41,7 @@ from rayrlhf.loops.checks import (
 from rayrlhf.loops.critic_trainer import critic_loop
 from rayrlhf.loops.job import PolicyJob, reward_app_names
 from rayrlhf.loops.mailbox import Mailbox
-from rayrlhf.loops.model_checks import check_adapters
+from rayrlhf.loops.model_checks import check_adapters, tell_generation_config
 from rayrlhf.loops.policy import policy_loop
 from rayrlhf.loops.policy_async import async_policy_loop
 from rayrlhf.loops.resume import check_resume, still_the_same, take_up
@@ -85,7 +86,11 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     spec = plan_placement(config)
     weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
     check_placement(spec, config, console)
+    tell_generation_config(config.model, console.say)
     stores = prepare_stores(config, run_path, console.say)
+    sampled = {"rollout": config.rollout.sampling, "eval": config.eval.sampling}
+    stops = {f"{key}.sampling.stop": sampling.stop for key, sampling in sampled.items()}
+    check_stops(config.model, config.data, stops)
     try_rewards(
         prepared.reward_functions,
         config.reward,

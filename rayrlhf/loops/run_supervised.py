@@ -35,7 +35,7 @@ from rayrlhf.data.files import Split
 from rayrlhf.data.plan import RowOrder, each_once
 from rayrlhf.data.stream import step_ranges
 from rayrlhf.loops.checks import check_model
-from rayrlhf.loops.model_checks import check_models
+from rayrlhf.loops.model_checks import check_models, tell_generation_config
 from rayrlhf.loops.resume import check_resume, still_the_same, take_up
 from rayrlhf.loops.scratch import own_scratch
 from rayrlhf.loops.session import deploy, watched
@@ -85,6 +85,7 @@ def _run(config: Any, console: Console) -> Path:
     spec = plan_supervised(config)
     check_placement(spec, config, console)
     check_models(config)
+    tell_generation_config(config.model, console.say)
     stores = _prepare_stores(config, run_path, console.say)
     fixed = still_the_same(config, newest, {"data.train": stores.train.fingerprint}, console.say)
     rows_read = config.train.num_rows_read(len(stores.train))

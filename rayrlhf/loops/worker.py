@@ -12,6 +12,7 @@ import ray.train
 from ray import serve
 
 from rayrlhf.algorithms.advantages import ADVANTAGES
+from rayrlhf.data.ends import ends_of
 from rayrlhf.data.stream import iter_prompts
 from rayrlhf.loops.ahead import RolloutsAhead
 from rayrlhf.loops.collect import Collector
@@ -21,6 +22,7 @@ from rayrlhf.loops.exports import export_actor
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.learners import Learners
 from rayrlhf.loops.prompt_queue import PromptQueue
+from rayrlhf.loops.push_check import PushCheck
 from rayrlhf.loops.remote_critic import RemoteCritic, critic_folder
 from rayrlhf.loops.reporting import rollout_metrics
 from rayrlhf.loops.texts import TextStream
@@ -47,6 +49,7 @@ class PolicyWorker(TrainingWorker):
         self.config = config = job.config
         self.algorithm = config.algorithm
         self.sync = self._make_sync()
+        self.push_check = PushCheck(config.model.path, config.rollout.weight_sync.max_logprob_jump)
         self.strangers = 0  # refused at the weight transfer, as far as they have been reported
         self.turns = Turns(self.sync, engines_sleep=config.engines_sleep)
         self.turns.before_loading()
@@ -88,7 +91,11 @@ class PolicyWorker(TrainingWorker):
         config, job = self.config, self.job
         episodes = serve.get_app_handle(job.environment_app) if config.rollout.environment else None
         rollouts = RolloutClient(
-            serve.get_app_handle(job.rollout_app), config.rollout, seed=config.run.seed, episodes=episodes
+            serve.get_app_handle(job.rollout_app),
+            config.rollout,
+            seed=config.run.seed,
+            ends_of=ends_of(config.model, config.data),
+            episodes=episodes,
         )
         sources = [
             RewardSource(name, weight, serve.get_app_handle(app) if app else None)
@@ -225,6 +232,7 @@ class PolicyWorker(TrainingWorker):
                 freed = {"rollout/freed_bytes": float(self.turns.freed_bytes)}
                 self.metrics |= collectives.sum_metrics(freed)
             self.learners.learn(samples, step, self.phase, texts=texts)
+            self._check_push(samples, step)
         self.learners.finish_step(step)
         self.state.step = step + 1
         self.trained = list(samples)
@@ -233,6 +241,16 @@ class PolicyWorker(TrainingWorker):
         if self.algorithm.dynamic_sampling is None:
             return "too many samples could not be scored"
         return "algorithm.dynamic_sampling keeps no group: raw rewards are all equal or out of its range"
+
+    def _check_push(self, samples: Sequence[Sample], step: int) -> None:
+        """Raises `WeightsDiffer`, on all ranks and before anything of this step is saved."""
+        difference = self.learners.metrics.get("rollout/logprob_diff_mean")
+        if difference is None:
+            return
+        stale = sum(version < step for sample in samples for version in sample.policy_versions)
+        self.push_check = self.push_check.after(
+            difference, policy_version=step, is_stale=collectives.max_over_ranks(float(stale)) > 0
+        )
 
     def push_weights(self, version: int) -> None:
         """The engines hold `version` then, and are awake."""

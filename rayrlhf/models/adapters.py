@@ -20,10 +20,10 @@ BASE = ".base_layer."  # between the name of an adapted layer and that of its ow
 
 
 class Weight(NamedTuple):
-    """A tensor under its name in the checkpoint: a parameter, and what its layer's adapter adds to it."""
+    """A parameter or buffer under its name in the model, and what its layer's adapter adds to it."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     layer: Any = None  # PEFT's, where it is adapted
 
     @property
@@ -40,17 +40,22 @@ class Weight(NamedTuple):
         return quantized.dtype if quantized else self.parameter.dtype
 
     @property
-    def parts(self) -> list[nn.Parameter]:
+    def parts(self) -> list[Tensor]:
         """All that `merged` reads; under ZeRO-3 they must be gathered before."""
         return [self.parameter, *adapter_parameters(self.layer)]
 
     def merged(self) -> Tensor:
-        """W + scaling · B A in the dtype and on the device of W, without gradient."""
+        """W + scaling · B A in the dtype and on the device of W, without gradient; computed in fp32 and
+        rounded once.
+
+        In bf16 most of a small update is lost in that rounding, and just as much of it is lost where the
+        trainer adds the adapter's output to the layer's: both are equally far from the unrounded weights.
+        """
         weight = self._dense()
         if self.layer is None:
             return weight
         with torch.no_grad():
-            return weight + self.layer.get_delta_weight(ADAPTER).to(weight.dtype)
+            return (weight.float() + _update(self.layer)).to(weight.dtype)
 
     def _dense(self) -> Tensor:
         if not hasattr(self.parameter, "quant_state"):
@@ -58,6 +63,13 @@ class Weight(NamedTuple):
         from rayrlhf.models.quantize import dense  # and with it bitsandbytes
 
         return dense(self.parameter)
+
+
+def _update(layer: Any) -> Tensor:
+    """scaling · B A in fp32, in the layout of the layer's weight."""
+    a, b = (matrix.float() for matrix in adapter_parameters(layer))
+    update = layer.scaling[ADAPTER] * (b @ a)
+    return update.T if getattr(layer, "fan_in_fan_out", False) else update
 
 
 def weights_of(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Weight]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from rayrlhf.models.adapters import TrainedAdapter
+from rayrlhf.models.generation import exported_config
 from rayrlhf.models.heads import ScoreModel, StepModel
 from rayrlhf.models.modes import honour_umask
 
@@ -45,11 +47,26 @@ def export_causal_lm(
     """
 
     def save(folder: Path) -> None:
-        causal_lm.save_pretrained(folder, state_dict=dict(state_dict))  # which it empties of tied weights
+        with _generating_as(causal_lm, tokenizer):
+            causal_lm.save_pretrained(folder, state_dict=dict(state_dict))  # which it empties of tied weights
         if adapter is not None:
             _write_adapter(folder / ADAPTER_FOLDER, adapter, task="CAUSAL_LM")
 
     _write(save, tokenizer, path)
+
+
+@contextmanager
+def _generating_as(causal_lm: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, the model's generation config is the one to export."""
+    own = getattr(causal_lm, "generation_config", None)
+    if own is None:  # code of the model's own, that does not generate
+        yield
+        return
+    causal_lm.generation_config = exported_config(own, tokenizer)
+    try:
+        yield
+    finally:
+        causal_lm.generation_config = own
 
 
 def export_reward_model(

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rayrlhf.models.export import with_padding
+from rayrlhf.models.generation import exported_config
 from rayrlhf.models.merge_lora import ADAPTER_PREFIX, ADAPTER_WEIGHTS, MergeProblem, Plan
 from rayrlhf.models.modes import honour_umask
 
@@ -128,6 +129,8 @@ def _padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _write(plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """In one move: the folder is there when it is whole."""
     partial = plan.out.with_name(f".{plan.out.name}.partial-{os.getpid()}")
+    if plan.task == "CAUSAL_LM":
+        model.generation_config = exported_config(model.generation_config, tokenizer)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -56,7 +56,7 @@ def layers_to_quantize(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return layers
 
 
-def dense(parameter: nn.Parameter) -> Tensor:
+def dense(parameter: Tensor) -> Tensor:
     """The weight that a 4-bit parameter stands for, in the dtype that it had."""
     state: Any = parameter.quant_state  # pyright: ignore[reportAttributeAccessIssue]  # Params4bit's
     return dequantize_4bit(parameter.data, state)

@@ -8,37 +8,38 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rayrlhf.models.adapters import Weight
+from rayrlhf.models.checkpoint_tensors import CheckpointTensors
 from rayrlhf.rollout.hub import TensorSlice
 
 ALIGNMENT_BYTES = 16
-Group = Sequence[Weight]
+Group = Sequence[CheckpointTensors]
 
 
-def plan_buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:
-    """Consecutive weights up to `bucket_bytes`; one larger than that gets a bucket of its own."""
-    group: list[Weight] = []
+def plan_buckets(
+    tensors: Iterable[CheckpointTensors], bucket_bytes: int
+) -> Iterator[list[CheckpointTensors]]:
+    """Consecutive ones up to `bucket_bytes`; one larger than that gets a bucket of its own."""
+    group: list[CheckpointTensors] = []
     size = 0
-    for weight in weights:
-        num_bytes = _num_bytes(weight)
-        if group and size + num_bytes > bucket_bytes:
+    for made_together in tensors:
+        if group and size + made_together.num_bytes > bucket_bytes:
             yield group
             group, size = [], 0
-        group.append(weight)
-        size += num_bytes
+        group.append(made_together)
+        size += made_together.num_bytes
     if group:
         yield group
 
 
 def lay_out(group: Group) -> list[TensorSlice]:
-    """Where each weight of a bucket lies. ZeRO-3 needs not gather it for that."""
+    """Where each tensor of a bucket lies. ZeRO-3 needs not gather it for that."""
     slices: list[TensorSlice] = []
     end = 0
-    for weight in group:
+    for spec in (spec for made_together in group for spec in made_together.specs):
         start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # a view of another dtype needs an aligned start
-        dtype = str(weight.dtype).removeprefix("torch.")
-        slices.append(TensorSlice(weight.name, dtype, weight.shape, start, _num_bytes(weight)))
-        end = start + slices[-1].num_bytes
+        dtype = str(spec.dtype).removeprefix("torch.")
+        slices.append(TensorSlice(spec.name, dtype, spec.shape, start, spec.num_bytes))
+        end = start + spec.num_bytes
     return slices
 
 
@@ -71,9 +72,10 @@ def size_of(slices: Sequence[TensorSlice]) -> int:
 
 
 def fill(flat: Tensor, group: Group, slices: Sequence[TensorSlice]) -> None:
-    """Copy the weights' bytes to where they lie in `flat`, uint8 on any device."""
-    for weight, piece in zip(group, slices, strict=True):
-        raw = weight.merged().contiguous().view(-1).view(torch.uint8)
+    """Copy the tensors' bytes to where they lie in `flat`, uint8 on any device."""
+    tensors = (tensor for made_together in group for tensor in made_together.tensors())
+    for tensor, piece in zip(tensors, slices, strict=True):
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
         flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes].copy_(raw)
 
 
@@ -89,7 +91,3 @@ def unpack(slices: Sequence[TensorSlice], flat: Tensor) -> Iterator[tuple[str, T
     for piece in slices:
         raw = flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes]
         yield piece.name, raw.view(getattr(torch, piece.dtype)).view(piece.shape)
-
-
-def _num_bytes(weight: Weight) -> int:
-    return math.prod(weight.shape) * weight.dtype.itemsize

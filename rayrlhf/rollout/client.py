@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from rayrlhf.config.rollout import EngineConfig, RolloutConfig, SamplingConfig
+from rayrlhf.data.ends import ResponseEnds
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.samples import Prompt, Sample
@@ -29,8 +30,18 @@ EPISODE_GRACE_SECONDS = 30.0  # an episode ends itself at its own deadline; this
 class RolloutClient:
     """One per training worker. A request whose replica dies goes to another one, until the deadline."""
 
-    def __init__(self, engines: Any, config: EngineConfig, *, seed: int, episodes: Any = None) -> None:
+    def __init__(
+        self,
+        engines: Any,
+        config: EngineConfig,
+        *,
+        seed: int,
+        ends_of: Callable[[Sequence[str]], ResponseEnds],
+        episodes: Any = None,
+    ) -> None:
+        """`ends_of(sampling.stop)`: where responses end."""
         self.engines = engines
+        self.ends_of = ends_of
         self.episodes = episodes  # the environments' handle, in multi-turn runs
         self.config = config
         self.seed = seed
@@ -50,8 +61,10 @@ class RolloutClient:
         Seeds depend on (run seed, group, sample) alone, so that results depend neither on which replica
         answers nor on how many there are.
         """
+        ends = self.ends_of(sampling.stop)
         params = [
-            vllm_params(sampling, seed=sample_seed(self.seed, group_id, index)) for index in range(group_size)
+            vllm_params(sampling, ends, seed=sample_seed(self.seed, group_id, index))
+            for index in range(group_size)
         ]
         if self.episodes is None:
             async for index, generation in self._stream(prompt.prompt_ids, params, min_version):
@@ -182,7 +195,7 @@ def _from_episode(episode: Episode, prompt: Prompt, group_id: int, index: int) -
     )
 
 
-def vllm_params(sampling: SamplingConfig, *, seed: int) -> dict[str, Any]:
+def vllm_params(sampling: SamplingConfig, ends: ResponseEnds, *, seed: int) -> dict[str, Any]:
     """vLLM's SamplingParams as a plain dict (the caller does not import vllm)."""
     return {
         "temperature": sampling.temperature if sampling.temperature > GREEDY else 0.0,
@@ -190,7 +203,8 @@ def vllm_params(sampling: SamplingConfig, *, seed: int) -> dict[str, Any]:
         "top_k": sampling.top_k,
         "min_tokens": sampling.min_new_tokens,
         "max_tokens": sampling.max_new_tokens,
-        "stop": list(sampling.stop) or None,
+        "stop": list(ends.texts) or None,
+        "stop_token_ids": list(ends.token_ids) or None,
         "seed": seed,
         "logprobs": 0,  # the sampled token's own
     }

@@ -137,7 +137,8 @@ def turn_params(
     if params.get("seed") is not None:
         changes["seed"] = int(np.random.SeedSequence([params["seed"], turn]).generate_state(1)[0])
     if end_of_turn_id is not None:
-        changes["stop_token_ids"] = [end_of_turn_id]  # a model's end of text may be another one
+        others = params.get("stop_token_ids") or []
+        changes["stop_token_ids"] = list(dict.fromkeys([end_of_turn_id, *others]))
     return {**params, **changes}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.data import ends
 from rayrlhf.data.chat import render_prompt
 from rayrlhf.data.markers import cut, encode, markers_of, whole
 from rayrlhf.data.rows import BadRow, DataError, check_unicode
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]  # role, content, and what else the template reads
 Observation = str | Message | Sequence[str | Message]
-
-STAND_IN = "the-answer-goes-here"
-QUESTION: Message = {"role": "user", "content": "Well?"}
-ANSWER: Message = {"role": "assistant", "content": STAND_IN}
 
 
 class Turns:
@@ -113,7 +110,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
             "name one with data.chat_template, or set data.apply_chat_template=false"
         )
     try:
-        closing = _behind_answer(tokenizer, [], generation_prompt=False)
+        closing = ends.behind_answer(tokenizer, [], generation_prompt=False)
         observed = behind_answer(tokenizer, [{"role": "user", "content": "Go on."}])
     except BadRow as error:
         raise DataError(_refusal(str(error))) from error
@@ -121,8 +118,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
         raise DataError(
             _refusal(f"it ends an answer with {closing!r}, but goes on from it with {observed[:80]!r}")
         )
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((token for token in encode(closing, tokenizer) if token in special), None)
+    return ends.end_of_turn_id(tokenizer)
 
 
 def _refusal(reason: str) -> str:
@@ -134,21 +130,4 @@ def _refusal(reason: str) -> str:
 
 def behind_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """What the template writes behind an answer that `messages` follow, up to the next answer."""
-    return _behind_answer(tokenizer, messages, generation_prompt=True)
-
-
-def _behind_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            [QUESTION, ANSWER, *messages], tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except Exception as error:  # a template is foreign code, and raises what it wants
-        roles = ", ".join(repr(message["role"]) for message in messages)
-        raise BadRow(f"the chat template rejects {roles or 'an answer'}: {error}") from error
-    assert isinstance(text, str)
-    _, found, behind = text.partition(STAND_IN)
-    if not found:
-        raise BadRow("the chat template leaves an answer out once another message follows it")
-    return behind
+    return ends.behind_answer(tokenizer, messages, generation_prompt=True)

@@ -1,7 +1,8 @@
 """What runs inside vLLM's worker: the receiving end of a weight sync.
 
 vLLM imports this module in every worker process because `worker_extension_cls` names `WorkerExtension`; the
-import registers the transfer backend. Only this module and `rollout.engine` may import vllm.
+import registers the transfer backend. Only this module, `vllm_reload` and
+`rollout.stepper` may import vllm.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rayrlhf.rollout.bucket import check, size_of, unpack
 from rayrlhf.rollout.device_memory import device_key
 from rayrlhf.rollout.hub import TensorSlice
 from rayrlhf.rollout.meeting import Link, Meeting, join
+from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 
 BUCKETS = "rayrlhf_buckets"
 
@@ -33,6 +35,7 @@ if current_platform.is_cpu():
     # answering with the old ones. Without packing, the layers are plain F.linear over the parameters that we
     # write to.
     _custom_ops._supports_onednn = False
+    pack_experts_at_every_load()
 
 
 @dataclass
@@ -48,11 +51,12 @@ class BucketUpdate(WeightTransferUpdateInfo):
 
 
 class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
-    """Loads buckets of checkpoint-named tensors in place and insists that every parameter was reached."""
+    """Loads buckets of tensors as a checkpoint has them, and insists that every parameter was reached."""
 
     init_info_cls = BucketInit
     update_info_cls = BucketUpdate
     link: Link | None = None
+    reload: Reload
 
     def init_transfer_engine(self, init_info: BucketInit) -> None:
         self.link = None
@@ -60,7 +64,8 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         self.link = join(init_info.meeting, rank=rank, device=self.device, key=device_key(self.device))
 
     def start_weight_update(self) -> None:
-        self.reached: set[str] = set()
+        self.reload = Reload(self.model)
+        self.reload.start()
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
         slices = update_info.slices
@@ -74,15 +79,10 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
 
     def _load(self, slices: Sequence[TensorSlice], flat: Tensor) -> None:
         model: Any = self.model
-        self.reached |= model.load_weights(unpack(slices, flat))  # copies out of `flat`
+        self.reload.collected(model.load_weights(unpack(slices, flat)), flat)
 
     def finish_weight_update(self) -> None:
-        missing = sorted({name for name, _ in self.model.named_parameters()} - self.reached)
-        if missing:
-            raise RuntimeError(
-                f"weight sync left {len(missing)} engine parameters at their old values, among them "
-                f"{missing[:5]}: the trainer's model and the engine's model differ"
-            )
+        self.reload.finish(self.model_config)
 
     def shutdown(self) -> None:
         link, self.link = self.link, None

@@ -19,9 +19,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from torch import Tensor, nn
+from torch import Tensor
 
-from rayrlhf.models.adapters import Weight
+from rayrlhf.models.checkpoint_tensors import CheckpointTensors
 from rayrlhf.rollout.bucket import Group, flatten, lay_out, plan_buckets
 from rayrlhf.rollout.courier import Courier
 from rayrlhf.rollout.hub import Bucket, HubState, Part, Publication, TensorSlice
@@ -29,7 +29,7 @@ from rayrlhf.rollout.hub_client import HubClient
 from rayrlhf.rollout.meeting import Backend
 
 COPIES_UNDER_WAY = 2  # buckets that wait to be put into the object store
-Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
+Gathered = Callable[[list[Tensor]], AbstractContextManager[None]]
 
 
 class WeightSync:
@@ -80,7 +80,7 @@ class WeightSync:
         newest, _, awake = self.gather(found)[0]
         return version > 0 or newest.number > 0 or newest.version < version or not awake
 
-    def push(self, weights: Iterable[Weight], version: int) -> str | None:
+    def push(self, weights: Iterable[CheckpointTensors], version: int) -> str | None:
         """Every running engine holds `version` then. Returns why the direct way failed, where it did and the
         object store had to help. Raises `TimeoutError` naming who does not hold it.
         """
@@ -90,7 +90,7 @@ class WeightSync:
         everybody = courier is not None and courier.start(number, version, [slices for _, slices in plan])
         copies: list[Future[Bucket]] = []
         for group, slices in plan:
-            with self.gathered([part for weight in group for part in weight.parts]):
+            with self.gathered([part for made_together in group for part in made_together.parts]):
                 flat = courier.send(group, slices) if courier is not None else None
                 if self.rank == 0:
                     copies.append(self._copy(group, slices, flat))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,7 +127,7 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 @contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Inside, these parameters hold their whole tensors on every rank (a no-op below ZeRO-3). Collective."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:

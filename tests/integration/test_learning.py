@@ -58,6 +58,12 @@ def rewards_of(folder: Path) -> list[float]:
     return [row["reward/mean"] for row in map(json.loads, lines) if "reward/mean" in row]
 
 
+def differences_of(folder: Path) -> list[float]:
+    """The largest |log-probability of the trainer - of the engine| of each step."""
+    lines = (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()
+    return [row["rollout/logprob_diff_max"] for row in map(json.loads, lines) if "reward/mean" in row]
+
+
 LEARNERS: dict[str, list[str]] = {
     "ppo": ["critic.lr=1e-3"],
     "reinforce_pp": [],
@@ -79,6 +85,8 @@ def test_the_reward_rises(tmp_path: Path, tiny_model: str, name: str, seed: int)
     assert len(rewards) == NUM_STEPS
     assert rewards[0] < 0.3
     assert sum(rewards[-3:]) / 3 > 0.8, f"{name}, seed {seed}: {rewards}"
+    if name != "async":  # where some tokens are of older weights
+        assert max(differences_of(tmp_path)) < 1e-4, "number 18: engines compute what the trainer computes"
 
 
 OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -93,6 +101,7 @@ def test_it_runs(tmp_path: Path, tiny_model: str, name: str) -> None:
     overrides, wanted = OTHERS[name]
     assert run_policy(shipped(name, tmp_path, tiny_model, "train.num_steps=3", *overrides)) == 0
     assert len(rewards_of(tmp_path)) == 3
+    assert max(differences_of(tmp_path)) < 1e-4
     last = json.loads((tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1])
     for key, value in wanted.items():
         assert last[key] >= value
@@ -112,6 +121,7 @@ def test_the_agent_runs(tmp_path: Path, tiny_model: str) -> None:
     )
     assert run_policy(config) == 0
     assert len(rewards_of(tmp_path)) == 2
+    assert max(differences_of(tmp_path)) < 1e-4
 
 
 def test_every_cpu_config_is_run_here() -> None:

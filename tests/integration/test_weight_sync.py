@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from rayrlhf.loops.apps import engine_settings, max_model_tokens
 from rayrlhf.loops.job import PolicyJob
 from rayrlhf.loops.session import deploy, watched
-from rayrlhf.models.adapters import weights_of
+from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
 from rayrlhf.placement.apply import create_slots
 from rayrlhf.placement.apps import app_statuses
 from rayrlhf.placement.lease import NAMESPACE
@@ -98,7 +98,7 @@ class Engines:
         return self.push()
 
     def push(self) -> str | None:
-        return self.sync.push(weights_of(self.model), self.version)
+        return self.sync.push(checkpoint_tensors(self.model), self.version)
 
     def ask_all(self) -> list[Any]:
         return self.handle.broadcast("complete", PROMPT, GREEDY, self.version).results(timeout_s=60)
@@ -280,7 +280,7 @@ def test_a_version_nobody_published_is_refused(engines: Engines) -> None:
 
 def test_a_parameter_that_was_left_out_is_named(engines: Engines) -> None:
     """The last test of these engines: they hold no whole weights afterwards."""
-    *most, (name, *_) = weights_of(engines.model)
-    left = f"left 1 engine parameters at their old values, among them.*{name}"
+    *most, last = checkpoint_tensors(engines.model)
+    left = f"left 1 engine parameters at their old values, among them.*{last.specs[0].name}"
     with pytest.raises(TimeoutError, match=left):
         engines.sync.push(most, engines.version)

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.models.adapters import (
@@ -25,6 +31,7 @@ from rayrlhf.models.merge_lora import main as merge_lora
 from tests.tiny_model import make_tokenizer
 
 LORA = LoraConfig(rank=4, alpha=8)  # scaled by 2
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 8}
 IDS = torch.arange(8, 20)[None]
 
 
@@ -80,6 +87,43 @@ def test_a_model_of_merged_weights_computes_the_same(tiny_model: str) -> None:
     model, merged = adapted(plain(tiny_model)), plain(tiny_model)
     merged.load_state_dict(whole(model))
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3, 1e-2])
+@torch.no_grad()
+def test_7_merged_in_bf16_they_are_as_near_to_the_truth_as_the_trainer(size: float) -> None:
+    """Of a small update both lose most: one rounds W + s B A, the other W x + s B A x. An engine that kept
+    more of it would differ more from the trainer.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=512, num_hidden_layers=1, intermediate_size=64, vocab_size=8)
+    model = adapted(LlamaForCausalLM(config).bfloat16(), learnt=False)
+    layer = adapted_layers(model)["model.layers.0.self_attn.q_proj"]
+    nn.init.normal_(layer.lora_B["default"].weight, std=size)
+    weights = {weight.name: weight for weight in weights_of(model)}
+    merged = weights["model.layers.0.self_attn.q_proj.weight"].merged()
+    a, b = (getattr(layer, matrix)["default"].weight.float() for matrix in ("lora_A", "lora_B"))
+    x = torch.randn(256, 512).bfloat16()
+    update = 2 * x.float() @ (b @ a).T
+    base = x.float() @ layer.base_layer.weight.float().T
+    trainer, engine = layer(x).float(), nn.functional.linear(x, merged).float()
+    error_of_trainer, error_of_engine = ((y - base - update).norm() for y in (trainer, engine))
+    assert error_of_engine == pytest.approx(error_of_trainer.item(), rel=0.03)
+    start = layer.base_layer(x).float()
+    kept_by_trainer, kept_by_engine = (
+        ((y - start) * update).sum() / update.norm() ** 2 for y in (trainer, engine)
+    )
+    assert kept_by_engine == pytest.approx(kept_by_trainer.item(), abs=0.1)
+    assert (kept_by_trainer < 0.2) == (size == 1e-5), "it is bf16 itself that loses it"
+
+
+def test_7_a_merged_weight_is_rounded_once() -> None:
+    model = adapted(LlamaForCausalLM(LlamaConfig(**SMALL)).bfloat16())
+    layer = adapted_layers(model)["model.layers.0.mlp.up_proj"]
+    a, b = (getattr(layer, matrix)["default"].weight.double() for matrix in ("lora_A", "lora_B"))
+    exact = layer.base_layer.weight.double() + 2 * b @ a
+    weights = {weight.name: weight for weight in weights_of(model)}
+    assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"].merged(), exact.bfloat16())
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")

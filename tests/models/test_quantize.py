@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rayrlhf.config.model import LoraConfig, TrainedModelConfig
 from rayrlhf.models.adapters import adapter_weights, adapters_off, weights_of
+from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import adapt, load_policy
 from rayrlhf.models.logprobs import PolicyModel
@@ -95,7 +96,7 @@ def test_gradients_pass_also_after_an_evaluation(tiny_model: str) -> None:
 
 def test_engines_get_dense_weights(tiny_model: str) -> None:
     policy = quantized(tiny_model)
-    group = list(weights_of(policy.causal_lm))
+    group = list(checkpoint_tensors(policy.causal_lm))
     slices = lay_out(group)
     received = dict(unpack(slices, flatten(group, slices)))
     start = load_file(Path(tiny_model) / "model.safetensors")

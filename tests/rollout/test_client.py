@@ -13,6 +13,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from rayrlhf.config.rollout import RolloutConfig, SamplingConfig
+from rayrlhf.data.ends import ResponseEnds
 from rayrlhf.rollout import client as client_module
 from rayrlhf.rollout.client import MAX_ENGINE_DEATHS, RolloutClient, sample_seed, vllm_params
 from rayrlhf.rollout.engine import Generation
@@ -89,7 +90,8 @@ def in_task(cause: Exception) -> RayTaskError:
 
 
 def make_client(engines: Engines, timeout_seconds: float = 60.0) -> RolloutClient:
-    return RolloutClient(engines, RolloutConfig(timeout_seconds=timeout_seconds), seed=3)
+    config = RolloutConfig(timeout_seconds=timeout_seconds)
+    return RolloutClient(engines, config, seed=3, ends_of=lambda stop: ResponseEnds((), tuple(stop)))
 
 
 def ask(client: RolloutClient, group_size: int = 2) -> list[Sample]:
@@ -231,22 +233,24 @@ def test_sampling_parameters_by_name() -> None:
     sampling = SamplingConfig(
         temperature=0.8, top_p=0.9, top_k=20, min_new_tokens=2, max_new_tokens=64, stop=["\n\n"]
     )
-    assert vllm_params(sampling, seed=11) == {
+    assert vllm_params(sampling, ResponseEnds((7, 9), ("\n\n",)), seed=11) == {
         "temperature": 0.8,
         "top_p": 0.9,
         "top_k": 20,
         "min_tokens": 2,
         "max_tokens": 64,
         "stop": ["\n\n"],
+        "stop_token_ids": [7, 9],
         "seed": 11,
         "logprobs": 0,
     }
-    assert vllm_params(SamplingConfig(), seed=11)["stop"] is None
+    unlimited = vllm_params(SamplingConfig(), ResponseEnds(), seed=11)
+    assert unlimited["stop"] is None and unlimited["stop_token_ids"] is None
 
 
 @pytest.mark.parametrize("temperature, sent", [(0.0, 0.0), (1e-7, 0.0), (1e-3, 1e-3), (1.0, 1.0)])
 def test_temperatures_that_vllm_would_take_for_noise_are_greedy(temperature: float, sent: float) -> None:
-    assert vllm_params(SamplingConfig(temperature=temperature), seed=0)["temperature"] == sent
+    assert vllm_params(SamplingConfig(temperature=temperature), ResponseEnds(), seed=0)["temperature"] == sent
 
 
 SeedOf = Callable[[int], int]

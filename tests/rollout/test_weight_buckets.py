@@ -13,18 +13,26 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rayrlhf.models.adapters import Weight
-from rayrlhf.rollout.bucket import (
-    ALIGNMENT_BYTES,
-    TensorSlice,
-    flatten,
-    lay_out,
-    plan_buckets,
-    unpack,
-)
+from rayrlhf.models.checkpoint_tensors import CheckpointTensors
+from rayrlhf.rollout import bucket
+from rayrlhf.rollout.bucket import ALIGNMENT_BYTES, TensorSlice, unpack
 from rayrlhf.rollout.hub import Publication, WeightHub
 
 Group = list[Weight]
 ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
+
+
+def lay_out(group: Group) -> list[TensorSlice]:
+    return bucket.lay_out(list(map(CheckpointTensors.of, group)))
+
+
+def flatten(group: Group, slices: list[TensorSlice]) -> Tensor:
+    return bucket.flatten(list(map(CheckpointTensors.of, group)), slices)
+
+
+def plan_buckets(parameters: Group, bucket_bytes: int) -> list[Group]:
+    planned = bucket.plan_buckets(map(CheckpointTensors.of, parameters), bucket_bytes)
+    return [[weight for made_together in group for weight in made_together.weights] for group in planned]
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -136,7 +144,7 @@ def test_buckets_by_hand(bucket_bytes: int, buckets: list[list[str]]) -> None:
         Weight("c", parameter(20, dtype=torch.bfloat16)),  # 40
         Weight("d", parameter(30)),  # 120
     ]
-    assert names(list(plan_buckets(parameters, bucket_bytes))) == buckets
+    assert names(plan_buckets(parameters, bucket_bytes)) == buckets
 
 
 def test_a_partitioned_parameter_counts_whole() -> None:
@@ -148,11 +156,11 @@ def test_a_partitioned_parameter_counts_whole() -> None:
         return stub
 
     parameters: Group = [Weight(name, partitioned(size)) for name, size in (("a", 20), ("b", 20), ("c", 1))]
-    assert names(list(plan_buckets(parameters, 100))) == [["a"], ["b", "c"]]
+    assert names(plan_buckets(parameters, 100)) == [["a"], ["b", "c"]]
 
 
 def test_no_parameters_no_buckets() -> None:
-    assert list(plan_buckets([], 100)) == []
+    assert plan_buckets([], 100) == []
 
 
 def test_a_partitioned_parameter_is_laid_out_before_it_is_gathered() -> None:

@@ -1,0 +1,106 @@
+"""Where a response ends: at the model's end of text, the chat template's end of turn, or what `stop` names.
+
+The end of turn is often not the tokenizer's end of text: a base model that learns ChatML closes its answers
+with `<|im_end|>`, and its eos token stays `<|endoftext|>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+from rayrlhf.config.data import DataConfig
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.data.chat import encode, prompt_tokenizer, read_chat_template
+from rayrlhf.data.rows import BadRow, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STAND_IN = "the-answer-goes-here"
+QUESTION: dict[str, Any] = {"role": "user", "content": "Well?"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": STAND_IN}
+
+
+@dataclass(frozen=True)
+class ResponseEnds:
+    """What ends responses in addition to the model's own end of text."""
+
+    token_ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+def response_ends(
+    stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, apply_chat_template: bool
+) -> ResponseEnds:
+    """The ends of responses to prompts of the chat template, or to plain ones, with the strings of `stop`.
+
+    Engines look for strings in text that has no special tokens: a string that is one becomes a token. Raises
+    `DataError` for one with a special token and more, which could never be found.
+    """
+    end_of_turn = end_of_turn_id(tokenizer) if apply_chat_template else None
+    ids = [] if end_of_turn is None else [end_of_turn]
+    texts: list[str] = []
+    special = _special_ids(tokenizer)
+    for text in stop:
+        found = encode(text, tokenizer)
+        inside = [token for token in found if token in special]
+        if not inside:
+            texts.append(text)
+        elif len(found) == 1:
+            ids += found
+        else:
+            token = tokenizer.convert_ids_to_tokens(inside[0])
+            raise DataError(
+                f"the stop string {text!r} has the special token {token!r} and more in it: engines look for "
+                f"strings in text without special tokens and would never find it; wanted {token!r} alone, or "
+                "a text without it"
+            )
+    return ResponseEnds(tuple(dict.fromkeys(ids)), tuple(texts))
+
+
+def ends_of(model: ModelConfig, data: DataConfig) -> Callable[[Sequence[str]], ResponseEnds]:
+    """`response_ends` of this model's tokenizer, for prompts as `data` renders them. Raises `DataError`."""
+    tokenizer = prompt_tokenizer(model.path, model.trust_remote_code, read_chat_template(data))
+    return partial(response_ends, tokenizer=tokenizer, apply_chat_template=data.apply_chat_template)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that engines leave out of the text of a response."""
+    added = tokenizer.added_tokens_decoder.items()
+    return set(tokenizer.all_special_ids) | {index for index, token in added if token.special}
+
+
+@lru_cache(maxsize=4)
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that closes an answer in the tokenizer's chat template; None where only text does, where
+    nothing does, and where the template takes no answers.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        closing = behind_answer(tokenizer, [], generation_prompt=False)
+    except BadRow:
+        return None
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in encode(closing, tokenizer) if token in special), None)
+
+
+def behind_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool
+) -> str:
+    """What the template writes behind an answer that `messages` follow. Raises `BadRow`."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [QUESTION, ANSWER, *map(dict, messages)], tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except Exception as error:  # a template is foreign code, and raises what it wants
+        roles = ", ".join(repr(message["role"]) for message in messages)
+        raise BadRow(f"the chat template rejects {roles or 'an answer'}: {error}") from error
+    assert isinstance(text, str)
+    _, found, behind = text.partition(STAND_IN)
+    if not found:
+        raise BadRow("the chat template leaves an answer out once another message follows it")
+    return behind

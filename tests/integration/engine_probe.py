@@ -1,0 +1,128 @@
+"""One real vLLM engine and a trainer's model in one process, without Ray: do they agree after pushes?
+
+`python -m tests.integration.engine_probe FOLDER [SAMPLING …]` prints one line of JSON: the largest
+|log-probability of the trainer's model - of the engine| over sampled tokens, before any push, after a push of
+the same weights, and after a push of other ones; then for each SAMPLING (a `rollout.sampling` in JSON), and
+after a push that followed one without one of the tensors, which must be refused. vLLM wants a process of its
+own, with its environment set before its import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+PROMPTS = [[1, *range(20 + i, 40 + i)] for i in range(4)]
+SAMPLING = {"max_new_tokens": 24}
+BUCKET_BYTES = 100_000  # several buckets, and layers that are whole only after some of them
+
+
+def main(folder: str, *samplings: str) -> None:
+    from rayrlhf.config.model import ModelConfig
+    from rayrlhf.config.rollout import EngineConfig
+    from rayrlhf.loops.apps import engine_settings
+
+    model = ModelConfig(path=folder, dtype="float32")
+    settings = engine_settings(
+        model,
+        EngineConfig(kv_cache_bytes=64 * 2**20),
+        seed=0,
+        max_model_tokens=128,
+        weight_hub=None,
+        on_gpu=False,
+        threads=1,
+    )
+    os.environ.update(settings.env_vars)
+    tried = [json.loads(sampling) for sampling in samplings]
+    differences = asyncio.run(_differences(folder, model, settings.engine_args, tried))
+    print(json.dumps(differences), flush=True)
+    os._exit(0)  # the stepper's thread waits for more
+
+
+async def _differences(
+    folder: str, model: Any, engine_args: dict[str, Any], samplings: list[dict[str, Any]]
+) -> list[float]:
+    import torch
+
+    from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
+    from rayrlhf.models.load import load_policy
+    from rayrlhf.rollout.bucket import flatten, lay_out, plan_buckets
+    from rayrlhf.rollout.stepper import Stepper
+
+    policy = load_policy(model, folder, device=torch.device("cpu"), chunk_tokens=1000).eval()
+    stepper = Stepper(engine_args)
+
+    async def push(version: int, *, without_one: bool = False) -> None:
+        await stepper.pause()
+        await stepper.start_weight_update()
+        groups = list(plan_buckets(checkpoint_tensors(policy.causal_lm), BUCKET_BYTES))
+        for index, group in enumerate(groups):
+            slices = lay_out(group)
+            flat = flatten(group, slices).numpy()
+            left_out = without_one and index == len(groups) // 2
+            await stepper.load_bucket(slices[:-1] if left_out else slices, flat)
+            flat[:] = 255  # the next bucket comes in the same memory: whoever keeps views of it is wrong
+        await stepper.finish_weight_update(version)
+        await stepper.resume()
+
+    differences = [await _difference(policy, stepper)]
+    await push(1)
+    differences.append(await _difference(policy, stepper))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter) * parameter.std())
+    await push(2)
+    differences += [await _difference(policy, stepper, sampling) for sampling in [SAMPLING, *samplings]]
+    try:
+        await push(3, without_one=True)
+    except RuntimeError as refusal:  # be it one of many that a layer of the engine is made of
+        assert "at their old values" in str(refusal), refusal
+    else:
+        raise AssertionError("a push without one of the tensors was taken for whole")
+    await push(4)  # an update that broke off is no hindrance
+    return [*differences, await _difference(policy, stepper)]
+
+
+async def _difference(policy: Any, stepper: Any, given: dict[str, Any] = SAMPLING) -> float:
+    import torch
+
+    from rayrlhf.batch import cu_seqlens_of, position_ids_of
+    from rayrlhf.config.rollout import SamplingConfig
+    from rayrlhf.data.ends import response_ends
+    from rayrlhf.rollout.client import vllm_params
+    from tests.tiny_model import make_tokenizer
+
+    sampling = SamplingConfig(**given)
+    ends = response_ends(sampling.stop, make_tokenizer(), apply_chat_template=True)
+
+    ids: list[int] = []
+    mask: list[float] = []
+    theirs: list[float] = []
+    lengths: list[int] = []
+    for seed, prompt in enumerate(PROMPTS):
+        async for _, output in stepper.stream(prompt, [vllm_params(sampling, ends, seed=seed)]):
+            [completion] = output.outputs
+            tokens = list(completion.token_ids)
+            assert not {*ends.token_ids} & {*tokens[:-1]}, f"{tokens} goes on behind one of {ends.token_ids}"
+            logprobs = [at[token].logprob for token, at in zip(tokens, completion.logprobs, strict=True)]
+            ids += [*prompt, *tokens]
+            mask += [*[0.0] * len(prompt), *[1.0] * len(tokens)]
+            theirs += [*[0.0] * len(prompt), *logprobs]
+            lengths.append(len(prompt) + len(tokens))
+    with torch.no_grad():
+        ours = policy(
+            torch.tensor(ids),
+            position_ids_of(lengths),
+            cu_seqlens_of(lengths),
+            torch.tensor(mask),
+            sampling.temperature,
+        ).logprobs
+    return (ours - torch.tensor(theirs)).abs().max().item()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
