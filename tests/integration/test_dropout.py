@@ -1,4 +1,7 @@
-"""SFT with the dropout of GPT-2: masks of ranks, and of a run that goes on from a checkpoint."""
+"""SFT with the dropout of GPT-2: masks of ranks, and of a run that goes on from a checkpoint.
+
+`tests/train/test_resumed_dropout.py` has the same for one learner, without Ray.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.integration import supervised_data as made
 from tests.integration.test_supervised import job
 from tests.tiny_model import make_tokenizer
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.usefixtures("ray_session")]
 
 
 def losses(config: Any) -> list[tuple[int, float]]:
