@@ -105,6 +105,7 @@ def test_checkpointed_activations_change_no_gradient(tiny_model: str) -> None:
         policy = load(tiny_model, 7)
         if checkpointed:
             checkpoint_activations(policy.causal_lm)
+            policy.train()  # as before each update
         saved: list[int] = []
 
         def pack(tensor: Tensor, saved: list[int] = saved) -> Tensor:
