@@ -88,7 +88,7 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
     check_placement(spec, config, console)
     tell_generation_config(config.model, console.say)
     stores = prepare_stores(config, run_path, console.say)
-    sampled = {"rollout": config.rollout.sampling, "eval": config.eval.sampling}
+    sampled = {"rollout": config.rollout.sampling, "eval": config.eval_sampling}
     stops = {f"{key}.sampling.stop": sampling.stop for key, sampling in sampled.items()}
     check_stops(config.model, config.data, stops)
     try_rewards(
