@@ -21,7 +21,7 @@ def test_packed_scores_are_those_of_left_padded_batches(tmp_path: Path, max_toke
     [served] = check_sources(ServeRewardConfig(reward=ServedRewardConfig(sources=[source])))
     assert served.facts is not None
     rows = TextTokens(source, load_tokenizer(export), served.facts).of(TEXTS)
-    scores = ScoreActor(source, export, "").score([token_item(ids) for ids in rows])
+    scores = ScoreActor(source, export, None).score([token_item(ids) for ids in rows])
     expected = plain_scores(export, TEXTS)
     assert max(expected) - min(expected) > 0.1, "scores that are all alike would prove nothing"
     assert scores == pytest.approx(expected, abs=1e-5)
