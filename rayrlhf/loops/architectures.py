@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
 from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.model_paths import model_paths
 from rayrlhf.config.supervised import PrmRunConfig, RmRunConfig
 from rayrlhf.hub.local import local_folder
-from rayrlhf.loops.hub_models import model_paths
 from rayrlhf.models.load import has_packed_scorer
 from rayrlhf.models.probe import Head, Verdict, verdict_of
-from rayrlhf.placement.shape import cached_config
+from rayrlhf.placement.shape import config_folder
 
 
 class Judged(NamedTuple):
@@ -115,20 +114,6 @@ def longest_sequence(config: Any) -> int:
 
 
 def told_architectures(config: Any) -> Iterator[str]:
-    """A line per model, for a plan. What has no config.json on this machine is named too."""
-    if not hasattr(config, "train"):
-        return
-    missing = [f"{key}={path}" for key, path in model_paths(config) if not _config_here(path)]
-    if missing:
-        yield f"{', '.join(missing)}: no config.json on this machine, so the architecture is not checked yet"
-        return
-    for judged in judge(config, _config_here):
+    """A line per model whose config.json is on this machine, for a plan."""
+    for judged in judge(config, config_folder):
         yield judged.line()
-
-
-def _config_here(path: str) -> str:
-    """The folder with the model's config.json, or nothing."""
-    if Path(path, "config.json").is_file():
-        return path
-    file = cached_config(path)
-    return "" if file is None else str(file.parent)

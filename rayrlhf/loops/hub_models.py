@@ -14,6 +14,7 @@ import yaml
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayrlhf.config.model_paths import model_paths
 from rayrlhf.data.hub_pins import pin_data
 from rayrlhf.hub.access import own_access
 from rayrlhf.hub.errors import HubError
@@ -29,19 +30,6 @@ Say = Callable[[str], None]
 
 POLL_SECONDS = 1.0
 ANSWER_SECONDS = 300.0  # for an actor to start and answer
-SECTIONS = ("model", "critic", "ref", "teacher")
-
-
-def model_paths(config: Any) -> Iterator[tuple[str, str]]:
-    """(key, folder or id) of every model that a config of any job names."""
-    for section in SECTIONS:
-        path = getattr(getattr(config, section, None), "path", None)
-        if path is not None:
-            yield f"{section}.path", path
-    reward = getattr(config, "reward", None)
-    for index, source in enumerate(reward.sources if reward is not None else ()):
-        if source.type == "model":
-            yield f"reward.sources.{index}.path", source.path
 
 
 def pin(config: C, say: Say) -> C:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rayrlhf.config.model_paths import model_paths
 from rayrlhf.placement import plan_command
+from rayrlhf.placement.shape import config_folder
 
 
 def main(words: Sequence[str]) -> int:
@@ -14,6 +16,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def _architectures(config: Any) -> Iterator[str]:
+    """A line per model. What has no config.json here is named, and nothing heavy is imported for it."""
+    if not hasattr(config, "train"):
+        return
+    missing = [f"{key}={path}" for key, path in model_paths(config) if not config_folder(path)]
+    if missing:
+        yield f"{', '.join(missing)}: no config.json on this machine, so the architecture is not checked yet"
+        return
     from rayrlhf.loops.architectures import told_architectures  # and with it torch: help answers at once
 
-    return told_architectures(config)
+    yield from told_architectures(config)

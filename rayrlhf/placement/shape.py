@@ -192,3 +192,11 @@ def cached_config(path: str) -> Path | None:
         return None
     found = cache.glob(f"{hub_id.cache_name}/snapshots/*/config.json")
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def config_folder(path: str) -> str:
+    """The folder on this machine with a model's config.json, or nothing."""
+    if Path(path, "config.json").is_file():
+        return path
+    file = cached_config(path)
+    return "" if file is None else str(file.parent)

@@ -1,0 +1,61 @@
+"""What a task fetches for a rank is what the plan has for it, from any step on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayrlhf.data.example_store import EXAMPLE_SCHEMA, ExampleStore
+from rayrlhf.data.example_stream import _fetch, iter_examples
+from rayrlhf.data.plan import RowOrder, plan_steps
+from rayrlhf.data.store import write_tables
+from rayrlhf.data.stream import step_ranges
+
+LENGTHS = [3, 9, 1, 4, 7, 2, 5]
+
+
+class FakeShard:
+    def __init__(self, tables: list[pa.Table]) -> None:
+        self.tables = tables
+
+    def iter_batches(self, **_: Any) -> Any:
+        return (table.slice(index, 1) for table in self.tables for index in range(len(table)))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ExampleStore:
+    columns = {
+        "num_tokens": LENGTHS,
+        "input_ids": [[[row] * length] for row, length in enumerate(LENGTHS)],
+        "loss_mask": [[[1] * length] for length in LENGTHS],
+        "targets": [[[]] for _ in LENGTHS],
+        "value": [float(row) for row in range(len(LENGTHS))],
+    }
+    fields = [field for field in EXAMPLE_SCHEMA if field.name != "row_id"]
+    table = pa.Table.from_pydict(columns, pa.schema(fields))
+    write_tables([table], EXAMPLE_SCHEMA, {"rows": len(LENGTHS)}, "", tmp_path / "store.arrow")
+    return ExampleStore.open(tmp_path / "store.arrow")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 4, 7])
+def test_19_ranks_get_their_part_of_a_plan_that_nobody_has_kept(
+    store: ExampleStore, world_size: int, start: int
+) -> None:
+    order = RowOrder(len(LENGTHS), 3, 23, seed=4)  # eight steps, the last of two rows
+    pack = {"world_size": world_size, "budget_tokens": 10}
+    plans = list(plan_steps(order, np.array(LENGTHS), start=start, **pack))
+    blocks = step_ranges(start, len(order), world_size, 3)
+    for rank in range(world_size):
+        mine = [block for block in blocks if block["rank"][0].as_py() == rank]
+        shard = FakeShard([_fetch(str(store.path), order, block, **pack) for block in mine])
+        found = list(iter_examples(cast(Any, shard), rank, start))
+        assert [step for step, _ in found] == list(range(start, 8))
+        rows = [[[example.row_id for example in batch] for batch in batches] for _, batches in found]
+        assert rows == [plan.ranks[rank] for plan in plans]
+        examples = [example for _, batches in found for batch in batches for example in batch]
+        assert all(list(e.sequences[0].input_ids) == [e.row_id] * LENGTHS[e.row_id] for e in examples)
