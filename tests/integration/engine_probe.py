@@ -3,8 +3,8 @@
 `python -m tests.integration.engine_probe FOLDER [SAMPLING …]` prints one line of JSON: the largest
 |log-probability of the trainer's model - of the engine| over sampled tokens, before any push, after a push of
 the same weights, and after a push of other ones; then for each SAMPLING (a `rollout.sampling` in JSON), and
-after a push that followed one without one of the tensors, which must be refused. vLLM wants a process of its
-own, with its environment set before its import.
+after a push that followed one that broke off. A push without one of the tensors must be refused. vLLM wants a
+process of its own, with its environment set before its import.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any
 
 PROMPTS = [[1, *range(20 + i, 40 + i)] for i in range(4)]
 SAMPLING = {"max_new_tokens": 24}
 BUCKET_BYTES = 100_000  # several buckets, and layers that are whole only after some of them
+MIDDLE = 4  # a bucket, whose last tensor is in some families one of many that a layer is made of
 
 
 def main(folder: str, *samplings: str) -> None:
@@ -55,15 +58,15 @@ async def _differences(
     policy = load_policy(model, folder, device=torch.device("cpu"), chunk_tokens=1000).eval()
     stepper = Stepper(engine_args)
 
-    async def push(version: int, *, without_one: bool = False) -> None:
+    async def push(version: int, *, without: int | None = None, breaks_off_at: int | None = None) -> None:
         await stepper.pause()
         await stepper.start_weight_update()
-        groups = list(plan_buckets(checkpoint_tensors(policy.causal_lm), BUCKET_BYTES))
-        for index, group in enumerate(groups):
+        for index, group in enumerate(plan_buckets(checkpoint_tensors(policy.causal_lm), BUCKET_BYTES)):
             slices = lay_out(group)
             flat = flatten(group, slices).numpy()
-            left_out = without_one and index == len(groups) // 2
-            await stepper.load_bucket(slices[:-1] if left_out else slices, flat)
+            if index == breaks_off_at:
+                slices = [replace(slices[0], dtype="no dtype")]
+            await stepper.load_bucket(slices[:-1] if index == without else slices, flat)
             flat[:] = 255  # the next bucket comes in the same memory: whoever keeps views of it is wrong
         await stepper.finish_weight_update(version)
         await stepper.resume()
@@ -77,14 +80,20 @@ async def _differences(
             parameter.add_(0.3 * torch.randn_like(parameter) * parameter.std())
     await push(2)
     differences += [await _difference(policy, stepper, sampling) for sampling in [SAMPLING, *samplings]]
+    await _refused(push(3, breaks_off_at=MIDDLE), "is no dtype")
+    await push(3)  # as from the object store, after a direct push that broke off
+    differences.append(await _difference(policy, stepper))
+    await _refused(push(4, without=MIDDLE), "at their old values")
+    return differences
+
+
+async def _refused(push: Awaitable[None], why: str) -> None:
     try:
-        await push(3, without_one=True)
-    except RuntimeError as refusal:  # be it one of many that a layer of the engine is made of
-        assert "at their old values" in str(refusal), refusal
+        await push
+    except (RuntimeError, ValueError) as refusal:
+        assert why in str(refusal), refusal
     else:
-        raise AssertionError("a push without one of the tensors was taken for whole")
-    await push(4)  # an update that broke off is no hindrance
-    return [*differences, await _difference(policy, stepper)]
+        raise AssertionError("a broken push was taken for whole")
 
 
 async def _difference(policy: Any, stepper: Any, given: dict[str, Any] = SAMPLING) -> float:
