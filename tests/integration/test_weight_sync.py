@@ -115,7 +115,7 @@ class Engines:
     def wait_until_all_run(self, *, without: int | None = None) -> list[dict[str, Any]]:
         """What they tell; none of them is the process `without`."""
         told: list[dict[str, Any]] = []
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180  # an engine starts in 20 s on an idle machine
         while time.monotonic() < deadline:
             told = [answer for answer in self.describe() if answer["pid"] != without]
             if len(told) == NUM_ENGINES:
