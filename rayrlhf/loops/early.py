@@ -23,7 +23,7 @@ from rayrlhf.data.checks import check_example_sources, check_sources
 from rayrlhf.data.files import Split, resolve_source
 from rayrlhf.data.rows import DataError
 from rayrlhf.loops.lengths import length_problems, length_warnings
-from rayrlhf.models.folder import Kind, folder_problems, has_chat_template
+from rayrlhf.models.folder import Kind, folder_problems, has_chat_template, reader_problems
 from rayrlhf.models.weight_files import BrokenFile
 from rayrlhf.placement.heads import split_problems
 from rayrlhf.placement.shape import ShapeUnknown, read_shape
@@ -65,6 +65,7 @@ def check_files(config: Any) -> None:
             )
     if not problems:
         problems += [*_chat_template(config), *_heads(config), *length_problems(config, _readers(config))]
+        problems += _strange_tokens(config)
     if problems:
         raise ConfigError(problems)
 
@@ -107,6 +108,15 @@ def model_folders(config: Any) -> Iterator[tuple[str, str, Kind]]:
     for index, source in enumerate(reward.sources if reward is not None else ()):
         if source.type == "model":
             yield f"reward.sources.{index}.path", source.path, "scorer"
+
+
+def _strange_tokens(config: Any) -> Iterator[Problem]:
+    """Of the models that read the tokens of model.path's tokenizer."""
+    policy = getattr(getattr(config, "model", None), "path", "")
+    if Path(policy).is_dir():
+        for key, path in _readers(config):
+            if key in ("critic.path", "ref.path", "teacher.path"):
+                yield from reader_problems(key, path, policy)
 
 
 def _readers(config: Any) -> list[tuple[str, str]]:

@@ -233,14 +233,40 @@ def _tokenizer_problems(
     if _has_no_eos(folder, config):
         fix = "set eos_token in its tokenizer_config.json"
         yield "its tokenizer has no eos_token, with which a response ends", wanted, fix
+    size = _num_ids(folder)
+    if size is not None and embedding_rows is not None and size > embedding_rows:
+        yield (
+            f"its tokenizer has ids up to {size - 1}, but the embedding has {embedding_rows} rows",
+            "a tokenizer whose every token has a row",
+            "resize the model's embedding, or save the tokenizer that it was trained with",
+        )
+
+
+def reader_problems(key: str, path: str, tokenizer_path: str) -> list[Problem]:
+    """Of a model that reads the tokens of another one's tokenizer, whose every id must have a row in it."""
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    rows, size = _embedding_rows(read_weight_heads(folder), config), _num_ids(Path(tokenizer_path))
+    if rows is None or size is None or size <= rows:
+        return []
+    got = f"{path}: its embedding has {rows} rows, but it reads ids up to {size - 1} of {tokenizer_path}"
+    return [Problem(key, got, "a row for every token", "take a model with the tokenizer of model.path")]
+
+
+def _num_ids(folder: Path) -> int | None:
+    """One more than the largest id of a tokenizer; None where no file tells. Raises `BrokenFile`."""
+    found = []
     if (folder / "tokenizer.json").is_file():
-        size = _vocabulary(read_json(folder / "tokenizer.json"))
-        if embedding_rows is not None and size > embedding_rows:
-            yield (
-                f"its tokenizer has ids up to {size - 1}, but the embedding has {embedding_rows} rows",
-                "a tokenizer whose every token has a row",
-                "resize the model's embedding, or save the tokenizer that it was trained with",
-            )
+        found.append(_vocabulary(read_json(folder / "tokenizer.json")))
+    for name in ("vocab.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            ids = [value for value in read_json(folder / name).values() if isinstance(value, int)]
+            found.append(max(ids, default=-1) + 1)
+    settings = folder / "tokenizer_config.json"
+    added = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
+    if isinstance(added, Mapping):
+        found.append(max((int(key) for key in added if str(key).isdecimal()), default=-1) + 1)
+    return max(found, default=None)
 
 
 def _has_no_eos(folder: Path, config: Mapping[str, Any]) -> bool:

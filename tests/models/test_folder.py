@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.models.folder import folder_problems, has_chat_template
+from rayrlhf.models.folder import folder_problems, has_chat_template, reader_problems
 from rayrlhf.models.weight_files import read_heads
 from rayrlhf.placement.shape import FAMILIES
 from tests.checkpoint_files import (
@@ -264,3 +265,21 @@ def test_what_transformers_saves_of_any_family_is_good(kind: str, tied: bool, tm
         path = str(tmp_path / "scorer")
         assert folder_problems("x", path, "scorer", needs_tokenizer=False) == []
         assert folder_problems("x", path, "start", needs_tokenizer=False) == []
+
+
+def test_17e_every_token_has_a_row_in_each_model_that_reads_it(tmp_path: Path, tiny_model: str) -> None:
+    """Of added tokens too, which stand in other files than tokenizer.json."""
+    assert reader_problems("ref.path", tiny_model, tiny_model) == []
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny_model, policy)
+    (policy / "added_tokens.json").write_text(json.dumps({"<new>": 264}))
+    [problem] = reader_problems("ref.path", tiny_model, str(policy))
+    assert problem.path == "ref.path" and "embedding has 264 rows, but it reads ids up to 264" in problem.got
+    [problem] = folder_problems("model.path", str(policy), "policy")
+    assert "ids up to 264, but the embedding has 264 rows" in problem.got
+    (policy / "added_tokens.json").unlink()
+    settings = json.loads((policy / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {"270": {"content": "<new>"}}
+    (policy / "tokenizer_config.json").write_text(json.dumps(settings))
+    [problem] = folder_problems("model.path", str(policy), "policy")
+    assert "ids up to 270" in problem.got
