@@ -11,6 +11,7 @@ from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.model_paths import model_paths
 from rayrlhf.config.supervised import PrmRunConfig, RmRunConfig
 from rayrlhf.hub.local import local_folder
+from rayrlhf.loops.lengths import longest_sequences
 from rayrlhf.models.load import has_packed_scorer
 from rayrlhf.models.probe import Head, Verdict, verdict_of
 from rayrlhf.placement.shape import config_folder
@@ -22,13 +23,13 @@ class Judged(NamedTuple):
     verdict: Verdict
 
     def line(self) -> str:
-        told = f"{self.key}: {self.kind} is {self.verdict.name}"
+        line = f"{self.key}: {self.kind} is {self.verdict.name}"
         if self.verdict.streams is None or not self.verdict.streams.is_packed:
-            told += f": {self.verdict.reason}"
+            line += f": {self.verdict.reason}"
         if self.verdict.streams is None:
-            return told
+            return line
         slower = "" if self.verdict.streams.is_packed else "; right, but slower"
-        return f"{told} (largest difference measured {self.verdict.deviation:.1e}{slower})"
+        return f"{line} (largest difference measured {self.verdict.deviation:.1e}{slower})"
 
 
 def check_architectures(config: Any, say: Callable[[str], None]) -> None:
@@ -103,17 +104,11 @@ def _head(config: Any, key: str) -> Head:
 
 
 def longest_sequence(config: Any) -> int:
-    """Tokens of the longest sequence that the job can train on."""
-    data = config.data
-    longest = getattr(data, "max_tokens", 0)
-    rollout = getattr(config, "rollout", None)
-    if rollout is not None:
-        longest = data.max_prompt_tokens + rollout.max_response_tokens
-    ptx = getattr(data, "ptx", None)
-    return max(longest, ptx.max_tokens if ptx is not None else 0)
+    """Tokens of the longest sequence that the job allows."""
+    return max(longest.tokens for longest in longest_sequences(config))
 
 
-def told_architectures(config: Any) -> Iterator[str]:
+def architecture_lines(config: Any) -> Iterator[str]:
     """A line per model whose config.json is on this machine, for a plan."""
     for judged in judge(config, config_folder):
         yield judged.line()

@@ -17,10 +17,14 @@ from rayrlhf.models.weight_files import read_json
 class Longest(NamedTuple):
     """The longest sequence that a setting allows."""
 
-    key: str  # what makes it so long, as the user wrote it
-    told: str
-    tokens: int
+    key: str
+    limit: int  # what the key is set to, in tokens
+    prompt: int = 0  # data.max_prompt_tokens, where a response follows one
     in_engine: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.limit
 
 
 def longest_sequences(config: Any) -> list[Longest]:
@@ -28,7 +32,7 @@ def longest_sequences(config: Any) -> list[Longest]:
     data, rollout = getattr(config, "data", None), getattr(config, "rollout", None)
     found = []
     if isinstance(data, ExampleDataConfig):
-        found.append(Longest("data.max_tokens", "", data.max_tokens))
+        found.append(Longest("data.max_tokens", data.max_tokens))
     if isinstance(data, PromptDataConfig) and rollout is not None:
         is_trained = isinstance(config, PolicyRunConfig)
         response = rollout.max_response_tokens if is_trained else rollout.sampling.max_new_tokens
@@ -37,18 +41,17 @@ def longest_sequences(config: Any) -> list[Longest]:
             name = "rollout.environment.max_response_tokens"
         found.append(_rollout(data, name, response))
         if is_trained and data.ptx is not None:
-            found.append(Longest("data.ptx.max_tokens", "", data.ptx.max_tokens))
+            found.append(Longest("data.ptx.max_tokens", data.ptx.max_tokens))
         if is_trained and config.eval_sampling.max_new_tokens > response:
             found.append(_rollout(data, "eval.sampling.max_new_tokens", config.eval_sampling.max_new_tokens))
     for stage in ("sft", "dpo"):
         if (section := getattr(config, stage, None)) is not None:
-            found.append(Longest(f"{stage}.data.max_tokens", "", section.data.max_tokens))
+            found.append(Longest(f"{stage}.data.max_tokens", section.data.max_tokens))
     return found
 
 
 def _rollout(data: PromptDataConfig, name: str, response: int) -> Longest:
-    told = f" + data.max_prompt_tokens={data.max_prompt_tokens}"
-    return Longest(name, told, response + data.max_prompt_tokens, in_engine=True)
+    return Longest(name, response, data.max_prompt_tokens, in_engine=True)
 
 
 def length_problems(config: Any, models: Sequence[tuple[str, str]]) -> Iterator[Problem]:
@@ -56,11 +59,12 @@ def length_problems(config: Any, models: Sequence[tuple[str, str]]) -> Iterator[
     for key, path, longest, positions, is_table in _too_long(config, models):
         if is_table or (longest.in_engine and key == "model.path"):
             reader = "the model" if is_table else "an engine"
+            prompt = f" + data.max_prompt_tokens={longest.prompt}" if longest.prompt else ""
             yield Problem(
                 longest.key,
-                got=f"{_limit(longest)}{longest.told}: sequences of up to {longest.tokens} tokens",
+                got=f"{longest.limit}{prompt}: sequences of up to {longest.tokens} tokens",
                 wanted=f"{positions} tokens at most, which is what {reader} can read ({key}={path})",
-                fix=f"lower {longest.key}{' or data.max_prompt_tokens' if longest.told else ''}, or name a "
+                fix=f"lower {longest.key}{' or data.max_prompt_tokens' if prompt else ''}, or name a "
                 "model with more positions",
             )
 
@@ -73,10 +77,6 @@ def length_warnings(config: Any, models: Sequence[tuple[str, str]]) -> Iterator[
                 f"{longest.key} allows sequences of {longest.tokens} tokens; {key}={path} was made for "
                 f"{positions}, and guesses beyond"
             )
-
-
-def _limit(longest: Longest) -> int:
-    return longest.tokens if not longest.told else longest.tokens - int(longest.told.rpartition("=")[2])
 
 
 def _too_long(

@@ -23,6 +23,6 @@ def _architectures(config: Any) -> Iterator[str]:
     if missing:
         yield f"{', '.join(missing)}: no config.json on this machine, so the architecture is not checked yet"
         return
-    from rayrlhf.loops.architectures import told_architectures  # and with it torch: help answers at once
+    from rayrlhf.loops.architectures import architecture_lines  # and with it torch: help answers at once
 
-    yield from told_architectures(config)
+    yield from architecture_lines(config)

@@ -55,7 +55,7 @@ class Entry(NamedTuple):
 
     model_type: str
     settings: dict[str, Any]
-    told: str = ""
+    variant: str = ""
 
 
 # In addition to every family as it is: what its defaults do not show, or what they leave out.
@@ -99,13 +99,13 @@ def row(entry: Entry) -> str:
     try:
         config = config_of(entry)
     except Exception as error:  # a class that cannot be made without arguments; a row, not a gap
-        told = f"its config cannot be made without arguments: {type(error).__name__}"
-        return _row(entry, Verdict(None, float("nan"), reason=told))
-    return _row(entry, verdict_of(config, longest=WITHIN if "within" in entry.told else None))
+        reason = f"its config cannot be made without arguments: {type(error).__name__}"
+        return _row(entry, Verdict(None, float("nan"), reason=reason))
+    return _row(entry, verdict_of(config, longest=WITHIN if "within" in entry.variant else None))
 
 
 def _row(entry: Entry, verdict: Verdict) -> str:
-    cells = [f"`{entry.model_type}`", entry.told, verdict.name, _number(verdict.deviation)]
+    cells = [f"`{entry.model_type}`", entry.variant, verdict.name, _number(verdict.deviation)]
     cells += [_number(verdict.packed_deviation), verdict.reason.replace("|", "\\|")]
     return "| " + " | ".join(cells) + " |"
 

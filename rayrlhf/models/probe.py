@@ -122,7 +122,7 @@ def _best(probe: Any, expected: list[Tensor], limits: list[int], config: PreTrai
         try:
             found, attending = probe.ours(streams)
         except Exception as error:  # transformers' own code, whatever it says to an unusual call
-            tried.append((streams, float("nan"), _told(error)))
+            tried.append((streams, float("nan"), _message(error)))
             continue
         deviation = _distance(found, expected)
         tried.append((streams, deviation, ""))
@@ -147,21 +147,21 @@ def _as_in_the_model(streams: Streams, config: PreTrainedConfig) -> Streams:
 
 def _why_not_packed(tried: list[tuple[Streams, float, str]]) -> str:
     """Of the choices before the last one, which is right."""
-    streams, deviation, told = tried[-1][0], *tried[0][1:]
+    streams, deviation, failure = tried[-1][0], *tried[0][1:]
     if streams.is_packed:
         return ""
     if streams.attention is not None:
-        return f"it cannot attend through our kernel ({told})" if told else "its attention is not ours"
+        return f"it cannot attend through our kernel ({failure})" if failure else "its attention is not ours"
     if streams.longest_packed:
         return f"its rotary frequencies are those of the stream's longest sequence ({deviation:.1g} nats)"
-    return told or f"its layers carry state from one sequence into the next ({deviation:.1g} nats)"
+    return failure or f"its layers carry state from one sequence into the next ({deviation:.1g} nats)"
 
 
 def _why_never(tried: list[tuple[Streams, float, str]], probe: Any) -> str:
-    deviations = [deviation for _, deviation, told in tried if not told]
+    deviations = [deviation for _, deviation, failure in tried if not failure]
     if not deviations:
         return f"it cannot be called as training calls it: {tried[-1][2]}"
-    if (what := probe.told_of_its_head()) is not None:
+    if (what := probe.fault_of_its_head()) is not None:
         return what
     return f"what is computed here differs from the model's own by {min(deviations):.2g}"
 
@@ -248,7 +248,7 @@ class _Policy(_Subject):
             output = policy(ids, positions, ends, torch.ones(len(ids)))
         return list(torch.stack(output).split(LENGTHS, 1)), len(seen)
 
-    def told_of_its_head(self) -> str | None:
+    def fault_of_its_head(self) -> str | None:
         """Where the logits are some other function of the output projection than we know."""
         projection, seen = self.module.get_output_embeddings(), []
         if not isinstance(projection, nn.Linear):
@@ -283,7 +283,7 @@ class _Decoder(_Subject):
             found = hidden_states(decoder, *self.stream(), streams)
         return list(found.split(LENGTHS)), len(seen)
 
-    def told_of_its_head(self) -> None:
+    def fault_of_its_head(self) -> None:
         return None
 
 
@@ -305,10 +305,10 @@ def _attempt(what: str, function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:  # code of transformers or of the checkpoint
-        raise Refusal(f"{what}: {_told(error)}") from error
+        raise Refusal(f"{what}: {_message(error)}") from error
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 

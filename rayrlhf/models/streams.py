@@ -54,9 +54,11 @@ def hidden_states(
     streams: Streams,
 ) -> Tensor:
     """[T, H] of sequences laid end to end, whatever streams they go through the decoder in."""
+    if streams.is_packed:  # with no word to the host about the sequences
+        return decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]
     bounds = cu_seqlens.tolist()
     groups = _groups(bounds, streams)
-    num_passes = _most_passes(decoder, len(groups), cu_seqlens.device) if not streams.is_packed else 1
+    num_passes = _most_passes(decoder, len(groups), cu_seqlens.device)
     if len(groups) == num_passes == 1 and streams.attention is None:
         return decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]
     outputs, where = [], []
@@ -85,7 +87,7 @@ def _one_stream(
 def _groups(bounds: list[int], streams: Streams) -> list[list[int]]:
     """The sequences of each stream: those that may share one, then each other one."""
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    limit = max(lengths) if streams.longest_packed is None else streams.longest_packed
+    limit = 0 if streams.longest_packed is None else streams.longest_packed
     if streams.attention is not None:
         limit = 0
     short = [i for i, length in enumerate(lengths) if length <= limit]

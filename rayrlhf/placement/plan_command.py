@@ -100,8 +100,8 @@ class _Plan:
                 self._show_architectures(stages)
             raise
         if self.options.json:
-            told = {name: {"architectures": list(self.architectures(config))} for name, config, _ in budgets}
-            print(json.dumps({name: _as_json(budget) | told[name] for name, _, budget in budgets}, indent=2))
+            lines = {name: {"architectures": list(self.architectures(config))} for name, config, _ in budgets}
+            print(json.dumps({name: _as_json(budget) | lines[name] for name, _, budget in budgets}, indent=2))
         else:
             for name, config, budget in budgets:
                 self._show_stage(name, config, budget)

@@ -197,9 +197,9 @@ def test_5_the_page_has_a_row_for_every_family() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text.startswith(HEAD) and COLUMNS in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    told = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in rows]
-    assert told == [(f"`{entry.model_type}`", entry.told) for entry in entries()]
-    assert len({name for name, _ in told}) >= 60
+    listed = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in rows]
+    assert listed == [(f"`{entry.model_type}`", entry.variant) for entry in entries()]
+    assert len({name for name, _ in listed}) >= 60
     for line in rows:
         verdict, measured, _, why = (cell.strip() for cell in line.split("|")[3:7])
         assert verdict in ("supported packed", ALONE, "refused")
