@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.data import DataConfig
 from rayrlhf.config.model import ModelConfig
-from rayrlhf.data.chat import encode, prompt_tokenizer, read_chat_template
+from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
+from rayrlhf.data.markers import encode, special_ids
 from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.template import STAND_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STAND_IN = "the-answer-goes-here"
 QUESTION: dict[str, Any] = {"role": "user", "content": "Well?"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": STAND_IN}
 
@@ -43,7 +44,7 @@ def response_ends(
     end_of_turn = end_of_turn_id(tokenizer) if apply_chat_template else None
     ids = [] if end_of_turn is None else [end_of_turn]
     texts: list[str] = []
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     for text in stop:
         found = encode(text, tokenizer)
         inside = [token for token in found if token in special]
@@ -65,12 +66,6 @@ def ends_of(model: ModelConfig, data: DataConfig) -> Callable[[Sequence[str]], R
     """`response_ends` of this model's tokenizer, for prompts as `data` renders them. Raises `DataError`."""
     tokenizer = prompt_tokenizer(model.path, model.trust_remote_code, read_chat_template(data))
     return partial(response_ends, tokenizer=tokenizer, apply_chat_template=data.apply_chat_template)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that engines leave out of the text of a response."""
-    added = tokenizer.added_tokens_decoder.items()
-    return set(tokenizer.all_special_ids) | {index for index, token in added if token.special}
 
 
 @lru_cache(maxsize=4)

@@ -17,14 +17,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.data.rows import BadRow, quoted
-from rayrlhf.data.template import PROBE, PROBE_CALL, apply_template
+from rayrlhf.data.template import PROBE, PROBE_CALL, STAND_IN, apply_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CUT = "\ufdd0"  # a noncharacter of Unicode, for internal use
 NEUTRAL = "marker"  # in the place of a marker: letters, as ordinary as can be
-ANSWERED = "the-answer-goes-here"
 # How a template asks for a token in a content: '</think>' in content, content.split('</think>').
 ASKED_BEFORE = (
     r"\.(?:r?split|r?partition|startswith|endswith|replace|r?find|r?index|count|[lr]?strip)\(\s*['\"]"
@@ -53,7 +52,7 @@ def _markers_of(tokenizer: PreTrainedTokenizerBase, template: str) -> Markers:
     own = {token for token in special if token in template or token in rendered or token in framing}
     asked = {token.replace("/", "") for token in special if _is_asked_for(token, template)}
     own = {token for token in own if token.replace("/", "") not in asked}
-    behind = rendered.rpartition(ANSWERED)[2]
+    behind = rendered.rpartition(STAND_IN)[2]
     closing = {token for token in own if token in behind or token == tokenizer.eos_token}
     return Markers(special, _longest_first(own), _longest_first(closing))
 
@@ -75,7 +74,7 @@ def _is_asked_for(token: str, template: str) -> bool:
 def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """What the template writes around turns of all roles, the answer last."""
     system, tool = {"role": "system", "content": "probe"}, {"role": "tool", "content": "probe"}
-    answer = {"role": "assistant", "content": ANSWERED}
+    answer = {"role": "assistant", "content": STAND_IN}
     for messages, opened in (
         ([system, PROBE], True),
         ([PROBE], True),
@@ -98,6 +97,13 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The texts of all special tokens, longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return _longest_first(text for text in {*added, *tokenizer.all_special_tokens} if text)
+
+
+@lru_cache(maxsize=8)
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of all special tokens: engines leave them out of the text of a response."""
+    ids: Any = tokenizer.convert_tokens_to_ids(list(special_texts(tokenizer)))
+    return frozenset(ids)
 
 
 def cut(value: Any, texts: Sequence[str]) -> Any:

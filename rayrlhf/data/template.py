@@ -19,6 +19,7 @@ CallForm = Literal["objects", "texts", "nothing"]
 ToolForm = Literal["nested", "flat", "nothing"]
 Messages = Sequence[Mapping[str, Any]]
 
+STAND_IN = "the-answer-goes-here"
 PROBE: dict[str, Any] = {"role": "user", "content": "probe"}
 PROBE_CALL: dict[str, Any] = {
     "role": "assistant",
