@@ -190,7 +190,7 @@ def test_there_must_be_a_step_left(store: PromptStore) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("start_step, max_blocks", [(0, 4096), (9, 10)])
+@pytest.mark.parametrize("start_step, max_blocks", [pytest.param(0, 4096, marks=pytest.mark.long), (9, 10)])
 @pytest.mark.usefixtures("ray_session")
 def test_two_workers_get_the_plan(
     store: PromptStore, start_step: int, max_blocks: int, monkeypatch: pytest.MonkeyPatch

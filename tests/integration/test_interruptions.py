@@ -17,7 +17,7 @@ import yaml
 
 from tests.integration.supervised_data import pairs, write
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REFUSAL_SECONDS = 120  # of a process that imports everything; a few on an idle machine

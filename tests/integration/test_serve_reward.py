@@ -235,6 +235,7 @@ def survives(process: subprocess.Popen[str], url: str) -> None:
     assert max(grown.values()) < 100, grown
 
 
+@pytest.mark.long
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     function = {"type": "function", "function": f"{__name__}:response_lengths"}
     with socket.socket() as holder:

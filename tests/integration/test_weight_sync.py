@@ -138,7 +138,14 @@ class Engines:
         ray.kill(self.hub)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("object_store", marks=pytest.mark.long), "gloo", "ipc"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "gloo",
+        pytest.param("object_store", marks=pytest.mark.long),
+        pytest.param("ipc", marks=pytest.mark.long),
+    ],
+)
 def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: str):
     request.getfixturevalue("ray_session")
     running = Engines(tmp_path_factory.mktemp("sync"), tiny_model, request.param)
