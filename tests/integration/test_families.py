@@ -18,7 +18,6 @@ from tests.tiny_families import FAMILIES, make_family
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 START_SECONDS = 540
-EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,12 +57,14 @@ def test_18_log_probs_agree_whatever_sampling_is_allowed(tmp_path: Path) -> None
     assert max(found) < 1e-4, found
 
 
+# Mixtral's experts are gathered from two workers; a step of lr 0 pushes the weights that the engine holds.
+RUNS = [(family, 1e-3, 3 if family == "mixtral" else 2) for family in FAMILIES] + [("qwen2_moe", 0.0, 2)]
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize(
-    ("family", "lr", "zero_stage"), [("mixtral", 1e-3, 3), ("qwen2_moe", 0.0, 2), ("qwen2_moe", 1e-3, 2)]
-)
-def test_17a_a_grpo_run_of_a_mixture_of_experts(
+@pytest.mark.parametrize(("family", "lr", "zero_stage"), RUNS)
+def test_17a_a_grpo_run_pushes_what_it_trains(
     family: str, lr: float, zero_stage: int, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {
