@@ -125,10 +125,21 @@ def _lengths(preview: Preview) -> Iterator[str]:
         f"tokens per sequence: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}, "
         f"95 % are at most {np.percentile(lengths, 95):.0f}; {learnt / lengths.sum():.0%} of them are learnt"
     )
-    counts, edges = np.histogram(lengths, BINS, (lengths.min(), lengths.max() + 1))
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+    yield from histogram(lengths)
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """A line per range of whole numbers, all equally wide, at most `BINS` of them."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // BINS)
+    counts = np.bincount((lengths - low) // width)
+    lines = []
+    for first, count in zip(range(low, high + 1, width), counts, strict=True):
+        last = min(first + width - 1, high)
+        span = f"{first}" if first == last else f"{first} – {last}"
         bar = "█" * round(BAR_WIDTH * count / counts.max())
-        yield f"  {int(np.ceil(low)):>6} – {int(np.ceil(high)) - 1:<6} {count:>6} {bar}".rstrip()
+        lines.append(f"  {span:>15} {count:>6} {bar}".rstrip())
+    return lines
 
 
 def _packing(fill: float | None, config: Any) -> Iterator[str]:

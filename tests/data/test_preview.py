@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from rayrlhf.cli import main
 from rayrlhf.config.load import load_config
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.data.preview import look_at, packing_fill
-from rayrlhf.data.preview_text import show
+from rayrlhf.data.preview_text import histogram, show
 from tests.hostile_text import HOSTILE, assert_harmless
 from tests.tiny_model import make_tokenizer
 
@@ -159,3 +160,18 @@ def test_ray_is_not_started(config_path) -> None:
     command = [sys.executable, "-c", script, "data", "preview", path]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "spans"),
+    [
+        ([52] * 4, [("52", 4)]),
+        ([124, 127, 127], [("124", 1), ("125", 0), ("126", 0), ("127", 2)]),
+        (range(1, 12), [("1 – 2", 2), ("3 – 4", 2), ("5 – 6", 2), ("7 – 8", 2), ("9 – 10", 2), ("11", 1)]),
+    ],
+)
+def test_ranges_of_lengths_hold_whole_numbers_and_none_twice(
+    lengths: Any, spans: list[tuple[str, int]]
+) -> None:
+    lines = [line.rstrip(" █").rpartition(" ") for line in histogram(np.array(lengths))]
+    assert [(span.strip(), int(count)) for span, _, count in lines] == spans
