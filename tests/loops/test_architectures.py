@@ -11,9 +11,11 @@ import yaml
 from transformers import BertConfig, Lfm2Config, MambaConfig
 
 from rayrlhf.config.base import ConfigError
+from rayrlhf.config.chains import CHAINS
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.loops.architectures import check_architectures, longest_sequence
 from rayrlhf.loops.plan import main as plan
+from tests.config.test_chains import chain
 from tests.integration.policy_runs import tiny_run
 
 
@@ -55,6 +57,13 @@ def test_5_every_refused_model_is_named(tiny_model: str, tmp_path: Path) -> None
     told = str(caught.value)
     assert "critic.path" in told and "ref.path" in told and "model.path" not in told
     assert "bidirectional" in told and "choose another model" in told
+
+
+@pytest.mark.parametrize("schema", CHAINS.values())
+def test_5_a_chain_is_refused_before_its_first_round(schema: Any, tmp_path: Path) -> None:
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ConfigError, match=r"model\.path[\s\S]*bidirectional"):
+        check_architectures(chain(schema, model={"path": str(tmp_path / "bert")}), print)
 
 
 def test_5_ranks_cannot_share_the_sequences_of_a_hybrid(hybrid: str, tiny_model: str) -> None:
