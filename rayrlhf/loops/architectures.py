@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.chains import ChainConfig
@@ -14,14 +14,18 @@ from rayrlhf.config.supervised import PrmRunConfig, RmRunConfig
 from rayrlhf.hub.local import local_folder
 from rayrlhf.loops.lengths import longest_sequences
 from rayrlhf.models.load import has_packed_scorer
-from rayrlhf.models.probe import Head, Verdict, verdict_of
+from rayrlhf.models.probe import Head, Verdict, rope_limits, verdict_of
 from rayrlhf.placement.shape import config_folder
 
 
 class Judged(NamedTuple):
     key: str
-    kind: str  # transformers' model_type
+    config: PreTrainedConfig
     verdict: Verdict
+
+    @property
+    def kind(self) -> str:
+        return self.config.model_type
 
     def line(self) -> str:
         line = f"{self.key}: {self.kind} is {self.verdict.name}"
@@ -34,7 +38,7 @@ class Judged(NamedTuple):
 
 
 def check_architectures(config: Any, say: Callable[[str], None]) -> None:
-    """Of a training job, or of a chain's first round. Raises `ConfigError` with every model that is refused."""
+    """Of a training job, or a chain's first round. Raises `ConfigError` with every model that is refused."""
     if isinstance(config, ChainConfig):
         config = config.training_config(1, config.model.path)
     if not hasattr(config, "train"):
@@ -53,7 +57,7 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
         elif not judged.verdict.streams.is_packed:
             say(judged.line())
         if judged.key == "model.path":
-            problems += _shared(config, judged)
+            problems += [*_shared(config, judged), *_rotated_otherwise(config, judged)]
     if problems:
         raise ConfigError(problems)
 
@@ -72,6 +76,24 @@ def _shared(config: Any, judged: Judged) -> Iterator[Problem]:
             wanted="1: ranks share a sequence only in layers that attend through our kernel",
             fix="set model.sequence_parallel to 1",
         )
+
+
+def _rotated_otherwise(config: Any, judged: Judged) -> Iterator[Problem]:
+    """vLLM chooses frequencies once for all sequences of an engine, transformers for each by its length: tiny
+    Phi-3 with longrope differs by 7.7 nats where longer sequences are allowed, by 6e-6 where they are not.
+    """
+    if not hasattr(config, "rollout") or judged.verdict.streams is None:
+        return
+    longest = max(longest.tokens for longest in longest_sequences(config) if longest.in_engine)
+    for kind, limit in rope_limits(judged.config):
+        if longest > limit:
+            yield Problem(
+                judged.key,
+                got=f"a {judged.kind} with rope_type {kind} and sequences of up to {longest} tokens: "
+                f"beyond {limit} engines and trainer rotate them differently",
+                wanted=f"prompts and responses of {limit} tokens together at most",
+                fix="lower data.max_prompt_tokens or rollout.sampling.max_new_tokens",
+            )
 
 
 def _fetched(path: str) -> str:
@@ -97,7 +119,7 @@ def judge(config: Any, folder_of: Callable[[str], str] = _fetched) -> Iterator[J
             for head in heads
         ]
         refused = [verdict for verdict in verdicts if verdict.streams is None]
-        yield Judged(key, found.model_type, (refused or verdicts)[0])
+        yield Judged(key, found, (refused or verdicts)[0])
 
 
 def _head(config: Any, key: str) -> Head:

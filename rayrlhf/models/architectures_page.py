@@ -28,6 +28,10 @@ starts, and `rayrlhf plan` shows what it says.
   stream, or attention has no kernel for packed streams. Nothing has to be set.
 - **refused**: the job ends with the reason before anything is started.
 
+An engine chooses rotary frequencies once for all of its sequences. A run with engines is therefore refused
+where `longrope` would have transformers choose others for some of them: where prompts and responses together
+may be longer than `original_max_position_embeddings`.
+
 The configs are those that transformers' classes have without arguments, at a length beyond all of their
 windows, with these changes: multipliers that would be 1 are others, and what stands under "with" is set.
 *Packed* is the largest difference of a log-probability (or entropy) had all sequences shared a stream,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import BertConfig, Lfm2Config, MambaConfig
+from transformers import BertConfig, Lfm2Config, LlamaConfig, MambaConfig
 
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.chains import CHAINS
@@ -64,6 +64,19 @@ def test_5_a_chain_is_refused_before_its_first_round(schema: Any, tmp_path: Path
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(ConfigError, match=r"model\.path[\s\S]*bidirectional"):
         check_architectures(chain(schema, model={"path": str(tmp_path / "bert")}), print)
+
+
+def test_5_an_engine_that_rotates_otherwise_than_the_trainer_is_refused(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    model = LlamaConfig(**shape, max_position_embeddings=128, rope_parameters=rope)
+    model.save_pretrained(tmp_path / "model")
+    path = str(tmp_path / "model")
+    check_architectures(tiny_run(tmp_path, path, data={"max_prompt_tokens": 52}), print)  # and 12 new ones
+    with pytest.raises(ConfigError, match=r"up to 65 tokens[\s\S]*64 tokens together at most"):
+        check_architectures(tiny_run(tmp_path, path, data={"max_prompt_tokens": 53}), print)
+    check_architectures(sft(path, data={"max_tokens": 100}), lambda _: None)  # no engine
 
 
 def test_5_ranks_cannot_share_the_sequences_of_a_hybrid(hybrid: str, tiny_model: str) -> None:
