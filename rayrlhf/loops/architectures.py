@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, PreTrainedConfig
 
 from rayrlhf.config.base import ConfigError, Problem
-from rayrlhf.config.chains import ChainConfig
+from rayrlhf.config.chains import AnyChain
 from rayrlhf.config.model_paths import model_paths
 from rayrlhf.config.supervised import PrmRunConfig, RmRunConfig
 from rayrlhf.hub.local import local_folder
@@ -39,7 +39,7 @@ class Judged(NamedTuple):
 
 def check_architectures(config: Any, say: Callable[[str], None]) -> None:
     """Of a training job, or a chain's first round. Raises `ConfigError` with every model that is refused."""
-    if isinstance(config, ChainConfig):
+    if isinstance(config, AnyChain):
         config = config.training_config(1, config.model.path)
     if not hasattr(config, "train"):
         return

@@ -67,9 +67,14 @@ def test_5_a_chain_is_refused_before_its_first_round(schema: Any, tmp_path: Path
 
 
 def test_5_an_engine_that_rotates_otherwise_than_the_trainer_is_refused(tmp_path: Path) -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
-    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 1e4}
+    rope |= {"original_max_position_embeddings": 64, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     model = LlamaConfig(**shape, max_position_embeddings=128, rope_parameters=rope)
     model.save_pretrained(tmp_path / "model")
     path = str(tmp_path / "model")
