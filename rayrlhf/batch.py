@@ -10,6 +10,7 @@ position 0 of every sequence carries no prediction and is always masked. Nothing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -30,6 +31,7 @@ class PackedBatch:
     loss_mask: Tensor  # [T] float32, 1 where the token is to be learnt
     scores: Tensor | None = None  # [S] float32
     group_ids: Tensor | None = None  # [S] int64, one per prompt; -1 for a sequence that weighs nothing
+    group_advantages: Tensor | None = None  # [S] float32, `Sample.group_advantage`; NaN where it is None
     rollout_logprobs: Tensor | None = None  # [T] float32, 0 outside the loss mask
     old_logprobs: Tensor | None = None  # [T] the policy before this step's updates
     ref_logprobs: Tensor | None = None  # [T]
@@ -90,9 +92,14 @@ def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
         loss_mask=mask,
         scores=torch.tensor([s.score for s in samples], dtype=torch.float32),
         group_ids=torch.tensor([s.group_id for s in samples]),
+        group_advantages=torch.tensor([_or_nan(s.group_advantage) for s in samples]),
         # Selected, not multiplied: a token that the policy did not produce may have any logprob, NaN too.
         rollout_logprobs=torch.where(mask > 0, torch.tensor(rollout_logprobs), 0.0),
     )
+
+
+def _or_nan(number: float | None) -> float:
+    return math.nan if number is None else number
 
 
 def pack_examples(examples: Sequence[Example]) -> PackedBatch:
@@ -144,6 +151,7 @@ def empty_like_batch(token_id: int) -> PackedBatch:
         loss_mask=zero,
         scores=torch.zeros(1),
         group_ids=torch.tensor([-1]),
+        group_advantages=torch.zeros(1),
         rollout_logprobs=zero,
     )
 

@@ -34,6 +34,7 @@ class Sample:
     truncated: bool  # stopped by the token limit, not by a stop token
     source_rewards: tuple[float | None, ...] = ()  # raw, one per reward source; None where it failed for good
     score: float | None = None  # what the sources come to together; None until scored, and where one failed
+    group_advantage: float | None = None  # against the others of its group; None where none are compared
     episode_reward: float | None = None  # sum over an environment's turns; None without one or if it failed
     num_turns: int = 1  # responses of the policy within the sample
     failure: str = ""  # why an episode has no reward

@@ -52,6 +52,7 @@ def test_dtypes_are_those_of_the_legend() -> None:
         "loss_mask": torch.float32,
         "scores": torch.float32,
         "group_ids": torch.int64,
+        "group_advantages": torch.float32,
         "rollout_logprobs": torch.float32,
     }
 

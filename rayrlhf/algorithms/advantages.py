@@ -1,8 +1,8 @@
 """Advantage estimators: from scores, KL and values to one number per token the policy produced.
 
 Two families. Per-token estimators (`gae`, `return_to_go`) work on one packed stream. Group estimators compare
-the samples of one prompt: they take per-sample arrays [N] gathered from all ranks, because balancing may have
-moved members of a group apart, and `spread` lays the result out over tokens. "Policy token" = a token with
+the samples of one prompt, per sample [N], before balancing moves members of a group apart; `spread` lays the
+result out over tokens. "Policy token" = a token with
 loss_mask 1; tokens in between that the policy did not produce (tools, environment) are skipped: no reward, no
 discount, no value. All results are fp32, constants to autograd, and 0 outside the mask.
 """

@@ -1,8 +1,9 @@
-"""Advantages of a step's micro-batches: token rewards, baselines from groups, whitening over all ranks."""
+"""Advantages of a step: against the group while it is whole, then per token and whitened over all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -19,21 +20,31 @@ from rayrlhf.algorithms.advantages import (
 from rayrlhf.algorithms.kl import token_kl
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.algorithm import AlgorithmConfig
+from rayrlhf.samples import Sample
 from rayrlhf.train import collectives
+
+
+def with_group_advantages(samples: Sequence[Sample], advantage: str) -> list[Sample]:
+    """Scored samples of whole groups, each with its advantage against its group where the estimator compares
+    them. Raises `ValueError` for a group that cannot be compared (`group_advantages`).
+    """
+    if not ADVANTAGES[advantage].needs_group or not samples:
+        return list(samples)
+    scores = torch.tensor([sample.score for sample in samples])
+    groups = torch.tensor([sample.group_id for sample in samples])
+    estimates = group_advantages(advantage, scores, groups).tolist()
+    return [replace(s, group_advantage=a) for s, a in zip(samples, estimates, strict=True)]
 
 
 def add_advantages(
     batches: Sequence[PackedBatch], algorithm: AlgorithmConfig, *, kl_coef: float
 ) -> list[PackedBatch]:
-    """Rewards, advantages and (with a critic) returns; whitened over all ranks where the estimator wants it.
-
-    `batches` are all of this rank's micro-batches of the step, so that a group is compared as a whole.
-    Collective.
+    """Advantages of every token and (with a critic) returns; whitened over all ranks where the estimator
+    wants it, so `batches` are all of this rank's micro-batches of the step. Collective.
     """
-    if ADVANTAGES[algorithm.advantage].needs_group:
-        estimated = _against_group(batches, algorithm, kl_coef)
-    else:
-        estimated = [_per_token(batch, algorithm, kl_coef) for batch in batches]
+    compares = ADVANTAGES[algorithm.advantage].needs_group
+    estimate = _against_group if compares else _per_token
+    estimated = [estimate(batch, algorithm, kl_coef) for batch in batches]
     if not (ADVANTAGES[algorithm.advantage].whitened and algorithm.whiten_advantages):
         return estimated
     local = torch.stack([masked_moments(_advantages(b), b.loss_mask) for b in estimated]).sum(0)
@@ -66,37 +77,14 @@ def _per_token(batch: PackedBatch, algorithm: AlgorithmConfig, kl_coef: float) -
     return batch.with_fields(advantages=advantages, returns=returns)
 
 
-def _against_group(
-    batches: Sequence[PackedBatch], algorithm: AlgorithmConfig, kl_coef: float
-) -> list[PackedBatch]:
-    """Baselines from the groups of all ranks; a KL penalty in the reward comes off per token, as return-
-    to-go.
-    """
-    mine = [
-        (int(group), float(score))
-        for batch in batches
-        for group, score in zip(_present(batch.group_ids), _present(batch.scores), strict=True)
-    ]
-    everyone = collectives.gather_lists([mine])
-    first = sum(map(len, everyone[: collectives.rank()]))
-    real = [sample for part in everyone for sample in part if sample[0] >= 0]
-    groups, scores = torch.tensor([group for group, _ in real]), torch.tensor([score for _, score in real])
-    known = iter(group_advantages(algorithm.advantage, scores, groups).tolist())
-    estimates = [next(known) if group >= 0 else 0.0 for part in everyone for group, _ in part][first:]
-    result: list[PackedBatch] = []
-    for batch in batches:
-        per_sequence = torch.tensor(estimates[: batch.num_sequences], device=batch.loss_mask.device)
-        del estimates[: batch.num_sequences]
-        advantages = spread(per_sequence, batch.loss_mask, batch.cu_seqlens)
-        penalty = _penalty(batch, algorithm)
-        if penalty is not None:
-            no_score = torch.zeros_like(per_sequence)
-            rewards = token_rewards(no_score, penalty, kl_coef, batch.loss_mask, batch.cu_seqlens)
-            advantages += return_to_go(rewards, batch.loss_mask, batch.cu_seqlens, gamma=algorithm.gamma)
-        result.append(batch.with_fields(advantages=advantages))
-    return result
-
-
-def _present(tensor: torch.Tensor | None) -> list[float]:
-    assert tensor is not None
-    return tensor.tolist()
+def _against_group(batch: PackedBatch, algorithm: AlgorithmConfig, kl_coef: float) -> PackedBatch:
+    """The sequence's advantage on all its tokens; a KL in the reward comes off per token, as return-to-go."""
+    assert batch.group_advantages is not None
+    mask, cu_seqlens = batch.loss_mask, batch.cu_seqlens
+    advantages = spread(batch.group_advantages, mask, cu_seqlens)
+    penalty = _penalty(batch, algorithm)
+    if penalty is not None:
+        no_score = torch.zeros_like(batch.group_advantages)
+        rewards = token_rewards(no_score, penalty, kl_coef, mask, cu_seqlens)
+        advantages += return_to_go(rewards, mask, cu_seqlens, gamma=algorithm.gamma)
+    return batch.with_fields(advantages=advantages)

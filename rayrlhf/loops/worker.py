@@ -14,6 +14,7 @@ from ray import serve
 from rayrlhf.algorithms.advantages import ADVANTAGES
 from rayrlhf.data.ends import ends_of
 from rayrlhf.data.stream import iter_prompts
+from rayrlhf.loops.advantages import with_group_advantages
 from rayrlhf.loops.ahead import RolloutsAhead
 from rayrlhf.loops.collect import Collector
 from rayrlhf.loops.dynamic_sampling import count_groups, first_groups, informative, scored_groups
@@ -196,7 +197,7 @@ class PolicyWorker(TrainingWorker):
             self.metrics["rollout/draws"] = float(num_draws)
             self.metrics["rollout/groups_in_range"] = float(count_groups(kept))
             kept = first_groups(kept, wanted)
-        return kept
+        return with_group_advantages(kept, self.algorithm.advantage)
 
     def _informative(self, scored: Sequence[Sample]) -> list[Sample]:
         dynamic = self.algorithm.dynamic_sampling

@@ -51,6 +51,7 @@ def samples_of(step: int) -> list[Sample]:
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    from rayrlhf.loops.advantages import with_group_advantages
     from rayrlhf.loops.learners import Learners
     from rayrlhf.train import collectives
 
@@ -62,6 +63,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     for step in range(NUM_STEPS):
         # Rank 0 has collected one group, the last rank all others.
         mine = [s for s in samples_of(step) if (s.group_id % 100 > 0) == (rank > 0) or world_size == 1]
+        mine = with_group_advantages(mine, config.algorithm.advantage)
         learners.learn(mine, step, lambda _: nullcontext())
         learnt = learners.metrics.items()
         history.append({key: value for key, value in learnt if key.startswith(("loss", "kl"))})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from rayrlhf.batch import PackedBatch, empty_like_batch, pack_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.loops import advantages as advantages_module
-from rayrlhf.loops.advantages import add_advantages
+from rayrlhf.loops.advantages import add_advantages, with_group_advantages
 from tests.samples import make_prompt, make_sample
 
 GROUP_ESTIMATORS = ["rloo", "grpo", "dr_grpo", "reinforce_pp_baseline"]
@@ -21,11 +22,23 @@ GROUP_ESTIMATORS = ["rloo", "grpo", "dr_grpo", "reinforce_pp_baseline"]
 # One-token prompts, so that position 0 of each sequence is masked and the rest is the policy's.
 
 
-def packed(*samples: tuple[int, float, int]) -> PackedBatch:
-    """(group, score, response tokens) each."""
-    return pack_samples(
-        [make_sample(range(tokens), prompt=make_prompt([7]), group_id=g, score=s) for g, s, tokens in samples]
-    )
+Row = tuple[int, float, int]  # group, score, response tokens
+
+
+def packed(*rows: Row) -> PackedBatch:
+    [batch] = packed_apart("gae", rows)
+    return batch
+
+
+def packed_apart(advantage: str, *batches: Sequence[Row]) -> list[PackedBatch]:
+    """Samples whose groups were whole before they were packed into these batches."""
+    samples = [
+        make_sample(range(tokens), prompt=make_prompt([7]), group_id=group, score=score)
+        for rows in batches
+        for group, score, tokens in rows
+    ]
+    left = iter(with_group_advantages(samples, advantage))
+    return [pack_samples(list(islice(left, len(rows)))) for rows in batches]
 
 
 def with_kl(batch: PackedBatch, kl: list[float]) -> PackedBatch:
@@ -108,14 +121,14 @@ ROOT_HALF = 0.7071063  # 1/(√2 + 1e-6)
     ],
 )
 def test_groups_by_hand(advantage: str, expected: list[list[float]]) -> None:
-    batches = [packed(*members) for members in APART]
+    batches = packed_apart(advantage, *APART)
     assert advantages_of(add_advantages(batches, algorithm(advantage), kl_coef=0.1)) == approximately(
         expected
     )
 
 
 def test_a_kl_in_the_reward_comes_off_every_token_of_a_group_estimate() -> None:
-    first, second = (packed(*members) for members in APART)
+    first, second = packed_apart("rloo", *APART)
     batches = [with_kl(first, [9.0, 0.5, -1.0, 9.0, 0.0]), with_kl(second, [9.0, 0.0, 9.0, 2.0])]
     # -β·KL = (-0.05, 0.1), 0, 0 and -0.2; its return-to-go with γ = 0.5 is (-0.05 + 0.05, 0.1), 0, 0, -0.2.
     rloo = add_advantages(batches, algorithm("rloo", gamma=0.5), kl_coef=0.1)
@@ -145,9 +158,10 @@ def test_packing_and_filling_change_nothing(advantage: str) -> None:
         batch = with_kl(batch, [0.0] * batch.num_tokens)
         return batch.with_fields(values=torch.zeros(batch.num_tokens)) if advantage == "gae" else batch
 
-    whole = [prepared(packed(*samples))]
+    whole = [prepared(batch) for batch in packed_apart(advantage, samples)]
     filling = empty_like_batch(0)
-    parts = [packed(*samples[3:]), filling, packed(samples[2]), packed(*samples[:2]), filling]
+    last, middle, first = packed_apart(advantage, samples[3:], samples[2:3], samples[:2])
+    parts = [last, filling, middle, first, filling]
     expected = concatenated(add_advantages(whole, algorithm(advantage), kl_coef=0.1))
     found = concatenated(
         add_advantages([prepared(part) for part in parts], algorithm(advantage), kl_coef=0.1)
@@ -162,18 +176,16 @@ def test_a_rank_without_samples(advantage: str) -> None:
     assert advantages_of(done) == [[0.0, 0.0]] * 2
 
 
-def test_groups_reach_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This is rank 1 of three and holds the second micro-batch; the others hold the first, and a filling."""
-    ranks = [[(0, 1.0), (1, 2.0)], [(1, 2.0), (0, 3.0)], [(-1, 0.0)]]
+@pytest.mark.parametrize("advantage", ["gae", "reinforce_pp"])
+def test_nobody_is_compared_without_need(advantage: str) -> None:
+    samples = [make_sample(score=1.0), make_sample(score=2.0)]
+    assert with_group_advantages(samples, advantage) == samples
+    assert with_group_advantages([], "grpo") == []
 
-    def gather(mine: list[list[tuple[int, float]]]) -> list[list[tuple[int, float]]]:
-        assert mine == [ranks[1]]
-        return ranks
 
-    monkeypatch.setattr(advantages_module.collectives, "gather_lists", gather)
-    monkeypatch.setattr(advantages_module.collectives, "rank", lambda: 1)
-    done = add_advantages([packed(*APART[1])], algorithm("rloo"), kl_coef=0.1)
-    assert advantages_of(done) == approximately([[0, 0, 0, 2]])
+def test_a_sample_that_was_never_compared_spoils_the_loss_for_all_to_see() -> None:
+    [batch] = add_advantages([packed((0, 1.0, 2))], algorithm("grpo"), kl_coef=0.1)
+    assert batch.advantages is not None and batch.advantages[1:].isnan().all()
 
 
 def test_whitening_reaches_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
