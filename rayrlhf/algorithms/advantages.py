@@ -2,9 +2,9 @@
 
 Two families. Per-token estimators (`gae`, `return_to_go`) work on one packed stream. Group estimators compare
 the samples of one prompt, per sample [N], before balancing moves members of a group apart; `spread` lays the
-result out over tokens. "Policy token" = a token with
-loss_mask 1; tokens in between that the policy did not produce (tools, environment) are skipped: no reward, no
-discount, no value. All results are fp32, constants to autograd, and 0 outside the mask.
+result out over tokens. "Policy token" = a token with loss_mask 1; tokens in between that the policy did not
+produce (tools, environment) are skipped: no reward, no discount, no value. All results are fp32, constants to
+autograd, and 0 outside the mask.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rayrlhf.algorithms.advantages import ADVANTAGES
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.algorithm import AlgorithmConfig
@@ -94,6 +95,8 @@ class Learners:
 
     def _prepare(self, samples: Sequence[Sample], step: int) -> list[MiniBatch]:
         """Balanced, packed, with old and reference log-probabilities, values and advantages."""
+        if ADVANTAGES[self.algorithm.advantage].needs_group:
+            assert all(sample.group_advantage is not None for sample in samples)
         shared = share_out(
             samples,
             num_mini_batches=self.algorithm.mini_batches,

@@ -10,11 +10,11 @@ from typing import Any
 from safetensors.torch import load_file
 
 from jobs.environments.calculator import make_rows, write_rows
-from rayrlhf.config.supervised import JOBS
 from rayrlhf.loops.run import run_policy
 from rayrlhf.loops.run_supervised import run_supervised
 from tests.integration import supervised_data as made
 from tests.integration.policy_runs import tiny_run
+from tests.integration.supervised_runs import job as tiny_job
 from tests.tiny_model import make_tiny_model
 
 NUM_STEPS = 3
@@ -141,23 +141,8 @@ def supervised_run(name: str, folder: Path, model: str) -> Path:
         given["teacher"]["path"] = make_tiny_model(folder / "teacher", seed=7)
     made.write(folder / "train.jsonl", ROWS[job](64))
     made.write(folder / "eval.jsonl", ROWS[job](16, seed=1))
-    tree = {
-        "run": {"name": name, "dir": str(folder / "runs")},
-        "model": {"path": model},
-        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_tokens": 96},
-        "placement": {"cpus_per_slot": 0.5},
-        "train": {
-            "samples_per_step": 16,
-            "num_steps": NUM_STEPS,
-            "lr": LR,
-            "max_tokens_per_micro_batch": 512,
-            "num_threads": 1,
-            **train,
-        },
-        "observe": {"console": "lines", "tensorboard": False},
-        **given,
-    }
-    config: Any = JOBS[job].model_validate(tree)
+    train = {"num_steps": NUM_STEPS, "lr": LR, **train}
+    config = tiny_job(folder, model, job, run={"name": name}, train=train, **given)
     assert run_supervised(config) == 0
     return Path(config.run.path)
 
@@ -168,8 +153,8 @@ def hash_of_rollouts(path: Path) -> str | None:
         return None
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     keys = ("step", "group", "row_id", "prompt", "response", "reward", "truncated", "turns")
-    told = sorted(json.dumps([row[key] for key in keys]) for row in rows)
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    lines = sorted(json.dumps([row[key] for key in keys]) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def hash_of_weights(folder: Path) -> str:

@@ -38,13 +38,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "dpo-lora": {"job": "dpo", "model": LORA},
     "dpo-lora-copy": {"job": "dpo", "model": LORA, "ref": {}},  # the reference is a model of its own
 }
-ALWAYS = (
-    "sft",
-    "rm",
-    "dpo",
-    "kd",
-    "kto-lora",
-)  # one of each kind of batch and target; `make test-long` runs the others
+# One of each kind of batch and target; `make test-long` runs the others.
+ALWAYS = ("sft", "rm", "dpo", "kd", "kto-lora")
 SHARING = ("sft", "rm", "prm", "dpo", "kto-lora")  # kd cannot: a teacher reads whole sequences
 
 
