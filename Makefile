@@ -63,7 +63,7 @@ gpu-check:
 
 rendered: install
 	@cluster/render.sh
-	@$(BIN)/python -m rayrlhf.config.migration_page docs/migration.md
+	@$(BIN)/python -m rayrlhf.migration.page docs/migration.md
 
 format: install
 	$(BIN)/ruff check --fix

@@ -154,8 +154,8 @@ def links(device: str) -> dict[str, Any]:
     import torch
     import torch.multiprocessing
 
-    from rayrlhf.rollout.meeting import Guest, Meeting, join
-    from rayrlhf.rollout.transfer_store import TransferStore
+    from rayrlhf.weights.transfer_group import Guest, Meeting, join
+    from rayrlhf.weights.transfer_store import TransferStore
 
     num_bytes = (256 if device == "cuda" else 16) * 2**20
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -199,7 +199,7 @@ def _read_buckets(meeting: Any, device: Any, num_bytes: int, sums: Any) -> None:
     """In another process: copy each bucket, as an engine does, and tell the sum of its bytes."""
     import torch
 
-    from rayrlhf.rollout.meeting import join
+    from rayrlhf.weights.transfer_group import join
 
     own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     link = join(meeting, rank=1, device=device, key="here")
@@ -219,9 +219,9 @@ def engine(device: str) -> dict[str, Any]:
 
     from rayrlhf.config.model import ModelConfig
     from rayrlhf.config.rollout import RolloutConfig
-    from rayrlhf.loops.apps import engine_settings
     from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
-    from rayrlhf.rollout.bucket import flatten, lay_out, plan_buckets
+    from rayrlhf.rollout.engine_settings import engine_settings
+    from rayrlhf.weights.buckets import flatten, lay_out, plan_buckets
     from tests.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +237,7 @@ def engine(device: str) -> dict[str, Any]:
             sleeps=True,
         )
         os.environ.update(settings.env_vars)
-        from rayrlhf.rollout.stepper import Stepper
+        from rayrlhf.rollout.vllm_engine import Stepper
 
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.to(device).eval()
@@ -350,7 +350,7 @@ def _term(tokens: int, device: str) -> Any:
 
     from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
     from rayrlhf.config.algorithm import AlgorithmConfig
-    from rayrlhf.loops.objectives import StepCounts, policy_forward, policy_objective
+    from rayrlhf.policy.losses import StepCounts, policy_forward, policy_objective
     from rayrlhf.train.learner import Term
 
     generator = torch.Generator().manual_seed(1)

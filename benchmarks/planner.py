@@ -80,9 +80,9 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from rayrlhf.capacity import memory
+    from rayrlhf.capacity.model_shape import shape_of
     from rayrlhf.config.train import TrainConfig
-    from rayrlhf.placement import memory
-    from rayrlhf.placement.shape import shape_of
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     train = TrainConfig(
@@ -132,13 +132,13 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
     from rayrlhf.config.algorithm import AlgorithmConfig
     from rayrlhf.config.model import LoraConfig, TrainedModelConfig
-    from rayrlhf.loops.objectives import StepCounts, policy_forward, policy_objective
     from rayrlhf.models.adapters import adapter_weights, weights_of
     from rayrlhf.models.attention import VARLEN_SDPA
     from rayrlhf.models.load import adapt, checkpoint_activations
     from rayrlhf.models.logprobs import PolicyModel
+    from rayrlhf.policy.losses import StepCounts, policy_forward, policy_objective
     from rayrlhf.train.learner import Learner, Term
-    from rayrlhf.train.sequences import share_sequences
+    from rayrlhf.train.sequence_parallel import share_sequences
 
     torch.manual_seed(0)
     values = dict(SHAPES.get(name, {}))

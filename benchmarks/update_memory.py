@@ -45,10 +45,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.config.train import TrainConfig
-from rayrlhf.loops.objectives import StepCounts, policy_forward, policy_objective
 from rayrlhf.models.attention import VARLEN_SDPA, packed_inputs
 from rayrlhf.models.load import checkpoint_activations
 from rayrlhf.models.logprobs import PolicyModel, TokenLogprobs
+from rayrlhf.policy.losses import StepCounts, policy_forward, policy_objective
 from rayrlhf.train.learner import Learner, Term
 
 LENGTHS = [256] * 16

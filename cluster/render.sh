@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-cluster}
-render() { "${PYTHON:-.venv/bin/python}" -m rayrlhf.cli render --target "$@"; }
+render() { "${PYTHON:-.venv/bin/python}" -m rayrlhf.commands.cli render --target "$@"; }
 render local jobs/configs/demo.yaml launch.gpus_per_node=0 --out "$out/local/demo.sh"
 for name in ppo grpo; do
   render ray-job "jobs/configs/$name-8x-gpu.yaml" --out "$out/ray-job/$name-8x-gpu.sh"

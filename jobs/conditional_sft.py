@@ -8,15 +8,15 @@ from __future__ import annotations
 import sys
 
 from rayrlhf.config.chains import ConditionalSftConfig
-from rayrlhf.loops.early import load_job
+from rayrlhf.runtime.file_checks import load_job
 
 
 def main() -> int:
     config = load_job(ConditionalSftConfig, sys.argv[1:])
     # Only now that config and files are known to be good: these import torch and ray, which takes seconds.
-    from rayrlhf.data.prompt_rows import prompt_columns
-    from rayrlhf.loops.chain import run_chain
-    from rayrlhf.loops.choose import labelled
+    from rayrlhf.data.rows.prompt_rows import prompt_columns
+    from rayrlhf.inference.rounds import run_chain
+    from rayrlhf.inference.select import labelled
 
     return run_chain(config, lambda rows: labelled(rows, prompt_columns(config.data), config.choose))
 

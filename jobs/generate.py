@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 
 from rayrlhf.config.generate import GenerateRunConfig
-from rayrlhf.loops.early import load_job
+from rayrlhf.runtime.file_checks import load_job
 
 
 def main() -> int:
     config = load_job(GenerateRunConfig, sys.argv[1:])
     # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
-    from rayrlhf.loops.generate import run_generate
+    from rayrlhf.inference.driver import run_generate
 
     return run_generate(config)
 

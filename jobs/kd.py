@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 
 from rayrlhf.config.supervised import KdRunConfig
-from rayrlhf.loops.early import load_job
+from rayrlhf.runtime.file_checks import load_job
 
 
 def main() -> int:
     config = load_job(KdRunConfig, sys.argv[1:])
     # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
-    from rayrlhf.loops.run_supervised import run_supervised
+    from rayrlhf.supervised.driver import run_supervised
 
     return run_supervised(config)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from rayrlhf.config.run import PolicyRunConfig
-from rayrlhf.loops.early import load_job
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.runtime.file_checks import load_job
 
 
 def main() -> int:
     config = load_job(PolicyRunConfig, sys.argv[1:])
     # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
-    from rayrlhf.loops.run import run_policy
+    from rayrlhf.policy.driver import run_policy
 
     return run_policy(config)
 

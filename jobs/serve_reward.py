@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 from rayrlhf.config.serve_reward import ServeRewardConfig
-from rayrlhf.loops.early import load_job
+from rayrlhf.runtime.file_checks import load_job
 
 
 def main() -> int:
     config = load_job(ServeRewardConfig, sys.argv[1:])
     # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
-    from rayrlhf.loops.serve_reward import serve_reward
+    from rayrlhf.reward_server.driver import serve_reward
 
     return serve_reward(config)
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from rayrlhf.config.secrets import masked
-from rayrlhf.foreign_text import printable, visible
+from rayrlhf.secrets import masked
+from rayrlhf.untrusted_text import printable, visible
 
 LOG_WIDTH = 140  # where the output is no terminal
 

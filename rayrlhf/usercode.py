@@ -186,3 +186,8 @@ def _import(name: str) -> ModuleType:
         ) from error
     except BaseException as error:
         raise UserCodeError(f"{name} fails at import: {described(error, OWN_FILES)}") from error
+
+
+def log_of(run_path: str | Path, name: str) -> Path:
+    """Where what a piece of the user's code prints is kept: in the run's folder, which all nodes share."""
+    return Path(run_path) / "logs" / f"{name}.log"

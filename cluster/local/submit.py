@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.local.head import LocalHead
-from rayrlhf.foreign_text import COLOUR, write_line
+from rayrlhf.untrusted_text import COLOUR, write_line
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -41,7 +41,7 @@ for node in "${nodes[@]:1}"; do
   steps+=($!)
 done
 
-python -m rayrlhf.launch.wait_for_nodes 2
+python -m rayrlhf.commands.render.wait_for_nodes 2
 
 srun --nodes=1 --ntasks=1 --overlap -w "$head" \
   python jobs/ppo.py jobs/configs/ppo-70b-16x-a100-80.yaml \

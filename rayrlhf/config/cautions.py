@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 
 WIDE_FOR_SEQUENCES = 0.05  # a hundred times GSPO's own range
 

@@ -18,9 +18,9 @@ from rayrlhf.config.base import (
     Problem,
     Section,
 )
+from rayrlhf.config.common import ObserveConfig, RunSection
 from rayrlhf.config.examples import RewardTemplate, Share
 from rayrlhf.config.generate import GenerateDataConfig, GenerateRunConfig, SampledConfig
-from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.learning_rates import PreferenceTrainConfig, SftTrainConfig
 from rayrlhf.config.model import ModelConfig, TrainedModelConfig

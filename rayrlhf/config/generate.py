@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from rayrlhf.config.base import Count, Fraction, NaturalNumber, Problem, Section
+from rayrlhf.config.common import ObserveConfig, RunSection
 from rayrlhf.config.data import PromptDataConfig, Sources
-from rayrlhf.config.job import ObserveConfig, RunSection
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.placement import PlacementConfig

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayrlhf.config.base import Count, NaturalNumber, Problem, Section, Wanted
-from rayrlhf.config.secrets import is_secret_name
+from rayrlhf.secrets import is_secret_name
 
 Quantity = Annotated[str, Field(pattern=r"^[1-9]\d*(Mi|Gi|Ti)$"), Wanted("an amount of memory such as 512Gi")]
 ResourceName = Annotated[

@@ -11,13 +11,13 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from rayrlhf.config.base import ConfigError, Problem, Section
-from rayrlhf.config.explain import explain
-from rayrlhf.config.foreign import option_problem
+from rayrlhf.config.errors import explain
+from rayrlhf.config.help import help_text
 from rayrlhf.config.other_job import other_job
-from rayrlhf.config.reference import help_text
-from rayrlhf.config.secrets import masked_tree, remember_all
-from rayrlhf.config.tree import COMMAND_LINE, read_tree, write_tree
-from rayrlhf.foreign_text import write_line
+from rayrlhf.config.yaml_tree import COMMAND_LINE, read_tree, write_tree
+from rayrlhf.migration.other_keys import option_problem
+from rayrlhf.secrets import masked_tree, remember_all
+from rayrlhf.untrusted_text import write_line
 
 S = TypeVar("S", bound=Section)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rayrlhf.config.base import Problem
 
 if TYPE_CHECKING:
-    from rayrlhf.config.run import PolicyRunConfig
+    from rayrlhf.config.policy import PolicyRunConfig
 
 KEEPS_ALL_TOKENS = (-1, 0)  # of top_k
 

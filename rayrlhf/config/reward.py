@@ -18,7 +18,7 @@ from rayrlhf.config.reward_sources import (
 )
 
 if TYPE_CHECKING:
-    from rayrlhf.config.run import PolicyRunConfig
+    from rayrlhf.config.policy import PolicyRunConfig
 
 __all__ = [
     "EnvironmentSource",

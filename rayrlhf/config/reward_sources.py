@@ -9,8 +9,8 @@ from pydantic import Field
 
 from rayrlhf.config.base import Count, PositiveNumber, Problem, Section, Wanted
 from rayrlhf.config.model import Dtype
-from rayrlhf.config.secrets import is_masked, masked_tree
 from rayrlhf.config.user_code import CodeLimits
+from rayrlhf.secrets import is_masked, masked_tree
 
 FunctionName = Annotated[
     str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"), Wanted("module:function or path/to/file.py:function")

@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from rayrlhf.config.base import Count, Fraction, NonNegativeNumber, PositiveNumber, Problem, Section, Wanted
+from rayrlhf.config.common import ObserveConfig, TrainedRunSection
 from rayrlhf.config.examples import (
     KtoDataConfig,
     PairDataConfig,
     PrmDataConfig,
     SftDataConfig,
 )
-from rayrlhf.config.job import ObserveConfig, TrainedRunSection
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.learning_rates import (
     DistillationTrainConfig,

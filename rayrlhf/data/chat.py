@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rayrlhf.config.data import DataConfig, PromptDataConfig
 from rayrlhf.data.markers import cut, encode, found_in, markers_of
-from rayrlhf.data.messages import Message
-from rayrlhf.data.prompt_rows import prompt_of
-from rayrlhf.data.rows import BadRow, DataError, check_text, check_unicode, column_of, quoted, type_name
+from rayrlhf.data.rows.messages import Message
+from rayrlhf.data.rows.prompt_rows import prompt_of
+from rayrlhf.data.rows.row import BadRow, DataError, check_text, check_unicode, column_of, quoted, type_name
 from rayrlhf.data.template import apply_template, tool_form
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.local import local_folder
@@ -161,3 +161,11 @@ def tokens_put_first(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     framed: list[int] = tokenizer("a", verbose=False).input_ids
     starts = range(len(framed) - len(alone) + 1)
     return next((tuple(framed[:n]) for n in starts if framed[n : n + len(alone)] == alone), ())
+
+
+def single_token(word: str, tokenizer: object) -> int:
+    """The id of a word that is one token. Raises `ValueError`."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids  # pyright: ignore[reportCallIssue]
+    if len(ids) != 1:
+        raise ValueError(f"{word!r} is {len(ids)} tokens; wanted a word that is one token")
+    return ids[0]

@@ -8,12 +8,12 @@ from itertools import islice
 
 from rayrlhf.config.data import DataConfig, PromptDataConfig, SourceConfig
 from rayrlhf.config.examples import ExampleDataConfig
-from rayrlhf.data.files import DataFile, Split, resolve_source
-from rayrlhf.data.formats import id_of, normal_form
-from rayrlhf.data.padding import without_padding
-from rayrlhf.data.prompt_rows import prompt_of
-from rayrlhf.data.readers import plan_chunks, read_chunk
-from rayrlhf.data.rows import BadRow, DataError, RawRow, describe_bad_rows
+from rayrlhf.data.rows.formats import id_of, normal_form
+from rayrlhf.data.rows.padding import without_padding
+from rayrlhf.data.rows.prompt_rows import prompt_of
+from rayrlhf.data.rows.row import BadRow, DataError, RawRow, describe_bad_rows
+from rayrlhf.data.sources.files import DataFile, Split, resolve_source
+from rayrlhf.data.sources.readers import plan_chunks, read_chunk
 
 HEAD_ROWS = 1000  # looked at in each file
 TOTAL_ROWS = 20_000  # … and in all, so that a data set of a thousand files answers quickly too

@@ -15,7 +15,7 @@ from rayrlhf.config.data import DataConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.markers import encode, special_ids
-from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.data.template import STAND_IN
 
 if TYPE_CHECKING:

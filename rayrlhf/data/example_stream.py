@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from rayrlhf.data.batch_plan import plan_steps
 from rayrlhf.data.example_store import ExampleStore, examples_of
-from rayrlhf.data.plan import plan_steps
 from rayrlhf.data.stream import fetched, step_ranges
 from rayrlhf.samples import Example
 

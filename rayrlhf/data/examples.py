@@ -16,15 +16,15 @@ from rayrlhf.config.data import SourceConfig
 from rayrlhf.config.examples import ExampleDataConfig, KtoDataConfig, PrmDataConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.example_store import EXAMPLE_SCHEMA, SEQUENCE_FIELDS, ExampleStore
-from rayrlhf.data.files import Split
-from rayrlhf.data.formats import id_of, normal_form
-from rayrlhf.data.mismatch import mismatched, with_mismatched
-from rayrlhf.data.padding import without_padding
 from rayrlhf.data.render import RenderedExample, render_example, step_token_id
-from rayrlhf.data.rows import BadRow, DataError
-from rayrlhf.data.split import in_split
+from rayrlhf.data.row_filter import REPORT_FIELDS, Policy, Tally, left_out_notes, with_left_out
+from rayrlhf.data.rows.formats import id_of, normal_form
+from rayrlhf.data.rows.mismatch import mismatched, with_mismatched
+from rayrlhf.data.rows.padding import without_padding
+from rayrlhf.data.rows.row import BadRow, DataError
+from rayrlhf.data.sources.files import Split
+from rayrlhf.data.sources.split import in_split
 from rayrlhf.data.store import STORE_BATCH_ROWS, ArrowRows, write_tables
-from rayrlhf.data.tally import REPORT_FIELDS, Policy, Tally, left_out_notes, with_left_out
 
 RENDERED_SCHEMA = pa.schema(
     [
@@ -60,14 +60,14 @@ def prepare_examples(
 
     `sources` are `config.sources_of(split)`: with `eval_share` both splits read the training sources, and a
     hash of the row and the seed says which split has it, the same in every run and for equal rows. An example
-    of KTO gets a second sequence, its prompt with the response to another one (`rayrlhf.data.mismatch`).
+    of KTO gets a second sequence, its prompt with the response to another one (`data.rows.mismatch`).
 
     The counts have `duplicates` beside those of prompts. Ray must be running; the tokenizer is loaded once
     per worker process. Raises `DataError` for bad, long or repeated rows (unless the config says otherwise),
     for a tokenizer or template that cannot serve, and where no row is left.
     """
-    from rayrlhf.data.sources import read_sources
-    from rayrlhf.data.spool import spooled
+    from rayrlhf.data.sources.source import read_sources
+    from rayrlhf.data.sources.spool import spooled
 
     out_path = Path(out_path)
     chat_template = read_chat_template(config)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from rayrlhf.data.rows import BadRow, quoted
+from rayrlhf.data.rows.row import BadRow, quoted
 from rayrlhf.data.template import PROBE, PROBE_CALL, STAND_IN, apply_template
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from rayrlhf.data.chat import (
     render_prompt,
     render_text,
 )
-from rayrlhf.data.files import Split
-from rayrlhf.data.padding import without_padding
-from rayrlhf.data.prompt_rows import prompt_columns
-from rayrlhf.data.rows import BadRow, DataError
-from rayrlhf.data.sources import read_sources
-from rayrlhf.data.spool import spooled
+from rayrlhf.data.row_filter import REPORT_FIELDS, Policy, Tally, left_out_notes, with_left_out
+from rayrlhf.data.rows.padding import without_padding
+from rayrlhf.data.rows.prompt_rows import prompt_columns
+from rayrlhf.data.rows.row import BadRow, DataError
+from rayrlhf.data.sources.files import Split
+from rayrlhf.data.sources.source import read_sources
+from rayrlhf.data.sources.spool import spooled
 from rayrlhf.data.store import PROMPT_FIELDS, PromptStore, write_store
-from rayrlhf.data.tally import REPORT_FIELDS, Policy, Tally, left_out_notes, with_left_out
 
 RENDERED_SCHEMA = pa.schema([*REPORT_FIELDS, *PROMPT_FIELDS])
 NOT_RENDERED = {"num_tokens": 0, "prompt_ids": [], "prompt": "", "columns_json": ""}

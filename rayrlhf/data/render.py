@@ -8,16 +8,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.examples import ExampleDataConfig, PrmDataConfig, SftDataConfig
+from rayrlhf.data.assistant_mask import Learnt, assistant_turns, join, learnt_turns
 from rayrlhf.data.chat import as_text, decode_prompt, encode_plain
-from rayrlhf.data.conversations import Conversation, Text
-from rayrlhf.data.formats import NormalForm
 from rayrlhf.data.markers import cut, encode, markers_of
-from rayrlhf.data.messages import Message, check_learnt
-from rayrlhf.data.preferences import Judged, Pair
-from rayrlhf.data.rows import BadRow, DataError
-from rayrlhf.data.steps import Steps
+from rayrlhf.data.rows.conversations import Conversation, Text
+from rayrlhf.data.rows.formats import NormalForm
+from rayrlhf.data.rows.messages import Message, check_learnt
+from rayrlhf.data.rows.preferences import Judged, Pair
+from rayrlhf.data.rows.row import BadRow, DataError
+from rayrlhf.data.rows.steps import Steps
 from rayrlhf.data.template import apply_template
-from rayrlhf.data.turns import Learnt, assistant_turns, join, learnt_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

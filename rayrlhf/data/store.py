@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 
-from rayrlhf.data.rows import DataError
+from rayrlhf.data.rows.row import DataError
 from rayrlhf.samples import Prompt
 
 PROMPT_FIELDS = [

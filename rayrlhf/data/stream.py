@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from rayrlhf.data.rows import DataError
+from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.store import PromptStore, prompts_of
 from rayrlhf.samples import Prompt
 
@@ -188,7 +188,7 @@ def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Da
     """The blocks of a plan in their order, each made by `fetch` into what the plan is about."""
     import ray.data
 
-    from rayrlhf.data.sources import ordered_and_quiet
+    from rayrlhf.data.sources.source import ordered_and_quiet
 
     with ordered_and_quiet():
         return ray.data.from_arrow(blocks).map_batches(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.rows.row import BadRow, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

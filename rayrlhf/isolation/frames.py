@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from rayrlhf.foreign_text import one_line, visible
+from rayrlhf.untrusted_text import one_line, visible
 
 HEADER = struct.Struct("<Q")
 MAX_ANSWER_BYTES = 64 << 20

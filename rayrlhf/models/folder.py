@@ -1,7 +1,7 @@
 """What is wrong with the folder of a checkpoint, as far as files and headers show it, before any is loaded.
 
-Pure, and quick: it reads JSON and the headers of weights. Models of families that `placement.shape` knows are
-compared tensor by tensor with their config.json.
+Pure, and quick: it reads JSON and the headers of weights. Models of families that `capacity.model_shape`
+knows are compared tensor by tensor with their config.json.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from rayrlhf.capacity.model_shape import FAMILIES, ModelShape, shape_of
 from rayrlhf.config.base import Problem
 from rayrlhf.models.weight_files import BrokenFile, TensorHead, read_json, read_weight_heads
-from rayrlhf.placement.shape import FAMILIES, ModelShape, shape_of
 
 Kind = Literal["policy", "start", "scorer"]  # a language model; that or a scorer to start from; a scorer
 FIX = "get the checkpoint again, or name another"

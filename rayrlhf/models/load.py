@@ -234,7 +234,7 @@ def _streams_and_options(
     found = AutoConfig.from_pretrained(
         local_folder(path, weights=False), trust_remote_code=config.trust_remote_code
     )
-    # Of any length: the driver has looked at the run's own (loops.architectures).
+    # Of any length: the driver has looked at the run's own (runtime.architecture_checks).
     verdict = verdict_of(found, longest=0, head=head, trust_remote_code=config.trust_remote_code)
     if verdict.streams is None:
         raise ValueError(f"{path}: {verdict.reason}; choose another model")

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,8 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.hub.ids import pinned_id
+from rayrlhf.models.adapter_format import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from rayrlhf.models.adapters import TrainedAdapter
-from rayrlhf.models.merge_lora import ADAPTER_PREFIX, ADAPTER_WEIGHTS
+from rayrlhf.models.quiet_peft import LoraConfig as PeftConfig
+from rayrlhf.models.quiet_peft import inject_adapter_in_model
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:

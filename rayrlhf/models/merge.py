@@ -7,7 +7,6 @@ import re
 import shutil
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -19,10 +18,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rayrlhf.models.adapter_format import ADAPTER_PREFIX, ADAPTER_WEIGHTS, MergeProblem, Plan
 from rayrlhf.models.export import with_padding
 from rayrlhf.models.generation import exported_config
-from rayrlhf.models.merge_lora import ADAPTER_PREFIX, ADAPTER_WEIGHTS, MergeProblem, Plan
 from rayrlhf.models.modes import honour_umask
+from rayrlhf.models.quiet_peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,

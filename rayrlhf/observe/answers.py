@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rayrlhf.foreign_text import one_line, visible
+from rayrlhf.untrusted_text import one_line, visible
 
 SAMPLE_CHARACTERS = 4_000  # of a prompt or a response; the output has all of it
 

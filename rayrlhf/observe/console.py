@@ -17,11 +17,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from rayrlhf.config.secrets import masked
-from rayrlhf.foreign_text import LINE_CHARACTERS, MESSAGE_CHARACTERS, one_line, visible
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.summary import show_summary
+from rayrlhf.secrets import masked
 from rayrlhf.terminal import SafeConsole, make_console
+from rayrlhf.untrusted_text import LINE_CHARACTERS, MESSAGE_CHARACTERS, one_line, visible
 
 PROGRESS_SECONDS = 10.0  # without a line, after which a log says how far a long phase has come
 PHASE_CHARACTERS = 200
@@ -70,7 +70,7 @@ class Console:
         SafeConsole(stderr=True, soft_wrap=True).print(Text.assemble(("error", "bold red"), " ", told))
 
     def placement(self, slots: Any) -> None:
-        from rayrlhf.placement.apply import describe
+        from rayrlhf.placement.slots import describe
 
         for role, units, where in describe(slots):
             self.say(f"placed {role} x {units} on slot {where}")

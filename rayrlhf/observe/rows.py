@@ -14,9 +14,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from rayrlhf.config.secrets import masked
-from rayrlhf.foreign_text import one_line
 from rayrlhf.observe.console import PHASE_CHARACTERS, Console
+from rayrlhf.secrets import masked
+from rayrlhf.untrusted_text import one_line
 
 
 class RowsProgress:

@@ -14,12 +14,12 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError
 
-from rayrlhf.config.job import JobConfig
-from rayrlhf.config.secrets import masked, masked_tree
+from rayrlhf.config.common import JobConfig
 from rayrlhf.observe.board import Report, Taker
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sink_threads import Sink, SinkThread
 from rayrlhf.observe.step_rows import StepRows, json_line
+from rayrlhf.secrets import masked, masked_tree
 
 TAKE_SECONDS = 1.0
 RETRY_SECONDS = 0.2

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rayrlhf.foreign_text import one_line, visible
 from rayrlhf.observe.answers import chain_summary, generation_summary
 from rayrlhf.terminal import make_console
+from rayrlhf.untrusted_text import one_line, visible
 
 OPENED_BY = {"rm": "AutoModelForSequenceClassification", "prm": "AutoModelForTokenClassification"}
 LOG_WIDTH = 110  # where the output is not a terminal

@@ -14,8 +14,8 @@ from typing import Any
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.generate import GenerateRunConfig
 from rayrlhf.config.placement import PlacementConfig
+from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.reward import RewardConfig
-from rayrlhf.config.run import PolicyRunConfig
 from rayrlhf.config.supervised import KdRunConfig, SupervisedConfig
 
 # How much of a GPU a role takes, against the others that share it. Ray only counts with it: how much memory

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.placement.plan import PlacementSpec
 
 C = TypeVar("C", bound=Any)

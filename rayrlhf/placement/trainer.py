@@ -28,7 +28,7 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.util.placement_group import PlacementGroup
 
-from rayrlhf.placement.apply import Slots
+from rayrlhf.placement.slots import Slots
 
 CONTROLLER_SECONDS = 60.0
 TRAINERS = ("actor", "critic")  # roles whose workers this makes

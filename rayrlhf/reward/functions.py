@@ -21,7 +21,7 @@ from rayrlhf.isolation.frames import CodeError, ProcessDied
 from rayrlhf.isolation.output import OutputLog
 from rayrlhf.isolation.pool import ProcessPool
 from rayrlhf.isolation.process import Hosted
-from rayrlhf.placement.apps import of_this_replica
+from rayrlhf.placement.serve_status import of_this_replica
 from rayrlhf.reward.items import (
     LARGEST_REWARD,
     Failure,

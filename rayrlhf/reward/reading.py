@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.data.assistant_mask import ending_tokens, learnt_turns
 from rayrlhf.data.chat import as_text, encode_plain
 from rayrlhf.data.markers import encode
-from rayrlhf.data.messages import Message
-from rayrlhf.data.prompt_rows import Question, prompt_of
-from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.rows.messages import Message
+from rayrlhf.data.rows.prompt_rows import Question, prompt_of
+from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.data.template import apply_template
-from rayrlhf.data.turns import ending_tokens, learnt_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

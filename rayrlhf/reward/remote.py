@@ -22,10 +22,10 @@ from multidict import CIMultiDict
 from ray import serve
 
 from rayrlhf.config.reward import RemoteSource
-from rayrlhf.config.secrets import masked, references, remember, remember_all, resolve
-from rayrlhf.foreign_text import one_line
 from rayrlhf.reward.batching import Batcher
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem, checked_reward
+from rayrlhf.secrets import masked, references, remember, remember_all, resolve
+from rayrlhf.untrusted_text import one_line
 
 SHOWN_CHARACTERS = 200  # of an answer that is wrong
 CONNECT_SECONDS = 5  # for the driver's check

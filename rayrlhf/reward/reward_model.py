@@ -15,7 +15,7 @@ from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.reward import ModelSource
 from rayrlhf.data.packing import micro_batches
-from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.hub.local import local_folder
 from rayrlhf.models.heads import ScoreModel
 from rayrlhf.models.load import has_packed_scorer, load_scorer, load_tokenizer, resolve_dtype

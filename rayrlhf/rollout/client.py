@@ -19,7 +19,7 @@ from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.samples import Prompt, Sample
 
 if TYPE_CHECKING:
-    from rayrlhf.rollout.environments import Episode
+    from rayrlhf.environments.deployment import Episode
 
 RETRY_SECONDS = 0.5
 MAX_ENGINE_DEATHS = 2  # that one request survives

@@ -18,14 +18,14 @@ import ray
 from ray import serve
 from ray.exceptions import ActorUnavailableError, ObjectLostError
 
-from rayrlhf.placement.apply import Slots
-from rayrlhf.placement.child import SlotChild
-from rayrlhf.placement.lease import NAMESPACE
+from rayrlhf.placement.reaper import NAMESPACE
+from rayrlhf.placement.replica import SlotChild
+from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.rollout.hub import HubIsBlank, Part, Publication, TensorSlice
+from rayrlhf.weights.store import HubIsBlank, Part, Publication, TensorSlice
 
 if TYPE_CHECKING:
-    from rayrlhf.rollout.meeting import Delivery, Meeting
+    from rayrlhf.weights.transfer_group import Delivery, Meeting
 
 EXIT_SECONDS = 0.2
 RETRY_SECONDS = 0.2
@@ -86,7 +86,9 @@ class EngineActor:
         """Build, pull the newest weights and generate once, so that the first real request meets a warm
         engine.
         """
-        from rayrlhf.rollout.stepper import Stepper  # vllm takes seconds to import: only here, where it runs
+        from rayrlhf.rollout.vllm_engine import (
+            Stepper,  # vllm takes seconds to import: only here, where it runs
+        )
 
         self.name = name
         self.stepper = Stepper(self.settings.engine_args)
@@ -141,7 +143,7 @@ class EngineActor:
                 buckets = [(slices, None) for slices in delivery.buckets]
                 await self._load(buckets, delivery.number, delivery.version)
             except Exception as error:
-                from rayrlhf.rollout.meeting import end_meeting  # and with it torch
+                from rayrlhf.weights.transfer_group import end_meeting  # and with it torch
 
                 self.meeting = None
                 await asyncio.to_thread(end_meeting, meeting, f"{self.name}: {error}")

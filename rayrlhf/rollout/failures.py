@@ -5,7 +5,3 @@ from __future__ import annotations
 
 class EngineDied(RuntimeError):
     """The vLLM engine of a replica has stopped for good; the message is its own last error."""
-
-
-class MeetingEnded(RuntimeError):
-    """A peer of a direct push failed or did not come in time; the message says who."""

@@ -2,7 +2,7 @@
 
 vLLM imports this module in every worker process because `worker_extension_cls` names `WorkerExtension`; the
 import registers the transfer backend. Only this module, `vllm_reload` and
-`rollout.stepper` may import vllm.
+`rollout.vllm_engine` may import vllm.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from rayrlhf.rollout.bucket import check, size_of, unpack
-from rayrlhf.rollout.device_memory import device_key
-from rayrlhf.rollout.hub import TensorSlice
-from rayrlhf.rollout.meeting import Link, Meeting, join
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
+from rayrlhf.weights.buckets import check, size_of, unpack
+from rayrlhf.weights.shared_memory import device_key
+from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.transfer_group import Link, Meeting, join
 
 BUCKETS = "rayrlhf_buckets"
 

@@ -15,12 +15,13 @@ from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.adapters import TrainedAdapter
-from rayrlhf.train import collectives, frozen
+from rayrlhf.train import collectives
+from rayrlhf.train import frozen_checksums as frozen
 from rayrlhf.train.engine import adapter_state_dict, full_state_dict, make_engine
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
-from rayrlhf.train.resize import TAG, load_universal, read_layout, resized, write_layout
 from rayrlhf.train.safe_load import only_tensors
-from rayrlhf.train.sequences import own_outputs, together
+from rayrlhf.train.sequence_parallel import own_outputs, together
+from rayrlhf.train.world_size import TAG, load_universal, read_layout, resized, write_layout
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
 # global objective, metric sums). Shares add up over micro-batches and ranks.

@@ -15,9 +15,9 @@ from rayrlhf.models.adapters import adapters_off
 from rayrlhf.models.load import load_policy, resolve_dtype
 from rayrlhf.train import collectives
 from rayrlhf.train.engine import loading, make_engine
+from rayrlhf.train.frozen_server import ask_all, logprobs_of
 from rayrlhf.train.learner import Learner
-from rayrlhf.train.sequences import own_outputs, share_sequences
-from rayrlhf.train.served import ask_all, logprobs_of
+from rayrlhf.train.sequence_parallel import own_outputs, share_sequences
 
 
 class Reference(Protocol):
@@ -59,7 +59,7 @@ class AdaptersOff:
 
 
 class ServedReference:
-    """Asks a deployment: `train.served`'s, or `rollout.scorer`'s."""
+    """Asks a deployment: `train.frozen_server`'s, or `rollout.logprob_server`'s."""
 
     def __init__(self, handle: Any, *, timeout_seconds: float) -> None:
         self.handle = handle

@@ -12,7 +12,7 @@ from rayrlhf.config.supervised import KdRunConfig
 from rayrlhf.models.distill import Teacher as TeacherAnswer
 from rayrlhf.models.distill import TeacherTopK
 from rayrlhf.models.load import load_teacher
-from rayrlhf.train.served import ask_all
+from rayrlhf.train.frozen_server import ask_all
 
 
 class Teacher(Protocol):

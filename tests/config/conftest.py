@@ -9,7 +9,7 @@ import pytest
 
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.load import load_config
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 
 SMALL = """\
 run: {name: small}

@@ -12,7 +12,7 @@ from rayrlhf.config.chains import ConditionalSftConfig, IterativeDpoConfig, Reje
 from rayrlhf.config.generate import GenerateRunConfig
 from rayrlhf.config.load import load_config
 from rayrlhf.config.supervised import DpoRunConfig, SftRunConfig
-from rayrlhf.config.tree import write_tree
+from rayrlhf.config.yaml_tree import write_tree
 
 C = TypeVar(
     "C", bound=GenerateRunConfig | RejectionSamplingConfig | IterativeDpoConfig | ConditionalSftConfig

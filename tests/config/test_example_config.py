@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from rayrlhf.config.base import Problem
+from rayrlhf.config.errors import explain
 from rayrlhf.config.examples import (
     ExampleDataConfig,
     KtoDataConfig,
@@ -15,7 +16,6 @@ from rayrlhf.config.examples import (
     PrmDataConfig,
     SftDataConfig,
 )
-from rayrlhf.config.explain import explain
 
 TRAIN = {"train": "rows.jsonl"}
 

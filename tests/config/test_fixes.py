@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rayrlhf.config.load import dump_resolved, load_config
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 from tests.config.conftest import SMALL, Load, Problems
 
 KEY = ""  # the problem's path is the key of the override

@@ -8,7 +8,7 @@ import pytest
 
 from rayrlhf.config.base import ConfigError, Section
 from rayrlhf.config.load import dump_resolved, load_config, load_or_exit
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 from tests.config.conftest import SMALL, Load, Problems
 
 
@@ -322,7 +322,7 @@ def test_help_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str
 
 
 def test_every_field_says_what_it_is_in_one_line() -> None:
-    import rayrlhf.config.run  # noqa: F401  (it imports every section of the tree)
+    import rayrlhf.config.policy  # noqa: F401  (it imports every section of the tree)
 
     for section in sections_below(Section)[1:]:
         for name, info in section.model_fields.items():

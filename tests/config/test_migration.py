@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.foreign import find_words
-from rayrlhf.config.jobs import SCHEMAS, load_any
+from rayrlhf.config.help import keys_of
 from rayrlhf.config.load import load_config
-from rayrlhf.config.migration import PROJECTS, Word
-from rayrlhf.config.migration_page import page
-from rayrlhf.config.reference import keys_of
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.config.registry import SCHEMAS, load_any
 from rayrlhf.config.supervised import SftRunConfig
+from rayrlhf.migration.other_keys import find_words
+from rayrlhf.migration.page import page
+from rayrlhf.migration.table import PROJECTS, Word
 from tests.config.conftest import SMALL, Problems
 
 REPOSITORY = Path(__file__).parents[2]

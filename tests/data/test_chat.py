@@ -13,7 +13,7 @@ import pytest
 
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template, render_prompt
-from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.rows.row import BadRow, DataError
 from tests.tiny_model import make_tokenizer
 
 HI = [79, 80]  # h is 104, i is 105

@@ -12,7 +12,7 @@ import pytest
 
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.data.checks import HEAD_ROWS, check_sources
-from rayrlhf.data.rows import DataError
+from rayrlhf.data.rows.row import DataError
 
 GOOD = '{"prompt": "a", "label": "b"}\n'
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.data.ends import ResponseEnds, end_of_turn_id, response_ends
-from rayrlhf.data.rows import DataError
+from rayrlhf.data.rows.row import DataError
 from tests.tiny_model import SPECIAL_TOKENS, make_tokenizer
 
 EOS, EXTRA, USER = (SPECIAL_TOKENS.index(token) for token in ("</s>", "<|extra|>", "<|user|>"))

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from rayrlhf.data.batch_plan import RowOrder, plan_steps
 from rayrlhf.data.example_store import EXAMPLE_SCHEMA, ExampleStore
 from rayrlhf.data.example_stream import _fetch, iter_examples
-from rayrlhf.data.plan import RowOrder, plan_steps
 from rayrlhf.data.store import write_tables
 from rayrlhf.data.stream import step_ranges
 

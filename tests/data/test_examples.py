@@ -22,7 +22,7 @@ from rayrlhf.config.examples import (
 )
 from rayrlhf.data.example_store import EXAMPLE_SCHEMA, ExampleStore, examples_of
 from rayrlhf.data.examples import prepare_examples
-from rayrlhf.data.rows import DataError
+from rayrlhf.data.rows.row import DataError
 from rayrlhf.samples import Example, TokenSequence
 from tests.tiny_model import make_tokenizer
 

@@ -17,7 +17,7 @@ from rayrlhf.config.examples import (
 )
 from rayrlhf.data.checks import check_example_sources
 from rayrlhf.data.examples import prepare_examples
-from rayrlhf.data.rows import DataError
+from rayrlhf.data.rows.row import DataError
 from tests.tiny_model import make_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "be"}

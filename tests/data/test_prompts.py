@@ -10,7 +10,7 @@ import pytest
 
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.data.prompts import prepare_prompts
-from rayrlhf.data.rows import DataError
+from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.store import PromptStore
 from rayrlhf.samples import Prompt
 from tests.tiny_model import make_tokenizer

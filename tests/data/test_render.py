@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.examples import KtoDataConfig, PairDataConfig, PrmDataConfig, SftDataConfig
-from rayrlhf.data.formats import normal_form
 from rayrlhf.data.render import RenderedExample, render_example, step_token_id
-from rayrlhf.data.rows import BadRow, DataError
+from rayrlhf.data.rows.formats import normal_form
+from rayrlhf.data.rows.row import BadRow, DataError
 from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer
 
 CHATML = (

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrlhf.data.rows import DataError
+from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.store import PROMPT_FIELDS, STORE_BATCH_ROWS, ArrowRows, PromptStore, write_store
 from rayrlhf.samples import Prompt
 

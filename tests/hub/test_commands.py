@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayrlhf.chat.command import main as chat
+from rayrlhf.capacity.model_shape import ShapeUnknown, read_shape
+from rayrlhf.commands.chat.command import main as chat
+from rayrlhf.commands.merge_lora import main as merge_lora
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.models.adapters import TrainedAdapter, adapter_weights
-from rayrlhf.models.merge_lora import main as merge_lora
-from rayrlhf.placement.shape import ShapeUnknown, read_shape
 from tests.hub.test_resolve import pinned
 from tests.local_hub import LocalHub
 

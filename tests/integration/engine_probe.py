@@ -26,7 +26,7 @@ MIDDLE = 4  # a bucket, whose last tensor is in some families one of many that a
 def main(folder: str, *samplings: str) -> None:
     from rayrlhf.config.model import ModelConfig
     from rayrlhf.config.rollout import EngineConfig
-    from rayrlhf.loops.apps import engine_settings
+    from rayrlhf.rollout.engine_settings import engine_settings
 
     model = ModelConfig(path=folder, dtype="float32")
     settings = engine_settings(
@@ -52,8 +52,8 @@ async def _differences(
 
     from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
     from rayrlhf.models.load import load_policy
-    from rayrlhf.rollout.bucket import flatten, lay_out, plan_buckets
-    from rayrlhf.rollout.stepper import Stepper
+    from rayrlhf.rollout.vllm_engine import Stepper
+    from rayrlhf.weights.buckets import flatten, lay_out, plan_buckets
 
     policy = load_policy(model, folder, device=torch.device("cpu"), chunk_tokens=1000).eval()
     stepper = Stepper(engine_args)

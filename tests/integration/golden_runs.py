@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from jobs.environments.calculator import make_rows, write_rows
-from rayrlhf.loops.run import run_policy
-from rayrlhf.loops.run_supervised import run_supervised
+from rayrlhf.policy.driver import run_policy
+from rayrlhf.supervised.driver import run_supervised
 from tests.integration import supervised_data as made
 from tests.integration.policy_runs import tiny_run
 from tests.integration.supervised_runs import job as tiny_job

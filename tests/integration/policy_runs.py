@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 
 
 def share_of_vowels(

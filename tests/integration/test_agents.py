@@ -14,8 +14,9 @@ import pytest
 
 from jobs.environments.calculator import write_rows
 from jobs.environments.guess_number import best_mean_reward
-from rayrlhf.loops.run import run_policy
-from tests.environments.players import (
+from rayrlhf.policy.driver import run_policy
+from tests.integration.policy_runs import tiny_run
+from tests.jobs.environments.players import (
     CALCULATOR,
     GUESS_NUMBER,
     GUESSES,
@@ -25,7 +26,6 @@ from tests.environments.players import (
     hidden_numbers,
     sums,
 )
-from tests.integration.policy_runs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("ray_session")]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.loops.run import run_policy
+from rayrlhf.policy.driver import run_policy
 from tests.integration.policy_runs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

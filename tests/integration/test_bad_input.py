@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from rayrlhf.loops.run import run_policy
+from rayrlhf.policy.driver import run_policy
 from tests.integration.policy_runs import tiny_run
 from tests.train.checkpoints import leave_checkpoint
 

@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import pytest
 
-from rayrlhf.config.jobs import SCHEMAS
-from rayrlhf.loops.early import load_job
+from rayrlhf.config.registry import SCHEMAS
+from rayrlhf.runtime.file_checks import load_job
 from tests.checkpoint_files import write_checkpoint, write_shards
 
 REPOSITORY = Path(__file__).parents[2]

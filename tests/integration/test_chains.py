@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from rayrlhf.config.chains import ConditionalSftConfig, IterativeDpoConfig, RejectionSamplingConfig
 from rayrlhf.data.example_store import ExampleStore
-from rayrlhf.data.prompt_rows import prompt_columns
-from rayrlhf.loops import chain
-from rayrlhf.loops.chain import run_chain
-from rayrlhf.loops.choose import best_and_worst, best_of_n, labelled
+from rayrlhf.data.rows.prompt_rows import prompt_columns
+from rayrlhf.inference import rounds as chain
+from rayrlhf.inference.rounds import run_chain
+from rayrlhf.inference.select import best_and_worst, best_of_n, labelled
 from tests.integration.answer_runs import VOWELS, lines_of, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.loops.run_supervised import run_supervised
+from rayrlhf.supervised.driver import run_supervised
 from rayrlhf.train.checkpoint import RECORD
 from tests.integration import supervised_data as made
 from tests.integration.test_supervised import job, logged

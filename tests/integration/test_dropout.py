@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rayrlhf.loops.run_supervised import run_supervised
+from rayrlhf.supervised.driver import run_supervised
 from tests.integration import supervised_data as made
 from tests.integration.test_supervised import job
 from tests.tiny_model import make_tokenizer

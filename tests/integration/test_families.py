@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.loops.run import run_policy
+from rayrlhf.policy.driver import run_policy
 from tests.integration.policy_runs import tiny_run
 from tests.tiny_families import FAMILIES, make_family
 

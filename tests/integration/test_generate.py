@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.loops import generate
-from rayrlhf.loops.generate import run_generate
-from rayrlhf.loops.generate_worker import Pace
+from rayrlhf.inference import driver as generate
+from rayrlhf.inference.driver import run_generate
+from rayrlhf.inference.worker import Pace
 from tests.integration.answer_runs import VOWELS, lines_of, tiny_generation
 from tests.integration.policy_runs import share_of_vowels
 

@@ -14,8 +14,8 @@ import pytest
 
 from jobs.environments.calculator import make_rows, write_rows
 from rayrlhf.config.load import load_config
-from rayrlhf.config.run import PolicyRunConfig
-from rayrlhf.loops.run import run_policy
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.policy.driver import run_policy
 from tests.integration.policy_runs import write_prompts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

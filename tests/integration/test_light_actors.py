@@ -16,8 +16,8 @@ import ray
 from ray.exceptions import ActorUnavailableError
 from ray.util import placement_group_table
 
-from rayrlhf.loops.run import run_policy
-from rayrlhf.placement.lease import NAMESPACE
+from rayrlhf.placement.reaper import NAMESPACE
+from rayrlhf.policy.driver import run_policy
 from tests.integration.policy_runs import tiny_run
 
 pytestmark = [

@@ -13,10 +13,10 @@ from jobs.demo.data import ensure_data as ensure_prompts
 from jobs.pipeline.run import Stage, outcome, stages
 from jobs.tasks.sentences import ensure_data as ensure_sentences
 from rayrlhf.config.load import load_config
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.supervised import JOBS
-from rayrlhf.loops.run import run_policy
-from rayrlhf.loops.run_supervised import run_supervised
+from rayrlhf.policy.driver import run_policy
+from rayrlhf.supervised.driver import run_supervised
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

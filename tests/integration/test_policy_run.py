@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rayrlhf.loops.run import run_policy
-from rayrlhf.models.merge_lora import main as merge_lora
+from rayrlhf.commands.merge_lora import main as merge_lora
+from rayrlhf.policy.driver import run_policy
 from tests.integration.policy_runs import tiny_run, write_prompts
 from tests.tiny_model import make_tiny_model
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.load import dump_resolved
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 from tests.integration.fake_cluster import FakeCluster, fake_cluster
 from tests.integration.policy_runs import tiny_run
 from tests.tiny_model import make_tiny_model

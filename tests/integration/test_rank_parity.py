@@ -12,7 +12,7 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.samples import Sample
 from tests.integration.policy_runs import tiny_run
 from tests.samples import make_prompt, make_sample
@@ -51,8 +51,8 @@ def samples_of(step: int) -> list[Sample]:
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    from rayrlhf.loops.advantages import with_group_advantages
-    from rayrlhf.loops.learners import Learners
+    from rayrlhf.policy.actor_critic import Learners
+    from rayrlhf.policy.advantages import with_group_advantages
     from rayrlhf.train import collectives
 
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.loops.run import run_policy
+from rayrlhf.policy.driver import run_policy
 from rayrlhf.reward.graders import import_reasoning_gym
 from tests.integration.policy_runs import tiny_run
 

@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.u
 
 def train(arguments: dict[str, Any]) -> dict[Any, Any]:
     """Per variant the gradient norms of the last steps, the weights and their averages after them."""
-    from rayrlhf.train import collectives, frozen
+    from rayrlhf.train import collectives
+    from rayrlhf.train import frozen_checksums as frozen
     from rayrlhf.train.ema import ExponentialMovingAverage
     from rayrlhf.train.engine import full_state_dict
     from rayrlhf.train.learner import Learner, Term

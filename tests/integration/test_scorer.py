@@ -11,9 +11,9 @@ import torch
 from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.rollout import RolloutConfig
-from rayrlhf.loops.apps import engine_settings
-from rayrlhf.rollout.scorer import ScorerActor
-from rayrlhf.train.served import ReferenceActor
+from rayrlhf.rollout.engine_settings import engine_settings
+from rayrlhf.rollout.logprob_server import ScorerActor
+from rayrlhf.train.frozen_server import ReferenceActor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -17,7 +17,7 @@ JOB = """
 import sys, time
 import ray
 from ray.serve._private import api
-from rayrlhf.loops.session import start_serve
+from rayrlhf.runtime.ray_session import start_serve
 
 ray.init(namespace="serve-start", log_to_driver=False)
 look, looked = api._get_global_client, []

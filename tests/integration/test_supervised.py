@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from rayrlhf.loops.run_supervised import run_supervised
+from rayrlhf.supervised.driver import run_supervised
 from tests.integration import supervised_data as made
 from tests.integration.supervised_runs import job
 from tests.modes import umask, unreadable

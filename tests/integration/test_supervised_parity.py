@@ -13,7 +13,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayrlhf.config.supervised import JOBS
-from rayrlhf.data.plan import plan_step
+from rayrlhf.data.batch_plan import plan_step
 from rayrlhf.samples import Example, TokenSequence
 
 NUM_STEPS, NUM_EXAMPLES = 3, 9
@@ -91,8 +91,8 @@ def make_config(
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """All tasks one after the other, in one group of workers."""
-    from rayrlhf.loops.supervised_worker import TASKS as TASKS_OF_JOBS
-    from rayrlhf.loops.tasks.task import TaskSetting
+    from rayrlhf.supervised.task import TaskSetting
+    from rayrlhf.supervised.worker import TASKS as TASKS_OF_JOBS
     from rayrlhf.train import collectives
 
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayrlhf.loops.run import run_policy
+from rayrlhf.policy.driver import run_policy
 from tests.integration.policy_runs import tiny_run, write_prompts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.loops.generate import run_generate
+from rayrlhf.inference.driver import run_generate
 from tests.integration.answer_runs import lines_of, tiny_generation
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

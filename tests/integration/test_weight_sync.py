@@ -18,17 +18,18 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from rayrlhf.loops.apps import engine_settings, max_model_tokens
-from rayrlhf.loops.job import PolicyJob
-from rayrlhf.loops.session import deploy, watched
 from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
-from rayrlhf.placement.apply import create_slots
-from rayrlhf.placement.apps import app_statuses
-from rayrlhf.placement.lease import NAMESPACE
 from rayrlhf.placement.plan import plan_placement
+from rayrlhf.placement.reaper import NAMESPACE
+from rayrlhf.placement.serve_status import app_statuses
+from rayrlhf.placement.slots import create_slots
+from rayrlhf.policy.apps import max_model_tokens
+from rayrlhf.policy.job import PolicyJob
 from rayrlhf.rollout.engine import rollout_deployment
-from rayrlhf.rollout.hub import WeightHub
-from rayrlhf.rollout.weight_sync import WeightSync
+from rayrlhf.rollout.engine_settings import engine_settings
+from rayrlhf.runtime.ray_session import deploy, watched
+from rayrlhf.weights.store import WeightHub
+from rayrlhf.weights.sync import WeightSync
 from tests.integration.policy_runs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

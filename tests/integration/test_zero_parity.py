@@ -150,7 +150,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.offload import offload_states, reload_states
     from rayrlhf.train.reference import AdaptersOff
-    from rayrlhf.train.sequences import share_sequences
+    from rayrlhf.train.sequence_parallel import share_sequences
 
     torch.set_num_threads(1)
     results = []

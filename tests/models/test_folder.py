@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from rayrlhf.capacity.model_shape import FAMILIES
 from rayrlhf.models.folder import folder_problems, has_chat_template, reader_problems
 from rayrlhf.models.weight_files import read_heads
-from rayrlhf.placement.shape import FAMILIES
 from tests.checkpoint_files import (
     TOKENIZER,
     TOKENIZER_CONFIG,

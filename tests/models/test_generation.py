@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rayrlhf.config.model import ModelConfig
-from rayrlhf.loops.checks import InputError
-from rayrlhf.loops.model_checks import tell_generation_config
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.generation import repair
+from rayrlhf.runtime.model_checks import tell_generation_config
+from rayrlhf.runtime.preflight import InputError
 from tests.data.test_ends import CHATML, EOS, EXTRA
 from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model, make_tokenizer
 

@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from rayrlhf.commands.merge_lora import main as merge_lora
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.models.adapters import (
     TrainedAdapter,
@@ -27,7 +28,6 @@ from rayrlhf.models.adapters import (
 from rayrlhf.models.export import export_causal_lm, export_reward_model, export_step_model
 from rayrlhf.models.heads import ScoreModel, StepModel
 from rayrlhf.models.lora import add_adapters, check_targets
-from rayrlhf.models.merge_lora import main as merge_lora
 from tests.tiny_model import make_tokenizer
 
 LORA = LoraConfig(rank=4, alpha=8)  # scaled by 2

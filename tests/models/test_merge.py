@@ -21,7 +21,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from rayrlhf.models.merge_lora import main
+from rayrlhf.commands.merge_lora import main
 from tests.tiny_model import make_tiny_model, make_tokenizer
 
 IDS = torch.tensor([[1, 5, 40, 60, 2, 70], [1, 90, 12, 33, 210, 2]])

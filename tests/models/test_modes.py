@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from rayrlhf.commands.merge_lora import main as merge_lora
+from rayrlhf.commands.render.command import main as render
 from rayrlhf.config.model import LoraConfig
-from rayrlhf.launch.command import main as render
 from rayrlhf.models.adapters import TrainedAdapter, adapter_weights
 from rayrlhf.models.export import export_causal_lm, export_reward_model, export_step_model
 from rayrlhf.models.heads import ScoreModel, StepModel
 from rayrlhf.models.lora import add_adapters
-from rayrlhf.models.merge_lora import main as merge_lora
 from rayrlhf.models.modes import honour_umask
 from tests.modes import umask, unlike
 from tests.tiny_model import make_tokenizer

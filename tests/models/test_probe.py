@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
+from rayrlhf.commands.architectures_page import COLUMNS, HEAD, Entry, entries, row
 from rayrlhf.config.model import ModelConfig
-from rayrlhf.models.architectures_page import COLUMNS, HEAD, Entry, entries, row
 from rayrlhf.models.load import load_critic, load_policy, load_reward_model, load_student, load_teacher
 from rayrlhf.models.logprobs import PolicyModel
 from rayrlhf.models.probe import TOLERANCE, verdict_of

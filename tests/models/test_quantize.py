@@ -16,8 +16,8 @@ from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import adapt, load_policy
 from rayrlhf.models.logprobs import PolicyModel
-from rayrlhf.rollout.bucket import flatten, lay_out, unpack
-from rayrlhf.train import frozen
+from rayrlhf.train import frozen_checksums as frozen
+from rayrlhf.weights.buckets import flatten, lay_out, unpack
 from tests.tiny_model import make_tiny_model, make_tokenizer
 
 CPU = torch.device("cpu")

@@ -13,14 +13,14 @@ from rich.console import Console as PlainConsole
 
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.load import load_or_exit
-from rayrlhf.config.run import PolicyRunConfig
-from rayrlhf.data.rows import DataError
-from rayrlhf.loops import driver
-from rayrlhf.loops.driver import RunFailed, drive
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.data.rows.row import DataError
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.rows import RowsProgress
 from rayrlhf.observe.summary import show_summary
+from rayrlhf.runtime import run as driver
+from rayrlhf.runtime.run import RunFailed, drive
 from rayrlhf.terminal import SafeConsole
 from tests.hostile_text import HOSTILE, assert_harmless
 from tests.samples import make_config

@@ -15,15 +15,15 @@ def test_replicas_import_nothing_heavy() -> None:
     """Seconds and about 100 MB for each replica, beside the actor that needs them anyway."""
     replicas = [
         "rayrlhf.reward.functions",
-        "rayrlhf.reward.model",
+        "rayrlhf.reward.model_deployment",
         "rayrlhf.reward.remote",
-        "rayrlhf.reward.server",
-        "rayrlhf.reward.text_model",
+        "rayrlhf.reward_server.deployment",
+        "rayrlhf.reward_server.text_model",
         "rayrlhf.reward.verifiable",
         "rayrlhf.rollout.engine",
-        "rayrlhf.rollout.environments",
-        "rayrlhf.rollout.scorer",
-        "rayrlhf.train.served",
+        "rayrlhf.environments.deployment",
+        "rayrlhf.rollout.logprob_server",
+        "rayrlhf.train.frozen_server",
     ]
     code = f"import sys, {', '.join(replicas)}; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -262,6 +262,6 @@ def test_planning_imports_nothing_heavy() -> None:
     )
     assert done.returncode == 0, done.stderr
     modules = json.loads(done.stdout)
-    assert "rayrlhf.config.run" in modules
+    assert "rayrlhf.config.policy" in modules
     heavy = {"torch", "ray", "numpy", "transformers", "pyarrow"}
     assert not heavy & {name.partition(".")[0] for name in modules}

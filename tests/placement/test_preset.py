@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config.jobs import load_any
-from rayrlhf.config.run import PolicyRunConfig
+from rayrlhf.capacity.budget import budget_of
+from rayrlhf.capacity.gpu_types import GIB, parse_gpus
+from rayrlhf.capacity.micro_batch import longest_sample, sized_for_gpu, sized_for_host
+from rayrlhf.commands.plan import main
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.config.registry import load_any
 from rayrlhf.config.supervised import SftRunConfig
-from rayrlhf.placement.budget import budget_of
-from rayrlhf.placement.gpus import GIB, parse_gpus
-from rayrlhf.placement.micro_batch import longest_sample, sized_for_gpu, sized_for_host
 from rayrlhf.placement.plan import DATA_CPUS, plan_placement, shortfall
-from rayrlhf.placement.plan_command import main
 from rayrlhf.placement.preset import with_preset
 from tests.checkpoint_files import write_checkpoint
 

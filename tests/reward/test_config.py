@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.reward import RewardConfig, check_reward_needs
-from rayrlhf.loops.checks import check_before_ray, try_rewards
 from rayrlhf.reward.items import RewardError
+from rayrlhf.runtime.preflight import check_before_ray, try_rewards
 from tests.samples import make_config, make_prompt
 
 FUNCTION = {"type": "function", "function": "rewards:length"}

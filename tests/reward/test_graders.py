@@ -13,9 +13,9 @@ import pytest
 
 from rayrlhf.config.reward import MathSource, ReasoningGymSource, RewardConfig
 from rayrlhf.isolation.pool import ProcessPool
+from rayrlhf.reward.client import RewardClient, RewardSource
 from rayrlhf.reward.graders import UnusableRow, gold_text, import_reasoning_gym, load_math, load_reasoning_gym
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem, Unverified
-from rayrlhf.reward.score import RewardClient, RewardSource
 from rayrlhf.reward.verifiable import (
     VerifiableReward,
     check_installed,

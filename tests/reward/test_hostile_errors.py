@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from rayrlhf.environments.user_environment import EnvironmentFailure, UserEnvironment
+from rayrlhf.reward.client import RewardClient, RewardFailure, RewardSource
 from rayrlhf.reward.items import Failure
-from rayrlhf.reward.score import RewardClient, RewardFailure, RewardSource
-from rayrlhf.rollout.user_environment import EnvironmentFailure, UserEnvironment
 from rayrlhf.samples import Sample
 from tests.hostile_text import HOSTILE, assert_harmless
 from tests.samples import make_config, make_sample

@@ -12,14 +12,14 @@ from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.examples import PairDataConfig
 from rayrlhf.config.reward_sources import ModelSource
 from rayrlhf.config.serve_reward import ServedModel
-from rayrlhf.data.preferences import Pair
 from rayrlhf.data.render import render_example
-from rayrlhf.data.rows import BadRow, DataError
-from rayrlhf.loops.checks import try_rewards
+from rayrlhf.data.rows.preferences import Pair
+from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem
-from rayrlhf.reward.query import ModelFacts, TextTokens
 from rayrlhf.reward.reading import INPUT_TEMPLATE, READ_AT, Asked, Reading, read_at
 from rayrlhf.reward.reward_model import RewardModel
+from rayrlhf.reward_server.requests import ModelFacts, TextTokens
+from rayrlhf.runtime.preflight import try_rewards
 from rayrlhf.samples import Prompt
 from tests.tiny_model import make_tiny_model, make_tokenizer
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.config.serve_reward import ServedModel, ServedRewardConfig, ServeRewardConfig
-from rayrlhf.loops.serve_reward_checks import check_sources
 from rayrlhf.models.load import load_tokenizer
-from rayrlhf.reward.model import ScoreActor
-from rayrlhf.reward.query import TextTokens, token_item
+from rayrlhf.reward.model_deployment import ScoreActor
+from rayrlhf.reward_server.preflight import check_sources
+from rayrlhf.reward_server.requests import TextTokens, token_item
 from tests.reward_export import TEXTS, make_reward_export, plain_scores
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rayrlhf.config.train import TrainConfig
-from rayrlhf.train import resize
+from rayrlhf.train import world_size as resize
 from rayrlhf.train.ema import ExponentialMovingAverage
 from rayrlhf.train.engine import make_engine
 from rayrlhf.train.learner import Learner, Term

@@ -1,0 +1,312 @@
+"""What every role of a job holds on its slots, and whether that fits. Pure.
+
+Where engines sleep while trainers work (the hybrid engine), a slot is judged by its fullest phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayrlhf.capacity import memory
+from rayrlhf.capacity.attention_heads import split_problems
+from rayrlhf.capacity.gpu_types import GIB, Gpu
+from rayrlhf.capacity.memory import Adapter, Bytes, Precision
+from rayrlhf.capacity.model_shape import ModelShape, ShapeUnknown, read_shape
+from rayrlhf.config.base import ConfigError
+from rayrlhf.config.model import LoraConfig, TrainedModelConfig
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.config.supervised import SupervisedConfig
+from rayrlhf.placement.plan import PlacementSpec, kind_of, plan_job
+
+STATES = ("weights", "gradients", "optimizer", "buffers")
+PHASES = ("training", "weight sync", "rollout")
+SCORERS = ("rm", "prm")  # jobs whose model has no language-model head
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Ways to train that a plan can show beforehand; None leaves the config's."""
+
+    lora_rank: int | None = None
+    quantized: bool = False  # QLoRA: frozen projections in 4 bits
+    sequence_parallel: int | None = None
+
+    def applied(self, config: Any) -> Any:
+        """`config` with such adapters, if it trains a model."""
+        model = config.model
+        if not isinstance(model, TrainedModelConfig):
+            return config
+        if self.lora_rank is not None:
+            model = model.model_copy(update={"lora": LoraConfig(rank=self.lora_rank)})
+        if self.quantized:
+            changes = {"lora": model.lora or LoraConfig(), "quantization": "nf4"}
+            model = model.model_copy(update=changes)
+        if self.sequence_parallel is not None:
+            model = model.model_copy(update={"sequence_parallel": self.sequence_parallel})
+        return config.model_copy(update={"model": model})
+
+
+@dataclass(frozen=True)
+class Budget:
+    spec: PlacementSpec
+    roles: Mapping[str, Bytes]  # per slot
+    phases: Mapping[str, tuple[int, ...]]  # bytes of every slot; one phase, "always", where nothing sleeps
+    host_bytes: tuple[int, ...]  # of every slot
+    gpu: Gpu | None
+    kv_bytes_per_token: int | None = None
+
+    @property
+    def peak_bytes(self) -> tuple[int, ...]:
+        """Of every slot."""
+        return tuple(max(sizes) for sizes in zip(*self.phases.values(), strict=True))
+
+    @property
+    def fits(self) -> bool | None:
+        """None where nothing is known of the GPUs."""
+        return None if self.gpu is None else max(self.peak_bytes) <= self.gpu.usable_bytes
+
+    @property
+    def tokens_in_flight(self) -> int | None:
+        """Prompts and responses that the cache of one engine holds at once."""
+        cache = self.roles["rollout"].device.get("kv_cache") if "rollout" in self.roles else None
+        return cache // self.kv_bytes_per_token if cache and self.kv_bytes_per_token else None
+
+
+@dataclass
+class _Shapes:
+    """Reads every shape once."""
+
+    read: dict[str, ModelShape] = field(default_factory=dict)
+
+    def of(self, path: str) -> ModelShape:
+        if path not in self.read:
+            self.read[path] = read_shape(path)
+        return self.read[path]
+
+
+def told_budget(config: Any, *, on_gpu: bool) -> Iterator[str]:
+    """A line per role, or why nothing can be told."""
+    placement = config.placement.model_copy(update={"gpus_per_slot": int(on_gpu)})
+    try:
+        budget = budget_of(config.model_copy(update={"placement": placement}))
+    except ShapeUnknown as unknown:
+        yield f"no memory plan: {unknown}"
+        return
+    for plan in budget.spec.roles:
+        held = budget.roles[plan.role]
+        parts = ", ".join(f"{kind.replace('_', ' ')} {_told(size)}" for kind, size in held.device.items())
+        if held.total:
+            yield f"plan: {plan.role} x {len(plan.units)} holds {_told(held.total)} per slot: {parts}"
+
+
+def _told(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{max(1, size >> 20)} MiB"
+
+
+def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = None) -> Budget:
+    """Of any job that has slots; on CPUs where neither a `gpu` nor placement.gpus_per_slot=1 is given.
+
+    Raises `ShapeUnknown` and `ConfigError`.
+    """
+    what_if = what_if or WhatIf()
+    config = what_if.applied(config)
+    spec = plan_job(config)
+    on_gpu = gpu is not None or config.placement.gpus_per_slot == 1
+    dtype = config.model.dtype
+    size = 4 if dtype == "float32" or (dtype == "auto" and not on_gpu) else 2
+    precision = Precision(size, on_gpu)
+    shapes = _Shapes()
+    if split := list(split_problems(config, shapes.of)):
+        raise ConfigError(split)
+    if isinstance(config, PolicyRunConfig):
+        roles = _policy_roles(config, shapes, precision, gpu)
+    elif isinstance(config, SupervisedConfig):
+        roles = _supervised_roles(config, shapes, precision)
+    else:
+        roles = _answering_roles(config, shapes, precision, gpu)
+    sleeps = isinstance(config, PolicyRunConfig) and config.engines_sleep
+    kv = None
+    if "rollout" in roles:
+        width = spec.of("rollout").width
+        kv = memory.kv_bytes_per_token(shapes.of(config.model.path), size, width)
+    return Budget(
+        spec=spec,
+        roles=roles,
+        phases=_phases(spec, roles, sleeps=sleeps),
+        host_bytes=_per_slot(spec, {role: each.host_total for role, each in roles.items()}),
+        gpu=gpu,
+        kv_bytes_per_token=kv,
+    )
+
+
+def _policy_roles(
+    config: PolicyRunConfig, shapes: _Shapes, precision: Precision, gpu: Gpu | None
+) -> dict[str, Bytes]:
+    train, shape = config.train, shapes.of(config.model.path)
+    actor = memory.trainer(
+        shape,
+        train,
+        precision,
+        num_workers=train.num_workers,
+        name="actor",
+        adapter=_adapter(config),
+        sequence_parallel=config.model.sequence_parallel,
+    )
+    roles: dict[str, Bytes] = {}
+    if config.needs_critic and config.critic is not None:
+        apart = config.critic_is_apart
+        critic = memory.trainer(
+            shapes.of(config.critic.path or config.model.path),
+            train,
+            precision,
+            num_workers=config.num_critic_workers if apart else train.num_workers,
+            name="critic",
+            adapter=_adapter(config),
+            sequence_parallel=config.model.sequence_parallel,
+            has_head=False,
+        )
+        if apart:
+            roles["critic"] = critic
+        else:
+            actor = _by_turns(actor, critic)
+    if config.needs_ref and config.ref is not None and not config.ref_is_the_actor:
+        ref_shape = shapes.of(config.ref.path or config.model.path)
+        if config.ref_is_served:
+            roles["ref"] = _served_ref(config, ref_shape, precision, gpu)
+        else:
+            ranks = train.num_workers if train.zero_stage == 3 else 1
+            actor += memory.frozen(ref_shape, precision, name="ref", ranks=ranks)
+    if config.algorithm.ema_beta is not None:
+        adapter = _adapter(config)
+        averaged = shape.parameters if adapter is None else adapter.parameters(shape)
+        actor += Bytes({}, {"average": averaged * 4 // train.num_workers})
+    # Weights on their way to the engines stand in the object store once.
+    actor += Bytes({}, {"weight sync": shape.parameters * precision.weights // train.num_workers})
+    roles = {"actor": actor, **roles, "rollout": _engine(config, shape, precision, gpu)}
+    return roles | _reward_roles(config.reward, shapes, precision)
+
+
+def _adapter(config: Any) -> Adapter | None:
+    lora = config.model.lora
+    if lora is None:
+        return None
+    targets = tuple(lora.target_modules) if lora.target_modules else None
+    return Adapter(lora.rank, targets, quantized=config.model.quantization is not None)
+
+
+def _by_turns(one: Bytes, other: Bytes) -> Bytes:
+    """Two learners of a worker: both states, and the larger activations."""
+    working = [one.only(*STATES) + other.only(*STATES)]
+    temporary = max((one, other), key=lambda each: each.total - each.only(*STATES).total)
+    extra = {kind: size for kind, size in temporary.device.items() if kind not in STATES}
+    return working[0] + Bytes(extra)
+
+
+def _served_ref(config: PolicyRunConfig, shape: ModelShape, precision: Precision, gpu: Gpu | None) -> Bytes:
+    assert config.ref is not None
+    if config.ref.engine == "vllm":
+        return memory.engine(
+            shape,
+            size=precision.weights,
+            tensor_parallel=config.ref.tensor_parallel,
+            capacity_bytes=gpu.memory_bytes if gpu else None,
+            utilization=config.rollout.gpu_memory_utilization,
+            cpu_kv_bytes=None if precision.on_gpu else config.rollout.kv_cache_bytes,
+        )
+    tokens = config.train.max_tokens_per_micro_batch
+    return memory.frozen(shape, precision, name="ref", tokens=tokens)
+
+
+def _engine(config: Any, shape: ModelShape, precision: Precision, gpu: Gpu | None) -> Bytes:
+    return memory.engine(
+        shape,
+        size=precision.weights,
+        tensor_parallel=config.rollout.tensor_parallel,
+        capacity_bytes=gpu.memory_bytes if gpu else None,
+        utilization=config.rollout.gpu_memory_utilization,
+        cpu_kv_bytes=None if precision.on_gpu else config.rollout.kv_cache_bytes,
+    )
+
+
+def _reward_roles(reward: Any, shapes: _Shapes, precision: Precision) -> dict[str, Bytes]:
+    sources = enumerate(reward.sources if reward is not None else [])
+    return {
+        f"reward:{index}": memory.frozen(
+            shapes.of(source.path),
+            precision,
+            name=f"reward:{index}",
+            tokens=source.max_tokens_per_batch,
+            has_head=False,
+        )
+        for index, source in sources
+        if source.type == "model"
+    }
+
+
+def _supervised_roles(config: Any, shapes: _Shapes, precision: Precision) -> dict[str, Bytes]:
+    train, shape = config.train, shapes.of(config.model.path)
+    model = memory.trainer(
+        shape,
+        train,
+        precision,
+        num_workers=train.num_workers,
+        name="model",
+        adapter=_adapter(config),
+        sequence_parallel=config.model.sequence_parallel,
+        has_head=config.job not in SCORERS,
+    )
+    ref = getattr(config, "ref", None)
+    if ref is not None and not ref.precompute and not config.model.holds_reference(ref.path):
+        ranks = train.num_workers if train.zero_stage == 3 else 1
+        model += memory.frozen(shapes.of(ref.path or config.model.path), precision, name="ref", ranks=ranks)
+    roles = {"actor": model}
+    if config.job == "kd":
+        teacher = memory.frozen(
+            shapes.of(config.teacher.path),
+            precision,
+            name="teacher",
+            tokens=train.max_tokens_per_micro_batch,
+        )
+        if config.teacher.location == "serve":
+            roles["teacher"] = teacher
+        else:
+            roles["actor"] = model + teacher
+    return roles
+
+
+def _answering_roles(config: Any, shapes: _Shapes, precision: Precision, gpu: Gpu | None) -> dict[str, Bytes]:
+    roles: dict[str, Bytes] = {}
+    if config.data.response_key is None:
+        roles["rollout"] = _engine(config, shapes.of(config.model.path), precision, gpu)
+    return roles | _reward_roles(config.reward, shapes, precision) or {"score": Bytes()}
+
+
+def _phases(spec: PlacementSpec, roles: Mapping[str, Bytes], *, sleeps: bool) -> dict[str, tuple[int, ...]]:
+    if not sleeps:
+        return {"always": _per_slot(spec, {role: each.total for role, each in roles.items()})}
+
+    def held(role: str, each: Bytes, phase: str) -> int:
+        if kind_of(role) == "rollout":
+            asleep = min(each.total, memory.ENGINE_RUNTIME_BYTES if "buffers" in each.device else 0)
+            return {"training": asleep, "weight sync": each.only("weights", "buffers").total}.get(
+                phase, each.total
+            )
+        if kind_of(role) in ("actor", "critic") and phase != "training":
+            return each.only("weights").total
+        return each.total
+
+    return {
+        phase: _per_slot(spec, {role: held(role, each, phase) for role, each in roles.items()})
+        for phase in PHASES
+    }
+
+
+def _per_slot(spec: PlacementSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    slots = [0] * spec.num_slots
+    for plan in spec.roles:
+        for unit in plan.units:
+            for slot in unit:
+                slots[slot] += sizes[plan.role]
+    return tuple(slots)

@@ -1,0 +1,405 @@
+"""Bytes that a training worker, an engine or a scorer holds. Pure arithmetic.
+
+What autograd keeps was counted from the tensors that transformers' decoders save with packed sequences, and
+agrees with what torch's allocator sees (benchmarks/planner.py). Per token of a layer, s bytes an element:
+
+    two RMSNorms      2 (4 + 2s) H    the input in fp32, the normalised input, the output
+                                      (in fp32 the first is no copy, which comes to the same 12 H)
+    attention         c A D s + 2 K D s + 4 A
+                                      queries, output, keys and values after their rotation, log-sum-exp;
+                                      c = 2, or 3 where the output is laid out anew (SDPA on a CPU)
+    gated MLP         4 I s           gate, its activation, up, their product (of all experts of a token)
+
+and outside the layers (4 + 2s) H + s H for the last norm, and 2 D s of cosines and sines. With gradient
+checkpointing a layer keeps its input, s H, and one layer at a time is computed again.
+
+A backward pass is at its peak in one of three moments: in the head, with a chunk of logits; in the last
+layer, whose MLP has 2 I s of gradients more than it has given up, when the last norm has gone; or under
+ZeRO-2 at its end, when another micro-batch's gradients join those that were there. The optimizer's step may
+need more than all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rayrlhf.capacity.model_shape import ModelShape
+from rayrlhf.config.train import OptimizerConfig
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "kv_cache", "buffers")
+
+MAX_BUCKET_NUMEL = 200_000_000  # train.engine's limit of a communication buffer
+MAX_LIVE_NUMEL = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+MAX_STEP_NUMEL = 1_000_000_000  # DeepSpeed's sub_group_size, of ZeRO-3
+NF4_BITS = 4.127  # per weight, with double quantisation of blocks of 64 (arXiv 2305.14314)
+ENGINE_BATCH_TOKENS = 8_192  # of vLLM's scheduler on a GPU
+ENGINE_RUNTIME_BYTES = 3 * 2**29  # CUDA context and graphs: an estimate
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """By kind, on the device and in host memory, and how the numbers came about."""
+
+    device: Mapping[str, int] = field(default_factory=dict)
+    host: Mapping[str, int] = field(default_factory=dict)
+    working: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(
+            Counter(self.device) + Counter(other.device),
+            Counter(self.host) + Counter(other.host),
+            self.working + other.working,
+        )
+
+    def only(self, *kinds: str) -> Bytes:
+        """The part of these kinds on the device; the host's share stays."""
+        kept = {kind: size for kind, size in self.device.items() if kind in kinds}
+        return Bytes(kept, self.host, self.working)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA on the linear layers; the rest of the model is frozen. Experts take no adapters: transformers has
+    all those of a layer in one tensor.
+    """
+
+    rank: int
+    targets: tuple[str, ...] | None = None  # last names of the layers; None is all
+    quantized: bool = False  # QLoRA: frozen projections in NF4
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Trainable: rank x (inputs + outputs) of each adapted layer."""
+        query, kv, mlp = (shape.hidden + n for n in (shape.query_size, shape.kv_size, shape.intermediate))
+        sizes = {"q_proj": query, "k_proj": kv, "v_proj": kv, "o_proj": query}
+        sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), mlp)
+        return self.rank * shape.layers * sum(sizes[name] for name in self._adapted(shape))
+
+    def between(self, shape: ModelShape) -> int:
+        """Numbers between A and B, per token of a layer."""
+        return self.rank * len(self._adapted(shape))
+
+    def _adapted(self, shape: ModelShape) -> list[str]:
+        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        names += [] if shape.experts else ["gate_proj", "up_proj", "down_proj"]
+        return [name for name in names if self.targets is None or name in self.targets]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per element."""
+
+    weights: int
+    on_gpu: bool
+
+
+def weight_bytes(shape: ModelShape, count: int, size: int, adapter: Adapter | None = None) -> int:
+    """Of `count` parameters; frozen projections may be quantised."""
+    if adapter is None:
+        return count * size
+    in_nf4 = _in_nf4(shape, adapter)
+    return round(in_nf4 * NF4_BITS / 8) + (count - in_nf4 + adapter.parameters(shape)) * size
+
+
+def _told_weights(shape: ModelShape, count: int, size: int, adapter: Adapter | None) -> str:
+    if adapter is None:
+        return f"{_count(count)} x {size} B"
+    in_nf4 = _in_nf4(shape, adapter)
+    parts = [f"{_count(in_nf4)} x {NF4_BITS} bits"] if in_nf4 else []
+    parts += [
+        f"{_count(count - in_nf4)} x {size} B",
+        f"adapters {_count(adapter.parameters(shape))} x {size} B",
+    ]
+    return f"({' + '.join(parts)})"
+
+
+def _in_nf4(shape: ModelShape, adapter: Adapter) -> int:
+    """Experts stay as they are: transformers has all those of a layer in one tensor."""
+    of_layer = shape.attention_matrices + (0 if shape.experts else shape.mlp_matrices)
+    return shape.layers * of_layer if adapter.quantized else 0
+
+
+def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None = None) -> int:
+    """What autograd keeps of a layer, per token. Frozen norms need not keep their normalised input, and
+    adapters keep what is between A and B.
+    """
+    s, kept = precision.weights, _kept_by_norm(precision, adapter)
+    norms = shape.family.norms_per_layer * (kept * shape.hidden + 4)
+    copies = 2 if precision.on_gpu else 3
+    attention = (copies * shape.query_size + 2 * shape.kv_size) * s + 4 * shape.heads
+    if shape.family.qk_norm:
+        attention += (kept - s) * (shape.query_size + shape.kv_size)
+    mlp = 4 * shape.intermediate * s * max(1, shape.experts_per_token)
+    return norms + attention + mlp + (adapter.between(shape) * s if adapter is not None else 0)
+
+
+def _kept_by_norm(precision: Precision, adapter: Adapter | None) -> int:
+    """Bytes per element: the input in fp32, the normalised input if the norm is trained, the output."""
+    return 4 + precision.weights * (2 if adapter is None else 1)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What autograd keeps of a micro-batch, per token, when its backward pass begins, and what is added.
+
+    Ranks that share the tokens still have all keys and values of a layer.
+    """
+
+    layers: int  # how often `kept` is there
+    kept: int  # of a layer
+    last_norm: int  # gone when the layers begin
+    rotary: int
+    again: int  # of the layer that is computed again
+    gradients: int  # of the MLP, beyond what it has given up
+    gathered: int  # keys and values of a layer, among `kept` or `again`
+    checkpointing: bool
+
+    def at_the_head(self, tokens: int, ranks: int = 1) -> int:
+        """Bytes, of `ranks` that share the tokens."""
+        gathered = 0 if self.checkpointing else self.layers * self.gathered
+        return self._shared(self.layers * self.kept + self.last_norm + self.rotary, gathered, tokens, ranks)
+
+    def in_the_last_layer(self, tokens: int, ranks: int = 1) -> int:
+        gathered = (1 if self.checkpointing else self.layers) * self.gathered
+        held = self.layers * self.kept + self.rotary + self.again + self.gradients
+        return self._shared(held, gathered, tokens, ranks)
+
+    @staticmethod
+    def _shared(held: int, gathered: int, tokens: int, ranks: int) -> int:
+        return tokens * gathered + tokens * (held - gathered) // ranks
+
+
+def activations(
+    shape: ModelShape, precision: Precision, *, checkpointing: bool, adapter: Adapter | None = None
+) -> Activations:
+    s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
+    return Activations(
+        layers=shape.layers,
+        kept=s * shape.hidden if checkpointing else layer,
+        last_norm=(_kept_by_norm(precision, adapter) + s) * shape.hidden,
+        rotary=2 * s * shape.head_dim,
+        again=layer if checkpointing else 0,
+        gradients=2 * shape.intermediate * s * max(1, shape.experts_per_token),
+        gathered=gathered_bytes(shape, precision),
+        checkpointing=checkpointing,
+    )
+
+
+def gathered_bytes(shape: ModelShape, precision: Precision) -> int:
+    """Keys and values of a layer, per token."""
+    return 2 * shape.kv_size * precision.weights
+
+
+def head_bytes(
+    shape: ModelShape, chunk_tokens: int, precision: Precision, tokens: int, adapter: Adapter | None = None
+) -> tuple[int, int]:
+    """The head's temporaries: a chunk of fp32 logits, the gradients of its input and, unless adapters are
+    trained in its place, of its own weight. And what stays of them: where the weight is tied, its gradient,
+    until the embedding's joins it.
+    """
+    weight_gradient = shape.embedding_parameters * 4 if adapter is None else 0
+    lasting = weight_gradient if shape.tied else 0
+    input_gradient = tokens * shape.hidden * precision.weights
+    return chunk_tokens * shape.vocabulary * 4 + input_gradient + weight_gradient - lasting, lasting
+
+
+def trainer(
+    shape: ModelShape,
+    train: OptimizerConfig,
+    precision: Precision,
+    *,
+    num_workers: int,
+    name: str,
+    adapter: Adapter | None = None,
+    sequence_parallel: int = 1,
+    has_head: bool = True,
+) -> Bytes:
+    """One worker, at its peak in a step of several micro-batches. `has_head`: a language model, no scorer."""
+    stage, ranks, s = train.zero_stage, num_workers, precision.weights
+    count = shape.parameters if has_head else shape.scorer_parameters
+    trained = adapter.parameters(shape) if adapter else count
+    shared = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
+    split = {kind: ranks if kind in shared.get(stage, ()) else 1 for kind in KINDS}
+    weights = weight_bytes(shape, count, s, adapter) // split["weights"]
+    g = 4 if train.grad_accum_dtype == "float32" else s
+    gradients = trained * g // split["gradients"]
+    # ZeRO keeps master weights even of fp32 weights; without it only 16-bit weights have some.
+    m = 4 if train.master_weights == "float32" else 2
+    has_master = stage > 0 or s == 2
+    optimizer = trained * (2 * m + m * has_master) // split["optimizer"]
+    tokens = train.max_tokens_per_micro_batch
+    kept = activations(shape, precision, checkpointing=train.gradient_checkpointing, adapter=adapter)
+    at_the_head = kept.at_the_head(tokens, sequence_parallel)
+    backward = max(at_the_head, kept.in_the_last_layer(tokens, sequence_parallel))
+    logits = 0
+    if has_head:
+        own_tokens = tokens // sequence_parallel
+        temporary, lasting = head_bytes(shape, train.logprob_chunk_tokens, precision, own_tokens, adapter)
+        logits = lasting + max(0, at_the_head + temporary - backward)
+    resting = _buffers(shape, train, trained, s)
+    # Several ranks reduce a copy of what has been collected.
+    buffers = resting + (_bucket_bytes(trained, s) if stage and ranks > 1 else 0)
+    if not train.offload_optimizer:
+        own = trained // split["optimizer"]
+        buffers = max(buffers, _late_bytes(own, stage, s, g, m, resting) - backward - logits)
+    device = {
+        "weights": 0 if train.offload_params else weights,
+        "gradients": gradients,
+        "optimizer": 0 if train.offload_optimizer else optimizer,
+        "activations": backward,
+        "logits": logits,
+        "buffers": buffers,
+    }
+    host = {
+        "weights": weights if train.offload_params else 0,
+        # An optimizer on the host has its gradients there: what they add up in, and in fp32.
+        "optimizer": optimizer + trained * (g + 4) // ranks if train.offload_optimizer else 0,
+    }
+    gradients_leave = stage == 3 and train.offload_optimizer
+    if gradients_leave:
+        device["gradients"] = 0  # as they come
+    zero = f"ZeRO-{stage} over {ranks}"
+    masters = f", {'fp32' if m == 4 else 'bf16'} weights" if has_master else ""
+    masters += ", gradients twice" if train.offload_optimizer else ""
+    states = f"{2 * m + m * has_master + (g + 4) * train.offload_optimizer} B (two moments{masters})"
+    working = {
+        "weights": f"{_told_weights(shape, count, s, adapter)}"
+        + _divided(split["weights"], zero)
+        + _on_host(train.offload_params),
+        "gradients": f"{_count(trained)} x {g} B" + _divided(split["gradients"], zero),
+        "optimizer": f"{_count(trained)} x {states}"
+        + _divided(split["optimizer"], zero)
+        + _on_host(train.offload_optimizer),
+        "activations": _told_activations(kept, tokens, sequence_parallel),
+    }
+    if gradients_leave:
+        del working["gradients"]
+    told = tuple(f"{name} {kind}: {terms}" for kind, terms in working.items())
+    return Bytes(_positive(device), _positive(host), told)
+
+
+def _told_activations(kept: Activations, tokens: int, ranks: int) -> str:
+    """The larger of the two moments, in numbers."""
+    in_layer = kept.in_the_last_layer(tokens, ranks) > kept.at_the_head(tokens, ranks)
+    gathered = kept.gathered if ranks > 1 else 0
+    layers = 1 if kept.checkpointing else kept.layers
+    of_layer = kept.kept - (0 if kept.checkpointing else gathered)
+    terms = [f"{kept.layers} layers x {of_layer:,} B" + " kept" * kept.checkpointing]
+    if in_layer:
+        if kept.checkpointing:
+            terms.append(f"{kept.again - gathered:,} B of the one computed again")
+        terms += [f"{kept.gradients:,} B of its gradients", f"{kept.rotary:,} B outside"]
+    else:
+        terms.append(f"{kept.last_norm + kept.rotary:,} B outside")
+    told = f"({' + '.join(terms)})"
+    if ranks == 1:
+        return f"{tokens:,} tokens x {told}"
+    shared = f"{told}{_divided(ranks, 'ranks of a sequence')} + {layers} x {gathered:,} B of keys and values"
+    return f"{tokens:,} tokens x ({shared})"
+
+
+def _bucket_bytes(trained: int, s: int) -> int:
+    return min(MAX_BUCKET_NUMEL, trained) * s
+
+
+def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) -> int:
+    """DeepSpeed's communication buffers: gradients on their way; with ZeRO-3 also the gathered layers."""
+    if train.zero_stage == 0:
+        return 0
+    reduce = _bucket_bytes(trained, s) * (1 + train.overlap_comm)
+    if train.zero_stage < 3:
+        return reduce
+    live = min(MAX_LIVE_NUMEL, max(2 * shape.layer_parameters, shape.embedding_parameters))
+    return reduce + live * s
+
+
+def _late_bytes(own: int, stage: int, s: int, g: int, m: int, buffers: int) -> int:
+    """Beside state and gradients once the activations have gone, for a rank that steps on `own` parameters;
+    weights have s bytes, gradients add up in g, masters have m.
+
+    At the end of a backward pass these are the communication buffers and under ZeRO-2 the gradients of one
+    micro-batch that join those of the others. In the step ZeRO makes a flat copy of gradients (of a part at a
+    time under ZeRO-3), and one as wide as the masters; ZeRO 1 and 2 have given up the buffers by then. Under
+    ZeRO-2 fp32 gradients of shorter weights are flat from the first, and joined as they come.
+    """
+    if stage == 0 or (stage == 2 and g != s):
+        return buffers
+    copies = g + (m if m > g else 0)
+    if stage == 3:
+        return buffers + min(own, MAX_STEP_NUMEL) * copies
+    return max(buffers + (own * g if stage == 2 else 0), own * copies)
+
+
+def frozen(
+    shape: ModelShape,
+    precision: Precision,
+    *,
+    name: str,
+    ranks: int = 1,
+    tokens: int = 0,
+    has_head: bool = True,
+) -> Bytes:
+    """A model that only answers, in a worker (shared out over `ranks` under ZeRO-3) or a replica of its own
+    with micro-batches of so many tokens.
+    """
+    count = shape.parameters if has_head else shape.scorer_parameters
+    s = precision.weights
+    forward = tokens * (2 * shape.intermediate * max(1, shape.experts_per_token) + 4 * shape.hidden) * s
+    working = (f"{name} weights: {_count(count)} x {s} B" + _divided(ranks, f"ZeRO-3 over {ranks}"),)
+    return Bytes(_positive({"weights": count * s // ranks, "activations": forward}), {}, working)
+
+
+def kv_bytes_per_token(shape: ModelShape, size: int, tensor_parallel: int = 1) -> int:
+    """Keys and values of all layers; a GPU holds at least one of the heads."""
+    heads = -(-shape.kv_heads // tensor_parallel)
+    return 2 * shape.layers * heads * shape.head_dim * size
+
+
+def engine(
+    shape: ModelShape,
+    *,
+    size: int,
+    tensor_parallel: int,
+    capacity_bytes: int | None,
+    utilization: float,
+    cpu_kv_bytes: int | None = None,
+) -> Bytes:
+    """A vLLM engine on one of its GPUs (or a CPU, with a cache of `cpu_kv_bytes`): it takes `utilization` of
+    the GPU, and what weights and temporaries leave is cache.
+    """
+    weights = shape.parameters * size // tensor_parallel
+    working = (f"engine weights: {_count(shape.parameters)} x {size} B" + _divided(tensor_parallel, "GPUs"),)
+    if cpu_kv_bytes is not None:
+        return Bytes({"weights": weights, "kv_cache": cpu_kv_bytes}, {}, working)
+    temporaries = ENGINE_BATCH_TOKENS * (2 * shape.intermediate + 4 * shape.hidden) * size // tensor_parallel
+    buffers = temporaries + ENGINE_RUNTIME_BYTES
+    if capacity_bytes is None:
+        return Bytes({"weights": weights, "buffers": buffers}, {}, working)
+    cache = max(0, int(capacity_bytes * utilization) - weights - buffers)
+    working += (f"engine cache: {utilization:g} x {capacity_bytes / 2**30:.1f} GiB - weights - buffers",)
+    return Bytes({"weights": weights, "kv_cache": cache, "buffers": buffers}, {}, working)
+
+
+def _positive(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.4g}e9" if number >= 1e9 else f"{number / 1e6:.4g}e6"
+
+
+def _divided(by: int, why: str) -> str:
+    return f" / {by} ({why})" if by > 1 else ""
+
+
+def _on_host(offloaded: bool) -> str:
+    return ", in host memory" if offloaded else ""

@@ -1,0 +1,202 @@
+"""The shape of a decoder from its `config.json`: what there is to hold in memory, counted exactly. Pure."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.hub.ids import PREFIX, cache_folder, parse_id, snapshot_folder
+
+KNOWN_SHAPES = Path(__file__).with_name("shapes.json")
+
+
+class ShapeUnknown(ValueError):
+    """The shape of a model cannot be told; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model type differs from Llama."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every head's query and key
+    norms_per_layer: int = 2
+    has_experts: bool = False
+    expert_size_key: str = "intermediate_size"
+    tied: bool = False  # what its config class takes when the file does not say
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "gemma": Family(tied=True),
+    "gemma2": Family(norms_per_layer=4, tied=True),
+    "gemma3_text": Family(norms_per_layer=4, qk_norm=True, tied=True),
+    "mixtral": Family(has_experts=True),
+    "qwen3_moe": Family(qk_norm=True, has_experts=True, expert_size_key="moe_intermediate_size"),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int  # of the dense layer, or of one expert
+    vocabulary: int
+    tied: bool
+    family: Family = Family()
+    experts: int = 0  # 0 = dense
+    experts_per_token: int = 0
+    attention_bias: bool = False  # of the output projection too
+    mlp_bias: bool = False
+
+    @property
+    def query_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def attention_matrices(self) -> int:
+        """Elements of a layer's four projections."""
+        return self.hidden * (2 * self.query_size + 2 * self.kv_size)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Elements of a layer's gate, up and down projections, of all experts."""
+        return 3 * self.hidden * self.intermediate * max(1, self.experts)
+
+    @property
+    def layer_parameters(self) -> int:
+        biases = (self.query_size + 2 * self.kv_size) * (self.family.qkv_bias or self.attention_bias)
+        biases += self.hidden * self.attention_bias
+        biases += (2 * self.intermediate + self.hidden) * self.mlp_bias
+        norms = self.family.norms_per_layer * self.hidden + 2 * self.head_dim * self.family.qk_norm
+        router = self.hidden * self.experts
+        return self.attention_matrices + self.mlp_matrices + biases + norms + router
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Without the output projection."""
+        return self.embedding_parameters + self.layers * self.layer_parameters + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Of the language model."""
+        return self.decoder_parameters + (0 if self.tied else self.embedding_parameters)
+
+    @property
+    def scorer_parameters(self) -> int:
+        """Of a critic or reward model: the decoder and a head with one output."""
+        return self.decoder_parameters + self.hidden
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that a token is multiplied with: of the experts only its own."""
+        if not self.experts:
+            return self.parameters
+        idle = self.mlp_matrices // self.experts * (self.experts - self.experts_per_token)
+        return self.parameters - self.layers * idle
+
+
+def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
+    """From the contents of a `config.json`. Raises `ShapeUnknown` for an architecture that is not known."""
+    config = config.get("text_config") or config
+    kind = str(config.get("model_type"))
+    if kind not in FAMILIES:
+        raise ShapeUnknown(
+            f"{name}: nothing is known of model_type {kind!r}; known are {', '.join(FAMILIES)} "
+            "(one more is an entry of FAMILIES in rayrlhf/capacity/model_shape.py)"
+        )
+    family = FAMILIES[kind]
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        name=name,
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        intermediate=config[family.expert_size_key],
+        vocabulary=config["vocab_size"],
+        tied=config.get("tie_word_embeddings", family.tied),
+        family=family,
+        experts=_experts(config) if family.has_experts else 0,
+        experts_per_token=config["num_experts_per_tok"] if family.has_experts else 0,
+        attention_bias=bool(config.get("attention_bias", False)) and not family.qkv_bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+    )
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    """Files name them either way, also those of one family."""
+    return config["num_local_experts"] if "num_local_experts" in config else config["num_experts"]
+
+
+def read_shape(path: str) -> ModelShape:
+    """Of a checkpoint folder, of a hub id (owner/name, or with @revision) whose config.json is in the local
+    cache, or of a well-known id (shapes.json).
+
+    Raises `ShapeUnknown`.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        file = cached_config(path) or file
+        path = path.removeprefix(PREFIX).partition("@")[0]
+    if file.is_file():
+        try:
+            return shape_of(json.loads(file.read_text(encoding="utf-8")), path)
+        except ShapeUnknown:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise ShapeUnknown(f"{path}: its config.json cannot be read ({told}); get it again") from error
+    known: dict[str, Any] = json.loads(KNOWN_SHAPES.read_text(encoding="utf-8"))
+    for entry in known["shapes"]:
+        if path in entry["names"]:
+            return shape_of(entry["config"], path)
+    raise ShapeUnknown(
+        f"{path}: no config.json there, in the hub's local cache, or in the list of well-known models; "
+        "download the model's config.json into a folder and give that folder"
+    )
+
+
+def cached_config(path: str) -> Path | None:
+    """The `config.json` of a hub id that has been fetched before: of its revision where it names one or the
+    cache knows the default one, else the newest.
+    """
+    hub_id = parse_id(path)
+    if isinstance(hub_id, str):
+        return None
+    cache = cache_folder(os.environ)
+    snapshot = snapshot_folder(cache, hub_id)
+    if snapshot is not None and (snapshot / "config.json").is_file():
+        return snapshot / "config.json"
+    if hub_id.revision is not None:
+        return None
+    found = cache.glob(f"{hub_id.cache_name}/snapshots/*/config.json")
+    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def config_folder(path: str) -> str:
+    """The folder on this machine with a model's config.json, or nothing."""
+    if Path(path, "config.json").is_file():
+        return path
+    file = cached_config(path)
+    return "" if file is None else str(file.parent)

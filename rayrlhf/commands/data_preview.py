@@ -1,0 +1,180 @@
+"""What the first rows of a supervised job come to, within seconds: starts no Ray and writes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.examples import ExampleDataConfig, KtoDataConfig
+from rayrlhf.config.load import load_or_exit
+from rayrlhf.config.supervised import JOBS
+from rayrlhf.config.yaml_tree import COMMAND_LINE, read_tree
+from rayrlhf.data.batch_plan import RowOrder, fill_of, plan_steps
+from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
+from rayrlhf.data.checks import head_rows
+from rayrlhf.data.render import RenderedExample, render_example
+from rayrlhf.data.row_filter import Places, left_out_notes
+from rayrlhf.data.rows.formats import id_of, normal_form
+from rayrlhf.data.rows.padding import without_padding
+from rayrlhf.data.rows.row import BadRow, DataError, RawRow, columns_to_json
+from rayrlhf.data.sources.files import Split, resolve_source
+from rayrlhf.data.sources.hub_pins import pin_data
+from rayrlhf.data.sources.split import in_split
+from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.resolve import folder_of
+from rayrlhf.migration.other_keys import option_problem
+from rayrlhf.untrusted_text import write_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_ROWS = 1000
+DEFAULT_SHOWN = 3
+
+
+def main(words: Sequence[str]) -> int:
+    """`rayrlhf data preview CONFIG.yaml …`; the config says by `job` which job it is for."""
+    parser = argparse.ArgumentParser(prog="rayrlhf data preview")
+    parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help="rows read, in all")
+    parser.add_argument("--show", type=int, default=DEFAULT_SHOWN, help="examples shown")
+    parser.add_argument("--split", choices=("train", "eval"), default="train")
+    options, argv = parser.parse_known_args(list(words))
+    try:
+        config = load_or_exit(_schema(argv), argv)
+        folder = folder_of(config.model.path, "model.path", say=_note, weights=False)
+        tokenizer = prompt_tokenizer(folder, config.model.trust_remote_code, read_chat_template(config.data))
+        problems: list[str] = []
+        data = pin_data(config.data, None, _note, problems)
+        if problems:
+            raise DataError("\n".join(problems))
+        preview = look_at(data, tokenizer, config.run.seed, options.split, options.rows)
+        fill = packing_fill(preview, config)
+    except ConfigError as error:
+        write_line(str(error), sys.stderr)
+        return 2
+    except (DataError, HubError) as error:
+        write_line(str(error), sys.stderr)
+        return 1
+    from rayrlhf.commands.data_preview_text import show
+    from rayrlhf.terminal import SafeConsole
+
+    show(SafeConsole(soft_wrap=True), preview, config, tokenizer, fill, options.show)
+    return 0
+
+
+def _note(text: str) -> None:
+    write_line(text, sys.stderr)
+
+
+def _schema(argv: Sequence[str]) -> Any:
+    tree = read_tree(argv)
+    if tree.unreadable or tree.options:
+        options = [option_problem(None, *option, COMMAND_LINE) for option in tree.options]
+        raise ConfigError([*options, *tree.problems], tree.source)
+    job = tree.values.get("job")
+    if isinstance(job, str) and job in JOBS:
+        return JOBS[job]
+    got = "nothing" if job is None else repr(job)
+    problem = Problem("job", got, f"one of {', '.join(JOBS)}", "add job: sft (or another) to the YAML")
+    raise ConfigError([problem])
+
+
+@dataclass
+class Preview:
+    """What became of the rows that were looked at."""
+
+    split: Split
+    num_rows: int = 0  # of the split
+    examples: list[tuple[str, RenderedExample]] = field(default_factory=list)  # with their places
+    bad: list[str] = field(default_factory=list)  # file:row: problem
+    long: list[str] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+    notes: dict[str, Places] = field(default_factory=dict)  # by what was changed in rows
+
+
+def look_at(
+    data: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, split: Split, rows: int
+) -> Preview:
+    """Renders the first rows of a split, as many of each source. Raises `DataError` as the job would."""
+    preview = Preview(split)
+    seen: dict[str, str] = {}
+    for row in _first_rows(data, split, rows):
+        try:
+            if row.problem:
+                raise BadRow(row.problem)
+            columns_json, left_out = columns_to_json(row.columns)
+            if not in_split(columns_json, split, data.eval_share, seed):
+                continue
+            columns = without_padding(row.columns, row.padded)
+            example = render_example(normal_form(columns, data), data, tokenizer)
+            left_out = left_out_notes(json.dumps([*row.left_out, *left_out]))
+            row_id = id_of(row.columns, data)
+        except BadRow as error:
+            preview.num_rows += 1
+            preview.bad.append(f"{row.place}: {error}")
+            continue
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from error
+        preview.num_rows += 1
+        if row_id and seen.setdefault(row_id, row.place) != row.place:
+            preview.duplicates.append(f"{row.place}: the id {row_id} is also that of {seen[row_id]}")
+            continue
+        if example.num_tokens > data.max_tokens:
+            preview.long.append(f"{row.place}: {example.num_tokens} tokens")
+            if data.on_long in ("fail", "drop"):
+                continue
+        for note in [*left_out, *example.notes]:
+            preview.notes.setdefault(note, Places()).add([row.place])
+        preview.examples.append((row.place, example))
+    return preview
+
+
+def _first_rows(data: ExampleDataConfig, split: Split, rows: int) -> Iterator[RawRow]:
+    sources = data.sources_of(split)
+    if not sources:
+        raise DataError(f"data.{split} has no source; give data.eval or data.eval_share")
+    files_of: Split = "train" if data.eval_share else split
+    for source in sources:
+        left = max(1, rows // len(sources))
+        name = data.train_split if files_of == "train" else data.eval_split
+        for file in resolve_source(source.path, files_of, name):
+            if left < 1:
+                break
+            head = head_rows(file, left)
+            if head is None:
+                raise DataError(
+                    f"{file.path} is one large JSON array; write it as JSON lines to look at it quickly"
+                )
+            yield from head
+            left -= len(head)
+
+
+def packing_fill(preview: Preview, config: Any) -> float | None:
+    """How full the micro-batches of the job would be with the rows that were looked at; None without any.
+
+    Of KTO's second sequence, made when the data is prepared, the length is taken from a neighbouring row.
+    """
+    examples = [example for _, example in preview.examples]
+    lengths = [sum(map(len, example.sequences)) for example in examples]
+    if isinstance(config.data, KtoDataConfig):
+        for index, example in enumerate(examples):
+            own, other = example.sequences[0], examples[index - 1].sequences[0]
+            mismatched = own.prompt_tokens + len(other) - other.prompt_tokens
+            lengths[index] += min(mismatched, config.data.max_tokens)
+    if not lengths:
+        return None
+    train, num_tokens = config.train, np.array(lengths, dtype=np.int64)
+    per_step = min(train.samples_per_step, len(lengths))
+    order = RowOrder(len(lengths), per_step, len(lengths), config.run.seed, config.data.shuffle)
+    plans = plan_steps(
+        order, num_tokens, world_size=train.num_workers, budget_tokens=train.max_tokens_per_micro_batch
+    )
+    fills = [fill_of(plan, num_tokens, train.max_tokens_per_micro_batch) for plan in plans]
+    return float(np.mean(fills))

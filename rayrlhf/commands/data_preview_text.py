@@ -1,0 +1,155 @@
+"""Shows on a terminal, or as plain text, what the rows of a supervised job come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from rayrlhf.config.examples import ExampleDataConfig, PairDataConfig, PrmDataConfig
+from rayrlhf.data.chat import decode_prompt
+from rayrlhf.data.render import RenderedExample, RenderedSequence
+from rayrlhf.data.rows.row import describe_bad_rows
+from rayrlhf.untrusted_text import MESSAGE_CHARACTERS, visible
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rayrlhf.commands.data_preview import Preview
+
+LEARNT, READ = "bold green", "dim"
+OPEN, CLOSE = "⟦", "⟧"  # around what is learnt where there are no colours
+MAX_TOKENS_SHOWN = 400
+BINS, BAR_WIDTH = 10, 40
+
+
+def show(
+    console: Console,
+    preview: Preview,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    fill: float | None,
+    num_shown: int,
+) -> None:
+    """The first examples with what is learnt of them, then counts, lengths and packing."""
+    in_colour = console.is_terminal and not console.no_color
+    marks = Text("learnt", LEARNT) if in_colour else Text(f"{OPEN}learnt{CLOSE}")
+    console.print(Text.assemble("Tokens: ", marks, ", ", Text("read only", READ if in_colour else "")))
+    for place, example in preview.examples[:num_shown]:
+        console.print()
+        console.print(Text(f"{visible(place)}{_value(example, config.data)}", "bold"))
+        for name, sequence in zip(_names(example, config.data), example.sequences, strict=True):
+            console.print(Text(f"-- {name}{len(sequence)} tokens, {sum(sequence.loss_mask)} learnt"))
+            console.print(_marked(sequence, tokenizer, in_colour))
+    console.print()
+    for line in (*_counts(preview, config.data), *_lengths(preview), *_packing(fill, config)):
+        console.print(Text(visible(line, limit=MESSAGE_CHARACTERS)))
+
+
+def _value(example: RenderedExample, data: ExampleDataConfig) -> str:
+    if isinstance(data, PairDataConfig):
+        return f"  margin {example.value:g}"
+    return f"  {'desirable' if example.value else 'undesirable'}" if data.sequences_per_example == 2 else ""
+
+
+def _names(example: RenderedExample, data: ExampleDataConfig) -> Sequence[str]:
+    return ("chosen: ", "rejected: ") if isinstance(data, PairDataConfig) else [""] * len(example.sequences)
+
+
+def _marked(sequence: RenderedSequence, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> Text:
+    """The text of a sequence, of which what is learnt stands out; labels of steps stand behind them."""
+    shown = sequence.part(0, MAX_TOKENS_SHOWN)
+    text = Text()
+    for start, stop in _runs(shown):
+        piece = visible(decode_prompt(shown.input_ids[start:stop], tokenizer), limit=MESSAGE_CHARACTERS)
+        learnt = bool(shown.loss_mask[start])
+        if learnt and not in_colour:
+            piece = f"{OPEN}{piece}{CLOSE}"
+        text.append(piece, (LEARNT if learnt else READ) if in_colour else "")
+        if learnt and shown.targets:
+            text.append(f" = {shown.targets[start]:g} ", "bold" if in_colour else "")
+    if left := len(sequence) - len(shown):
+        text.append(f" … and {left} more tokens")
+    return text
+
+
+def _runs(sequence: RenderedSequence) -> Iterator[tuple[int, int]]:
+    """Stretches of tokens that are all learnt or all not; a labelled token is one of its own."""
+    start = 0
+    for index in range(1, len(sequence) + 1):
+        ends = index == len(sequence) or sequence.loss_mask[index] != sequence.loss_mask[start]
+        if ends or (sequence.targets and sequence.loss_mask[start]):
+            yield start, index
+            start = index
+
+
+def _counts(preview: Preview, data: ExampleDataConfig) -> Iterator[str]:
+    yield f"{preview.num_rows} rows of data.{preview.split} read, {len(preview.examples)} examples"
+    long = {
+        "fail": "too long: they would stop the job",
+        "drop": "too long: dropped",
+        "truncate_head": "too long: cut at the beginning",
+        "truncate_tail": "too long: cut at the end",
+    }
+    stops = "they would stop the job" if data.on_bad_row == "fail" else "skipped"
+    repeated = "they would stop the job" if data.on_duplicate_id == "fail" else "skipped"
+    for places, what in (
+        (preview.bad, f"bad: {stops} (data.on_bad_row={data.on_bad_row})"),
+        (preview.long, f"{long[data.on_long]} (data.on_long={data.on_long}, max_tokens={data.max_tokens})"),
+        (
+            preview.duplicates,
+            f"with an id seen before: {repeated} (data.on_duplicate_id={data.on_duplicate_id})",
+        ),
+    ):
+        if places:
+            yield f"{len(places)} {what}"
+            yield describe_bad_rows(places)
+        else:
+            yield f"0 {what.partition(':')[0]}"
+    for note, rows in preview.notes.items():
+        yield f"{rows.count} with {note}"
+        yield str(rows)
+
+
+def _lengths(preview: Preview) -> Iterator[str]:
+    sequences = [sequence for _, example in preview.examples for sequence in example.sequences]
+    if not sequences:
+        return
+    lengths = np.array([len(sequence) for sequence in sequences])
+    learnt = sum(sum(sequence.loss_mask) for sequence in sequences)
+    yield ""
+    yield (
+        f"tokens per sequence: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}, "
+        f"95 % are at most {np.percentile(lengths, 95):.0f}; {learnt / lengths.sum():.0%} of them are learnt"
+    )
+    yield from histogram(lengths)
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """A line per range of whole numbers, all equally wide, at most `BINS` of them."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // BINS)
+    counts = np.bincount((lengths - low) // width)
+    lines = []
+    for first, count in zip(range(low, high + 1, width), counts, strict=True):
+        last = min(first + width - 1, high)
+        span = f"{first}" if first == last else f"{first} – {last}"
+        bar = "█" * round(BAR_WIDTH * count / counts.max())
+        lines.append(f"  {span:>15} {count:>6} {bar}".rstrip())
+    return lines
+
+
+def _packing(fill: float | None, config: Any) -> Iterator[str]:
+    if fill is None:
+        return
+    train = config.train
+    yield ""
+    yield (
+        f"packing: micro-batches of train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} are "
+        f"{fill:.0%} full with {train.samples_per_step} samples per step on {train.num_workers} workers"
+    )
+    if isinstance(config.data, PrmDataConfig):
+        yield f"steps are judged at the token {config.data.step_token!r}"

@@ -1,0 +1,194 @@
+"""Rows of preference learning: a prompt with a better and a worse answer, or with one that was judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rayrlhf.config.examples import KtoDataConfig, PairDataConfig
+from rayrlhf.data.rows.columns import (
+    MESSAGES_NAMES,
+    PROMPT_NAMES,
+    RESPONSE_NAMES,
+    Shape,
+    pick,
+    pick_or_fail,
+    recognise,
+)
+from rayrlhf.data.rows.messages import (
+    HH_TURN,
+    Message,
+    answer_message,
+    check_learnt,
+    check_turns,
+    conversation_of,
+    prompt_messages,
+    text_or_messages,
+    tools_of,
+    transcript_of,
+    with_system,
+)
+from rayrlhf.data.rows.row import BadRow, check_text, column_of, quoted, type_name
+
+SCORE_NAMES = ("score_chosen", "score_rejected")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt. They differ."""
+
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+    margin: float = 0.0
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer, and whether it is a good one."""
+
+    prompt: list[Message]
+    response: Message
+    desirable: bool
+    tools: list[dict[str, Any]] | None = None
+
+
+def pair_of(columns: Mapping[str, Any], config: PairDataConfig) -> Pair:
+    """The pair in a row. Raises `BadRow`, also where the two answers are to different prompts or equal."""
+    chosen = column_of(columns, config.chosen_key, "data.chosen_key")
+    rejected = column_of(columns, config.rejected_key, "data.rejected_key")
+    for key, answer in ((config.chosen_key, chosen), (config.rejected_key, rejected)):
+        if answer is None or isinstance(answer, bool | int | float):
+            raise BadRow(f"column {key!r} holds {type_name(answer)}; wanted a text or messages")
+    format_ = config.format if config.format != "auto" else _recognised_pair(columns, config)
+    answers = (config.chosen_key, chosen), (config.rejected_key, rejected)
+    if format_ == "prompt":
+        key = pick_or_fail(columns, config.prompt_key, PROMPT_NAMES, "data.prompt_key")
+        prompt = prompt_messages(columns[key], f"column {key!r}")
+        better, worse = (answer_message(answer, f"column {key!r}") for key, answer in answers)
+    else:
+        read = conversation_of
+        if format_ == "hh":
+            read = transcript_of if config.apply_chat_template else _raw_transcript_of
+        first, second = (
+            _split(read(answer, f"column {key!r}"), f"column {key!r}") for key, answer in answers
+        )
+        if first[0] != second[0]:
+            raise BadRow(
+                f"the conversations in columns {quoted((config.chosen_key, config.rejected_key))} differ "
+                "before their last answers; wanted two answers to one prompt"
+            )
+        prompt, better, worse = first[0], first[1], second[1]
+    prompt = with_system(prompt, columns, config)
+    check_turns([*prompt, better], f"the conversation with column {config.chosen_key!r}")
+    check_turns([*prompt, worse], f"the conversation with column {config.rejected_key!r}")
+    check_learnt(better, f"the answer in column {config.chosen_key!r}")
+    check_learnt(worse, f"the answer in column {config.rejected_key!r}")
+    if better == worse:
+        raise BadRow(f"columns {quoted((config.chosen_key, config.rejected_key))} hold the same answer")
+    return Pair(prompt, better, worse, _margin(columns, config), tools_of(columns, config))
+
+
+def _recognised_pair(columns: Mapping[str, Any], config: PairDataConfig) -> str:
+    chosen = columns[config.chosen_key]
+    prompt_key = pick(columns, config.prompt_key, PROMPT_NAMES)
+    found = _read(chosen, f"column {config.chosen_key!r}")
+    whole = not isinstance(found, str) and found[0]["role"] != "assistant"
+    is_hh = isinstance(found, str) and prompt_key is None and HH_TURN.match(found) is not None
+    both = f"{config.chosen_key}, {config.rejected_key}"
+    shapes = [
+        Shape("prompt", f"{'/'.join(PROMPT_NAMES)} and {both}", prompt_key is not None and not whole),
+        Shape("messages", f"whole conversations in {both}", whole),
+        Shape("hh", f"texts of 'Human:' and 'Assistant:' turns in {both}", is_hh),
+    ]
+    return recognise(columns, shapes)
+
+
+def _read(answer: Any, where: str) -> str | list[Message]:
+    return text_or_messages([answer] if isinstance(answer, Mapping) else answer, where)
+
+
+def _split(messages: list[Message], where: str) -> tuple[list[Message], Message]:
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise BadRow(f"{where} does not end with an answer of the assistant to something")
+    return messages[:-1], messages[-1]
+
+
+def _raw_transcript_of(text: Any, where: str) -> list[Message]:
+    """For a model without a chat template the transcript itself is the prompt, up to its last answer."""
+    transcript_of(text, where)  # raises for what is none
+    start = list(HH_TURN.finditer(text))[-1]
+    answer = text[start.end() :]
+    check_text(answer, f"the last answer in {where}")
+    if start[1] != "Assistant":
+        raise BadRow(f"{where} does not end with an answer of the assistant to something")
+    return [
+        {"role": "user", "content": text[: start.end()]},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def _margin(columns: Mapping[str, Any], config: PairDataConfig) -> float:
+    if config.margin_key is not None:
+        value = column_of(columns, config.margin_key, "data.margin_key")
+        return _finite(value, f"the margin column {config.margin_key!r}")
+    if columns.get("margin") is not None:
+        return _finite(columns["margin"], "the margin column 'margin'")
+    if all(columns.get(name) is not None for name in SCORE_NAMES):
+        better, worse = (_finite(columns[name], f"column {name!r}") for name in SCORE_NAMES)
+        return better - worse
+    return 0.0
+
+
+def _finite(value: Any, where: str) -> float:
+    if isinstance(value, str):  # as CSV files hold numbers
+        try:
+            value = float(value)
+        except ValueError:
+            raise BadRow(f"{where} holds {value!r}; wanted a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        held = value if isinstance(value, float) else type_name(value)
+        raise BadRow(f"{where} holds {held}; wanted a finite number")
+    return float(value)
+
+
+def judged_of(columns: Mapping[str, Any], config: KtoDataConfig) -> Judged:
+    """The judged answer in a row. Raises `BadRow`."""
+    desirable = _truth(column_of(columns, config.label_key, "data.label_key"), config.label_key)
+    format_ = config.format if config.format != "auto" else _recognised_judged(columns, config)
+    if format_ == "messages":
+        key = pick_or_fail(columns, config.messages_key, MESSAGES_NAMES, "data.messages_key")
+        prompt, response = _split(conversation_of(columns[key], f"column {key!r}"), f"column {key!r}")
+    else:
+        prompt_key = pick_or_fail(columns, config.prompt_key, PROMPT_NAMES, "data.prompt_key")
+        response_key = pick_or_fail(columns, config.response_key, RESPONSE_NAMES, "data.response_key")
+        prompt = prompt_messages(columns[prompt_key], f"column {prompt_key!r}")
+        response = answer_message(columns[response_key], f"column {response_key!r}")
+    prompt = with_system(prompt, columns, config)
+    check_turns([*prompt, response], "the conversation")
+    check_learnt(response, "the judged answer")
+    return Judged(prompt, response, desirable, tools_of(columns, config))
+
+
+def _recognised_judged(columns: Mapping[str, Any], config: KtoDataConfig) -> str:
+    prompted = pick(columns, config.prompt_key, PROMPT_NAMES) is not None
+    answered = pick(columns, config.response_key, RESPONSE_NAMES) is not None
+    keys_given = config.prompt_key is not None or config.response_key is not None
+    names = f"{'/'.join(PROMPT_NAMES)} and {'/'.join(RESPONSE_NAMES)}"
+    in_messages = pick(columns, config.messages_key, MESSAGES_NAMES) is not None
+    shapes = [
+        Shape("prompt_response", names, prompted and answered, keys_given),
+        Shape("messages", "messages or conversations", in_messages, config.messages_key is not None),
+    ]
+    return recognise(columns, shapes)
+
+
+def _truth(value: Any, key: str) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # as CSV files hold truth values
+        return value.lower() == "true"
+    if isinstance(value, bool) or value in (0, 1):
+        return bool(value)
+    raise BadRow(f"the label column {key!r} holds {value!r}; wanted true or false")

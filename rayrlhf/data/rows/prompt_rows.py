@@ -1,0 +1,70 @@
+"""Rows of prompts: what PPO, GRPO, `generate` and evaluations ask, read as every other job reads its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.data.rows.messages import Message, prompt_messages, text_or_messages, tools_of, with_system
+from rayrlhf.data.rows.row import BadRow, check_text, column_of, type_name
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that ends where the model is to speak."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+def prompt_columns(config: PromptDataConfig) -> tuple[str, ...]:
+    """The columns that become a prompt, where a row has them."""
+    return config.prompt_key, config.system_key or "system", config.tools_key or "tools"
+
+
+def prompt_of(columns: Mapping[str, Any], config: PromptDataConfig) -> Question | str:
+    """The row's prompt; a text where `apply_chat_template` is false.
+
+    Raises `BadRow` for a column that is missing, a prompt that is neither text nor messages, an empty one, a
+    message without role or content, a conversation that already ends with an answer, text that is not
+    Unicode, and for a system message or tools that nothing would show.
+    """
+    key = config.prompt_key
+    where = f"column {key!r}"
+    prompt = column_of(columns, key, "data.prompt_key")
+    if config.label_key is not None and column_of(columns, config.label_key, "data.label_key") is None:
+        raise BadRow(f"the label column {config.label_key!r} is null")
+    if not isinstance(prompt, str | list):
+        raise BadRow(
+            f"{where} holds {type_name(prompt)}; wanted a text or a list of {{role, content}} messages"
+        )
+    if not config.apply_chat_template:
+        return _text(prompt, columns, config, where)
+    messages = prompt_messages(prompt, where)
+    last = messages[-1]
+    if last["role"] == "assistant":
+        raise BadRow(
+            f"the messages in {where} end with the assistant's answer; "
+            "a prompt ends where the model is to speak, so leave the answer out"
+        )
+    if last["role"] != "tool":  # a tool may have nothing to say
+        check_text(last.get("content", ""), f"the last message in {where}")
+    return Question(with_system(messages, columns, config), tools_of(columns, config))
+
+
+def _text(prompt: Any, columns: Mapping[str, Any], config: PromptDataConfig, where: str) -> str:
+    found = text_or_messages(prompt, where)
+    if not isinstance(found, str):
+        raise BadRow(
+            f"{where} holds messages, but data.apply_chat_template is false; "
+            "wanted a text, or data.apply_chat_template=true"
+        )
+    key = config.system_key or "system"
+    if columns.get(key):
+        raise BadRow(
+            f"column {key!r} holds a system message, but data.apply_chat_template is false: nothing shows it"
+        )
+    tools_of(columns, config)  # raises for tools that nothing would show
+    return found

@@ -1,0 +1,59 @@
+"""Mixing sources by probability. Pure: counts in, an order of rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from rayrlhf.data.rows.row import DataError
+
+MAX_REPEATS = 1000  # a mixture that is longer than its rows by this is a mistake
+MixingStops = Literal["first_exhausted", "all_exhausted"]
+
+
+def mixing_order(
+    counts: Sequence[int], probabilities: Sequence[float], seed: int, stops: MixingStops = "first_exhausted"
+) -> np.ndarray:
+    """Which row comes at which place when sources are mixed: indices into their concatenation, [rows] int64.
+
+    Each place draws its source with the given probabilities (they need not sum to 1) from
+    `default_rng(seed)`, and takes that source's next row. With `first_exhausted` the mixture ends where a
+    source has no row left to give, so that the proportions hold and nothing repeats; what the others had left
+    is not used. With `all_exhausted` a source begins again when it is through, and the mixture ends with the
+    last row that comes for the first time; the proportions hold and every row is used. Raises `DataError`
+    where that would take more than `MAX_REPEATS` times the rows.
+    """
+    weights = np.asarray(probabilities, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(counts), size=sum(counts) + 1, p=weights / weights.sum())
+    if stops == "all_exhausted":
+        _check_length(counts, weights / weights.sum())
+        while np.any(np.bincount(drawn, minlength=len(counts)) < counts):
+            more = rng.choice(len(counts), size=len(drawn), p=weights / weights.sum())
+            drawn = np.concatenate([drawn, more])
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    order = np.empty(len(drawn), dtype=np.int64)
+    first_empty, all_through = len(drawn), 0
+    for source, count in enumerate(counts):
+        places = np.flatnonzero(drawn == source)
+        order[places] = starts[source] + np.arange(len(places)) % max(count, 1)
+        if len(places) > count:
+            first_empty = min(first_empty, int(places[count]))
+        if count and len(places) >= count:
+            all_through = max(all_through, int(places[count - 1]) + 1)
+    return order[: first_empty if stops == "first_exhausted" else all_through]
+
+
+def _check_length(counts: Sequence[int], shares: np.ndarray) -> None:
+    """A source of n rows and share p is through after n/p rows of the mixture, on average."""
+    expected = max(count / share for count, share in zip(counts, shares.tolist(), strict=True))
+    if expected <= MAX_REPEATS * sum(counts):
+        return
+    worst = max(range(len(counts)), key=lambda index: counts[index] / shares[index])
+    raise DataError(
+        f"data.mixing_stops=all_exhausted would take about {expected:.0f} rows, since source {worst} with "
+        f"{counts[worst]} rows has a share of {shares[worst]:.2g}; raise its probability, or set "
+        "data.mixing_stops=first_exhausted"
+    )

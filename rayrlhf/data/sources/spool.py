@@ -1,0 +1,44 @@
+"""Runs a stage of Ray Data over the rows of the sources, into a file from which rows can then be picked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+from ray.data import Dataset
+
+from rayrlhf.data.row_filter import Tally
+from rayrlhf.data.sources.source import READ_TASK_CPUS, ordered_and_quiet
+from rayrlhf.data.store import ArrowRows
+
+RENDER_BATCH_ROWS = 256
+
+
+@contextmanager
+def spooled(
+    read: Callable[[], Dataset],
+    stage: Callable[[pa.Table], pa.Table],
+    schema: pa.Schema,
+    tally: Tally,
+    out_path: Path,
+) -> Iterator[ArrowRows]:
+    """The rows of `read()` that `stage` makes (with `schema`) and `tally` keeps, in the order of reading.
+
+    They lie in a file beside `out_path`, which is removed at the end; the folder is made where there is none.
+    """
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    spool_path = out_path.with_name(out_path.name + ".rendered")
+    try:
+        with ordered_and_quiet(), pa.OSFile(str(spool_path), "wb") as sink:
+            rendered = read().map_batches(
+                stage, batch_size=RENDER_BATCH_ROWS, batch_format="pyarrow", num_cpus=READ_TASK_CPUS
+            )
+            with pa.ipc.new_file(sink, schema) as writer:
+                for batch in rendered.iter_batches(batch_size=None, batch_format="pyarrow"):
+                    writer.write_table(tally.usable_rows(batch))
+        tally.log()
+        yield ArrowRows(spool_path)
+    finally:
+        spool_path.unlink(missing_ok=True)

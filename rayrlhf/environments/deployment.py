@@ -1,0 +1,269 @@
+"""Multi-turn rollouts: Serve replicas that play episodes between the engines and an environment of the
+user's.
+
+Environments are found and tried once on the driver; the replicas need no slot, only time on a CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.config.environment import EnvironmentConfig
+from rayrlhf.config.rollout import RolloutConfig
+from rayrlhf.data.chat import prompt_tokenizer
+from rayrlhf.environments.chat_tokens import Message, Observation, Turns
+from rayrlhf.environments.environment_host import MAX_EPISODES
+from rayrlhf.environments.episode import Episode, play
+from rayrlhf.environments.user_environment import CLOSE_SECONDS, EnvironmentFailure
+from rayrlhf.isolation.frames import CodeError, CodeTimeout, ProcessDied
+from rayrlhf.isolation.output import OutputLog
+from rayrlhf.isolation.pool import ProcessPool
+from rayrlhf.isolation.process import CodeProcess, Hosted
+from rayrlhf.placement.serve_status import of_this_replica
+from rayrlhf.rollout.client import Patience
+from rayrlhf.rollout.engine import Generation
+from rayrlhf.samples import Prompt
+from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
+
+MAX_STUCK_CALLS = 8  # of the user's that never came back, before their process is replaced
+NAME = "environment"  # of its output
+DUMMY_ANSWER = "A short answer, to see whether the environment works."
+DUMMY_PARAMS = {"max_tokens": 10_000, "seed": 0}
+
+
+def hosted_environment(code: UserCode, config: EnvironmentConfig) -> Hosted:
+    return Hosted(
+        "rayrlhf.environments.environment_host:EnvironmentHost",
+        (code, config.arguments),
+        start_timeout_seconds=config.start_timeout_seconds,
+        timeout_seconds=config.timeout_seconds,
+        max_memory_gib=config.max_memory_gib,
+    )
+
+
+def find_environment(config: EnvironmentConfig) -> UserCode:
+    """Resolve `module:Class` or `path/file.py:Class` on the driver, and import it in a process. Raises
+    `UserCodeError`.
+    """
+    code = find_user_code(config.environment, "class")
+
+    async def start() -> None:
+        async with ProcessPool(hosted_environment(code, config), OutputLog(NAME)):
+            pass
+
+    try:
+        asyncio.run(start())
+    except CodeError as error:
+        raise UserCodeError(_with_name(code.text, error)) from error
+    return code
+
+
+def _with_name(text: str, error: CodeError) -> str:
+    reason = str(error)
+    return reason if reason.startswith(text.rpartition(":")[0]) else f"{text}: {reason}"
+
+
+class IsolatedEnvironments:
+    """Environments in processes of their own, as `play` wants them."""
+
+    def __init__(self, pool: ProcessPool) -> None:
+        self.pool = pool
+        self._numbers = count()
+        self._stuck: dict[CodeProcess, int] = {}
+
+    @asynccontextmanager
+    async def episode(self, *, alone: bool = False) -> AsyncIterator[IsolatedEnvironment]:
+        """`alone`: in a process of its own. Raises `EnvironmentFailure` where no process starts."""
+        try:
+            async with self.pool.own_process() if alone else self.pool.process() as process:
+                yield IsolatedEnvironment(self, process, next(self._numbers))
+        except CodeError as error:
+            raise EnvironmentFailure(str(error)) from error
+
+    async def count_stuck(self, process: CodeProcess) -> None:
+        """Too many calls that never end slow the others down: episodes to come have another process."""
+        self._stuck[process] = self._stuck.get(process, 0) + 1
+        if self._stuck[process] >= MAX_STUCK_CALLS:
+            del self._stuck[process]
+            await self.pool.retire(process)
+
+
+class IsolatedEnvironment:
+    """One episode's. Its methods raise `EnvironmentFailure`."""
+
+    def __init__(self, owner: IsolatedEnvironments, process: CodeProcess, number: int) -> None:
+        self.owner = owner
+        self.process = process
+        self.number = number
+        self.running = ""  # the user's method that runs now
+        self.innocent = False  # its process died, perhaps by another episode
+
+    async def reset(self, row: dict[str, Any]) -> str | Sequence[Message]:
+        return await self._call("reset", row)
+
+    async def step(self, response: str) -> tuple[Observation, float, bool]:
+        observation, reward, done = await self._call("step", response)
+        return observation, reward, done
+
+    async def close(self) -> None:
+        if self.process.died:
+            return
+        try:
+            # The host cuts off a close() of the user's by itself.
+            is_stuck = await self.process.call("close", self.number, timeout_seconds=CLOSE_SECONDS + 5)
+        except CodeTimeout:
+            await self.owner.pool.retire(self.process)
+        except ProcessDied:
+            pass  # its episode is over
+        else:
+            if is_stuck:
+                await self.owner.count_stuck(self.process)
+
+    async def _call(self, method: str, argument: Any) -> Any:
+        self.running = f"{method}()"
+        try:
+            returned = await self.process.call(method, self.number, argument)
+        except ProcessDied as died:
+            self.innocent = not died.alone
+            raise EnvironmentFailure(f"{method}(): {died}") from died
+        except CodeError as error:
+            raise EnvironmentFailure(str(error)) from error
+        self.running = ""
+        return returned
+
+
+def try_environment(
+    hosted: Hosted,
+    output: OutputLog,
+    config: EnvironmentConfig,
+    rows: Sequence[Mapping[str, Any]],
+    turns: Turns,
+) -> None:
+    """Play two turns with a plain answer for each of `rows`. Raises `EnvironmentFailure`."""
+    two_turns = config.model_copy(update={"max_turns": 2})  # the first observation is rendered too
+    text = hosted.arguments[0].text
+
+    async def answer(prompt_ids: list[int], params: dict[str, Any]) -> Generation:
+        ids: list[int] = turns.tokenizer(DUMMY_ANSWER, add_special_tokens=False).input_ids
+        if turns.end_of_turn_id is not None:
+            ids = [*ids, turns.end_of_turn_id]
+        return Generation(ids, DUMMY_ANSWER, [0.0] * len(ids), False, [0] * len(ids))
+
+    async def play_all() -> None:
+        async with ProcessPool(hosted, output) as pool:
+            environments = IsolatedEnvironments(pool)
+            for row in rows:
+                async with environments.episode() as environment:
+                    episode = await play(environment, turns, two_turns, row, DUMMY_PARAMS, answer)
+                if episode.failure:
+                    raise EnvironmentFailure(
+                        f"{text}: {episode.failure}; tried with the row {dict(row)!r:.200}"
+                    )
+
+    try:
+        asyncio.run(play_all())
+    except CodeError as error:
+        raise EnvironmentFailure(_with_name(text, error)) from error
+
+
+@dataclass(frozen=True)
+class EnvironmentSetup:
+    """What a replica needs to play."""
+
+    code: UserCode
+    rollout: RolloutConfig  # with `environment`
+    data: PromptDataConfig
+    tokenizer_path: str
+    trust_remote_code: bool
+    chat_template: str | None  # Jinja text
+    rollout_app: str  # the engines' Serve app
+    log: Path | None = None  # for what the environment prints
+    say: Callable[[str], None] | None = None  # takes its first lines
+
+
+class EnvironmentReplica:
+    """Plays episodes, many at once. A failed environment is part of its episode, never an exception."""
+
+    async def __init__(self, setup: EnvironmentSetup) -> None:
+        assert setup.rollout.environment is not None
+        self.setup = setup
+        self.config = setup.rollout.environment
+        output = OutputLog(NAME, of_this_replica(setup.log), setup.say)
+        self.pool = ProcessPool(hosted_environment(setup.code, self.config), output)
+        try:
+            await self.pool.start()
+        except CodeError as error:
+            raise EnvironmentFailure(_with_name(setup.code.text, error)) from error
+        self.environments = IsolatedEnvironments(self.pool)
+        tokenizer = prompt_tokenizer(setup.tokenizer_path, setup.trust_remote_code, setup.chat_template)
+        self.turns = Turns(tokenizer, setup.data)
+        self._engines: Any = None
+
+    async def episode(self, prompt: Prompt, params: dict[str, Any], min_version: int) -> Episode:
+        """An episode for the columns of a row. `params` are vLLM's SamplingParams; every turn derives a seed
+        of its own from theirs. Each response is sampled by weights of at least `min_version`.
+
+        It begins again, once and in a process of its own, where its process died while other episodes had
+        calls in it.
+        """
+        began = time.monotonic()
+        episode, innocent = await self._play(self.config, prompt, params, min_version, alone=False)
+        left = self.config.timeout_seconds - (time.monotonic() - began)
+        if innocent and left > 0:
+            in_time = self.config.model_copy(update={"timeout_seconds": left})
+            episode, _ = await self._play(in_time, prompt, params, min_version, alone=True)
+        return episode
+
+    async def _play(
+        self,
+        config: EnvironmentConfig,
+        prompt: Prompt,
+        params: dict[str, Any],
+        min_version: int,
+        *,
+        alone: bool,
+    ) -> tuple[Episode, bool]:
+        async def complete(prompt_ids: list[int], params: dict[str, Any]) -> Generation:
+            return await self._complete(prompt_ids, params, min_version)
+
+        try:
+            async with self.environments.episode(alone=alone) as environment:
+                episode = await play(environment, self.turns, config, prompt.columns, params, complete)
+                return episode, environment.innocent
+        except EnvironmentFailure as error:  # no process starts
+            return Episode.failed(str(error)), False
+
+    async def _complete(self, prompt_ids: list[int], params: dict[str, Any], min_version: int) -> Generation:
+        """One response from the engines; from another one if the first dies."""
+        patience = Patience("engine", "rollout.timeout_seconds", self.setup.rollout.timeout_seconds)
+        if self._engines is None:  # not in the constructor: the engines' app may come up later
+            self._engines = serve.get_app_handle(self.setup.rollout_app)
+        return await patience.ask(lambda: self._engines.complete.remote(prompt_ids, params, min_version))
+
+    def __del__(self) -> None:  # Serve calls it when the replica goes
+        if hasattr(self, "pool"):
+            self.pool.close()
+
+
+def environment_deployment(setup: EnvironmentSetup) -> Any:
+    """The bound deployment for `serve.run`."""
+    assert setup.rollout.environment is not None
+    deployment = serve.deployment(EnvironmentReplica).options(
+        name="environment",
+        num_replicas=setup.rollout.environment.num_replicas,
+        max_ongoing_requests=MAX_EPISODES,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=2,
+        max_constructor_retry_count=2,
+    )
+    return deployment.bind(setup)

@@ -1,0 +1,27 @@
+"""PEFT, without the warning about kernels that bitsandbytes logs when PEFT imports it."""
+
+from __future__ import annotations
+
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from peft import (  # noqa: E402
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+
+__all__ = [
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_peft_model_state_dict",
+]

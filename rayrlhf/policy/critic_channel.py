@@ -1,0 +1,178 @@
+"""Between the actor's workers and a critic in a trainer of its own: calls in, answers out, in one order.
+
+A call is handed to the critic when every actor rank has posted its part of it, and then to every critic rank:
+whoever restarts, the ranks of one side never run different calls. A restart of the critic loses what it had
+learnt since the last checkpoint, so it breaks the actor's session, and the actor's workers restart from that
+checkpoint too; a restart of the actor begins a new session, and the critic follows its first call.
+When the mailbox's own process dies, both sides restart from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ray import ObjectRef
+from torch import Tensor
+
+from rayrlhf.policy.losses import StepCounts
+from rayrlhf.policy.step_metrics import UpdateMetrics
+
+NEXT_SECONDS = 30.0  # a critic rank that waits for a call asks anew after this long
+MAILBOX_DIED = "the process between actor and critic died, and with it what they had asked and answered"
+
+Kind = Literal["begin", "load", "values", "update", "save", "offload", "reload", "stop"]
+
+
+@dataclass(frozen=True)
+class Request:
+    kind: Kind
+    step: int = 0
+    counts: StepCounts | None = None  # of an update
+
+
+class Part(NamedTuple):
+    """One micro-batch of a call."""
+
+    batch: ObjectRef  # of a PackedBatch on the CPU
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one critic rank; or, to an actor rank, of all of them."""
+
+    values: dict[int, Tensor] = field(default_factory=dict)  # [T] each, by the number of the micro-batch
+    metrics: UpdateMetrics = field(default_factory=UpdateMetrics)  # over all critic ranks, from rank 0
+
+
+class Failure(NamedTuple):
+    kind: str  # the exception's class
+    text: str
+
+
+class CriticFailed(RuntimeError):
+    """The critic lost a worker, or raised: the actor's workers restart from the newest checkpoint."""
+
+
+class Call:
+    """What the actor's ranks ask at once."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.parts: dict[int, list[Part]] = {}  # by actor rank
+        self.answers: dict[int, Answer] = {}  # by critic rank
+        self.done = asyncio.Event()
+        self.failure: Failure | None = None
+
+    @property
+    def all_parts(self) -> list[Part]:
+        return [part for rank in sorted(self.parts) for part in self.parts[rank]]
+
+    def answer_for(self, rank: int) -> Answer:
+        """The values of this actor rank's micro-batches, numbered as it has posted them."""
+        first = sum(len(parts) for other, parts in self.parts.items() if other < rank)
+        values = {
+            number: tensor for answer in self.answers.values() for number, tensor in answer.values.items()
+        }
+        mine = {i: values[first + i] for i in range(len(self.parts[rank])) if first + i in values}
+        return Answer(mine, self.answers[0].metrics)
+
+    def fail(self, failure: Failure) -> None:
+        self.failure = failure
+        self.done.set()
+
+
+class Mailbox:
+    """An async actor of the run. An incarnation of workers is known by when it started, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self.actor_started = -1
+        self.critic_started = -1
+        self.critic_size = 0
+        self.posted: dict[int, Call] = {}  # of the actor's incarnation, by number, until all parts are there
+        self.calls: list[Call | None] = []  # complete ones of the critic's incarnation; None once answered
+        self.fetched: dict[int, int] = {}  # by critic rank, how many of `calls`
+        self.broken: Failure | None = None  # why this session of the actor cannot go on
+        self.news = asyncio.Event()
+
+    async def ask(
+        self, started: int, world_size: int, number: int, rank: int, request: Request, parts: list[Part]
+    ) -> Answer:
+        """The critic's answer, once every actor rank has posted its part. Raises `CriticFailed`."""
+        self._open_session(started, number)
+        if self.broken is not None:
+            raise CriticFailed(f"{self.broken.kind}: {self.broken.text}")
+        call = self.posted.setdefault(number, Call(request))
+        call.parts[rank] = parts
+        if len(call.parts) == world_size:
+            del self.posted[number]
+            self.calls.append(call)
+            self.news.set()
+        await call.done.wait()
+        if call.failure is not None:
+            raise CriticFailed(f"{call.failure.kind}: {call.failure.text}")
+        return call.answer_for(rank)
+
+    def _open_session(self, started: int, number: int) -> None:
+        if started < self.actor_started:
+            raise CriticFailed("RuntimeError: newer actor workers have taken over")
+        if started > self.actor_started:
+            if number > 0:  # it has begun with a mailbox that died, and its critic's work is lost
+                raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}")
+            for call in self.posted.values():
+                call.fail(Failure("RuntimeError", "newer actor workers have taken over"))
+            self.actor_started, self.posted, self.broken = started, {}, None
+
+    async def join(self, started: int, world_size: int) -> None:
+        """A critic rank is there."""
+        if started <= self.critic_started:
+            return
+        had_work = any(self.fetched.values())
+        self.critic_started, self.critic_size = started, world_size
+        if had_work:
+            # What was learnt since the checkpoint is lost, even where nobody waits for an answer now.
+            self.fail("RuntimeError", "the critic's workers were restarted")
+        self.fetched = dict.fromkeys(range(world_size), 0)
+
+    async def next(self, started: int, rank: int) -> tuple[Request, list[Part]] | None:
+        """The next call and its micro-batches in the order of the actor's ranks; None when none comes for
+        long.
+        """
+        if started != self.critic_started:
+            other = "newer critic workers have taken over" if self.critic_started >= 0 else MAILBOX_DIED
+            raise CriticFailed(f"RuntimeError: {other}")
+        index = self.fetched[rank]
+        if index == len(self.calls):
+            self.news.clear()
+            try:
+                await asyncio.wait_for(self.news.wait(), NEXT_SECONDS)
+            except TimeoutError:
+                return None
+            return await self.next(started, rank)
+        self.fetched[rank] = index + 1
+        call = self.calls[index]
+        assert call is not None, "it is answered when all ranks have fetched it"
+        return call.request, call.all_parts
+
+    async def answer(self, started: int, rank: int, answer: Answer) -> None:
+        """To the call that this rank has fetched last."""
+        index = self.fetched.get(rank, 0) - 1
+        if started != self.critic_started or not 0 <= index < len(self.calls):
+            return  # the session has been broken meanwhile
+        call = self.calls[index]
+        assert call is not None
+        call.answers[rank] = answer
+        if len(call.answers) == self.critic_size:
+            self.calls[index] = None
+            call.done.set()
+
+    def fail(self, kind: str, text: str) -> None:
+        """Whatever is asked now, and in the rest of the actor's session, fails."""
+        self.broken = Failure(kind, text)
+        for call in [*self.posted.values(), *self.calls]:
+            if call is not None:
+                call.fail(self.broken)
+        self.posted, self.calls = {}, []
+        self.fetched = dict.fromkeys(self.fetched, 0)

@@ -1,0 +1,145 @@
+"""The critic in a trainer of its own: a loop that answers what the actor's workers ask."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import ActorUnavailableError
+from torch import Tensor
+
+from rayrlhf.batch import PackedBatch, empty_like_batch
+from rayrlhf.data.balance import balanced_partition
+from rayrlhf.placement.reaper import NAMESPACE, sit_down
+from rayrlhf.policy.critic import LocalCritic
+from rayrlhf.policy.critic_channel import MAILBOX_DIED, Answer, CriticFailed, Part, Request
+from rayrlhf.policy.critic_client import critic_folder
+from rayrlhf.policy.job import PolicyJob
+from rayrlhf.train import collectives, manifest
+
+
+def critic_loop(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
+    """Answer calls until the actor's workers say stop. Every critic worker runs this, under Ray Train."""
+    job = arguments["job"]
+    w = CriticWorker(job)
+    try:
+        for request, parts in w.requests():
+            w.answer(w.run(request, parts))
+    except BaseException as failure:
+        w.tell_failure(failure)
+        raise
+    return {}
+
+
+class CriticWorker:
+    """One rank of the critic."""
+
+    def __init__(self, job: PolicyJob) -> None:
+        self.config = job.config
+        self.mailbox: Any = ray.get_actor(job.mailbox, namespace=NAMESPACE)
+        self.rank, self.world_size = collectives.rank(), collectives.world_size()
+        sit_down(job.run_id, "critic", self.rank)
+        torch.set_num_threads(job.threads_per_worker)
+        self.critic = self._fresh()
+        self.is_fresh = True
+        self.started: int = collectives.gather_lists([time.time_ns()])[0]
+        self._ask("join", self.world_size)
+
+    def _fresh(self) -> LocalCritic:
+        torch.manual_seed(self.config.run.seed)
+        return LocalCritic(self.config)
+
+    def requests(self) -> Iterator[tuple[Request, list[Part]]]:
+        """Until, and without, the one to stop."""
+        while True:
+            call = self._ask("next", self.rank)
+            if call is None:
+                continue
+            if call[0].kind == "stop":
+                self.answer(Answer())
+                return
+            yield call
+
+    def run(self, request: Request, parts: Sequence[Part]) -> Answer:
+        match request.kind:
+            case "begin":
+                if not self.is_fresh:
+                    self.critic = self._fresh()
+                    self.is_fresh = True
+            case "values":
+                return Answer(values=self._values(parts))
+            case "update":
+                assert request.counts is not None
+                self.is_fresh = False
+                batches = [batch for _, batch in self._mine(parts)]
+                return Answer(metrics=self.critic.start_update(batches, request.counts, step=request.step)())
+            case "save":
+                self._save(request.step)
+            case "load":
+                self.is_fresh = False
+                self.critic.load(critic_folder(self.config, request.step))
+            case "offload":
+                self.critic.offload()
+            case "reload":
+                self.critic.reload()
+            case "stop":
+                raise AssertionError("requests() ends before it")
+        return Answer()
+
+    def answer(self, answer: Answer) -> None:
+        self._ask("answer", self.rank, answer)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Raises `CriticFailed` where the session cannot go on."""
+        try:
+            return ray.get(getattr(self.mailbox, method).remote(self.started, *arguments))
+        except ActorUnavailableError as error:
+            raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}") from error
+
+    def tell_failure(self, failure: BaseException) -> None:
+        self.mailbox.fail.remote(type(failure).__name__, str(failure))
+
+    def _values(self, parts: Sequence[Part]) -> dict[int, Tensor]:
+        mine = self._mine(parts)
+        values = self.critic.start_values([batch for _, batch in mine])()
+        return {number: v.cpu() for (number, _), v in zip(mine, values, strict=True) if number is not None}
+
+    def _mine(self, parts: Sequence[Part]) -> list[tuple[int | None, PackedBatch]]:
+        """This rank's micro-batches with their numbers; equally many on every rank, the last ones perhaps
+        weightless.
+        """
+        shares = balanced_partition([part.num_tokens for part in parts], self.world_size)
+        mine = shares[self.rank]
+        fetched: list[PackedBatch] = ray.get([parts[number].batch for number in mine])
+        batches: list[tuple[int | None, PackedBatch]] = list(zip(mine, fetched, strict=True))
+        missing = max(map(len, shares)) - len(mine)
+        batches += [(None, _filler())] * missing
+        return [(number, batch.to(collectives.device())) for number, batch in batches]
+
+    def _save(self, step: int) -> None:
+        """Whole or not at all; one more is kept than the actor keeps, whose checkpoint is still to be
+        committed.
+        """
+        folder = critic_folder(self.config, step)
+        own = folder.parent / f".{folder.name}-rank-{self.rank:04d}"
+        shutil.rmtree(own, ignore_errors=True)  # of workers that died
+        own.mkdir(parents=True)
+        self.critic.save(own)
+        manifest.commit(own, folder, {"step": step})
+        if self.rank > 0:
+            return
+        kept = self.config.checkpoint.keep + 1
+        for old in sorted(folder.parent.glob("step_??????"))[:-kept]:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(old)
+
+
+def _filler() -> PackedBatch:
+    """A micro-batch that weighs nothing, with what a critic reads."""
+    zero = torch.zeros(2)
+    return empty_like_batch(token_id=0).with_fields(values=zero, returns=zero)

@@ -1,0 +1,202 @@
+"""The driver of a policy run: check, plan, place, serve, fit, tear down."""
+
+from __future__ import annotations
+
+# First: it sets what Ray reads when it is imported.
+from rayrlhf.runtime.run import (
+    TRAIN_FOLDER,
+    check_placement,
+    drive,
+    fit,
+    fitted,
+    make_trainer,
+    named_actor,
+    placed,
+    start_folder,
+    threads_each,
+)
+
+# isort: split
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayrlhf.config.cautions import cautions
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.observe.board import Report
+from rayrlhf.observe.console import Console
+from rayrlhf.observe.sinks import drain_in_background, make_sinks
+from rayrlhf.observe.step_rows import json_line
+from rayrlhf.placement.plan import plan_placement
+from rayrlhf.placement.reaper import NAMESPACE
+from rayrlhf.placement.slots import Slots
+from rayrlhf.placement.trainer import SlotTorchTrainer
+from rayrlhf.policy.apps import run_apps
+from rayrlhf.policy.critic_channel import Mailbox
+from rayrlhf.policy.critic_server import critic_loop
+from rayrlhf.policy.critic_trainer import trained_beside
+from rayrlhf.policy.job import PolicyJob
+from rayrlhf.policy.loop import policy_loop
+from rayrlhf.policy.loop_async import async_policy_loop
+from rayrlhf.policy.prompt_streams import Stores, prepare_stores, training_streams
+from rayrlhf.reward.deployments import reward_app_names
+from rayrlhf.reward.reading import Asked
+from rayrlhf.runtime.model_checks import check_adapters, tell_generation_config
+from rayrlhf.runtime.node_monitor import nodes_watched
+from rayrlhf.runtime.preflight import (
+    Prepared,
+    check_before_ray,
+    check_stops,
+    try_out_environment,
+    try_rewards,
+    with_absolute_paths,
+)
+from rayrlhf.runtime.ray_session import deploy, watched
+from rayrlhf.runtime.resume import check_resume, still_the_same, take_up
+from rayrlhf.runtime.run_summary import write_summary
+from rayrlhf.runtime.scratch import own_scratch
+from rayrlhf.weights.backend import TOLD, weight_route
+from rayrlhf.weights.store import Event, WeightHub
+
+CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
+
+
+def run_policy(config: PolicyRunConfig) -> int:
+    """Run to the end; the exit code is `drive`'s."""
+    return drive(config, _check)
+
+
+def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
+    prepared = check_before_ray(config)
+    check_resume(config)
+    check_adapters(config)
+    return partial(_run, with_absolute_paths(config), prepared)
+
+
+def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
+    for caution in cautions(config):
+        console.say(f"warning: {caution}")
+    config = fitted(config, plan_placement, console)
+    run_path = start_folder(config)
+    newest = take_up(config, console.say)
+    spec = plan_placement(config)
+    weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
+    check_placement(spec, config, console)
+    tell_generation_config(config.model, console.say)
+    stores = prepare_stores(config, run_path, console.say)
+    sampled = {"rollout": config.rollout.sampling, "eval": config.eval_sampling}
+    stops = {f"{key}.sampling.stop": sampling.stop for key, sampling in sampled.items()}
+    check_stops(config.model, config.data, stops)
+    try_rewards(
+        prepared.reward_functions,
+        config.reward,
+        config.data.label_key,
+        stores.train,
+        run_path,
+        console.say,
+        asked=Asked(config.model.path, config.data, config.model.trust_remote_code),
+    )
+    fixed = still_the_same(config, newest, stores.fingerprints(), console.say)
+    try_out_environment(prepared.environment, config, stores.train, console.say)
+    with (
+        placed(spec, config, console) as (run_id, slots, board),
+        make_sinks(config, run_path, console) as sinks,
+        own_scratch(run_path, run_id),
+        ExitStack() as stack,
+    ):
+        # Engines load what model.path has, which a policy on 4-bit weights is not quite.
+        newest = 0 if config.model.quantization is None else -1
+        _own_actor(stack, WeightHub, f"{run_id}-weights", checkpoint_version=newest)
+        job = _make_job(config, run_id, stores, slots, fixed)
+        trainer = make_trainer(
+            policy_loop if config.rollout.max_staleness is None else async_policy_loop,
+            job,
+            config,
+            slots,
+            threads=job.threads_per_worker,
+            datasets=training_streams(job, stores, storage=run_path / TRAIN_FOLDER),
+        )
+        apps = run_apps(job, slots, prepared, threads=threads_each(config.rollout.num_engines))
+        apart = f", {config.num_critic_workers} x critic" if config.critic_is_apart else ""
+        console.say(
+            f"starting {config.train.num_workers} x actor{apart}, {config.rollout.num_engines} x vLLM "
+            f"engine, {len(apps) - 1} x reward, reference or environment"
+        )
+        console.say(f"weights reach the engines {TOLD[job.weight_route]}")
+        deploy(apps)
+        # Engines and trainers come up side by side; the workers' first request waits for the engines.
+        stack.enter_context(drain_in_background(board, sinks))
+        for watch in (
+            watched(
+                apps,
+                timeout_seconds=config.rollout.start_timeout_seconds,
+                tell=console.say,
+                failed=lambda what, then: sinks.write(Report("failure", 0, what, then=then)),
+                give_up=trainer.abort,
+            ),
+            nodes_watched(
+                slots,
+                console,
+                run_path,
+                timeout_seconds=config.placement.start_timeout_seconds,
+                give_up=trainer.abort,
+            ),
+        ):
+            stack.enter_context(watch)
+        if config.critic_is_apart:
+            _own_actor(stack, Mailbox, job.mailbox)
+            critic = _critic_trainer(job, slots)
+            stack.enter_context(trained_beside(critic, role="critic", give_up=trainer.abort))
+        result = fit(trainer)
+        if config.engines_sleep:
+            _write_trace(job, run_path)
+    write_summary(result, run_path, num_samples=config.eval.show_samples)
+    return run_path
+
+
+def _own_actor(stack: ExitStack, actor_class: type, name: str, **arguments: Any) -> None:
+    """An actor that goes when the stack unwinds; else it stays as long as this process keeps its Ray."""
+    actor = named_actor(actor_class, name, **arguments)
+    stack.callback(ray.kill, actor)
+
+
+def _write_trace(job: PolicyJob, run_path: Path) -> None:
+    """Who slept and woke when."""
+    hub: Any = ray.get_actor(job.weight_hub, namespace=NAMESPACE)
+    events: list[Event] = ray.get(hub.trace.remote(), timeout=job.config.rollout.weight_sync.timeout_seconds)
+    (run_path / "turns.jsonl").write_text("".join(json_line(asdict(event)) for event in events))
+
+
+def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:
+    return make_trainer(
+        critic_loop,
+        job,
+        job.config,
+        slots,
+        threads=job.threads_per_worker,
+        datasets={},
+        role="critic",
+        folder=CRITIC_FOLDER,
+    )
+
+
+def _make_job(
+    config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots, fixed: dict[str, Any]
+) -> PolicyJob:
+    num_trained = config.train.num_workers + (config.num_critic_workers if config.critic_is_apart else 0)
+    return PolicyJob(
+        config=config,
+        run_id=run_id,
+        reward_apps=reward_app_names(config.reward, run_id),
+        num_eval_prompts=stores.num_eval_prompts(config),
+        # Trainers and engines take turns in a synchronous loop, so each kind may use all cores of its node.
+        threads_per_worker=config.train.num_threads or threads_each(num_trained),
+        weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
+        fixed=fixed,
+    )

@@ -1,0 +1,45 @@
+"""What the driver hands to every worker: the config and the names of what it has set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.reward.deployments import RewardApp
+from rayrlhf.weights.backend import Route
+
+
+@dataclass(frozen=True)
+class PolicyJob:
+    config: PolicyRunConfig
+    run_id: str  # unique per start of a run; prefixes the names of its actors and Serve apps
+    reward_apps: tuple[RewardApp, ...]
+    num_eval_prompts: int  # 0 = no evaluation
+    threads_per_worker: int
+    weight_route: Route = "object_store"
+    fixed: dict[str, Any] = field(default_factory=dict)  # what it can only be resumed with
+
+    @property
+    def rollout_app(self) -> str:
+        return f"{self.run_id}-rollout"
+
+    @property
+    def environment_app(self) -> str:
+        return f"{self.run_id}-environment"
+
+    @property
+    def ref_app(self) -> str:
+        return f"{self.run_id}-ref"
+
+    @property
+    def mailbox(self) -> str:
+        return f"{self.run_id}-critic"
+
+    @property
+    def weight_hub(self) -> str:
+        return f"{self.run_id}-weights"
+
+    @property
+    def board(self) -> str:
+        return f"{self.run_id}-board"

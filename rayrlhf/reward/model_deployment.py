@@ -1,0 +1,83 @@
+"""Served reward models: a replica, and the actor on its slot that has the model."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ray import serve
+
+from rayrlhf.config.reward import ModelSource
+from rayrlhf.placement.replica import SlotChild
+from rayrlhf.placement.slots import Slots
+from rayrlhf.reward.batching import Batcher
+from rayrlhf.reward.items import Failure, ScoreItem
+from rayrlhf.reward.reading import Asked
+
+# Samples that go to the model together; it cuts them into forward passes by their tokens.
+MAX_BATCH = 256
+
+
+class ScoreActor:
+    """One reward model."""
+
+    def __init__(self, source: ModelSource, asked: Asked | None) -> None:
+        from rayrlhf.reward.reward_model import RewardModel  # and torch, transformers: not in the replica
+
+        self.model = RewardModel(source, asked)
+        # Ray takes another of its thousand threads for each call, and torch keeps memory and OpenMP workers
+        # for each thread that it has worked in.
+        self.thread = ThreadPoolExecutor(1, "score")
+
+    def ready(self) -> bool:
+        return True
+
+    def score(self, items: list[ScoreItem]) -> list[float | Failure]:
+        return self.thread.submit(self.model.score, items).result()
+
+
+class ModelReward:
+    """The Serve replica in front of one reward model."""
+
+    ACTOR: type[ScoreActor] = ScoreActor
+
+    async def __init__(self, role: str, source: ModelSource, asked: Asked | None, slots: Slots) -> None:
+        self.model = SlotChild(
+            role,
+            self.ACTOR,
+            source,
+            asked,
+            slots=slots,
+            env_vars={"TOKENIZERS_PARALLELISM": "false"},
+            timeout_seconds=600,
+        )
+        await self.model.call("ready", timeout_seconds=600)
+        # One batch at a time: two in one model at once would only take turns.
+        self.batcher = Batcher[ScoreItem, float | Failure](self._score_batch, max_batch=MAX_BATCH)
+
+    async def score(self, items: list[ScoreItem]) -> list[float | Failure]:
+        return await self.batcher.ask(items)
+
+    async def _score_batch(self, items: list[ScoreItem]) -> list[float | Failure]:
+        return await self.model.call("score", items)
+
+    async def check_health(self) -> None:
+        await self.model.call("ready")
+
+
+def model_deployment(source: ModelSource, *, role: str, asked: Asked, slots: Slots) -> Any:
+    return replica_deployment(ModelReward, source, (role, source, asked, slots))
+
+
+def replica_deployment(replica: type[ModelReward], source: ModelSource, arguments: tuple[Any, ...]) -> Any:
+    deployment = serve.deployment(replica).options(
+        name="reward",
+        num_replicas=source.num_replicas,
+        max_ongoing_requests=256,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+        health_check_timeout_s=120,
+        graceful_shutdown_timeout_s=2,
+        max_constructor_retry_count=2,
+    )
+    return deployment.bind(*arguments)

@@ -1,0 +1,327 @@
+"""The reward server: a Serve application that speaks the protocol of `rayrlhf.reward.remote` over HTTP.
+
+In front are replicas that listen, read requests and guard what is behind them; those import neither torch nor
+transformers. Behind them stand the deployments that score, one per source: a reward model's tokenises texts
+and gathers those of concurrent requests into batches (see `rayrlhf.reward_server.text_model`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Depends, FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from rayrlhf.config.serve_reward import ServedFunction, ServedModel, ServerConfig
+from rayrlhf.placement.reaper import HEAD_NODE
+from rayrlhf.placement.slots import Slots
+from rayrlhf.reward.functions import function_deployment, hosted_function
+from rayrlhf.reward.items import Failure, checked_reward, last_words
+from rayrlhf.reward_server.admission import (
+    Admission,
+    NoToken,
+    Overloaded,
+    TooSlow,
+    check_content,
+    check_token,
+)
+from rayrlhf.reward_server.http_guard import RETRY_AFTER_SECONDS, HttpServer, problem
+from rayrlhf.reward_server.requests import (
+    LABEL,
+    BadRequest,
+    ModelFacts,
+    Queries,
+    cut_to_readable,
+    read_queries,
+)
+from rayrlhf.reward_server.text_model import text_model_deployment
+from rayrlhf.usercode import UserCode
+
+HEALTH_SECONDS = 5.0  # for all sources to say that they are well
+SHOWN_CHARACTERS = 300  # of what a source says of its failure
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A source as the driver found it."""
+
+    name: str
+    source: ServedModel | ServedFunction
+    facts: ModelFacts | None = None  # of a model
+    code: UserCode | None = None  # of a function
+
+
+class SourceFailed(RuntimeError):
+    """A source raised, or is restarting; the message names it."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status  # 500 where the same request would fail again, else 503
+
+
+class RewardServer:
+    """A Serve replica that answers HTTP requests at an address of its own."""
+
+    async def __init__(
+        self, sources: list[Served], handles: list[Any], config: ServerConfig, token: bytes | None
+    ) -> None:
+        self.config = config
+        self.token = token
+        self.sources = [
+            _Source(served, handle, config) for served, handle in zip(sources, handles, strict=True)
+        ]
+        self.admission = Admission(config)
+        # Python parses one body at a time anyway, and what a hostile one grows to is then there once.
+        self.parsing = asyncio.Semaphore(1)
+        self.health: asyncio.Task[Response] | None = None
+        self.http = HttpServer(application(self), config)
+        await self.http.start()
+
+    async def check_health(self) -> None:
+        self.http.check()
+
+    async def check_token(self, request: Request) -> None:
+        check_token(request, self.token)
+
+    async def answer(self, request: Request) -> Response:
+        """To a request with the right token, before its deadline; what it has begun ends with it."""
+        seconds = self.config.timeout_seconds
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                check_content(request)
+                with self.admission.request():
+                    body = await self.admission.body(request)
+                    rewards = await _unless_gone(request, self._rewards(body))
+            if loop.time() > deadline:  # both were due in the same turn of a loop that was busy
+                raise TimeoutError
+            return JSONResponse({"rewards": rewards})
+        except TimeoutError:
+            limit = {"server.timeout_seconds": seconds}
+            return _problem(504, "no rewards in time; send fewer queries at once, or ask again later", limit)
+
+    async def _rewards(self, body: bytes) -> list[float | None]:
+        """The weighted sums, null where a source could not score. The first source to refuse the request ends
+        what others do for it.
+        """
+        async with self.parsing:
+            queries = await asyncio.to_thread(read_queries, body, max_queries=self.config.max_queries)
+        del body
+        asked = [source.arguments(queries) for source in self.sources]
+        pairs = zip(self.sources, asked, strict=True)
+        tasks = [asyncio.ensure_future(source.score(arguments)) for source, arguments in pairs]
+        try:
+            scores = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return [_sum(of_query) for of_query in zip(*scores, strict=True)]
+
+    async def answer_health(self) -> Response:
+        """One look at the sources serves all who ask meanwhile: anybody may ask, and often."""
+        if self.health is None or self.health.done():
+            self.health = asyncio.ensure_future(self._look())
+        return await asyncio.shield(self.health)
+
+    async def _look(self) -> Response:
+        try:
+            await asyncio.wait_for(
+                asyncio.gather(*(source.check() for source in self.sources)), HEALTH_SECONDS
+            )
+        except (TimeoutError, SourceFailed) as error:
+            return _problem(503, str(error) or f"a source is silent for {HEALTH_SECONDS:g} s")
+        return JSONResponse({"status": "ok", "sources": [source.served.name for source in self.sources]})
+
+
+def application(server: RewardServer) -> FastAPI:
+    """The routes, and every error as JSON."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    route = server.config.route
+
+    for path in (route, f"{route}/"):
+
+        @app.post(path, dependencies=[Depends(server.check_token)])
+        async def rewards(request: Request) -> Response:
+            return await server.answer(request)
+
+    @app.get(f"{route}/health")
+    async def health() -> Response:
+        return await server.answer_health()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        asked = f"{request.method} {request.url.path[:100]}"
+        return _problem(error.status_code, f"{asked}: {error.detail}; POST to {route}", headers=error.headers)
+
+    @app.exception_handler(NoToken)
+    async def no_token(_: Request, error: NoToken) -> Response:
+        return _problem(401, str(error), headers={"WWW-Authenticate": "Bearer"})
+
+    @app.exception_handler(BadRequest)
+    async def bad_request(_: Request, error: BadRequest) -> Response:
+        return _problem(error.status, str(error), error.limit)
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(_: Request, error: Overloaded) -> Response:
+        return _problem(503, str(error), error.limit)
+
+    @app.exception_handler(TooSlow)
+    async def too_slow(_: Request, error: TooSlow) -> Response:
+        return _problem(408, str(error), {"server.read_timeout_seconds": server.config.read_timeout_seconds})
+
+    @app.exception_handler(SourceFailed)
+    async def source_failed(_: Request, error: SourceFailed) -> Response:
+        return _problem(error.status, str(error))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, __: Exception) -> Response:
+        return _problem(500, "the server failed; its log says why")  # uvicorn logs the traceback
+
+    return app
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled where the client closes its connection. Raises
+    `ClientDisconnect` then.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone; the body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Source:
+    """A source with its deployment."""
+
+    def __init__(self, served: Served, handle: Any, config: ServerConfig) -> None:
+        self.served = served
+        self.handle = handle
+        self.config = config
+
+    def arguments(self, queries: Queries) -> list[Any]:
+        """What its deployment is asked about. Raises `BadRequest`."""
+        if self.served.facts is None:
+            return queries.items
+        assert isinstance(self.served.source, ServedModel)
+        most = self.config.max_request_tokens
+        return cut_to_readable(queries.query, self.served.source, self.served.facts, most)
+
+    async def score(self, asked: list[Any]) -> list[float | None]:
+        """Weighted. Raises `SourceFailed`, and `BadRequest` where the deployment finds that it is one."""
+        if not asked:
+            return []
+        found = await self._ask("score" if self.served.facts is None else "score_texts", asked)
+        if isinstance(found, BadRequest):
+            raise found
+        scores = [checked_reward(score) for score in found]
+        return [None if isinstance(score, Failure) else self._weighted(score) for score in scores]
+
+    def _weighted(self, score: float) -> float | None:
+        if self.served.facts is not None:
+            score = (score - self.served.facts.mean) / self.served.facts.std
+        score *= self.served.source.weight
+        return score if math.isfinite(score) else None
+
+    async def check(self) -> None:
+        """Raises `SourceFailed` where the model behind a replica is dead."""
+        if self.served.facts is not None:
+            await self._ask("check_health")
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        response = getattr(self.handle, method).remote(*arguments)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except RayTaskError as error:  # the border to code of the user's
+            reason = ascii(last_words(error))[1:-1]
+            raise SourceFailed(f"{self.served.name}: {reason[:SHOWN_CHARACTERS]}", status=500) from error
+        except (RayActorError, DeploymentUnavailableError, RequestCancelledError) as error:
+            # The border to processes that die: Serve starts another one, and the client may ask again.
+            raise SourceFailed(f"{self.served.name} is restarting; ask again", status=503) from error
+
+
+def _sum(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    total = sum(known)
+    return total if len(known) == len(scores) and math.isfinite(total) else None
+
+
+def _problem(
+    status: int,
+    message: str,
+    limit: Mapping[str, float] | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The connection ends with it: of a request that was refused, the body may not have been read."""
+    retry = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
+    return JSONResponse(
+        problem(message, limit),
+        status_code=status,
+        headers={**(headers or {}), **retry, "Connection": "close"},
+    )
+
+
+def server_app(sources: list[Served], config: ServerConfig, slots: Slots | None, token: bytes | None) -> Any:
+    """The application; `slots` has a role `reward:<index>` for every model. `token` is a digest."""
+    deployment = serve.deployment(RewardServer).options(
+        name="server",
+        num_replicas=config.num_replicas,
+        max_ongoing_requests=64,  # of Serve's own: clients come by HTTP
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},  # where its address is
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=2,
+        max_constructor_retry_count=2,
+    )
+    handles = [_scorer(served, index, slots, config) for index, served in enumerate(sources)]
+    return deployment.bind(sources, handles, config, token)
+
+
+def _scorer(served: Served, index: int, slots: Slots | None, config: ServerConfig) -> Any:
+    if isinstance(served.source, ServedModel):
+        assert slots is not None and served.facts is not None
+        return text_model_deployment(
+            served.source,
+            served.facts,
+            role=f"reward:{index}",
+            max_request_tokens=config.max_request_tokens,
+            slots=slots,
+        )
+    assert served.code is not None
+    assert isinstance(served.source, ServedFunction)
+    return function_deployment(
+        hosted_function(served.code, served.source, config.timeout_seconds),
+        label_key=LABEL,
+        num_replicas=served.source.num_replicas,
+        name=served.name,
+        say=print,  # into Ray's log of the replica
+    )

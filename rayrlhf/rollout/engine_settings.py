@@ -1,0 +1,88 @@
+"""How a vLLM engine is configured: the arguments and environment of `EngineActor` on a GPU and on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.rollout import EngineConfig
+from rayrlhf.hub.access import offline_variable
+from rayrlhf.models.load import resolve_dtype
+from rayrlhf.rollout.engine import EngineSettings
+
+KV_BLOCK_TOKENS = 32
+PREFILL_TOKENS = 4096  # of a CPU engine, per engine step
+
+
+def engine_settings(
+    model: ModelConfig,
+    rollout: EngineConfig,
+    *,
+    seed: int,
+    max_model_tokens: int,
+    weight_hub: str | None,
+    on_gpu: bool,
+    threads: int,
+    sleeps: bool = False,
+) -> EngineSettings:
+    """Without a `weight_hub` the engines keep the weights of the checkpoint. `sleeps`: they give their memory
+    up by turns.
+    """
+    engine_args: dict[str, Any] = {
+        "model": model.path,
+        "trust_remote_code": model.trust_remote_code,
+        "max_model_len": max_model_tokens,
+        "max_num_seqs": rollout.max_concurrent_requests,
+        "seed": seed,
+        "disable_log_stats": True,
+        # What the engine reports must be what the trainer computes: log-probabilities at the sampling
+        # temperature.
+        "logprobs_mode": "processed_logprobs",
+    }
+    env_vars = {
+        **offline_variable(),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    dtype = rollout.dtype if rollout.dtype != "auto" else model.dtype
+    if on_gpu:
+        engine_args |= {
+            "dtype": "bfloat16" if dtype == "auto" else dtype,
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "enable_sleep_mode": sleeps,
+        }
+        if rollout.tensor_parallel > 1:
+            # The workers go on the slots that placement.child names in the environment.
+            engine_args |= {
+                "tensor_parallel_size": rollout.tensor_parallel,
+                "distributed_executor_backend": "ray",
+            }
+    else:
+        engine_args |= {
+            "dtype": str(resolve_dtype(dtype, torch.device("cpu"))).removeprefix("torch."),
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            "kv_cache_memory_bytes": rollout.kv_cache_bytes,
+            "block_size": KV_BLOCK_TOKENS,
+            # A prefill in pieces kills vLLM's CPU engine when the request has a seed (it rewinds a generator
+            # that cannot): prompts go in whole.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens),
+        }
+        env_vars |= {
+            "OMP_NUM_THREADS": str(rollout.num_threads or threads),
+            "KMP_BLOCKTIME": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" binds every engine of a node to the same core
+            "TORCH_COMPILE_DISABLE": "1",  # saves a 20 s compilation at the first request
+        }
+    return EngineSettings(
+        engine_args=engine_args,
+        env_vars=env_vars,
+        weight_hub=weight_hub,
+        rpc_timeout_seconds=rollout.timeout_seconds,
+        start_timeout_seconds=rollout.start_timeout_seconds,
+    )

@@ -1,0 +1,186 @@
+"""vLLM's in-process engine, stepped by one thread, with an asyncio face.
+
+The engine lives in the process of its actor: one failure domain, nothing to orphan, and weight buckets are
+read straight out of the object store instead of being copied through a socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from rayrlhf.hub.local import local_folder
+from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.rollout.vllm_worker import BUCKETS
+from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.transfer_group import Meeting
+
+Result = TypeVar("Result")
+
+
+class Stepper:
+    """All calls into the engine run on its thread; callers await the result."""
+
+    def __init__(self, engine_args: dict[str, Any]) -> None:
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                **{**engine_args, "model": local_folder(engine_args["model"])},
+                worker_extension_cls="rayrlhf.rollout.vllm_worker.WorkerExtension",
+                weight_transfer_config=WeightTransferConfig(backend=BUCKETS),
+            ),
+            enable_multiprocessing=False,
+        )
+        self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
+        self._waiting: dict[str, Future[RequestOutput]] = {}
+        self._paused = False
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True, name="vllm-step").start()
+
+    async def stream(
+        self, prompt_ids: list[int], sampling: list[dict[str, Any]]
+    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(index, finished output) per entry of `sampling`, all for one prompt, in the order they finish.
+
+        Leaving the iteration early aborts what is still running.
+        """
+
+        def enqueue() -> dict[str, Future[RequestOutput]]:
+            return dict(self._enqueue(prompt_ids, SamplingParams(**params)) for params in sampling)
+
+        futures = await self._on_thread(enqueue)
+        waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures.values())}
+        try:
+            while waiting:
+                finished, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for future in sorted(finished, key=waiting.__getitem__):
+                    yield waiting.pop(future), future.result()
+        finally:
+            unfinished = [request_id for request_id, future in futures.items() if not future.done()]
+            if unfinished and self._failure is None:
+                self._commands.put((lambda: self._abort(unfinished), Future()))
+
+    async def pause(self) -> None:
+        """Stop stepping; running requests keep their tokens but lose their cache, which older weights have
+        filled.
+        """
+
+        def stop() -> None:
+            self._paused = True
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+
+        await self._on_thread(stop)
+
+    async def resume(self) -> None:
+        def go() -> None:
+            self._paused = False
+
+        await self._on_thread(go)
+
+    async def give_up_memory(self) -> int:
+        """Stop stepping and free weights and cache; returns the bytes. Raises `RuntimeError` while requests
+        run.
+        """
+
+        def give_up() -> list[int]:
+            if self._waiting:
+                raise RuntimeError(
+                    f"{len(self._waiting)} requests are running: an engine sleeps between them"
+                )
+            self._paused = True
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+            return self._engine.collective_rpc("give_up_memory")
+
+        return sum(await self._on_thread(give_up))
+
+    async def take_memory(self, part: str) -> None:
+        """Have `weights` (to be loaded then) or `kv_cache` again; stepping goes on with `resume`."""
+        await self._rpc("take_memory", part=part)
+
+    async def device_keys(self) -> list[str]:
+        """Of each worker's device."""
+        return await self._rpc("device_key")
+
+    async def join(self, meeting: Meeting, first_rank: int) -> None:
+        """Raises `MeetingEnded`."""
+        info = {"meeting": meeting, "first_rank": first_rank}
+        await self._rpc("init_weight_transfer_engine", init_info=info)
+
+    async def leave(self) -> None:
+        await self._rpc("leave_meeting")
+
+    async def start_weight_update(self) -> None:
+        await self._rpc("start_weight_update")
+
+    async def load_bucket(self, slices: Sequence[TensorSlice], bucket: Any = None) -> None:
+        """`bucket`: its bytes as an array; without them they come over the meeting's link."""
+        await self._rpc("update_weights", update_info={"slices": slices, "bucket": bucket})
+
+    async def finish_weight_update(self, version: int) -> None:
+        await self._rpc("finish_weight_update")
+        await self._on_thread(lambda: self._engine.set_weight_version(str(version)))
+
+    def raise_if_dead(self) -> None:
+        if self._failure is not None:
+            raise EngineDied(f"{type(self._failure).__name__}: {self._failure}") from self._failure
+
+    async def _rpc(self, method: str, **kwargs: Any) -> list[Any]:
+        return await self._on_thread(lambda: self._engine.collective_rpc(method, None, (), kwargs))
+
+    async def _on_thread(self, call: Callable[[], Result]) -> Result:
+        self.raise_if_dead()
+        future: Future[Result] = Future()
+        self._commands.put((call, future))
+        return await asyncio.wrap_future(future)
+
+    def _enqueue(self, prompt_ids: list[int], params: SamplingParams) -> tuple[str, Future[RequestOutput]]:
+        request_id = uuid.uuid4().hex
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        future: Future[RequestOutput] = Future()
+        self._waiting[request_id] = future
+        self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
+        return request_id, future
+
+    def _abort(self, request_ids: list[str]) -> None:
+        self._engine.abort_request([i for i in request_ids if self._waiting.pop(i, None) is not None])
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._run_commands()
+                for output in self._engine.step():
+                    if isinstance(output, RequestOutput) and output.finished:
+                        future = self._waiting.pop(output.request_id)
+                        if future.set_running_or_notify_cancel():
+                            future.set_result(output)
+        except BaseException as failure:
+            # Whatever it was, the engine cannot go on: everybody who waits learns of it, and so does the
+            # health check.
+            self._failure = failure
+            for future in self._waiting.values():
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(EngineDied(f"{type(failure).__name__}: {failure}"))
+
+    def _run_commands(self) -> None:
+        """Run what was asked for; return only when there is something to step."""
+        while True:
+            busy = not self._paused and self._engine.has_unfinished_requests()
+            try:
+                call, future = self._commands.get(block=not busy)
+            except queue.Empty:
+                return
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)

@@ -1,0 +1,139 @@
+"""Which of a job's models are computed rightly here, and how: their verdicts, before Ray starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from rayrlhf.capacity.model_shape import config_folder
+from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.chains import AnyChain
+from rayrlhf.config.model_paths import model_paths
+from rayrlhf.config.supervised import PrmRunConfig, RmRunConfig
+from rayrlhf.hub.local import local_folder
+from rayrlhf.models.load import has_packed_scorer
+from rayrlhf.models.probe import Head, Verdict, rope_limits, verdict_of
+from rayrlhf.runtime.length_checks import longest_sequences
+
+
+class Judged(NamedTuple):
+    key: str
+    config: PreTrainedConfig
+    verdict: Verdict
+
+    @property
+    def kind(self) -> str:
+        return self.config.model_type
+
+    def line(self) -> str:
+        line = f"{self.key}: {self.kind} is {self.verdict.name}"
+        if self.verdict.streams is None or not self.verdict.streams.is_packed:
+            line += f": {self.verdict.reason}"
+        if self.verdict.streams is None:
+            return line
+        slower = "" if self.verdict.streams.is_packed else "; right, but slower"
+        return f"{line} (largest difference measured {self.verdict.deviation:.1e}{slower})"
+
+
+def check_architectures(config: Any, say: Callable[[str], None]) -> None:
+    """Of a training job, or a chain's first round. Raises `ConfigError` with every model that is refused."""
+    if isinstance(config, AnyChain):
+        config = config.training_config(1, config.model.path)
+    if not hasattr(config, "train"):
+        return
+    problems: list[Problem] = []
+    for judged in judge(config):
+        if judged.verdict.streams is None:
+            problems.append(
+                Problem(
+                    judged.key,
+                    got=f"a {judged.kind}: {judged.verdict.reason}",
+                    wanted="an architecture that is computed rightly here",
+                    fix="choose another model: docs/architectures.md lists those that were tried",
+                )
+            )
+        elif not judged.verdict.streams.is_packed:
+            say(judged.line())
+        if judged.key == "model.path":
+            problems += [*_shared(config, judged), *_rotated_otherwise(config, judged)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _shared(config: Any, judged: Judged) -> Iterator[Problem]:
+    """Ranks share sequences only where every layer attends through our kernel."""
+    verdict, size = judged.verdict, config.model.sequence_parallel
+    if size > 1 and verdict.streams is not None and not verdict.shares_sequences:
+        why = (
+            verdict.reason
+            or f"{verdict.layers - verdict.attending} of {verdict.layers} layers mix tokens otherwise"
+        )
+        yield Problem(
+            "model.sequence_parallel",
+            got=f"{size} with a {judged.kind}: {why}",
+            wanted="1: ranks share a sequence only in layers that attend through our kernel",
+            fix="set model.sequence_parallel to 1",
+        )
+
+
+def _rotated_otherwise(config: Any, judged: Judged) -> Iterator[Problem]:
+    """vLLM chooses frequencies once for all sequences of an engine, transformers for each by its length: tiny
+    Phi-3 with longrope differs by 7.7 nats where longer sequences are allowed, by 6e-6 where they are not.
+    """
+    if not hasattr(config, "rollout") or judged.verdict.streams is None:
+        return
+    longest = max(longest.tokens for longest in longest_sequences(config) if longest.in_engine)
+    for kind, limit in rope_limits(judged.config):
+        if longest > limit:
+            yield Problem(
+                judged.key,
+                got=f"a {judged.kind} with rope_type {kind} and sequences of up to {longest} tokens: "
+                f"beyond {limit} engines and trainer rotate them differently",
+                wanted=f"prompts and responses of {limit} tokens together at most",
+                fix="lower data.max_prompt_tokens or rollout.sampling.max_new_tokens",
+            )
+
+
+def _fetched(path: str) -> str:
+    return local_folder(path, weights=False)
+
+
+def judge(config: Any, folder_of: Callable[[str], str] = _fetched) -> Iterator[Judged]:
+    """Every model that the job computes itself, whose config.json is in `folder_of` its path."""
+    trust = config.model.trust_remote_code
+    ref = getattr(config, "ref", None)
+    for key, named in model_paths(config):
+        path = folder_of(named)
+        if key == "ref.path" and ref is not None and getattr(ref, "engine", "packed") == "vllm":
+            continue
+        if key.startswith("reward.") and not has_packed_scorer(path):
+            continue  # it reads padded batches by transformers' own forward pass
+        found = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        heads: list[Head] = [_head(config, key)]
+        if key == "model.path" and getattr(config, "critic", None) is not None and config.critic.path is None:
+            heads.append("values")
+        verdicts = [
+            verdict_of(found, longest=longest_sequence(config), head=head, trust_remote_code=trust)
+            for head in heads
+        ]
+        refused = [verdict for verdict in verdicts if verdict.streams is None]
+        yield Judged(key, found, (refused or verdicts)[0])
+
+
+def _head(config: Any, key: str) -> Head:
+    if key == "model.path":
+        return "values" if isinstance(config, RmRunConfig | PrmRunConfig) else "policy"
+    return "values" if key.startswith(("critic.", "reward.")) else "policy"
+
+
+def longest_sequence(config: Any) -> int:
+    """Tokens of the longest sequence that the job allows."""
+    return max(longest.tokens for longest in longest_sequences(config))
+
+
+def architecture_lines(config: Any) -> Iterator[str]:
+    """A line per model whose config.json is on this machine, for a plan."""
+    for judged in judge(config, config_folder):
+        yield judged.line()

@@ -1,0 +1,213 @@
+"""What of a job can be known to be wrong before anything heavy is imported: files and folders.
+
+A job's script loads its config with `load_job`; whoever calls a driver with a config of his own gets the same
+checks from the driver.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rayrlhf.capacity.attention_heads import split_problems
+from rayrlhf.capacity.model_shape import ShapeUnknown, read_shape
+from rayrlhf.config.base import ConfigError, Problem, Section
+from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.config.examples import ExampleDataConfig
+from rayrlhf.config.load import load_or_exit
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.data.checks import check_example_sources, check_sources
+from rayrlhf.data.rows.row import DataError
+from rayrlhf.data.sources.files import Split, resolve_source
+from rayrlhf.models.folder import Kind, folder_problems, has_chat_template, reader_problems
+from rayrlhf.models.weight_files import BrokenFile
+from rayrlhf.runtime.length_checks import length_problems, length_warnings
+
+S = TypeVar("S", bound=Section)
+MIN_FREE_BYTES = 64 * 2**20  # for logs and metrics; an export takes as much as the model in addition
+ROOM_FOR_NAMES = 512  # of what lies in a run's folder, in bytes
+NEW_HEADS = ("rm", "prm")  # jobs that start from a language model or from a scorer
+
+
+def load_job(schema: type[S], argv: Sequence[str]) -> S:
+    """The configuration, whose files have been looked at; problems go to stderr and the exit code is 2."""
+    config = load_or_exit(schema, argv)
+    try:
+        check_files(config)
+        for warning in length_warnings(config, _readers(config)):
+            print(f"warning: {warning}", file=sys.stderr)
+        _check_data(config)
+    except (ConfigError, DataError) as error:
+        print(error if isinstance(error, ConfigError) else f"error {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return config
+
+
+def check_files(config: Any) -> None:
+    """The run's folder, and the checkpoints on this machine. Raises `ConfigError` with all problems."""
+    problems = list(_run_folder(config))
+    trust = getattr(getattr(config, "model", None), "trust_remote_code", False)
+    for key, path, kind in model_folders(config):
+        if Path(path).is_dir():  # a hub id is another check's
+            tokenizer = key in ("model.path", "teacher.path") or kind == "scorer"
+            problems += folder_problems(key, path, kind, trust_remote_code=trust, needs_tokenizer=tokenizer)
+        elif (
+            path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") > 1
+        ):  # a revision may have some
+            fix = f"give the path of a Hugging Face checkpoint folder; it was looked up from {Path.cwd()}"
+            problems.append(
+                Problem(key, f"{path}: no such folder", "a folder, or a hub id (owner/name)", fix)
+            )
+    if not problems:
+        problems += [*_chat_template(config), *_heads(config), *length_problems(config, _readers(config))]
+        problems += _strange_tokens(config)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_data(config: Any) -> None:
+    """The heads of the data's files, unless the hub would have to be asked. Raises `DataError`."""
+    data: Any = getattr(config, "data", None)
+    if not isinstance(data, PromptDataConfig | ExampleDataConfig) or _needs_datasets(data):
+        return
+    if isinstance(data, PromptDataConfig):
+        check_sources(data)
+    else:
+        check_example_sources(data)
+
+
+def _needs_datasets(data: PromptDataConfig | ExampleDataConfig) -> bool:
+    """Whether a source is a saved or a hub's data set: those take a library of seconds."""
+    splits: list[tuple[Split, Any]] = [("train", data.train), ("eval", data.eval)]
+    for split, sources in splits:
+        for source in sources:
+            try:
+                files = resolve_source(source.path, split, getattr(data, f"{split}_split", None))
+            except DataError:
+                continue  # which the check itself finds
+            if any(file.type in ("hub", "dataset") for file in files):
+                return True
+    return False
+
+
+def model_folders(config: Any) -> Iterator[tuple[str, str, Kind]]:
+    """(key, path, what it has to be) of every checkpoint that a job names, for whatever kind of job."""
+    if (model := getattr(config, "model", None)) is not None:
+        yield "model.path", model.path, "start" if getattr(config, "job", None) in NEW_HEADS else "policy"
+    others: tuple[tuple[str, Kind], ...] = (("critic", "start"), ("ref", "policy"), ("teacher", "policy"))
+    for section, kind in others:
+        part = getattr(config, section, None)
+        if part is not None and part.path is not None:
+            yield f"{section}.path", part.path, kind
+    reward = getattr(config, "reward", None)
+    for index, source in enumerate(reward.sources if reward is not None else ()):
+        if source.type == "model":
+            yield f"reward.sources.{index}.path", source.path, "scorer"
+
+
+def _strange_tokens(config: Any) -> Iterator[Problem]:
+    """Of the models that read the tokens of model.path's tokenizer."""
+    policy = getattr(getattr(config, "model", None), "path", "")
+    if Path(policy).is_dir():
+        for key, path in _readers(config):
+            if key in ("critic.path", "ref.path", "teacher.path"):
+                yield from reader_problems(key, path, policy)
+
+
+def _readers(config: Any) -> list[tuple[str, str]]:
+    """Key and folder of the models on this machine that read the job's sequences."""
+    return [(key, path) for key, path, _ in model_folders(config) if (Path(path) / "config.json").is_file()]
+
+
+def _chat_template(config: Any) -> Iterator[Problem]:
+    """Of jobs whose prompts are always rendered with one, where data.apply_chat_template is true."""
+    is_rendered = isinstance(config, PolicyRunConfig) or hasattr(config, "rollout")
+    data = getattr(config, "data", None)
+    if not is_rendered or data is None or not data.apply_chat_template or data.chat_template is not None:
+        return
+    if getattr(data, "response_key", None) is not None or not Path(config.model.path).is_dir():
+        return
+    try:
+        found = has_chat_template(config.model.path)
+    except BrokenFile as error:
+        yield Problem("model.path", str(error), "a whole tokenizer", "save it again")
+        return
+    if not found:
+        yield Problem(
+            "data.apply_chat_template",
+            got=f"true, but the tokenizer in {config.model.path} has no chat template",
+            wanted="a template to render prompts with",
+            fix="name one with data.chat_template, or set data.apply_chat_template=false",
+        )
+
+
+def _heads(config: Any) -> list[Problem]:
+    """Engines of several GPUs, where the model's shape is known without asking anybody."""
+    try:
+        return list(split_problems(config, read_shape))
+    except ShapeUnknown:
+        return []  # as the plan says, too
+
+
+def _run_folder(config: Any) -> Iterator[Problem]:
+    """Whether the run's folder is one, or can be made and written to."""
+    run = getattr(config, "run", None)
+    if run is None:
+        return
+    if "\0" in run.dir or run.dir.startswith("~") or "://" in run.dir:
+        yield Problem(
+            "run.dir",
+            got=repr(run.dir),
+            wanted="a folder's path (~ is not expanded, and a URL is no folder)",
+            fix="write the path in full; storage that all nodes share is mounted as a folder",
+        )
+        return
+    path = Path(run.path).absolute()
+    try:
+        existing = path
+        while not os.path.exists(existing):  # False for a name that is too long
+            existing = existing.parent
+        if not existing.is_dir():
+            wanted = "a folder, or a path where one can be made"
+            yield Problem("run.dir", f"{existing} is a file", wanted, "choose another run.dir")
+            return
+        if (too_long := _too_long(path, existing)) is not None:
+            yield too_long
+            return
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        got, wanted = f"{path!s:.120}: {error.strerror}", "a folder that can be written to"
+        yield Problem("run.dir", got, wanted, "make it writable, or choose another run.dir")
+        return
+    needed, free = MIN_FREE_BYTES + _export_bytes(config), shutil.disk_usage(existing).free
+    if free < needed:
+        yield Problem(
+            "run.dir",
+            got=f"{existing} has {free / 2**30:.1f} GiB free",
+            wanted=f"{needed / 2**30:.1f} GiB at least, for the export and the logs",
+            fix="make room, or choose a run.dir on another disk",
+        )
+
+
+def _too_long(path: Path, existing: Path) -> Problem | None:
+    longest, whole = os.pathconf(existing, "PC_NAME_MAX"), os.pathconf(existing, "PC_PATH_MAX")
+    sizes = [len(os.fsencode(part)) for part in path.parts]
+    size = sum(sizes) + len(sizes)
+    if max(sizes) <= longest and size + ROOM_FOR_NAMES <= whole:
+        return None
+    key = "run.name" if sizes[-1] > longest or sizes[-1] * 2 > size else "run.dir"
+    wanted = f"names of at most {longest} bytes and at most {whole - ROOM_FOR_NAMES} in all"
+    return Problem(key, f"{path!s:.60}… of {size} bytes", wanted, f"shorten {key}")
+
+
+def _export_bytes(config: Any) -> int:
+    checkpoint, model = getattr(config, "checkpoint", None), getattr(config, "model", None)
+    if checkpoint is None or not checkpoint.export or model is None or model.lora is not None:
+        return 0
+    return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors") if file.is_file())

@@ -1,0 +1,266 @@
+"""What can be known to be wrong before Ray starts: paths, data, reward functions. Seconds, not minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.data import DataConfig
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.config.reward import RewardConfig
+from rayrlhf.config.reward_sources import ModelSource
+from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
+from rayrlhf.data.checks import check_sources
+from rayrlhf.data.ends import ends_of
+from rayrlhf.data.prompts import PromptStore
+from rayrlhf.data.rows.row import BadRow, DataError
+from rayrlhf.environments.chat_tokens import Turns
+from rayrlhf.environments.deployment import (
+    NAME,
+    find_environment,
+    hosted_environment,
+    try_environment,
+)
+from rayrlhf.environments.user_environment import EnvironmentFailure
+from rayrlhf.hub.local import local_folder
+from rayrlhf.isolation.output import OutputLog
+from rayrlhf.models.weight_files import read_json
+from rayrlhf.reward.functions import find_function, hosted_function, try_function
+from rayrlhf.reward.items import RewardError
+from rayrlhf.reward.reading import Asked, Reading
+from rayrlhf.reward.remote import check_reachable, resolved_source
+from rayrlhf.reward.verifiable import check_installed, try_rows
+from rayrlhf.samples import Prompt
+from rayrlhf.usercode import UserCode, UserCodeError, log_of
+
+TRIED_PROMPTS = 2
+TRIED_LABELS = 32
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names the key, what it got and the fix."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    reward_functions: dict[int, UserCode]  # by index of the source
+    environment: UserCode | None = None
+
+
+def check_before_ray(config: PolicyRunConfig) -> Prepared:
+    """Raises `InputError`, `DataError` or `RewardError`."""
+    for key, path in _model_paths(config):
+        check_model(key, path)
+    check_sources(config.data)
+    return Prepared(find_rewards(config.reward), _find_environment(config))
+
+
+def check_stops(model: ModelConfig, data: DataConfig, stops: Mapping[str, Sequence[str]]) -> None:
+    """`stops`: key -> its strings. Raises `InputError` for those that no engine could find."""
+    ends = ends_of(model, data)
+    for key, stop in stops.items():
+        try:
+            ends(stop)
+        except DataError as error:
+            raise InputError(f"{key}: {error}") from error
+
+
+def find_rewards(reward: RewardConfig) -> dict[int, UserCode]:
+    """The reward functions, and that other sources have what they need on this machine."""
+    functions: dict[int, UserCode] = {}
+    for index, source in enumerate(reward.sources):
+        with _named(index, source.type):
+            if source.type == "function":
+                functions[index] = find_function(source.function, source, reward.timeout_seconds)
+            elif source.type == "math" or source.type == "reasoning_gym":
+                check_installed(source)
+            elif source.type == "remote":
+                resolved_source(source)
+    return functions
+
+
+@contextmanager
+def _named(index: int, kind: str) -> Iterator[None]:
+    """A `RewardError` from inside tells which source it is about."""
+    key = f"reward.sources.{index}" + (".function" if kind == "function" else f" ({kind})")
+    try:
+        yield
+    except RewardError as error:
+        raise RewardError(f"{key}: {error}") from error
+
+
+def _find_environment(config: PolicyRunConfig) -> UserCode | None:
+    if config.rollout.environment is None:
+        return None
+    try:
+        return find_environment(config.rollout.environment)
+    except UserCodeError as error:
+        raise InputError(f"rollout.environment.environment: {error}") from error
+
+
+def try_out_environment(
+    code: UserCode | None, config: PolicyRunConfig, prompts: PromptStore, say: Callable[[str], None]
+) -> None:
+    """Play the beginning of an episode on real rows, before any model is loaded; `say` takes the first lines
+    that it prints. Raises `InputError` and `DataError` (for a chat template that cannot continue a
+    conversation).
+    """
+    environment = config.rollout.environment
+    if code is None or environment is None:
+        return
+    tokenizer = prompt_tokenizer(
+        config.model.path, config.model.trust_remote_code, read_chat_template(config.data)
+    )
+    rows = [prompt.columns for prompt in _first(prompts, TRIED_PROMPTS)]
+    try:
+        try_environment(
+            hosted_environment(code, environment),
+            OutputLog(NAME, log_of(config.run.path, NAME), say),
+            environment,
+            rows,
+            Turns(tokenizer, config.data),
+        )
+    except EnvironmentFailure as error:
+        raise InputError(f"rollout.environment: {error}") from error
+
+
+def try_rewards(
+    functions: dict[int, UserCode],
+    reward: RewardConfig,
+    label_key: str | None,
+    prompts: PromptStore,
+    run_path: str | Path,
+    say: Callable[[str], None],
+    *,
+    asked: Asked | None = None,
+) -> None:
+    """Try every reward source that can be tried before any model is loaded: functions are called once on real
+    prompts, labels are read, servers must answer, reward models must know how to read what is `asked`. What
+    functions print goes into the run's folder, its first lines to `say`. Raises `RewardError`.
+    """
+    for index, (source, name) in enumerate(zip(reward.sources, reward.source_names, strict=True)):
+        with _named(index, source.type):
+            if source.type == "function":
+                hosted = hosted_function(functions[index], source, reward.timeout_seconds)
+                output = OutputLog(name, log_of(run_path, f"reward-{name}"), say)
+                try_function(hosted, output, _first(prompts, TRIED_PROMPTS), label_key)
+            elif source.type == "math" or source.type == "reasoning_gym":
+                try_rows(source, _first(prompts, TRIED_LABELS), label_key)
+            elif source.type == "remote":
+                for url in source.urls:
+                    check_reachable(url)
+            elif source.type == "model" and asked is not None:
+                _try_reading(source, asked, _first(prompts, TRIED_LABELS))
+
+
+def _try_reading(source: ModelSource, asked: Asked, prompts: list[Prompt]) -> None:
+    """Raises `RewardError` for prompts that a model with other tokens than the policy's cannot read."""
+    tokenizer = prompt_tokenizer(source.path)
+    policy = prompt_tokenizer(asked.tokenizer_path, asked.trust_remote_code)
+    config = read_json(Path(local_folder(source.path, weights=False)) / "config.json")
+    try:
+        reading = Reading.of(tokenizer, source.read_at, config)
+        if tokenizer.get_vocab() == policy.get_vocab():
+            return
+        for prompt in prompts:
+            reading.of_conversation(prompt.columns, asked.data, "An answer.")
+    except (BadRow, DataError) as error:
+        raise RewardError(f"path={source.path}: {error}") from error
+
+
+def _first(prompts: PromptStore, count: int) -> list[Prompt]:
+    return [prompts[i] for i in range(min(count, len(prompts)))]
+
+
+def with_absolute_paths(config: PolicyRunConfig) -> PolicyRunConfig:
+    """The config with the run's and the models' folders made absolute: workers run in folders of their
+    own.
+    """
+    changes: dict[str, Any] = {
+        "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    }
+    for section in ("model", "critic", "ref"):
+        part = getattr(config, section)
+        if part is not None and part.path is not None:
+            changes[section] = part.model_copy(update={"path": absolute(part.path)})
+    changes["reward"] = absolute_rewards(config.reward)
+    return config.model_copy(update=changes)
+
+
+def absolute_rewards(reward: RewardConfig) -> RewardConfig:
+    """The same with the folders of its reward models made absolute."""
+    sources = [
+        source.model_copy(update={"path": absolute(source.path)}) if source.type == "model" else source
+        for source in reward.sources
+    ]
+    return reward.model_copy(update={"sources": sources})
+
+
+def absolute(path: str) -> str:
+    """A folder's absolute path; a hub id stays as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def _model_paths(config: PolicyRunConfig) -> Iterator[tuple[str, str]]:
+    yield "model.path", config.model.path
+    if config.critic is not None and config.critic.path is not None:
+        yield "critic.path", config.critic.path
+    if config.ref is not None and config.ref.path is not None:
+        yield "ref.path", config.ref.path
+    yield from reward_model_paths(config.reward)
+
+
+def reward_model_paths(reward: RewardConfig) -> Iterator[tuple[str, str]]:
+    for index, source in enumerate(reward.sources):
+        if source.type == "model":
+            yield f"reward.sources.{index}.path", source.path
+
+
+def check_model(key: str, path: str) -> None:
+    """A local folder must hold a checkpoint; anything else must look like a hub id (`owner/name`)."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{key}={path}: the folder has no config.json; wanted a Hugging Face checkpoint folder"
+            )
+        return
+    looks_like_hub_id = (
+        path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir()
+    )
+    if not looks_like_hub_id:
+        raise InputError(
+            f"{key}={path}: no such folder (looked from {Path.cwd()}); "
+            "give the path of a Hugging Face checkpoint folder"
+        )
+
+
+def check_precision(config: Any, *, on_gpu: bool) -> None:
+    """What depends on the weights' dtype, which is known with the devices. Raises `ConfigError`."""
+    train = getattr(config, "train", None)
+    if train is None:
+        return
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    if dtype == "bfloat16" and train.zero_stage == 0:
+        problem = Problem(
+            "train.zero_stage",
+            got=f"0 with model.dtype={config.model.dtype}" + " on GPUs" * on_gpu,
+            wanted="1, 2 or 3: DeepSpeed's ZeRO-0 in bfloat16 takes other steps than AdamW",
+            fix="set train.zero_stage to 1, which costs nothing, or model.dtype to float32",
+        )
+        raise ConfigError([problem])
+    if dtype == "float32" and train.master_weights == "bfloat16":
+        problem = Problem(
+            "train.master_weights",
+            got=f"bfloat16 with model.dtype={config.model.dtype}" + " on CPUs" * (not on_gpu),
+            wanted="float32: masters are not shorter than the weights",
+            fix="set model.dtype to bfloat16, or remove train.master_weights",
+        )
+        raise ConfigError([problem])

@@ -1,0 +1,181 @@
+"""The driver's end of Ray: a cluster of its own or the one it was started on, and the run's Serve apps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import ray
+from ray import serve
+from ray.data import DataContext
+from ray.exceptions import ActorAlreadyExistsError
+from ray.serve.api import RunTarget
+from ray.serve.schema import ApplicationStatus
+
+from rayrlhf.placement.serve_status import app_statuses
+from rayrlhf.runtime.cleanup import name_session, start_watchdog
+from rayrlhf.runtime.local_ray import private_ray
+
+POLL_SECONDS = 0.25
+HEALTH_SECONDS = 2.0
+SERVE_START_SECONDS = 30.0  # for Serve to be found by a job that came second
+
+
+class DeploymentFailed(RuntimeError):
+    """A Serve app did not come up; the message has the deployment's own words."""
+
+
+@contextmanager
+def ray_session(namespace: str) -> Iterator[str]:
+    """Join the cluster that RAY_ADDRESS names (a submitted job has it set), or start a local one, which only
+    this user can reach, and stop it.
+
+    A process that has Ray running already (a notebook, a test) keeps it. Yields a sentence for the console.
+    """
+    if ray.is_initialized():
+        yield "using the Ray of this process"
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = (
+        {"address": address} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+    )
+    watchdog = None if address else start_watchdog()
+    try:
+        with nullcontext([]) if address not in (None, "", "local") else private_ray() as warnings:
+            ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+        if watchdog is not None:
+            name_session(watchdog, ray.get_runtime_context().get_session_name())
+        for name in ("ray.serve", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        DataContext.get_current().enable_progress_bars = False
+        resources = ray.cluster_resources()
+        where = f"joined the cluster at {address}" if address else "started a local Ray"
+        size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+        yield "\n".join([f"{where}: {size}", *(f"warning: {warning}" for warning in warnings)])
+    finally:
+        ray.shutdown()
+        if watchdog is not None:
+            watchdog.terminate()
+            watchdog.wait()
+
+
+def start_serve(**options: Any) -> None:
+    """`serve.start`, or the Serve that this cluster has.
+
+    Jobs that start in the same moment all find none. To those that come too late Ray says only that its
+    controller exists; they then find it.
+    """
+    deadline = time.monotonic() + SERVE_START_SECONDS
+    while True:
+        try:
+            serve.start(logging_config={"log_level": "WARNING"}, **options)
+            return
+        except ActorAlreadyExistsError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
+
+
+def deploy(apps: dict[str, Any]) -> None:
+    """Ask Serve to start these apps (name -> bound deployment); returns while they are coming up."""
+    start_serve(proxy_location="Disabled")
+    targets = [RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
+    serve.run_many(targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
+
+
+@contextmanager
+def watched(
+    apps: Iterable[str],
+    *,
+    timeout_seconds: float,
+    tell: Callable[[str], None],
+    failed: Callable[[str, str], None],
+    give_up: Callable[[], None],
+) -> Iterator[None]:
+    """While the body runs, wait for the apps to come up; call `give_up`, which must end the body, if one does
+    not. After that, report replicas that die to `failed` (what died, what is done about it).
+
+    Raises `DeploymentFailed` with the app's own reason, whatever the body raised when it was ended.
+    """
+    failure: list[DeploymentFailed] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        try:
+            wait_for_apps(set(apps), timeout_seconds=timeout_seconds, tell=tell, stop=stop)
+            _report_health(set(apps), tell=tell, failed=failed, stop=stop)
+        except DeploymentFailed as error:
+            failure.append(error)
+            give_up()
+
+    thread = threading.Thread(target=watch, daemon=True, name="serve-apps")
+    thread.start()
+    try:
+        yield
+    except Exception:
+        if failure:
+            raise failure[0] from failure[0].__cause__
+        raise
+    finally:
+        stop.set()
+        thread.join()
+
+
+def wait_for_apps(
+    waiting: set[str],
+    *,
+    timeout_seconds: float,
+    tell: Callable[[str], None],
+    stop: threading.Event | None = None,
+) -> None:
+    """Return when all are up, or `stop` is set. Raises `DeploymentFailed` with an app's own reason."""
+    stop = stop or threading.Event()
+    deadline = time.monotonic() + timeout_seconds
+    while waiting and not stop.wait(POLL_SECONDS):
+        statuses = app_statuses()
+        for name in sorted(waiting & set(statuses)):
+            app = statuses[name].app_status
+            if app.status == ApplicationStatus.RUNNING:
+                waiting.discard(name)
+                tell(f"{name.rpartition('-')[2]} is up")
+            elif app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                deployments = statuses[name].deployment_statuses
+                reasons = [d.message for d in deployments if d.message] or [app.message]
+                raise DeploymentFailed(f"{name} did not start: {last_line(reasons[0])}") from RuntimeError(
+                    reasons[0]
+                )
+        if waiting and time.monotonic() > deadline:
+            raise DeploymentFailed(f"{', '.join(sorted(waiting))} did not start within {timeout_seconds:g} s")
+
+
+def _report_health(
+    apps: set[str],
+    *,
+    tell: Callable[[str], None],
+    failed: Callable[[str, str], None],
+    stop: threading.Event,
+) -> None:
+    """Until `stop` is set. Serve replaces a dead replica by itself, but a person should know of the wait."""
+    unwell: set[str] = set()
+    while not stop.wait(HEALTH_SECONDS):
+        statuses = app_statuses()
+        for name in sorted(apps & set(statuses)):
+            status = statuses[name].app_status.status
+            role = name.rpartition("-")[2]
+            if status == ApplicationStatus.UNHEALTHY and name not in unwell:
+                unwell.add(name)
+                failed(f"a replica of {role} died", "Serve starts another")
+            elif status == ApplicationStatus.RUNNING and name in unwell:
+                unwell.discard(name)
+                tell(f"{role} is complete again")
+
+
+def last_line(text: str) -> str:
+    """The sentence a traceback ends with."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,175 @@
+"""What a worker tells: phases, steps and evaluations to the board (rank 0 alone), metrics reduced over
+ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from rayrlhf.observe.board import Posted, Poster, Receipt, Report
+from rayrlhf.observe.metrics import check_keys
+from rayrlhf.placement.reaper import NAMESPACE
+from rayrlhf.samples import Sample
+from rayrlhf.train import collectives
+
+FLUSH_SECONDS = 30.0
+RETRY_SECONDS = 0.2
+
+
+class Reporter:
+    """Posts and does not wait: a slow console must not hold up training."""
+
+    def __init__(self, board: str, rank: int) -> None:
+        self.board = ray.get_actor(board, namespace=NAMESPACE) if rank == 0 else None
+        self._poster = Poster()
+        self._receipts: list[Any] = []  # on their way
+        self._deaths_reported = 0
+
+    def say(self, step: int, text: str) -> None:
+        self._post(Report("phase", step, text))
+
+    def event(self, step: int, text: str) -> None:
+        self._post(Report("event", step, text))
+
+    def failure(self, step: int, what_failed: str, what_is_done: str) -> None:
+        self._post(Report("failure", step, what_failed, then=what_is_done))
+
+    def warn(self, step: int, text: str) -> None:
+        self._post(Report("warning", step, text))
+
+    def evaluation(self, step: int, when: str, metrics: dict[str, float], rows: list[dict[str, Any]]) -> None:
+        self._post(Report("eval", step, when, metrics, rows))
+
+    def step(self, step: int, metrics: dict[str, float], shown: Sequence[Sample]) -> None:
+        check_keys(metrics)
+        self._post(Report("step", step, metrics=metrics))
+        self._post(Report("rollouts", step, rows=[_row(step, sample) for sample in shown]))
+
+    def _post(self, report: Report) -> None:
+        if self.board is None:
+            return
+        self._post_again(timeout_seconds=0.0)
+        if self.board is None:
+            return
+        self._receipts.append(self.board.post.remote(self._poster.number(report)))
+
+    def flush(self) -> None:
+        """Wait until the board has everything; what it lost with its process it is given again."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._receipts and time.monotonic() < deadline:
+            self._post_again(timeout_seconds=1.0)
+            if self._receipts:
+                time.sleep(RETRY_SECONDS)
+
+    def _post_again(self, timeout_seconds: float) -> None:
+        assert self.board is not None
+        ready, self._receipts = ray.wait(
+            self._receipts, num_returns=len(self._receipts), timeout=timeout_seconds
+        ) if self._receipts else ([], [])  # fmt: skip
+        try:
+            lost = self._poster.hear([_receipt(ref) for ref in ready])
+        except ActorDiedError:  # with its run
+            self.board, self._receipts = None, []
+            return
+        if self._poster.num_deaths > self._deaths_reported:
+            self._deaths_reported = self._poster.num_deaths
+            text = "the board's process died; what it had not passed on was posted again"
+            step = lost[-1].report.step if lost else 0
+            lost.append(self._poster.number(Report("warning", step, text)))
+        self._receipts += [self.board.post.remote(posted) for posted in lost]
+
+
+def _receipt(ref: Any) -> Receipt | None:
+    """None when the board's process died before it had answered."""
+    try:
+        return ray.get(ref)
+    except ActorUnavailableError:
+        return None
+
+
+class ToBoard:
+    """Takes lines for the console, in whatever process of the run it is called. What dies with the board's
+    process is not posted again: it stands in a log, too.
+    """
+
+    def __init__(self, board: str) -> None:
+        self.board = board
+        self._actor: Any = None
+        self._name = ""
+        self._number = 0
+
+    def __call__(self, text: str) -> None:
+        if self._actor is None:  # in the process that it has been sent to
+            self._actor = ray.get_actor(self.board, namespace=NAMESPACE)
+            self._name = uuid.uuid4().hex
+        self._number += 1
+        self._actor.post.remote(Posted(self._name, self._number, Report("note", 0, text)))
+
+
+def _row(step: int, sample: Sample) -> dict[str, Any]:
+    return {
+        "step": step,
+        "group": sample.group_id,
+        "row_id": sample.prompt.row_id,
+        "prompt": sample.prompt.prompt,
+        "response": sample.response,
+        "reward": sample.score,
+        "policy_version": sample.policy_version,
+        "truncated": sample.truncated,
+        "turns": sample.num_turns,
+        "failure": sample.failure,
+    }
+
+
+def rollout_metrics(
+    sampled: Sequence[Sample],
+    trained: Sequence[Sample],
+    seconds: dict[str, float],
+    *,
+    step: int,
+    retries: int,
+) -> dict[str, float]:
+    """Rewards, lengths, ages and rates of the step's samples, over all ranks. Collective.
+
+    `trained` are those of `sampled` that were learnt from, on the ranks that sampled them.
+    """
+    scores = np.array([sample.score for sample in sampled if sample.score is not None], dtype=np.float64)
+    ages = [step - version for sample in trained for version in sample.policy_versions]
+    totals = collectives.sum_metrics(
+        {
+            "scored": float(len(scores)),
+            "samples": float(len(sampled)),
+            "score": float(scores.sum()),
+            "score_squared": float((scores**2).sum()),
+            "response_tokens": float(sum(len(sample.response_ids) for sample in sampled)),
+            "truncated": float(sum(sample.truncated for sample in sampled)),
+            "turns": float(sum(sample.num_turns for sample in sampled)),
+            "failed_episodes": float(sum(bool(sample.failure) for sample in sampled)),
+            "retries": float(retries),
+            "ages": float(sum(ages)),
+            "aged_tokens": float(len(ages)),
+        }
+    )
+    num_scored, num_samples = max(totals["scored"], 1.0), max(totals["samples"], 1.0)
+    mean = totals["score"] / num_scored
+    return {
+        "reward/mean": mean,
+        "reward/std": math.sqrt(max(0.0, totals["score_squared"] / num_scored - mean**2)),
+        "rollout/samples": totals["samples"],
+        "rollout/response_tokens_mean": totals["response_tokens"] / num_samples,
+        "rollout/truncated_fraction": totals["truncated"] / num_samples,
+        "rollout/tokens_per_second": totals["response_tokens"] / max(seconds["time/rollout"], 1e-9),
+        "rollout/turns_mean": totals["turns"] / num_samples,
+        "rollout/failed_episodes": totals["failed_episodes"],
+        "rollout/staleness_mean": totals["ages"] / max(totals["aged_tokens"], 1.0),
+        "rollout/staleness_max": collectives.max_over_ranks(max(ages, default=0)),
+        "rollout/retries": totals["retries"],
+    }

@@ -1,0 +1,226 @@
+"""What a run goes on from, and whether it is still the same run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rayrlhf.config.common import JobConfig
+from rayrlhf.runtime.fingerprint import what_results_depend_on
+from rayrlhf.runtime.preflight import InputError
+from rayrlhf.train.find import Found, Search, search, write_record
+
+CHECKPOINTS = "checkpoints"  # folder of the run, Ray Train's
+SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a big file, that its fingerprint is made from
+Say = Callable[[str], None]
+
+# What a resumed run has in common with the one that it goes on from, and what in run.allow_changes permits
+# another value; None: nothing does, for a checkpoint's states and its count of the data are of it. Anything
+# else may change freely: the learning rate and its schedule, the number of steps and of workers, loss
+# coefficients, sampling, micro-batches, evaluation, checkpoints, placement, what is observed.
+FIXED: dict[str, str | None] = {
+    "job": None,
+    "train.zero_stage": None,
+    "model.dtype": None,
+    "model.lora.rank": None,
+    "model.lora.alpha": None,
+    "model.lora.target_modules": None,
+    "model.quantization": None,
+    "rollout.prompts_per_step": None,
+    "rollout.group_size": "batch",
+    "train.samples_per_step": "batch",
+    "run.seed": "seed",
+    "data.train": "data",  # rows as they were prepared, in their order
+    "data.ptx": "data",
+    "data.shuffle": "data",
+    "model.path": "model",
+    "critic.path": "model",
+    "ref.path": "model",
+    "teacher.path": "model",
+    "reward.sources": "reward",
+}
+PREPARED = ("data.train", "data.ptx")  # known when the data have been read
+PATHS = ("model.path", "critic.path", "ref.path", "teacher.path")
+# A version that kept no others; what it did not keep cannot be compared.
+FIRST_KEYS = (*list(FIXED)[1:8], "train.samples_per_step")
+
+
+def fixed_values(config: JobConfig, prepared: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What this run can only be resumed with, by key. `prepared`: the fingerprints of its data by key.
+
+    Where contents matter and not their name, the value is `{"name": …, "contents": fingerprint}`.
+    """
+    found: dict[str, Any] = {}
+    for key in FIXED:
+        section, _, name = key.rpartition(".")
+        value = _value(config, key.split("."))
+        if key == "reward.sources" and value is not None:
+            value = [what_results_depend_on(source.model_dump(mode="json")) for source in value]
+        elif key in PATHS and value is not None:
+            value = {"name": value, "contents": model_fingerprint(value)}
+        elif key in PREPARED:
+            value = _prepared(config, section, name, prepared or {})
+        if value is not None:
+            found[key] = value
+    return json.loads(json.dumps(found))
+
+
+def _value(section: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        section = getattr(section, name, None)
+    return section
+
+
+def _prepared(config: Any, section: str, name: str, prepared: Mapping[str, str]) -> Any:
+    contents = prepared.get(f"{section}.{name}")
+    if contents is None:
+        return None
+    sources = getattr(config.data, name)
+    sources = getattr(sources, "sources", sources)
+    return {"name": ", ".join(source.path for source in sources), "contents": contents}
+
+
+def model_fingerprint(path: str) -> str | None:
+    """Of a folder's configuration and weights, whatever the folder is called; None for what is no folder.
+
+    From samples of the weights: two models differ nearly everywhere.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    digest = xxhash.xxh3_64()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            _add_samples(file, digest)
+    return digest.hexdigest()
+
+
+def _add_samples(file: Path, digest: Any) -> None:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            digest.update(opened.read())
+            return
+        for index in range(SAMPLES):
+            opened.seek(index * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(opened.read(SAMPLE_BYTES))
+
+
+def check_resume(config: JobConfig) -> None:
+    """`run.resume=never` refuses a folder that holds a checkpoint, and every run one that it cannot go on
+    from. Raises `InputError`.
+    """
+    found = search(_storage(config))
+    _check_policy(config, found)
+    if found.newest is not None:
+        check_same(config, found.newest)
+
+
+def take_up(config: JobConfig, say: Say) -> Found | None:
+    """The newest checkpoint of which every byte is as it was saved; what is damaged is named, and Ray Train
+    will resume from the same. Raises `InputError` when there are some and none is whole.
+    """
+    storage = _storage(config)
+    found = search(storage, full=True, tell=say)
+    _check_policy(config, found)
+    newest = found.newest
+    later = {name: why for name, why in found.damaged.items() if newest is None or name > newest.folder.name}
+    for name, why in later.items():
+        say(f"warning: checkpoint {name} is damaged: {why}")
+    if found.record_problem:
+        say(f"warning: Ray Train's {found.record_problem}; it is made again from the checkpoints")
+    if newest is not None and not newest.has_manifest:
+        say(f"warning: checkpoint {newest.folder.name} has no checksums: what it holds cannot be checked")
+    if newest is not None and (later or found.record_problem):
+        say(f"going on from step {newest.step}, the newest whole checkpoint")
+    for name in found.damaged.keys() - later.keys():  # a newer one has taken its place
+        shutil.rmtree(storage / name, ignore_errors=True)
+    if storage.is_dir():
+        write_record(storage, found)
+    return newest
+
+
+def still_the_same(
+    config: JobConfig, newest: Found | None, prepared: Mapping[str, str], say: Say
+) -> dict[str, Any]:
+    """What the run can only be resumed with from now on. Raises `InputError` for what has changed since the
+    `newest` checkpoint and was not allowed to.
+    """
+    if newest is not None:
+        for changed in (*check_same(config, newest), *check_same(config, newest, prepared)):
+            say(f"changed since step {newest.step}: {changed}")
+    return fixed_values(config, prepared)
+
+
+def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | None = None) -> list[str]:
+    """What has changed since the checkpoint was saved and was allowed to. Raises `InputError` naming the
+    rest. With `prepared` data only these are compared.
+    """
+    saved = found.metrics.get("fixed")
+    if saved is None:
+        if any(found.folder.glob("*/layout.json")):
+            return [f"what {found.folder.name} was trained with is not known, and not compared"]
+        raise InputError(
+            f"the checkpoint of step {found.step} in {config.run.path} was saved by an earlier version, "
+            "which this one cannot go on from. Fix: choose another run.name, and start from that run's export"
+        )
+    now = fixed_values(config, prepared)
+    keys = FIXED if found.has_manifest else [key for key in FIXED if key in saved or key in FIRST_KEYS]
+    changed = {
+        key: f"{key}: was {_shown(saved.get(key))}, is {_shown(now.get(key))}"
+        for key in keys
+        if (key in PREPARED) == (prepared is not None) and not _equal(saved.get(key), now.get(key))
+    }
+    refused = [key for key in changed if FIXED[key] not in config.run.allow_changes]
+    if refused:
+        raise InputError(
+            f"{config.run.path} holds a checkpoint of step {found.step} that was trained with something "
+            "else:\n" + "\n".join(f"  {changed[key]}. Fix: {_fix(key)}" for key in refused)
+        )
+    return list(changed.values())
+
+
+def _fix(key: str) -> str:
+    name = FIXED[key]
+    allowed = "" if name is None else f"set run.allow_changes=[{name}] to go on all the same, "
+    return f"take {key} back, {allowed}or choose another run.name"
+
+
+def _equal(saved: Any, now: Any) -> bool:
+    both = isinstance(saved, dict) and isinstance(now, dict)
+    if both and saved.get("contents") and now.get("contents"):
+        return saved["contents"] == now["contents"]
+    return saved == now
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "contents" in value:
+        contents = value["contents"]
+        return value["name"] + (f" (contents {contents[:8]})" if contents else "")
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check_policy(config: JobConfig, found: Search) -> None:
+    path = config.run.path
+    if config.run.resume == "never" and (found.whole or found.damaged):
+        step = "damaged checkpoints" if found.newest is None else f"a checkpoint of step {found.newest.step}"
+        raise InputError(
+            f"run.resume=never but {path} holds {step}; "
+            "choose another run.name, delete the folder, or set run.resume=auto"
+        )
+    if found.damaged and found.newest is None:
+        raise InputError(
+            f"no checkpoint in {_storage(config)} is whole:\n"
+            + "\n".join(f"  {name}: {why}" for name, why in found.damaged.items())
+            + "\nFix: put a whole one back, choose another run.name, or delete that folder to begin at step 0"
+        )
+
+
+def _storage(config: JobConfig) -> Path:
+    return Path(config.run.path) / CHECKPOINTS

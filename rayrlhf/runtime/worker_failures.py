@@ -1,0 +1,76 @@
+"""Says in one line which training worker failed, in which phase, and what Ray Train does about it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.train import UserCallback
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+from rayrlhf.runtime.ray_session import last_line
+from rayrlhf.runtime.reporting import Reporter
+
+ESCAPE_CODES = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours the tracebacks of other processes
+
+
+class WorkerFailures(UserCallback):
+    """Ray Train calls it in its controller: a worker that was killed cannot report that itself."""
+
+    def __init__(self, board: str, *, role: str, max_failures: int, saved_step: int) -> None:
+        self.board = board
+        self.role = role
+        self.max_failures = max_failures
+        self.saved_step = saved_step  # of the newest checkpoint
+        self.num_failures = 0
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if checkpoint is not None:
+            self.saved_step = metrics[0].get("step", self.saved_step)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.num_failures += 1
+        reporter = Reporter(self.board, rank=0)
+        reporter.failure(self.saved_step, self.what_failed(worker_exceptions), self.what_is_done())
+        reporter.flush()  # the controller may end the run next
+
+    def what_failed(self, failures: dict[int, Exception]) -> str:
+        """The workers that died, or, where none did, the first one with an error: when one dies, the others
+        fail for want of it.
+        """
+        died = {rank: error for rank, error in failures.items() if _is_death(error)}
+        if died:
+            ranks = ", ".join(map(str, sorted(died)))
+            workers = "worker" if len(died) == 1 else "workers"
+            return f"{self.role} {workers} {ranks} died ({_cause(died[min(died)])})"
+        rank = min(failures)
+        return f"{self.role} worker {rank} failed ({_cause(failures[rank])})"
+
+    def what_is_done(self) -> str:
+        if self.num_failures > self.max_failures:
+            return f"the run ends: train.max_failures={self.max_failures} restarts are used up"
+        start = f"from step {self.saved_step}" if self.saved_step else "from the beginning, nothing was saved"
+        count = f"restart {self.num_failures} of train.max_failures={self.max_failures}"
+        return f"the workers start again {start} ({count})"
+
+
+def _is_death(error: Exception) -> bool:
+    return isinstance(error, WorkerHealthCheckFailedError) and isinstance(
+        error.health_check_failure, RayActorError
+    )
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, WorkerHealthCheckFailedError):
+        text = str(error.health_check_failure)
+        if "its node has died" in text or "node was terminated" in text:
+            return "its node was lost"
+        if "running low on memory" in text:
+            return "Ray ended it: the node was running low on memory"
+        return "its process was killed or crashed; out of host memory is the usual reason"
+    if isinstance(error, UserExceptionWithTraceback):
+        error = error._base_exc  # pyright: ignore[reportAssignmentType]
+    text = ESCAPE_CODES.sub("", last_line(str(error) or repr(error)))
+    name = type(error).__name__
+    return text if text.startswith(name) or name.startswith("RayTaskError") else f"{name}: {text}"

@@ -1,0 +1,271 @@
+"""The driver of a supervised job: check, plan, place, fit, tear down."""
+
+from __future__ import annotations
+
+# First: it sets what Ray reads when it is imported.
+from rayrlhf.runtime.run import (
+    TRAIN_FOLDER,
+    check_placement,
+    drive,
+    fit,
+    fitted,
+    make_trainer,
+    placed,
+    start_folder,
+    threads_each,
+)
+
+# isort: split
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayrlhf.config.supervised import SupervisedConfig
+from rayrlhf.data.batch_plan import RowOrder, each_once
+from rayrlhf.data.checks import check_example_sources
+from rayrlhf.data.example_store import ExampleStore
+from rayrlhf.data.example_stream import example_dataset
+from rayrlhf.data.examples import prepare_examples
+from rayrlhf.data.sources.files import Split
+from rayrlhf.data.stream import step_ranges
+from rayrlhf.observe.board import Report
+from rayrlhf.observe.console import Console
+from rayrlhf.observe.sinks import drain_in_background, make_sinks
+from rayrlhf.placement.plan import plan_supervised
+from rayrlhf.runtime.model_checks import check_models, tell_generation_config
+from rayrlhf.runtime.preflight import check_model
+from rayrlhf.runtime.ray_session import deploy, watched
+from rayrlhf.runtime.resume import check_resume, still_the_same, take_up
+from rayrlhf.runtime.run_summary import write_supervised_summary
+from rayrlhf.runtime.scratch import own_scratch
+from rayrlhf.supervised.job import SupervisedJob
+from rayrlhf.supervised.loop import supervised_loop
+from rayrlhf.supervised.reference_table import RefTable, is_whole, table_path
+from rayrlhf.train.checkpoint import newest_step
+from rayrlhf.train.frozen_server import teacher_deployment
+
+SAMPLE_ROWS = 1024  # of the training data, that a trained reward model's scores are normalised by
+START_SECONDS = 600.0  # for a served teacher
+
+
+def run_supervised(config: Any) -> int:
+    """Run to the end; the exit code is `drive`'s."""
+    return drive(config, _check)
+
+
+def _check(config: Any) -> Callable[[Console], Path]:
+    for key, path in _model_paths(config):
+        check_model(key, path)
+    check_resume(config)
+    check_example_sources(config.data)
+    return partial(_run, with_absolute_paths(config))
+
+
+@dataclass(frozen=True)
+class Stores:
+    train: ExampleStore
+    held_out: ExampleStore | None
+
+    def by_split(self) -> Iterator[tuple[str, ExampleStore]]:
+        yield "train", self.train
+        if self.held_out is not None:
+            yield "eval", self.held_out
+
+
+def _run(config: Any, console: Console) -> Path:
+    config = fitted(config, plan_supervised, console)
+    run_path = start_folder(config)
+    newest = take_up(config, console.say)
+    spec = plan_supervised(config)
+    check_placement(spec, config, console)
+    check_models(config)
+    tell_generation_config(config.model, console.say)
+    stores = _prepare_stores(config, run_path, console.say)
+    fixed = still_the_same(config, newest, {"data.train": stores.train.fingerprint}, console.say)
+    rows_read = config.train.num_rows_read(len(stores.train))
+    config = config.model_copy(update={"train": config.train.with_steps(len(stores.train))})
+    start_folder(config)  # now with the number of steps
+    with (
+        placed(spec, config, console) as (run_id, slots, board),
+        make_sinks(config, run_path, console) as sinks,
+        own_scratch(run_path, run_id),
+        ExitStack() as stack,
+    ):
+        if len(stores.train) < min(rows_read, config.train.samples_per_step):
+            console.say(
+                f"warning: data.train has {len(stores.train)} samples, fewer than train.samples_per_step="
+                f"{config.train.samples_per_step}: samples repeat within a step"
+            )
+        steps = _steps(config, stores, rows_read)
+        job = SupervisedJob(
+            config=config,
+            run_id=run_id,
+            threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),
+            num_rows=len(stores.train),
+            has_eval=stores.held_out is not None,
+            num_sampled=_num_sampled(config, stores),
+            fixed=fixed,
+            ref_tables=_ref_tables(config, run_path, stores, steps, console.say),
+        )
+        trainer = make_trainer(
+            supervised_loop,
+            job,
+            config,
+            slots,
+            threads=job.threads_per_worker,
+            datasets=_streams(job, stores, steps, run_path / TRAIN_FOLDER),
+        )
+        console.say(f"starting {config.train.num_workers} x trainer")
+        if config.job == "kd" and config.teacher.location == "serve":
+            teacher = teacher_deployment(
+                config.model,
+                config.teacher.path,
+                chunk_tokens=config.train.logprob_chunk_tokens,
+                num_replicas=config.teacher.num_replicas,
+                slots=slots,
+            )
+            deploy({job.teacher_app: teacher})
+            stack.enter_context(
+                watched(
+                    [job.teacher_app],
+                    timeout_seconds=START_SECONDS,
+                    tell=console.say,
+                    failed=lambda what, then: sinks.write(Report("failure", 0, what, then=then)),
+                    give_up=trainer.abort,
+                )
+            )
+        with drain_in_background(board, sinks):
+            result = fit(trainer)
+    write_supervised_summary(result, config, run_path)
+    return run_path
+
+
+def _prepare_stores(config: Any, run_path: Path, say: Callable[[str], None]) -> Stores:
+    """Read, render and tokenise everything. Raises `DataError`."""
+
+    def prepare(split: Split) -> ExampleStore:
+        store = prepare_examples(
+            config.data.sources_of(split),
+            config.data,
+            config.model.path,
+            run_path / "data" / f"{split}.arrow",
+            config.run.seed,
+            split=split,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        say(f"{split} samples: " + ", ".join(f"{n} {what}" for what, n in store.counts.items() if n))
+        return store
+
+    return Stores(train=prepare("train"), held_out=prepare("eval") if config.data.has_eval else None)
+
+
+def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str, Sequence[np.ndarray]]:
+    """The rows of every training step, and of every part of an evaluation."""
+    per_step = config.train.samples_per_step
+    step_ranges(0, -(-rows_read // per_step), config.train.num_workers, per_step)  # raises for too many
+    steps: dict[str, Sequence[np.ndarray]] = {
+        "train": RowOrder(len(stores.train), per_step, rows_read, config.run.seed, config.data.shuffle)
+    }
+    if stores.held_out is not None:
+        count = min(config.eval.num_samples or len(stores.held_out), len(stores.held_out))
+        steps["eval"] = each_once(np.arange(count), per_step)
+    return steps
+
+
+def _ref_tables(
+    config: Any,
+    run_path: Path,
+    stores: Stores,
+    steps: dict[str, Sequence[np.ndarray]],
+    say: Callable[[str], None],
+) -> dict[str, RefTable]:
+    """By split, where the reference's answers lie or will lie."""
+    ref = getattr(config, "ref", None)
+    if ref is None or not ref.precompute:
+        return {}
+    path = ref.path or config.model.path
+    tables: dict[str, RefTable] = {}
+    for split, store in stores.by_split():
+        rows = _needed(steps[split])
+        file = table_path(run_path / "data", split, store.fingerprint, rows, path)
+        if file.is_file() and not is_whole(file):
+            say(f"warning: {file.name} is damaged: the reference is asked again")
+            file.unlink()
+        tables[split] = RefTable(str(file), len(rows))
+    return tables
+
+
+def _num_sampled(config: Any, stores: Stores) -> int:
+    """Only a reward model has scores to normalise, and only its export says by what."""
+    wanted = config.job == "rm" and config.checkpoint.export
+    return min(len(stores.train), SAMPLE_ROWS) if wanted else 0
+
+
+def _needed(steps: Sequence[np.ndarray]) -> np.ndarray:
+    if isinstance(steps, RowOrder):
+        return steps.distinct()
+    return np.unique(np.concatenate(steps))
+
+
+def _streams(
+    job: SupervisedJob, stores: Stores, steps: dict[str, Sequence[np.ndarray]], storage: Path
+) -> dict[str, Any]:
+    """Ray Data sets by name, for the trainer. They are made anew whenever the workers (re)start: that is
+    where a resumed stream begins.
+    """
+    config = job.settings
+    order, per_step = steps["train"], config.train.samples_per_step
+
+    def stream(store: ExampleStore, steps: Sequence[np.ndarray], start: int = 0) -> Any:
+        return example_dataset(
+            store.path,
+            steps,
+            start,
+            world_size=config.train.num_workers,
+            budget_tokens=config.train.max_tokens_per_micro_batch,
+        )
+
+    def train() -> Any:
+        return stream(stores.train, order, min(newest_step(storage), len(order) - 1))
+
+    def once(store: ExampleStore, rows: np.ndarray) -> Callable[[], Any]:
+        return lambda: stream(store, each_once(rows, per_step))
+
+    streams: dict[str, Any] = {"train": train}
+    if stores.held_out is not None:
+        streams["eval"] = once(stores.held_out, np.concatenate(steps["eval"]))
+    if job.num_sampled:
+        streams["sample"] = once(stores.train, np.arange(job.num_sampled))
+    for split, store in stores.by_split():
+        if split in job.ref_tables and not Path(job.ref_tables[split].file).is_file():
+            streams[f"ref_{split}"] = once(store, _needed(steps[split]))
+    return streams
+
+
+def _model_paths(config: Any) -> Iterator[tuple[str, str]]:
+    yield "model.path", config.model.path
+    for section in ("ref", "teacher"):
+        part = getattr(config, section, None)
+        if part is not None and part.path is not None:
+            yield f"{section}.path", part.path
+
+
+def with_absolute_paths(config: SupervisedConfig) -> SupervisedConfig:
+    """The config with the run's and the models' folders made absolute: workers run in folders of their
+    own.
+    """
+    changes: dict[str, Any] = {
+        "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    }
+    for key, path in _model_paths(config):
+        section = key.partition(".")[0]
+        if Path(path).is_dir():  # a hub id stays as it is
+            part = getattr(config, section)
+            changes[section] = part.model_copy(update={"path": str(Path(path).resolve())})
+    return config.model_copy(update=changes)

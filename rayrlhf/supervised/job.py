@@ -1,0 +1,33 @@
+"""What the driver of a supervised job hands to every worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayrlhf.config.supervised import SupervisedConfig
+from rayrlhf.supervised.reference_table import RefTable
+
+
+@dataclass(frozen=True)
+class SupervisedJob:
+    config: Any  # the job's own SupervisedConfig, with its number of steps filled in
+    run_id: str  # unique per start of a run; prefixes the names of its actors and Serve apps
+    threads_per_worker: int
+    num_rows: int  # of the training data
+    has_eval: bool
+    num_sampled: int = 0  # training rows that a reward model scores before its export
+    fixed: dict[str, Any] = field(default_factory=dict)  # what it can only be resumed with
+    ref_tables: dict[str, RefTable] = field(default_factory=dict)  # by split
+
+    @property
+    def settings(self) -> SupervisedConfig:
+        return self.config
+
+    @property
+    def teacher_app(self) -> str:
+        return f"{self.run_id}-teacher"
+
+    @property
+    def board(self) -> str:
+        return f"{self.run_id}-board"

@@ -1,0 +1,86 @@
+"""KTO (arXiv 2402.01306): responses judged one by one, held against how the policy has moved in general."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.aggregate import sequence_sums
+from rayrlhf.algorithms.preference_losses import kto, kto_kl, kto_reference_point
+from rayrlhf.batch import PackedBatch
+from rayrlhf.config.supervised import KtoRunConfig
+from rayrlhf.models.logprobs import TokenLogprobs
+from rayrlhf.samples import Example
+from rayrlhf.supervised.packing import pack_evenly
+from rayrlhf.supervised.reference_table import FrozenReference
+from rayrlhf.supervised.sft import LanguageModelTask
+from rayrlhf.supervised.task import Mean, Measured, MicroBatches, TaskSetting, mean_over, real_examples
+from rayrlhf.train import collectives
+
+
+class KtoTask(LanguageModelTask):
+    """Every example brings its own response and one to another prompt; the latter are only asked about."""
+
+    config: KtoRunConfig
+
+    def __init__(self, setting: TaskSetting) -> None:
+        super().__init__(setting)
+        self.reference = FrozenReference(self.config, self.config.ref, self.learner)
+        self.reference_point = torch.zeros((), device=self.device)  # of the step or the evaluation
+
+    @property
+    def measured_sequences(self) -> int:
+        return 1
+
+    def prepare(self, micro_batches: MicroBatches, split: str) -> list[PackedBatch]:
+        examples = [example for micro_batch in micro_batches for example in micro_batch]
+        own, mismatched = self._packed(examples, 0), self._packed(examples, 1)
+        self.reference_point = self._reference_point(self.reference.added(mismatched, split, sequence=1))
+        return self.reference.added(own, split, sequence=0)
+
+    def _packed(self, examples: Sequence[Example], which: int) -> list[PackedBatch]:
+        chosen = [replace(example, sequences=(example.sequences[which],)) for example in examples]
+        return pack_evenly(chosen, self.config.train.max_tokens_per_micro_batch)
+
+    def _reference_point(self, mismatched: Sequence[PackedBatch]) -> Tensor:
+        """max(0, mean log-ratio) of the mismatched responses of all ranks: an estimate of KL(π || π_ref)."""
+        contributions = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for output, batch in zip(self.learner.infer(mismatched, self.forward), mismatched, strict=True):
+            real = self.weights(batch) > 0
+            sums = sequence_sums(output.logprobs, batch.loss_mask, batch.cu_seqlens)
+            assert batch.ref_sums is not None
+            contributions += kto_kl(sums[real], batch.ref_sums[real])
+        return kto_reference_point(collectives.sum_over_ranks(contributions))
+
+    def weights(self, batch: PackedBatch) -> Tensor:
+        return real_examples(batch, 1)
+
+    def measure(self, output: TokenLogprobs, batch: PackedBatch) -> Measured:
+        assert batch.ref_sums is not None and batch.example_values is not None
+        examples = self.weights(batch)
+        algorithm = self.config.algorithm
+        loss, metrics = kto(
+            sequence_sums(output.logprobs, batch.loss_mask, batch.cu_seqlens),
+            batch.ref_sums,
+            batch.example_values,
+            self.reference_point,
+            beta=algorithm.beta,
+            desirable_weight=algorithm.desirable_weight,
+            undesirable_weight=algorithm.undesirable_weight,
+        )
+        return Measured(
+            mean_over(loss, examples),
+            {
+                "reward/accuracy": mean_over(metrics["reward/accuracy"], examples),
+                "reward/desirable": Mean(
+                    metrics["reward/desirable"] * examples, metrics["data/desirable"] * examples
+                ),
+                "reward/undesirable": Mean(
+                    metrics["reward/undesirable"] * examples, metrics["data/undesirable"] * examples
+                ),
+                "kl/mismatched": mean_over(self.reference_point.expand_as(examples), examples),
+            },
+        )

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning and continued pretraining: the mean negative log-likelihood of the learnt tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rayrlhf.algorithms.aggregate import sequence_counts, sequence_sums
+from rayrlhf.batch import PackedBatch
+from rayrlhf.models.dropout import TrainedModule, keep_dropout
+from rayrlhf.models.export import export_causal_lm
+from rayrlhf.models.load import load_policy
+from rayrlhf.models.logprobs import TokenLogprobs
+from rayrlhf.supervised.task import Mean, Measured, Task
+from rayrlhf.train import collectives
+
+
+class LanguageModelTask(Task):
+    """A causal language model learns; what it learns is up to the subclass."""
+
+    def load_module(self) -> TrainedModule:
+        config = self.config
+        return load_policy(
+            config.model,
+            config.model.path,
+            device=self.device,
+            chunk_tokens=config.train.logprob_chunk_tokens,
+        )
+
+    def decoder_of(self, module: Any) -> Any:
+        return module.causal_lm
+
+    def forward(self, module: Any, batch: PackedBatch) -> Any:
+        return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+
+    def export(self, path: Path) -> None:
+        causal_lm = self.learner.module.causal_lm
+        first = collectives.rank() == 0
+        state = self.learner.state_dict(causal_lm, on_this_rank=first)
+        adapter = self.learner.trained_adapter(causal_lm, self.config.model, on_this_rank=first)
+        if first:
+            export_causal_lm(causal_lm, state, self.tokenizer(), path, adapter=adapter)
+
+
+class SftTask(LanguageModelTask):
+    """Σ -log p / learnt tokens of the step: every token weighs the same, whatever its sequence's length."""
+
+    def load_module(self) -> TrainedModule:
+        module = super().load_module()
+        if self.config.train.dropout:
+            keep_dropout(module)
+        return module
+
+    def weights(self, batch: PackedBatch) -> Tensor:
+        return sequence_counts(batch.loss_mask, batch.cu_seqlens)
+
+    def measure(self, output: TokenLogprobs, batch: PackedBatch) -> Measured:
+        tokens = self.weights(batch)
+        nll = -sequence_sums(output.logprobs, batch.loss_mask, batch.cu_seqlens)
+        entropy = sequence_sums(output.entropy.detach(), batch.loss_mask, batch.cu_seqlens)
+        return Measured(Mean(nll, tokens), {"loss/entropy": Mean(entropy, tokens)})

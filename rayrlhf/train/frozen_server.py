@@ -1,0 +1,95 @@
+"""Frozen models behind Serve, for the reference and the teacher: actors on their slots, and how to ask them.
+
+Replicas import this module too and have no model: what takes seconds to import waits for the actors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayrlhf.batch import PackedBatch
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.placement.replica_front import Behind, front_deployment
+from rayrlhf.placement.slots import Slots
+
+
+def ask_all(
+    handle: Any, method: str, batches: Sequence[PackedBatch], *arguments: Any, timeout_seconds: float
+) -> list[Any]:
+    """`method(batch, *arguments)` of the actors behind `handle`, for all micro-batches at once. Raises
+    `TimeoutError`.
+    """
+
+    async def ask(batch: PackedBatch) -> Any:
+        asked = PackedBatch(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        return await handle.ask.remote(method, asked.to("cpu"), *arguments)
+
+    async def ask_for_all() -> list[Any]:
+        return list(await asyncio.wait_for(asyncio.gather(*map(ask, batches)), timeout_seconds))
+
+    return asyncio.run(ask_for_all())
+
+
+def logprobs_of(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:
+    return policy(
+        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature
+    ).logprobs
+
+
+class ReferenceActor:
+    """The policy as it was at its start."""
+
+    def __init__(self, model: ModelConfig, path: str, chunk_tokens: int) -> None:
+        from rayrlhf.models.load import load_policy
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        policy = load_policy(model, path, device=self.device, chunk_tokens=chunk_tokens)
+        self.policy = policy.eval().to(self.device)
+
+    def ready(self) -> bool:
+        return True
+
+    @torch.inference_mode()
+    def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
+        """Per token; [T] fp32."""
+        return logprobs_of(self.policy, batch.to(self.device), temperature).cpu()
+
+
+class TeacherActor:
+    """What a student imitates."""
+
+    def __init__(self, model: ModelConfig, path: str, chunk_tokens: int) -> None:
+        from rayrlhf.models.load import load_teacher
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_teacher(model, path, device=self.device, chunk_tokens=chunk_tokens).to(self.device)
+
+    def ready(self) -> bool:
+        return True
+
+    @torch.inference_mode()
+    def top_k(self, batch: PackedBatch, k: int, student_size: int) -> tuple[Tensor, Tensor]:
+        """The fields of `models.distill.TeacherTopK`."""
+        b = batch.to(self.device)
+        told = self.model.top_k(b.input_ids, b.position_ids, b.cu_seqlens, b.loss_mask, k, student_size)
+        ids, logprobs = told
+        return ids.cpu(), logprobs.cpu()
+
+
+def reference_deployment(
+    model: ModelConfig, path: str, *, chunk_tokens: int, num_replicas: int, slots: Slots
+) -> Any:
+    behind = Behind("ref", ReferenceActor, (model, path, chunk_tokens))
+    return front_deployment(behind, num_replicas=num_replicas, slots=slots)
+
+
+def teacher_deployment(
+    model: ModelConfig, path: str, *, chunk_tokens: int, num_replicas: int, slots: Slots
+) -> Any:
+    behind = Behind("teacher", TeacherActor, (model, path, chunk_tokens))
+    return front_deployment(behind, num_replicas=num_replicas, slots=slots)

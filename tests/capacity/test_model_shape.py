@@ -1,0 +1,119 @@
+"""Parameters are counted exactly: published models by hand, every family against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrlhf.capacity.model_shape import FAMILIES, ShapeUnknown, read_shape, shape_of
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "head_dim": 24,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+NO_HEAD_DIM = ("qwen2",)  # always hidden / heads
+
+
+def test_llama_3_8b_by_hand() -> None:
+    # Embedding and output projection 128,256 x 4,096 each; 32 layers of q and o 4,096 x 4,096, k and v
+    # 4,096 x 1,024, three projections 4,096 x 14,336 and two norms of 4,096; a last norm.
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    by_hand = 2 * 128256 * 4096 + 32 * layer + 4096
+    assert by_hand == 8_030_261_248
+    assert read_shape("meta-llama/Meta-Llama-3-8B").parameters == by_hand
+
+
+def test_llama_3_70b_by_hand() -> None:
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
+    by_hand = 2 * 128256 * 8192 + 80 * layer + 8192
+    assert by_hand == 70_553_706_496
+    assert read_shape("meta-llama/Meta-Llama-3-70B").parameters == by_hand
+
+
+def test_mixtral_8x7b_by_hand() -> None:
+    attention = 2 * 4096 * 4096 + 2 * 4096 * 1024
+    expert, router = 3 * 4096 * 14336, 8 * 4096
+    by_hand = 2 * 32000 * 4096 + 32 * (attention + 8 * expert + router + 2 * 4096) + 4096
+    assert by_hand == 46_702_792_704
+    shape = read_shape("mistralai/Mixtral-8x7B-v0.1")
+    assert shape.parameters == by_hand
+    assert shape.active_parameters == by_hand - 32 * 6 * expert  # two of eight experts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_as_transformers_builds_it(kind: str, tied: bool) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    values = {**SMALL, **EXPERTS.get(kind, {}), "tie_word_embeddings": tied}
+    if kind in NO_HEAD_DIM:
+        del values["head_dim"]
+    config = AutoConfig.for_model(kind, **values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        classifier = AutoModelForSequenceClassification.from_config(config) if kind != "gemma3_text" else None
+    shape = shape_of(config.to_dict(), kind)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    if classifier is not None:  # with two labels, where ours have one
+        assert shape.scorer_parameters == sum(p.numel() for p in classifier.parameters()) - 64
+
+
+def test_biases_of_llama_count() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert shape_of(config.to_dict(), "x").parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_folder_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    assert read_shape(str(tmp_path)).head_dim == 24
+
+
+def test_a_downloaded_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--someone--something" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral", **SMALL}))
+    assert read_shape("someone/something").hidden == 64
+
+
+@pytest.mark.parametrize(
+    "config, told",
+    [({"model_type": "mamba"}, "model_type 'mamba'"), ({}, "model_type 'None'")],
+)
+def test_an_unknown_architecture_is_told(config: dict[str, Any], told: str) -> None:
+    with pytest.raises(ShapeUnknown, match=told):
+        shape_of(config, "x")
+
+
+def test_an_unknown_name_is_told() -> None:
+    with pytest.raises(ShapeUnknown, match=r"nobody/nothing: no config.json there.*download"):
+        read_shape("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", '{"model_type": "llama"}', '{"model_type": "llama", "num_attention_heads": 0}'],
+)
+def test_a_broken_config_is_a_shape_that_is_not_known(text: str, tmp_path: Path) -> None:
+    """`rayrlhf plan` ended with a traceback."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ShapeUnknown, match=r"its config.json cannot be read|nothing is known of"):
+        read_shape(str(tmp_path))

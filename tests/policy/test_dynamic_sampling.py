@@ -1,0 +1,139 @@
+"""Which samples are worth training on; other ranks' groups are put in by hand."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayrlhf.config.algorithm import DynamicSamplingConfig
+from rayrlhf.policy import dynamic_sampling
+from rayrlhf.policy.dynamic_sampling import count_groups, first_groups, informative, scored_groups
+from rayrlhf.reward.combine import RewardCombiner
+from rayrlhf.samples import Sample
+from tests.samples import make_config, make_sample
+
+SOURCES = [{"type": "function", "function": "rewards:right", "name": "right"}]
+
+
+def groups_and_scores(*pairs: tuple[int, float | None]) -> list[Sample]:
+    return [make_sample(group_id=group, score=score) for group, score in pairs]
+
+
+def test_unscored_samples_are_dropped() -> None:
+    samples = groups_and_scores((0, 1.0), (1, None), (2, 0.0))
+    assert scored_groups(samples, needs_group=False) == [samples[0], samples[2]]
+
+
+def test_the_last_of_a_group_has_nothing_to_be_compared_with() -> None:
+    samples = groups_and_scores((4, 1.0), (4, None), (0, None), (0, None), (2, 1.0), (2, 0.0), (2, None))
+    assert scored_groups(samples, needs_group=True) == [samples[4], samples[5]]
+    assert scored_groups(samples[:4], needs_group=True) == []
+    assert scored_groups([], needs_group=True) == []
+
+
+def judged(samples: list[Sample], *, low: float | None = None, high: float | None = None) -> list[Sample]:
+    def reward(sample: Sample) -> float:
+        assert sample.score is not None
+        return sample.score
+
+    return informative(samples, DynamicSamplingConfig(low=low, high=high), reward)
+
+
+def test_groups_that_teach_nothing_are_left_out() -> None:
+    samples = groups_and_scores(
+        (0, 0.0), (0, 0.0), (1, 1.0), (1, 0.0), (2, 1.0), (2, 1.0), (3, 0.5), (3, 0.7), (4, 0.5), (4, 0.5)
+    )
+    assert judged(samples) == [samples[2], samples[3], samples[6], samples[7]]
+    # Means are 0, 0.5, 1, 0.6 and 0.5; both ends are outside, and equal rewards teach nothing in between.
+    assert judged(samples, low=0.0, high=1.0) == judged(samples)
+    assert judged(samples, low=0.5) == judged(samples, low=0.5, high=1.0) == samples[6:8]
+    assert judged(samples, high=0.6) == samples[2:4]
+
+
+LIMIT, BUFFER = 4096, 1024  # of dapo-8x-gpu.yaml
+
+
+def dapo(right: list[bool], lengths: list[int], *, correct: float = 1.0, wrong: float = 0.0) -> Any:
+    """Scores of one group with DAPO's overlong penalty, and how many samples of it are kept."""
+    config = make_config(
+        reward={"sources": SOURCES, "overlong": {"buffer_tokens": BUFFER, "factor": 1.0}},
+        rollout={"sampling": {"max_new_tokens": LIMIT}},
+        train={"num_steps": 1, "max_tokens_per_micro_batch": 8192},
+    )
+    combiner = RewardCombiner(config.reward, response_limit=LIMIT)
+    samples = [
+        replace(make_sample([1] * length), source_rewards=(correct if is_right else wrong,), score=None)
+        for is_right, length in zip(right, lengths, strict=True)
+    ]
+    scored = combiner.combine(samples, lambda tensor: tensor)
+    mean = sum(sample.score or 0.0 for sample in scored) / len(scored)
+    return mean, len(informative(scored, DynamicSamplingConfig(), combiner.raw_reward))
+
+
+def test_6_a_group_is_judged_by_its_raw_rewards() -> None:
+    # 4 of 16 right, 5 of the wrong ones at the limit: (4 - 5)/16 = -0.0625 after the penalty, 0.25 before.
+    mean, kept = dapo([True] * 4 + [False] * 12, [100] * 11 + [LIMIT] * 5)
+    assert mean == -0.0625 and kept == 16
+    # All right, one of 4000 tokens: its penalty is (4000 - 3072)/1024 = 0.90625, the mean 0.943; no answer
+    # is better than another.
+    mean, kept = dapo([True] * 16, [100] * 15 + [4000])
+    assert mean == pytest.approx(1 - 0.90625 / 16) and kept == 0
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 8, 15, 16])
+def test_6_the_papers_rewards_lose_no_group_that_differs(num_right: int) -> None:
+    """Accuracy 1/2 or less has a mean reward of 0 or less with {correct: 1, wrong: -1}."""
+    right = [True] * num_right + [False] * (16 - num_right)
+    assert dapo(right, [100] * 16, wrong=-1.0)[1] == (16 if 0 < num_right < 16 else 0)
+
+
+rewards_of_groups = st.lists(
+    st.lists(st.sampled_from([-1.0, 0.0, 0.25, 1.0]), min_size=1, max_size=4), max_size=5
+)
+
+
+@given(rewards_of_groups, st.floats(0.1, 10.0), st.floats(-5.0, 5.0))
+def test_6_scale_and_offset_of_the_rewards_change_nothing(
+    groups: list[list[float]], scale: float, offset: float
+) -> None:
+    pairs = [(i, reward) for i, group in enumerate(groups) for reward in group]
+    moved = [(i, scale * reward + offset) for i, reward in pairs]
+    kept, kept_moved = (
+        [(s.group_id, i) for i, s in enumerate(samples) if s in judged(samples)]
+        for samples in (groups_and_scores(*pairs), groups_and_scores(*moved))
+    )
+    assert kept == kept_moved == [(i, n) for n, (i, _) in enumerate(pairs) if len(set(groups[i])) > 1]
+
+
+def test_6_a_named_source_judges_alone() -> None:
+    """Two right answers, of which one has the wrong form: their rewards for form differ."""
+    config = make_config(reward={"sources": [*SOURCES, {**SOURCES[0], "name": "form", "weight": 0.5}]})
+    combiner = RewardCombiner(config.reward, response_limit=256)
+    samples = [
+        replace(make_sample(group_id=0, sample_index=i), source_rewards=rewards)
+        for i, rewards in enumerate([(1.0, 1.0), (1.0, 0.0)])
+    ]
+    assert [combiner.raw_reward(sample) for sample in samples] == [1.5, 1.0]
+    assert [combiner.raw_reward(sample, "form") for sample in samples] == [1.0, 0.0]
+    for source, kept in ((None, 2), ("form", 2), ("right", 0)):
+        judge = functools.partial(combiner.raw_reward, source=source)
+        assert len(informative(samples, DynamicSamplingConfig(source=source), judge)) == kept
+
+
+def test_surplus_groups_are_the_last_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = [1, 2, 9]
+    monkeypatch.setattr(dynamic_sampling.collectives, "gather_lists", lambda mine: [*mine, *elsewhere])
+    samples = groups_and_scores((4, 1.0), (4, 0.0), (0, 1.0), (0, 0.0), (7, 1.0), (7, 0.0))
+    assert first_groups(samples, 4) == samples[:4]  # 0, 1, 2 and 4
+    assert first_groups(samples, 3) == samples[2:4]
+    assert first_groups(samples, 100) == samples
+
+
+def test_groups_are_counted_once() -> None:
+    assert count_groups(groups_and_scores((4, 1.0), (4, 0.0), (0, 1.0))) == 2
+    assert count_groups([]) == 0
