@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,16 @@ RECORDS = Path(__file__).parent / "golden"
 MODE = os.environ.get("GOLDEN", "close")
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("ray_session")]
+
+
+def without_engine_rounding(record: dict[str, Any]) -> dict[str, Any]:
+    """An engine's log-probabilities differ in the last bit with the requests that share its step; where no
+    rollout correction is set they reach these metrics alone.
+    """
+    kept = [
+        {k: v for k, v in step.items() if not k.startswith("loss/is_weight")} for step in record["metrics"]
+    ]
+    return {**record, "metrics": kept}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,7 +43,7 @@ def test_the_numbers_are_the_recorded_ones(name: str, tmp_path: Path, tiny_model
         return
     recorded = json.loads(file.read_text())
     if MODE == "exact":
-        assert found == recorded
+        assert without_engine_rounding(found) == without_engine_rounding(recorded)
     assert found["rollouts"] == recorded["rollouts"]
     assert [step.keys() for step in found["metrics"]] == [step.keys() for step in recorded["metrics"]]
     for ours, theirs in zip(found["metrics"], recorded["metrics"], strict=True):
