@@ -1,4 +1,4 @@
-"""What a packed micro-batch is.
+"""Packed micro-batches.
 
 Legend for shape comments, used all over the code:
   T  tokens of one packed stream      S  sequences packed into it      V  vocabulary      H  hidden size
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,24 +23,23 @@ from rayrlhf.samples import Example, Sample, TokenSequence
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences laid end to end in one stream; the unit of one forward and backward pass."""
+    """Sequences laid end to end in one stream; the unit of one forward and backward pass.
+
+    Two sequences of 3 and 2 tokens, of which the last two and the last one are loss tokens:
+
+    >>> PackedBatch(
+    ...     input_ids=torch.tensor([5, 6, 7, 8, 9]),
+    ...     position_ids=torch.tensor([0, 1, 2, 0, 1]),
+    ...     cu_seqlens=torch.tensor([0, 3, 5], dtype=torch.int32),
+    ...     loss_mask=torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]),
+    ... ).num_sequences
+    2
+    """
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, restarts at 0 in every sequence
     cu_seqlens: Tensor  # [S+1] int32, first 0 and last T
-    loss_mask: Tensor  # [T] float32, 1 where the token is to be learnt
-    scores: Tensor | None = None  # [S] float32
-    group_ids: Tensor | None = None  # [S] int64, one per prompt; -1 for a sequence that weighs nothing
-    group_advantages: Tensor | None = None  # [S] float32, `Sample.group_advantage`; NaN where it is None
-    rollout_logprobs: Tensor | None = None  # [T] float32, 0 outside the loss mask
-    old_logprobs: Tensor | None = None  # [T] the policy before this step's updates
-    ref_logprobs: Tensor | None = None  # [T]
-    values: Tensor | None = None  # [T] the critic before this step's updates
-    advantages: Tensor | None = None  # [T]
-    returns: Tensor | None = None  # [T]
-    targets: Tensor | None = None  # [T] float32, labels of tokens; 0 outside the loss mask
-    example_values: Tensor | None = None  # [S] float32, `Example.value` of the sequence's example
-    ref_sums: Tensor | None = None  # [S] the reference's log-probability of each sequence's learnt tokens
+    loss_mask: Tensor  # [T] float32, 1 on loss tokens
 
     @property
     def num_tokens(self) -> int:
@@ -50,18 +49,46 @@ class PackedBatch:
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
 
-    def with_fields(self, **tensors: Tensor) -> PackedBatch:
-        return replace(self, **tensors)
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        moved: dict[str, Any] = {}
-        for f in fields(self):
-            tensor: Tensor | None = getattr(self, f.name)
-            moved[f.name] = None if tensor is None else tensor.to(device)
-        return PackedBatch(**moved)
+    def to(self, device: torch.device | str) -> Self:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
-def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
+@dataclass(frozen=True)
+class PolicyBatch(PackedBatch):
+    """Responses of the policy, and what models say of them before the step's updates, once that is known."""
+
+    scores: Tensor  # [S] float32
+    group_ids: Tensor  # [S] int64, one per prompt; -1 in a padding batch
+    group_advantages: Tensor  # [S] float32, `Sample.group_advantage`; NaN where it is None
+    rollout_logprobs: Tensor  # [T] float32, 0 outside the loss mask
+    old_logprobs: Tensor | None = None  # [T] the policy's; None where its first forward pass gives them
+    ref_logprobs: Tensor | None = None  # [T] None without a reference
+    values: Tensor | None = None  # [T] the critic's; None without one
+    advantages: Tensor | None = None  # [T] given by `policy.batches.with_token_advantages`
+    returns: Tensor | None = None  # [T] with a critic
+
+
+@dataclass(frozen=True)
+class ValueBatch(PackedBatch):
+    """What a critic is trained on."""
+
+    values: Tensor  # [T] the critic's before the step's updates
+    returns: Tensor  # [T]
+
+
+@dataclass(frozen=True)
+class ExampleBatch(PackedBatch):
+    """Supervised examples; the sequences of one example are next to each other."""
+
+    row_ids: Tensor  # [S] int64, of the sequence's example; -1 in a padding batch
+    targets: Tensor  # [T] float32, labels of tokens; 0 outside the loss mask
+    example_values: Tensor  # [S] float32, `Example.value` of the sequence's example
+    ref_sums: Tensor | None = None  # [S] the reference's log-probability of each sequence's loss tokens
+
+
+def pack_samples(samples: Sequence[Sample]) -> PolicyBatch:
     """Lay scored samples end to end. Raises `ValueError` for an empty list or an unscored sample."""
     if not samples:
         raise ValueError("pack_samples needs at least one sample")
@@ -85,7 +112,7 @@ def pack_samples(samples: Sequence[Sample]) -> PackedBatch:
         rollout_logprobs += [*[0.0] * len(prompt_ids), *sample.rollout_logprobs]
         lengths.append(sample.num_tokens)
     mask = torch.tensor(loss_mask)
-    return PackedBatch(
+    return PolicyBatch(
         input_ids=torch.tensor(input_ids),
         position_ids=position_ids_of(lengths),
         cu_seqlens=cu_seqlens_of(lengths),
@@ -102,10 +129,10 @@ def _or_nan(number: float | None) -> float:
     return math.nan if number is None else number
 
 
-def pack_examples(examples: Sequence[Example]) -> PackedBatch:
+def pack_examples(examples: Sequence[Example]) -> ExampleBatch:
     """Lay the sequences of examples end to end, those of one example next to each other in their order.
 
-    `group_ids` hold the row id of each sequence's example. Raises `ValueError` for an empty list and for a
+    Raises `ValueError` for an empty list and for a
     mask or targets of another length than the tokens.
     """
     sequences = [(example, sequence) for example in examples for sequence in example.sequences]
@@ -120,39 +147,52 @@ def pack_examples(examples: Sequence[Example]) -> PackedBatch:
             )
     lengths = [len(sequence.input_ids) for _, sequence in sequences]
     targets = [t for _, seq in sequences for t in (seq.targets or [0.0] * len(seq.input_ids))]
-    return PackedBatch(
+    return ExampleBatch(
         input_ids=torch.tensor([token for _, sequence in sequences for token in sequence.input_ids]),
         position_ids=position_ids_of(lengths),
         cu_seqlens=cu_seqlens_of(lengths),
         loss_mask=torch.tensor([float(m) for _, sequence in sequences for m in sequence.loss_mask]),
-        group_ids=torch.tensor([example.row_id for example, _ in sequences]),
+        row_ids=torch.tensor([example.row_id for example, _ in sequences]),
         targets=torch.tensor(targets, dtype=torch.float32),
         example_values=torch.tensor([example.value for example, _ in sequences], dtype=torch.float32),
     )
 
 
-def empty_examples(sequences_per_example: int) -> PackedBatch:
-    """`pack_examples` of an example that weighs nothing (row id -1); it keeps ranks in step."""
+def pack_values(batch: PackedBatch, values: Tensor, returns: Tensor) -> ValueBatch:
+    """What a critic reads of a micro-batch, with `values` and `returns` [T]."""
+    tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+    return ValueBatch(*tokens, values=values, returns=returns)
+
+
+# Padding batches keep a rank in step with ranks that have one more micro-batch: two tokens without a loss.
+# They have the fields of real batches and get what is added to these, so that metrics that depend on a field
+# have the same keys on every rank.
+
+
+def padding_examples(sequences_per_example: int) -> ExampleBatch:
+    """`pack_examples` of an example without a loss token (row id -1)."""
     nothing = TokenSequence(input_ids=[0, 0], loss_mask=[0, 0])
     return pack_examples([Example(row_id=-1, sequences=(nothing,) * sequences_per_example)])
 
 
-def empty_like_batch(token_id: int) -> PackedBatch:
-    """A micro-batch that weighs nothing: it keeps a rank in step with ranks that have one more to do.
-
-    It has the fields of `pack_samples` and no others: what is added to real batches is then added to it too,
-    and metrics that depend on a field have the same keys on every rank.
-    """
-    zero = torch.zeros(2)
+def padding_tokens(token_id: int = 0) -> PackedBatch:
     return PackedBatch(
         input_ids=torch.full((2,), token_id),
         position_ids=position_ids_of([2]),
         cu_seqlens=cu_seqlens_of([2]),
-        loss_mask=zero,
+        loss_mask=torch.zeros(2),
+    )
+
+
+def padding_samples(token_id: int = 0) -> PolicyBatch:
+    """`pack_samples` of a sample without a loss token (group id -1)."""
+    tokens = padding_tokens(token_id)
+    return PolicyBatch(
+        **vars(tokens),
         scores=torch.zeros(1),
         group_ids=torch.tensor([-1]),
         group_advantages=torch.zeros(1),
-        rollout_logprobs=zero,
+        rollout_logprobs=torch.zeros(2),
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rayrlhf.batch import (
     PackedBatch,
     cu_seqlens_of,
-    empty_like_batch,
+    padding_samples,
     pack_samples,
     position_ids_of,
     sequence_ids_of,
@@ -99,7 +99,7 @@ def test_boundaries_and_positions() -> None:
 
 
 def test_a_batch_that_weighs_nothing() -> None:
-    batch = empty_like_batch(token_id=9)
+    batch = padding_samples(token_id=9)
     assert batch.input_ids.tolist() == [9, 9] and batch.position_ids.tolist() == [0, 1]
     assert batch.cu_seqlens.tolist() == [0, 2]
     assert not batch.loss_mask.any()
@@ -108,7 +108,7 @@ def test_a_batch_that_weighs_nothing() -> None:
 
 def test_a_batch_that_weighs_nothing_has_the_fields_of_a_real_one() -> None:
     # A field that only the filling has makes metrics that only its rank has, and the sum over ranks hangs.
-    real, filling = pack_samples([make_sample()]), empty_like_batch(token_id=0)
+    real, filling = pack_samples([make_sample()]), padding_samples(token_id=0)
     assert set_fields(filling) == set_fields(real)
     for name in set_fields(real):
         assert getattr(filling, name).dtype == getattr(real, name).dtype, name

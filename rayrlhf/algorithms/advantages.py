@@ -1,44 +1,22 @@
 """Advantage estimators: from scores, KL and values to one number per token the policy produced.
 
-Two families. Per-token estimators (`gae`, `return_to_go`) work on one packed stream. Group estimators compare
-the samples of one prompt, per sample [N], before balancing moves members of a group apart; `spread` lays the
-result out over tokens. "Policy token" = a token with loss_mask 1; tokens in between that the policy did not
-produce (tools, environment) are skipped: no reward, no discount, no value. All results are fp32, constants to
-autograd, and 0 outside the mask.
+Two families, with their traits in `registry.ESTIMATORS`. Per-token estimators (`gae`, `reinforce_pp`) work on
+one packed stream. Group estimators compare the samples of one prompt, per sample [N], before balancing
+separates the members of a group; `spread` lays the result out over tokens. "Policy token" = a token with
+loss_mask 1; tokens in between that the policy did not produce (tools, environment) are skipped: no reward, no
+discount, no value. All results are fp32, constants to autograd, and 0 outside the mask.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import masked
+from rayrlhf.algorithms.registry import ESTIMATORS
 from rayrlhf.batch import sequence_ids_of
 
 GROUP_STD_EPS = 1e-6
-
-
-class AdvantageTraits(NamedTuple):
-    """What a loop must know of an estimator before it runs one."""
-
-    needs_critic: bool
-    needs_group: bool  # rollout.group_size >= 2
-    whitened: bool  # the result is whitened over the global batch
-    paper: str
-
-
-ADVANTAGES: dict[str, AdvantageTraits] = {
-    # name: needs_critic, needs_group, whitened, paper
-    "gae": AdvantageTraits(True, False, True, "arXiv 1506.02438"),
-    "reinforce_pp": AdvantageTraits(False, False, True, "arXiv 2501.03262"),
-    "reinforce_pp_baseline": AdvantageTraits(False, True, True, "arXiv 2501.03262"),
-    "rloo": AdvantageTraits(False, True, False, "arXiv 2402.14740"),
-    "grpo": AdvantageTraits(False, True, False, "arXiv 2402.03300"),
-    "dr_grpo": AdvantageTraits(False, True, False, "arXiv 2503.20783"),
-}
 
 
 # Per token
@@ -63,6 +41,20 @@ def token_rewards(
         rewards = -kl_coef * masked(kl, loss_mask)
     rewards[index[is_last]] += scores.float()[sequence[is_last]]
     return rewards
+
+
+@torch.no_grad()
+def reinforce_pp(
+    rewards: Tensor,  # [T]
+    values: None,
+    loss_mask: Tensor,  # [T]
+    cu_seqlens: Tensor,  # [S+1]
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, None]:
+    """REINFORCE++ (arXiv 2501.03262) before whitening: the return-to-go, without a critic's baseline."""
+    return return_to_go(rewards, loss_mask, cu_seqlens, gamma=gamma), None
 
 
 @torch.no_grad()
@@ -99,8 +91,7 @@ def return_to_go(
 ) -> Tensor:
     """Σ_{k≥t} γ^(k-t)·r_k over the policy tokens from t to the end of the sequence, [T].
 
-    REINFORCE++ (arXiv 2501.03262) before whitening. k - t counts policy tokens, as in `gae`, of which this is
-    the case V = 0, λ = 1.
+    k - t counts policy tokens, as in `gae`, of which this is the case V = 0, λ = 1.
     """
     index, sequence, _ = _policy_tokens(loss_mask, cu_seqlens)
     returns = _discounted_suffix_sums(rewards.float()[index], sequence, gamma)
@@ -149,15 +140,6 @@ def centred(scores: Tensor, group_mean: Tensor, group_std: Tensor, group_size: T
     return scores - group_mean
 
 
-GROUP_ADVANTAGES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "rloo": rloo,
-    "grpo": grpo,
-    "dr_grpo": centred,
-    "reinforce_pp_baseline": centred,
-}
-UNDEFINED_FOR_ONE = ("rloo", "grpo")  # no other sample, no ddof-1 std; centring one sample is a plain 0
-
-
 @torch.no_grad()
 def group_advantages(name: str, scores: Tensor, group_ids: Tensor) -> Tensor:
     """Advantage of every sample against its group, [N] in fp32; scores [N], group_ids [N] (any integers).
@@ -166,17 +148,17 @@ def group_advantages(name: str, scores: Tensor, group_ids: Tensor) -> Tensor:
     over tokens. Raises `ValueError` for an unknown name, a score that is not finite (it would spoil its whole
     group), or a group of one under rloo and grpo, which have no baseline for it.
     """
-    if name not in GROUP_ADVANTAGES:
-        raise ValueError(
-            f"advantage={name!r} is not a group estimator; these are: {', '.join(GROUP_ADVANTAGES)}"
-        )
+    estimator = ESTIMATORS.get(name)
+    if estimator is None or not estimator.needs_group:
+        of_groups = [known for known, entry in ESTIMATORS.items() if entry.needs_group]
+        raise ValueError(f"advantage={name!r} is not a group estimator; these are: {', '.join(of_groups)}")
     scores = scores.float().double()
     if not bool(torch.isfinite(scores).all()):
         raise ValueError(
             "scores must be finite: drop samples whose reward failed before taking group baselines"
         )
     groups, member_of, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    if name in UNDEFINED_FOR_ONE and bool((sizes == 1).any()):
+    if not estimator.defined_for_one and bool((sizes == 1).any()):
         raise ValueError(
             f"groups {groups[sizes == 1][:5].tolist()} have one sample but advantage={name} needs >= 2 "
             "(a group of one has no baseline): raise rollout.group_size, or drop a sample that lost the "
@@ -189,7 +171,7 @@ def group_advantages(name: str, scores: Tensor, group_ids: Tensor) -> Tensor:
     mean = zeros.index_add(0, member_of[order], scores[order]) / size
     squares = (scores - mean[member_of]).square()
     std = (zeros.index_add(0, member_of[order], squares[order]) / (size - 1.0).clamp_min(1.0)).sqrt()
-    return GROUP_ADVANTAGES[name](scores, mean[member_of], std[member_of], size[member_of]).float()
+    return estimator.function(scores, mean[member_of], std[member_of], size[member_of]).float()
 
 
 @torch.no_grad()

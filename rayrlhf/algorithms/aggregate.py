@@ -7,11 +7,10 @@ data-parallel ranks is the learner's business, not done here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from rayrlhf.algorithms.registry import AGGREGATIONS
 from rayrlhf.batch import sequence_ids_of
 
 
@@ -40,7 +39,7 @@ def sequence_counts(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     return sequence_sums(torch.ones_like(loss_mask), loss_mask, cu_seqlens)
 
 
-def learnt_sequences(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+def loss_sequences(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """How many sequences have a masked token (scalar): the local summand of `global_sequences`."""
     return (sequence_counts(loss_mask, cu_seqlens) > 0).sum()
 
@@ -69,7 +68,7 @@ def sequence_mean(
 ) -> Tensor:
     """Σ_s mean_{t in s} loss_t / global_sequences (GRPO, arXiv 2402.03300): every sequence weighs the same.
 
-    A sequence without masked tokens adds 0 and is not counted in `global_sequences` (see `learnt_sequences`).
+    A sequence without masked tokens adds 0 and is not counted in `global_sequences` (see `loss_sequences`).
     """
     sums = sequence_sums(per_token_loss, loss_mask, cu_seqlens)
     means = sums / sequence_counts(loss_mask, cu_seqlens).clamp_min(1.0)
@@ -95,13 +94,6 @@ def sequence_sum_norm(
     return masked(per_token_loss, loss_mask).sum() / constant_length / max(global_sequences, 1.0)
 
 
-AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
-    "token_mean": token_mean,
-    "sequence_mean": sequence_mean,
-    "sequence_sum_norm": sequence_sum_norm,
-}
-
-
 def aggregate(
     name: str,
     per_token_loss: Tensor,  # [T]
@@ -112,16 +104,16 @@ def aggregate(
     global_sequences: float,
     constant_length: float,
 ) -> Tensor:
-    """This micro-batch's share (a scalar) of the objective called `name` in `AGGREGATIONS`.
+    """This micro-batch's share (a scalar) of the objective called `name` in `registry.AGGREGATIONS`.
 
     `global_tokens` and `global_sequences` count masked tokens and sequences with a masked token over all
     micro-batches and ranks of the optimizer step; only `sequence_sum_norm` reads `constant_length`. A step
-    that learns nothing (both 0) gives 0, still connected to the graph so that its backward pass runs. Raises
+    without loss tokens (both 0) gives 0, still connected to the graph so that its backward pass runs. Raises
     `ValueError` for an unknown name.
     """
     if name not in AGGREGATIONS:
         raise ValueError(f"aggregation={name!r} is not one of {', '.join(AGGREGATIONS)}")
-    return AGGREGATIONS[name](
+    return AGGREGATIONS[name].function(
         per_token_loss,
         loss_mask,
         cu_seqlens,

@@ -7,7 +7,6 @@ Estimators: Schulman, "Approximating KL divergence" (http://joschu.net/blog/kl-a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import masked
+from rayrlhf.algorithms.registry import KL_ESTIMATORS
 
 MAX_EXPONENT = 10.0  # e^10 = 22026: beyond it k3 grows linearly, so one absurd token cannot drown the batch
 MAX_RELATIVE_ERROR = 0.2  # of the adaptive controller
@@ -37,9 +37,6 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(-delta.clamp(-MAX_EXPONENT, MAX_EXPONENT)) + delta
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-
-
 def token_kl(name: str, logprobs: Tensor, ref_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
     """Estimator `name` on masked tokens and 0 elsewhere, [T] in fp32.
 
@@ -48,7 +45,7 @@ def token_kl(name: str, logprobs: Tensor, ref_logprobs: Tensor, loss_mask: Tenso
     """
     if name not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator={name!r} is not one of {', '.join(KL_ESTIMATORS)}")
-    return KL_ESTIMATORS[name](masked(logprobs, loss_mask), masked(ref_logprobs, loss_mask))
+    return KL_ESTIMATORS[name].function(masked(logprobs, loss_mask), masked(ref_logprobs, loss_mask))
 
 
 @dataclass
@@ -58,7 +55,7 @@ class FixedKL:
     coef: float
 
     def update(self, mean_kl: float, num_samples: int) -> None:
-        """Nothing to learn; here so that loops need not know which controller they hold."""
+        """Does nothing; here so that loops need not know which controller they hold."""
 
     def state_dict(self) -> dict[str, float]:
         return {"coef": self.coef}

@@ -1,27 +1,23 @@
 """Policy losses: per-token terms to be minimised, before aggregation.
 
 Every function takes the policy's `logprobs` (with gradient), `old_logprobs` of the policy before this step's
-updates, and `advantages`, all [T], and returns `(per_token_loss [T], metrics)`. Nothing is averaged here:
-metrics are sums over masked tokens, to be added up over micro-batches and ranks and divided by the global
-token count. Everything is fp32 and 0 outside the mask, whatever stands there.
+updates, and `advantages`, all [T], and returns `(per_token_loss [T], metrics)`. The losses are fp32 and 0
+outside the mask, whatever stands there; metrics are means over loss tokens.
 
 ratio = exp(logprobs - old_logprobs), the log-ratio clamped at ±20 (no gradient beyond).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import masked, sequence_counts, sequence_sums
 from rayrlhf.algorithms.kl import k3
+from rayrlhf.algorithms.metrics import Metrics, token_mean
 from rayrlhf.batch import sequence_ids_of
 
 MAX_LOG_RATIO = 20.0
-
-PolicyLoss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 def ppo(
@@ -34,7 +30,7 @@ def ppo(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """-min(ratio·A, clip(ratio, 1-ε_low, 1+ε_high)·A), per token (arXiv 1707.06347).
 
     ε_low ≠ ε_high is DAPO's clip-higher (arXiv 2503.14476). With `dual_clip` c > 1, tokens with A < 0 use
@@ -43,7 +39,7 @@ def ppo(
     logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
     ratio = _ratio(logprobs - old_logprobs)
     loss, metrics = _clipped(ratio, masked(advantages, loss_mask), loss_mask, clip_low, clip_high, dual_clip)
-    return loss, metrics | _drift(logprobs, old_logprobs, ratio, loss_mask)
+    return loss, metrics + _drift(logprobs, old_logprobs, ratio, loss_mask)
 
 
 def gspo(
@@ -56,7 +52,7 @@ def gspo(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """PPO's clipped term with a sequence's ratio s = exp(mean token log-ratio) on each of its tokens
     (arXiv 2507.18071).
 
@@ -71,7 +67,7 @@ def gspo(
     of_sequence = mean_log_ratio.detach()[sequence_ids_of(cu_seqlens)]
     ratio = _ratio(of_sequence + (logprobs - logprobs.detach()))
     loss, metrics = _clipped(ratio, masked(advantages, loss_mask), loss_mask, clip_low, clip_high, dual_clip)
-    return loss, metrics | _drift(logprobs, old_logprobs, ratio, loss_mask)
+    return loss, metrics + _drift(logprobs, old_logprobs, ratio, loss_mask)
 
 
 def cispo(
@@ -83,19 +79,17 @@ def cispo(
     *,
     clip_low: float,
     clip_high: float,
-    dual_clip: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """-sg(clip(ratio, 1-ε_low, 1+ε_high))·A·logprobs (arXiv 2506.13585).
 
     The clipped ratio is only a weight: a clipped token keeps its gradient, unlike in PPO.
     """
-    _refuse_dual_clip("cispo", dual_clip)
     logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
     ratio = _ratio(logprobs - old_logprobs).detach()
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    metrics = {"loss/clip_fraction": _masked_sum(weight != ratio, loss_mask)}
+    metrics = Metrics({"loss/clip_fraction": token_mean(weight != ratio, loss_mask)})
     loss = masked(-weight * masked(advantages, loss_mask) * logprobs, loss_mask)
-    return loss, metrics | _drift(logprobs, old_logprobs, ratio, loss_mask)
+    return loss, metrics + _drift(logprobs, old_logprobs, ratio, loss_mask)
 
 
 def reinforce(
@@ -104,24 +98,15 @@ def reinforce(
     advantages: Tensor,
     loss_mask: Tensor,
     cu_seqlens: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """-A·logprobs (Williams 1992): on-policy, so only the first update of a batch is what the theorem says.
 
-    There is no ratio to clip: `clip_low` and `clip_high` have no effect. `old_logprobs` feed the metrics
-    only.
+    There is no ratio to clip; `old_logprobs` feed the metrics only.
     """
-    _refuse_dual_clip("reinforce", dual_clip)
     logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
-    metrics = {"loss/clip_fraction": torch.zeros_like(logprobs.detach()).sum()}
+    metrics = Metrics({"loss/clip_fraction": token_mean(torch.zeros_like(logprobs), loss_mask)})
     loss = masked(-masked(advantages, loss_mask) * logprobs, loss_mask)
-    return loss, metrics | _drift(logprobs, old_logprobs, _ratio(logprobs - old_logprobs), loss_mask)
-
-
-POLICY_LOSSES: dict[str, PolicyLoss] = {"ppo": ppo, "gspo": gspo, "cispo": cispo, "reinforce": reinforce}
+    return loss, metrics + _drift(logprobs, old_logprobs, _ratio(logprobs - old_logprobs), loss_mask)
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
@@ -135,7 +120,7 @@ def _clipped(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """PPO's pessimistic term. A token counts as clipped when the bound decides it, i.e. its gradient is 0."""
     if dual_clip is not None and dual_clip <= 1.0:
         raise ValueError(
@@ -144,27 +129,18 @@ def _clipped(
     unclipped = ratio * advantages
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     objective = torch.minimum(unclipped, clipped)
-    metrics = {"loss/clip_fraction": _masked_sum(clipped < unclipped, loss_mask)}
+    metrics = Metrics({"loss/clip_fraction": token_mean(clipped < unclipped, loss_mask)})
     if dual_clip is not None:
         bound = dual_clip * advantages
         bounded = (advantages < 0) & (bound > objective)
         objective = torch.where(bounded, bound, objective)
-        metrics["loss/dual_clip_fraction"] = _masked_sum(bounded, loss_mask)
+        metrics["loss/dual_clip_fraction"] = token_mean(bounded, loss_mask)
     return masked(-objective, loss_mask), metrics
 
 
-def _drift(logprobs: Tensor, old_logprobs: Tensor, ratio: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
+def _drift(logprobs: Tensor, old_logprobs: Tensor, ratio: Tensor, loss_mask: Tensor) -> Metrics:
     """How far the policy has moved since the batch was made: KL(old || policy) by k3, and the ratio."""
     approx_kl = k3(old_logprobs.detach(), logprobs.detach())
-    return {"loss/approx_kl": _masked_sum(approx_kl, loss_mask), "loss/ratio": _masked_sum(ratio, loss_mask)}
-
-
-def _masked_sum(per_token: Tensor, loss_mask: Tensor) -> Tensor:
-    return masked(per_token.detach(), loss_mask).sum()
-
-
-def _refuse_dual_clip(name: str, dual_clip: float | None) -> None:
-    if dual_clip is not None:
-        raise ValueError(
-            f"dual_clip={dual_clip} has no effect on policy_loss={name}: leave it out, or use ppo or gspo"
-        )
+    return Metrics(
+        {"loss/approx_kl": token_mean(approx_kl, loss_mask), "loss/ratio": token_mean(ratio, loss_mask)}
+    )

@@ -3,17 +3,17 @@
 An engine samples with other kernels, another precision or older weights than the trainer computes gradients
 with. The expectation over its samples becomes the trainer's once each token's loss is multiplied by
 w = exp(old_logprobs - rollout_logprobs), the trainer's policy before this step's updates against the engine's
-record (importance sampling). Since w has a heavy tail, it is bounded: how is `ROLLOUT_CORRECTIONS`.
+record (importance sampling). Since w has a heavy tail, it is bounded (`registry.ROLLOUT_CORRECTIONS`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import masked, sequence_sums
+from rayrlhf.algorithms.metrics import Max, Metrics, token_mean
+from rayrlhf.algorithms.registry import ROLLOUT_CORRECTIONS, WEIGHT_LEVELS
 from rayrlhf.batch import sequence_ids_of
 
 MAX_LOG_WEIGHT = 20.0
@@ -41,12 +41,6 @@ def mask_outside(weights: Tensor, low: float, high: float) -> Tensor:
     return torch.where((weights >= low) & (weights <= high), weights, 0.0)
 
 
-ROLLOUT_CORRECTIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "truncate": truncate,
-    "mask": mask_outside,
-}
-
-
 def token_log_weights(log_ratios: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Each token's own log-ratio, [T]: less variance than the sequence's, but biased by what came before."""
     return log_ratios
@@ -55,12 +49,6 @@ def token_log_weights(log_ratios: Tensor, loss_mask: Tensor, cu_seqlens: Tensor)
 def sequence_log_weights(log_ratios: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The log-ratio of the whole sequence, Σ over its masked tokens, on each of its tokens, [T]: unbiased."""
     return sequence_sums(log_ratios, loss_mask, cu_seqlens)[sequence_ids_of(cu_seqlens)]
-
-
-WEIGHT_LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "token": token_log_weights,
-    "sequence": sequence_log_weights,
-}
 
 
 @torch.no_grad()
@@ -74,15 +62,15 @@ def rollout_weights(
     level: str,
     low: float,
     high: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """The weight of every token's loss, [T] in fp32, constant to autograd and 0 outside the mask; metrics.
 
     w = exp(old - rollout) of the token, or exp(Σ (old - rollout)) of its sequence, as `level` in
     `WEIGHT_LEVELS` says; the log-ratio, after the sum, is clamped at ±20. `mode` in `ROLLOUT_CORRECTIONS`
     bounds w by `low` and `high`; `mode=None` corrects nothing (weight 1, bounds unread) but still measures.
 
-    Metrics are sums over masked tokens, maxima where the key ends in `_max`. `loss/is_weight_*` are of w
-    before it is bounded; `loss/is_masked_fraction` counts tokens that the bound changed (clipped or zeroed).
+    `loss/is_weight_*` are of w before it is bounded; `loss/is_masked_fraction` is the share of tokens that
+    the bound changed (clipped or zeroed).
 
     Raises `ValueError` for an unknown name, or unless 0 ≤ low ≤ 1 ≤ high: an engine that agrees exactly has
     w = 1 and must be left alone.
@@ -90,18 +78,20 @@ def rollout_weights(
     if level not in WEIGHT_LEVELS:
         raise ValueError(f"rollout correction: level={level!r} is not one of {', '.join(WEIGHT_LEVELS)}")
     log_ratios = masked(old_logprobs, loss_mask) - masked(rollout_logprobs, loss_mask)
-    log_weights = WEIGHT_LEVELS[level](log_ratios, loss_mask, cu_seqlens)
+    log_weights = WEIGHT_LEVELS[level].function(log_ratios, loss_mask, cu_seqlens)
     raw = masked(log_weights.clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp(), loss_mask)
     weights = masked(torch.ones_like(raw), loss_mask) if mode is None else _bounded(raw, mode, low, high)
     changed = torch.zeros_like(raw) if mode is None else (weights != raw).float()
     difference = log_ratios.abs()
-    return weights, {
-        "loss/is_weight_mean": raw.sum(),
-        "loss/is_weight_max": raw.max(),
-        "loss/is_masked_fraction": changed.sum(),
-        "rollout/logprob_diff_mean": difference.sum(),
-        "rollout/logprob_diff_max": difference.max(),
-    }
+    return weights, Metrics(
+        {
+            "loss/is_weight_mean": token_mean(raw, loss_mask),
+            "loss/is_weight_max": Max(raw.max()),
+            "loss/is_masked_fraction": token_mean(changed, loss_mask),
+            "rollout/logprob_diff_mean": token_mean(difference, loss_mask),
+            "rollout/logprob_diff_max": Max(difference.max()),
+        }
+    )
 
 
 def _bounded(weights: Tensor, mode: str, low: float, high: float) -> Tensor:
@@ -114,4 +104,4 @@ def _bounded(weights: Tensor, mode: str, low: float, high: float) -> Tensor:
             f"rollout correction: low={low}, high={high}, but wanted 0 <= low <= 1 <= high "
             "(a token on which trainer and engine agree has weight 1 and must be left alone)"
         )
-    return ROLLOUT_CORRECTIONS[mode](weights, low, high)
+    return ROLLOUT_CORRECTIONS[mode].function(weights, low, high)

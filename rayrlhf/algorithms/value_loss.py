@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import masked
-
-# Returns whose variance is this small beside their mean square differ by rounding only.
-CONSTANT_RETURNS = 1e-12
+from rayrlhf.algorithms.metrics import ExplainedVariance, Metrics, token_mean
 
 
 def value_loss(
@@ -18,11 +16,11 @@ def value_loss(
     loss_mask: Tensor,  # [T]
     *,
     clip: float | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """½·max((V - R)², (clip(V, V_old ± c) - R)²), [T] in fp32; `clip=None` is ½(V - R)² (arXiv 1707.06347).
 
-    Returns `(per_token_loss, metrics)`: unaggregated, 0 outside the mask. Metrics are sums over masked
-    tokens. A token counts as clipped when the clipped term decides it, i.e. its gradient is 0.
+    Returns `(per_token_loss, metrics)`: unaggregated, 0 outside the mask. A token counts as clipped when
+    the clipped term decides it, i.e. its gradient is 0.
     """
     values, returns = masked(values, loss_mask), masked(returns, loss_mask)
     error = (values - returns).square()
@@ -34,32 +32,21 @@ def value_loss(
         # Inside the range both terms are the same: only a value that has left it can be decided by the bound.
         clipped = moved & (clipped_error > error)
         error = torch.where(clipped, clipped_error, error)
-    metrics = {
-        "loss/value_clip_fraction": clipped.float().sum(),
-        "loss/value": values.detach().sum(),
-        "loss/return": returns.detach().sum(),
-    }
+    metrics = Metrics(
+        {
+            "loss/value_clip_fraction": token_mean(clipped, loss_mask),
+            "loss/value": token_mean(values, loss_mask),
+            "loss/return": token_mean(returns, loss_mask),
+        }
+    )
     return masked(0.5 * error, loss_mask), metrics
 
 
 @torch.no_grad()
-def explained_variance_sums(values: Tensor, returns: Tensor, loss_mask: Tensor) -> Tensor:
-    """Sums [5] in float64 (count, Σ R, Σ R², Σ (R-V), Σ (R-V)²) over masked tokens; sums of parts add up."""
+def explained_variance(values: Tensor, returns: Tensor, loss_mask: Tensor) -> ExplainedVariance:
+    """How much of the variance of `returns` [T] the `values` [T] explain, over loss tokens, in float64."""
     target = masked(returns, loss_mask).double()
     residual = target - masked(values, loss_mask).double()
     count = (loss_mask > 0).sum().double()
-    return torch.stack([count, target.sum(), target.square().sum(), residual.sum(), residual.square().sum()])
-
-
-def explained_variance(sums: Tensor) -> float:
-    """1 - Var(R - V)/Var(R) from global `sums` [5]: 1 is a perfect critic, 0 no better than a constant.
-
-    NaN where it is undefined: no token, or returns without variance.
-    """
-    count, total, total_squares, residual, residual_squares = sums.tolist()
-    if count == 0:
-        return float("nan")
-    variance = total_squares / count - (total / count) ** 2
-    if variance <= CONSTANT_RETURNS * total_squares / count:
-        return float("nan")
-    return 1.0 - (residual_squares / count - (residual / count) ** 2) / variance
+    sums = [count, target.sum(), target.square().sum(), residual.sum(), residual.square().sum()]
+    return ExplainedVariance(tuple(torch.stack(sums).tolist()))

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rayrlhf.algorithms.registry import (
+    AGGREGATIONS,
+    ESTIMATORS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    ROLLOUT_CORRECTIONS,
+    WEIGHT_LEVELS,
+    Estimator,
+    PolicyLoss,
+)
 from rayrlhf.config.base import (
     Count,
     Fraction,
@@ -16,10 +26,15 @@ from rayrlhf.config.base import (
     Section,
 )
 
-# What GSPO learns with where nothing else is said (arXiv 2507.18071, section 5.1).
-GSPO_DEFAULTS = {"aggregation": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4}
-# Estimators whose baseline comes from the other samples of the same prompt.
-GROUP_ADVANTAGES = frozenset({"reinforce_pp_baseline", "rloo", "grpo", "dr_grpo"})
+if TYPE_CHECKING:
+    AdvantageName = LossName = AggregationName = KLEstimatorName = CorrectionMode = WeightLevel = str
+else:
+    AdvantageName = Literal[tuple(ESTIMATORS)]
+    LossName = Literal[tuple(POLICY_LOSSES)]
+    AggregationName = Literal[tuple(AGGREGATIONS)]
+    KLEstimatorName = Literal[tuple(KL_ESTIMATORS)]
+    CorrectionMode = Literal[tuple(ROLLOUT_CORRECTIONS)]
+    WeightLevel = Literal[tuple(WEIGHT_LEVELS)]
 
 
 def _adaptive_kl_has_a_target(algorithm: AlgorithmConfig) -> Problem | None:
@@ -56,46 +71,60 @@ def _adaptive_kl_can_move(algorithm: AlgorithmConfig) -> Problem | None:
 
 
 def _dual_clip_has_a_ratio(algorithm: AlgorithmConfig) -> Problem | None:
-    if algorithm.dual_clip is None or algorithm.policy_loss in ("ppo", "gspo"):
+    if algorithm.dual_clip is None or "dual_clip" in algorithm.loss.reads:
         return None
+    bounding = " and ".join(name for name, loss in POLICY_LOSSES.items() if "dual_clip" in loss.reads)
     return Problem(
         "dual_clip",
         got=f"{algorithm.dual_clip:g} with policy_loss={algorithm.policy_loss}",
-        wanted="null: only policy_loss=ppo and gspo bound the loss by a clipped ratio",
+        wanted=f"null: only policy_loss={bounding} bound the loss by a clipped ratio",
         fix="set algorithm.policy_loss to ppo, or remove algorithm.dual_clip",
     )
 
 
-def _reinforce_is_on_policy(algorithm: AlgorithmConfig) -> Problem | None:
-    if algorithm.policy_loss != "reinforce" or algorithm.updates_per_batch == 1:
+def _no_ratio_is_on_policy(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.loss.has_ratio or algorithm.updates_per_batch == 1:
         return None
     return Problem(
         "updates_per_batch",
-        got=f"{algorithm.updates_per_batch} with policy_loss=reinforce",
+        got=f"{algorithm.updates_per_batch} with policy_loss={algorithm.policy_loss}",
         wanted="1: without a ratio, a second pass would take the batch for the new policy's own",
         fix="set algorithm.updates_per_batch to 1, or algorithm.policy_loss to ppo",
     )
 
 
-def _reinforce_takes_one_step(algorithm: AlgorithmConfig) -> Problem | None:
-    if algorithm.policy_loss != "reinforce" or algorithm.mini_batches == 1:
+def _no_ratio_takes_one_step(algorithm: AlgorithmConfig) -> Problem | None:
+    if algorithm.loss.has_ratio or algorithm.mini_batches == 1:
         return None
     return Problem(
         "mini_batches",
-        got=f"{algorithm.mini_batches} with policy_loss=reinforce",
+        got=f"{algorithm.mini_batches} with policy_loss={algorithm.policy_loss}",
         wanted="1: without a ratio, every mini-batch but the first would be taken for the new policy's own",
         fix="set algorithm.mini_batches to 1, or algorithm.policy_loss to ppo",
     )
 
 
+def _loss_options_are_the_loss_s(algorithm: AlgorithmConfig) -> Problem | None:
+    known = algorithm.loss.options
+    unknown = sorted(algorithm.loss_options.keys() - known.keys())
+    if not unknown:
+        return None
+    return Problem(
+        f"loss_options.{unknown[0]}",
+        got=f"{algorithm.loss_options[unknown[0]]:g} with policy_loss={algorithm.policy_loss}",
+        wanted=f"one of {', '.join(known)}" if known else "nothing: this loss has no options",
+        fix=f"remove algorithm.loss_options.{unknown[0]}",
+    )
+
+
 def _sequence_ratios_weigh_sequences(algorithm: AlgorithmConfig) -> Problem | None:
-    if algorithm.policy_loss != "gspo" or algorithm.aggregation == "sequence_mean":
+    if not algorithm.loss.one_ratio_per_sequence or algorithm.aggregation == "sequence_mean":
         return None
     if "aggregation" not in algorithm.model_fields_set:
         return None  # it gets its default when all else is valid
     return Problem(
         "aggregation",
-        got=f"{algorithm.aggregation} with policy_loss=gspo",
+        got=f"{algorithm.aggregation} with policy_loss={algorithm.policy_loss}",
         wanted="sequence_mean: one ratio per sequence belongs to one term per sequence",
         fix="remove algorithm.aggregation, or set it to sequence_mean",
     )
@@ -113,7 +142,7 @@ def _kl_loss_has_a_gradient(algorithm: AlgorithmConfig) -> Problem | None:
 
 
 def _critic_warmup_has_a_critic(algorithm: AlgorithmConfig) -> Problem | None:
-    if algorithm.critic_warmup_steps == 0 or algorithm.advantage == "gae":
+    if algorithm.critic_warmup_steps == 0 or algorithm.estimator.needs_critic:
         return None
     return Problem(
         "critic_warmup_steps",
@@ -135,9 +164,9 @@ def _truncation_has_no_low_end(correction: RolloutCorrectionConfig) -> Problem |
 
 
 class RolloutCorrectionConfig(Section):
-    mode: Literal["truncate", "mask"] = "truncate"
+    mode: CorrectionMode = "truncate"
     """Weights above high are cut to it (TIS), or tokens whose weight is outside [low, high] are left out."""
-    level: Literal["token", "sequence"] = "token"
+    level: WeightLevel = "token"
     """One weight per token, or one per sequence: the product over its tokens."""
     low: Fraction = 0.0
     """Smallest weight that is kept (mode: mask)."""
@@ -172,11 +201,11 @@ class DynamicSamplingConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    advantage: Literal["gae", "reinforce_pp", "reinforce_pp_baseline", "rloo", "grpo", "dr_grpo"] = "gae"
+    advantage: AdvantageName = "gae"
     """Advantage estimator: gae is PPO with a critic, reinforce_pp has no baseline, others compare groups."""
-    policy_loss: Literal["ppo", "gspo", "cispo", "reinforce"] = "ppo"
+    policy_loss: LossName = "ppo"
     """Policy objective: clipped ratio per token (ppo) or sequence (gspo), clipped weight, or no ratio."""
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_norm"] = "token_mean"
+    aggregation: AggregationName = "token_mean"
     """How per-token losses become one number; left out, sequence_mean with policy_loss=gspo."""
     gamma: Fraction = 1.0
     """Discount per token."""
@@ -188,13 +217,15 @@ class AlgorithmConfig(Section):
     """The ratio is clipped above 1 + clip_high; left out, 4e-4 with policy_loss=gspo."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on the loss of tokens with a negative advantage (> 1); null switches it off."""
+    loss_options: dict[str, float] = Field(default_factory=dict)
+    """Numbers that only this policy_loss has, by name; left out, those of its paper."""
     rollout_correction: RolloutCorrectionConfig | None = None
     """Importance weights for what engine and trainer, or old and new weights, disagree on; null is off."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Drop groups whose raw rewards are all equal and draw more prompts (DAPO); null keeps every group."""
     kl_coef: NonNegativeNumber = 0.01
     """Coefficient of the KL to the reference; 0 runs without a reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: KLEstimatorName = "k1"
     """Per-token KL estimator: k1 = Δ, k2 = Δ²/2, k3 = exp(−Δ) − 1 + Δ, with Δ = logp − ref_logp."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL goes: subtracted from each token's reward, or added to the loss."""
@@ -224,15 +255,24 @@ class AlgorithmConfig(Section):
         _kl_target_is_used,
         _adaptive_kl_can_move,
         _dual_clip_has_a_ratio,
-        _reinforce_is_on_policy,
-        _reinforce_takes_one_step,
+        _no_ratio_is_on_policy,
+        _no_ratio_takes_one_step,
+        _loss_options_are_the_loss_s,
         _sequence_ratios_weigh_sequences,
         _kl_loss_has_a_gradient,
         _critic_warmup_has_a_critic,
     )
 
+    @property
+    def estimator(self) -> Estimator:
+        return ESTIMATORS[self.advantage]
+
+    @property
+    def loss(self) -> PolicyLoss:
+        return POLICY_LOSSES[self.policy_loss]
+
     @model_validator(mode="before")
     @classmethod
-    def _gspo_where_left_out(cls, values: Any) -> Any:
-        is_gspo = isinstance(values, dict) and values.get("policy_loss") == "gspo"
-        return {**GSPO_DEFAULTS, **values} if is_gspo else values
+    def _defaults_of_the_loss(cls, values: Any) -> Any:
+        loss = POLICY_LOSSES.get(str(values.get("policy_loss"))) if isinstance(values, dict) else None
+        return values if loss is None else {**loss.defaults, **values}

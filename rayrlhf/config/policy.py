@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from rayrlhf.config.algorithm import GROUP_ADVANTAGES, AlgorithmConfig
+from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.common import ObserveConfig, TrainedRunSection
 from rayrlhf.config.data import PromptDataConfig
@@ -36,7 +36,7 @@ GROUP_SIZE = 8  # of estimators that compare a prompt's samples
 
 
 def _groups_have_a_baseline(config: PolicyRunConfig) -> Problem | None:
-    if config.algorithm.advantage not in GROUP_ADVANTAGES or config.rollout.group_size >= 2:
+    if not config.algorithm.estimator.needs_group or config.rollout.group_size >= 2:
         return None
     if "group_size" not in config.rollout.model_fields_set:
         return None  # it gets its default when all else is valid
@@ -406,7 +406,7 @@ class PolicyRunConfig(Section):
     @classmethod
     def _groups_where_needed(cls, rollout: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
         algorithm = info.data.get("algorithm")
-        compares = algorithm is not None and algorithm.advantage in GROUP_ADVANTAGES
+        compares = algorithm is not None and algorithm.estimator.needs_group
         if not compares or "group_size" in rollout.model_fields_set:
             return rollout
         return rollout.model_copy(update={"group_size": GROUP_SIZE})
@@ -421,7 +421,7 @@ class PolicyRunConfig(Section):
     def _critic_where_needed(cls, critic: CriticConfig | None, info: ValidationInfo) -> CriticConfig | None:
         """What is needed and left out gets its defaults, so that the resolved config tells them."""
         algorithm = info.data.get("algorithm")
-        needed = algorithm is not None and algorithm.advantage == "gae"
+        needed = algorithm is not None and algorithm.estimator.needs_critic
         return CriticConfig() if critic is None and needed else critic
 
     @field_validator("ref")
@@ -438,7 +438,7 @@ class PolicyRunConfig(Section):
 
     @property
     def needs_critic(self) -> bool:
-        return self.algorithm.advantage == "gae"
+        return self.algorithm.estimator.needs_critic
 
     @property
     def needs_ref(self) -> bool:

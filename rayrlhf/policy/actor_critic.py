@@ -1,32 +1,29 @@
-"""The models that learn and the reference they are held to: the algorithm once the samples are there."""
+"""The models of a policy run on one rank: the actor, a critic in the same workers, and the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
-import torch
+from torch import Tensor
 
-from rayrlhf.algorithms.advantages import ADVANTAGES
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
-from rayrlhf.batch import PackedBatch
+from rayrlhf.algorithms.metrics import Metrics
+from rayrlhf.batch import PackedBatch, PolicyBatch, ValueBatch, pack_values
 from rayrlhf.config.algorithm import AlgorithmConfig
+from rayrlhf.config.model import CriticConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.models.checkpoint_tensors import CheckpointTensors, checkpoint_tensors
-from rayrlhf.models.load import adapt, checkpoint_activations, load_policy, resolve_dtype
-from rayrlhf.policy.advantages import add_advantages
-from rayrlhf.policy.batches import MiniBatch, share_out
-from rayrlhf.policy.critic import Critic, LocalCritic, NoCritic
+from rayrlhf.models.load import adapt, checkpoint_activations, load_critic, load_policy, resolve_dtype
+from rayrlhf.policy.batches import MiniBatch, over_the_step
 from rayrlhf.policy.losses import (
-    StepCounts,
-    language_model_objective,
+    PolicyObjective,
+    ValueObjective,
     policy_forward,
-    policy_objective,
+    value_forward,
 )
-from rayrlhf.policy.step_metrics import UpdateMetrics, update_metrics
-from rayrlhf.samples import Sample
 from rayrlhf.train import collectives
 from rayrlhf.train.ema import ExponentialMovingAverage
 from rayrlhf.train.engine import loading
@@ -34,156 +31,180 @@ from rayrlhf.train.learner import Learner, Term
 from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
 from rayrlhf.train.sequence_parallel import share_sequences
 
-Phase = Callable[[str], AbstractContextManager[None]]
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-class Learners:
-    """Actor, critic, reference and KL controller of one rank; every method is collective."""
+class Pending(Protocol[Result_co]):
+    """What a critic was asked for, and may still work on."""
+
+    def result(self) -> Result_co: ...
+
+
+@dataclass(frozen=True)
+class Done(Generic[Result]):
+    value: Result
+
+    def result(self) -> Result:
+        return self.value
+
+
+class Actor:
+    """The policy and, with `algorithm.ema_beta`, the moving average of its weights. Collective."""
 
     def __init__(
-        self, config: PolicyRunConfig, *, reference: Reference | None = None, critic: Critic | None = None
+        self,
+        learner: Learner,
+        *,
+        temperature: float,
+        average: ExponentialMovingAverage | None = None,
     ) -> None:
-        """`reference` and `critic` are those that live elsewhere, where they do."""
-        self.config = config
-        self.algorithm = config.algorithm
-        self.temperature = config.rollout.sampling.temperature
-        self.actor = _make_actor(config)
-        self.critic = critic or (LocalCritic(config) if config.needs_critic else NoCritic())
-        self.reference = reference
-        if reference is None and config.needs_ref:
-            self.reference = self._local_reference()
-        self.kl = make_kl_controller(config.algorithm)
-        self.average = (
-            ExponentialMovingAverage(self.actor.module.causal_lm, config.algorithm.ema_beta)
-            if config.algorithm.ema_beta is not None
-            else None
-        )
-        self.metrics: dict[str, float] = {}  # of the step, until the worker reports them
+        """`temperature`: what responses are sampled at, and log-probabilities are of."""
+        self.learner = learner
+        self.temperature = temperature
+        self.average = average
 
-    def _local_reference(self) -> Reference:
-        if self.config.ref_is_the_actor:
-            return AdaptersOff(self.actor)
-        path = self.config.ref.path if self.config.ref is not None else None
-        return LocalReference(self.config.model, path or self.config.model.path, self.config.train)
+    def logprobs(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Log-probabilities [T] of each micro-batch's tokens."""
+        return [out.logprobs for out in self.learner.infer(batches, policy_forward(self.temperature))]
 
-    def learn(
-        self, samples: Sequence[Sample], step: int, phase: Phase, *, texts: Sequence[PackedBatch] = ()
-    ) -> None:
-        """One step of the algorithm on scored samples of all ranks: critic, then actor, `updates_per_batch`
-        passes over `mini_batches` optimizer steps. `texts`, all of them, are in the objective of each
-        (PPO-ptx). A mini-batch without a token to learn takes no optimizer step: AdamW would move the weights
-        by its moments alone.
-        """
-        with phase("logprobs"):
-            mini_batches = self._prepare(samples, step)
-        measured, num_empty = UpdateMetrics(), 0
-        for _ in range(self.algorithm.updates_per_batch):
-            for batches in mini_batches:
-                counts = StepCounts.of(batches)  # of all ranks, which therefore agree
-                if counts.tokens == 0:
-                    num_empty += 1
-                    continue
-                with phase("update_critic"):
-                    critic_metrics = self.critic.start_update(batches, counts, step=step)
-                with phase("update_actor"):
-                    measured += self._update_actor(batches, counts, texts, step=step)
-                with phase("update_critic"):
-                    measured += critic_metrics()
-        self.metrics |= measured.result() | {"data/empty_mini_batches": float(num_empty)}
-        if "kl/mean" in self.metrics:
-            self.kl.update(self.metrics["kl/mean"], int(self.metrics["data/samples"]))
-
-    def _prepare(self, samples: Sequence[Sample], step: int) -> list[MiniBatch]:
-        """Balanced, packed, with old and reference log-probabilities, values and advantages."""
-        if ADVANTAGES[self.algorithm.advantage].needs_group:
-            assert all(sample.group_advantage is not None for sample in samples)
-        shared = share_out(
-            samples,
-            num_mini_batches=self.algorithm.mini_batches,
-            full_batch=self.config.rollout.prompts_per_step * self.config.rollout.group_size,
-            budget_tokens=self.config.train.max_tokens_per_micro_batch,
-            seed=self.config.run.seed,
-            step=step,
-        )
-        self.metrics |= shared.metrics
-        mini_batches = _per_mini_batch(shared.mini_batches, self._with_inferences)
-        return _per_mini_batch(
-            mini_batches, lambda batches: add_advantages(batches, self.algorithm, kl_coef=self.kl.coef)
-        )
-
-    def _with_inferences(self, batches: MiniBatch) -> list[PackedBatch]:
-        values = self.critic.start_values(batches)
-        fields: dict[str, Sequence[torch.Tensor] | None] = {}
-        if self._needs_old_logprobs():
-            outputs = self.actor.infer(batches, policy_forward(self.temperature))
-            fields["old_logprobs"] = [output.logprobs for output in outputs]
-        if self.reference is not None:
-            fields["ref_logprobs"] = self.reference.logprobs(batches, self.temperature)
-        fields["values"] = values()
-        known = {name: tensors for name, tensors in fields.items() if tensors is not None}
-        return [
-            batch.with_fields(**{name: tensors[i] for name, tensors in known.items()})
-            for i, batch in enumerate(batches)
-        ]
-
-    def _needs_old_logprobs(self) -> bool:
-        """One update per batch starts at the old policy: its first forward pass gives the old log-probs."""
-        single_update = self.algorithm.updates_per_batch * self.algorithm.mini_batches == 1
-        kl_in_reward = self.reference is not None and self.algorithm.kl_in == "reward"
-        return kl_in_reward or not single_update
-
-    def _update_actor(
-        self, batches: MiniBatch, counts: StepCounts, texts: Sequence[PackedBatch], *, step: int
-    ) -> UpdateMetrics:
-        if step < self.algorithm.critic_warmup_steps:
-            return UpdateMetrics()
-        objective = policy_objective(
-            self.algorithm,
-            counts,
-            kl_coef=self.kl.coef,
-            constant_length=float(self.config.rollout.max_response_tokens),
-        )
+    def update(
+        self, batches: Sequence[PolicyBatch], objective: PolicyObjective, texts: Term | None, *, step: int
+    ) -> Metrics:
+        """One optimizer step on a mini-batch, and on `texts` where there are some (PPO-ptx)."""
         terms = [Term(batches, policy_forward(self.temperature), objective)]
-        if texts:
-            num_tokens = StepCounts.of(list(texts)).tokens
-            text_loss = language_model_objective(self.algorithm.ptx_coef, num_tokens)
-            terms.append(Term(texts, policy_forward(temperature=1.0), text_loss))
-        measured = self.actor.update(*terms, step=step)
+        if texts is not None:
+            terms.append(texts)
+        weight = objective.counts.of_mean(objective.algorithm.aggregation)
+        metrics = self.learner.update(*terms, step=step, weight=weight)
         if self.average is not None:
             self.average.update()
-        return update_metrics(measured, counts, name="actor", aggregation=self.algorithm.aggregation)
+        return metrics
 
-    def finish_step(self, step: int) -> None:
-        """Whether or not there was something to learn in it."""
-        self.critic.finish_step(step)
-
-    def actor_weights(self) -> Iterator[CheckpointTensors]:
-        """The actor's weights in the names and layouts of a Hugging Face checkpoint."""
-        return checkpoint_tensors(self.actor.module.causal_lm)
+    def weights(self) -> Iterator[CheckpointTensors]:
+        """In the names and layouts of a Hugging Face checkpoint."""
+        return checkpoint_tensors(self.learner.module.causal_lm)
 
     def offload(self) -> None:
-        """Leave the devices to the engines, but for the weights that these are to be given."""
-        self.actor.offload()
-        self.critic.offload()
+        """Leave the device to the engines, but for the weights that these are to be given."""
+        self.learner.offload()
 
     def reload(self) -> None:
-        self.actor.reload()
-        self.critic.reload()
+        self.learner.reload()
 
     def save(self, folder: Path) -> None:
-        self.actor.save(folder)
-        self.critic.save(folder)
+        self.learner.save(folder)
         if self.average is not None:
             self.average.save(folder)
 
     def load(self, folder: Path) -> None:
-        self.actor.load(folder)
-        self.critic.load(folder)
+        self.learner.load(folder)
         if self.average is not None:
             self.average.load(folder)
 
 
-def _make_actor(config: PolicyRunConfig) -> Learner:
+@dataclass(frozen=True)
+class Ref:
+    """The frozen reference, at the temperature of the samples."""
+
+    model: Reference
+    temperature: float
+
+    def logprobs(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Log-probabilities [T] of each micro-batch's tokens."""
+        return self.model.logprobs(batches, self.temperature)
+
+
+class Critic(Protocol):
+    """In the actor's workers (`LocalCritic`) or in a trainer of its own (`critic_client.RemoteCritic`), which
+    works while the actor does: results are asked for later.
+    """
+
+    def start_values(self, batches: Sequence[PackedBatch]) -> Pending[list[Tensor]]:
+        """Values [T] of each micro-batch."""
+        ...
+
+    def start_update(
+        self, batches: Sequence[PolicyBatch], objective: ValueObjective, *, step: int
+    ) -> Pending[Metrics]:
+        """One optimizer step on a mini-batch with values and returns."""
+        ...
+
+    def offload(self) -> None: ...
+
+    def reload(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class LocalCritic:
+    """A second DeepSpeed engine in the actor's workers: one failure domain, one checkpoint."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        return self.learner.infer(batches, value_forward)
+
+    def update(self, batches: Sequence[ValueBatch], objective: ValueObjective, *, step: int) -> Metrics:
+        weight = objective.counts.of_mean(objective.algorithm.aggregation)
+        return self.learner.update(Term(batches, value_forward, objective), step=step, weight=weight)
+
+    def start_values(self, batches: Sequence[PackedBatch]) -> Pending[list[Tensor]]:
+        return Done(self.values(batches))
+
+    def start_update(
+        self, batches: Sequence[PolicyBatch], objective: ValueObjective, *, step: int
+    ) -> Pending[Metrics]:
+        return Done(self.update([value_batch(batch) for batch in batches], objective, step=step))
+
+    def offload(self) -> None:
+        self.learner.offload()
+
+    def reload(self) -> None:
+        self.learner.reload()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def save(self, folder: Path) -> None:
+        self.learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.learner.load(folder)
+
+
+def value_batch(batch: PolicyBatch) -> ValueBatch:
+    """What the critic reads of a micro-batch with advantages."""
+    assert batch.values is not None and batch.returns is not None
+    return pack_values(batch, batch.values, batch.returns)
+
+
+def infer(
+    mini_batches: Sequence[MiniBatch], actor: Actor | None, ref: Ref | None, critic: Critic | None
+) -> list[MiniBatch]:
+    """The step's mini-batches with old log-probabilities, reference log-probabilities and values, of those
+    models that are given. Collective.
+    """
+
+    def inferred(batches: MiniBatch) -> list[PolicyBatch]:
+        values = critic.start_values(batches) if critic is not None else None
+        old = actor.logprobs(batches) if actor is not None else [None] * len(batches)
+        of_ref = ref.logprobs(batches) if ref is not None else [None] * len(batches)
+        of_critic = values.result() if values is not None else [None] * len(batches)
+        return [
+            replace(batch, old_logprobs=o, ref_logprobs=r, values=v)
+            for batch, o, r, v in zip(batches, old, of_ref, of_critic, strict=True)
+        ]
+
+    return over_the_step(mini_batches, inferred)
+
+
+def make_actor(config: PolicyRunConfig) -> Actor:
     device = collectives.device()
     dtype = resolve_dtype(config.model.dtype, device)
     with loading(config.train, dtype, in_parts=config.model.loads_in_parts):
@@ -194,7 +215,7 @@ def _make_actor(config: PolicyRunConfig) -> Learner:
     if config.train.gradient_checkpointing:
         checkpoint_activations(policy.causal_lm)
     share_sequences(policy, config.model, config.train)
-    return Learner(
+    learner = Learner(
         policy,
         config.train,
         lr=config.train.lr,
@@ -202,6 +223,32 @@ def _make_actor(config: PolicyRunConfig) -> Learner:
         name="actor",
         first_step=config.algorithm.critic_warmup_steps,
     )
+    return Actor(learner, temperature=config.rollout.sampling.temperature)
+
+
+def make_average(actor: Actor, beta: float) -> ExponentialMovingAverage:
+    return ExponentialMovingAverage(actor.learner.module.causal_lm, beta)
+
+
+def make_critic(config: PolicyRunConfig) -> LocalCritic:
+    critic = config.critic or CriticConfig()
+    device = collectives.device()
+    dtype = resolve_dtype(config.model.dtype, device)
+    with loading(config.train, dtype, in_parts=config.model.loads_in_parts):
+        model = load_critic(config.model, critic.path or config.model.path, device=device)
+    adapt(config.model, model.decoder, device=device, seed=config.run.seed)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model.decoder)
+    share_sequences(model, config.model, config.train)
+    return LocalCritic(Learner(model, config.train, lr=critic.lr, dtype=dtype, name="critic"))
+
+
+def make_reference(config: PolicyRunConfig, actor: Actor) -> Reference:
+    """In the workers: the actor without its adapters, or a frozen copy."""
+    if config.ref_is_the_actor:
+        return AdaptersOff(actor.learner)
+    path = config.ref.path if config.ref is not None else None
+    return LocalReference(config.model, path or config.model.path, config.train)
 
 
 def make_kl_controller(algorithm: AlgorithmConfig) -> KLController:
@@ -209,11 +256,3 @@ def make_kl_controller(algorithm: AlgorithmConfig) -> KLController:
         assert algorithm.kl_target is not None  # the config insists on it
         return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
     return FixedKL(algorithm.kl_coef)
-
-
-def _per_mini_batch(
-    mini_batches: Sequence[MiniBatch], change: Callable[[MiniBatch], list[PackedBatch]]
-) -> list[MiniBatch]:
-    """Apply `change` to all micro-batches of the step at once and cut the result into mini-batches again."""
-    changed: Any = iter(change([batch for batches in mini_batches for batch in batches]))
-    return [[next(changed) for _ in batches] for batches in mini_batches]

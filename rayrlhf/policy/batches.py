@@ -1,95 +1,126 @@
-"""Samples to the ranks that train on them: equal token work, whoever has collected them."""
+"""From a step's samples to packed mini-batches with advantages: credit, balance, pack."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from rayrlhf.batch import PackedBatch, empty_like_batch, pack_samples
+from rayrlhf.algorithms.advantages import (
+    group_advantages,
+    masked_moments,
+    return_to_go,
+    spread,
+    token_rewards,
+    whiten,
+)
+from rayrlhf.algorithms.kl import token_kl
+from rayrlhf.algorithms.registry import ESTIMATORS
+from rayrlhf.batch import PolicyBatch, pack_samples, padding_samples
+from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.data.balance import balanced_partition
 from rayrlhf.data.packing import micro_batches, split_even
-from rayrlhf.samples import Sample
-from rayrlhf.train import collectives
+from rayrlhf.policy.losses import TextObjective, loss_counts, policy_forward
+from rayrlhf.samples import Prompt, Sample
+from rayrlhf.train.collectives import Ranks
+from rayrlhf.train.learner import Term
 
-MiniBatch = list[PackedBatch]  # micro-batches of one optimizer step on this rank; equally many on every rank
+MiniBatch = list[PolicyBatch]  # micro-batches of one optimizer step on this rank; equally many on every rank
 Key = tuple[int, int]  # (group id, sample index): a sample's place in the step, on any rank
 
 
+# Against the group, while it is whole
+
+
+def with_group_advantages(samples: Sequence[Sample], advantage: str) -> list[Sample]:
+    """Scored samples of whole groups, each with its advantage against its group where the estimator compares
+    them. Raises `ValueError` for a group that cannot be compared (`group_advantages`).
+    """
+    if not ESTIMATORS[advantage].needs_group or not samples:
+        return list(samples)
+    scores = torch.tensor([sample.score for sample in samples])
+    groups = torch.tensor([sample.group_id for sample in samples])
+    estimates = group_advantages(advantage, scores, groups).tolist()
+    return [replace(s, group_advantage=a) for s, a in zip(samples, estimates, strict=True)]
+
+
+# Balance and pack
+
+
 @dataclass(frozen=True)
-class Shared:
-    """What a rank trains on in one step."""
+class Packing:
+    """How the samples of a step become mini-batches and micro-batches."""
 
-    mini_batches: list[MiniBatch]
-    metrics: dict[str, float]
+    num_mini_batches: int
+    full_batch: int  # samples that make up `num_mini_batches`
+    budget_tokens: int  # of a micro-batch
+    seed: int
 
 
-def share_out(
-    samples: Sequence[Sample],
-    *,
-    num_mini_batches: int,
-    full_batch: int,
-    budget_tokens: int,
-    seed: int,
-    step: int,
-) -> Shared:
+def balance_and_pack(
+    samples: Sequence[Sample], packing: Packing, ranks: Ranks, *, step: int
+) -> tuple[list[MiniBatch], dict[str, float]]:
     """Shuffle the samples of all ranks into mini-batches, balance each over the ranks, and pack it.
 
-    `full_batch` samples make up `num_mini_batches`; fewer samples make up fewer mini-batches, none of them
-    larger: a few that a filter has left do not take as many optimizer steps as a full batch. Which samples
-    make up a mini-batch depends on the samples alone, not on how many ranks there are. Every rank gets
-    equally many micro-batches (ZeRO-3 would otherwise wait for ever): ranks with fewer add micro-batches that
-    weigh nothing. Collective.
+    Fewer samples than `packing.full_batch` make up fewer mini-batches, none of them larger: a few that a
+    filter has left do not take as many optimizer steps as a full batch. Which samples make up a mini-batch
+    depends on the samples alone, not on how many ranks there are. Every rank gets equally many micro-batches
+    (ZeRO-3 would otherwise wait for ever): ranks with fewer add padding batches. Returns metrics, too.
+    Collective.
     """
-    parts, metrics = _balance(samples, num_mini_batches, full_batch, seed, step)
-    mini_batches: list[MiniBatch] = []
-    fillers = 0
-    for part in parts:
-        packs = micro_batches([sample.num_tokens for sample in part], budget_tokens)
-        batches = [pack_samples([part[i] for i in pack]) for pack in packs]
-        wanted = max(1, int(collectives.max_over_ranks(len(batches))))
-        fillers += wanted - len(batches)
-        batches += [empty_like_batch(token_id=0)] * (wanted - len(batches))
-        mini_batches.append([batch.to(collectives.device()) for batch in batches])
-    total = sum(map(len, mini_batches)) * collectives.world_size()
-    weightless = collectives.sum_metrics({"fillers": float(fillers)})["fillers"]
-    room = max(1.0, (total - weightless) * budget_tokens)
-    return Shared(
-        mini_batches,
-        metrics
-        | {
-            "data/mini_batches": float(len(mini_batches)),
-            "data/micro_batches": total / collectives.world_size(),
-            "data/filler_fraction": weightless / total,
-            "data/fill": metrics["data/tokens"] / room,
-        },
-    )
+    parts, metrics = _balance(samples, packing, ranks, step)
+    packed = [pack_evenly(part, ranks, packing.budget_tokens) for part in parts]
+    num_padding = sum(num_padding for _, num_padding in packed)
+    mini_batches = [batches for batches, _ in packed]
+    total = sum(map(len, mini_batches)) * ranks.world_size
+    padding = ranks.sum_numbers({"padding": float(num_padding)})["padding"]
+    room = max(1.0, (total - padding) * packing.budget_tokens)
+    return mini_batches, metrics | {
+        "data/mini_batches": float(len(mini_batches)),
+        "data/micro_batches": total / ranks.world_size,
+        "data/filler_fraction": padding / total,
+        "data/fill": metrics["data/tokens"] / room,
+    }
+
+
+def pack_evenly(samples: Sequence[Sample], ranks: Ranks, budget_tokens: int) -> tuple[MiniBatch, int]:
+    """This rank's samples as packed micro-batches on its device, equally many and at least one on every rank,
+    and how many of them are padding. Collective.
+    """
+    packs = micro_batches([sample.num_tokens for sample in samples], budget_tokens)
+    batches = [pack_samples([samples[i] for i in pack]) for pack in packs]
+    num_padding = max(1, int(ranks.max(len(batches)))) - len(batches)
+    batches += [padding_samples()] * num_padding
+    return [batch.to(ranks.device) for batch in batches], num_padding
 
 
 def _balance(
-    samples: Sequence[Sample], num_mini_batches: int, full_batch: int, seed: int, step: int
+    samples: Sequence[Sample], packing: Packing, ranks: Ranks, step: int
 ) -> tuple[list[list[Sample]], dict[str, float]]:
     """This rank's samples of each mini-batch, and what the balancing has achieved."""
     mine = [(_key(sample), sample.num_tokens) for sample in samples]
-    by_rank = collectives.gather_lists([mine])
+    by_rank = ranks.gather([mine])
     tokens = dict(sorted(pair for pairs in by_rank for pair in pairs))
     keys = list(tokens)
-    num_parts = min(num_mini_batches, max(1, math.ceil(len(keys) * num_mini_batches / full_batch)))
-    order = np.random.default_rng([seed, step]).permutation(len(keys))
+    wanted = math.ceil(len(keys) * packing.num_mini_batches / packing.full_batch)
+    num_parts = min(packing.num_mini_batches, max(1, wanted))
+    order = np.random.default_rng([packing.seed, step]).permutation(len(keys))
     destination: dict[Key, tuple[int, int]] = {}  # rank, mini-batch
-    tokens_of_rank = [0] * collectives.world_size()
+    tokens_of_rank = [0] * ranks.world_size
     for number, chosen in enumerate(split_even([keys[i] for i in order], num_parts)):
-        shares = balanced_partition([tokens[key] for key in chosen], collectives.world_size())
+        shares = balanced_partition([tokens[key] for key in chosen], ranks.world_size)
         for rank, share in enumerate(shares):
             destination |= {chosen[i]: (rank, number) for i in share}
             tokens_of_rank[rank] += sum(tokens[chosen[i]] for i in share)
-    outgoing: list[list[Sample]] = [[] for _ in range(collectives.world_size())]
+    outgoing: list[list[Sample]] = [[] for _ in range(ranks.world_size)]
     for sample in samples:
         outgoing[destination[_key(sample)][0]].append(_without_text(sample))
     parts: list[list[Sample]] = [[] for _ in range(num_parts)]
-    for sample in sorted(collectives.exchange(outgoing), key=_key):
+    for sample in sorted(ranks.exchange(outgoing), key=_key):
         parts[destination[_key(sample)][1]].append(sample)
     collected = [sum(size for _, size in pairs) for pairs in by_rank]
     return parts, {
@@ -114,3 +145,116 @@ def _imbalance(tokens_of_rank: Sequence[int]) -> float:
     """How much more than the mean the busiest rank has; the others wait that long."""
     mean = sum(tokens_of_rank) / len(tokens_of_rank)
     return max(tokens_of_rank) / mean - 1.0 if mean else 0.0
+
+
+def over_the_step(
+    mini_batches: Sequence[MiniBatch], change: Callable[[MiniBatch], list[PolicyBatch]]
+) -> list[MiniBatch]:
+    """Apply `change` to all micro-batches of the step at once and cut the result into mini-batches again."""
+    changed = iter(change([batch for batches in mini_batches for batch in batches]))
+    return [[next(changed) for _ in batches] for batches in mini_batches]
+
+
+# Per token
+
+
+def with_token_advantages(
+    mini_batches: Sequence[MiniBatch], algorithm: AlgorithmConfig, ranks: Ranks, *, kl_coef: float
+) -> list[MiniBatch]:
+    """The step's mini-batches with advantages of every token and, with a critic, returns: from group
+    advantages, or from rewards and values; less the KL where it is in the reward; whitened over all ranks
+    where the estimator wants it. Collective.
+    """
+    return over_the_step(mini_batches, lambda batches: add_advantages(batches, algorithm, ranks, kl_coef))
+
+
+def add_advantages(
+    batches: Sequence[PolicyBatch], algorithm: AlgorithmConfig, ranks: Ranks, kl_coef: float
+) -> list[PolicyBatch]:
+    """The same for all of this rank's micro-batches of the step. Collective."""
+    estimator = algorithm.estimator
+    estimate = _against_group if estimator.needs_group else _per_token
+    estimated = [estimate(batch, algorithm, kl_coef) for batch in batches]
+    if not (estimator.whitened and algorithm.whiten_advantages):
+        return estimated
+    local = torch.stack([masked_moments(_advantages(b), b.loss_mask) for b in estimated]).sum(0)
+    moments = ranks.sum_tensor(local)
+    return [replace(b, advantages=whiten(_advantages(b), b.loss_mask, moments)) for b in estimated]
+
+
+def _advantages(batch: PolicyBatch) -> Tensor:
+    assert batch.advantages is not None
+    return batch.advantages
+
+
+def _penalty(batch: PolicyBatch, algorithm: AlgorithmConfig) -> Tensor | None:
+    """KL per token [T] where it belongs in the reward; None where it is off or in the loss."""
+    if batch.ref_logprobs is None or algorithm.kl_in != "reward":
+        return None
+    assert batch.old_logprobs is not None
+    return token_kl(algorithm.kl_estimator, batch.old_logprobs, batch.ref_logprobs, batch.loss_mask)
+
+
+def _per_token(batch: PolicyBatch, algorithm: AlgorithmConfig, kl_coef: float) -> PolicyBatch:
+    mask, cu_seqlens = batch.loss_mask, batch.cu_seqlens
+    rewards = token_rewards(batch.scores, _penalty(batch, algorithm), kl_coef, mask, cu_seqlens)
+    advantages, returns = algorithm.estimator.function(
+        rewards, batch.values, mask, cu_seqlens, gamma=algorithm.gamma, lam=algorithm.lam
+    )
+    return replace(batch, advantages=advantages, returns=returns)
+
+
+def _against_group(batch: PolicyBatch, algorithm: AlgorithmConfig, kl_coef: float) -> PolicyBatch:
+    """The sequence's advantage on all its tokens; a KL in the reward comes off per token, as return-to-go."""
+    mask, cu_seqlens = batch.loss_mask, batch.cu_seqlens
+    advantages = spread(batch.group_advantages, mask, cu_seqlens)
+    penalty = _penalty(batch, algorithm)
+    if penalty is not None:
+        no_score = torch.zeros_like(batch.group_advantages)
+        rewards = token_rewards(no_score, penalty, kl_coef, mask, cu_seqlens)
+        advantages += return_to_go(rewards, mask, cu_seqlens, gamma=algorithm.gamma)
+    return replace(batch, advantages=advantages)
+
+
+# Texts that are trained on in addition to the responses (PPO-ptx, arXiv 2203.02155)
+
+
+class TextStream:
+    """This rank's texts, step by step, as packed micro-batches; equally many on every rank."""
+
+    def __init__(
+        self,
+        stream: Iterator[tuple[int, list[Prompt]]],
+        ranks: Ranks,
+        *,
+        coef: float,
+        budget_tokens: int,
+    ) -> None:
+        self.stream = stream
+        self.ranks = ranks
+        self.coef = coef
+        self.budget_tokens = budget_tokens
+
+    def next(self) -> Term:
+        """The next step's, as a term of every objective of the step. Collective."""
+        _, texts = next(self.stream)
+        batches, _ = pack_evenly([_whole_text(text) for text in texts], self.ranks, self.budget_tokens)
+        num_tokens = loss_counts(batches, self.ranks).tokens
+        return Term(batches, policy_forward(temperature=1.0), TextObjective(self.coef, num_tokens))
+
+
+def _whole_text(text: Prompt) -> Sample:
+    """Every token is a loss token but the first, which nothing precedes."""
+    first, *rest = text.prompt_ids
+    return Sample(
+        group_id=text.row_id,
+        sample_index=0,
+        prompt=Prompt(text.row_id, [first], ""),
+        response_ids=rest,
+        response="",
+        rollout_logprobs=[0.0] * len(rest),
+        loss_mask=[1] * len(rest),
+        policy_versions=[],
+        truncated=False,
+        score=0.0,
+    )

@@ -1,10 +1,10 @@
-"""Between the actor's workers and a critic in a trainer of its own: calls in, answers out, in one order.
+"""Actor between the actor's workers and a critic in a separate trainer: calls in, answers out, in one order.
 
 A call is handed to the critic when every actor rank has posted its part of it, and then to every critic rank:
-whoever restarts, the ranks of one side never run different calls. A restart of the critic loses what it had
-learnt since the last checkpoint, so it breaks the actor's session, and the actor's workers restart from that
+whichever side restarts, its ranks never run different calls. A restart of the critic loses its training since
+the last checkpoint, so it breaks the actor's session, and the actor's workers restart from that
 checkpoint too; a restart of the actor begins a new session, and the critic follows its first call.
-When the mailbox's own process dies, both sides restart from the checkpoint.
+When the channel's own process dies, both sides restart from the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 from ray import ObjectRef
 from torch import Tensor
 
-from rayrlhf.policy.losses import StepCounts
-from rayrlhf.policy.step_metrics import UpdateMetrics
+from rayrlhf.algorithms.metrics import Metrics
+from rayrlhf.policy.losses import ValueObjective
 
-NEXT_SECONDS = 30.0  # a critic rank that waits for a call asks anew after this long
-MAILBOX_DIED = "the process between actor and critic died, and with it what they had asked and answered"
+NEXT_SECONDS = 30.0  # a critic rank that waits for a call asks again after this long
+CHANNEL_DIED = "the process between actor and critic died, and with it what they had asked and answered"
 
 Kind = Literal["begin", "load", "values", "update", "save", "offload", "reload", "stop"]
 
@@ -29,7 +29,7 @@ Kind = Literal["begin", "load", "values", "update", "save", "offload", "reload",
 class Request:
     kind: Kind
     step: int = 0
-    counts: StepCounts | None = None  # of an update
+    objective: ValueObjective | None = None  # of an update
 
 
 class Part(NamedTuple):
@@ -44,7 +44,7 @@ class Answer:
     """Of one critic rank; or, to an actor rank, of all of them."""
 
     values: dict[int, Tensor] = field(default_factory=dict)  # [T] each, by the number of the micro-batch
-    metrics: UpdateMetrics = field(default_factory=UpdateMetrics)  # over all critic ranks, from rank 0
+    metrics: Metrics = field(default_factory=Metrics)  # over all critic ranks, from rank 0
 
 
 class Failure(NamedTuple):
@@ -84,7 +84,7 @@ class Call:
         self.done.set()
 
 
-class Mailbox:
+class CriticChannel:
     """An async actor of the run. An incarnation of workers is known by when it started, in nanoseconds."""
 
     def __init__(self) -> None:
@@ -119,8 +119,8 @@ class Mailbox:
         if started < self.actor_started:
             raise CriticFailed("RuntimeError: newer actor workers have taken over")
         if started > self.actor_started:
-            if number > 0:  # it has begun with a mailbox that died, and its critic's work is lost
-                raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}")
+            if number > 0:  # it has begun with a channel that died, and its critic's work is lost
+                raise CriticFailed(f"RuntimeError: {CHANNEL_DIED}")
             for call in self.posted.values():
                 call.fail(Failure("RuntimeError", "newer actor workers have taken over"))
             self.actor_started, self.posted, self.broken = started, {}, None
@@ -132,7 +132,7 @@ class Mailbox:
         had_work = any(self.fetched.values())
         self.critic_started, self.critic_size = started, world_size
         if had_work:
-            # What was learnt since the checkpoint is lost, even where nobody waits for an answer now.
+            # The training since the checkpoint is lost, even where no call waits for an answer now.
             self.fail("RuntimeError", "the critic's workers were restarted")
         self.fetched = dict.fromkeys(range(world_size), 0)
 
@@ -141,7 +141,7 @@ class Mailbox:
         long.
         """
         if started != self.critic_started:
-            other = "newer critic workers have taken over" if self.critic_started >= 0 else MAILBOX_DIED
+            other = "newer critic workers have taken over" if self.critic_started >= 0 else CHANNEL_DIED
             raise CriticFailed(f"RuntimeError: {other}")
         index = self.fetched[rank]
         if index == len(self.calls):

@@ -1,10 +1,11 @@
-"""The critic as the policy loop sees it when it has a trainer of its own."""
+"""The critic as the actor's workers see it when it has a trainer of its own."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 from torch import Tensor
 
-from rayrlhf.batch import PackedBatch
+from rayrlhf.algorithms.metrics import Metrics
+from rayrlhf.batch import PackedBatch, PolicyBatch
 from rayrlhf.config.policy import PolicyRunConfig
-from rayrlhf.policy.critic_channel import MAILBOX_DIED, Answer, CriticFailed, Kind, Part, Request
-from rayrlhf.policy.losses import StepCounts
-from rayrlhf.policy.step_metrics import UpdateMetrics
-from rayrlhf.train import collectives
+from rayrlhf.policy.actor_critic import Pending, value_batch
+from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Kind, Part, Request
+from rayrlhf.policy.losses import ValueObjective
+from rayrlhf.train.collectives import Ranks
 
-SHARDS = "critic"  # folder of the run, beside the actor's checkpoints
+SHARDS = "critic"  # folder of the run, next to the actor's checkpoints
 STEP_FILE = "critic.json"  # in the actor's checkpoint: which of the critic's own belongs to it
 
 
@@ -28,80 +30,102 @@ def critic_folder(config: PolicyRunConfig, step: int) -> Path:
     return Path(config.run.path) / SHARDS / f"step_{step:06d}"
 
 
+@dataclass(frozen=True)
+class _Values:
+    critic: RemoteCritic
+    ref: Any
+    batches: Sequence[PackedBatch]
+
+    def result(self) -> list[Tensor]:
+        answer = self.critic.wait(self.ref, "values")
+        return [answer.values[i].to(batch.loss_mask.device) for i, batch in enumerate(self.batches)]
+
+
+@dataclass(frozen=True)
+class _Update:
+    critic: RemoteCritic
+    ref: Any
+
+    def result(self) -> Metrics:
+        return self.critic.wait(self.ref, "update").metrics
+
+
 class RemoteCritic:
-    """The actor workers' end of the mailbox; every method is collective over them."""
+    """The actor workers' end of the channel; every method is collective over them."""
 
-    def __init__(self, mailbox: Any, *, timeout_seconds: float, start_timeout_seconds: float) -> None:
-        self.mailbox = mailbox
+    def __init__(
+        self,
+        channel: Any,
+        ranks: Ranks,
+        *,
+        steps_done: Callable[[], int],
+        timeout_seconds: float,
+        start_timeout_seconds: float,
+    ) -> None:
+        """`steps_done`: of the run, by which the critic's own checkpoints are named."""
+        self.channel = channel
+        self.ranks = ranks
+        self.steps_done = steps_done
         self.timeout_seconds = timeout_seconds
-        self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        self.started: int = collectives.gather_lists([time.time_ns()])[0]  # rank 0's, for all
+        self.started: int = ranks.gather([time.time_ns()])[0]  # rank 0's, for all
         self.num_calls = 0
-        self.step = 0
-        # A critic that has learnt something from workers before us starts anew.
-        self._wait(self._post("begin"), "begin", start_timeout_seconds)
+        # A critic that was trained by workers before us starts again.
+        self.wait(self._post("begin"), "begin", start_timeout_seconds)
 
-    def start_values(self, batches: Sequence[PackedBatch]) -> Callable[[], list[Tensor]]:
-        ref = self._post("values", batches=batches)
-
-        def values() -> list[Tensor]:
-            answer = self._wait(ref, "values")
-            return [answer.values[i].to(batch.loss_mask.device) for i, batch in enumerate(batches)]
-
-        return values
+    def start_values(self, batches: Sequence[PackedBatch]) -> Pending[list[Tensor]]:
+        return _Values(self, self._post("values", batches=[_tokens_of(batch) for batch in batches]), batches)
 
     def start_update(
-        self, batches: list[PackedBatch], counts: StepCounts, *, step: int
-    ) -> Callable[[], UpdateMetrics]:
-        ref = self._post("update", step=step, counts=counts, batches=batches)
-        return lambda: self._wait(ref, "update").metrics
-
-    def finish_step(self, step: int) -> None:
-        self.step = step + 1
+        self, batches: Sequence[PolicyBatch], objective: ValueObjective, *, step: int
+    ) -> Pending[Metrics]:
+        parts = [value_batch(batch) for batch in batches]
+        return _Update(self, self._post("update", step=step, objective=objective, batches=parts))
 
     def offload(self) -> None:
-        self._wait(self._post("offload"), "offload")
+        self.wait(self._post("offload"), "offload")
 
     def reload(self) -> None:
-        self._wait(self._post("reload"), "reload")
+        self.wait(self._post("reload"), "reload")
 
     def save(self, folder: Path) -> None:
         """The critic writes its shards to a folder of its own; the checkpoint says which."""
-        self._wait(self._post("save", step=self.step), "save")
-        if self.rank == 0:
-            (folder / STEP_FILE).write_text(json.dumps({"step": self.step}))
+        step = self.steps_done()
+        self.wait(self._post("save", step=step), "save")
+        if self.ranks.rank == 0:
+            (folder / STEP_FILE).write_text(json.dumps({"step": step}))
 
     def load(self, folder: Path) -> None:
-        self.step = json.loads((folder / STEP_FILE).read_text())["step"]
-        self._wait(self._post("load", step=self.step), "load")
+        self.wait(self._post("load", step=json.loads((folder / STEP_FILE).read_text())["step"]), "load")
 
     def close(self) -> None:
-        self._wait(self._post("stop"), "stop")
+        self.wait(self._post("stop"), "stop")
 
     def _post(
         self,
         kind: Kind,
         *,
         step: int = 0,
-        counts: StepCounts | None = None,
+        objective: ValueObjective | None = None,
         batches: Sequence[PackedBatch] = (),
     ) -> Any:
-        parts = [Part(ray.put(_for_critic(batch)), batch.num_tokens) for batch in batches]
+        parts = [Part(ray.put(batch.to("cpu")), batch.num_tokens) for batch in batches]
         number, self.num_calls = self.num_calls, self.num_calls + 1
-        request = Request(kind, step, counts)
-        return self.mailbox.ask.remote(self.started, self.world_size, number, self.rank, request, parts)
+        request = Request(kind, step, objective)
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        return self.channel.ask.remote(self.started, world_size, number, rank, request, parts)
 
-    def _wait(self, ref: Any, kind: Kind, timeout_seconds: float | None = None) -> Answer:
+    def wait(self, ref: Any, kind: Kind, timeout_seconds: float | None = None) -> Answer:
+        """Raises `TimeoutError`, or `CriticFailed`."""
         seconds = timeout_seconds or self.timeout_seconds
         try:
             return ray.get(ref, timeout=seconds)
         except GetTimeoutError as error:
             raise TimeoutError(
-                f"the critic's trainer did not answer {kind!r} within {seconds:g} s (it runs beside the "
+                f"the critic's trainer did not answer {kind!r} within {seconds:g} s (it runs alongside the "
                 "actor's; train.collective_timeout_seconds is its deadline)"
             ) from error
         except ActorUnavailableError as error:
-            raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}") from error
+            raise CriticFailed(f"RuntimeError: {CHANNEL_DIED}") from error
         except CriticFailed as failure:
             kind_of_failure, _, text = str(failure.args[0] if failure.args else failure).partition(": ")
             if kind_of_failure == FloatingPointError.__name__:
@@ -109,9 +133,5 @@ class RemoteCritic:
             raise
 
 
-def _for_critic(batch: PackedBatch) -> PackedBatch:
-    """What a critic reads of a micro-batch, on the CPU."""
-    read = PackedBatch(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
-    if batch.values is not None and batch.returns is not None:
-        read = read.with_fields(values=batch.values, returns=batch.returns)
-    return read.to("cpu")
+def _tokens_of(batch: PackedBatch) -> PackedBatch:
+    return PackedBatch(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)

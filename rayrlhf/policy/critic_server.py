@@ -1,4 +1,4 @@
-"""The critic in a trainer of its own: a loop that answers what the actor's workers ask."""
+"""The critic in a separate trainer: a loop that answers the calls of the actor's workers."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ import torch
 from ray.exceptions import ActorUnavailableError
 from torch import Tensor
 
-from rayrlhf.batch import PackedBatch, empty_like_batch
+from rayrlhf.batch import ValueBatch, pack_values, padding_tokens
 from rayrlhf.data.balance import balanced_partition
 from rayrlhf.placement.reaper import NAMESPACE, sit_down
-from rayrlhf.policy.critic import LocalCritic
-from rayrlhf.policy.critic_channel import MAILBOX_DIED, Answer, CriticFailed, Part, Request
+from rayrlhf.policy.actor_critic import LocalCritic, make_critic
+from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Part, Request
 from rayrlhf.policy.critic_client import critic_folder
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.train import collectives, manifest
 
 
-def critic_loop(arguments: dict[str, PolicyJob]) -> dict[str, Any]:
+def critic_loop(job: PolicyJob) -> None:
     """Answer calls until the actor's workers say stop. Every critic worker runs this, under Ray Train."""
-    job = arguments["job"]
     w = CriticWorker(job)
     try:
         for request, parts in w.requests():
             w.answer(w.run(request, parts))
     except BaseException as failure:
-        w.tell_failure(failure)
+        w.report_failure(failure)
         raise
-    return {}
 
 
 class CriticWorker:
@@ -41,7 +39,7 @@ class CriticWorker:
 
     def __init__(self, job: PolicyJob) -> None:
         self.config = job.config
-        self.mailbox: Any = ray.get_actor(job.mailbox, namespace=NAMESPACE)
+        self.channel: Any = ray.get_actor(job.critic_channel, namespace=NAMESPACE)
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         sit_down(job.run_id, "critic", self.rank)
         torch.set_num_threads(job.threads_per_worker)
@@ -52,7 +50,7 @@ class CriticWorker:
 
     def _fresh(self) -> LocalCritic:
         torch.manual_seed(self.config.run.seed)
-        return LocalCritic(self.config)
+        return make_critic(self.config)
 
     def requests(self) -> Iterator[tuple[Request, list[Part]]]:
         """Until, and without, the one to stop."""
@@ -74,10 +72,11 @@ class CriticWorker:
             case "values":
                 return Answer(values=self._values(parts))
             case "update":
-                assert request.counts is not None
+                assert request.objective is not None
                 self.is_fresh = False
                 batches = [batch for _, batch in self._mine(parts)]
-                return Answer(metrics=self.critic.start_update(batches, request.counts, step=request.step)())
+                metrics = self.critic.update(batches, request.objective, step=request.step)
+                return Answer(metrics=metrics)
             case "save":
                 self._save(request.step)
             case "load":
@@ -97,28 +96,28 @@ class CriticWorker:
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Raises `CriticFailed` where the session cannot go on."""
         try:
-            return ray.get(getattr(self.mailbox, method).remote(self.started, *arguments))
+            return ray.get(getattr(self.channel, method).remote(self.started, *arguments))
         except ActorUnavailableError as error:
-            raise CriticFailed(f"RuntimeError: {MAILBOX_DIED}") from error
+            raise CriticFailed(f"RuntimeError: {CHANNEL_DIED}") from error
 
-    def tell_failure(self, failure: BaseException) -> None:
-        self.mailbox.fail.remote(type(failure).__name__, str(failure))
+    def report_failure(self, failure: BaseException) -> None:
+        self.channel.fail.remote(type(failure).__name__, str(failure))
 
     def _values(self, parts: Sequence[Part]) -> dict[int, Tensor]:
         mine = self._mine(parts)
-        values = self.critic.start_values([batch for _, batch in mine])()
+        values = self.critic.values([batch for _, batch in mine])
         return {number: v.cpu() for (number, _), v in zip(mine, values, strict=True) if number is not None}
 
-    def _mine(self, parts: Sequence[Part]) -> list[tuple[int | None, PackedBatch]]:
+    def _mine(self, parts: Sequence[Part]) -> list[tuple[int | None, ValueBatch]]:
         """This rank's micro-batches with their numbers; equally many on every rank, the last ones perhaps
-        weightless.
+        padding.
         """
         shares = balanced_partition([part.num_tokens for part in parts], self.world_size)
         mine = shares[self.rank]
-        fetched: list[PackedBatch] = ray.get([parts[number].batch for number in mine])
-        batches: list[tuple[int | None, PackedBatch]] = list(zip(mine, fetched, strict=True))
+        fetched: list[ValueBatch] = ray.get([parts[number].batch for number in mine])
+        batches: list[tuple[int | None, ValueBatch]] = list(zip(mine, fetched, strict=True))
         missing = max(map(len, shares)) - len(mine)
-        batches += [(None, _filler())] * missing
+        batches += [(None, _padding())] * missing
         return [(number, batch.to(collectives.device())) for number, batch in batches]
 
     def _save(self, step: int) -> None:
@@ -139,7 +138,5 @@ class CriticWorker:
                 shutil.rmtree(old)
 
 
-def _filler() -> PackedBatch:
-    """A micro-batch that weighs nothing, with what a critic reads."""
-    zero = torch.zeros(2)
-    return empty_like_batch(token_id=0).with_fields(values=zero, returns=zero)
+def _padding() -> ValueBatch:
+    return pack_values(padding_tokens(), torch.zeros(2), torch.zeros(2))

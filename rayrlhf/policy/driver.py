@@ -38,12 +38,11 @@ from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.slots import Slots
 from rayrlhf.placement.trainer import SlotTorchTrainer
 from rayrlhf.policy.apps import run_apps
-from rayrlhf.policy.critic_channel import Mailbox
+from rayrlhf.policy.critic_channel import CriticChannel
 from rayrlhf.policy.critic_server import critic_loop
 from rayrlhf.policy.critic_trainer import trained_beside
 from rayrlhf.policy.job import PolicyJob
-from rayrlhf.policy.loop import policy_loop
-from rayrlhf.policy.loop_async import async_policy_loop
+from rayrlhf.policy.loop import policy_worker
 from rayrlhf.policy.prompt_streams import Stores, prepare_stores, training_streams
 from rayrlhf.reward.deployments import reward_app_names
 from rayrlhf.reward.reading import Asked
@@ -115,10 +114,10 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
         _own_actor(stack, WeightHub, f"{run_id}-weights", checkpoint_version=newest)
         job = _make_job(config, run_id, stores, slots, fixed)
         trainer = make_trainer(
-            policy_loop if config.rollout.max_staleness is None else async_policy_loop,
-            job,
+            partial(policy_worker, job),
             config,
             slots,
+            board=job.board,
             threads=job.threads_per_worker,
             datasets=training_streams(job, stores, storage=run_path / TRAIN_FOLDER),
         )
@@ -150,7 +149,7 @@ def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
         ):
             stack.enter_context(watch)
         if config.critic_is_apart:
-            _own_actor(stack, Mailbox, job.mailbox)
+            _own_actor(stack, CriticChannel, job.critic_channel)
             critic = _critic_trainer(job, slots)
             stack.enter_context(trained_beside(critic, role="critic", give_up=trainer.abort))
         result = fit(trainer)
@@ -175,10 +174,10 @@ def _write_trace(job: PolicyJob, run_path: Path) -> None:
 
 def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:
     return make_trainer(
-        critic_loop,
-        job,
+        partial(critic_loop, job),
         job.config,
         slots,
+        board=job.board,
         threads=job.threads_per_worker,
         datasets={},
         role="critic",

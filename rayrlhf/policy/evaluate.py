@@ -11,10 +11,9 @@ import numpy as np
 
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.observe.statistics import bootstrap_interval, pass_at_k
-from rayrlhf.policy.rollouts import Collector
-from rayrlhf.reward.combine import RewardCombiner
+from rayrlhf.policy.rollouts import Collector, Rewards
 from rayrlhf.samples import Prompt, Sample
-from rayrlhf.train import collectives
+from rayrlhf.train.collectives import Ranks
 
 # Evaluation has group ids, and thereby seeds, of its own, the same at every evaluation: differences come from
 # the policy alone.
@@ -38,25 +37,26 @@ def eval_plan(num_prompts: int, world_size: int) -> np.ndarray:
 def evaluate(
     prompts: Sequence[Prompt],
     collector: Collector,
-    combiner: RewardCombiner,
+    rewards: Rewards,
     config: PolicyRunConfig,
+    ranks: Ranks,
     *,
     num_prompts: int,
     version: int,
 ) -> Evaluation:
     """`eval.samples_per_prompt` responses per held-out prompt. Collective: every rank brings its share."""
-    first = FIRST_GROUP_ID + collectives.rank() * len(prompts)
+    first = FIRST_GROUP_ID + ranks.rank * len(prompts)
     samples = collector.collect(
         list(enumerate(prompts, start=first)),
         version=version,
         group_size=config.eval.samples_per_prompt,
         sampling=config.eval_sampling,
     )
-    samples = combiner.combine(samples, collectives.sum_over_ranks, normalize=False)
-    everyone = collectives.gather_lists(samples)
+    samples = rewards.combiner.combine(samples, ranks.sum_tensor, normalize=False)
+    everyone = ranks.gather(samples)
     asked = [s for s in everyone if s.group_id < FIRST_GROUP_ID + num_prompts]  # without the repeated ones
     scored = [sample for sample in asked if sample.score is not None]
-    collector.rewards.check(len(asked) - len(scored), len(asked))
+    rewards.client.check(len(asked) - len(scored), len(asked))
     means = _mean_per_prompt(scored)
     low, high = bootstrap_interval(means)
     return Evaluation(
@@ -66,7 +66,7 @@ def evaluate(
             "eval/reward_ci_high": high,
             "eval/response_tokens_mean": float(np.mean([len(sample.response_ids) for sample in scored])),
             **pass_rates(
-                [(sample.group_id, combiner.raw_reward(sample)) for sample in scored],
+                [(sample.group_id, rewards.combiner.raw_reward(sample)) for sample in scored],
                 config.eval.samples_per_prompt,
                 config.eval.pass_score,
             ),

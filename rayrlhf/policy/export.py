@@ -1,4 +1,4 @@
-"""The actor as users load it: a Hugging Face folder, and beside it the moving average of its weights."""
+"""The actor as users load it: a Hugging Face folder, and the moving average of its weights."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.models.export import export_causal_lm
-from rayrlhf.policy.actor_critic import Learners
+from rayrlhf.policy.actor_critic import Actor
 from rayrlhf.train import collectives
 
 
-def export_actor(learners: Learners, config: PolicyRunConfig, path: Path) -> None:
+def export_actor(actor: Actor, config: PolicyRunConfig, path: Path) -> None:
     """Write `path` and, where an average is kept, `<path>-ema`. Collective."""
-    _export(learners, config, path)
-    if learners.average is not None:
-        with learners.average.swapped():
-            _export(learners, config, path.with_name(f"{path.name}-ema"))
+    _export(actor, config, path)
+    if actor.average is not None:
+        with actor.average.swapped():
+            _export(actor, config, path.with_name(f"{path.name}-ema"))
 
 
-def _export(learners: Learners, config: PolicyRunConfig, path: Path) -> None:
-    causal_lm = learners.actor.module.causal_lm
+def _export(actor: Actor, config: PolicyRunConfig, path: Path) -> None:
+    causal_lm = actor.learner.module.causal_lm
     first = collectives.rank() == 0
-    state = learners.actor.state_dict(causal_lm, on_this_rank=first)
-    adapter = learners.actor.trained_adapter(causal_lm, config.model, on_this_rank=first)
+    state = actor.learner.state_dict(causal_lm, on_this_rank=first)
+    adapter = actor.learner.trained_adapter(causal_lm, config.model, on_this_rank=first)
     if first:
         tokenizer = prompt_tokenizer(
             config.model.path, config.model.trust_remote_code, read_chat_template(config.data)

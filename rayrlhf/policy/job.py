@@ -33,7 +33,7 @@ class PolicyJob:
         return f"{self.run_id}-ref"
 
     @property
-    def mailbox(self) -> str:
+    def critic_channel(self) -> str:
         return f"{self.run_id}-critic"
 
     @property

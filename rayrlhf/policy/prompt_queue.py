@@ -9,36 +9,37 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
-from rayrlhf.policy.rollouts import Numbered
 from rayrlhf.samples import Prompt
+
+Numbered = tuple[int, Prompt]  # group id, prompt
 
 
 class PromptQueue:
-    """Numbers the prompts of a stream of draws. A draw is `rollout.prompts_per_step` prompts over all ranks.
+    """Numbers the prompts of a stream of prompt batches, `rollout.prompts_per_step` each over all ranks.
 
     A prompt's number, its group id, is its place in the run's stream: the same for any number of workers.
     Prompts that were taken and not reported by `finish` when a checkpoint is written are taken first after a
     resume.
     """
 
-    def __init__(self, *, rank: int, per_rank: int, prompts_per_draw: int) -> None:
+    def __init__(self, *, rank: int, per_rank: int, prompts_per_batch: int) -> None:
         self.rank = rank
         self.per_rank = per_rank
-        self.prompts_per_draw = prompts_per_draw
-        self.next_draw = 0  # the first that this rank has not fetched
+        self.prompts_per_batch = prompts_per_batch
+        self.next_batch = 0  # the first that this rank has not fetched
         self._stream: Iterator[tuple[int, list[Prompt]]] = iter(())
         self._waiting: deque[Numbered] = deque()
         self._unfinished: dict[int, Prompt] = {}
-        self._done: set[int] = set()  # prompts of draws to come that another number of workers has finished
+        self._done: set[int] = set()  # of prompt batches to come, finished by another number of workers
 
     def connect(self, stream: Iterator[tuple[int, list[Prompt]]]) -> None:
-        """Feed the queue from (draw, this rank's prompts), which may begin before where this rank stands."""
+        """Feed the queue from (prompt batch, this rank's prompts), which may begin before `next_batch`."""
         self._stream = stream
 
     def take(self, count: int) -> list[Numbered]:
         """The next prompts of this rank."""
         while len(self._waiting) < count:
-            self._fetch_draw()
+            self._fetch_batch()
         taken = [self._waiting.popleft() for _ in range(count)]
         self._unfinished |= dict(taken)
         return taken
@@ -53,18 +54,18 @@ class PromptQueue:
         for group_id in group_ids:
             self._unfinished.pop(group_id, None)
 
-    def _fetch_draw(self) -> None:
-        draw, prompts = next(self._stream, (-1, []))
-        assert draw >= 0, "the stream of prompts is over: its plan has fewer draws than the run needs"
-        if draw < self.next_draw:
+    def _fetch_batch(self) -> None:
+        batch, prompts = next(self._stream, (-1, []))
+        assert batch >= 0, "the stream of prompts is over: its plan has fewer batches than the run needs"
+        if batch < self.next_batch:
             return  # another rank needs it; this one has it behind it, or in its checkpoint
-        first = draw * self.prompts_per_draw + self.rank * self.per_rank
+        first = batch * self.prompts_per_batch + self.rank * self.per_rank
         self._waiting.extend(
             (group_id, prompt)
             for group_id, prompt in enumerate(prompts, start=first)
             if group_id not in self._done
         )
-        self.next_draw = draw + 1
+        self.next_batch = batch + 1
 
     def save(self, folder: Path) -> None:
         prompts = [
@@ -77,19 +78,19 @@ class PromptQueue:
             }
             for group_id, prompt in [*self._unfinished.items(), *self._waiting]
         ]
-        saved = {"per_rank": self.per_rank, "next_draw": self.next_draw, "prompts": prompts}
+        saved = {"per_rank": self.per_rank, "next_batch": self.next_batch, "prompts": prompts}
         _file(folder, self.rank).write_text(json.dumps(saved))
 
     def load(self, folder: Path) -> None:
-        """Also what another number of workers has saved, who are dealt out anew."""
+        """Also what another number of workers has saved, who are dealt out again."""
         saved = [_read(file) for file in _files(folder)]
         if saved[0].per_rank == self.per_rank:
-            self.next_draw = saved[self.rank].next_draw
+            self.next_batch = saved[self.rank].next_batch
             self._waiting = deque(saved[self.rank].prompts)
             return
         # What some rank had not fetched is fetched again, but for those prompts that are done already.
-        self.next_draw = min(part.next_draw for part in saved)
-        refetched = self.next_draw * self.prompts_per_draw
+        self.next_batch = min(part.next_batch for part in saved)
+        refetched = self.next_batch * self.prompts_per_batch
         everything = sorted((numbered for part in saved for numbered in part.prompts), key=itemgetter(0))
         self._waiting = deque(
             (group_id, prompt)
@@ -99,12 +100,12 @@ class PromptQueue:
         self._done = {
             group_id
             for rank, part in enumerate(saved)
-            for group_id in range(refetched, part.next_draw * self.prompts_per_draw)
-            if group_id % self.prompts_per_draw // part.per_rank == rank
+            for group_id in range(refetched, part.next_batch * self.prompts_per_batch)
+            if group_id % self.prompts_per_batch // part.per_rank == rank
         } - {group_id for group_id, _ in everything}
 
     def _is_mine(self, group_id: int) -> bool:
-        return group_id % self.prompts_per_draw // self.per_rank == self.rank
+        return group_id % self.prompts_per_batch // self.per_rank == self.rank
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,16 @@ class _Part:
     """What one rank has saved."""
 
     per_rank: int
-    next_draw: int
+    next_batch: int
     prompts: list[Numbered]
 
 
 def _read(file: Path) -> _Part:
     saved = json.loads(file.read_text())
     prompts = [(row.pop("group_id"), Prompt(**row)) for row in saved["prompts"]]
-    return _Part(saved["per_rank"], saved["next_draw"], prompts)
+    # Checkpoints made before November 2026 say `next_draw`.
+    next_batch = saved["next_batch"] if "next_batch" in saved else saved["next_draw"]
+    return _Part(saved["per_rank"], next_batch, prompts)
 
 
 def _file(folder: Path, rank: int) -> Path:

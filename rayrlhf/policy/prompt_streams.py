@@ -15,14 +15,14 @@ from rayrlhf.data.sources.files import Split
 from rayrlhf.data.stream import FixedPlan, PromptPlan, prompt_dataset, step_ranges
 from rayrlhf.policy.evaluate import eval_plan
 from rayrlhf.policy.job import PolicyJob
-from rayrlhf.train.checkpoint import newest_first_draw, newest_step
+from rayrlhf.train.checkpoint import newest_first_prompt_batch, newest_step
 
 
 @dataclass(frozen=True)
 class Stores:
     train: PromptStore
     held_out: PromptStore | None
-    texts: PromptStore | None  # learnt beside the policy
+    texts: PromptStore | None  # PPO-ptx
 
     def fingerprints(self) -> dict[str, str]:
         """Of what is trained on, by the config's key."""
@@ -85,8 +85,8 @@ def text_config(data: PromptDataConfig) -> PromptDataConfig:
     )
 
 
-def num_draws(config: PolicyRunConfig) -> int:
-    """Draws that a run needs at most: dynamic sampling takes several per step, the pool some ahead."""
+def num_prompt_batches(config: PolicyRunConfig) -> int:
+    """Prompt batches a run needs at most: dynamic sampling takes several per step, the pool some ahead."""
     dynamic = config.algorithm.dynamic_sampling
     per_step = dynamic.max_draws if dynamic else 1
     ahead = 0
@@ -96,23 +96,27 @@ def num_draws(config: PolicyRunConfig) -> int:
 
 
 def training_streams(job: PolicyJob, stores: Stores, *, storage: Path) -> dict[str, Any]:
-    """Ray Data sets by name, for a trainer. They are made anew whenever the workers (re)start: that is where
+    """Ray Data sets by name, for a trainer. They are made again whenever the workers (re)start: that is where
     a resumed stream begins.
     """
     config = job.config
     workers, seed = config.train.num_workers, config.run.seed
-    step_ranges(0, num_draws(config), workers, config.rollout.prompts_per_step)  # raises for too many
-    draws = PromptPlan(
+    step_ranges(
+        0, num_prompt_batches(config), workers, config.rollout.prompts_per_step
+    )  # raises for too many
+    batches = PromptPlan(
         len(stores.train),
         config.rollout.prompts_per_step,
-        num_draws(config),
+        num_prompt_batches(config),
         workers,
         seed,
         config.data.shuffle,
     )
 
     def train() -> Any:
-        return prompt_dataset(stores.train.path, draws, min(newest_first_draw(storage), len(draws) - 1))
+        return prompt_dataset(
+            stores.train.path, batches, min(newest_first_prompt_batch(storage), len(batches) - 1)
+        )
 
     streams: dict[str, Any] = {"train": train}
     if stores.held_out is not None and job.num_eval_prompts:

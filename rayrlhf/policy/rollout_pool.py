@@ -1,4 +1,9 @@
-"""Rollouts that run ahead of training: a pool of groups in flight, none older than `max_staleness` allows."""
+"""Asynchronous rollouts: a pool of groups in flight, none older than `rollout.max_staleness` allows.
+
+Weights arrive in the middle of responses; engines pause, keep the tokens they have, and go on, so a sample
+may carry several policy versions. With `max_staleness: 0` nothing is in flight while the workers train, and
+the numbers are those of `rollouts.RolloutsOnDemand`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from rayrlhf.policy.prompt_queue import PromptQueue
-from rayrlhf.policy.rollouts import Numbered
+from rayrlhf.policy.prompt_queue import Numbered, PromptQueue
+from rayrlhf.policy.rollouts import OnGroup
 from rayrlhf.rollout.background import Background
 from rayrlhf.samples import Sample
 
@@ -26,14 +31,13 @@ class InFlight:
     samples: Future[list[Sample]]
 
 
-class RolloutsAhead:
+class RolloutPool:
     """This rank's groups in flight.
 
     A group that is started at version v is trained on at version v + max_staleness at the latest. It goes on
     over weight updates: engines keep its tokens and continue with the new weights. Without oversampling
-    groups are taken in the order of their prompts, and `max_staleness` 0 is the synchronous loop. With
-    oversampling the first to finish are taken and the others stay in flight; one that gets too old by that
-    is started anew.
+    groups are taken in the order of their prompts. With oversampling the first to finish are taken and the
+    others stay in flight; one that gets too old by that is started again.
     """
 
     def __init__(
@@ -45,8 +49,11 @@ class RolloutsAhead:
         per_step: int,
         max_staleness: int,
         oversampling: float,
+        total_steps: int,
         timeout_seconds: float,
+        on_group: OnGroup = lambda done: None,
     ) -> None:
+        """`total_steps` of the run: the last ones start nothing that no step would train on."""
         self.prompts = prompts
         self.collect_group = collect_group
         self.background = background
@@ -55,30 +62,29 @@ class RolloutsAhead:
         self.oversampling = oversampling
         self.in_order = oversampling == 1.0
         self.capacity = math.ceil(per_step * (max_staleness + oversampling))
+        self.total_steps = total_steps
         self.timeout_seconds = timeout_seconds
+        self.on_group = on_group
         self.in_flight: list[InFlight] = []  # in the order of their start
-        self.restarted = 0  # groups started anew since the last `drain_restarted`
+        self.restarted = 0  # groups started again since the last `drain_restarted`
 
-    def draw(
-        self, version: int, remaining_steps: int, on_group: Callable[[int], None] = lambda done: None
-    ) -> list[Sample]:
+    def next(self, step: int) -> list[Sample]:
         """The samples of `per_step` groups, by group id, with the pool filled up before. Waits for them.
 
-        `remaining_steps`, this one included, keeps the last steps from starting what nobody will train on.
         Raises `TimeoutError`.
         """
-        self._restart_stale(version)
-        useful = math.ceil(remaining_steps * self.per_step * self.oversampling)
+        self._restart_stale(step)
+        useful = math.ceil((self.total_steps - step) * self.per_step * self.oversampling)
         missing = min(self.capacity, useful) - len(self.in_flight)
         for prompt in self.prompts.take(max(0, missing)):
-            samples = self.background.start(self.collect_group(prompt, version))
-            self.in_flight.append(InFlight(prompt, version, samples))
-        return self._take(on_group)
+            samples = self.background.start(self.collect_group(prompt, step))
+            self.in_flight.append(InFlight(prompt, step, samples))
+        return self._take()
 
-    def _take(self, on_group: Callable[[int], None]) -> list[Sample]:
+    def _take(self) -> list[Sample]:
         deadline = time.monotonic() + self.timeout_seconds
         while len(taken := self._ready()) < self.per_step:
-            on_group(len(taken))
+            self.on_group(len(taken))
             self._wait_for_one(deadline)
         taken = taken[: self.per_step]
         self.in_flight = [group for group in self.in_flight if group not in taken]

@@ -65,6 +65,7 @@ from rayrlhf.runtime.interrupted import what_goes_on
 from rayrlhf.runtime.preflight import InputError, check_precision
 from rayrlhf.runtime.ray_messages import RAY_LOG, ray_messages_in
 from rayrlhf.runtime.ray_session import DeploymentFailed, last_line, ray_session
+from rayrlhf.runtime.results import RunResult, Stopped
 from rayrlhf.runtime.run_lock import run_lock
 from rayrlhf.runtime.worker_failures import WorkerFailures
 from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
@@ -219,22 +220,19 @@ def named_actor(actor_class: type, name: str, **arguments: Any) -> Any:
 
 
 def make_trainer(
-    loop: Callable[..., Any],
-    job: Any,
+    worker: Callable[[], RunResult | Stopped | None],
     config: JobConfig,
     slots: Slots,
     *,
+    board: str,
     threads: int,
     datasets: dict[str, Any],
     role: str = "actor",
     folder: str = TRAIN_FOLDER,
 ) -> SlotTorchTrainer:
-    """A trainer whose workers, on the slots of `role`, run `loop({"job": job})`; `folder` is Ray Train's, in
-    the run's.
-    """
+    """A trainer whose workers run `worker()` on the slots of `role`. `folder`: Ray Train's in the run's."""
     return SlotTorchTrainer(
-        loop,
-        train_loop_config={"job": job},
+        worker,
         scaling_config=slot_scaling(slots, role),
         torch_config=TorchConfig(
             backend="nccl" if slots.have_gpus else "gloo", timeout_s=config.train.collective_timeout_seconds
@@ -247,7 +245,7 @@ def make_trainer(
             worker_runtime_env={"env_vars": _worker_environment(threads)},
             callbacks=[
                 WorkerFailures(
-                    job.board,
+                    board,
                     role=role,
                     max_failures=config.train.max_failures,
                     saved_step=newest_step(Path(config.run.path) / folder),
@@ -259,15 +257,15 @@ def make_trainer(
     )
 
 
-def fit(trainer: SlotTorchTrainer) -> dict[str, Any]:
-    """Train, and return what rank 0's loop returned. Raises `RunFailed`."""
+def fit(trainer: SlotTorchTrainer) -> Any:
+    """Train, and return what rank 0's loop returned: a `RunResult`, but for a critic. Raises `RunFailed`."""
     try:
         result: Any = trainer.fit().return_value  # rank 0's
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {0: error}
         raise RunFailed(f"training failed: {last_line(str(next(iter(failures.values()))))}") from error
-    if "failure" in result:
-        raise RunFailed(result["failure"])
+    if isinstance(result, Stopped):
+        raise RunFailed(result.reason)
     return result
 
 

@@ -6,37 +6,39 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.runtime.results import RunResult
 
-def write_summary(result: dict[str, Any], run_path: Path, *, num_samples: int) -> None:
+
+def write_summary(result: RunResult, run_path: Path, *, num_samples: int) -> None:
     """Write the summary of what the loop returned. Rewards are None without evaluation prompts."""
-    before, after = result["before"], result["after"]
+    before, after = result.before, result.after
     summary = {
         **_reward("before", before),
         **_reward("after", after),
-        "best": result["best"] or None,
+        "best": result.best or None,
         **_spent(result),
         "samples": _pairs(before.get("rows", []), after.get("rows", []), num_samples),
     }
     _write(summary, run_path)
 
 
-def write_supervised_summary(result: dict[str, Any], config: Any, run_path: Path) -> None:
+def write_supervised_summary(result: RunResult, config: Any, run_path: Path) -> None:
     """The same for a supervised job: every metric before and after training."""
     summary = {
         "job": config.job,
-        "evaluation": {when: result[when].get("metrics") for when in ("before", "after")},
-        "best": result["best"] or None,
+        "evaluation": {"before": result.before.get("metrics"), "after": result.after.get("metrics")},
+        "best": result.best or None,
         **_spent(result),
     }
     _write(summary, run_path)
 
 
-def _spent(result: dict[str, Any]) -> dict[str, Any]:
+def _spent(result: RunResult) -> dict[str, Any]:
     return {
-        "steps": result["steps"],
-        "seconds_total": round(result["seconds_total"], 1),
-        "seconds_per_phase": {name: round(spent, 1) for name, spent in result["seconds_per_phase"].items()},
-        "export": result["export"],
+        "steps": result.steps,
+        "seconds_total": round(result.seconds_total, 1),
+        "seconds_per_phase": {name: round(spent, 1) for name, spent in result.seconds_per_phase.items()},
+        "export": result.export,
     }
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import sequence_counts, sequence_sums
 from rayrlhf.algorithms.preference_losses import PREFERENCE_LOSSES, chosen_nll
-from rayrlhf.batch import PackedBatch
+from rayrlhf.batch import ExampleBatch
 from rayrlhf.config.supervised import DpoRunConfig
 from rayrlhf.models.logprobs import TokenLogprobs
 from rayrlhf.supervised.reference_table import FrozenReference
@@ -22,14 +22,14 @@ class PreferenceTask(LanguageModelTask):
         ref = self.config.ref
         self.reference = FrozenReference(self.config, ref, self.learner) if ref is not None else None
 
-    def prepare(self, micro_batches: MicroBatches, split: str) -> list[PackedBatch]:
+    def prepare(self, micro_batches: MicroBatches, split: str) -> list[ExampleBatch]:
         batches = super().prepare(micro_batches, split)
         return batches if self.reference is None else self.reference.added(batches, split)
 
-    def weights(self, batch: PackedBatch) -> Tensor:
+    def weights(self, batch: ExampleBatch) -> Tensor:
         return real_examples(batch, 2)
 
-    def measure(self, output: TokenLogprobs, batch: PackedBatch) -> Measured:
+    def measure(self, output: TokenLogprobs, batch: ExampleBatch) -> Measured:
         pairs = self.weights(batch)
         sums = sequence_sums(output.logprobs, batch.loss_mask, batch.cu_seqlens).view(-1, 2)
         tokens = sequence_counts(batch.loss_mask, batch.cu_seqlens).view(-1, 2)

@@ -45,7 +45,7 @@ from rayrlhf.runtime.resume import check_resume, still_the_same, take_up
 from rayrlhf.runtime.run_summary import write_supervised_summary
 from rayrlhf.runtime.scratch import own_scratch
 from rayrlhf.supervised.job import SupervisedJob
-from rayrlhf.supervised.loop import supervised_loop
+from rayrlhf.supervised.loop import supervised_worker
 from rayrlhf.supervised.reference_table import RefTable, is_whole, table_path
 from rayrlhf.train.checkpoint import newest_step
 from rayrlhf.train.frozen_server import teacher_deployment
@@ -114,10 +114,10 @@ def _run(config: Any, console: Console) -> Path:
             ref_tables=_ref_tables(config, run_path, stores, steps, console.say),
         )
         trainer = make_trainer(
-            supervised_loop,
-            job,
+            partial(supervised_worker, job),
             config,
             slots,
+            board=job.board,
             threads=job.threads_per_worker,
             datasets=_streams(job, stores, steps, run_path / TRAIN_FOLDER),
         )
@@ -219,7 +219,7 @@ def _streams(
     """Ray Data sets by name, for the trainer. They are made anew whenever the workers (re)start: that is
     where a resumed stream begins.
     """
-    config = job.settings
+    config = job.config
     order, per_step = steps["train"], config.train.samples_per_step
 
     def stream(store: ExampleStore, steps: Sequence[np.ndarray], start: int = 0) -> Any:

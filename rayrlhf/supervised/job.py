@@ -11,7 +11,7 @@ from rayrlhf.supervised.reference_table import RefTable
 
 @dataclass(frozen=True)
 class SupervisedJob:
-    config: Any  # the job's own SupervisedConfig, with its number of steps filled in
+    config: SupervisedConfig  # the job's own SupervisedConfig, with its number of steps filled in
     run_id: str  # unique per start of a run; prefixes the names of its actors and Serve apps
     threads_per_worker: int
     num_rows: int  # of the training data
@@ -19,10 +19,6 @@ class SupervisedJob:
     num_sampled: int = 0  # training rows that a reward model scores before its export
     fixed: dict[str, Any] = field(default_factory=dict)  # what it can only be resumed with
     ref_tables: dict[str, RefTable] = field(default_factory=dict)  # by split
-
-    @property
-    def settings(self) -> SupervisedConfig:
-        return self.config
 
     @property
     def teacher_app(self) -> str:

@@ -1,31 +1,38 @@
-"""Knowledge distillation: the student imitates the teacher's distribution at every learnt token."""
+"""Knowledge distillation: the student imitates the teacher's distribution at every loss token."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 
 from rayrlhf.algorithms.aggregate import sequence_counts, sequence_sums
-from rayrlhf.batch import PackedBatch
+from rayrlhf.algorithms.metrics import Mean
+from rayrlhf.batch import ExampleBatch
 from rayrlhf.config.supervised import KdRunConfig
 from rayrlhf.models.distill import DistillLogprobs
+from rayrlhf.models.distill import Teacher as TeacherAnswer
 from rayrlhf.models.dropout import TrainedModule, keep_dropout
 from rayrlhf.models.load import load_student
 from rayrlhf.supervised.sft import LanguageModelTask
-from rayrlhf.supervised.task import Mean, Measured, MicroBatches, TaskSetting
+from rayrlhf.supervised.task import Measured, MicroBatches, TaskSetting
 from rayrlhf.train.teacher import LocalTeacher, ServedTeacher, Teacher
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillBatch(ExampleBatch):
+    teacher: TeacherAnswer  # of the loss tokens
+
+
 class DistillationTask(LanguageModelTask):
-    """Σ [(1-c)·(-log p) + c·divergence] / learnt tokens of the step."""
+    """Σ [(1-c)·(-log p) + c·divergence] / loss tokens of the step."""
 
     config: KdRunConfig
 
     def __init__(self, setting: TaskSetting) -> None:
         super().__init__(setting)
         self.teacher = self._teacher(setting)
-        self.answers: dict[int, Any] = {}  # of the step, by micro-batch
 
     def _teacher(self, setting: TaskSetting) -> Teacher:
         teacher = self.config.teacher
@@ -53,25 +60,27 @@ class DistillationTask(LanguageModelTask):
             keep_dropout(student)
         return student
 
-    def prepare(self, micro_batches: MicroBatches, split: str) -> list[PackedBatch]:
+    def prepare(self, micro_batches: MicroBatches, split: str) -> list[ExampleBatch]:
         batches = super().prepare(micro_batches, split)
-        told = self.teacher.answers(batches)
-        self.answers = {id(batch): answer for batch, answer in zip(batches, told, strict=True)}
-        return batches
+        answers = self.teacher.answers(batches)
+        return [
+            DistillBatch(**vars(batch), teacher=answer)
+            for batch, answer in zip(batches, answers, strict=True)
+        ]
 
-    def forward(self, module: Any, batch: PackedBatch) -> DistillLogprobs:
+    def forward(self, module: Any, batch: Any) -> DistillLogprobs:
         return module(
             batch.input_ids,
             batch.position_ids,
             batch.cu_seqlens,
             batch.loss_mask,
-            teacher=self.answers[id(batch)],
+            teacher=batch.teacher,
         )
 
-    def weights(self, batch: PackedBatch) -> Any:
+    def weights(self, batch: ExampleBatch) -> Any:
         return sequence_counts(batch.loss_mask, batch.cu_seqlens)
 
-    def measure(self, output: DistillLogprobs, batch: PackedBatch) -> Measured:
+    def measure(self, output: DistillLogprobs, batch: ExampleBatch) -> Measured:
         tokens = self.weights(batch)
         nll = -sequence_sums(output.logprobs, batch.loss_mask, batch.cu_seqlens)
         divergence = sequence_sums(output.divergence, batch.loss_mask, batch.cu_seqlens)

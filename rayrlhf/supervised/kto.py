@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import sequence_sums
+from rayrlhf.algorithms.metrics import Mean
 from rayrlhf.algorithms.preference_losses import kto, kto_kl, kto_reference_point
-from rayrlhf.batch import PackedBatch
+from rayrlhf.batch import ExampleBatch
 from rayrlhf.config.supervised import KtoRunConfig
 from rayrlhf.models.logprobs import TokenLogprobs
 from rayrlhf.samples import Example
-from rayrlhf.supervised.packing import pack_evenly
 from rayrlhf.supervised.reference_table import FrozenReference
 from rayrlhf.supervised.sft import LanguageModelTask
-from rayrlhf.supervised.task import Mean, Measured, MicroBatches, TaskSetting, mean_over, real_examples
-from rayrlhf.train import collectives
+from rayrlhf.supervised.task import Measured, MicroBatches, TaskSetting, mean_over, pack_evenly, real_examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class KtoBatch(ExampleBatch):
+    reference_point: Tensor  # scalar, of the step or the evaluation: an estimate of KL(π || π_ref)
 
 
 class KtoTask(LanguageModelTask):
@@ -28,24 +32,24 @@ class KtoTask(LanguageModelTask):
 
     def __init__(self, setting: TaskSetting) -> None:
         super().__init__(setting)
-        self.reference = FrozenReference(self.config, self.config.ref, self.learner)
-        self.reference_point = torch.zeros((), device=self.device)  # of the step or the evaluation
+        self.frozen = self.reference = FrozenReference(self.config, self.config.ref, self.learner)
 
     @property
     def measured_sequences(self) -> int:
         return 1
 
-    def prepare(self, micro_batches: MicroBatches, split: str) -> list[PackedBatch]:
+    def prepare(self, micro_batches: MicroBatches, split: str) -> list[ExampleBatch]:
         examples = [example for micro_batch in micro_batches for example in micro_batch]
         own, mismatched = self._packed(examples, 0), self._packed(examples, 1)
-        self.reference_point = self._reference_point(self.reference.added(mismatched, split, sequence=1))
-        return self.reference.added(own, split, sequence=0)
+        point = self._reference_point(self.frozen.added(mismatched, split, sequence=1))
+        judged = self.frozen.added(own, split, sequence=0)
+        return [KtoBatch(**vars(batch), reference_point=point) for batch in judged]
 
-    def _packed(self, examples: Sequence[Example], which: int) -> list[PackedBatch]:
+    def _packed(self, examples: Sequence[Example], which: int) -> list[ExampleBatch]:
         chosen = [replace(example, sequences=(example.sequences[which],)) for example in examples]
-        return pack_evenly(chosen, self.config.train.max_tokens_per_micro_batch)
+        return pack_evenly(chosen, self.ranks, self.config.train.max_tokens_per_micro_batch)
 
-    def _reference_point(self, mismatched: Sequence[PackedBatch]) -> Tensor:
+    def _reference_point(self, mismatched: Sequence[ExampleBatch]) -> Tensor:
         """max(0, mean log-ratio) of the mismatched responses of all ranks: an estimate of KL(π || π_ref)."""
         contributions = torch.zeros(2, dtype=torch.float64, device=self.device)
         for output, batch in zip(self.learner.infer(mismatched, self.forward), mismatched, strict=True):
@@ -53,20 +57,20 @@ class KtoTask(LanguageModelTask):
             sums = sequence_sums(output.logprobs, batch.loss_mask, batch.cu_seqlens)
             assert batch.ref_sums is not None
             contributions += kto_kl(sums[real], batch.ref_sums[real])
-        return kto_reference_point(collectives.sum_over_ranks(contributions))
+        return kto_reference_point(self.ranks.sum_tensor(contributions))
 
-    def weights(self, batch: PackedBatch) -> Tensor:
+    def weights(self, batch: ExampleBatch) -> Tensor:
         return real_examples(batch, 1)
 
-    def measure(self, output: TokenLogprobs, batch: PackedBatch) -> Measured:
-        assert batch.ref_sums is not None and batch.example_values is not None
+    def measure(self, output: TokenLogprobs, batch: KtoBatch) -> Measured:
+        assert batch.ref_sums is not None
         examples = self.weights(batch)
         algorithm = self.config.algorithm
         loss, metrics = kto(
             sequence_sums(output.logprobs, batch.loss_mask, batch.cu_seqlens),
             batch.ref_sums,
             batch.example_values,
-            self.reference_point,
+            batch.reference_point,
             beta=algorithm.beta,
             desirable_weight=algorithm.desirable_weight,
             undesirable_weight=algorithm.undesirable_weight,
@@ -81,6 +85,6 @@ class KtoTask(LanguageModelTask):
                 "reward/undesirable": Mean(
                     metrics["reward/undesirable"] * examples, metrics["data/undesirable"] * examples
                 ),
-                "kl/mismatched": mean_over(self.reference_point.expand_as(examples), examples),
+                "kl/mismatched": mean_over(batch.reference_point.expand_as(examples), examples),
             },
         )

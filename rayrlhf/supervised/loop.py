@@ -1,27 +1,35 @@
-"""Learning from samples that are given: SFT, reward models, preferences, distillation. Every worker runs this
-loop, under Ray Train; what is learnt is the job's task (`rayrlhf.supervised.task`).
+"""SFT, reward models, DPO, KTO and distillation: one loop for every job that is trained on given examples.
+
+Every worker runs it, under Ray Train; what an example's loss is, is the job's task (`supervised.task`).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from rayrlhf.runtime.worker import stops_cleanly
+from rayrlhf.runtime.progress import stops_cleanly
+from rayrlhf.runtime.results import RunResult
 from rayrlhf.supervised.job import SupervisedJob
-from rayrlhf.supervised.worker import SupervisedWorker
+from rayrlhf.supervised.setup import SupervisedRun, set_up
+from rayrlhf.supervised.task import Objective, total_weight
 
 
 @stops_cleanly
-def supervised_loop(arguments: dict[str, SupervisedJob]) -> dict[str, Any]:
-    """Take the next step's samples, learn from them; repeat until the data or the patience end."""
-    w = SupervisedWorker(arguments["job"])
-    w.resume()
-    w.ask_reference()
-    w.evaluate_before()
-    for step, micro_batches in w.steps():
-        with w.phase("update"):
-            w.learn(micro_batches, step)
-        w.end_step()
-        if w.has_lost_patience():
+def supervised_worker(job: SupervisedJob) -> RunResult:
+    return supervised_loop(set_up(job))
+
+
+def supervised_loop(run: SupervisedRun) -> RunResult:
+    """Take the next step's examples, one optimizer step on them; until the data or `eval.patience` end."""
+    task, ranks = run.task, run.ranks
+    run.restore()
+    run.ask_reference()
+    run.evaluate("before")
+    for step, micro_batches in run.steps():
+        with run.progress.phase("update"):
+            batches = task.prepare(micro_batches, "train")  # pack, add what reference or teacher say
+            objective = Objective(task, total_weight(task, batches, ranks))  # of the examples of all ranks
+            metrics = task.learner.update(objective.term(batches), step=step)
+            packing = run.packing_metrics(micro_batches)
+        run.end_step(metrics, packing)
+        if run.has_lost_patience():
             break
-    return w.finish()
+    return run.finish()

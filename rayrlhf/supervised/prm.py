@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.algorithms.aggregate import sequence_counts
+from rayrlhf.algorithms.metrics import Mean
 from rayrlhf.algorithms.reward_losses import prm
-from rayrlhf.batch import PackedBatch, sequence_ids_of
+from rayrlhf.batch import ExampleBatch, sequence_ids_of
 from rayrlhf.config.supervised import PrmRunConfig
 from rayrlhf.data.chat import single_token
 from rayrlhf.models.export import export_step_model
 from rayrlhf.models.load import load_step_model
-from rayrlhf.supervised.task import Mean, Measured, Task
-from rayrlhf.train import collectives
+from rayrlhf.supervised.task import Measured, Task
 
 
 class StepRewardTask(Task):
@@ -33,15 +33,14 @@ class StepRewardTask(Task):
             self.config.model, self.config.model.path, device=self.device, reward_token_ids=ids
         )
 
-    def forward(self, module: nn.Module, batch: PackedBatch) -> Tensor:
+    def forward(self, module: nn.Module, batch: ExampleBatch) -> Tensor:
         """Logits [N, 2] at the N step markers."""
         return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
 
-    def weights(self, batch: PackedBatch) -> Tensor:
+    def weights(self, batch: ExampleBatch) -> Tensor:
         return sequence_counts(batch.loss_mask, batch.cu_seqlens)
 
-    def measure(self, output: Tensor, batch: PackedBatch) -> Measured:
-        assert batch.targets is not None
+    def measure(self, output: Tensor, batch: ExampleBatch) -> Measured:
         marked = batch.loss_mask > 0
         example_of_step = sequence_ids_of(batch.cu_seqlens)[marked]
         per_step, metrics = prm(output, batch.targets[marked])
@@ -61,7 +60,7 @@ class StepRewardTask(Task):
         )
 
     def export(self, path: Path) -> None:
-        first = collectives.rank() == 0
+        first = self.ranks.rank == 0
         module = self.learner.module
         state = self.learner.state_dict(module, on_this_rank=first)
         adapter = self.learner.trained_adapter(module, self.config.model, on_this_rank=first)

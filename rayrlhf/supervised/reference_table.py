@@ -1,9 +1,10 @@
-"""What the frozen reference says of a sample: asked at every step, or once beforehand and kept on disk."""
+"""Log-probabilities of the frozen reference: computed at every step, or once beforehand and kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import sequence_sums
-from rayrlhf.batch import PackedBatch, empty_examples, pack_examples
+from rayrlhf.batch import ExampleBatch, pack_examples, padding_examples
 from rayrlhf.config.supervised import FrozenRefConfig, SupervisedConfig
 from rayrlhf.samples import Example
 from rayrlhf.train import collectives
@@ -21,7 +22,7 @@ from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
 
 
 class FrozenReference:
-    """Adds `ref_sums` [S], the log-probability of each sequence's learnt tokens, to micro-batches.
+    """Adds `ref_sums` [S], the log-probability of each sequence's loss tokens, to micro-batches.
 
     With `precompute` the sums are looked up in tables, one per split, which `fill` makes: [rows up to the
     last one needed, sequences per example]. The model is then held only while it does.
@@ -41,23 +42,22 @@ class FrozenReference:
         return LocalReference(self.config.model, self.ref.path or self.config.model.path, self.config.train)
 
     def added(
-        self, batches: Sequence[PackedBatch], split: str, *, sequence: int | None = None
-    ) -> list[PackedBatch]:
+        self, batches: Sequence[ExampleBatch], split: str, *, sequence: int | None = None
+    ) -> list[ExampleBatch]:
         """`sequence` says which one of their examples' the batches hold, where it is not all. Collective."""
         if self.model is not None:
-            told = self.model.logprobs(batches, temperature=1.0)
+            of_model = self.model.logprobs(batches, temperature=1.0)
             sums = [
                 sequence_sums(logprobs, batch.loss_mask, batch.cu_seqlens)
-                for logprobs, batch in zip(told, batches, strict=True)
+                for logprobs, batch in zip(of_model, batches, strict=True)
             ]
         else:
             sums = [self._looked_up(batch, split, sequence) for batch in batches]
-        return [b.with_fields(ref_sums=s) for b, s in zip(batches, sums, strict=True)]
+        return [replace(b, ref_sums=s) for b, s in zip(batches, sums, strict=True)]
 
-    def _looked_up(self, batch: PackedBatch, split: str, sequence: int | None) -> Tensor:
-        assert batch.group_ids is not None
+    def _looked_up(self, batch: ExampleBatch, split: str, sequence: int | None) -> Tensor:
         table = self.tables[split]
-        rows = batch.group_ids.cpu()
+        rows = batch.row_ids.cpu()
         if sequence is None:  # a row's sequences follow one another
             which = torch.arange(len(rows)) % table.size(1)
         else:
@@ -70,28 +70,28 @@ class FrozenReference:
         split: str,
         path: Path,
         steps: Iterable[tuple[int, list[list[Example]]]],
-        tell: Callable[[int], None],
+        on_progress: Callable[[int], None],
     ) -> None:
-        """Take the split's table from `path`, or make it from one pass over the rows that are needed, telling
-        how many this rank has asked about. Collective.
+        """Take the split's table from `path`, or make it from one pass over the rows that are needed;
+        `on_progress` is called with how many this rank has done. Collective.
         """
         if path.is_file():
             self.tables[split] = torch.from_numpy(np.load(path, allow_pickle=False))
             return
         self.model = self.model or self._load()
-        told: list[tuple[int, list[float]]] = []
+        pairs: list[tuple[int, list[float]]] = []
         together = self.config.data.sequences_per_example
         for _, micro_batches in steps:
             batches = [
-                (pack_examples(examples) if examples else empty_examples(together)).to(collectives.device())
+                (pack_examples(examples) if examples else padding_examples(together)).to(collectives.device())
                 for examples in micro_batches
             ]
             for batch in self.added(batches, split):
-                assert batch.ref_sums is not None and batch.group_ids is not None
-                rows = batch.group_ids.view(-1, together)[:, 0].tolist()
-                told += zip(rows, batch.ref_sums.view(-1, together).tolist(), strict=True)
-            tell(len(told))
-        everyone = [pair for pair in collectives.gather_lists(told) if pair[0] >= 0]
+                assert batch.ref_sums is not None
+                rows = batch.row_ids.view(-1, together)[:, 0].tolist()
+                pairs += zip(rows, batch.ref_sums.view(-1, together).tolist(), strict=True)
+            on_progress(len(pairs))
+        everyone = [pair for pair in collectives.gather_lists(pairs) if pair[0] >= 0]
         table = np.full((1 + max(row for row, _ in everyone), together), np.nan, dtype=np.float32)
         for row, sums in everyone:
             table[row] = sums
@@ -122,7 +122,7 @@ def is_whole(file: Path) -> bool:
 
 
 def table_path(folder: Path, split: str, fingerprint: str, rows: np.ndarray, reference: str) -> Path:
-    """Where the table of these rows and this reference lies: other rows or weights have another name."""
+    """The file of the table of these rows and this reference: other rows or weights have another name."""
     weights = sorted(Path(reference).glob("*.safetensors"))
     state: Any = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
     digest = hashlib.sha256(repr((fingerprint, rows.tolist(), reference, state)).encode()).hexdigest()

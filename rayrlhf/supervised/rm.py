@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.algorithms.reward_losses import REWARD_LOSSES
-from rayrlhf.batch import PackedBatch
+from rayrlhf.batch import ExampleBatch
 from rayrlhf.config.supervised import RmRunConfig
 from rayrlhf.models.export import export_reward_model
 from rayrlhf.models.load import load_reward_model
 from rayrlhf.reward.reading import INPUT_TEMPLATE, READ_AT
 from rayrlhf.supervised.task import Measured, MicroBatches, Task, mean_over, real_examples
-from rayrlhf.train import collectives
 
 
 class RewardModelTask(Task):
@@ -27,15 +26,14 @@ class RewardModelTask(Task):
     def load_module(self) -> nn.Module:
         return load_reward_model(self.config.model, self.config.model.path, device=self.device)
 
-    def forward(self, module: nn.Module, batch: PackedBatch) -> Tensor:
+    def forward(self, module: nn.Module, batch: ExampleBatch) -> Tensor:
         """Scores [S]."""
         return module(batch.input_ids, batch.position_ids, batch.cu_seqlens)
 
-    def weights(self, batch: PackedBatch) -> Tensor:
+    def weights(self, batch: ExampleBatch) -> Tensor:
         return real_examples(batch, 2)
 
-    def measure(self, output: Tensor, batch: PackedBatch) -> Measured:
-        assert batch.example_values is not None
+    def measure(self, output: Tensor, batch: ExampleBatch) -> Measured:
         pairs = self.weights(batch)
         chosen, rejected = output.view(-1, 2).unbind(-1)
         margin = batch.example_values.view(-1, 2)[:, 0]
@@ -52,15 +50,14 @@ class RewardModelTask(Task):
         for micro_batches in sample():
             batches = self.prepare(micro_batches, "train")
             for scores, batch in zip(self.learner.infer(batches, self.forward), batches, strict=True):
-                assert batch.group_ids is not None
-                real = scores[batch.group_ids >= 0].double()
+                real = scores[batch.row_ids >= 0].double()
                 sums += torch.stack([torch.ones_like(real), real, real**2]).sum(-1).cpu()
-        count, total, squares = collectives.sum_over_ranks(sums).tolist()
+        count, total, squares = self.ranks.sum_tensor(sums).tolist()
         mean = total / max(count, 1.0)
         self.mean, self.std = mean, math.sqrt(max(squares / max(count, 1.0) - mean**2, 0.0))
 
     def export(self, path: Path) -> None:
-        first = collectives.rank() == 0
+        first = self.ranks.rank == 0
         module = self.learner.module
         state = self.learner.state_dict(module, on_this_rank=first)
         adapter = self.learner.trained_adapter(module, self.config.model, on_this_rank=first)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning and continued pretraining: the mean negative log-likelihood of the learnt tokens."""
+"""Supervised fine-tuning and continued pretraining: the mean negative log-likelihood of the loss tokens."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import sequence_counts, sequence_sums
-from rayrlhf.batch import PackedBatch
+from rayrlhf.algorithms.metrics import Mean
+from rayrlhf.batch import ExampleBatch
 from rayrlhf.models.dropout import TrainedModule, keep_dropout
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import load_policy
 from rayrlhf.models.logprobs import TokenLogprobs
-from rayrlhf.supervised.task import Mean, Measured, Task
-from rayrlhf.train import collectives
+from rayrlhf.supervised.task import Measured, Task
 
 
 class LanguageModelTask(Task):
-    """A causal language model learns; what it learns is up to the subclass."""
+    """A causal language model is trained; on what is up to the subclass."""
 
     def load_module(self) -> TrainedModule:
         config = self.config
@@ -32,12 +32,12 @@ class LanguageModelTask(Task):
     def decoder_of(self, module: Any) -> Any:
         return module.causal_lm
 
-    def forward(self, module: Any, batch: PackedBatch) -> Any:
+    def forward(self, module: Any, batch: ExampleBatch) -> Any:
         return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
 
     def export(self, path: Path) -> None:
         causal_lm = self.learner.module.causal_lm
-        first = collectives.rank() == 0
+        first = self.ranks.rank == 0
         state = self.learner.state_dict(causal_lm, on_this_rank=first)
         adapter = self.learner.trained_adapter(causal_lm, self.config.model, on_this_rank=first)
         if first:
@@ -45,7 +45,7 @@ class LanguageModelTask(Task):
 
 
 class SftTask(LanguageModelTask):
-    """Σ -log p / learnt tokens of the step: every token weighs the same, whatever its sequence's length."""
+    """Σ -log p / loss tokens of the step: every token weighs the same, whatever its sequence's length."""
 
     def load_module(self) -> TrainedModule:
         module = super().load_module()
@@ -53,10 +53,10 @@ class SftTask(LanguageModelTask):
             keep_dropout(module)
         return module
 
-    def weights(self, batch: PackedBatch) -> Tensor:
+    def weights(self, batch: ExampleBatch) -> Tensor:
         return sequence_counts(batch.loss_mask, batch.cu_seqlens)
 
-    def measure(self, output: TokenLogprobs, batch: PackedBatch) -> Measured:
+    def measure(self, output: TokenLogprobs, batch: ExampleBatch) -> Measured:
         tokens = self.weights(batch)
         nll = -sequence_sums(output.logprobs, batch.loss_mask, batch.cu_seqlens)
         entropy = sequence_sums(output.entropy.detach(), batch.loss_mask, batch.cu_seqlens)

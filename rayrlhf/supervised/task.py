@@ -1,4 +1,4 @@
-"""What every supervised job learns by: examples in, one number per example out, and means over the step."""
+"""What every supervised job is: examples in, one number per example out, and means over the step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.batch import PackedBatch, empty_examples, pack_examples
+from rayrlhf.algorithms.metrics import Mean, Metrics
+from rayrlhf.batch import ExampleBatch, pack_examples, padding_examples
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
+from rayrlhf.data.packing import micro_batches
 from rayrlhf.models.load import adapt, checkpoint_activations, resolve_dtype
 from rayrlhf.samples import Example
-from rayrlhf.train import collectives
+from rayrlhf.supervised.reference_table import FrozenReference
+from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
 from rayrlhf.train.sequence_parallel import share_sequences
@@ -22,18 +25,11 @@ from rayrlhf.train.sequence_parallel import share_sequences
 MicroBatches = Sequence[Sequence[Example]]
 
 
-class Mean(NamedTuple):
-    """A quantity that is averaged over a step: Σ total / Σ weight, over examples, micro-batches and ranks."""
-
-    total: Tensor  # [E]
-    weight: Tensor  # [E]
-
-
 class Measured(NamedTuple):
-    """What came out for the E examples of a micro-batch; fillers have 0 everywhere."""
+    """What came out for the E examples of a micro-batch; padding examples have 0 everywhere."""
 
-    loss: Mean  # the objective; its total has the gradient
-    metrics: dict[str, Mean]  # without gradient
+    loss: Mean  # the objective [E]; its total has the gradient
+    metrics: dict[str, Mean]  # [E] each, without gradient
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,7 @@ class TaskSetting:
     """What a task is made of."""
 
     config: Any  # the job's own SupervisedConfig
+    ranks: Ranks
     teacher_app: str = ""  # Serve app of the teacher; "" where there is none
 
 
@@ -51,11 +48,13 @@ class Task:
     """
 
     config: Any  # the job's own SupervisedConfig
+    reference: FrozenReference | None = None
     loads_in_parts = True  # under ZeRO-3; not where loading reads weights
 
     def __init__(self, setting: TaskSetting) -> None:
         self.config = setting.config
-        self.device = collectives.device()
+        self.ranks = setting.ranks
+        self.device = self.ranks.device
         self.dtype = resolve_dtype(self.config.model.dtype, self.device)
         in_parts = self.loads_in_parts and self.config.model.loads_in_parts
         with loading(self.config.train, self.dtype, in_parts=in_parts):
@@ -77,14 +76,14 @@ class Task:
         """The part whose layers may be adapted, and may recompute their activations."""
         return module.decoder
 
-    def forward(self, module: Any, batch: PackedBatch) -> Any:
+    def forward(self, module: Any, batch: Any) -> Any:
         raise NotImplementedError
 
-    def weights(self, batch: PackedBatch) -> Tensor:
-        """How much each example [E] weighs in the objective; 0 for fillers."""
+    def weights(self, batch: ExampleBatch) -> Tensor:
+        """How much each example [E] weighs in the objective; 0 for padding."""
         raise NotImplementedError
 
-    def measure(self, output: Any, batch: PackedBatch) -> Measured:
+    def measure(self, output: Any, batch: Any) -> Measured:
         raise NotImplementedError
 
     def before_export(self, sample: Callable[[], Iterable[MicroBatches]]) -> None:
@@ -96,26 +95,13 @@ class Task:
 
     # What all jobs do alike
 
-    def prepare(self, micro_batches: MicroBatches, split: str) -> list[PackedBatch]:
+    def prepare(self, micro_batches: MicroBatches, split: str) -> list[ExampleBatch]:
         """Pack, and add what other models say of the samples. Collective."""
         return [self._pack(examples) for examples in micro_batches]
 
-    def _pack(self, examples: Sequence[Example]) -> PackedBatch:
+    def _pack(self, examples: Sequence[Example]) -> ExampleBatch:
         together = self.config.data.sequences_per_example
-        return (pack_examples(examples) if examples else empty_examples(together)).to(self.device)
-
-    def update(self, micro_batches: MicroBatches, *, step: int) -> dict[str, float]:
-        """One optimizer step; the objective and the means of the step. Collective."""
-        batches = self.prepare(micro_batches, "train")
-        local = torch.stack([self.weights(batch).double().sum() for batch in batches]).sum()
-        total = max(1.0, float(collectives.sum_over_ranks(local)))
-
-        def objective(output: Any, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            measured = self.measure(output, batch)
-            return measured.loss.total.sum() / total, summed(measured.metrics)
-
-        told = self.learner.update(Term(batches, self.forward, objective), step=step)
-        return means_of(told)
+        return (pack_examples(examples) if examples else padding_examples(together)).to(self.device)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: MicroBatches) -> dict[str, Any]:
@@ -128,7 +114,7 @@ class Task:
             real = example_ids(batch, self.measured_sequences) >= 0
             rows["row_ids"] += example_ids(batch, self.measured_sequences)[real].tolist()
             for key, mean in {"eval/loss": measured.loss, **measured.metrics}.items():
-                pairs = torch.stack([mean.total, mean.weight], dim=-1)[real]
+                pairs = torch.stack([torch.as_tensor(mean.total), torch.as_tensor(mean.weight)], dim=-1)[real]
                 rows.setdefault(key, []).extend(pairs.double().tolist())
         return rows
 
@@ -148,30 +134,49 @@ class Task:
         return prompt_tokenizer(model.path, model.trust_remote_code, read_chat_template(self.config.data))
 
 
-def example_ids(batch: PackedBatch, sequences_per_example: int) -> Tensor:
-    """Row ids [E]; -1 for fillers."""
-    assert batch.group_ids is not None
-    return batch.group_ids.view(-1, sequences_per_example)[:, 0]
+@dataclass(frozen=True)
+class Objective:
+    """Σ loss over examples / `total`, which is `total_weight` of the optimizer step."""
+
+    task: Task
+    total: float
+
+    def __call__(self, output: Any, batch: ExampleBatch) -> tuple[Tensor, Metrics]:
+        measured = self.task.measure(output, batch)
+        metrics = Metrics({key: mean.summed() for key, mean in measured.metrics.items()})
+        return torch.as_tensor(measured.loss.total).sum() / self.total, metrics
+
+    def term(self, batches: Sequence[ExampleBatch]) -> Term:
+        return Term(batches, self.task.forward, self)
 
 
-def real_examples(batch: PackedBatch, sequences_per_example: int) -> Tensor:
-    """1 for each example [E], 0 for fillers."""
+def total_weight(task: Task, batches: Sequence[ExampleBatch], ranks: Ranks) -> float:
+    """Of the examples of all ranks, at least 1. Collective."""
+    local = torch.stack([task.weights(batch).double().sum() for batch in batches]).sum()
+    return max(1.0, float(ranks.sum_tensor(local)))
+
+
+def pack_evenly(examples: Sequence[Example], ranks: Ranks, budget_tokens: int) -> list[ExampleBatch]:
+    """This rank's examples, of one sequence each, as packed micro-batches on its device; equally many, and at
+    least one, on every rank. Collective.
+    """
+    packs = micro_batches([example.num_tokens for example in examples], budget_tokens)
+    batches = [pack_examples([examples[i] for i in pack]) for pack in packs]
+    wanted = max(1, int(ranks.max(len(batches))))
+    batches += [padding_examples(1)] * (wanted - len(batches))
+    return [batch.to(ranks.device) for batch in batches]
+
+
+def example_ids(batch: ExampleBatch, sequences_per_example: int) -> Tensor:
+    """Row ids [E]; -1 for padding."""
+    return batch.row_ids.view(-1, sequences_per_example)[:, 0]
+
+
+def real_examples(batch: ExampleBatch, sequences_per_example: int) -> Tensor:
+    """1 for each example [E], 0 for padding."""
     return (example_ids(batch, sequences_per_example) >= 0).float()
 
 
 def mean_over(values: Tensor, picked: Tensor) -> Mean:
     """The mean of `values` [E] over the examples that `picked` [E] in {0, 1} says."""
     return Mean(torch.where(picked > 0, values, 0.0), picked)
-
-
-def summed(metrics: dict[str, Mean]) -> dict[str, Tensor]:
-    """Sums that add up over micro-batches and ranks; `means_of` makes means of them again."""
-    totals = {key: mean.total.detach().sum() for key, mean in metrics.items()}
-    return totals | {f"{key}/weight": mean.weight.sum() for key, mean in metrics.items()}
-
-
-def means_of(told: dict[str, float]) -> dict[str, float]:
-    """Every sum that has a weight becomes a mean; a mean over nothing is left out."""
-    weights = {key.removesuffix("/weight"): n for key, n in told.items() if key.endswith("/weight")}
-    plain = {key: value for key, value in told.items() if key not in weights and not key.endswith("/weight")}
-    return plain | {key: told[key] / n for key, n in weights.items() if n}

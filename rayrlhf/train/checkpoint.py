@@ -34,7 +34,7 @@ class LoopState:
     """What a loop needs beside its learners' shards to go on where it stopped."""
 
     step: int = 0  # optimizer steps done = the policy version = the next step's index
-    first_draw: int = 0  # of the prompts' stream, that some rank has not fetched
+    first_prompt_batch: int = 0  # of the prompts' stream, that some rank has not fetched
     kl_controller: dict[str, float] = field(default_factory=dict)
     reward_normalizers: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)  # step and reward of the best evaluation
@@ -71,7 +71,7 @@ def save(
     context: Any = ray.train.get_context().get_storage()
     storage = Path(context.experiment_fs_path)
     folder = storage / checkpoint_name(state.step)
-    metrics = {"step": state.step, "first_draw": state.first_draw, "fixed": dict(fixed)}
+    metrics = {"step": state.step, "first_prompt_batch": state.first_prompt_batch, "fixed": dict(fixed)}
     paths = [os.path.relpath(path, storage) for path in elsewhere]
     manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: paths})
     ray.train.report(
@@ -108,7 +108,14 @@ def restore(saved: Sequence[Saved]) -> LoopState:
         _check(folder)
         for item in saved:
             item.load(folder)
-        return LoopState(**json.loads((folder / STATE_FILE).read_text()))
+        return _loop_state(json.loads((folder / STATE_FILE).read_text()))
+
+
+def _loop_state(saved: dict[str, Any]) -> LoopState:
+    """Checkpoints made before November 2026 say `first_draw`."""
+    if "first_draw" in saved:
+        saved["first_prompt_batch"] = saved.pop("first_draw")
+    return LoopState(**saved)
 
 
 def _check(folder: Path) -> None:
@@ -152,9 +159,10 @@ def newest_step(storage: Path) -> int:
     return _newest_metrics(storage)["step"]
 
 
-def newest_first_draw(storage: Path) -> int:
+def newest_first_prompt_batch(storage: Path) -> int:
     """Where the stream of prompts goes on after the newest committed checkpoint; 0 when there is none."""
-    return _newest_metrics(storage)["first_draw"]
+    metrics = _newest_metrics(storage)
+    return metrics["first_prompt_batch"] if "first_prompt_batch" in metrics else metrics["first_draw"]
 
 
 def _newest_metrics(storage: Path) -> dict[str, Any]:
@@ -163,4 +171,4 @@ def _newest_metrics(storage: Path) -> dict[str, Any]:
     """
     record = storage / RECORD
     newest = json.loads(record.read_text()).get("latest_checkpoint_result") if record.is_file() else None
-    return newest["metrics"] if newest else {"step": 0, "first_draw": 0}
+    return newest["metrics"] if newest else {"step": 0, "first_prompt_batch": 0}

@@ -1,4 +1,7 @@
-"""The few collectives the loops need, over the process group that Ray Train set up."""
+"""Collectives over the process group that Ray Train set up.
+
+`Ranks` is the object that loops pass to what communicates; a test passes simulated ranks in its place.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rayrlhf.algorithms.metrics import Max, Metrics
 
 
 def device() -> torch.device:
@@ -79,3 +84,55 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def add_up(metrics: Metrics) -> Metrics:
+    """Over ranks; every rank must bring the same keys."""
+    in_order = [(key, metrics[key]) for key in sorted(metrics)]
+    addends = [number for _, metric in in_order if not isinstance(metric, Max) for number in metric.addends()]
+    totals = iter(sum_over_ranks(torch.tensor(addends, dtype=torch.float64)).tolist())
+    added = Metrics()
+    for key, metric in in_order:
+        if isinstance(metric, Max):
+            added[key] = Max(max_over_ranks(metric.result()))
+        else:
+            added[key] = type(metric).of([next(totals) for _ in metric.addends()])
+    return added
+
+
+class Ranks:
+    """The ranks of this process's trainer."""
+
+    @property
+    def rank(self) -> int:
+        return rank()
+
+    @property
+    def world_size(self) -> int:
+        return world_size()
+
+    @property
+    def device(self) -> torch.device:
+        return device()
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        return sum_over_ranks(values)
+
+    def sum_numbers(self, numbers: dict[str, float]) -> dict[str, float]:
+        return sum_metrics(numbers)
+
+    def max(self, value: float) -> float:
+        return max_over_ranks(value)
+
+    def min(self, value: float) -> float:
+        return -max_over_ranks(-value)
+
+    def barrier(self) -> None:
+        """Returns when every rank has come."""
+        max_over_ranks(0.0)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        return gather_lists(items)
+
+    def exchange(self, outgoing: list[list[Any]]) -> list[Any]:
+        return exchange(outgoing)

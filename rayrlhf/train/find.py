@@ -28,7 +28,7 @@ class Found:
 
     step: int
     folder: Path
-    metrics: dict[str, Any]  # that it was reported with: step, first_draw, and perhaps fixed
+    metrics: dict[str, Any]  # that it was reported with: step, first_prompt_batch, and perhaps fixed
     has_manifest: bool
 
 
@@ -107,7 +107,8 @@ def _raise(problem: str | None) -> None:
 def _metrics_of_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-        return {"step": state["step"], "first_draw": state.get("first_draw", 0)}
+        first = state.get("first_prompt_batch", state.get("first_draw", 0))
+        return {"step": state["step"], "first_prompt_batch": first}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{STATE_FILE} cannot be read ({error!r})") from error
 

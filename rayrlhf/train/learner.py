@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.algorithms.metrics import Mean, Metrics, Sum
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.train import OptimizerConfig
@@ -24,9 +24,9 @@ from rayrlhf.train.sequence_parallel import own_outputs, together
 from rayrlhf.train.world_size import TAG, load_universal, read_layout, resized, write_layout
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
-# global objective, metric sums). Shares add up over micro-batches and ranks.
-Forward = Callable[[nn.Module, PackedBatch], Any]
-Loss = Callable[[Any, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
+# global objective, metrics). Shares add up over micro-batches and ranks.
+Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[Any, Any], tuple[Tensor, Metrics]]
 
 
 class Term(NamedTuple):
@@ -75,40 +75,39 @@ class Learner:
         self.engine.eval()
         return own_outputs(self.module, batches, lambda batch: forward(self.engine, batch))
 
-    def update(self, *terms: Term, step: int) -> dict[str, float]:
+    def update(self, *terms: Term, step: int, weight: float = 1.0) -> Metrics:
         """One optimizer step over the micro-batches of all terms; `step` sets the learning rate.
 
-        Returns the loss and the metrics over micro-batches and ranks: sums, or maxima of keys in `_max`. A
-        step whose gradient is not finite is skipped and counted in `loss/<name>_bad_steps`;
-        `train.max_bad_steps` of them in a row raise `FloatingPointError`.
+        Args:
+            weight: what the objective is a mean over, such as loss tokens: how much it weighs in the mean of
+                several optimizer steps.
+
+        Returns:
+            The metrics of the losses and `loss/<name>`, over micro-batches and ranks. A step whose gradient
+            is not finite is skipped and counted in `loss/<name>_bad_steps`.
+
+        Raises:
+            FloatingPointError: for `train.max_bad_steps` of them in a row.
         """
         self.engine.train()
         lr = learning_rate(self.base_lr, self.train, step, first_step=self.first_step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        sums: dict[str, float] = defaultdict(float)
-        maxima: dict[str, float] = defaultdict(float)
+        measured, objective = Metrics(), 0.0
         for term, (batch, is_own) in ((t, b) for t in terms for b in together(self.module, t.batches)):
             share, metrics = term.loss(term.forward(self.engine, batch), batch)
             # The engine averages gradients over ranks while shares add up over ranks: undo the average, here
             # only.
             self.engine.backward(share * collectives.world_size(), scale_wrt_gas=False)
-            if not is_own:
-                continue
-            sums[f"loss/{self.name}"] += share.item()
-            for key, value in metrics.items():
-                if key.endswith("_max"):
-                    maxima[key] = max(maxima[key], float(value))
-                else:
-                    sums[key] += float(value)
+            if is_own:
+                objective += share.item()
+                measured += metrics.on_host()
         grad_norm = self._step()
-        totals = collectives.sum_metrics(sums)
-        totals |= {key: collectives.max_over_ranks(maxima[key]) for key in sorted(maxima)}
-        return (
-            totals
-            | {f"loss/{self.name}_grad_norm": grad_norm, f"loss/{self.name}_lr": lr}
-            | self._judge(grad_norm)
-        )
+        key = f"loss/{self.name}"
+        measured = collectives.add_up(measured + Metrics({key: Sum(objective)}))
+        objective = measured[key].result() or 0.0
+        measured[key] = Mean(objective * weight, weight)
+        return measured + self._step_metrics(grad_norm, lr)
 
     def _step(self) -> float:
         """Apply the accumulated gradients; returns their norm before clipping, inf when the step was
@@ -130,16 +129,23 @@ class Learner:
         norms = (p.grad.norm() for p in self.engine.module.parameters() if p.grad is not None)
         return collectives.max_over_ranks(sum(not bool(torch.isfinite(norm)) for norm in norms)) == 0
 
-    def _judge(self, grad_norm: float) -> dict[str, float]:
-        bad = not math.isfinite(grad_norm)
-        self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if bad else 0
+    def _step_metrics(self, grad_norm: float, lr: float) -> Metrics:
+        """Of this step; the gradient norm is averaged over the steps that have a finite one."""
+        is_bad = not math.isfinite(grad_norm)
+        self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if is_bad else 0
         if self.bad_steps_in_a_row >= self.train.max_bad_steps:
             raise FloatingPointError(
                 f"the {self.name}'s gradient was not finite in {self.bad_steps_in_a_row} steps in a row "
                 f"(train.max_bad_steps={self.train.max_bad_steps}): "
                 "lower the learning rate or look at the rewards"
             )
-        return {f"loss/{self.name}_bad_steps": float(bad)}
+        return Metrics(
+            {
+                f"loss/{self.name}_grad_norm": Mean(0.0, 0.0) if is_bad else Mean(grad_norm, 1.0),
+                f"loss/{self.name}_lr": Mean(lr, 1.0),
+                f"loss/{self.name}_bad_steps": Sum(float(is_bad)),
+            }
+        )
 
     def offload(self) -> int:
         """Keep only the weights on the device until `reload`; returns the bytes that have left it. On a CPU

@@ -14,7 +14,7 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayrlhf.batch import PackedBatch, cu_seqlens_of, empty_like_batch, position_ids_of
+from rayrlhf.batch import PackedBatch, cu_seqlens_of, padding_samples, position_ids_of
 from rayrlhf.config.model import LoraConfig, TrainedModelConfig
 from rayrlhf.config.train import TrainConfig
 from rayrlhf.models.adapters import weights_of
@@ -176,7 +176,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         losses, norms, batches = [], [], []
         for step in range(NUM_STEPS):
             parts = sequences(step, collectives.rank())
-            batches = [packed(parts[:2]), packed(parts[2:]), empty_like_batch(token_id=0)]
+            batches = [packed(parts[:2]), packed(parts[2:]), padding_samples(token_id=0)]
             tokens = global_tokens(step)
             term = Term(batches, forward, lambda logprobs, _, n=tokens: (-logprobs.sum() / n, {}))
             metrics = learner.update(term, step=step)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrlhf.batch import PackedBatch, empty_like_batch, pack_samples
+from rayrlhf.batch import PackedBatch, padding_samples, pack_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.policy import advantages as advantages_module
 from rayrlhf.policy.advantages import add_advantages, with_group_advantages
@@ -159,7 +159,7 @@ def test_packing_and_filling_change_nothing(advantage: str) -> None:
         return batch.with_fields(values=torch.zeros(batch.num_tokens)) if advantage == "gae" else batch
 
     whole = [prepared(batch) for batch in packed_apart(advantage, samples)]
-    filling = empty_like_batch(0)
+    filling = padding_samples(0)
     last, middle, first = packed_apart(advantage, samples[3:], samples[2:3], samples[:2])
     parts = [last, filling, middle, first, filling]
     expected = concatenated(add_advantages(whole, algorithm(advantage), kl_coef=0.1))
@@ -172,7 +172,7 @@ def test_packing_and_filling_change_nothing(advantage: str) -> None:
 
 @pytest.mark.parametrize("advantage", ["reinforce_pp", *GROUP_ESTIMATORS])
 def test_a_rank_without_samples(advantage: str) -> None:
-    done = add_advantages([empty_like_batch(0), empty_like_batch(0)], algorithm(advantage), kl_coef=0.1)
+    done = add_advantages([padding_samples(0), padding_samples(0)], algorithm(advantage), kl_coef=0.1)
     assert advantages_of(done) == [[0.0, 0.0]] * 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayrlhf.batch import empty_examples, pack_examples
+from rayrlhf.batch import padding_examples, pack_examples
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.train import SupervisedTrainConfig
 from rayrlhf.samples import Example, TokenSequence
@@ -33,8 +33,8 @@ def test_no_gradient_in_metrics() -> None:
 
 
 def test_fillers_are_no_examples() -> None:
-    assert example_ids(empty_examples(2), 2).tolist() == [-1]
-    assert real_examples(empty_examples(2), 2).tolist() == [0.0]
+    assert example_ids(padding_examples(2), 2).tolist() == [-1]
+    assert real_examples(padding_examples(2), 2).tolist() == [0.0]
     pair = (TokenSequence([5, 6], [0, 1]), TokenSequence([5, 7, 8], [0, 1, 1]))
     batch = pack_examples([Example(3, pair, value=0.5), Example(9, pair)])
     assert example_ids(batch, 2).tolist() == [3, 9]

@@ -1,4 +1,4 @@
-"""What the worker of every training loop does beside training: steps, clocks, reports, checkpoints."""
+"""One rank's place in a run: its step, its clocks, what it reports, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -16,63 +17,66 @@ from rayrlhf.observe.metrics import Timer
 from rayrlhf.placement.reaper import sit_down
 from rayrlhf.reward.client import RewardFailure
 from rayrlhf.runtime.reporting import Reporter
+from rayrlhf.runtime.results import RunResult, Stopped
 from rayrlhf.runtime.scratch import scratch_of
-from rayrlhf.train import collectives
-from rayrlhf.train.checkpoint import LoopState, Saved, save
+from rayrlhf.train.checkpoint import LoopState, Saved, restore, save
+from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.manifest import DamagedCheckpoint
-from rayrlhf.train.random_states import RandomStates
 
 # Failures that a restart of the workers would only repeat: the run ends and says why.
 FINAL_FAILURES = (RewardFailure, FloatingPointError, DamagedCheckpoint)
 
 AUTO_CHECKPOINT_SECONDS = 15 * 60.0  # what checkpoint.every_steps=auto risks to lose
 
-Loop = Callable[[dict[str, Any]], dict[str, Any]]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def stops_cleanly(loop: Loop) -> Loop:
+def stops_cleanly(
+    loop: Callable[Arguments, Result],
+) -> Callable[Arguments, Result | Stopped]:
     """Turn a final failure into a result, so that Ray Train does not restart the workers for it. Every other
     one is reported by `worker_failures`.
     """
 
     @functools.wraps(loop)
-    def wrapped(arguments: dict[str, Any]) -> dict[str, Any]:
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result | Stopped:
         try:
-            return loop(arguments)
+            return loop(*args, **kwargs)
         except FINAL_FAILURES as failure:
-            return {"failure": f"{type(failure).__name__}: {failure}"}
+            return Stopped(f"{type(failure).__name__}: {failure}")
 
     return wrapped
 
 
-class TrainingWorker:
-    """One rank. Subclasses give `saved`, what has shards in a checkpoint."""
+@dataclass
+class Checkpoints:
+    """Where this rank's checkpoints go and come from, under Ray Train."""
 
-    def __init__(
-        self, config: JobConfig, *, run_id: str, board: str, threads: int, fixed: dict[str, Any]
-    ) -> None:
+    scratch: Path  # of this start of the run
+    fixed: dict[str, Any] = field(default_factory=dict)  # what the run can only be resumed with
+
+    def restore(self, saved: Sequence[Saved]) -> LoopState:
+        return restore(saved)
+
+    def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[Path]) -> None:
+        save(state, saved, self.scratch, fixed=self.fixed, elsewhere=elsewhere)
+
+
+class Progress:
+    """Counts steps, measures phases, reports, and says what is due."""
+
+    def __init__(self, config: JobConfig, ranks: Ranks, reporter: Reporter, checkpoints: Checkpoints) -> None:
         self.config = config
-        self.fixed = fixed
-        self.scratch = scratch_of(Path(config.run.path), run_id)
-        self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        sit_down(run_id, "actor", self.rank)
-        torch.set_num_threads(threads)
-        torch.manual_seed(config.run.seed)  # as on all ranks, for models that begin at random
+        self.ranks = ranks
+        self.reporter = reporter
+        self.checkpoints = checkpoints
         self.state = LoopState()
-        self.reporter = Reporter(board, self.rank)
         self.timer = Timer()
         self.started = self.step_started = self.saved_at = time.perf_counter()
 
-    @property
-    def saved(self) -> Sequence[Saved]:
-        raise NotImplementedError
-
-    def own_random_states(self) -> RandomStates:
-        """From here on this rank's random numbers are its own: to be called when its models are loaded."""
-        return RandomStates(self.config.run.seed, rank=self.rank, world_size=self.world_size)
-
-    def count_steps(self) -> Iterator[int]:
-        """The steps from where the run stands to its end."""
+    def steps(self) -> Iterator[int]:
+        """The steps from where the run is to its end."""
         for step in range(self.state.step, self.config.train.total_steps):
             self.step_started = time.perf_counter()
             yield step
@@ -89,29 +93,35 @@ class TrainingWorker:
         if every_steps != "auto":
             return self.is_due(every_steps)
         due = time.perf_counter() - self.saved_at >= AUTO_CHECKPOINT_SECONDS
-        return collectives.max_over_ranks(float(due and self.rank == 0)) > 0
+        return self.ranks.max(float(due and self.ranks.rank == 0)) > 0
 
-    def save_state(self, elsewhere: Sequence[Path] = ()) -> None:
+    def restore(self, saved: Sequence[Saved]) -> None:
+        """Load the newest checkpoint, if there is one. Collective."""
+        self.state = self.checkpoints.restore(saved)
+        if self.state.step:
+            self.announce(f"resuming after step {self.state.step}")
+
+    def save(self, saved: Sequence[Saved], elsewhere: Sequence[Path] = ()) -> None:
         """Collective. `elsewhere`: folders that belong to the checkpoint."""
         self.keep_time()
-        save(self.state, self.saved, self.scratch, fixed=self.fixed, elsewhere=elsewhere)
+        self.checkpoints.save(self.state, saved, elsewhere)
         self.saved_at = time.perf_counter()
 
-    def result(self, *, after: dict[str, Any], export: str | None) -> dict[str, Any]:
-        """What the summary is made of; the loop's return value."""
+    def result(self, *, after: dict[str, Any], export: str | None) -> RunResult:
         self.keep_time()
         self.reporter.flush()
-        return {
-            "before": self.state.eval_before,
-            "after": after,
-            "best": self.state.best,
-            "steps": self.state.step,
-            "seconds_per_phase": self.state.seconds_per_phase,
-            "seconds_total": self.state.seconds_total,
-            "export": export,
-        }
+        state = self.state
+        return RunResult(
+            before=state.eval_before,
+            after=after,
+            best=state.best,
+            steps=state.step,
+            seconds_per_phase=state.seconds_per_phase,
+            seconds_total=state.seconds_total,
+            export=export,
+        )
 
-    # Telling what happens
+    # Reports
 
     def say(self, text: str) -> None:
         self.reporter.say(self.state.step, text)
@@ -139,3 +149,17 @@ class TrainingWorker:
         now = time.perf_counter()
         self.state.seconds_total += now - self.started
         self.started = now
+
+
+def start_worker(
+    config: JobConfig, *, run_id: str, board: str, threads: int, fixed: dict[str, Any]
+) -> Progress:
+    """What every training worker does first: register where it runs, threads, the seed for models that begin
+    at random.
+    """
+    ranks = Ranks()
+    sit_down(run_id, "actor", ranks.rank)
+    torch.set_num_threads(threads)
+    torch.manual_seed(config.run.seed)  # as on all ranks
+    checkpoints = Checkpoints(scratch_of(Path(config.run.path), run_id), fixed)
+    return Progress(config, ranks, Reporter(board, ranks.rank), checkpoints)
