@@ -9,9 +9,11 @@ import sys
 
 from rayrlhf.config.chains import RejectionSamplingConfig
 from rayrlhf.runtime.file_checks import load_job
+from rayrlhf.runtime.process import set_process_environment
 
 
 def main() -> int:
+    set_process_environment()
     config = load_job(RejectionSamplingConfig, sys.argv[1:])
     # Only now that config and files are known to be good: these import torch and ray, which takes seconds.
     from rayrlhf.data.rows.prompt_rows import prompt_columns

@@ -9,9 +9,11 @@ import sys
 
 from rayrlhf.config.supervised import RmRunConfig
 from rayrlhf.runtime.file_checks import load_job
+from rayrlhf.runtime.process import set_process_environment
 
 
 def main() -> int:
+    set_process_environment()
     config = load_job(RmRunConfig, sys.argv[1:])
     # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
     from rayrlhf.supervised.driver import run_supervised

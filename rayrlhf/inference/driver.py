@@ -4,24 +4,11 @@ merge. No trainer, and no row passes through here but when the files are put tog
 
 from __future__ import annotations
 
-# First: it sets what Ray reads when it is imported.
-from rayrlhf.runtime.run import (
-    RunFailed,
-    check_placement,
-    drive,
-    placed,
-    start_folder,
-    threads_each,
-)
-
-# isort: split
-
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +55,14 @@ from rayrlhf.runtime.preflight import (
 )
 from rayrlhf.runtime.ray_session import deploy, last_line, wait_for_apps
 from rayrlhf.runtime.reporting import ToBoard
+from rayrlhf.runtime.run import (
+    DriverRun,
+    RunFailed,
+    check_placement,
+    placed,
+    start_folder,
+    threads_each,
+)
 from rayrlhf.usercode import UserCode
 
 GENERATIONS = "generations.jsonl"
@@ -77,11 +72,18 @@ NUM_SHOWN = 5  # responses in the summary
 
 
 def run_generate(config: GenerateRunConfig) -> int:
-    """Run to the end; the exit code is `drive`'s."""
-    return drive(config, _check)
+    """Run to the end; the exit code is `DriverRun`'s."""
+    with DriverRun(config) as run:
+        config = run.pinned(config)
+        functions = _check(config)
+        run.check_models(config)
+        with run.ray(config):
+            run.finished(_run(with_absolute_paths(config), functions, run.console))
+    return run.exit_code
 
 
-def _check(config: GenerateRunConfig) -> Callable[[Console], Path]:
+def _check(config: GenerateRunConfig) -> dict[int, UserCode]:
+    """The user's reward functions. Raises one of `INPUT_ERRORS`."""
     check_model("model.path", config.model.path)
     for key, path in reward_model_paths(config.reward) if config.reward else ():
         check_model(key, path)
@@ -94,7 +96,7 @@ def _check(config: GenerateRunConfig) -> Callable[[Console], Path]:
             f"generate.output={output} exists and is not of this run ({run_path}); "
             "choose another path, or move the file away"
         )
-    return partial(_run, config, functions)
+    return functions
 
 
 def with_absolute_paths(config: GenerateRunConfig) -> GenerateRunConfig:

@@ -4,11 +4,6 @@ goes on with the stage that it was in.
 
 from __future__ import annotations
 
-# First: it sets what Ray reads when it is imported.
-from rayrlhf.runtime.run import PartFailed, RunFailed, drive, start_folder
-
-# isort: split
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +26,7 @@ from rayrlhf.runtime.preflight import (
     find_rewards,
     reward_model_paths,
 )
+from rayrlhf.runtime.run import DriverRun, RunFailed, StageFailed, start_folder
 from rayrlhf.supervised.driver import run_supervised
 
 Choose = Callable[[Iterable[dict[str, Any]]], Chosen]
@@ -55,7 +51,7 @@ class Stage:
 
 
 def run_stages(stages: Sequence[Stage], say: Callable[[str], None]) -> None:
-    """Those that are not done, in order. Raises `PartFailed` where one ends otherwise."""
+    """Those that are not done, in order. Raises `StageFailed` where one ends otherwise."""
     for number, stage in enumerate(stages, start=1):
         title = f"stage {number} of {len(stages)}, {stage.folder.name}"
         if stage.is_done:
@@ -64,23 +60,29 @@ def run_stages(stages: Sequence[Stage], say: Callable[[str], None]) -> None:
         say(f"{title}: {stage.folder}")
         code = stage.run()
         if code:
-            raise PartFailed(code)
+            raise StageFailed(code)
 
 
 def run_chain(config: AnyChain, choose: Choose) -> int:
-    """Rounds of generate, choose, train; the exit code is `drive`'s, or that of the stage that failed."""
-    return drive(config, partial(_check, choose))
+    """Rounds of generate, choose, train; the exit code is `DriverRun`'s, or that of the stage that failed."""
+    with DriverRun(config) as run:
+        config = run.pinned(config)
+        _check(config)
+        run.check_models(config)
+        with run.ray(config):
+            config = with_absolute_paths(config)
+            run.finished(_run(config, stages_of(config, choose), run.console))
+    return run.exit_code
 
 
-def _check(choose: Choose, config: AnyChain) -> Callable[[Console], Path]:
+def _check(config: AnyChain) -> None:
+    """Raises one of `INPUT_ERRORS`."""
     check_model("model.path", config.model.path)
     for key, path in reward_model_paths(config.reward):
         check_model(key, path)
     check_sources(config.data)
     find_rewards(config.reward)
     check_adapters(config)
-    config = with_absolute_paths(config)
-    return partial(_run, config, stages_of(config, choose))
 
 
 def with_absolute_paths(config: AnyChain) -> AnyChain:

@@ -2,23 +2,6 @@
 
 from __future__ import annotations
 
-# First: it sets what Ray reads when it is imported.
-from rayrlhf.runtime.run import (
-    TRAIN_FOLDER,
-    check_placement,
-    drive,
-    fit,
-    fitted,
-    make_trainer,
-    named_actor,
-    placed,
-    start_folder,
-    threads_each,
-)
-
-# isort: split
-
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -58,6 +41,18 @@ from rayrlhf.runtime.preflight import (
 )
 from rayrlhf.runtime.ray_session import deploy, watched
 from rayrlhf.runtime.resume import check_resume, still_the_same, take_up
+from rayrlhf.runtime.run import (
+    TRAIN_FOLDER,
+    DriverRun,
+    check_placement,
+    fit,
+    fitted,
+    make_trainer,
+    named_actor,
+    placed,
+    start_folder,
+    threads_each,
+)
 from rayrlhf.runtime.run_summary import write_summary
 from rayrlhf.runtime.scratch import own_scratch
 from rayrlhf.weights.backend import TOLD, weight_route
@@ -67,18 +62,20 @@ CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its sha
 
 
 def run_policy(config: PolicyRunConfig) -> int:
-    """Run to the end; the exit code is `drive`'s."""
-    return drive(config, _check)
+    """Run to the end; the exit code is `DriverRun`'s."""
+    with DriverRun(config) as run:
+        config = run.pinned(config)
+        prepared = check_before_ray(config)
+        check_resume(config)
+        check_adapters(config)
+        run.check_models(config)
+        with run.ray(config):
+            run.finished(_train(with_absolute_paths(config), prepared, run.console))
+    return run.exit_code
 
 
-def _check(config: PolicyRunConfig) -> Callable[[Console], Path]:
-    prepared = check_before_ray(config)
-    check_resume(config)
-    check_adapters(config)
-    return partial(_run, with_absolute_paths(config), prepared)
-
-
-def _run(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
+def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Path:
+    """Plan, place, serve and fit; returns the run's folder."""
     for caution in cautions(config):
         console.say(f"warning: {caution}")
     config = fitted(config, plan_placement, console)

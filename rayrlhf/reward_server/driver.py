@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-# First: it sets what Ray reads when it is imported.
-from rayrlhf.runtime.run import INPUT_ERRORS, named_actor
-
-# isort: split
-
 import json
 import os
 import signal
@@ -33,7 +28,9 @@ from rayrlhf.reward_server.http import answers, authorization, check_own_port, r
 from rayrlhf.reward_server.preflight import check_sources
 from rayrlhf.runtime.file_checks import check_files
 from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
+from rayrlhf.runtime.process import set_process_environment
 from rayrlhf.runtime.ray_session import DeploymentFailed, ray_session, start_serve, wait_for_apps
+from rayrlhf.runtime.run import INPUT_ERRORS, named_actor
 from rayrlhf.untrusted_text import guard_terminal
 
 LOOK_SECONDS = 2.0
@@ -56,6 +53,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
     ended while it was still starting.
     """
     guard_terminal()
+    set_process_environment()
     console = Console("lines")
     previous = signal.getsignal(signal.SIGTERM)
     stop = _Stop()

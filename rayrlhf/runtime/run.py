@@ -1,29 +1,17 @@
-"""What the driver of every training job does around its own part: errors to exit codes, signals, the trainer,
-tearing down. No training data passes through here.
+"""What the driver of every job does: errors to exit codes, signals, placement, the trainer, tearing down. No
+training data passes through here.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
-
-# Ray Train reads these when it is imported. Reports are polled; at the default interval each costs two
-# seconds.
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# A run has more processes than a small machine has cores, and Ray would warn of it at every start.
-os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-# transformers imports DeepSpeed, which otherwise tells everybody that it has found no accelerator.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import psutil
 import ray
@@ -63,6 +51,7 @@ from rayrlhf.runtime.file_checks import check_files
 from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
 from rayrlhf.runtime.interrupted import what_goes_on
 from rayrlhf.runtime.preflight import InputError, check_precision
+from rayrlhf.runtime.process import set_process_environment
 from rayrlhf.runtime.ray_messages import RAY_LOG, ray_messages_in
 from rayrlhf.runtime.ray_session import DeploymentFailed, last_line, ray_session
 from rayrlhf.runtime.results import RunResult, Stopped
@@ -80,60 +69,99 @@ class RunFailed(RuntimeError):
     """The run stopped by itself; the message is the whole story."""
 
 
-class PartFailed(RuntimeError):
-    """A job within this one ended with an exit code, and has told why."""
+class StageFailed(RuntimeError):
+    """A job within this one ended with an exit code, and has said why."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
 
 
-def drive(config: C, check: Callable[[C], Callable[[Console], Path]]) -> int:
-    """Run a job to its end. `check` looks at what can be known without Ray and returns the rest of the job,
-    which returns the run's folder.
+class DriverRun:
+    """A job on its driver, from the first check to its exit code. Errors that end the body become one message.
 
-    Returns the exit code: 0 done, 2 bad input, 1 anything else; errors are one clear message.
+    >>> with DriverRun(config) as run:
+    ...     config = run.pinned(config)
+    ...     ...  # the job's own checks
+    ...     run.check_models(config)
+    ...     with run.ray(config):
+    ...         run.finished(train(config, run.console))
+    >>> return run.exit_code
+
+    Exit codes: 0 done, 2 bad input, 1 anything else, 130 interrupted, 143 stopped by SIGTERM.
     """
-    guard_terminal()
-    console = Console(config.observe.console)
-    previous = signal.getsignal(signal.SIGTERM)
-    stopped = _StopOnSignal()
-    try:
+
+    def __init__(self, config: DrivenConfig) -> None:
+        guard_terminal()
+        set_process_environment()
+        self.config = config
+        self.console = Console(config.observe.console)
+        self.exit_code = 0
+        self._previous = signal.getsignal(signal.SIGTERM)
+        self._stop = _StopOnSignal()
+
+    def pinned(self, config: C) -> C:
+        """The config with hub ids as commits. Raises one of `INPUT_ERRORS` for files that are unusable."""
         check_files(config)
         check_wandb(config)
-        config = pin(config, console.say)
-        body = check(config)
-        check_architectures(config, console.say)
-        fetch_here(config, console.say)
+        return pin(config, self.console.say)
+
+    def check_models(self, config: DrivenConfig) -> None:
+        """Whether their architectures are computed rightly here; then they are fetched."""
+        check_architectures(config, self.console.say)
+        fetch_here(config, self.console.say)
+
+    @contextmanager
+    def ray(self, config: DrivenConfig) -> Iterator[None]:
+        """Inside, Ray is there, and the run's folder is this process's alone."""
+        run_path = Path(config.run.path)
         with (
-            run_lock(Path(config.run.path)) as warning,
-            ray_messages_in(Path(config.run.path) / RAY_LOG),
+            run_lock(run_path) as warning,
+            ray_messages_in(run_path / RAY_LOG),
             ray_session(NAMESPACE) as where,
             lent_access(config),
         ):
-            signal.signal(signal.SIGTERM, stopped)  # after ray.init, which installs its own
+            signal.signal(signal.SIGTERM, self._stop)  # after ray.init, which installs its own
             if warning is not None:
-                console.say(f"warning: {warning}")
-            console.say(where)
-            run_path = body(console)
-        console.summary(run_path)
-        return 0
-    except INPUT_ERRORS as error:
-        console.error(str(error))
-        return 2
-    except (DeploymentFailed, RunFailed) as error:
-        log = Path(config.run.path) / "error.log"
-        log.write_text(traceback_text(error), encoding="utf-8")
-        console.error(f"{error}\n(details: {log})")
-        return 1
-    except PartFailed as part:
-        return part.code
-    except KeyboardInterrupt:
-        how, code = ("stopped by SIGTERM", 143) if stopped.received else ("interrupted", 130)
-        console.error(f"{how}; {what_goes_on(config)}")
-        return code
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+                self.console.say(f"warning: {warning}")
+            self.console.say(where)
+            yield
+
+    def finished(self, run_path: Path) -> None:
+        self.console.summary(run_path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        signal.signal(signal.SIGTERM, self._previous)
+        if error is None:
+            return False
+        code = self._explain(error)
+        if code is None:
+            return False
+        self.exit_code = code
+        return True
+
+    def _explain(self, error: BaseException) -> int | None:
+        """Show what ended the body; its exit code, or None for what nothing here foresees."""
+        if isinstance(error, INPUT_ERRORS):
+            self.console.error(str(error))
+            return 2
+        if isinstance(error, DeploymentFailed | RunFailed):
+            log = Path(self.config.run.path) / "error.log"
+            log.write_text(traceback_text(error), encoding="utf-8")
+            self.console.error(f"{error}\n(details: {log})")
+            return 1
+        if isinstance(error, StageFailed):
+            return error.code
+        if isinstance(error, KeyboardInterrupt):
+            how, code = ("stopped by SIGTERM", 143) if self._stop.received else ("interrupted", 130)
+            self.console.error(f"{how}; {what_goes_on(self.config)}")
+            return code
+        return None
 
 
 def start_folder(config: Any) -> Path:

@@ -2,21 +2,6 @@
 
 from __future__ import annotations
 
-# First: it sets what Ray reads when it is imported.
-from rayrlhf.runtime.run import (
-    TRAIN_FOLDER,
-    check_placement,
-    drive,
-    fit,
-    fitted,
-    make_trainer,
-    placed,
-    start_folder,
-    threads_each,
-)
-
-# isort: split
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,6 +27,17 @@ from rayrlhf.runtime.model_checks import check_models, tell_generation_config
 from rayrlhf.runtime.preflight import check_model
 from rayrlhf.runtime.ray_session import deploy, watched
 from rayrlhf.runtime.resume import check_resume, still_the_same, take_up
+from rayrlhf.runtime.run import (
+    TRAIN_FOLDER,
+    DriverRun,
+    check_placement,
+    fit,
+    fitted,
+    make_trainer,
+    placed,
+    start_folder,
+    threads_each,
+)
 from rayrlhf.runtime.run_summary import write_supervised_summary
 from rayrlhf.runtime.scratch import own_scratch
 from rayrlhf.supervised.job import SupervisedJob
@@ -54,17 +50,18 @@ SAMPLE_ROWS = 1024  # of the training data, that a trained reward model's scores
 START_SECONDS = 600.0  # for a served teacher
 
 
-def run_supervised(config: Any) -> int:
-    """Run to the end; the exit code is `drive`'s."""
-    return drive(config, _check)
-
-
-def _check(config: Any) -> Callable[[Console], Path]:
-    for key, path in _model_paths(config):
-        check_model(key, path)
-    check_resume(config)
-    check_example_sources(config.data)
-    return partial(_run, with_absolute_paths(config))
+def run_supervised(config: SupervisedConfig) -> int:
+    """Run to the end; the exit code is `DriverRun`'s."""
+    with DriverRun(config) as run:
+        config = run.pinned(config)
+        for key, path in _model_paths(config):
+            check_model(key, path)
+        check_resume(config)
+        check_example_sources(config.data)
+        run.check_models(config)
+        with run.ray(config):
+            run.finished(_train(with_absolute_paths(config), run.console))
+    return run.exit_code
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,8 @@ class Stores:
             yield "eval", self.held_out
 
 
-def _run(config: Any, console: Console) -> Path:
+def _train(config: Any, console: Console) -> Path:
+    """Plan, place and fit; returns the run's folder."""
     config = fitted(config, plan_supervised, console)
     run_path = start_folder(config)
     newest = take_up(config, console.say)
