@@ -156,7 +156,7 @@ def _policy_roles(
     )
     roles: dict[str, Bytes] = {}
     if config.needs_critic and config.critic is not None:
-        apart = config.critic_is_apart
+        apart = config.critic_is_separate
         critic = memory.trainer(
             shapes.of(config.critic.path or config.model.path),
             train,

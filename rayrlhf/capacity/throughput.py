@@ -48,7 +48,7 @@ def pace_of(config: PolicyRunConfig, budget: Budget, gpu: Gpu) -> Pace:
     tokens = samples * (length + config.data.max_prompt_tokens // 2)
     # Forward and backward, 6 FLOPs per parameter and token, of the actor and perhaps a critic; two forward
     # passes for old and reference log-probabilities.
-    learners = 2 if config.needs_critic and not config.critic_is_apart else 1
+    learners = 2 if config.needs_critic and not config.critic_is_separate else 1
     flops = tokens * shape.active_parameters * (6 * learners * config.algorithm.updates_per_batch + 2 * 2)
     flops *= RECOMPUTE if train.gradient_checkpointing else 1.0
     update = flops / (train.num_workers * gpu.tflops * 1e12 * MODEL_FLOPS_UTILIZATION)

@@ -88,7 +88,7 @@ def _no_ratio_is_on_policy(algorithm: AlgorithmConfig) -> Problem | None:
     return Problem(
         "updates_per_batch",
         got=f"{algorithm.updates_per_batch} with policy_loss={algorithm.policy_loss}",
-        wanted="1: without a ratio, a second pass would take the batch for the new policy's own",
+        wanted="1: without a ratio, in a second pass the batch would count as samples of the new policy",
         fix="set algorithm.updates_per_batch to 1, or algorithm.policy_loss to ppo",
     )
 
@@ -99,7 +99,7 @@ def _no_ratio_takes_one_step(algorithm: AlgorithmConfig) -> Problem | None:
     return Problem(
         "mini_batches",
         got=f"{algorithm.mini_batches} with policy_loss={algorithm.policy_loss}",
-        wanted="1: without a ratio, every mini-batch but the first would be taken for the new policy's own",
+        wanted="1: without a ratio, mini-batches after the first would count as samples of the new policy",
         fix="set algorithm.mini_batches to 1, or algorithm.policy_loss to ppo",
     )
 
@@ -195,7 +195,7 @@ class DynamicSamplingConfig(Section):
     high: float | None = None
     """Groups whose mean raw reward is this or more are dropped too; null: only those of equal rewards."""
     max_draws: Count = 4
-    """Draws of rollout.prompts_per_step prompts per step; then the step goes on with the groups it has."""
+    """Prompt batches of rollout.prompts_per_step per step at most; then the step uses the groups it has."""
 
     checks = (_reward_range_is_a_range,)
 
@@ -206,7 +206,7 @@ class AlgorithmConfig(Section):
     policy_loss: LossName = "ppo"
     """Policy objective: clipped ratio per token (ppo) or sequence (gspo), clipped weight, or no ratio."""
     aggregation: AggregationName = "token_mean"
-    """How per-token losses become one number; left out, sequence_mean with policy_loss=gspo."""
+    """Reduction of the per-token losses; left out, sequence_mean with policy_loss=gspo."""
     gamma: Fraction = 1.0
     """Discount per token."""
     lam: Fraction = 0.95
@@ -220,9 +220,9 @@ class AlgorithmConfig(Section):
     loss_options: dict[str, float] = Field(default_factory=dict)
     """Numbers that only this policy_loss has, by name; left out, those of its paper."""
     rollout_correction: RolloutCorrectionConfig | None = None
-    """Importance weights for what engine and trainer, or old and new weights, disagree on; null is off."""
+    """Importance weights for the mismatch of engine and trainer, or of old and new weights; null is off."""
     dynamic_sampling: DynamicSamplingConfig | None = None
-    """Drop groups whose raw rewards are all equal and draw more prompts (DAPO); null keeps every group."""
+    """Drop groups whose raw rewards are all equal and sample more prompts (DAPO); null keeps every group."""
     kl_coef: NonNegativeNumber = 0.01
     """Coefficient of the KL to the reference; 0 runs without a reference."""
     kl_estimator: KLEstimatorName = "k1"
@@ -244,9 +244,9 @@ class AlgorithmConfig(Section):
     mini_batches: Count = 1
     """Optimizer steps per pass over a full batch; fewer where samples were dropped."""
     critic_warmup_steps: NaturalNumber = 0
-    """The actor, and its learning rate's schedule, wait for this many first steps while the critic learns."""
+    """First steps that train the critic alone; the actor and its learning-rate schedule start after them."""
     ema_beta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per step of a moving average of the actor's weights, exported beside them; null keeps none."""
+    """Decay per step of a moving average of the actor's weights, exported alongside them; null: none."""
     ptx_coef: NonNegativeNumber = 0.0
     """Coefficient of the language-model loss on data.ptx (PPO-ptx)."""
 

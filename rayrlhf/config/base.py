@@ -1,4 +1,4 @@
-"""The base of every config section, and how a problem in one is told."""
+"""Base class of config sections, and the `Problem` and `ConfigError` that report invalid values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-# Keys and values are foreign text: no escape code of theirs reaches a terminal. Line feeds are ours.
+# Keys and values are untrusted text: their escape codes must not reach a terminal. Line feeds are ours.
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != ord("\n")}
 
 
@@ -40,13 +40,13 @@ class ConfigError(ValueError):
         self.source = source
 
 
-# Is given a section without its invalid fields: reading one raises AttributeError, which ends the check.
+# Takes a section without its invalid fields: reading one raises AttributeError, which skips the check.
 Check = Callable[[Any], Problem | None]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Says in words what a field wants, where its type and bounds do not. Put into its `Annotated[…]`."""
+    """Describes a field's accepted values where type and bounds do not; goes into its `Annotated[…]`."""
 
     text: str
 
@@ -69,7 +69,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Frozen, and strict about keys and types: a number is neither a text nor a truth value."""
+    """Frozen model, strict about keys and types: a number is accepted neither as a text nor as a boolean."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -80,7 +80,7 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    # What must hold between the fields of this section. Paths in the problems are relative to it.
+    # Cross-field checks of this section. Paths in their problems are relative to it.
     checks: ClassVar[tuple[Check, ...]] = ()
 
     @model_validator(mode="after")

@@ -1,4 +1,7 @@
-"""What a policy run may do but seldom means: told once at its start, with the keys."""
+"""Warnings about valid but probably unintended settings of a policy run, printed once at its start.
+
+Each names its keys.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator
 
 from rayrlhf.config.policy import PolicyRunConfig
 
-WIDE_FOR_SEQUENCES = 0.05  # a hundred times GSPO's own range
+WIDE_FOR_SEQUENCES = 0.05  # a hundred times GSPO's default range
 
 
 def cautions(config: PolicyRunConfig) -> list[str]:
@@ -18,8 +21,8 @@ def _stale_samples_are_corrected(config: PolicyRunConfig) -> Iterator[str]:
     if not staleness or config.algorithm.rollout_correction is not None:
         return
     yield (
-        f"rollout.max_staleness={staleness} without algorithm.rollout_correction: samples of up to "
-        f"{staleness} policy versions ago are trained on as if they were the newest policy's own. Set "
+        f"rollout.max_staleness={staleness} without algorithm.rollout_correction: samples "
+        f"up to {staleness} policy versions old are trained on as if they were the newest policy's own. Set "
         "algorithm.rollout_correction (for example {mode: truncate, high: 2.0}), or rollout.max_staleness=0"
     )
 

@@ -1,4 +1,4 @@
-"""The trees of jobs that chain others: generate and score, choose, train; and the configs of their stages."""
+"""Configs of jobs that chain stages (generate and score, choose, train), and of their stages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig
 
 RESPONSE, REWARD = "response", "reward"  # columns of the rows that are trained on
 CHOSEN_FILE = "chosen.jsonl"
-# What a training stage takes over from the prompts, so that it renders them alike.
+# Prompt keys copied to the training stage, so that it renders prompts the same.
 TEXT_KEYS = (
     "prompt_key",
     "input_template",
@@ -53,15 +53,15 @@ STAGE_SECTION = re.compile(r"(?<![\w.])(train|data|eval|checkpoint|algorithm)\."
 
 class RoundSection(Section):
     prompts_per_round: Count | None = None
-    """Rows of data.train that a round answers, each round the next ones; all of them when left out."""
+    """Rows of data.train per round, each round the next ones; all of them when left out."""
     rows_per_shard: Count = 256
-    """Rows that are written together: an interrupted stage loses the shards that it was working on."""
+    """Rows that are written together; an interrupted stage loses the shards in progress."""
     retries: NaturalNumber = 1
-    """How often a row whose generation failed is tried again before it is left out."""
+    """How often a row whose generation failed is retried before it is left out."""
     max_failed_fraction: Fraction = 0.1
     """The run stops when more than this share of a shard's rows cannot be generated."""
     overwrite_columns: bool = False
-    """Let the new columns (response, score, …) take the place of columns of these names in the data."""
+    """Let the new columns (response, score, …) replace columns of these names in the data."""
 
 
 class StageDataConfig(Section):
@@ -85,12 +85,12 @@ def _stage_exports(stage: TrainStage) -> Problem | None:
 
 
 class TrainStage(Section):
-    """What the training stages of all chains have."""
+    """Fields of the training stages of all chains."""
 
     data: StageDataConfig = StageDataConfig()
     """Lengths, and what is held out."""
     train: SftTrainConfig = SftTrainConfig()
-    """Optimisation, of every round."""
+    """Optimizer and training steps, of every round."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     eval: SupervisedEvalConfig = SupervisedEvalConfig()
@@ -110,29 +110,29 @@ def _reference_is_used(stage: DpoStage) -> Problem | None:
     return Problem(
         "reference",
         got=f"{stage.reference} with algorithm.loss={stage.algorithm.loss}",
-        wanted="null: this loss compares with no reference",
+        wanted="null: this loss uses no reference",
         fix="remove dpo.reference, or set dpo.algorithm.loss to dpo",
     )
 
 
 class DpoStage(TrainStage):
     train: PreferenceTrainConfig = PreferenceTrainConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Optimisation, of every round."""
+    """Optimizer and training steps, of every round."""
     algorithm: PreferenceConfig = PreferenceConfig()
     """The preference loss."""
     reference: Literal["previous", "start"] | None = None
     """The policy that a round starts from (previous, the default of losses that need one), or model.path."""
     precompute_ref: bool = False
-    """Ask the reference once about every pair before training, and keep the answers on disk."""
+    """Compute all reference log-probabilities before training and keep them on disk."""
 
     checks = (*TrainStage.checks, _reference_is_used)
 
 
 class ChainConfig(Section):
-    """What the chains have in common."""
+    """Fields shared by the chains."""
 
     run: RunSection
-    """Name, folder and seed; every stage is a run of its own in this one's folder."""
+    """Name, folder and seed; every stage is a separate run in the folder of this one."""
     model: TrainedModelConfig
     """The model that the first round starts from."""
     data: GenerateDataConfig
@@ -140,11 +140,11 @@ class ChainConfig(Section):
     rollout: SampledConfig = SampledConfig()
     """Engines and sampling."""
     generate: RoundSection = RoundSection()
-    """Which prompts a round answers."""
+    """Which prompts a round generates for."""
     reward: RewardConfig
     """What scores the responses."""
     placement: PlacementConfig = PlacementConfig()
-    """Which role sits where, in every stage."""
+    """Which roles share slots, in every stage."""
     observe: ObserveConfig = ObserveConfig()
     """Console, TensorBoard, Weights & Biases."""
     launch: LaunchConfig = LaunchConfig()
@@ -154,7 +154,7 @@ class ChainConfig(Section):
         return Path(self.run.path) / f"{round_}-{name}"
 
     def generate_config(self, round_: int, model_path: str) -> GenerateRunConfig:
-        """Answers and scores of a round, by the model at `model_path`."""
+        """Config of a round's generation and scoring, with the model at `model_path`."""
         section = self.generate
         per_round = section.prompts_per_round
         return GenerateRunConfig.model_validate(
@@ -173,7 +173,7 @@ class ChainConfig(Section):
         )
 
     def _shared(self, round_: int, name: str, model_path: str) -> dict[str, Any]:
-        """The sections that every stage has; each round has a seed of its own."""
+        """The sections that every stage has; each round has its own seed."""
         return {
             "run": {
                 "name": f"{round_}-{name}",
@@ -186,7 +186,7 @@ class ChainConfig(Section):
         }
 
     def _training(self, round_: int, name: str, model_path: str, stage: TrainStage) -> dict[str, Any]:
-        """A training stage's tree but for what its data are called."""
+        """Config tree of a training stage, without the keys that name its data columns."""
         text = {key: getattr(self.data, key) for key in TEXT_KEYS}
         chosen = self.stage_folder(round_, "choose") / CHOSEN_FILE
         return {
@@ -210,7 +210,7 @@ def _group_has_a_choice(config: RejectionSamplingConfig | IterativeDpoConfig) ->
 
 
 def _problem_of(build: Callable[[], Section], section: str) -> Problem | None:
-    """The first thing that a stage's own config objects to, told by the keys of the chain's."""
+    """The first problem of a stage's own config, with the keys of the chain's config."""
     try:
         build()
     except ValidationError as error:
@@ -218,7 +218,7 @@ def _problem_of(build: Callable[[], Section], section: str) -> Problem | None:
             at = [str(part) for part in detail["loc"]]
             cause = detail.get("ctx", {}).get("error")
             if not isinstance(cause, ConfigError):
-                return Problem(".".join(at), str(detail["input"]), detail["msg"], "mend it")
+                return Problem(".".join(at), str(detail["input"]), detail["msg"], "correct it")
             found = cause.problems[0]
             path, *texts = (
                 STAGE_SECTION.sub(rf"{section}.\1." if section else r"\1.", text)
@@ -230,7 +230,7 @@ def _problem_of(build: Callable[[], Section], section: str) -> Problem | None:
 
 def _answers_can_be_generated(config: ChainConfig) -> Problem | None:
     if config.data.response_key is not None and not isinstance(config, ConditionalSftConfig):
-        return None  # which `_no_responses_are_given` tells
+        return None  # reported by `_no_responses_are_given`
     return _problem_of(lambda: config.generate_config(1, config.model.path), "")
 
 
@@ -243,25 +243,25 @@ def _chosen_rows_can_be_trained_on(
 
 class ChoiceSection(Section):
     drop_truncated: bool = False
-    """Leave out responses that were stopped by rollout.sampling.max_new_tokens."""
+    """Leave out responses that were truncated by rollout.sampling.max_new_tokens."""
     min_score: float | None = None
-    """Lowest score of a response to learn from; null takes any."""
+    """Lowest score of a response to train on; null takes any."""
 
 
 class PairSection(Section):
     drop_truncated: bool = False
-    """Leave out responses that were stopped by rollout.sampling.max_new_tokens."""
+    """Leave out responses that were truncated by rollout.sampling.max_new_tokens."""
     min_margin: NonNegativeNumber = 0.0
-    """Best and worst must be further apart than this; with less they are a tie, which is left out."""
+    """Scores of best and worst must differ by more than this; else they are a tie, which is left out."""
 
 
 class LabelSection(Section):
     drop_truncated: bool = False
-    """Leave out responses that were stopped by rollout.sampling.max_new_tokens."""
+    """Leave out responses that were truncated by rollout.sampling.max_new_tokens."""
     normalize: bool = False
     """Subtract the mean of all scores and divide by their standard deviation."""
     decimals: NaturalNumber = 1
-    """Digits behind the point of a label: fewer labels are learnt from more responses each."""
+    """Decimal places of a label; with fewer labels each is trained on more responses."""
 
 
 def _no_responses_are_given(config: RejectionSamplingConfig | IterativeDpoConfig) -> Problem | None:
@@ -279,11 +279,11 @@ class RejectionSamplingConfig(ChainConfig):
     job: Literal["rejection_sampling"] = "rejection_sampling"
     """Best of n: several responses per prompt, supervised fine-tuning on the one with the highest score."""
     num_rounds: Count = 1
-    """Rounds; each generates with the model that the last one has trained."""
+    """Rounds; each generates with the model trained by the previous one."""
     score_last: bool = True
-    """Answer and score once more with the last model, so that its mean score is known."""
+    """Generate and score once more with the last model, so that its mean score is known."""
     choose: ChoiceSection = ChoiceSection()
-    """Which responses are learnt."""
+    """Which responses are trained on."""
     sft: TrainStage = TrainStage()
     """The supervised fine-tuning of every round."""
 
@@ -302,13 +302,13 @@ class RejectionSamplingConfig(ChainConfig):
 
 class IterativeDpoConfig(ChainConfig):
     job: Literal["iterative_dpo"] = "iterative_dpo"
-    """Rounds of generating, scoring, pairing best with worst, and learning from the pairs."""
+    """Rounds of generating, scoring, pairing best with worst, and training on the pairs."""
     num_rounds: Count = 3
-    """Rounds; each generates with the model that the last one has trained."""
+    """Rounds; each generates with the model trained by the previous one."""
     score_last: bool = True
-    """Answer and score once more with the last model, so that its mean score is known."""
+    """Generate and score once more with the last model, so that its mean score is known."""
     choose: PairSection = PairSection()
-    """Which pairs are learnt."""
+    """Which pairs are trained on."""
     dpo: DpoStage = DpoStage()
     """The preference learning of every round."""
 
@@ -326,14 +326,14 @@ class IterativeDpoConfig(ChainConfig):
         if self.dpo.algorithm.loss in NEEDS_REF:
             path = self.model.path if self.dpo.reference == "start" else model_path
             if path == model_path and self.model.lora is not None:
-                path = None  # the model with its adapters off: held once, and in the same 4 bits
+                path = None  # the model with its adapters off: in memory once, and in the same 4 bits
             tree["ref"] = {"path": path, "precompute": self.dpo.precompute_ref}
         return DpoRunConfig.model_validate(tree)
 
 
 class ConditionalSftConfig(ChainConfig):
     job: Literal["conditional_sft"] = "conditional_sft"
-    """Supervised fine-tuning on responses that are told their reward (arXiv 2308.12050)."""
+    """Supervised fine-tuning on responses conditioned on their reward (arXiv 2308.12050)."""
     choose: LabelSection = LabelSection()
     """The labels."""
     sft: ConditionalStage = Field(default=ConditionalStage())

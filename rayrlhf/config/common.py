@@ -1,4 +1,4 @@
-"""What every job has: `run`, `observe`, and the sections that the driver reads whatever the job learns."""
+"""Sections shared by all jobs: `run`, `observe`, and protocols of the sections that the driver reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RunSection(Section):
     ]
     """Name of the run; the same name resumes it."""
     dir: str = "runs"
-    """Folder that holds the folders of runs."""
+    """Parent folder of the run folders."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of data order, sampling and initialisation."""
     resume: Literal["auto", "never"] = "auto"
@@ -29,11 +29,11 @@ class RunSection(Section):
 
     @property
     def path(self) -> str:
-        """The run's folder: everything that the run writes lies in it."""
+        """The run folder: everything that the run writes is in it."""
         return str(Path(self.dir) / self.name)
 
 
-# What of a run may differ from the one that it resumes, if the user says so; runtime.resume has the keys.
+# What may differ from the run that is resumed, if the user allows it; runtime.resume has the keys.
 Change = Literal["data", "batch", "model", "reward", "seed"]
 
 
@@ -48,7 +48,7 @@ class WandbConfig(Section):
     entity: str | None = None
     """Team or user."""
     mode: Literal["online", "offline", "disabled"] = "online"
-    """offline writes to the run's folder for a later upload."""
+    """offline writes to the run folder for a later upload."""
 
 
 class ObserveConfig(Section):
@@ -57,9 +57,9 @@ class ObserveConfig(Section):
     wandb: WandbConfig | None = None
     """Log to Weights & Biases."""
     rollouts_per_step: NaturalNumber = 8
-    """Rollouts kept per step in rollouts.jsonl."""
+    """Rollouts written per step to rollouts.jsonl."""
     console: Literal["auto", "live", "lines", "quiet"] = "auto"
-    """A live bar, plain lines, or nothing; auto is live on a terminal."""
+    """A live progress bar, plain lines, or nothing (quiet); auto is live on a terminal."""
 
 
 class DrivenConfig(Protocol):
@@ -76,7 +76,7 @@ class DrivenConfig(Protocol):
 
 
 class JobConfig(DrivenConfig, Protocol):
-    """The part of a training job's config that does not depend on what it learns."""
+    """The part of a training job's config that is the same for all training jobs."""
 
     @property
     def run(self) -> TrainedRunSection: ...

@@ -84,14 +84,14 @@ def _given_for_chat(data: DataConfig) -> Iterator[str]:
 
 
 class DataConfig(Section):
-    """What every section `data` has: files, the text around a row, and what becomes of bad rows."""
+    """Fields of every `data` section: sources, prompt format, and the handling of bad rows."""
 
     train: Sources = Field(min_length=1)
     """Sources of the training data; a plain path or a list of paths will do."""
     eval: Sources = Field(default_factory=list)
     """Sources of the held-out data; none means no evaluation."""
     input_template: Template | None = None
-    """Text around the prompt, with {} where it goes (with apply_chat_template: false)."""
+    """Template around the prompt, with {} in its place (with apply_chat_template: false)."""
     apply_chat_template: bool = True
     """Render with the tokenizer's chat template, ready for the assistant's turn."""
     system_prompt: str | None = None
@@ -107,7 +107,7 @@ class DataConfig(Section):
     on_bad_row: Literal["fail", "skip"] = "fail"
     """What to do with a row that cannot be read: stop and name it, or skip and count it."""
     shuffle: bool = True
-    """Another order in every epoch, fixed by run.seed."""
+    """Shuffle in every epoch, in an order fixed by run.seed."""
 
     checks = (_train_probabilities, _eval_probabilities, _one_kind_of_template)
 
@@ -116,16 +116,16 @@ class PtxDataConfig(Section):
     sources: Sources = Field(min_length=1)
     """Sources of text; a plain path or a list of paths will do."""
     text_key: str = "text"
-    """Column with the text, learnt as it stands."""
+    """Column with the text, which is trained on as it is."""
     max_tokens: Count = 1024
-    """Longest text, in tokens; of a longer one the last tokens are learnt."""
+    """Longest text, in tokens; of a longer one the last tokens are kept."""
     texts_per_step: Count
     """Texts per step, over all workers."""
 
 
 class PromptDataConfig(DataConfig):
     ptx: PtxDataConfig | None = None
-    """Texts for the language-model loss beside the policy's (algorithm.ptx_coef); null is none."""
+    """Texts for a language-model loss in addition to the policy's (algorithm.ptx_coef); null is none."""
     prompt_key: str = "prompt"
     """Column with the prompt: a string, or a list of {role, content} messages."""
     label_key: str | None = None

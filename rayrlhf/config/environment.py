@@ -1,4 +1,4 @@
-"""`rollout.environment`: what the policy talks with over several turns."""
+"""`rollout.environment`: the environment of multi-turn episodes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ClassName = Annotated[
 
 class EnvironmentConfig(CodeLimits):
     environment: ClassName
-    """A Python class of yours with reset(row) and step(response): `module:Class` or `path/file.py:Class`."""
+    """Your Python class with reset(row) and step(response): `module:Class` or `path/file.py:Class`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of its constructor; every episode has an instance of its own."""
+    """Keyword arguments of its constructor; every episode has its own instance."""
     max_turns: Count = 8
     """Responses of the policy in an episode; after the last one it ends, done or not."""
     max_response_tokens: Count = 1024
-    """Everything after the opening messages, in tokens: responses and observations of all turns."""
+    """Limit on everything after the opening messages, in tokens: responses and observations of all turns."""
     timeout_seconds: PositiveNumber = 120
     """Deadline of an episode, generation included; its sample is then dropped and counted."""
     num_replicas: Count = 1

@@ -1,4 +1,4 @@
-"""From pydantic's errors to problems that a user can act on, and the checks that can still be made."""
+"""Converts pydantic's errors to `Problem`s with fixes, and runs the checks that valid fields still allow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rayrlhf.migration.other_keys import answer, known_paths, leaf_problems, mea
 
 S = TypeVar("S", bound=Section)
 
-UNKNOWN_KEY = ("extra_forbidden", "invalid_key")  # the second is a key that is not even a text
+UNKNOWN_KEY = ("extra_forbidden", "invalid_key")  # the second: a key that is not a string
 MAX_SHOWN = 100  # characters of a wrong value
 BOUND_FIXES = {
     "greater_than_equal": ("ge", "to {} or more"),
@@ -38,7 +38,7 @@ BOUND_FIXES = {
 
 
 def explain(error: ValidationError, schema: type[Section], values: Mapping[str, Any]) -> list[Problem]:
-    """Every problem of `values`: unknown keys, bad values, and good values that do not fit together."""
+    """All problems of `values`: unknown keys, invalid values, and valid values that contradict each other."""
     details: list[ErrorDetails] = []
     failed_checks: list[Problem] = []
     for detail in error.errors():
@@ -65,7 +65,7 @@ def explain(error: ValidationError, schema: type[Section], values: Mapping[str, 
             problems.append(_bad_value(path, node, default, detail))
     good = valid_part(schema, values)
     for path in meant:
-        _forget(good, path.split("."))  # its value is not the default: it was given under a wrong name
+        _forget(good, path.split("."))  # given under a wrong name, so its value is not the default
     return [*problems, *dict.fromkeys([*failed_checks, *_failed_checks(good)])]
 
 
@@ -82,7 +82,7 @@ def valid_part(schema: type[S], values: Mapping[str, Any]) -> S:
             fields[name] = valid_part(sections[0], value)
             continue
         try:
-            # As strict as its section, except where the field itself says otherwise; sections know theirs.
+            # As strict as its section, unless the field says otherwise; sections have their own config.
             config = None if sections else Section.model_config
             fields[name] = TypeAdapter(node, config=config).validate_python(value)
         except ValidationError:
@@ -113,7 +113,7 @@ def _failed_checks(part: Section, at: str = "") -> Iterator[Problem]:
 
 
 def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str, Any, str | None]:
-    """Key path, type and default of the value at pydantic's location, which names union variants too."""
+    """Key path, type and default of the value at pydantic's location, which includes union variants."""
     path: list[str] = []
     node: Any = schema
     default = None
@@ -133,7 +133,7 @@ def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str
 
 
 def _missing(path: str, node: Any) -> Iterator[Problem]:
-    """A missing section is told by the keys that must be given in it."""
+    """A missing section is reported as its required keys."""
     sections = sections_in(node)
     if len(sections) == 1:
         for name, info in sections[0].model_fields.items():
@@ -185,7 +185,7 @@ def _fix(path: str, detail: ErrorDetails, node: Any, default: str | None) -> str
 
 
 def _options(node: Any) -> list[Any]:
-    """The values of the literal somewhere inside an annotation."""
+    """The values of a `Literal` anywhere inside an annotation."""
     return [
         option
         for part in get_args(node)
@@ -204,7 +204,7 @@ def _shorten(value: Any) -> str:
 
 
 def _meant(schema: type[Section], path: str, value: Any) -> list[str]:
-    """The keys that an unknown one, or those below it, stand for."""
+    """The existing keys that an unknown key, or the keys below it, correspond to."""
     foreign = [
         key for problem in leaf_problems(schema, path, value) for key in meant_by(schema, problem.path)
     ]
@@ -239,7 +239,7 @@ def suggest(schema: type[Section], path: str) -> list[str]:
         if same := [p for p in paths if _leaf(p) == leaf]:
             return [p for p in same if p.startswith(_numbered(section) + ".")] or same[:2]
     far = get_close_matches(leaf, {_leaf(p) for p in paths}, n=1, cutoff=0.8)
-    others = [p for p in paths if not _numbered(path).startswith(f"{p}.")]  # not the section it stands in
+    others = [p for p in paths if not _numbered(path).startswith(f"{p}.")]  # not the section it is in
     return [p for p in paths if _leaf(p) in far][:2] or get_close_matches(path, others, n=1, cutoff=0.8)
 
 
@@ -256,5 +256,5 @@ def _leaf(path: str) -> str:
 
 
 def _numbered(path: str) -> str:
-    """`reward.sources.0.weight` as the key reference names it."""
+    """`reward.sources.0.weight` as it is in the key reference, `reward.sources.N.weight`."""
     return ".".join(INDEX if part.isdecimal() else part for part in path.split("."))

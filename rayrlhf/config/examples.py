@@ -1,4 +1,4 @@
-"""`data` of supervised training: which rows are examples, what of them is learnt, how long they may be."""
+"""`data` of supervised training: row formats, which tokens have a loss, and length limits."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def _duplicates_have_an_id(data: ExampleDataConfig) -> Problem | None:
     return Problem(
         "on_duplicate_id",
         got=f"{data.on_duplicate_id} without data.id_key",
-        wanted="the column that tells rows apart",
+        wanted="the column that identifies rows",
         fix="name it in data.id_key, or remove data.on_duplicate_id",
     )
 
 
-def _what_is_mixed_has_probabilities(data: ExampleDataConfig) -> Problem | None:
+def _mixing_has_probabilities(data: ExampleDataConfig) -> Problem | None:
     if data.mixing_stops == "first_exhausted" or any(s.probability is not None for s in data.train):
         return None
     return Problem(
@@ -47,9 +47,9 @@ def _what_is_mixed_has_probabilities(data: ExampleDataConfig) -> Problem | None:
 
 
 class ExampleDataConfig(DataConfig):
-    """What the data sections of SFT, pairs, KTO and step labels have in common."""
+    """Fields shared by the data sections of SFT, pairs, KTO and step labels."""
 
-    sequences_per_example: ClassVar[int] = 1  # that a micro-batch must hold together
+    sequences_per_example: ClassVar[int] = 1  # which must be in one micro-batch
 
     eval_share: Share = 0.0
     """Share of the training rows that is held out for evaluation, by a hash of the row and run.seed."""
@@ -58,7 +58,7 @@ class ExampleDataConfig(DataConfig):
     eval_split: Key | None = None
     """Split to evaluate on; null takes test, else eval, else validation."""
     id_key: Key | None = None
-    """Column that tells rows apart; null compares nothing."""
+    """Column that identifies rows; null looks for no duplicates."""
     on_duplicate_id: Literal["fail", "skip"] = "fail"
     """What to do with a row whose id was seen before: stop and name it, or skip and count it."""
     max_tokens: Count = 2048
@@ -66,13 +66,13 @@ class ExampleDataConfig(DataConfig):
     on_long: Literal["fail", "drop", "truncate_head", "truncate_tail"] = "fail"
     """What to do with a longer one: stop and name it, drop it, cut off its beginning, or cut off its end."""
     mixing_stops: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
-    """With probabilities: end where a source has no row left, or repeat sources until all were read."""
+    """With probabilities: end when the first source is exhausted, or repeat sources until all were read."""
 
     checks = (
         *DataConfig.checks,
         _one_way_to_hold_out,
         _duplicates_have_an_id,
-        _what_is_mixed_has_probabilities,
+        _mixing_has_probabilities,
     )
 
     @property
@@ -80,11 +80,11 @@ class ExampleDataConfig(DataConfig):
         return bool(self.eval) or self.eval_share > 0
 
     def sources_of(self, split: Literal["train", "eval"]) -> list[SourceConfig]:
-        """The sources of a split; with `eval_share` both splits come from those of `train`."""
+        """The sources of a split; with `eval_share` both splits are taken from `train`."""
         return self.eval if split == "eval" and not self.eval_share else self.train
 
 
-def _a_text_is_learnt_whole(data: SftDataConfig) -> Problem | None:
+def _plain_text_has_loss_everywhere(data: SftDataConfig) -> Problem | None:
     if data.format != "text":
         return None
     if data.learn != "all":
@@ -102,7 +102,7 @@ def _a_text_is_learnt_whole(data: SftDataConfig) -> Problem | None:
     return Problem(
         given[0],
         got=f"{getattr(data, given[0])!r} with data.format=text",
-        wanted="nothing around a plain text: it is learnt as it stands",
+        wanted="nothing around a plain text: it is trained on as it is",
         fix=f"remove data.{' and data.'.join(given)}",
     )
 
@@ -139,7 +139,7 @@ class SftDataConfig(ExampleDataConfig):
     reward_template: RewardTemplate | None = None
     """Text put before the last user message, with {} where the reward goes, for example 'Reward: {}\\n'."""
 
-    checks = (*ExampleDataConfig.checks, _a_text_is_learnt_whole, _a_reward_has_its_template)
+    checks = (*ExampleDataConfig.checks, _plain_text_has_loss_everywhere, _a_reward_has_its_template)
 
 
 class PairDataConfig(ExampleDataConfig):
@@ -186,4 +186,4 @@ class PrmDataConfig(ExampleDataConfig):
     label_scale: Literal["auto", "unit", "rating"] = "auto"
     """unit: true/false, +/-, good/bad, 0 to 1. rating: -1, 0 or 1. auto: rating for prm800k."""
     neutral: Literal["positive", "negative", "half", "ignore"] = "positive"
-    """What a rating of 0 is learnt as: 1 (as in arXiv 2305.20050), 0, 0.5, or not at all."""
+    """Training label of a rating of 0: 1 (as in arXiv 2305.20050), 0, 0.5, or no loss on it."""

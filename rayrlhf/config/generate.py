@@ -1,4 +1,4 @@
-"""The tree of batch inference: a data set of prompts, engines, and perhaps rewards."""
+"""Config of batch inference: a data set of prompts, engines, and optional rewards."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ def _several_samples_differ(rollout: SampledConfig) -> Problem | None:
 
 
 class SampledConfig(EngineConfig):
-    """`rollout` where responses are kept, not learnt from: they may be greedy."""
+    """`rollout` of jobs that write responses instead of updating a policy with them: they may be greedy."""
 
     checks = (_several_samples_differ,)
 
 
 class GenerateSection(Section):
     output: str | None = Field(default=None, min_length=1)
-    """JSON-lines file with the answered rows; generations.jsonl in the run's folder when left out."""
+    """JSON-lines file with the answered rows; generations.jsonl in the run folder when left out."""
     first_row: NaturalNumber = 0
-    """Begin with this row, counted from 0; past the last row it begins anew."""
+    """Begin with this row, counted from 0; past the last row it wraps around to the first."""
     num_rows: Count | None = None
     """How many rows; all when left out."""
     rows_per_shard: Count = 256
-    """Rows that are written together: an interrupted run loses the shards that it was working on."""
+    """Rows that are written together; an interrupted run loses the shards in progress."""
     retries: NaturalNumber = 1
-    """How often a row whose generation failed is tried again before it is written with an error."""
+    """How often a row whose generation failed is retried before it is written with an error."""
     max_failed_fraction: Fraction = 0.1
     """The run stops when more than this share of a shard's rows cannot be generated."""
     overwrite_columns: bool = False
-    """Let the new columns (response, score, …) take the place of columns of these names in the data."""
+    """Let the new columns (response, score, …) replace columns of these names in the data."""
 
 
 def _given_responses_are_scored(config: GenerateRunConfig) -> Problem | None:
@@ -109,20 +109,20 @@ def rewards_without_order(reward: RewardConfig | None) -> Problem | None:
             return Problem(
                 f"reward.sources.{index}.type",
                 got="environment",
-                wanted="a source that scores responses: this job plays no episodes",
+                wanted="a source that scores responses: this job runs no episodes",
                 fix="take another reward source",
             )
     return None
 
 
 def labels_where_needed(reward: RewardConfig | None, data: PromptDataConfig) -> Problem | None:
-    asked = [i for i, source in enumerate(reward.sources if reward else []) if source.type == "math"]
-    if not asked or data.label_key is not None:
+    indices = [i for i, source in enumerate(reward.sources if reward else []) if source.type == "math"]
+    if not indices or data.label_key is not None:
         return None
     return Problem(
         "data.label_key",
-        got=f"null with reward.sources.{asked[0]}.type=math",
-        wanted="the column that holds the right answer",
+        got=f"null with reward.sources.{indices[0]}.type=math",
+        wanted="the column with the reference answer",
         fix="set data.label_key to its name",
     )
 
@@ -157,17 +157,17 @@ class GenerateRunConfig(Section):
     run: RunSection
     """Name, folder and seed."""
     model: ModelConfig
-    """The model that answers."""
+    """The model that generates."""
     data: GenerateDataConfig
     """Prompts."""
     rollout: SampledConfig = SampledConfig()
     """Engines and sampling."""
     generate: GenerateSection = GenerateSection()
-    """Which rows, and where the answers go."""
+    """Which rows to answer, and the output file."""
     reward: RewardConfig | None = None
     """What scores the responses; null scores none."""
     placement: PlacementConfig = PlacementConfig()
-    """Which role sits where."""
+    """Which roles share slots."""
     observe: ObserveConfig = ObserveConfig()
     """Console."""
     launch: LaunchConfig = LaunchConfig()

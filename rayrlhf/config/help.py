@@ -1,4 +1,4 @@
-"""What a schema accepts, in words: the key reference behind `--help`, and the `wanted` of error messages."""
+"""Describes what a schema accepts: the key reference of `--help`, and the `wanted` of error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayrlhf.config.base import Section, Wanted
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-INDEX = "N"  # stands for the index of a list item in key paths
+INDEX = "N"  # placeholder for the index of a list item in key paths
 HELP_WIDTH = 100
 
 
@@ -24,13 +24,13 @@ class Key:
 
     path: str
     wanted: str
-    default: str  # as it is written in YAML; empty for a section, and for a key that must be given
+    default: str  # as it is written in YAML; empty for sections and required keys
     doc: str
     is_section: bool
 
 
 def keys_of(schema: type[Section], at: str = "", defaults: Section | None = None) -> Iterator[Key]:
-    """All keys below `schema`, depth first, sections included; `defaults` is what their parent fills in."""
+    """All keys below `schema`, depth first, with sections; `defaults`: values set by their parent."""
     for name, info in schema.model_fields.items():
         path = f"{at}.{name}" if at else name
         node = node_of(info)
@@ -55,12 +55,12 @@ def keys_of(schema: type[Section], at: str = "", defaults: Section | None = None
 
 
 def node_of(info: FieldInfo) -> Any:
-    """A field's annotation together with its metadata, which pydantic keeps apart."""
+    """A field's annotation together with its metadata, which pydantic stores separately."""
     return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
 
 
 def sections_in(node: Any) -> list[type[Section]]:
-    """The section that this type is, or the variants of a union of sections; empty for anything else."""
+    """This type if it is a section, or the variants of a union of sections; empty for other types."""
     if get_origin(node) is Annotated:
         return sections_in(get_args(node)[0])
     if get_origin(node) in (Union, UnionType):
@@ -69,7 +69,7 @@ def sections_in(node: Any) -> list[type[Section]]:
 
 
 def item_of(node: Any) -> Any:
-    """The type of a list's items, or of a pair's; None for anything else."""
+    """The item type of a list or a pair; None for other types."""
     if get_origin(node) is Annotated:
         return item_of(get_args(node)[0])
     if get_origin(node) in (Union, UnionType):
@@ -121,17 +121,17 @@ def number(value: float) -> str:
 
 
 def tags_of(variant: type[Section]) -> tuple[str, ...]:
-    """What `type` says in this variant of a union."""
+    """The values of `type` in this variant of a union."""
     return get_args(variant.model_fields["type"].annotation)
 
 
 def default_of(info: FieldInfo) -> Any:
-    """The value of a field that is left out; the field must not be a required one."""
+    """The default of a field, which must not be required."""
     return info.get_default(call_default_factory=True)
 
 
 def show(value: Any) -> str:
-    """A value as one would write it in YAML, on one line."""
+    """A value as it is written in YAML, on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -142,7 +142,7 @@ def show(value: Any) -> str:
 
 
 def help_text(schema: type[Section], program: str) -> str:
-    """The usage and every key with what it accepts, its default and its meaning."""
+    """Usage, and every key with accepted values, default and meaning."""
     lines = [
         f"usage: {program} CONFIG.yaml [OTHER.yaml ...] [key.path=value ...]",
         "",

@@ -1,4 +1,4 @@
-"""`launch`: the machines that a job is sent to. Only `rayrlhf render` reads it."""
+"""`launch`: the machines that a job is launched on. Only `rayrlhf render` reads it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SecretName = Annotated[
 VariableName = Annotated[
     str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"), Wanted("a name of an environment variable")
 ]
-# What services begin their keys with, and a password in a URL: a secret under any name.
+# Key prefixes of known services, and a password in a URL: secrets whatever the variable's name.
 _SECRET_VALUE = re.compile(
     r"^(hf_|sk-|ghp_|github_pat_|glpat-|AKIA|xox[bp]-)\w|-----BEGIN|^\w+://[^/\s:@]*:[^/\s@]+@"
 )
@@ -38,7 +38,7 @@ def _no_secret_is_written_down(launch: LaunchConfig) -> Problem | None:
         if value and (is_secret_name(name) or _SECRET_VALUE.search(value)):
             return Problem(
                 f"env.{name}",
-                got="a literal value, which would stand in every rendered file",
+                got="a literal value, which would be written to every rendered file",
                 wanted="the name of a secret that the launcher knows",
                 fix=f"remove it, and set launch.env_from_secret.{name} to a secret (name or name/key)",
             )
@@ -96,7 +96,7 @@ def _a_token_has_authentication(kuberay: KubeRayConfig) -> Problem | None:
     return Problem(
         "auth_secret",
         got=f"{kuberay.auth_secret} with auth=disabled",
-        wanted="auth=token: nobody asks for a token otherwise",
+        wanted="auth=token: otherwise no token is required",
         fix="remove launch.kuberay.auth_secret, or set launch.kuberay.auth to token",
     )
 
@@ -105,21 +105,21 @@ class KubeRayConfig(Section):
     namespace: ResourceName = "default"
     """Kubernetes namespace."""
     submission_mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"] = "HTTPMode"
-    """Who submits the job: a pod of its own, the operator, a container beside the head, or you."""
+    """Who submits the job: a separate pod, the operator, a sidecar container of the head, or you."""
     backoff_limit: NaturalNumber = 2
-    """How often a failed job is repeated on a new cluster; it resumes from its newest checkpoint."""
+    """How often a failed job is retried on a new cluster; it resumes from its newest checkpoint."""
     active_deadline_seconds: Count | None = None
-    """Deadline of the job, repeats included."""
+    """Deadline of the job, retries included."""
     shutdown_after_job_finishes: bool = True
-    """Take the cluster down when the job has ended."""
+    """Delete the cluster when the job has ended."""
     ttl_seconds_after_finished: NaturalNumber = 600
-    """How long after the end the cluster stays, for its logs."""
+    """How long the cluster is kept after the job has ended, for its logs."""
     project_dir: AbsolutePath = "/rayrlhf"
     """Where the image holds this repository."""
     volume_claim: ResourceName = "rayrlhf"
     """PersistentVolumeClaim that every pod mounts (ReadWriteMany): runs, models, data."""
     mount_path: AbsolutePath = "/shared"
-    """Where it is mounted; relative run.dir lies under it."""
+    """Its mount path; a relative run.dir is below it."""
     service_account: ResourceName | None = None
     """Service account of the pods."""
     node_selector: dict[str, str] = Field(default_factory=dict)
@@ -129,7 +129,7 @@ class KubeRayConfig(Section):
     queue: ResourceName | None = None
     """Queue of a gang scheduler (the label kueue.x-k8s.io/queue-name)."""
     auth: Literal["token", "disabled"] = "token"
-    """Whether Ray asks for a token; without, every pod that reaches the head can run code there."""
+    """Whether Ray requires a token; without one, every pod that reaches the head can run code there."""
     auth_secret: ResourceName | None = None
     """Secret with the token (key auth_token); null: the operator makes one for the cluster."""
 
@@ -147,13 +147,13 @@ class AnyscaleConfig(Section):
     worker_instance: str = "p4de.24xlarge"
     """Instance type of the nodes that train and generate."""
     market: Literal["ON_DEMAND", "SPOT", "PREFER_SPOT"] = "ON_DEMAND"
-    """How worker nodes are bought."""
+    """Market type of worker nodes."""
     max_retries: NaturalNumber = 2
-    """How often a failed job is repeated; it resumes from its newest checkpoint."""
+    """How often a failed job is retried; it resumes from its newest checkpoint."""
     timeout_seconds: Count | None = None
     """Deadline of one attempt."""
     storage: AbsolutePath = "/mnt/cluster_storage"
-    """Where a relative run.dir lies."""
+    """Parent folder of a relative run.dir."""
     tags: dict[str, str] = Field(default_factory=dict)
     """Tags of the job."""
 
@@ -185,13 +185,13 @@ class LaunchConfig(Section):
     memory_per_node: Quantity = "1Ti"
     """Memory of a node."""
     shared_memory: Quantity = "128Gi"
-    """Size of /dev/shm, where Ray keeps objects (weights on their way, among them)."""
+    """Size of /dev/shm, which holds Ray's object store (weights in transfer included)."""
     head_cpus: Count = 8
     """CPUs of the head node, which runs the driver, Serve's controller and Ray Data."""
     head_memory: Quantity = "32Gi"
     """Memory of the head node."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of every process; no secrets: they stand in the rendered files."""
+    """Environment variables of every process; no secrets: they are written to the rendered files."""
     env_from_secret: dict[VariableName, SecretName] = Field(default_factory=dict)
     """Variables such as HF_TOKEN, each with the secret (name or name/key) that holds its value."""
     kuberay: KubeRayConfig = KubeRayConfig()

@@ -1,4 +1,4 @@
-"""What supervised jobs learn with when their configuration says nothing: each job's own learning rate.
+"""Default learning rates of the supervised jobs, one per job.
 
 Schedule and warm-up are those of Llama 2's fine-tuning and reward models (arXiv 2307.09288): a cosine, with a
 warm-up over 3 % of the steps.
@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from rayrlhf.config.base import NonNegativeNumber
 from rayrlhf.config.train import OptimizerConfig, SupervisedTrainConfig
 
-# Adapters' best learning rates are an order of magnitude above those of whole models: arXiv 2405.09673.
+# The best learning rates of LoRA are an order of magnitude above those of full training: arXiv 2405.09673.
 LORA_LR_FACTOR = 10.0
 
 T = TypeVar("T", bound=OptimizerConfig)
@@ -31,7 +31,7 @@ class SftTrainConfig(_Cosine):
 
 class DistillationTrainConfig(SftTrainConfig):
     dropout: bool = False
-    """Train with the dropout of the student's config.json; what is compared with the teacher is then cut."""
+    """Train with the dropout of the student's config.json, also where it is compared with the teacher."""
 
 
 class RewardTrainConfig(_Cosine):
@@ -45,7 +45,7 @@ class PreferenceTrainConfig(_Cosine):
 
 
 def with_lora_lr(train: T, model: Any) -> T:
-    """A learning rate that is left out is raised where adapters alone are trained."""
+    """`train` with its default learning rate times `LORA_LR_FACTOR` if only adapters are trained."""
     if model is None or model.lora is None or "lr" in train.model_fields_set:
         return train
     return train.model_copy(update={"lr": float(f"{train.lr * LORA_LR_FACTOR:.6g}")})

@@ -1,4 +1,4 @@
-"""From the command line to a validated configuration, or to every problem at once."""
+"""Loads and validates a configuration from the command line; reports all problems at once."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def load_config(schema: type[S], argv: Sequence[str]) -> S:
         raise ConfigError([Problem("the command line", "nothing", "at least one YAML file", fix)])
     tree = read_tree(argv)
     problems = [option_problem(schema, *option, COMMAND_LINE) for option in tree.options] + tree.problems
-    mistaken = None if tree.unreadable else other_job(schema, tree.values)
-    if mistaken is not None:
-        problems.append(mistaken)  # and not every key that the two jobs do not share
+    wrong_job = None if tree.unreadable else other_job(schema, tree.values)
+    if wrong_job is not None:
+        problems.append(wrong_job)  # instead of a problem per key that the two jobs do not share
     elif not tree.unreadable:
         try:
             config = schema.model_validate(tree.values)
@@ -45,9 +45,9 @@ def load_config(schema: type[S], argv: Sequence[str]) -> S:
                 remember_all(config.model_dump(mode="json"))
                 return config
         except ValidationError as error:
-            told = {problem.path for problem in problems}
-            problems += [p for p in explain(error, schema, tree.values) if p.path not in told]
-    remember_all(tree.values)  # problems quote what is wrong
+            reported = {problem.path for problem in problems}
+            problems += [p for p in explain(error, schema, tree.values) if p.path not in reported]
+    remember_all(tree.values)  # problems quote values, which may be secrets
     placed = [replace(p, where=p.where or tree.places.get(p.path, "")) for p in problems]
     raise ConfigError(placed, tree.source)
 

@@ -43,7 +43,7 @@ def _quantized_weights_are_frozen(model: TrainedModelConfig) -> Problem | None:
     return Problem(
         "quantization",
         got=f"{model.quantization} without model.lora",
-        wanted="adapters, which are trained in the place of weights of 4 bits",
+        wanted="adapters: they are trained instead of the 4-bit weights",
         fix="give model.lora, or remove model.quantization",
     )
 
@@ -54,20 +54,20 @@ def _sequences_are_shared_with_sdpa(model: TrainedModelConfig) -> Problem | None
     return Problem(
         "attention",
         got=f"flash_attention_2 with sequence_parallel={model.sequence_parallel}",
-        wanted="auto or sdpa: a rank's tokens attend to those of others through SDPA's kernels",
+        wanted="auto or sdpa: attention to the tokens of other ranks uses SDPA's kernels",
         fix="remove model.attention, or set model.sequence_parallel to 1",
     )
 
 
 class TrainedModelConfig(ModelConfig):
     lora: LoraConfig | None = None
-    """Train low-rank adapters (arXiv 2106.09685) on a frozen model; null trains all of it."""
+    """Train low-rank adapters (arXiv 2106.09685) on a frozen model; null trains all weights."""
 
     quantization: Literal["nf4"] | None = None
-    """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); engines get them dense again."""
+    """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); engines get dequantised ones."""
 
     sequence_parallel: Count = 1
-    """Neighbouring workers that share the tokens of each micro-batch; for sequences too long for one."""
+    """Neighbouring workers that split the tokens of each micro-batch; for sequences too long for one."""
 
     checks = (_quantized_weights_are_frozen, _sequences_are_shared_with_sdpa)
 
@@ -77,33 +77,38 @@ class TrainedModelConfig(ModelConfig):
 
     @property
     def loads_in_parts(self) -> bool:
-        """Whether ZeRO-3 may share the weights out as they are loaded: 4 bits are made of whole ones."""
+        """Whether ZeRO-3 may partition weights while they are loaded: NF4 is made from whole tensors."""
         return self.quantization is None
 
     def holds_reference(self, path: str | None) -> bool:
-        """Whether this model with its adapters off is the reference, whose own checkpoint would be `path`."""
+        """Whether the reference is this model with its adapters off; `path`: the reference checkpoint."""
         return self.lora is not None and path is None
 
 
 def reference_is_quantized(model: TrainedModelConfig, key: str, got: str) -> Problem:
-    """Of a dense copy of the very model that trains in 4 bits. `got`: what asks for it, with its `key`."""
+    """The problem of a reference that is a dense copy of the model trained in 4 bits.
+
+    Args:
+        key: the setting that asks for it.
+        got: its value.
+    """
     return Problem(
         key,
         got=f"{got} with model.quantization={model.quantization}",
         wanted="the model itself with its adapters off, in the same 4 bits: a dense copy is another model, "
-        "from which the policy is away before its first step (KL > 0)",
+        "from which the policy differs before its first step (KL > 0)",
         fix=f"remove {key}",
     )
 
 
 def sequences_are_shared(model: TrainedModelConfig, num_workers: int, key: str) -> Problem | None:
-    """`key` holds the number of workers among which sequences are to be shared."""
+    """A problem unless `num_workers`, the value of `key`, is a multiple of model.sequence_parallel."""
     if num_workers % model.sequence_parallel == 0:
         return None
     return Problem(
         "model.sequence_parallel",
         got=f"{model.sequence_parallel} with {key}={num_workers}",
-        wanted=f"a divisor of {key}: groups of so many workers share their sequences",
+        wanted=f"a divisor of {key}: groups of that many workers split their sequences",
         fix=f"set {key} to a multiple of {model.sequence_parallel}, or lower model.sequence_parallel",
     )
 
@@ -116,9 +121,9 @@ class CriticConfig(Section):
     value_clip: PositiveNumber | None = 0.2
     """How far a value may move from the old one before its loss is clipped; null switches it off."""
     location: Literal["auto", "worker", "trainer"] = "auto"
-    """In the actor's workers, or in a trainer of its own; auto: worker where both share slots."""
+    """In the actor's workers, or in a separate trainer; auto: worker where both share slots."""
     num_workers: Count | None = None
-    """Workers of a critic in a trainer of its own; train.num_workers when left out."""
+    """Workers of a critic in a separate trainer; train.num_workers when left out."""
 
 
 def _engine_serves(ref: RefConfig) -> Problem | None:
@@ -127,7 +132,7 @@ def _engine_serves(ref: RefConfig) -> Problem | None:
     return Problem(
         "tensor_parallel",
         got=f"{ref.tensor_parallel} with engine={ref.engine}",
-        wanted="1: only a vLLM engine spreads a reference over several GPUs",
+        wanted="1: only a vLLM engine splits a reference over several GPUs",
         fix="set ref.engine to vllm, or remove ref.tensor_parallel",
     )
 
@@ -140,7 +145,7 @@ class RefConfig(Section):
     num_replicas: Count = 1
     """Serve replicas of a reference that is served."""
     engine: Literal["packed", "vllm"] = "packed"
-    """What serves it: a packed forward pass, or vLLM, which spreads a big one over several GPUs."""
+    """Backend of a served reference: a packed forward pass, or vLLM, which can split it over several GPUs."""
     tensor_parallel: Count = 1
     """GPUs of each replica (with engine: vllm)."""
 

@@ -1,4 +1,4 @@
-"""Which models a config names, and under which keys."""
+"""Lists the models that a config names, with their keys."""
 
 from __future__ import annotations
 

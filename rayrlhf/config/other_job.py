@@ -1,4 +1,4 @@
-"""A configuration of one kind of job, given to another."""
+"""Detects a configuration that belongs to another job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMED_JOBS = (
     "iterative_dpo",
     "conditional_sft",
 )
-# What the file of a policy run has, which names no job.
+# Sections of a policy run, whose config has no `job` key.
 POLICY_SECTIONS = frozenset({"rollout", "reward", "critic", "ref", "algorithm"})
 
 
@@ -31,9 +31,9 @@ def script_of_job(job: str | None) -> str:
 
 
 def other_job(schema: type[Section], values: Mapping[str, Any]) -> Problem | None:
-    """One problem in place of many, where the files are for another job than `schema`'s."""
+    """A single problem, instead of one per key, if the files are for another job than `schema`'s."""
     own, given = _job_of(schema), values.get("job")
-    fix = "run python {} with it, or give " + f"{script_of_job(own)} a configuration of its own"
+    fix = "run python {} with it, or give " + f"{script_of_job(own)} its own configuration"
     if isinstance(given, str) and given != own and given in NAMED_JOBS:
         wanted = f"no job, or the configuration of {POLICY_SCRIPT}" if own is None else f"job: {own}"
         return Problem(

@@ -1,4 +1,4 @@
-"""`placement`: which role sits where."""
+"""`placement`: which roles share slots."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ EVERYTHING: tuple[str, tuple[Role, ...]] = (
     "all",
     ("actor", "critic", "ref", "reward", "rollout", "teacher"),
 )
-# Names of pools and the roles that share their slots; every other role has slots of its own.
+# Names of pools and the roles that share their slots; every other role has its own slots.
 PRESETS: dict[str, tuple[tuple[str, tuple[Role, ...]], ...]] = {
-    "auto": (),  # until a driver has seen the cluster
+    "auto": (),  # resolved by the driver, which knows the cluster
     "disaggregated": (),
     "colocate_actor_ref": (ACTOR_REF,),
     "colocate_critic_reward": (CRITIC_REWARD,),
@@ -44,7 +44,7 @@ class PoolConfig(Section):
     roles: list[Role] = Field(min_length=1)
     """Roles that share the slots of this pool; an actor is what trains in any job."""
     slots: Count | None = None
-    """Slots of this pool; as many as its largest role needs when left out."""
+    """Slots of this pool; what its largest role needs when left out."""
 
 
 def _pools_are_for_pools(placement: PlacementConfig) -> Problem | None:

@@ -1,4 +1,4 @@
-"""The whole tree of a policy run, and what must hold between its sections."""
+"""Config of a policy run, and its cross-section checks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _ref_is_used(config: PolicyRunConfig) -> Problem | None:
     return Problem(
         "ref",
         got="a section ref with algorithm.kl_coef=0",
-        wanted="no ref: without a KL term nothing asks the reference",
+        wanted="no ref: without a KL term nothing uses the reference",
         fix="remove the section ref (on the command line: ref=null), or set algorithm.kl_coef above 0",
     )
 
@@ -78,7 +78,7 @@ def _workers_share_prompts_evenly(config: PolicyRunConfig) -> Problem | None:
     return Problem(
         "rollout.prompts_per_step",
         got=f"{prompts} with train.num_workers={workers}",
-        wanted=f"a multiple of train.num_workers, {workers}: every worker takes as many prompts",
+        wanted=f"a multiple of train.num_workers, {workers}: every worker takes the same number of prompts",
         fix=f"set rollout.prompts_per_step to {f'{below} or {above}' if below else above}",
     )
 
@@ -163,7 +163,7 @@ def _ptx_has_both_halves(config: PolicyRunConfig) -> Problem | None:
         return Problem(
             "algorithm.ptx_coef",
             got=f"{config.algorithm.ptx_coef:g} without data.ptx",
-            wanted="texts to learn from in data.ptx",
+            wanted="texts to train on in data.ptx",
             fix="give data.ptx, or remove algorithm.ptx_coef",
         )
     return Problem(
@@ -182,7 +182,7 @@ def _ptx_fits(config: PolicyRunConfig) -> Problem | None:
         return Problem(
             "data.ptx.texts_per_step",
             got=f"{ptx.texts_per_step} with train.num_workers={config.train.num_workers}",
-            wanted="a multiple of train.num_workers: every worker takes as many texts",
+            wanted="a multiple of train.num_workers: every worker takes the same number of texts",
             fix=f"set data.ptx.texts_per_step to a multiple of {config.train.num_workers}",
         )
     if ptx.max_tokens <= config.train.max_tokens_per_micro_batch:
@@ -196,11 +196,11 @@ def _ptx_fits(config: PolicyRunConfig) -> Problem | None:
 
 
 def _episodes_come_from_an_environment(config: PolicyRunConfig) -> Problem | None:
-    asked = [i for i, source in enumerate(config.reward.sources) if source.type == "environment"]
-    if not asked or config.rollout.environment is not None:
+    indices = [i for i, source in enumerate(config.reward.sources) if source.type == "environment"]
+    if not indices or config.rollout.environment is not None:
         return None
     return Problem(
-        f"reward.sources.{asked[0]}.type",
+        f"reward.sources.{indices[0]}.type",
         got="environment without rollout.environment",
         wanted="an environment that gives the rewards",
         fix="give rollout.environment, or take another reward source",
@@ -232,12 +232,12 @@ def _evaluation_has_prompts(config: PolicyRunConfig) -> Problem | None:
 
 
 def _critic_workers_are_used(config: PolicyRunConfig) -> Problem | None:
-    if config.critic is None or config.critic.num_workers is None or config.critic_is_apart:
+    if config.critic is None or config.critic.num_workers is None or config.critic_is_separate:
         return None
     return Problem(
         "critic.num_workers",
         got=f"{config.critic.num_workers} with {_why_in_worker(config, 'critic')}",
-        wanted="nothing: this critic lives in the actor's workers",
+        wanted="nothing: this critic runs in the actor's workers",
         fix="set critic.location to trainer, or remove critic.num_workers",
     )
 
@@ -281,14 +281,14 @@ def _workers_share_sequences(config: PolicyRunConfig) -> Problem | None:
     return sequences_are_shared(config.model, config.train.num_workers, "train.num_workers")
 
 
-def _policies_drop_nothing(config: PolicyRunConfig) -> Problem | None:
+def _policies_have_no_dropout(config: PolicyRunConfig) -> Problem | None:
     lora = config.model.lora
     if lora is None or lora.dropout == 0:
         return None
     return Problem(
         "model.lora.dropout",
         got=f"{lora.dropout:g}",
-        wanted="0: with dropout the policy that learns would be another one than the engines sample from",
+        wanted="0: with dropout the trained policy would differ from the one that the engines sample from",
         fix="remove model.lora.dropout",
     )
 
@@ -301,7 +301,7 @@ def _ref_replicas_are_used(config: PolicyRunConfig) -> Problem | None:
     return Problem(
         f"ref.{key}",
         got=f"{getattr(ref, key)} with {_why_in_worker(config, 'ref')}",
-        wanted="nothing: this reference answers in the actor's workers",
+        wanted="nothing: this reference runs in the actor's workers",
         fix=f"set ref.location to serve, or remove ref.{key}",
     )
 
@@ -322,7 +322,7 @@ def _vllm_scores_at_temperature_one(config: PolicyRunConfig) -> Problem | None:
     return Problem(
         "ref.engine",
         got=f"vllm with rollout.sampling.temperature={temperature:g}",
-        wanted="temperature 1: vLLM tells a prompt's log-probabilities at no other",
+        wanted="temperature 1: vLLM returns log-probabilities of a prompt at no other",
         fix="set rollout.sampling.temperature to 1, or ref.engine to packed",
     )
 
@@ -333,7 +333,7 @@ def _sleeping_engines_share(config: PolicyRunConfig) -> Problem | None:
     return Problem(
         "rollout.sleep",
         got=f"true with placement.preset={config.placement.preset}",
-        wanted="false: nobody else would use the memory of these engines",
+        wanted="false: no other role would use the memory of these engines",
         fix="remove rollout.sleep, or set placement.preset to colocate_all",
     )
 
@@ -357,15 +357,15 @@ class PolicyRunConfig(Section):
     reward: RewardConfig
     """What scores a sample."""
     placement: PlacementConfig = PlacementConfig()
-    """Which role sits where."""
+    """Which roles share slots."""
     train: TrainConfig
-    """Optimisation."""
+    """Optimizer and training steps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     eval: EvalConfig = EvalConfig()
     """Evaluation on held-out prompts."""
     observe: ObserveConfig = ObserveConfig()
-    """Console, TensorBoard, Weights & Biases, kept rollouts."""
+    """Console, TensorBoard, Weights & Biases, logged rollouts."""
     launch: LaunchConfig = LaunchConfig()
     """Where and how the job is launched; only `rayrlhf render` reads it."""
 
@@ -397,14 +397,14 @@ class PolicyRunConfig(Section):
         _ref_has_the_weights_of_the_start,
         _ref_replicas_are_used,
         _workers_share_sequences,
-        _policies_drop_nothing,
+        _policies_have_no_dropout,
         _vllm_scores_at_temperature_one,
         _sleeping_engines_share,
     )
 
     @field_validator("rollout")
     @classmethod
-    def _groups_where_needed(cls, rollout: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+    def _default_group_size(cls, rollout: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
         algorithm = info.data.get("algorithm")
         compares = algorithm is not None and algorithm.estimator.needs_group
         if not compares or "group_size" in rollout.model_fields_set:
@@ -413,27 +413,27 @@ class PolicyRunConfig(Section):
 
     @field_validator("train")
     @classmethod
-    def _adapters_learn_faster(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+    def _lr_of_adapters(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
         return with_lora_lr(train, info.data.get("model"))
 
     @field_validator("critic")
     @classmethod
-    def _critic_where_needed(cls, critic: CriticConfig | None, info: ValidationInfo) -> CriticConfig | None:
-        """What is needed and left out gets its defaults, so that the resolved config tells them."""
+    def _default_critic(cls, critic: CriticConfig | None, info: ValidationInfo) -> CriticConfig | None:
+        """Fill in defaults if a critic is needed, so that the resolved config shows them."""
         algorithm = info.data.get("algorithm")
         needed = algorithm is not None and algorithm.estimator.needs_critic
         return CriticConfig() if critic is None and needed else critic
 
     @field_validator("ref")
     @classmethod
-    def _ref_where_needed(cls, ref: RefConfig | None, info: ValidationInfo) -> RefConfig | None:
+    def _default_ref(cls, ref: RefConfig | None, info: ValidationInfo) -> RefConfig | None:
         algorithm = info.data.get("algorithm")
         needed = algorithm is not None and algorithm.kl_coef > 0
         return RefConfig() if ref is None and needed else ref
 
     @property
     def eval_sampling(self) -> SamplingConfig:
-        """How evaluation responses are drawn, with what eval.sampling takes over from the rollout."""
+        """Sampling of evaluation responses: eval.sampling, with its null fields from rollout.sampling."""
         return self.eval.sampling.completed(self.rollout.sampling)
 
     @property
@@ -445,8 +445,8 @@ class PolicyRunConfig(Section):
         return self.algorithm.kl_coef > 0
 
     @property
-    def critic_is_apart(self) -> bool:
-        """Whether the critic has a trainer of its own."""
+    def critic_is_separate(self) -> bool:
+        """Whether the critic has a separate trainer."""
         if not self.needs_critic or self.critic is None:
             return False
         if self.critic.location == "auto":
@@ -467,7 +467,7 @@ class PolicyRunConfig(Section):
 
     @property
     def ref_is_served(self) -> bool:
-        """Whether the reference answers from behind Ray Serve."""
+        """Whether the reference is served by Ray Serve."""
         if not self.needs_ref or self.ref is None or self.ref_is_the_actor:
             return False
         if self.ref.location == "auto":
@@ -476,12 +476,12 @@ class PolicyRunConfig(Section):
 
     @property
     def engines_sleep(self) -> bool:
-        """Whether engines and trainers take turns with the memory of their slots (the hybrid engine)."""
+        """Whether engines and trainers time-share the memory of their slots (hybrid engine)."""
         if self.rollout.sleep != "auto":
             return self.rollout.sleep
         return self.rollout.max_staleness is None and self.engines_share_with_trainers
 
     @property
     def engines_share_with_trainers(self) -> bool:
-        with_critic = self.critic_is_apart and self.placement.together("critic", "rollout")
+        with_critic = self.critic_is_separate and self.placement.together("critic", "rollout")
         return with_critic or self.placement.together("actor", "rollout")

@@ -1,4 +1,4 @@
-"""What samples to learn from ask of a policy run's sections: whole distributions, groups, a schedule."""
+"""Cross-section checks of a policy run: unfiltered sampling, dynamic sampling, warm-up, evaluation."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def no_token_is_cut(config: PolicyRunConfig) -> Problem | None:
 
 
 def _filtered(key: str, got: str, whole: str) -> Problem:
-    """The ratio of trainer to engine would be of two distributions: e^-20 over 400 tokens with top_p=0.95."""
+    """The ratio of trainer to engine would mix two distributions: e^-20 over 400 tokens with top_p=0.95."""
     return Problem(
         f"rollout.sampling.{key}",
         got=got,
-        wanted=f"{whole}: the policy learns by log-probabilities over all tokens, the engine's would be over "
-        "those that the filter leaves",
+        wanted=f"{whole}: the trainer's log-probabilities are over all tokens, the engine's would be over "
+        "those that the filter keeps",
         fix=f"remove rollout.sampling.{key}; eval.sampling.{key} may filter",
     )
 
 
 def any_token_may_stop(config: PolicyRunConfig) -> Problem | None:
-    """Until then the engine gives the tokens that stop the probability 0, and the others theirs."""
+    """Before min_new_tokens the engine masks stop tokens and renormalises over the other tokens."""
     sampling = config.rollout.sampling
     if sampling.min_new_tokens == 0 or sampling.min_new_tokens > sampling.max_new_tokens:
         return None
     return Problem(
         "rollout.sampling.min_new_tokens",
         got=str(sampling.min_new_tokens),
-        wanted="0: the policy learns by log-probabilities over all tokens, the engine's would be over those "
+        wanted="0: the trainer's log-probabilities are over all tokens, the engine's would be over those "
         "that do not stop",
-        fix="remove rollout.sampling.min_new_tokens and let a reward judge lengths; "
-        "eval.sampling.min_new_tokens may forbid to stop",
+        fix="remove rollout.sampling.min_new_tokens and score lengths by a reward; "
+        "eval.sampling.min_new_tokens may be set",
     )
 
 
@@ -61,7 +61,7 @@ def dynamic_sampling_knows_its_source(config: PolicyRunConfig) -> Problem | None
 
 
 def actor_has_its_warmup(config: PolicyRunConfig) -> Problem | None:
-    """The actor's schedule begins when the critic's warm-up ends."""
+    """The actor's learning-rate schedule starts after the critic's warm-up."""
     frozen, steps = config.algorithm.critic_warmup_steps, config.train.num_steps
     warmup = config.train.warmup_steps
     if frozen == 0 or frozen >= steps or warmup > steps or warmup <= steps - frozen:
@@ -75,7 +75,7 @@ def actor_has_its_warmup(config: PolicyRunConfig) -> Problem | None:
 
 
 def shortest_evaluation_fits(config: PolicyRunConfig) -> Problem | None:
-    """Where eval.sampling takes its limit over from the rollout's."""
+    """If eval.sampling takes its length limit from the rollout."""
     sampling, longest = config.eval.sampling, config.rollout.sampling.max_new_tokens
     if sampling.max_new_tokens is not None or sampling.min_new_tokens <= longest:
         return None

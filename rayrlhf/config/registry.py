@@ -1,4 +1,4 @@
-"""Every kind of job by the name in its YAML, for commands that take the configuration of any."""
+"""Config schemas by job name, for commands that take the configuration of any job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayrlhf.config.supervised import JOBS
 from rayrlhf.config.yaml_tree import COMMAND_LINE, read_tree
 from rayrlhf.migration.other_keys import option_problem
 
-POLICY = None  # the configs of policies name no job
+POLICY = None  # configs of policy runs have no `job` key
 SCHEMAS: dict[str | None, Any] = {
     POLICY: PolicyRunConfig,
     "generate": GenerateRunConfig,
@@ -27,7 +27,7 @@ SCHEMAS: dict[str | None, Any] = {
 
 
 def load_any(argv: Sequence[str]) -> Any:
-    """The configuration of whatever job the files (and overrides) are for. Raises `ConfigError`."""
+    """Load the configuration of the job that the files or overrides name. Raises `ConfigError`."""
     tree = read_tree(argv)
     job = tree.values.get("job")
     if not (job is None or isinstance(job, str)) or job not in SCHEMAS:

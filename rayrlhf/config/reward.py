@@ -1,4 +1,4 @@
-"""`reward`: what scores a sample, and how several scores become one."""
+"""`reward`: sources of a sample's score, and how their scores are combined."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _names_differ(reward: RewardConfig) -> Problem | None:
     return Problem(
         "sources",
         got=f"more than one source with the name {' and '.join(twice)}",
-        wanted="a name of its own for each source: metrics are kept by name",
-        fix="rename one of them (a source without a name is called reward0, reward1, … by its place)",
+        wanted="a different name for each source: metrics are keyed by name",
+        fix="rename one of them (a source without a name is called reward0, reward1, … by its index)",
     )
 
 
@@ -64,7 +64,7 @@ def _clip_is_a_range(reward: RewardConfig) -> Problem | None:
         "clip",
         got=f"[{reward.clip[0]:g}, {reward.clip[1]:g}]",
         wanted="[lowest, highest] with lowest < highest",
-        fix="swap the two numbers, or set them apart",
+        fix="swap the two numbers, or make them differ",
     )
 
 
@@ -87,7 +87,7 @@ def _requests_end_before_the_deadline(reward: RewardConfig) -> Problem | None:
             return Problem(
                 f"sources.{index}.timeout_seconds",
                 got=f"{own:g} with reward.timeout_seconds={reward.timeout_seconds:g}",
-                wanted="less than reward.timeout_seconds, which includes waiting in line",
+                wanted="less than reward.timeout_seconds, which includes time in the queue",
                 fix="raise reward.timeout_seconds (to some times as much), or lower the source's own",
             )
     return None
@@ -99,15 +99,15 @@ class RewardConfig(Section):
     overlong: OverlongConfig | None = None
     """Soft penalty on responses that come close to the limit (DAPO, arXiv 2503.14476)."""
     truncation_penalty: float | None = None
-    """Score of a response that hit the token limit; null leaves its own."""
+    """Score of a response that hit the token limit; null keeps its own."""
     clip: Pair | None = None
-    """Lowest and highest score, applied last; what lies outside is clipped."""
+    """Lowest and highest score, to which scores are clipped last."""
     max_failed_fraction: Fraction = 0.1
     """The run stops when more than this share of a step's samples cannot be scored."""
     retries: NaturalNumber = 2
     """How often a failed sample is scored again before it is dropped."""
     timeout_seconds: PositiveNumber = 60
-    """Deadline of scoring a sample once, waiting in line included."""
+    """Deadline of scoring a sample once, time in the queue included."""
 
     checks = (_names_differ, _clip_is_a_range, _penalty_survives_the_clip, _requests_end_before_the_deadline)
 
@@ -118,13 +118,13 @@ class RewardConfig(Section):
 
 
 def check_reward_needs(config: PolicyRunConfig) -> Problem | None:
-    """What a reward source needs of other sections. One of the checks of the run's config."""
-    asked = [i for i, source in enumerate(config.reward.sources) if source.type == "math"]
-    if not asked or config.data.label_key is not None:
+    """Check what reward sources need of other sections; one of the run config's checks."""
+    indices = [i for i, source in enumerate(config.reward.sources) if source.type == "math"]
+    if not indices or config.data.label_key is not None:
         return None
     return Problem(
         "data.label_key",
-        got=f"null with reward.sources.{asked[0]}.type=math",
-        wanted="the column that holds the right answer",
+        got=f"null with reward.sources.{indices[0]}.type=math",
+        wanted="the column with the reference answer",
         fix="set data.label_key to its name",
     )

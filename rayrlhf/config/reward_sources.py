@@ -1,4 +1,4 @@
-"""The kinds of reward sources: what one entry of `reward.sources` may be."""
+"""The types of reward sources: the entries of `reward.sources`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Headers = Annotated[dict[str, str], Wanted("a mapping of header names to texts")
 
 
 class Source(Section):
-    """What every source has."""
+    """Fields of every reward source."""
 
     weight: float = 1.0
     """Weight in the sum of sources."""
@@ -36,7 +36,7 @@ class Source(Section):
 
 
 class FunctionLimits(CodeLimits):
-    """What a function of the user's may take."""
+    """Limits of a user function."""
 
     timeout_seconds: PositiveNumber | None = None
     """Deadline of one call, then its process is replaced; 4/5 of the deadline of scoring when left out."""
@@ -63,11 +63,11 @@ class ModelSource(Source):
     dtype: Dtype = "auto"
     """Dtype of its weights."""
     read_at: Literal["auto", "answer_end", "template_end"] = "auto"
-    """Token that it was trained at; auto: what rayrlhf's exports say of themselves, else template_end."""
+    """Token at which it was trained; auto: as recorded in rayrlhf's exports, else template_end."""
 
 
 def _secrets_are_there(source: RemoteSource) -> Problem | None:
-    """`***` stands in the config.yaml of a run, which must not be asked with it."""
+    """A run's config.yaml has `***` in place of secrets; a server must not be called with that."""
     places = {f"urls.{index}": url for index, url in enumerate(source.urls)}
     places |= {f"headers.{name}": value for name, value in (source.headers or {}).items()}
     for path, value in places.items():
@@ -100,24 +100,24 @@ class RemoteSource(Source):
     type: Literal["remote"]
     """A server: POST {"query": […], "prompts": […], "labels": […]} is answered by {"rewards": […]}."""
     urls: list[Url] = Field(min_length=1)
-    """Its addresses, asked in turn; `${VARIABLE}` in one is read from the driver's environment."""
+    """Its addresses, used in rotation; `${VARIABLE}` in one is read from the driver's environment."""
     timeout_seconds: PositiveNumber = 30
     """Deadline of one HTTP request."""
     max_batch: Count = 32
     """Samples per request."""
     max_concurrent: Count = 8
-    """Requests that a replica has under way at once, shared out over the addresses (at least one each)."""
+    """Concurrent requests of a replica, divided among the addresses (at least one each)."""
     max_response_bytes: Annotated[int, Field(ge=64)] = 4 * 1024 * 1024
     """Largest answer to one request, unpacked; a longer one is not read to its end and has failed."""
     headers: Headers | None = None
-    """HTTP headers; `${VARIABLE}` in one is read from the driver's environment and stands in no file."""
+    """HTTP headers; `${VARIABLE}` in one is read from the driver's environment and written to no file."""
     num_replicas: Count = 1
     """Serve replicas that send the requests."""
 
     checks = (_secrets_are_there, _one_authorization)
 
     def __repr_args__(self) -> Any:
-        """What tracebacks and Ray's lists of trainers show holds no secret."""
+        """Masks secrets: tracebacks and Ray's list of trainers show this text."""
         return masked_tree(dict(super().__repr_args__())).items()
 
 

@@ -32,7 +32,7 @@ def _minimum_fits(sampling: SamplingConfig) -> Problem | None:
 
 class SamplingConfig(Section):
     temperature: NonNegativeNumber = 1.0
-    """Sampling temperature; 0 is greedy (not for samples to learn from)."""
+    """Sampling temperature; 0 is greedy (not allowed for training samples)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
     top_k: Annotated[int, Field(ge=-1)] = -1
@@ -42,7 +42,7 @@ class SamplingConfig(Section):
     max_new_tokens: Count = 256
     """Longest response, in tokens."""
     stop: list[str] = Field(default_factory=list)
-    """Strings or special tokens that end a response, beside end of text and the template's end of turn."""
+    """Stop strings or special tokens, in addition to end of text and the chat template's end of turn."""
 
     checks = (_minimum_fits,)
 
@@ -52,32 +52,32 @@ def _minimum_fits_its_own_maximum(sampling: EvalSamplingConfig) -> Problem | Non
 
 
 class EvalSamplingConfig(SamplingConfig):
-    """Greedy where nothing is said, with the rollout's limit and stops."""
+    """Sampling of evaluation: greedy by default, with the rollout's length limit and stop strings."""
 
     temperature: NonNegativeNumber = 0.0
     """Sampling temperature; 0 is greedy."""
     max_new_tokens: Count | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Longest response, in tokens; null is rollout.sampling's."""
     stop: list[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Strings that end a response, beside the model's own end of text; null is rollout.sampling's."""
+    """Stop strings, in addition to the model's own end of text; null is rollout.sampling's."""
 
     checks = (_minimum_fits_its_own_maximum,)
 
     def completed(self, rollout: SamplingConfig) -> SamplingConfig:
-        """With what is null taken over from `rollout`."""
+        """The same with null fields filled in from `rollout`."""
         limits = {"max_new_tokens": rollout.max_new_tokens, "stop": rollout.stop}
         return SamplingConfig.model_validate(limits | self.model_dump(exclude_none=True))
 
 
 class WeightSyncConfig(Section):
     backend: Literal["auto", "nccl", "ipc", "gloo", "object_store"] = "auto"
-    """How weights travel: nccl between GPUs, ipc within shared slots, gloo or object_store through hosts."""
+    """Weight transfer: nccl between GPUs, ipc within shared slots, gloo or object_store through hosts."""
     bucket_bytes: Count = 134_217_728
     """Size of one transfer, in bytes."""
     timeout_seconds: PositiveNumber = 300
     """Deadline for all engines to hold the new weights."""
     max_logprob_jump: PositiveNumber | None = 0.1
-    """Stop where a push lifts rollout/logprob_diff_mean over this (nats) and tenfold; null never stops."""
+    """Stop if a push raises rollout/logprob_diff_mean above this (nats) and tenfold; null never stops."""
 
 
 def _only_the_pool_oversamples(rollout: RolloutConfig) -> Problem | None:
@@ -92,7 +92,7 @@ def _only_the_pool_oversamples(rollout: RolloutConfig) -> Problem | None:
 
 
 class EngineConfig(Section):
-    """The engines and how they sample: what every job that generates has."""
+    """Engines and sampling: the fields of every job that generates."""
 
     num_engines: Count = 1
     """vLLM engines, each a Serve replica."""
@@ -101,13 +101,13 @@ class EngineConfig(Section):
     group_size: Count = 1
     """Samples per prompt."""
     sampling: SamplingConfig = SamplingConfig()
-    """How responses are drawn."""
+    """How responses are sampled."""
     kv_cache_bytes: Count = 1_073_741_824
     """Key-value cache of a CPU engine, in bytes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Share of its GPU's memory that an engine takes; left out, less where it shares one with a trainer."""
+    """Share of its GPU's memory that an engine takes; left out, less if it shares the GPU with a trainer."""
     max_concurrent_requests: Count = 256
-    """Requests an engine works on at once."""
+    """Requests that an engine processes at once."""
     num_threads: Count | None = None
     """Threads of a CPU engine; the node's cores divided by its engines when left out."""
     dtype: Dtype = "auto"
@@ -115,7 +115,7 @@ class EngineConfig(Section):
     timeout_seconds: PositiveNumber = 600
     """Deadline of one generation request, retries included."""
     start_timeout_seconds: PositiveNumber = 600
-    """Deadline for all engines to come up."""
+    """Deadline for all engines to start."""
 
 
 def _asleep_engines_have_no_work(rollout: RolloutConfig) -> Problem | None:
@@ -124,7 +124,7 @@ def _asleep_engines_have_no_work(rollout: RolloutConfig) -> Problem | None:
     return Problem(
         "sleep",
         got=f"true with max_staleness={rollout.max_staleness}",
-        wanted="false: these engines work while the trainers do",
+        wanted="false: these engines generate while the trainers train",
         fix="remove rollout.sleep, or rollout.max_staleness",
     )
 
@@ -135,15 +135,15 @@ class RolloutConfig(EngineConfig):
     prompts_per_step: Count = 64
     """Prompts per step, over all workers."""
     sampling: SamplingConfig = SamplingConfig()
-    """How training samples are drawn."""
+    """How training responses are sampled."""
     max_staleness: NaturalNumber | None = None
-    """Policy versions that rollouts may run ahead of training; null rolls out and trains by turns."""
+    """Policy versions that rollouts may be ahead of training; null alternates the two (synchronous)."""
     oversampling: Annotated[float, Field(ge=1)] = 1.0
-    """Groups in flight per group needed: a step takes those that finish first, the others go on (> 1)."""
+    """Groups in flight per group needed: a step takes those that finish first, the others continue (> 1)."""
     environment: EnvironmentConfig | None = None
     """Multi-turn episodes with your environment; null is one response per prompt."""
     sleep: Annotated[bool | Literal["auto"], Wanted("true, false or auto")] = "auto"
-    """Engines give their memory back while trainers work; auto: those that share slots with a trainer."""
+    """Engines release their memory while trainers work; auto: those that share slots with a trainer."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """How new weights reach the engines."""
 

@@ -1,4 +1,4 @@
-"""The tree of jobs/serve_reward.py: a reward server over HTTP."""
+"""Config of jobs/serve_reward.py, a reward server over HTTP."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Route = Annotated[
 TokenPlace = Annotated[
     str,
     Field(pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:\S.*)$"),
-    Wanted("env:NAME or file:PATH: the token itself stands in no config"),
+    Wanted("env:NAME or file:PATH: the token itself must not be in the config"),
 ]
 
 
 class ServedModel(ModelSource):
-    """It reads each query as it stands, with its own tokenizer: no chat template is applied, and special
-    tokens in the text are taken as such. What is scored is the last token. Reward models usually learnt to
-    judge at the end-of-sequence token, and rayrlhf's own `type: remote` sends responses without special
+    """A reward model that tokenises each query as it is: no chat template is applied, and special tokens in
+    the text are parsed as such. The score is read at the last token. Reward models are usually trained to
+    score at the end-of-sequence token, and rayrlhf's own `type: remote` sends responses without special
     tokens: then set `append_eos`.
     """
 
     type: Literal["model"]
-    """A reward model; it scores each query as it stands, at its last token, without a chat template."""
+    """A reward model; it scores each query as it is, at its last token, without a chat template."""
     name: SourceName | None = None
     """Name in the server's messages; reward0, reward1, … when left out."""
     normalize: bool = False
@@ -44,7 +44,7 @@ class ServedModel(ModelSource):
 
 class ServedFunction(FunctionLimits):
     type: Literal["function"]
-    """A Python function of yours: f(prompts, responses, labels) -> one number per response."""
+    """Your Python function: f(prompts, responses, labels) -> one number per response."""
     function: FunctionName
     """`module:function` or `path/file.py:function`."""
     weight: float = 1.0
@@ -57,11 +57,11 @@ class ServedFunction(FunctionLimits):
 
 class ServedRewardConfig(Section):
     sources: list[Annotated[ServedModel | ServedFunction, Field(discriminator="type")]] = Field(min_length=1)
-    """What is served; a query's reward is the weighted sum of theirs."""
+    """Reward sources; a query's reward is the weighted sum of theirs."""
 
     @property
     def source_names(self) -> list[str]:
-        """One per source: what it is called in messages."""
+        """One per source: its name in messages."""
         return [source.name or f"reward{index}" for index, source in enumerate(self.sources)]
 
 
@@ -78,17 +78,17 @@ def _every_request_has_a_connection(server: ServerConfig) -> Problem | None:
 
 class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address that it listens on; 0.0.0.0 lets other machines in: then set `token`."""
+    """Address that it listens on; 0.0.0.0 accepts other machines: then set `token`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 5000
     """Port that it listens on, at the head node."""
     route: Route = "/get_reward"
-    """Path of the POST requests; GET <route>/health tells how the server is, without a token."""
+    """Path of the POST requests; GET <route>/health returns the server's health, without a token."""
     token: TokenPlace | None = None
     """Bearer token of its clients, read at the start from `env:NAME` or `file:PATH`; none when left out."""
     num_replicas: Count = 1
     """Serve replicas that read requests; they share the port. The limits below are each replica's."""
     timeout_seconds: PositiveNumber = 60
-    """Deadline of one request, from its headers on, waiting in line included; then the answer is 504."""
+    """Deadline of one request, from its headers on, time in the queue included; then the answer is 504."""
     read_timeout_seconds: PositiveNumber = 20
     """Time for a request's headers to arrive, and again for its body; slower clients are cut off (408)."""
     max_body_bytes: Count = 8 * 2**20
@@ -102,7 +102,7 @@ class ServerConfig(Section):
     max_connections: Count = 1024
     """Connections held at once; beyond them idle ones are closed, and if all are busy new ones get 503."""
     start_timeout_seconds: PositiveNumber = 600
-    """Deadline for the server to come up."""
+    """Deadline for the server to start."""
 
     checks = (_every_request_has_a_connection,)
 
@@ -111,10 +111,10 @@ class ServeRewardConfig(Section):
     job: Literal["serve_reward"] = "serve_reward"
     """A reward server: POST {"query": […], "prompts": […], "labels": […]} -> {"rewards": […]}."""
     server: ServerConfig = ServerConfig()
-    """Where it listens."""
+    """Address, limits and access of the server."""
     reward: ServedRewardConfig
     """What scores a query."""
     placement: PlacementConfig = PlacementConfig()
-    """Which model sits where."""
+    """Which roles share slots."""
     launch: LaunchConfig = LaunchConfig()
     """Where and how the job is launched; only `rayrlhf render` reads it."""

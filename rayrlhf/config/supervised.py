@@ -1,4 +1,4 @@
-"""The trees of the supervised jobs: one class per job, by the name in `job`."""
+"""Configs of the supervised jobs: one class per job, by the name in `job`."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ def _workers_share_sequences(config: SupervisedConfig) -> Problem | None:
 
 
 class SupervisedConfig(Section):
-    """What the supervised jobs have in common; `data` and what follows it is each job's own."""
+    """Fields shared by the supervised jobs; `data` and `train` have a class per job."""
 
     run: TrainedRunSection
     """Name, folder and seed."""
     model: TrainedModelConfig
-    """The model that learns."""
+    """The model to train."""
     data: Any  # every job's own ExampleDataConfig
     """Samples."""
     placement: PlacementConfig = PlacementConfig()
-    """Which role sits where."""
+    """Which roles share slots."""
     train: Any  # every job's own SupervisedTrainConfig
-    """Optimisation."""
+    """Optimizer and training steps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     eval: SupervisedEvalConfig = SupervisedEvalConfig()
@@ -101,7 +101,7 @@ class SupervisedConfig(Section):
 
     @field_validator("train")
     @classmethod
-    def _adapters_learn_faster(cls, train: Any, info: ValidationInfo) -> Any:
+    def _lr_of_adapters(cls, train: Any, info: ValidationInfo) -> Any:
         return with_lora_lr(train, info.data.get("model"))
 
     checks = (
@@ -119,7 +119,7 @@ class SftRunConfig(SupervisedConfig):
     data: SftDataConfig
     """Conversations, prompts with responses, or plain text."""
     train: SftTrainConfig = SftTrainConfig()
-    """Optimisation."""
+    """Optimizer and training steps."""
 
     eval_metrics = ("loss", "entropy")
 
@@ -139,14 +139,14 @@ class RmRunConfig(SupervisedConfig):
     algorithm: RewardLossConfig = RewardLossConfig()
     """The pairwise loss."""
     train: RewardTrainConfig = RewardTrainConfig()
-    """Optimisation."""
+    """Optimizer and training steps."""
 
     eval_metrics = ("loss", "accuracy", "margin", "calibration_error")
 
 
 class StepLossConfig(Section):
     reward_tokens: list[str] | None = Field(default=None, min_length=2, max_length=2)
-    """Words for a bad and a good step, one token each: the new head starts from their rows; null is zeros."""
+    """Words for a bad and a good step, one token each, whose rows initialise the new head; null is zeros."""
 
 
 class PrmRunConfig(SupervisedConfig):
@@ -157,16 +157,16 @@ class PrmRunConfig(SupervisedConfig):
     algorithm: StepLossConfig = StepLossConfig()
     """The head."""
     train: RewardTrainConfig = RewardTrainConfig()
-    """Optimisation."""
+    """Optimizer and training steps."""
 
     eval_metrics = ("loss", "accuracy", "accuracy_good", "accuracy_bad")
 
 
 class FrozenRefConfig(Section):
     path: str | None = None
-    """Folder or hub id of the reference; the model's own start when left out."""
+    """Folder or hub id of the reference; the initial model when left out."""
     precompute: bool = False
-    """Ask the reference about every sample before training, keep the answers on disk and forget the model."""
+    """Compute all reference log-probabilities before training, keep them on disk and free the reference."""
 
 
 NEEDS_REF = ("dpo", "ipo", "cdpo")
@@ -178,7 +178,7 @@ def _ref_is_used(config: DpoRunConfig) -> Problem | None:
     return Problem(
         "ref",
         got=f"a section ref with algorithm.loss={config.algorithm.loss}",
-        wanted="no ref: this loss compares with none",
+        wanted="no ref: this loss uses no reference",
         fix="remove the section ref (on the command line: ref=null), or set algorithm.loss to dpo",
     )
 
@@ -216,7 +216,7 @@ class PreferenceConfig(Section):
     loss: Literal["dpo", "ipo", "cdpo", "orpo", "simpo"] = "dpo"
     """arXiv 2305.18290, 2310.12036, dpo with smoothed labels, 2403.07691 and 2405.14734."""
     beta: PositiveNumber = 0.1
-    """How strongly the policy is held to the reference; for orpo the weight of the odds ratio."""
+    """Strength of the pull to the reference; for orpo the weight of the odds ratio."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of labels taken to be wrong (cdpo)."""
     gamma: NonNegativeNumber = 0.0
@@ -229,7 +229,7 @@ class PreferenceConfig(Section):
 
 class DpoRunConfig(SupervisedConfig):
     job: Literal["dpo"] = "dpo"
-    """Direct preference optimisation and its kin."""
+    """Direct preference optimisation and related losses."""
     data: PairDataConfig
     """Pairs of a chosen and a rejected response."""
     algorithm: PreferenceConfig = PreferenceConfig()
@@ -237,15 +237,15 @@ class DpoRunConfig(SupervisedConfig):
     ref: FrozenRefConfig | None = None
     """The reference; null with orpo and simpo."""
     train: PreferenceTrainConfig = PreferenceTrainConfig()
-    """Optimisation."""
+    """Optimizer and training steps."""
 
     eval_metrics = ("loss", "accuracy", "margin", "chosen", "rejected", "nll", "calibration_error")
     checks = (*SupervisedConfig.checks, _ref_is_used)
 
     @field_validator("ref")
     @classmethod
-    def _ref_where_needed(cls, ref: FrozenRefConfig | None, info: ValidationInfo) -> FrozenRefConfig | None:
-        """What is needed and left out gets its defaults, so that the resolved config tells them."""
+    def _default_ref(cls, ref: FrozenRefConfig | None, info: ValidationInfo) -> FrozenRefConfig | None:
+        """Fill in defaults if a reference is needed, so that the resolved config shows them."""
         algorithm = info.data.get("algorithm")
         needed = algorithm is not None and algorithm.loss in NEEDS_REF
         return FrozenRefConfig() if ref is None and needed else ref
@@ -257,7 +257,7 @@ class DpoRunConfig(SupervisedConfig):
 
 class KtoConfig(Section):
     beta: PositiveNumber = 0.1
-    """How strongly the policy is held to the reference."""
+    """Strength of the pull to the reference."""
     desirable_weight: PositiveNumber = 1.0
     """Weight of desirable responses; raise it where there are few (arXiv 2402.01306, section 4.2)."""
     undesirable_weight: PositiveNumber = 1.0
@@ -268,24 +268,24 @@ class KtoRunConfig(SupervisedConfig):
     job: Literal["kto"] = "kto"
     """Kahneman-Tversky optimisation from single responses."""
     data: KtoDataConfig
-    """Responses judged one by one."""
+    """Single responses with a label each."""
     algorithm: KtoConfig = KtoConfig()
     """The loss."""
     ref: FrozenRefConfig = FrozenRefConfig()
     """The reference."""
     train: PreferenceTrainConfig = PreferenceTrainConfig()
-    """Optimisation."""
+    """Optimizer and training steps."""
 
     eval_metrics = ("loss", "accuracy", "desirable", "undesirable", "mismatched")
 
 
-def _served_teacher_is_cut(config: TeacherConfig) -> Problem | None:
+def _teacher_replicas_are_served(config: TeacherConfig) -> Problem | None:
     if config.location == "serve" or config.num_replicas == 1:
         return None
     return Problem(
         "num_replicas",
         got=f"{config.num_replicas} with location=worker",
-        wanted="no replicas: with location=worker every training worker holds a copy of its own",
+        wanted="no replicas: with location=worker every training worker holds its own copy",
         fix="set teacher.location to serve, or remove teacher.num_replicas",
     )
 
@@ -294,15 +294,15 @@ class TeacherConfig(Section):
     path: str = Field(min_length=1)
     """Folder or hub id of the teacher; it has the student's vocabulary."""
     location: Literal["worker", "serve"] = "worker"
-    """A frozen copy in every training worker, or replicas behind Ray Serve that send their top_k tokens."""
+    """A frozen copy in every training worker, or replicas behind Ray Serve that return their top_k tokens."""
     top_k: Count = 64
-    """Tokens per position that a served teacher sends; the rest of its distribution is one number."""
+    """Tokens per position that a served teacher returns; the remaining probability is one number."""
     num_replicas: Count = 1
     """Serve replicas (with location: serve)."""
     timeout_seconds: PositiveNumber = 600
     """Deadline of a served teacher's answer."""
 
-    checks = (_served_teacher_is_cut,)
+    checks = (_teacher_replicas_are_served,)
 
 
 class DistillationConfig(Section):
@@ -320,7 +320,7 @@ def _teachers_read_whole_sequences(config: KdRunConfig) -> Problem | None:
     return Problem(
         "model.sequence_parallel",
         got=str(config.model.sequence_parallel),
-        wanted="1 in distillation: a teacher answers for whole sequences",
+        wanted="1 in distillation: a teacher scores whole sequences",
         fix="remove model.sequence_parallel; train.gradient_checkpointing and a lower "
         "train.max_tokens_per_micro_batch save memory too",
     )
@@ -332,11 +332,11 @@ class KdRunConfig(SupervisedConfig):
     data: SftDataConfig
     """Conversations, prompts with responses, or plain text."""
     teacher: TeacherConfig
-    """The model that is imitated."""
+    """The teacher."""
     algorithm: DistillationConfig = DistillationConfig()
     """The divergence."""
     train: DistillationTrainConfig = DistillationTrainConfig()
-    """Optimisation."""
+    """Optimizer and training steps."""
 
     eval_metrics = ("loss", "divergence", "nll")
 

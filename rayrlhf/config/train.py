@@ -1,4 +1,4 @@
-"""`train`, `checkpoint`, `eval`: the optimisation and what surrounds it."""
+"""`train`, `checkpoint`, `eval`: optimizer, batches, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _offloaded_weights_are_partitioned(train: OptimizerConfig) -> Problem | None
     return Problem(
         "offload_params",
         got=f"true with zero_stage={train.zero_stage}",
-        wanted="zero_stage 3: below it every GPU works on whole weights",
+        wanted="zero_stage 3: with lower stages every GPU computes on full weights",
         fix="set train.zero_stage to 3, or train.offload_params to false",
     )
 
@@ -101,14 +101,14 @@ def _overlap_has_a_reduction(train: OptimizerConfig) -> Problem | None:
     )
 
 
-def _short_masters_are_partitioned_on_the_device(train: OptimizerConfig) -> Problem | None:
+def _bf16_masters_are_partitioned_on_the_device(train: OptimizerConfig) -> Problem | None:
     if train.master_weights == "float32" or (train.zero_stage > 0 and not train.offload_optimizer):
         return None
     unfit = "zero_stage=0" if train.zero_stage == 0 else "offload_optimizer=true"
     return Problem(
         "master_weights",
         got=f"bfloat16 with {unfit}",
-        wanted="zero_stage 1, 2 or 3 with the optimizer on the GPU: DeepSpeed keeps short masters only there",
+        wanted="zero_stage 1, 2 or 3 with the optimizer on the GPU: DeepSpeed has bf16 masters only there",
         fix="set train.zero_stage to 2 and train.offload_optimizer to false, or remove train.master_weights",
     )
 
@@ -127,14 +127,14 @@ def _gradients_add_up_in_partitions(train: OptimizerConfig) -> Problem | None:
         "grad_accum_dtype",
         got="float32 with " + " and ".join(setting for setting, is_set in unfit.items() if is_set),
         wanted="zero_stage 3, or 2 with the optimizer on the GPU, and fp32 master weights: "
-        "elsewhere DeepSpeed adds gradients up in the dtype of the weights",
+        "elsewhere DeepSpeed accumulates gradients in the dtype of the weights",
         fix="set train.zero_stage to 3 and train.master_weights to float32, or remove train.grad_accum_dtype",
     )
 
 
 OPTIMIZER_CHECKS = (
     _gradients_add_up_in_partitions,
-    _short_masters_are_partitioned_on_the_device,
+    _bf16_masters_are_partitioned_on_the_device,
     _offload_has_a_partition,
     _offloaded_weights_are_partitioned,
     _secondary_partition_divides,
@@ -144,24 +144,24 @@ OPTIMIZER_CHECKS = (
 
 
 class OptimizerConfig(Section):
-    """What every trainer has."""
+    """Fields of every trainer."""
 
     num_workers: Count = 1
     """Training workers (data-parallel ranks)."""
     max_tokens_per_micro_batch: Count = 8192
-    """Tokens of one packed forward and backward pass; left out, as many as the plan has room for."""
+    """Tokens of one packed forward and backward pass; left out, the most that fit by the memory plan."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotBool] = 2
-    """DeepSpeed's ZeRO stage: what workers share out (1 optimizer, 2 and gradients, 3 and weights)."""
+    """DeepSpeed's ZeRO stage: what is partitioned (1 optimizer, 2 and gradients, 3 and weights)."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory."""
     offload_params: bool = False
     """Keep the weights in host memory too, fetched layer by layer (ZeRO-3)."""
     hpz_partition_size: Count = 1
-    """Ranks that hold a whole copy of ZeRO-3's weights among them, such as a node's (arXiv 2306.10209)."""
+    """Ranks that together hold a full copy of ZeRO-3's weights, such as a node's (arXiv 2306.10209)."""
     master_weights: Literal["float32", "bfloat16"] = "float32"
-    """What AdamW steps on; bfloat16, moments too, takes half the memory and loses steps < weight/256."""
+    """Dtype of AdamW's weights and moments; bfloat16 takes half the memory and loses updates < weight/256."""
     grad_accum_dtype: Literal["weights", "float32"] = "weights"
-    """What gradients of micro-batches add up in: the weights' dtype; bfloat16 sums lose addends < sum/256."""
+    """Dtype in which gradients are accumulated: the weights' or float32; bfloat16 loses addends < sum/256."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass."""
     lr: NonNegativeNumber = 1e-6
@@ -183,7 +183,7 @@ class OptimizerConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     logprob_chunk_tokens: Count = 256
-    """Rows of logits that are alive at once."""
+    """Rows of logits in memory at once."""
     num_threads: Count | None = None
     """Threads of a CPU worker; the node's cores divided by its workers when left out."""
     collective_timeout_seconds: Count = 600
@@ -191,7 +191,7 @@ class OptimizerConfig(Section):
     max_failures: NaturalNumber = 1
     """How often crashed workers are restarted from the newest checkpoint."""
     max_bad_steps: Count = 3
-    """Stop after this many updates in a row with a gradient that is not finite."""
+    """Stop after this many consecutive updates with a gradient that is not finite."""
 
     checks = OPTIMIZER_CHECKS
 
@@ -218,7 +218,7 @@ def _steps_or_epochs(train: SupervisedTrainConfig) -> Problem | None:
     return Problem(
         "num_epochs",
         got=f"{train.num_epochs:g} with num_steps={train.num_steps}",
-        wanted="one of the two: both say when the run ends",
+        wanted="one of the two: both set the length of the run",
         fix="remove train.num_epochs or train.num_steps",
     )
 
@@ -260,7 +260,7 @@ class SupervisedTrainConfig(OptimizerConfig):
     @field_validator("warmup_ratio")
     @classmethod
     def _one_of_two(cls, ratio: float | None, info: ValidationInfo) -> float:
-        """What is left out gets its value, so that the resolved config tells it."""
+        """Fill in the default, so that the resolved config shows it."""
         if ratio is not None:
             return ratio
         return 0.0 if info.data.get("warmup_steps") else WARMUP_RATIO
@@ -271,7 +271,7 @@ class SupervisedTrainConfig(OptimizerConfig):
         return self.num_steps
 
     def with_steps(self, num_rows: int) -> SupervisedTrainConfig:
-        """Steps and warm-up in numbers, for `num_rows` training samples. Raises `ConfigError`."""
+        """Epochs and warm-up ratio as steps, for `num_rows` training samples. Raises `ConfigError`."""
         num_steps = self.num_steps
         if num_steps is None:
             num_steps = math.ceil(self.num_rows_read(num_rows) / self.samples_per_step)
@@ -293,7 +293,7 @@ class SupervisedTrainConfig(OptimizerConfig):
         return self.model_copy(update=changes)
 
     def num_rows_read(self, num_rows: int) -> int:
-        """How many samples the run learns from, repeats included."""
+        """Samples that the run trains on, repeats included."""
         if self.num_steps is not None:
             return self.num_steps * self.samples_per_step
         return max(1, round((self.num_epochs or 1.0) * num_rows))
@@ -316,14 +316,14 @@ def _patience_has_evaluations(evaluation: SupervisedEvalConfig) -> Problem | Non
     return Problem(
         "patience",
         got=f"{evaluation.patience} without every_steps",
-        wanted="evaluations during training to be patient with",
+        wanted="evaluations during training, which patience counts",
         fix="set eval.every_steps, or remove eval.patience",
     )
 
 
 class CheckpointConfig(Section):
     every_steps: Annotated[Count | Literal["auto"] | None, Wanted("an integer >= 1, auto or null")] = "auto"
-    """Save every n steps; auto when 15 minutes have passed since the last save; null at the end only."""
+    """Save every n steps; auto: 15 minutes after the last save; null: at the end only."""
     keep: Count = 2
     """How many checkpoints are kept."""
     export: bool = True
@@ -334,24 +334,24 @@ class CheckpointConfig(Section):
 
 class SupervisedEvalConfig(Section):
     every_steps: Count | None = None
-    """Evaluate every n steps, beside before the first and after the last."""
+    """Evaluate every n steps, in addition to before the first and after the last."""
     num_samples: Count | None = None
     """Held-out samples used; all when left out."""
     metric: str = "loss"
-    """What best/ and patience go by, without its "eval/"; errors, losses and KLs are better when low."""
+    """Metric of best/ and patience, without its "eval/"; errors, losses and KLs are better when low."""
     patience: Count | None = None
-    """Stop after this many evaluations in a row without an improvement; null never does."""
+    """Stop after this many consecutive evaluations without an improvement; null never does."""
 
     checks = (_patience_has_evaluations,)
 
 
 class EvalConfig(Section):
     every_steps: Count | None = None
-    """Evaluate every n steps, beside before the first and after the last."""
+    """Evaluate every n steps, in addition to before the first and after the last."""
     num_prompts: Count | None = None
     """Held-out prompts used; all when left out."""
     sampling: EvalSamplingConfig = EvalSamplingConfig()
-    """How evaluation responses are drawn: greedy unless told otherwise, as long as the rollout's."""
+    """Sampling of evaluation responses: by default greedy, with the rollout's length limit."""
     samples_per_prompt: Count = 1
     """Responses per held-out prompt; with 2 or more, pass@k for k = 1, 2, 4, … up to it."""
     pass_score: float = 1.0

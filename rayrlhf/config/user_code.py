@@ -1,4 +1,4 @@
-"""What every kind of code of the user's has: limits, since it runs in processes of its own."""
+"""Limits of user code (reward functions, environments), which runs in separate processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rayrlhf.config.base import PositiveNumber, Section
 
 
 class CodeLimits(Section):
-    """What code of the user's may take; it runs in processes of its own."""
+    """Limits of user code, which runs in separate processes."""
 
     start_timeout_seconds: PositiveNumber = 120
     """Deadline of importing it, before the run and in each replica."""

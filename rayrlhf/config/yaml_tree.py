@@ -1,4 +1,4 @@
-"""From YAML files and `key.path=value` overrides to one tree of plain values, and where each came from."""
+"""Reads YAML files and `key.path=value` overrides into one tree of plain values, with their locations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rayrlhf.config.base import Problem
 
 COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
-OPTION = re.compile(r"-|[+~]+[A-Za-z_]")  # --key, and what Hydra puts before a key
-# Of a file. YAML's aliases make a few lines stand for billions of values.
+OPTION = re.compile(r"-|[+~]+[A-Za-z_]")  # --key, and Hydra's prefixes of a key
+# Limits per file. YAML aliases can expand a few lines to billions of values.
 MAX_BYTES = 2**20
 MAX_VALUES = 10_000
 MAX_DEPTH = 40
@@ -25,11 +25,11 @@ MAX_DIGITS = 30
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars as in YAML 1.2: `1e-6` is a number, while `no`, `1:30` and `2026-01-01` are texts."""
+    """Scalars as in YAML 1.2: `1e-6` is a number, while `no`, `1:30` and `2026-01-01` are strings."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that YAML 1.1 or `_Loader` would read as something else."""
+    """Quotes every string that YAML 1.1 or `_Loader` would parse as another type."""
 
 
 _FLOAT = r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
@@ -48,14 +48,14 @@ for _type, _pattern, _first_characters in (
 
 def _integer(_loader: _Loader, node: yaml.Node) -> int:
     text = str(node.value).replace("_", "")
-    if len(text) > MAX_DIGITS:  # Python refuses those of thousands of digits
+    if len(text) > MAX_DIGITS:  # Python refuses to parse thousands of digits
         raise yaml.constructor.ConstructorError(
             None, None, f"a number of {len(text)} digits", node.start_mark
         )
     return int(text)
 
 
-# Nothing but what JSON has: no dates, no sets, no objects.
+# The types of JSON only: no dates, no sets, no objects.
 _PLAIN = ("null", "bool", "float", "str", "seq", "map")
 _Loader.yaml_constructors = {
     tag: constructor
@@ -67,12 +67,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 @dataclass
 class ConfigTree:
-    """What was read. With `unreadable`, parts are missing and nothing more can be said about the rest."""
+    """The values read. `unreadable`: parts are missing, so that the rest cannot be validated."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)  # key path -> where it was given
+    places: dict[str, str] = field(default_factory=dict)  # key path -> file:line, or the command line
     problems: list[Problem] = field(default_factory=list)
-    options: list[tuple[str, str | None]] = field(default_factory=list)  # --key or --key value: none is known
+    options: list[tuple[str, str | None]] = field(default_factory=list)  # --key [value]; none is accepted
     sources: list[str] = field(default_factory=list)  # YAML files
     num_overrides: int = 0
     unreadable: bool = False
@@ -91,13 +91,13 @@ def read_tree(arguments: Sequence[str]) -> ConfigTree:
     """
     tree = ConfigTree()
     overrides: list[str] = []
-    waiting = False  # for the value of an option
+    expects_value = False  # of the option before
     for argument in arguments:
         is_file = argument.endswith((".yaml", ".yml"))
-        is_value = waiting and not is_file and not OVERRIDE.match(argument) and not OPTION.match(argument)
+        is_value = expects_value and not (is_file or OVERRIDE.match(argument) or OPTION.match(argument))
         if is_value:
             tree.options[-1] = (tree.options[-1][0], argument)
-        waiting = False
+        expects_value = False
         if is_value:
             continue
         if OVERRIDE.match(argument):
@@ -105,7 +105,7 @@ def read_tree(arguments: Sequence[str]) -> ConfigTree:
         elif OPTION.match(argument):
             name, equals, value = argument.partition("=")
             tree.options.append((name, value if equals else None))
-            waiting = not equals
+            expects_value = not equals
         elif argument.endswith((".yaml", ".yml")) or Path(argument).exists():
             tree.sources.append(argument)
             _read_file(tree, argument)
@@ -127,12 +127,12 @@ def _neither_file_nor_override(argument: str) -> Problem:
 
 
 def _read_file(tree: ConfigTree, path: str) -> None:
-    """Merge the file into the tree; if that is impossible the tree becomes unreadable."""
+    """Merge the file into the tree; mark the tree as unreadable if that fails."""
     try:
         values, places, duplicates = _parse(_read_text(path), path)
     except FileNotFoundError:
         problem = Problem(
-            path, "no such file", "a YAML file", f"mend the path; it was looked up in {Path.cwd()}"
+            path, "no such file", "a YAML file", f"correct the path; it was looked up in {Path.cwd()}"
         )
     except (OSError, ValueError) as error:
         problem = Problem(path, str(error), "a YAML file in UTF-8", "make it a readable text file")
@@ -157,7 +157,7 @@ def _read_file(tree: ConfigTree, path: str) -> None:
 
 
 def _read_text(path: str) -> str:
-    """Raises `OSError`, and `ValueError` for what is no text, or more than any configuration."""
+    """Raises `OSError`, and `ValueError` for a file that is not text or too large for a configuration."""
     with open(path, "rb") as stream:
         content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -173,7 +173,7 @@ def _broken_yaml(path: str, error: yaml.YAMLError) -> Problem:
     said = getattr(error, "problem", None) or str(error)
     context, mark = getattr(error, "context", None), getattr(error, "problem_mark", None)
     if mark is None:
-        return Problem(path, f"broken YAML: {said}", "YAML", "mend it")
+        return Problem(path, f"broken YAML: {said}", "YAML", "correct it")
     if "tag" in said:
         fix = "remove the tag (!…): texts, numbers, true, false, null, lists and sections need none"
         return Problem(path, f"{said} in line {mark.line + 1}", "plain YAML", fix, f"{path}:{mark.line + 1}")
@@ -182,13 +182,13 @@ def _broken_yaml(path: str, error: yaml.YAMLError) -> Problem:
         path,
         got=f"broken YAML in line {mark.line + 1}: {snippet!r}",
         wanted=f"YAML ({said}{f', {context}' if context else ''})",
-        fix=f"mend line {mark.line + 1} or the one before it: indentation, quotes, or a missing ':'",
+        fix=f"correct line {mark.line + 1} or the one before it: indentation, quotes, or a missing ':'",
         where=f"{path}:{mark.line + 1}",
     )
 
 
 def _parse(text: str, file: str) -> tuple[Any, dict[str, str], list[Problem]]:
-    """Values, the place of every key path, and the keys that are given twice. Raises `yaml.YAMLError`."""
+    """Values, the location of every key path, and duplicate keys. Raises `yaml.YAMLError`."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -251,7 +251,7 @@ def _merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(tree: ConfigTree, override: str) -> None:
-    """Set one value in the tree; sections on its way are made, list items are addressed by their index."""
+    """Set one value in the tree; missing sections are created, list items are addressed by their index."""
     path, _, text = override.partition("=")
     try:
         value, places, duplicates = _parse(text, COMMAND_LINE)
@@ -265,7 +265,7 @@ def _apply_override(tree: ConfigTree, override: str) -> None:
         tree.problems.append(Problem(path, got, wanted, fix, COMMAND_LINE))
     else:
         tree.problems += duplicates
-        # The value is replaced as a whole: where its parts stood before says nothing any more.
+        # The value is replaced as a whole, so the former locations of its parts no longer apply.
         kept = {key: place for key, place in tree.places.items() if not key.startswith(f"{path}.")}
         tree.places = kept | {path: COMMAND_LINE} | {f"{path}.{key}": COMMAND_LINE for key in places}
 
@@ -273,7 +273,7 @@ def _apply_override(tree: ConfigTree, override: str) -> None:
 def _with_value(node: Any, way: Sequence[str], value: Any, passed: tuple[str, ...]) -> Any:
     """A copy of `node` with `value` at the end of `way`; a copy, since YAML anchors may share nodes.
 
-    Raises `LookupError` (got, wanted, fix) where the way ends early.
+    Raises `LookupError` (got, wanted, fix) if the path does not exist.
     """
     if not way:
         return value
@@ -286,13 +286,13 @@ def _with_value(node: Any, way: Sequence[str], value: Any, passed: tuple[str, ..
         raise LookupError(
             f"a path through {here}, which is {kind(node)}: {node!r}",
             "a key below a section or a list",
-            f"mend the path, or give {here} as a whole: {here}=...",
+            f"correct the path, or give {here} as a whole: {here}=...",
         )
     if not key.isdecimal() or int(key) >= len(node):
         raise LookupError(
             f"item {key} of {here}, which has {len(node)}",
             f"an index from 0 to {len(node) - 1}" if node else f"an item that exists; {here} is empty",
-            f"mend the index, or give {here} as a whole: {here}=[...]",
+            f"correct the index, or give {here} as a whole: {here}=[...]",
         )
     index = int(key)
     changed = _with_value(node[index], way[1:], value, (*passed, key))
@@ -300,11 +300,11 @@ def _with_value(node: Any, way: Sequence[str], value: Any, passed: tuple[str, ..
 
 
 def write_tree(values: dict[str, Any]) -> str:
-    """YAML that `read_tree` and other readers understand alike."""
+    """YAML that `read_tree` and other parsers read the same."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def kind(value: Any) -> str:
-    """What a YAML value is, in a user's words."""
+    """The type of a YAML value, for messages."""
     words = {dict: "a section", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return words.get(type(value), "a number")

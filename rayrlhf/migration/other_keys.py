@@ -1,4 +1,4 @@
-"""Keys of other projects, and options with dashes, answered with ours."""
+"""Maps keys of other projects, and options with dashes, to our keys for error messages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.help import INDEX, keys_of, show
 from rayrlhf.migration.table import PROJECTS, Word
 
-MAX_LEAVES = 60  # of a foreign section, each of which gets an answer of its own
+MAX_LEAVES = 60  # of a foreign section, each of which is answered separately
 Found = list[tuple[str, Word]]
 
 
 def find_words(path: str) -> Found:
-    """(project, word) of every project that has such a key: by the whole path, its last part, or its end."""
+    """(project, word) of every project with such a key: by whole path, last part, or end of the path."""
     path = path.lower().replace("-", "_")
     leaf = path.rpartition(".")[2]
     whole = [(project, word) for project, word in _all_words() if word.theirs == path]
@@ -24,19 +24,19 @@ def find_words(path: str) -> Found:
     flat = [(project, word) for project, word in _all_words() if word.theirs == leaf]
     if flat:
         return flat
-    # verl's paths are long, and its words are known by their ends; a word such as "n" or "path" says nothing.
+    # verl's paths are long, so they are matched by their ends; a word such as "n" or "path" is ambiguous.
     end = f".{path}" if "." in path else (f".{leaf}" if "_" in leaf else None)
     return [(p, word) for p, word in _all_words() if end is not None and word.theirs.endswith(end)][:1]
 
 
 def meant_by(schema: type[Section], path: str) -> list[str]:
-    """The keys of `schema` that another project's `path` stands for."""
+    """The keys of `schema` that correspond to another project's `path`."""
     known = known_paths(schema)
     return list(dict.fromkeys(key for _, word in find_words(path) for key in word.keys if key in known))
 
 
 def answer(schema: type[Section] | None, path: str) -> str | None:
-    """What to write in place of another project's key; None where none has it, or the word is ours too."""
+    """What to write instead of another project's key; None if no project has it, or if it is ours too."""
     known = known_paths(schema) if schema is not None else None
     found = find_words(path)
     if known is not None and path.rpartition(".")[2] in {key.rpartition(".")[2] for key in known}:
@@ -45,10 +45,10 @@ def answer(schema: type[Section] | None, path: str) -> str | None:
     for project, word in found:
         merged.setdefault(word, []).append(project)
     fitting = [word for word in merged if known is None or not word.ours or known & set(word.keys)]
-    return "; ".join(_told(word, merged[word], known) for word in fitting or merged) or None
+    return "; ".join(_fix_of(word, merged[word], known) for word in fitting or merged) or None
 
 
-def _told(word: Word, projects: list[str], known: frozenset[str] | None) -> str:
+def _fix_of(word: Word, projects: list[str], known: frozenset[str] | None) -> str:
     here = [text for text in word.ours if known is None or text.partition("=")[0] in known]
     whose = f"{word.theirs} in {' and '.join(projects)}"
     if here:
@@ -59,7 +59,7 @@ def _told(word: Word, projects: list[str], known: frozenset[str] | None) -> str:
 
 
 def leaf_problems(schema: type[Section], path: str, value: Any) -> list[Problem]:
-    """A problem for every key below a foreign section, if any of them is another project's; else nothing."""
+    """A problem for every key below a foreign section, if any of them is another project's; else none."""
     if not isinstance(value, Mapping) or not value:
         return []
     leaves = list(_leaves(path, value))[:MAX_LEAVES]
@@ -70,7 +70,7 @@ def leaf_problems(schema: type[Section], path: str, value: Any) -> list[Problem]
             leaf,
             show(given)[:100],
             "no such key",
-            answer(schema, leaf) or "remove it: nothing here is like it",
+            answer(schema, leaf) or "remove it: it has no counterpart here",
         )
         for leaf, given in leaves
     ]
@@ -100,8 +100,8 @@ def _option_fix(schema: type[Section] | None, key: str, value: str | None) -> st
     known = known_paths(schema) if schema is not None else frozenset()
     numbered = ".".join(INDEX if part.isdecimal() else part for part in key.split("."))
     if numbered not in known:
-        if told := answer(schema, key):
-            return told
+        if fix := answer(schema, key):
+            return fix
         if schema is not None and (near := suggest(schema, key)):
             return f"did you mean {' or '.join(near)}? Write it as {near[0]}={value or 'VALUE'}"
     is_path = all(part.isidentifier() or part.isdecimal() for part in key.split("."))

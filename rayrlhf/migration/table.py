@@ -1,7 +1,7 @@
-"""What TRL, verl and OpenRLHF call our keys: the one table behind error messages and docs/migration.md.
+"""Table of the keys of TRL, verl and OpenRLHF with ours, for error messages and docs/migration.md.
 
-Pure data. `ours` are our keys, or `key=value` where one value of ours is meant; none where there is nothing
-to set. `how` says what to do where the value means something else.
+`ours` are our keys, or `key=value` if one value of ours is meant; empty if there is nothing to set. `how`
+says how to convert a value that has another meaning.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Word:
-    """`Word("num_generations", ("rollout.group_size",))`: a key of another project, and ours for it."""
+    """A key of another project, and ours: `Word("num_generations", ("rollout.group_size",))`."""
 
     theirs: str  # a dotted path in verl
-    ours: tuple[str, ...] = ()  # several: whichever the job has, or all where `how` says so
+    ours: tuple[str, ...] = ()  # several: the one that the job has, or all if `how` says so
     how: str = ""
 
     @property
@@ -31,21 +31,21 @@ STEP_IS_GLOBAL = (
     "prompts_per_step x group_size samples)"
 )
 BY_TOKENS = "ours counts tokens, not samples: sequences are packed, so about samples x their mean length"
-ONE_STEP = "leave it out: micro-batches add up to a step by themselves, however many there are"
+ONE_STEP = "leave it out: micro-batches are accumulated to a step automatically, however many there are"
 MINI_BATCHES = "ours is how many there are: samples of a step / samples of a mini-batch"
 DTYPE = "auto, the default, is bfloat16 on GPUs"
 STEPS_NOT_SHARE = "policy runs count steps: share x train.num_steps (supervised jobs have train.warmup_ratio)"
 EPOCHS_IN_STEPS = "policy runs count steps: epochs x prompts / rollout.prompts_per_step"
-PLACED = "roles have placement.preset; sizes are train.num_workers and rollout.num_engines"
+PLACED = "roles are placed by placement.preset; sizes are train.num_workers and rollout.num_engines"
 ALWAYS = "leave it out: it is always so"
 NO_SUCH = "leave it out: there is no such setting"
 FILTERS = "data.on_long_prompt=drop; longer prompts are an error otherwise"
 DATA = "ours is a path or a list of paths"
-WHOLE = "not in policy runs, which learn by whole distributions: eval.sampling and other jobs may filter"
+WHOLE = "not in policy runs, which train on full distributions: eval.sampling and other jobs may filter"
 
 TRL = _words(
     ("model_name_or_path", "model.path"),
-    ("model_revision", "model.path", "write it behind the id: model.path=owner/name@revision"),
+    ("model_revision", "model.path", "append it to the id: model.path=owner/name@revision"),
     ("dtype", "model.dtype"),
     ("torch_dtype", "model.dtype"),
     ("attn_implementation", "model.attention"),
@@ -53,7 +53,7 @@ TRL = _words(
     ("use_peft", "model.lora", "give the section model.lora ({} takes its defaults)"),
     ("lora_r", "model.lora.rank"),
     ("lora_alpha", "model.lora.alpha"),
-    ("lora_dropout", "model.lora.dropout", "supervised jobs only; policies drop nothing"),
+    ("lora_dropout", "model.lora.dropout", "supervised jobs only; policy runs have no dropout"),
     ("lora_target_modules", "model.lora.target_modules"),
     ("load_in_4bit", "model.quantization=nf4", "with model.lora"),
     ("dataset_name", "data.train", DATA),
@@ -144,7 +144,7 @@ TRL = _words(
     ("per_device_eval_batch_size", "", NO_SUCH),
     ("logging_steps", "", "leave it out: every step is logged"),
     ("report_to", "observe.wandb observe.tensorboard", "observe.wandb={project: …}; TensorBoard is on"),
-    ("resume_from_checkpoint", "run.resume", "the same run.name goes on by itself"),
+    ("resume_from_checkpoint", "run.resume", "a run with the same run.name resumes automatically"),
     ("push_to_hub", "", NO_SUCH),
 )
 
@@ -254,7 +254,7 @@ OPENRLHF = _words(
     ("load_in_4bit", "model.quantization=nf4", "with model.lora"),
     ("lora_rank", "model.lora.rank"),
     ("lora_alpha", "model.lora.alpha"),
-    ("lora_dropout", "model.lora.dropout", "supervised jobs only; policies drop nothing"),
+    ("lora_dropout", "model.lora.dropout", "supervised jobs only; policy runs have no dropout"),
     ("target_modules", "model.lora.target_modules"),
     ("actor_num_nodes", "train.num_workers", "nodes x GPUs per node"),
     ("actor_num_gpus_per_node", "train.num_workers", "nodes x GPUs per node"),
@@ -278,11 +278,11 @@ OPENRLHF = _words(
     ("top_p", "rollout.sampling.top_p", WHOLE),
     ("eval_temperature", "eval.sampling.temperature"),
     ("eval_n_samples_per_prompt", "eval.samples_per_prompt"),
-    ("save_path", "run.dir run.name", "the model lies in run.dir/run.name/export at the end"),
-    ("ckpt_path", "run.dir run.name", "checkpoints lie in run.dir/run.name"),
+    ("save_path", "run.dir run.name", "the model is in run.dir/run.name/export at the end"),
+    ("ckpt_path", "run.dir run.name", "checkpoints are in run.dir/run.name"),
     ("save_steps", "checkpoint.every_steps", "null in place of -1"),
     ("max_ckpt_num", "checkpoint.keep"),
-    ("load_checkpoint", "run.resume", "the same run.name goes on by itself"),
+    ("load_checkpoint", "run.resume", "a run with the same run.name resumes automatically"),
     ("eval_steps", "eval.every_steps", "null in place of -1"),
     ("logging_steps", "", "leave it out: every step is logged"),
     ("use_wandb", "observe.wandb.project", "the key itself is WANDB_API_KEY in the environment"),
@@ -304,7 +304,7 @@ VERL = _words(
     ("data.val_batch_size", "", NO_SUCH),
     ("data.filter_overlong_prompts", "data.on_long_prompt=drop"),
     ("data.truncation", "data.on_long_prompt", "error is fail, left is truncate"),
-    ("data.reward_fn_key", "", "leave it out: a reward function is given every column"),
+    ("data.reward_fn_key", "", "leave it out: a reward function receives every column"),
     ("actor_rollout_ref.hybrid_engine", "placement.preset=colocate_all"),
     ("actor_rollout_ref.model.path", "model.path"),
     ("actor_rollout_ref.model.enable_gradient_checkpointing", "train.gradient_checkpointing"),
@@ -352,9 +352,13 @@ VERL = _words(
         BY_TOKENS,
     ),
     ("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu", "train.max_tokens_per_micro_batch"),
-    ("actor_rollout_ref.ref.fsdp_config.param_offload", "ref.location", "serve, with slots of its own"),
+    ("actor_rollout_ref.ref.fsdp_config.param_offload", "ref.location", "serve, with its own slots"),
     (ROLLOUT + "name", "", "leave it out: it is vLLM"),
-    (ROLLOUT + "mode", "rollout.max_staleness", "a number rolls out ahead of training; null takes turns"),
+    (
+        ROLLOUT + "mode",
+        "rollout.max_staleness",
+        "a number: rollouts run ahead; null alternates with training",
+    ),
     (ROLLOUT + "n", "rollout.group_size"),
     (ROLLOUT + "temperature", "rollout.sampling.temperature"),
     (ROLLOUT + "top_k", "rollout.sampling.top_k", WHOLE),
@@ -371,7 +375,7 @@ VERL = _words(
     (ROLLOUT + "val_kwargs.temperature", "eval.sampling.temperature"),
     (ROLLOUT + "val_kwargs.top_p", "eval.sampling.top_p"),
     (ROLLOUT + "multi_turn.max_assistant_turns", "rollout.environment.max_turns"),
-    (ROLLOUT + "multi_turn.enable", "rollout.environment", "give the section, with a class of yours"),
+    (ROLLOUT + "multi_turn.enable", "rollout.environment", "give the section, with your class"),
     ("critic.optim.lr", "critic.lr"),
     ("critic.model.path", "critic.path"),
     ("critic.cliprange_value", "critic.value_clip"),
@@ -413,7 +417,7 @@ VERL = _words(
         "",
         "leave it out: with data.eval there is an evaluation before the first step",
     ),
-    ("trainer.resume_mode", "run.resume", "auto goes on; disable is never"),
+    ("trainer.resume_mode", "run.resume", "auto is the same; disable is never"),
     ("trainer.critic_warmup", "algorithm.critic_warmup_steps"),
     ("trainer.default_local_dir", "run.dir", "a run's folder is run.dir/run.name"),
     ("trainer.max_actor_ckpt_to_keep", "checkpoint.keep"),

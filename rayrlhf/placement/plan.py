@@ -100,7 +100,7 @@ def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
     """
     rollout = config.rollout
     units = {"actor": Units(config.train.num_workers)}
-    if config.critic_is_apart:
+    if config.critic_is_separate:
         units["critic"] = Units(config.num_critic_workers)
     units["rollout"] = Units(rollout.num_engines, rollout.tensor_parallel)
     if config.ref_is_served:

@@ -119,7 +119,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             datasets=training_streams(job, stores, storage=run_path / TRAIN_FOLDER),
         )
         apps = run_apps(job, slots, prepared, threads=threads_each(config.rollout.num_engines))
-        apart = f", {config.num_critic_workers} x critic" if config.critic_is_apart else ""
+        apart = f", {config.num_critic_workers} x critic" if config.critic_is_separate else ""
         console.say(
             f"starting {config.train.num_workers} x actor{apart}, {config.rollout.num_engines} x vLLM "
             f"engine, {len(apps) - 1} x reward, reference or environment"
@@ -145,7 +145,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             ),
         ):
             stack.enter_context(watch)
-        if config.critic_is_apart:
+        if config.critic_is_separate:
             _own_actor(stack, CriticChannel, job.critic_channel)
             critic = _critic_trainer(job, slots)
             stack.enter_context(trained_beside(critic, role="critic", give_up=trainer.abort))
@@ -185,7 +185,7 @@ def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:
 def _make_job(
     config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots, fixed: dict[str, Any]
 ) -> PolicyJob:
-    num_trained = config.train.num_workers + (config.num_critic_workers if config.critic_is_apart else 0)
+    num_trained = config.train.num_workers + (config.num_critic_workers if config.critic_is_separate else 0)
     return PolicyJob(
         config=config,
         run_id=run_id,

@@ -264,7 +264,7 @@ class Run:
             state.kl_controller = self.kl.state_dict()
             state.reward_normalizers = self.rewards.combiner.state_dict()
             state.first_prompt_batch = int(self.ranks.min(self.prompts.next_batch))
-            elsewhere = [critic_folder(self.config, state.step)] if self.config.critic_is_apart else []
+            elsewhere = [critic_folder(self.config, state.step)] if self.config.critic_is_separate else []
             self.progress.save(self.saved, elsewhere)
 
     def evaluate(self, when: str) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def set_up(job: PolicyJob) -> Run:
     weights = _weight_sync(job, ranks)
     colocation = Colocation(weights, ranks, engines_sleep=config.engines_sleep)
     colocation.before_loading()
-    critic_is_local = config.needs_critic and not config.critic_is_apart
+    critic_is_local = config.needs_critic and not config.critic_is_separate
     progress.say("loading the actor" + (" and the critic" if critic_is_local else ""))
     actor = make_actor(config)
     critic = _critic(job, progress)
@@ -398,7 +398,7 @@ def _critic(job: PolicyJob, progress: Progress) -> Critic | None:
     config = job.config
     if not config.needs_critic:
         return None
-    if not config.critic_is_apart:
+    if not config.critic_is_separate:
         return make_critic(config)
     return RemoteCritic(
         ray.get_actor(job.critic_channel, namespace=NAMESPACE),

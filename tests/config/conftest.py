@@ -48,9 +48,9 @@ def problems(load: Load) -> Problems:
         with pytest.raises(ConfigError) as caught:
             load(*overrides, yaml=yaml)
         found = caught.value.problems
-        assert found, "an error without a problem tells nobody anything"
+        assert found, "an error without a problem"
         by_path = {problem.path: problem for problem in found}
-        assert len(by_path) == len(found), f"told twice: {[problem.path for problem in found]}"
+        assert len(by_path) == len(found), f"reported twice: {[problem.path for problem in found]}"
         return by_path
 
     return problems_of

@@ -47,7 +47,7 @@ def problem(tmp_path: Path, schema: type[Any], **changes: Any) -> Problem:
     return found
 
 
-def test_a_policy_is_held_to_the_one_that_its_round_starts_from() -> None:
+def test_the_reference_is_the_policy_that_the_round_starts_from() -> None:
     config = chain(IterativeDpoConfig, run={"seed": 3}, dpo={"precompute_ref": True})
     second = config.training_config(2, "runs/chain/1-dpo/export")
     assert isinstance(second, DpoRunConfig) and second.ref is not None
@@ -56,7 +56,7 @@ def test_a_policy_is_held_to_the_one_that_its_round_starts_from() -> None:
     assert second.run.path == "runs/chain/2-dpo" and second.run.seed == 3002
 
 
-def test_or_to_the_start() -> None:
+def test_the_reference_may_be_the_initial_model() -> None:
     config = chain(IterativeDpoConfig, dpo={"reference": "start"})
     second = config.training_config(2, "export")
     assert isinstance(second, DpoRunConfig) and second.ref is not None
@@ -87,7 +87,7 @@ def test_a_stage_reads_prompts_as_they_were_asked() -> None:
     assert asked.rollout.group_size == 4 and asked.data == config.data
 
 
-def test_each_round_has_prompts_of_its_own() -> None:
+def test_each_round_has_its_own_prompts() -> None:
     config = chain(RejectionSamplingConfig, generate={"prompts_per_round": 100})
     rows = [config.generate_config(round_, "m").generate for round_ in (1, 2, 3)]
     assert [(section.first_row, section.num_rows) for section in rows] == [(0, 100), (100, 100), (200, 100)]
@@ -95,7 +95,7 @@ def test_each_round_has_prompts_of_its_own() -> None:
     assert (everything.first_row, everything.num_rows) == (0, None)
 
 
-def test_what_a_stage_objects_to_is_told_by_the_keys_of_the_chain(tmp_path: Path) -> None:
+def test_problems_of_a_stage_name_the_keys_of_the_chain(tmp_path: Path) -> None:
     found = problem(
         tmp_path,
         IterativeDpoConfig,
@@ -137,7 +137,7 @@ def test_what_a_stage_objects_to_is_told_by_the_keys_of_the_chain(tmp_path: Path
         (GenerateRunConfig, {"train": {"num_steps": 3}}, "train"),
     ],
 )
-def test_what_contradicts_is_refused(
+def test_contradictions_are_refused(
     schema: type[Any], changes: dict[str, Any], path: str, tmp_path: Path
 ) -> None:
     assert problem(tmp_path, schema, **changes).path == path

@@ -1,4 +1,4 @@
-"""What a user is told about a bad value, word by word: what was got, what is wanted, how to fix it."""
+"""Error messages of invalid values, verbatim: what was got, what is wanted, how to fix it."""
 
 from __future__ import annotations
 
@@ -97,17 +97,17 @@ def test_a_suggestion_is_a_whole_path(override: str, fix: str, problems: Problem
     assert found.fix == fix
 
 
-def test_a_misspelt_section_is_told_once(problems: Problems) -> None:
+def test_a_misspelt_section_is_reported_once(problems: Problems) -> None:
     found = problems(yaml=[SMALL.replace("model:", "modell:")])
     assert {path: problem.fix for path, problem in found.items()} == {"modell": "did you mean model?"}
 
 
-def test_a_dotted_key_in_a_file_is_told_to_be_nested(problems: Problems) -> None:
+def test_a_dotted_key_in_a_file_should_be_nested(problems: Problems) -> None:
     found = problems(yaml=[SMALL, "train.lr: 1.0\n"])["train.lr"]
     assert "nest it" in found.fix and found.where.endswith("1.yaml:1")
 
 
-def test_an_override_that_failed_is_not_told_as_missing_too(problems: Problems) -> None:
+def test_an_override_that_failed_is_not_reported_as_missing_too(problems: Problems) -> None:
     found = problems("train.num_steps=[", yaml=[SMALL.replace("{num_steps: 10}", "{}")])
     assert found.keys() == {"train.num_steps"} and "YAML" in found["train.num_steps"].wanted
 

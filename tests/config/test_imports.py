@@ -1,4 +1,4 @@
-"""A wrong configuration is told at once: nothing on the way imports what takes seconds to import."""
+"""An invalid configuration is reported at once: loading it imports nothing that takes seconds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_configuration_imports_nothing_heavy() -> None:
     assert not {name.partition(".")[0] for name in modules} & HEAVY
 
 
-def test_the_job_tells_all_problems_before_it_imports_anything_heavy() -> None:
+def test_the_job_reports_all_problems_before_it_imports_anything_heavy() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run_python(
         "-X",
@@ -53,10 +53,10 @@ def test_the_job_tells_all_problems_before_it_imports_anything_heavy() -> None:
         line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time")
     }
     assert "pydantic" in imported and not imported & HEAVY
-    told = "\n".join(line for line in lines if not line.startswith("import time"))
-    assert told.startswith("2 problems in the configuration (jobs/configs/demo.yaml + 2 overrides):")
-    assert "did you mean algorithm.kl_coef?" in told and "an integer >= 1" in told
-    assert "Traceback" not in told
+    output = "\n".join(line for line in lines if not line.startswith("import time"))
+    assert output.startswith("2 problems in the configuration (jobs/configs/demo.yaml + 2 overrides):")
+    assert "did you mean algorithm.kl_coef?" in output and "an integer >= 1" in output
+    assert "Traceback" not in output
 
 
 def test_the_job_has_help() -> None:

@@ -1,4 +1,4 @@
-"""A job whose configuration says nothing about learning rates gets its own, not those of policies."""
+"""Default learning rates of jobs are their own, not those of policy runs."""
 
 from __future__ import annotations
 

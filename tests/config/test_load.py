@@ -42,7 +42,7 @@ def test_overrides_win_over_files_and_the_last_one_over_the_others(load: Load) -
     assert config.rollout.sampling.stop == ["#", "x"]
 
 
-def test_an_override_wins_wherever_it_stands(tmp_path: Path) -> None:
+def test_an_override_wins_wherever_it_is(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     assert load_config(PolicyRunConfig, ["train.num_steps=3", str(path)]).train.num_steps == 3
@@ -108,7 +108,9 @@ def test_words_that_older_yaml_misreads_are_texts(name: str, load: Load) -> None
         ("data.input_template=Question", "a text with {} where the prompt goes, or null"),
     ],
 )
-def test_a_wrong_value_is_told_what_is_wanted(override: str, wanted: str, problems: Problems) -> None:
+def test_a_wrong_value_is_reported_with_the_wanted_type(
+    override: str, wanted: str, problems: Problems
+) -> None:
     key = override.partition("=")[0]
     found = problems(override)
     assert found.keys() == {key}
@@ -138,7 +140,7 @@ def test_a_wrong_value_is_told_what_is_wanted(override: str, wanted: str, proble
         "observe.wandb={}",
     ],
 )
-def test_a_value_that_cannot_be_is_told_once_by_its_key(override: str, problems: Problems) -> None:
+def test_an_invalid_value_is_reported_once_by_its_key(override: str, problems: Problems) -> None:
     key = override.partition("=")[0]
     found = problems(override)
     assert all(path == key or path.startswith(f"{key}.") for path in found)
@@ -153,7 +155,7 @@ def test_a_key_that_must_be_given_is_not_to_be_removed(problems: Problems) -> No
     assert "remove" not in problems("train.num_steps=")["train.num_steps"].fix
 
 
-def test_what_is_missing_is_told_key_by_key(problems: Problems) -> None:
+def test_missing_keys_are_reported_one_by_one(problems: Problems) -> None:
     found = problems(yaml=["rollout: {group_size: 2}\n"])
     assert found.keys() == {"run.name", "model.path", "data.train", "reward.sources", "train.num_steps"}
 
@@ -183,7 +185,7 @@ def test_an_unknown_key_that_resembles_nothing_lists_its_neighbours(problems: Pr
     assert all(key in fix for key in ("every_steps", "keep", "export"))
 
 
-def test_a_misspelt_key_is_not_told_as_missing_too(problems: Problems) -> None:
+def test_a_misspelt_key_is_not_reported_as_missing_too(problems: Problems) -> None:
     assert problems(yaml=[SMALL.replace("num_steps", "num_step")]).keys() == {"train.num_step"}
 
 
@@ -207,7 +209,7 @@ def test_problems_name_file_and_line_or_the_command_line(tmp_path: Path) -> None
     }
 
 
-def test_a_place_is_that_of_the_value_that_counts(problems: Problems) -> None:
+def test_the_location_is_that_of_the_value_that_wins(problems: Problems) -> None:
     # The override replaces the whole list, so line 6 of the file has nothing to do with it.
     assert ".yaml" not in problems("reward.sources=[{type: modle}]")["reward.sources.0.type"].where
 
@@ -224,7 +226,7 @@ def test_a_key_given_twice_is_an_error(text: str, line: int, problems: Problems)
 
 
 @pytest.mark.parametrize("text", ["run:\n  name: [x\nmodel: y\n", "run:\n\tname: x\n", "a: 1\n---\nb: 2\n"])
-def test_broken_yaml_is_told_with_its_line(text: str, problems: Problems) -> None:
+def test_broken_yaml_is_reported_with_its_line(text: str, problems: Problems) -> None:
     (found,) = problems(yaml=[text]).values()
     assert "broken YAML in line " in found.got
 
@@ -257,12 +259,12 @@ def test_a_file_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> No
         path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         load_config(PolicyRunConfig, [str(path), "train.num_steps=1"])
-    # Only this: with the file unread nobody knows which keys are missing.
+    # Only this: with the file unread it is not known which keys are missing.
     assert [problem.path for problem in caught.value.problems] == [str(path)]
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
+    ("argument", "message"),
     [
         ("run.name.x=1", "run.name"),
         ("data.train.0.probability=1", "data.train"),
@@ -274,12 +276,12 @@ def test_a_file_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> No
         ("nowhere.yaml", "no such file"),
     ],
 )
-def test_an_argument_that_cannot_be_used(argument: str, told: str, problems: Problems) -> None:
+def test_an_argument_that_cannot_be_used(argument: str, message: str, problems: Problems) -> None:
     (found,) = problems(argument).values()
-    assert told in f"{found.got} {found.wanted} {found.fix}"
+    assert message in f"{found.got} {found.wanted} {found.fix}"
 
 
-def test_nothing_at_all_is_told_how_to_start() -> None:
+def test_no_argument_is_answered_with_the_usage() -> None:
     with pytest.raises(ConfigError, match="at least one YAML file"):
         load_config(PolicyRunConfig, [])
 
@@ -321,7 +323,7 @@ def test_help_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str
             assert info.description and info.description.split()[0] in text
 
 
-def test_every_field_says_what_it_is_in_one_line() -> None:
+def test_every_field_has_a_docstring_of_one_line() -> None:
     import rayrlhf.config.policy  # noqa: F401  (it imports every section of the tree)
 
     for section in sections_below(Section)[1:]:

@@ -33,7 +33,7 @@ def test_every_key_of_the_table_exists() -> None:
 
 
 def test_every_value_of_the_table_is_one_that_we_take() -> None:
-    """`algorithm.kl_in=loss`: the value stands in what the key wants."""
+    """`algorithm.kl_in=loss`: the value is among those that the key wants."""
     wanted = {key.path: key.wanted for schema in SCHEMAS.values() for key in keys_of(schema)}
     for _, word in WORDS:
         for text in word.ours:

@@ -26,7 +26,7 @@ def test_all_jobs_are_named() -> None:
 
 
 @pytest.mark.parametrize("given", [job for job in SCHEMAS if job is not None])
-def test_a_job_given_the_file_of_another_says_whose_it_is(given: str) -> None:
+def test_a_job_given_the_file_of_another_names_that_job(given: str) -> None:
     """`this file is for jobs/sft.py`: one problem, not every key that the two do not share."""
     path = str(REPOSITORY / "jobs" / "configs" / f"{CONFIGS[given]}.yaml")
     for own, schema in SCHEMAS.items():

@@ -12,7 +12,7 @@ from rayrlhf.config.policy import PolicyRunConfig
 from tests.config.conftest import Load, Problems
 
 
-def test_8_every_filter_is_told_at_once_with_its_reason(problems: Problems) -> None:
+def test_8_every_filter_is_reported_with_its_reason(problems: Problems) -> None:
     found = problems(
         "rollout.sampling.top_p=0.9", "rollout.sampling.top_k=50", "rollout.sampling.min_new_tokens=2"
     )
@@ -26,7 +26,7 @@ def test_8_what_filters_nothing_is_taken(load: Load) -> None:
 
 
 @pytest.mark.parametrize("schema", [GenerateRunConfig, RejectionSamplingConfig])
-def test_8_responses_whose_log_probabilities_nobody_reads_may_be_filtered(schema: type) -> None:
+def test_8_responses_without_a_log_probability_ratio_may_be_filtered(schema: type) -> None:
     """Batch inference, and chains, whose training stages take the texts alone."""
     tree = {
         "run": {"name": "a"},
@@ -38,7 +38,7 @@ def test_8_responses_whose_log_probabilities_nobody_reads_may_be_filtered(schema
     assert schema.model_validate(tree).rollout.sampling.top_p == 0.9
 
 
-def test_14_gspo_has_the_papers_range_where_nothing_is_said(load: Load, tmp_path_factory) -> None:
+def test_14_gspo_has_the_papers_range_by_default(load: Load, tmp_path_factory) -> None:
     """And the resolved config says it; what is given stays."""
     config = load("algorithm.policy_loss=gspo")
     algorithm = config.algorithm

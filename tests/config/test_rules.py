@@ -1,4 +1,4 @@
-"""What must hold between fields: each rule fires when broken, and not when the same keys fit together."""
+"""Cross-field checks: each fires when broken, and not when the same keys are consistent."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ RULES = {
         "ref.location",
         ["model.lora.rank=8"],
     ),
-    "a reference of its own is no actor without adapters": (
+    "a separate reference is not the actor without adapters": (
         ["model.lora.rank=8", "ref.location=adapters_off", "ref.path=other"],
         "ref.path",
         ["ref.location=auto"],
@@ -146,7 +146,7 @@ RULES = {
         "ref.engine",
         ["rollout.sampling.temperature=1.0"],
     ),
-    "workers of a critic apart": (
+    "workers of a separate critic": (
         ["critic.num_workers=2", "placement.preset=colocate_all"],
         "critic.num_workers",
         ["critic.location=trainer"],
@@ -156,7 +156,7 @@ RULES = {
         "rollout.sleep",
         ["rollout.sleep=auto"],
     ),
-    "engines sleep where somebody needs their memory": (
+    "engines sleep where another role needs their memory": (
         ["rollout.sleep=true"],
         "rollout.sleep",
         ["placement.preset=colocate_all"],
@@ -206,22 +206,22 @@ RULES = {
         "algorithm.aggregation",
         ["algorithm.policy_loss=ppo"],
     ),
-    "8 what is learnt is sampled from the whole nucleus": (
+    "8 training samples have top_p 1": (
         ["rollout.sampling.top_p=0.95"],
         "rollout.sampling.top_p",
         ["rollout.sampling.top_p=1", "eval.sampling.top_p=0.95"],
     ),
-    "8 what is learnt is sampled from all tokens": (
+    "8 training samples are sampled from all tokens": (
         ["rollout.sampling.top_k=20"],
         "rollout.sampling.top_k",
         ["rollout.sampling.top_k=-1", "eval.sampling.top_k=20"],
     ),
-    "8 what is learnt may stop at once": (
+    "8 training samples may stop at once": (
         ["rollout.sampling.min_new_tokens=4"],
         "rollout.sampling.min_new_tokens",
         ["rollout.sampling.min_new_tokens=0", "eval.sampling.min_new_tokens=4"],
     ),
-    "8 episodes are learnt too": (
+    "8 episodes are training samples too": (
         ["rollout.environment={environment: 'games:Guess'}", "rollout.sampling.top_p=0.95"],
         "rollout.sampling.top_p",
         ["rollout.sampling.top_p=1.0"],
@@ -444,26 +444,26 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(("broken", "path", "mended"), RULES.values(), ids=RULES)
-def test_a_rule_is_told_when_broken_and_only_then(
-    broken: list[str], path: str, mended: list[str], load: Load, problems: Problems
+@pytest.mark.parametrize(("broken", "path", "fixed"), RULES.values(), ids=RULES)
+def test_a_rule_fires_when_broken_and_only_then(
+    broken: list[str], path: str, fixed: list[str], load: Load, problems: Problems
 ) -> None:
     found = problems(*broken)
     assert list(found) == [path]
     assert found[path].got and found[path].wanted and found[path].fix
-    load(*broken, *mended)
+    load(*broken, *fixed)
 
 
-@pytest.mark.parametrize(("broken", "path", "mended"), RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("broken", "path", "fixed"), RULES.values(), ids=RULES)
 def test_an_unrelated_error_hides_no_rule(
-    broken: list[str], path: str, mended: list[str], problems: Problems
+    broken: list[str], path: str, fixed: list[str], problems: Problems
 ) -> None:
     # One bad value in the section that nearly every rule reads, one at the top, one unknown key.
     found = problems(*broken, "train.lr=fast", "run.seed=-1", "checkpoint.evry_steps=3")
     assert found.keys() == {path, "train.lr", "run.seed", "checkpoint.evry_steps"}
 
 
-def test_rules_broken_together_are_told_together(problems: Problems) -> None:
+def test_rules_broken_together_are_reported_together(problems: Problems) -> None:
     found = problems(
         "algorithm.advantage=grpo",
         "rollout.group_size=1",
@@ -481,13 +481,13 @@ def test_rules_broken_together_are_told_together(problems: Problems) -> None:
     }
 
 
-def test_a_rule_keeps_quiet_about_a_value_that_is_wrong_already(problems: Problems) -> None:
+def test_a_rule_does_not_fire_on_a_value_that_is_invalid_already(problems: Problems) -> None:
     # With the default group_size, 1, the rule of grpo would fire; what the user meant is not known.
     assert problems("algorithm.advantage=grpo", "rollout.group_size=many").keys() == {"rollout.group_size"}
     assert problems("algorithm.advantage=grpo", "rollout.gruop_size=4").keys() == {"rollout.gruop_size"}
 
 
-def test_the_arithmetic_is_told(problems: Problems) -> None:
+def test_the_message_has_the_arithmetic(problems: Problems) -> None:
     prompts = problems("train.num_workers=7")["rollout.prompts_per_step"]
     assert "63 or 70" in prompts.fix  # the multiples of 7 around 64
     longest = problems("train.max_tokens_per_micro_batch=1000")["train.max_tokens_per_micro_batch"]
@@ -506,6 +506,6 @@ def test_what_is_needed_and_left_out_gets_its_defaults(load: Load) -> None:
 def test_distillation_shares_no_sequences() -> None:
     tree = {"run": {"name": "kd"}, "model": {"path": "student", "sequence_parallel": 2}}
     tree |= {"data": {"train": "rows.jsonl"}, "teacher": {"path": "teacher"}, "train": {"num_workers": 2}}
-    with pytest.raises(ValidationError, match="a teacher answers for whole sequences"):
+    with pytest.raises(ValidationError, match="a teacher scores whole sequences"):
         KdRunConfig.model_validate(tree)
     KdRunConfig.model_validate(tree | {"model": {"path": "student"}})

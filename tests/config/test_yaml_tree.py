@@ -41,7 +41,7 @@ def test_a_null_removes_a_section_of_an_earlier_file(write: Any) -> None:
     assert tree.values == {"critic": None}
 
 
-def test_overrides_come_after_all_files_wherever_they_stand(write: Any) -> None:
+def test_overrides_come_after_all_files_wherever_they_are(write: Any) -> None:
     path = write("a.yaml", "train: {lr: 0.1, num_steps: 3}\n")
     tree = read_tree(["train.lr=0.5", path, "train.num_steps=4", "train.num_steps=5"])
     assert tree.values == {"train": {"lr": 0.5, "num_steps": 5}}
@@ -79,7 +79,7 @@ def test_override_values_are_yaml(text: str, value: Any) -> None:
     assert found == value and type(found) is type(value)
 
 
-def test_overrides_make_the_sections_on_their_way(write: Any) -> None:
+def test_overrides_create_missing_sections(write: Any) -> None:
     path = write("a.yaml", "critic: null\n")
     assert read_tree([path, "critic.lr=0.1", "a.b.c=1"]).values == {
         "critic": {"lr": 0.1},
@@ -116,7 +116,7 @@ def test_an_option_is_answered_with_the_override_it_stands_for() -> None:
     assert problem.fix == "write train.num_steps=1e-3, without dashes"
 
 
-def test_broken_yaml_is_told_with_its_line(write: Any) -> None:
+def test_broken_yaml_is_reported_with_its_line(write: Any) -> None:
     path = write("a.yaml", "run:\n  name: demo\n  dir: [a, b\ntrain:\n  lr: 1\n")
     tree = read_tree([path])
     (problem,) = tree.problems
@@ -162,9 +162,9 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        (BOMB, "aliases"),  # ten lines that stand for 10^10 values; it never ended
+        (BOMB, "aliases"),  # ten lines that expand to 10^10 values; it never ended
         (BOMB.replace("[", "{<<: [").replace("]", "]}").replace("x, " * 9 + "x", "{k: 1}"), "aliases"),
         ("a: " + "{b: " * 60 + "1" + "}" * 60, "nested deeper than 40"),
         ("a: " + "9" * 5000, "a number of 5000 digits"),
@@ -178,16 +178,16 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=lambda text: text[-24:],
 )
-def test_hostile_yaml_is_refused_within_a_second(text: str, told: str, write: Any) -> None:
+def test_hostile_yaml_is_refused_within_a_second(text: str, message: str, write: Any) -> None:
     before = time.process_time()
     tree = read_tree([write("a.yaml", text)])
     assert time.process_time() - before < 1.0  # milliseconds, but for the bombs' 10,000 values
     (problem,) = tree.problems
-    assert tree.unreadable and told in f"{problem.got} {problem.wanted} {problem.fix}"
+    assert tree.unreadable and message in f"{problem.got} {problem.wanted} {problem.fix}"
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("run: {name: x}\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
         (b"\x7fELF\x02\x01\x01\x00", "a zero byte at position 8"),
@@ -195,19 +195,19 @@ def test_hostile_yaml_is_refused_within_a_second(text: str, told: str, write: An
         (b"# " + b"x" * 2**20, "more than 1,048,576 bytes"),
     ],
 )
-def test_what_is_no_text_is_refused_as_such(content: bytes, told: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     (problem,) = read_tree([str(path)]).problems
-    assert told in problem.got
+    assert message in problem.got
 
 
-def test_a_device_is_not_read_for_ever() -> None:
+def test_a_device_is_read_up_to_the_limit() -> None:
     (problem,) = read_tree(["/dev/zero"]).problems
     assert "more than" in problem.got
 
 
-def test_escape_codes_of_keys_and_values_are_shown_not_obeyed(write: Any) -> None:
+def test_escape_codes_of_keys_and_values_are_escaped(write: Any) -> None:
     tree = read_tree([write("a.yaml", '{"run\\e[2J": 1, "run\\e[2J": 2}')])
     (problem,) = tree.problems
     assert "\x1b" not in str(problem) and "\\x1b[2J" in str(problem)
