@@ -1,6 +1,6 @@
-"""What to change when a job does not fit, and how to place it on given GPUs.
+"""Suggests settings that make a job fit, and placements on given GPUs.
 
-Pure: every idea is tried out on the plan itself.
+Pure: every candidate is checked with the memory plan.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from rayrlhf.capacity.attention_heads import splits_evenly
 from rayrlhf.capacity.budget import Budget
 from rayrlhf.capacity.gpu_types import Gpu
 from rayrlhf.capacity.model_shape import read_shape
-from rayrlhf.capacity.throughput import pace_of
+from rayrlhf.capacity.throughput import step_time_of
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.policy import PolicyRunConfig
 
 NUM_FIXES = 3
-MAX_CHANGES = 3  # of settings in one idea
+MAX_CHANGES = 3  # of settings in one candidate
 
 # `load(overrides)` gives the job's config with these, `judge(config)` its budget. Both raise `ConfigError`.
 Load = Callable[[Sequence[str]], Any]
@@ -49,23 +49,25 @@ class Suggestion:
 
 
 def changes_of(config: Any) -> list[Change]:
-    """Single settings that make a job smaller, each with what it may cost."""
+    """Single settings that lower a job's memory, each with its estimated slowdown."""
     changes: list[Change] = []
     train = getattr(config, "train", None)
     if train is not None:
         if not train.gradient_checkpointing:
-            why = "activations are computed again in the backward pass"
+            why = "activations are recomputed in the backward pass"
             changes.append(Change(("train.gradient_checkpointing=true",), 1.33, why))
         for stage in range(train.zero_stage + 1, 4):
             slowdown = {1: 1.0, 2: 1.02, 3: 1.15}[stage]
-            changes.append(Change((f"train.zero_stage={stage}",), slowdown, "workers share out more"))
+            changes.append(Change((f"train.zero_stage={stage}",), slowdown, "workers partition more"))
         if not train.offload_optimizer:
-            changes.append(Change(("train.offload_optimizer=true",), 1.3, "the optimizer goes to the host"))
+            changes.append(
+                Change(("train.offload_optimizer=true",), 1.3, "the optimizer is kept in host memory")
+            )
         if not train.offload_params:
             changes.append(Change(("train.offload_params=true",), 1.6, "weights are fetched layer by layer"))
         for ranks in (2, 4, 8):
             overrides = (f"model.sequence_parallel={ranks}", *_without_flash_attention(config.model))
-            why = "workers share the tokens of each micro-batch"
+            why = "workers split the tokens of each micro-batch"
             changes.append(Change(overrides, 1.1 + 0.05 * math.log2(ranks), why))
         half = train.max_tokens_per_micro_batch // 2
         changes.append(
@@ -83,20 +85,20 @@ def changes_of(config: Any) -> list[Change]:
 
 
 def _without_flash_attention(model: Any) -> tuple[str, ...]:
-    """Shared sequences need another kernel."""
+    """Sequence parallelism needs another attention kernel."""
     return ("model.attention=auto",) if model.attention == "flash_attention_2" else ()
 
 
 def fixes(config: Any, load: Load, judge: Judge) -> list[Fix]:
-    """The cheapest ways to make it fit, by what they slow down; none that contains a cheaper one."""
+    """The changes that make it fit with the least slowdown; none that contains another one."""
     found: list[Fix] = []
     changes = changes_of(config)
-    ideas = [combo for size in range(1, MAX_CHANGES + 1) for combo in combinations(changes, size)]
-    for combo in sorted(ideas, key=_slowdown):
+    candidates = [combo for size in range(1, MAX_CHANGES + 1) for combo in combinations(changes, size)]
+    for combo in sorted(candidates, key=_slowdown):
         overrides = tuple(override for change in combo for override in change.overrides)
         if any(set(fix.overrides) <= set(overrides) for fix in found):
             continue
-        budget = _tried(overrides, load, judge)
+        budget = _budget_with(overrides, load, judge)
         if budget is not None and budget.fits:
             found.append(Fix(overrides, _slowdown(combo), budget))
             if len(found) == NUM_FIXES:
@@ -111,15 +113,15 @@ def _slowdown(combo: Sequence[Change]) -> float:
     return product
 
 
-def _tried(overrides: Sequence[str], load: Load, judge: Judge) -> Budget | None:
+def _budget_with(overrides: Sequence[str], load: Load, judge: Judge) -> Budget | None:
     try:
         return judge(load(overrides))
     except ConfigError:
-        return None  # the settings exclude one another
+        return None  # the settings contradict each other
 
 
 def suggest(config: PolicyRunConfig, num_gpus: int, gpu: Gpu, load: Load, judge: Judge) -> Suggestion | None:
-    """The placement on so many GPUs whose step is estimated to be shortest; None where none fits."""
+    """The placement on `num_gpus` with the shortest estimated step; None if none fits."""
     best: Suggestion | None = None
     for overrides in _placements(config, num_gpus):
         try:
@@ -130,14 +132,14 @@ def suggest(config: PolicyRunConfig, num_gpus: int, gpu: Gpu, load: Load, judge:
         if not budget.fits or budget.spec.num_slots > num_gpus or budget.tokens_in_flight == 0:
             continue
         overlap = candidate.rollout.max_staleness is not None
-        seconds = pace_of(candidate, budget, gpu).step(overlap=overlap)
+        seconds = step_time_of(candidate, budget, gpu).step(overlap=overlap)
         if best is None or seconds < best.seconds:
             best = Suggestion(overrides, budget, seconds)
     return best
 
 
 def _placements(config: PolicyRunConfig, num_gpus: int) -> Iterator[tuple[str, ...]]:
-    """Everything on all GPUs by turns, or trainers and engines apart in several proportions."""
+    """Everything colocated on all GPUs, or trainers and engines on separate GPUs in several proportions."""
     others = sum(source.num_replicas for source in config.reward.sources if source.type == "model")
     for width in _widths(config):
         for stage, offload, checkpointing in _memory_ladder():
@@ -171,13 +173,13 @@ def _placements(config: PolicyRunConfig, num_gpus: int) -> Iterator[tuple[str, .
 
 
 def _widths(config: PolicyRunConfig) -> list[int]:
-    """GPUs of an engine: as many as divide both kinds of heads, so that each holds keys and values once."""
+    """Tensor-parallel sizes that divide both kinds of heads, so that keys and values are held once."""
     shape = read_shape(config.model.path)
     return [width for width in (1, 2, 4, 8) if splits_evenly(shape, width)]
 
 
 def _memory_ladder() -> Iterator[tuple[int, str, str]]:
-    """(ZeRO stage, offload, checkpointing), the quick ones first."""
+    """(ZeRO stage, offload, checkpointing), the fastest first."""
     for stage in (2, 3):
         for offload in ("false", "true"):
             for checkpointing in ("false", "true"):

@@ -1,4 +1,4 @@
-"""Over how many GPUs an engine can spread a model's attention heads. Pure."""
+"""Checks which tensor-parallel sizes a model's attention heads allow. Pure."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ WIDEST = 64
 
 
 def splits_evenly(shape: ModelShape, width: int) -> bool:
-    """Whether every GPU gets as many heads, and key-value heads of its own."""
+    """Whether every GPU gets the same number of heads, and its own key-value heads."""
     return shape.heads % width == 0 and shape.kv_heads % width == 0
 
 
 def can_split(shape: ModelShape, width: int) -> bool:
-    """Whether vLLM takes it: where there are more GPUs than key-value heads, several hold the same one."""
+    """Whether vLLM accepts it: with more GPUs than key-value heads, these are replicated."""
     shared = shape.kv_heads % width == 0 or width % shape.kv_heads == 0
     return shape.heads % width == 0 and shared
 
 
 def split_problems(config: Any, shape_of: Callable[[str], ModelShape]) -> Iterator[Problem]:
-    """Of a job's engines, and of a reference that vLLM serves."""
+    """Problems with the tensor-parallel sizes of a job's engines and of a reference served by vLLM."""
     rollout, ref = getattr(config, "rollout", None), getattr(config, "ref", None)
     engines: list[tuple[str, int, str]] = []
     if rollout is not None and getattr(config.data, "response_key", None) is None:

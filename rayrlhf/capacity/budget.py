@@ -1,6 +1,6 @@
-"""What every role of a job holds on its slots, and whether that fits. Pure.
+"""Memory budget of a job: bytes of every role on its slots, and whether they fit. Pure.
 
-Where engines sleep while trainers work (the hybrid engine), a slot is judged by its fullest phase.
+If engines sleep while trainers work (hybrid engine), the peak of a slot is that of its fullest phase.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SCORERS = ("rm", "prm")  # jobs whose model has no language-model head
 
 @dataclass(frozen=True)
 class WhatIf:
-    """Ways to train that a plan can show beforehand; None leaves the config's."""
+    """Hypothetical training settings of a plan; None keeps the config's."""
 
     lora_rank: int | None = None
     quantized: bool = False  # QLoRA: frozen projections in 4 bits
     sequence_parallel: int | None = None
 
     def applied(self, config: Any) -> Any:
-        """`config` with such adapters, if it trains a model."""
+        """`config` with these settings, if it trains a model."""
         model = config.model
         if not isinstance(model, TrainedModelConfig):
             return config
@@ -52,19 +52,19 @@ class WhatIf:
 class Budget:
     spec: PlacementSpec
     roles: Mapping[str, Bytes]  # per slot
-    phases: Mapping[str, tuple[int, ...]]  # bytes of every slot; one phase, "always", where nothing sleeps
+    phases: Mapping[str, tuple[int, ...]]  # bytes of every slot; one phase, "always", if nothing sleeps
     host_bytes: tuple[int, ...]  # of every slot
     gpu: Gpu | None
     kv_bytes_per_token: int | None = None
 
     @property
     def peak_bytes(self) -> tuple[int, ...]:
-        """Of every slot."""
+        """Peak bytes of every slot."""
         return tuple(max(sizes) for sizes in zip(*self.phases.values(), strict=True))
 
     @property
     def fits(self) -> bool | None:
-        """None where nothing is known of the GPUs."""
+        """None if the GPUs are unknown."""
         return None if self.gpu is None else max(self.peak_bytes) <= self.gpu.usable_bytes
 
     @property
@@ -76,7 +76,7 @@ class Budget:
 
 @dataclass
 class _Shapes:
-    """Reads every shape once."""
+    """Cache of model shapes by path."""
 
     read: dict[str, ModelShape] = field(default_factory=dict)
 
@@ -86,8 +86,8 @@ class _Shapes:
         return self.read[path]
 
 
-def told_budget(config: Any, *, on_gpu: bool) -> Iterator[str]:
-    """A line per role, or why nothing can be told."""
+def budget_lines(config: Any, *, on_gpu: bool) -> Iterator[str]:
+    """A line per role, or the reason why there is no memory plan."""
     placement = config.placement.model_copy(update={"gpus_per_slot": int(on_gpu)})
     try:
         budget = budget_of(config.model_copy(update={"placement": placement}))
@@ -96,17 +96,17 @@ def told_budget(config: Any, *, on_gpu: bool) -> Iterator[str]:
         return
     for plan in budget.spec.roles:
         held = budget.roles[plan.role]
-        parts = ", ".join(f"{kind.replace('_', ' ')} {_told(size)}" for kind, size in held.device.items())
+        parts = ", ".join(f"{kind.replace('_', ' ')} {_amount(size)}" for kind, size in held.device.items())
         if held.total:
-            yield f"plan: {plan.role} x {len(plan.units)} holds {_told(held.total)} per slot: {parts}"
+            yield f"plan: {plan.role} x {len(plan.units)} holds {_amount(held.total)} per slot: {parts}"
 
 
-def _told(size: int) -> str:
+def _amount(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{max(1, size >> 20)} MiB"
 
 
 def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = None) -> Budget:
-    """Of any job that has slots; on CPUs where neither a `gpu` nor placement.gpus_per_slot=1 is given.
+    """The budget of a job with slots; on CPUs if neither `gpu` nor placement.gpus_per_slot=1 is given.
 
     Raises `ShapeUnknown` and `ConfigError`.
     """
@@ -125,7 +125,7 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     elif isinstance(config, SupervisedConfig):
         roles = _supervised_roles(config, shapes, precision)
     else:
-        roles = _answering_roles(config, shapes, precision, gpu)
+        roles = _generation_roles(config, shapes, precision, gpu)
     sleeps = isinstance(config, PolicyRunConfig) and config.engines_sleep
     kv = None
     if "rollout" in roles:
@@ -156,21 +156,21 @@ def _policy_roles(
     )
     roles: dict[str, Bytes] = {}
     if config.needs_critic and config.critic is not None:
-        apart = config.critic_is_separate
+        is_separate = config.critic_is_separate
         critic = memory.trainer(
             shapes.of(config.critic.path or config.model.path),
             train,
             precision,
-            num_workers=config.num_critic_workers if apart else train.num_workers,
+            num_workers=config.num_critic_workers if is_separate else train.num_workers,
             name="critic",
             adapter=_adapter(config),
             sequence_parallel=config.model.sequence_parallel,
             has_head=False,
         )
-        if apart:
+        if is_separate:
             roles["critic"] = critic
         else:
-            actor = _by_turns(actor, critic)
+            actor = _alternating(actor, critic)
     if config.needs_ref and config.ref is not None and not config.ref_is_the_actor:
         ref_shape = shapes.of(config.ref.path or config.model.path)
         if config.ref_is_served:
@@ -182,7 +182,7 @@ def _policy_roles(
         adapter = _adapter(config)
         averaged = shape.parameters if adapter is None else adapter.parameters(shape)
         actor += Bytes({}, {"average": averaged * 4 // train.num_workers})
-    # Weights on their way to the engines stand in the object store once.
+    # Weights in transfer to the engines are in the object store once.
     actor += Bytes({}, {"weight sync": shape.parameters * precision.weights // train.num_workers})
     roles = {"actor": actor, **roles, "rollout": _engine(config, shape, precision, gpu)}
     return roles | _reward_roles(config.reward, shapes, precision)
@@ -196,8 +196,8 @@ def _adapter(config: Any) -> Adapter | None:
     return Adapter(lora.rank, targets, quantized=config.model.quantization is not None)
 
 
-def _by_turns(one: Bytes, other: Bytes) -> Bytes:
-    """Two learners of a worker: both states, and the larger activations."""
+def _alternating(one: Bytes, other: Bytes) -> Bytes:
+    """Two models that a worker trains one after the other: both states, and the larger activations."""
     working = [one.only(*STATES) + other.only(*STATES)]
     temporary = max((one, other), key=lambda each: each.total - each.only(*STATES).total)
     extra = {kind: size for kind, size in temporary.device.items() if kind not in STATES}
@@ -276,7 +276,9 @@ def _supervised_roles(config: Any, shapes: _Shapes, precision: Precision) -> dic
     return roles
 
 
-def _answering_roles(config: Any, shapes: _Shapes, precision: Precision, gpu: Gpu | None) -> dict[str, Bytes]:
+def _generation_roles(
+    config: Any, shapes: _Shapes, precision: Precision, gpu: Gpu | None
+) -> dict[str, Bytes]:
     roles: dict[str, Bytes] = {}
     if config.data.response_key is None:
         roles["rollout"] = _engine(config, shapes.of(config.model.path), precision, gpu)

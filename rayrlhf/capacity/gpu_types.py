@@ -1,4 +1,4 @@
-"""What GPUs have. Pure."""
+"""Memory, peak FLOPS and bandwidth of GPU types. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rayrlhf.config.base import ConfigError, Problem
 
 GIB = 2**30
-# Of a GPU's memory what a process can count on: the rest is the CUDA context, and what no block fits into.
+# Usable memory of a GPU: this share, less the CUDA context. The rest is lost to fragmentation.
 USABLE_SHARE = 0.95
 CONTEXT_BYTES = GIB
 
@@ -17,7 +17,7 @@ CONTEXT_BYTES = GIB
 class Gpu:
     name: str
     memory_bytes: int
-    tflops: float  # dense bfloat16, from the maker's data sheet
+    tflops: float  # dense bfloat16, from the vendor's data sheet
     bandwidth_tb: float  # TB/s
 
     @property

@@ -1,21 +1,22 @@
-"""Bytes that a training worker, an engine or a scorer holds. Pure arithmetic.
+"""Memory of a training worker, an engine or a scorer, in bytes. Pure arithmetic.
 
 What autograd keeps was counted from the tensors that transformers' decoders save with packed sequences, and
-agrees with what torch's allocator sees (benchmarks/planner.py). Per token of a layer, s bytes an element:
+agrees with torch's allocator (benchmarks/planner.py). Per token of a layer, s bytes an element:
 
     two RMSNorms      2 (4 + 2s) H    the input in fp32, the normalised input, the output
                                       (in fp32 the first is no copy, which comes to the same 12 H)
     attention         c A D s + 2 K D s + 4 A
                                       queries, output, keys and values after their rotation, log-sum-exp;
-                                      c = 2, or 3 where the output is laid out anew (SDPA on a CPU)
+                                      c = 2, or 3 where the output is copied to another layout (SDPA on
+                                      a CPU)
     gated MLP         4 I s           gate, its activation, up, their product (of all experts of a token)
 
 and outside the layers (4 + 2s) H + s H for the last norm, and 2 D s of cosines and sines. With gradient
-checkpointing a layer keeps its input, s H, and one layer at a time is computed again.
+checkpointing a layer keeps its input, s H, and one layer at a time is recomputed.
 
-A backward pass is at its peak in one of three moments: in the head, with a chunk of logits; in the last
-layer, whose MLP has 2 I s of gradients more than it has given up, when the last norm has gone; or under
-ZeRO-2 at its end, when another micro-batch's gradients join those that were there. The optimizer's step may
+A backward pass peaks at one of three points: in the head, with a chunk of logits; in the last layer, after
+the last norm is freed, where the MLP holds 2 I s more of gradients than it has freed; or under ZeRO-2 at its
+end, when the gradients of another micro-batch are added to the accumulated ones. The optimizer's step may
 need more than all of them.
 """
 
@@ -40,7 +41,7 @@ ENGINE_RUNTIME_BYTES = 3 * 2**29  # CUDA context and graphs: an estimate
 
 @dataclass(frozen=True)
 class Bytes:
-    """By kind, on the device and in host memory, and how the numbers came about."""
+    """Bytes by kind, on the device and in host memory, and lines with the arithmetic (`working`)."""
 
     device: Mapping[str, int] = field(default_factory=dict)
     host: Mapping[str, int] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Bytes:
         )
 
     def only(self, *kinds: str) -> Bytes:
-        """The part of these kinds on the device; the host's share stays."""
+        """These kinds of the bytes on the device; those of the host are kept."""
         kept = {kind: size for kind, size in self.device.items() if kind in kinds}
         return Bytes(kept, self.host, self.working)
 
@@ -85,7 +86,7 @@ class Adapter:
         return self.rank * shape.layers * sum(sizes[name] for name in self._adapted(shape))
 
     def between(self, shape: ModelShape) -> int:
-        """Numbers between A and B, per token of a layer."""
+        """Elements between A and B, per token of a layer."""
         return self.rank * len(self._adapted(shape))
 
     def _adapted(self, shape: ModelShape) -> list[str]:
@@ -103,14 +104,14 @@ class Precision:
 
 
 def weight_bytes(shape: ModelShape, count: int, size: int, adapter: Adapter | None = None) -> int:
-    """Of `count` parameters; frozen projections may be quantised."""
+    """Bytes of `count` parameters; frozen projections may be quantised."""
     if adapter is None:
         return count * size
     in_nf4 = _in_nf4(shape, adapter)
     return round(in_nf4 * NF4_BITS / 8) + (count - in_nf4 + adapter.parameters(shape)) * size
 
 
-def _told_weights(shape: ModelShape, count: int, size: int, adapter: Adapter | None) -> str:
+def _weight_terms(shape: ModelShape, count: int, size: int, adapter: Adapter | None) -> str:
     if adapter is None:
         return f"{_count(count)} x {size} B"
     in_nf4 = _in_nf4(shape, adapter)
@@ -123,14 +124,14 @@ def _told_weights(shape: ModelShape, count: int, size: int, adapter: Adapter | N
 
 
 def _in_nf4(shape: ModelShape, adapter: Adapter) -> int:
-    """Experts stay as they are: transformers has all those of a layer in one tensor."""
+    """Parameters in NF4. Experts are not quantised: transformers has all those of a layer in one tensor."""
     of_layer = shape.attention_matrices + (0 if shape.experts else shape.mlp_matrices)
     return shape.layers * of_layer if adapter.quantized else 0
 
 
 def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None = None) -> int:
-    """What autograd keeps of a layer, per token. Frozen norms need not keep their normalised input, and
-    adapters keep what is between A and B.
+    """Bytes that autograd keeps of a layer, per token. Frozen norms do not keep their normalised input, and
+    adapters keep the activations between A and B.
     """
     s, kept = precision.weights, _kept_by_norm(precision, adapter)
     norms = shape.family.norms_per_layer * (kept * shape.hidden + 4)
@@ -149,28 +150,28 @@ def _kept_by_norm(precision: Precision, adapter: Adapter | None) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """What autograd keeps of a micro-batch, per token, when its backward pass begins, and what is added.
+    """Bytes per token that autograd keeps of a micro-batch when its backward pass begins, and what is added.
 
-    Ranks that share the tokens still have all keys and values of a layer.
+    Ranks that split the tokens still hold all keys and values of a layer.
     """
 
-    layers: int  # how often `kept` is there
+    layers: int  # times `kept`
     kept: int  # of a layer
-    last_norm: int  # gone when the layers begin
+    last_norm: int  # freed before the backward pass of the layers
     rotary: int
-    again: int  # of the layer that is computed again
-    gradients: int  # of the MLP, beyond what it has given up
-    gathered: int  # keys and values of a layer, among `kept` or `again`
+    recomputed: int  # of the layer that is recomputed
+    gradients: int  # of the MLP, beyond what it has freed
+    gathered: int  # keys and values of a layer, part of `kept` or `recomputed`
     checkpointing: bool
 
     def at_the_head(self, tokens: int, ranks: int = 1) -> int:
-        """Bytes, of `ranks` that share the tokens."""
+        """Bytes of one of `ranks` that split the tokens."""
         gathered = 0 if self.checkpointing else self.layers * self.gathered
         return self._shared(self.layers * self.kept + self.last_norm + self.rotary, gathered, tokens, ranks)
 
     def in_the_last_layer(self, tokens: int, ranks: int = 1) -> int:
         gathered = (1 if self.checkpointing else self.layers) * self.gathered
-        held = self.layers * self.kept + self.rotary + self.again + self.gradients
+        held = self.layers * self.kept + self.rotary + self.recomputed + self.gradients
         return self._shared(held, gathered, tokens, ranks)
 
     @staticmethod
@@ -187,7 +188,7 @@ def activations(
         kept=s * shape.hidden if checkpointing else layer,
         last_norm=(_kept_by_norm(precision, adapter) + s) * shape.hidden,
         rotary=2 * s * shape.head_dim,
-        again=layer if checkpointing else 0,
+        recomputed=layer if checkpointing else 0,
         gradients=2 * shape.intermediate * s * max(1, shape.experts_per_token),
         gathered=gathered_bytes(shape, precision),
         checkpointing=checkpointing,
@@ -195,16 +196,17 @@ def activations(
 
 
 def gathered_bytes(shape: ModelShape, precision: Precision) -> int:
-    """Keys and values of a layer, per token."""
+    """Bytes of the keys and values of a layer, per token."""
     return 2 * shape.kv_size * precision.weights
 
 
 def head_bytes(
     shape: ModelShape, chunk_tokens: int, precision: Precision, tokens: int, adapter: Adapter | None = None
 ) -> tuple[int, int]:
-    """The head's temporaries: a chunk of fp32 logits, the gradients of its input and, unless adapters are
-    trained in its place, of its own weight. And what stays of them: where the weight is tied, its gradient,
-    until the embedding's joins it.
+    """(temporary, lasting) bytes of the head.
+
+    Temporary: a chunk of fp32 logits, the gradients of its input and, unless only adapters are trained, of
+    its weight. Lasting: if the weight is tied, its gradient, until that of the embedding is added.
     """
     weight_gradient = shape.embedding_parameters * 4 if adapter is None else 0
     lasting = weight_gradient if shape.tied else 0
@@ -223,7 +225,7 @@ def trainer(
     sequence_parallel: int = 1,
     has_head: bool = True,
 ) -> Bytes:
-    """One worker, at its peak in a step of several micro-batches. `has_head`: a language model, no scorer."""
+    """Peak of one worker in a step of several micro-batches. `has_head`: a language model, not a scorer."""
     stage, ranks, s = train.zero_stage, num_workers, precision.weights
     count = shape.parameters if has_head else shape.scorer_parameters
     trained = adapter.parameters(shape) if adapter else count
@@ -232,7 +234,7 @@ def trainer(
     weights = weight_bytes(shape, count, s, adapter) // split["weights"]
     g = 4 if train.grad_accum_dtype == "float32" else s
     gradients = trained * g // split["gradients"]
-    # ZeRO keeps master weights even of fp32 weights; without it only 16-bit weights have some.
+    # ZeRO keeps master weights even of fp32 weights; without ZeRO only 16-bit weights have them.
     m = 4 if train.master_weights == "float32" else 2
     has_master = stage > 0 or s == 2
     optimizer = trained * (2 * m + m * has_master) // split["optimizer"]
@@ -246,7 +248,7 @@ def trainer(
         temporary, lasting = head_bytes(shape, train.logprob_chunk_tokens, precision, own_tokens, adapter)
         logits = lasting + max(0, at_the_head + temporary - backward)
     resting = _buffers(shape, train, trained, s)
-    # Several ranks reduce a copy of what has been collected.
+    # With several ranks a copy of the bucket is reduced.
     buffers = resting + (_bucket_bytes(trained, s) if stage and ranks > 1 else 0)
     if not train.offload_optimizer:
         own = trained // split["optimizer"]
@@ -261,34 +263,34 @@ def trainer(
     }
     host = {
         "weights": weights if train.offload_params else 0,
-        # An optimizer on the host has its gradients there: what they add up in, and in fp32.
+        # An offloaded optimizer has its gradients on the host: the accumulated ones, and in fp32.
         "optimizer": optimizer + trained * (g + 4) // ranks if train.offload_optimizer else 0,
     }
-    gradients_leave = stage == 3 and train.offload_optimizer
-    if gradients_leave:
-        device["gradients"] = 0  # as they come
+    gradients_offloaded = stage == 3 and train.offload_optimizer
+    if gradients_offloaded:
+        device["gradients"] = 0  # offloaded as they are computed
     zero = f"ZeRO-{stage} over {ranks}"
     masters = f", {'fp32' if m == 4 else 'bf16'} weights" if has_master else ""
     masters += ", gradients twice" if train.offload_optimizer else ""
     states = f"{2 * m + m * has_master + (g + 4) * train.offload_optimizer} B (two moments{masters})"
     working = {
-        "weights": f"{_told_weights(shape, count, s, adapter)}"
+        "weights": f"{_weight_terms(shape, count, s, adapter)}"
         + _divided(split["weights"], zero)
         + _on_host(train.offload_params),
         "gradients": f"{_count(trained)} x {g} B" + _divided(split["gradients"], zero),
         "optimizer": f"{_count(trained)} x {states}"
         + _divided(split["optimizer"], zero)
         + _on_host(train.offload_optimizer),
-        "activations": _told_activations(kept, tokens, sequence_parallel),
+        "activations": _activation_terms(kept, tokens, sequence_parallel),
     }
-    if gradients_leave:
+    if gradients_offloaded:
         del working["gradients"]
-    told = tuple(f"{name} {kind}: {terms}" for kind, terms in working.items())
-    return Bytes(_positive(device), _positive(host), told)
+    lines = tuple(f"{name} {kind}: {terms}" for kind, terms in working.items())
+    return Bytes(_positive(device), _positive(host), lines)
 
 
-def _told_activations(kept: Activations, tokens: int, ranks: int) -> str:
-    """The larger of the two moments, in numbers."""
+def _activation_terms(kept: Activations, tokens: int, ranks: int) -> str:
+    """The larger of the two peaks, as a formula."""
     in_layer = kept.in_the_last_layer(tokens, ranks) > kept.at_the_head(tokens, ranks)
     gathered = kept.gathered if ranks > 1 else 0
     layers = 1 if kept.checkpointing else kept.layers
@@ -296,14 +298,16 @@ def _told_activations(kept: Activations, tokens: int, ranks: int) -> str:
     terms = [f"{kept.layers} layers x {of_layer:,} B" + " kept" * kept.checkpointing]
     if in_layer:
         if kept.checkpointing:
-            terms.append(f"{kept.again - gathered:,} B of the one computed again")
+            terms.append(f"{kept.recomputed - gathered:,} B of the recomputed one")
         terms += [f"{kept.gradients:,} B of its gradients", f"{kept.rotary:,} B outside"]
     else:
         terms.append(f"{kept.last_norm + kept.rotary:,} B outside")
-    told = f"({' + '.join(terms)})"
+    per_token = f"({' + '.join(terms)})"
     if ranks == 1:
-        return f"{tokens:,} tokens x {told}"
-    shared = f"{told}{_divided(ranks, 'ranks of a sequence')} + {layers} x {gathered:,} B of keys and values"
+        return f"{tokens:,} tokens x {per_token}"
+    shared = (
+        f"{per_token}{_divided(ranks, 'ranks of a sequence')} + {layers} x {gathered:,} B of keys and values"
+    )
     return f"{tokens:,} tokens x ({shared})"
 
 
@@ -312,7 +316,7 @@ def _bucket_bytes(trained: int, s: int) -> int:
 
 
 def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) -> int:
-    """DeepSpeed's communication buffers: gradients on their way; with ZeRO-3 also the gathered layers."""
+    """DeepSpeed's communication buffers: gradient buckets; with ZeRO-3 also the gathered layers."""
     if train.zero_stage == 0:
         return 0
     reduce = _bucket_bytes(trained, s) * (1 + train.overlap_comm)
@@ -323,13 +327,13 @@ def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) ->
 
 
 def _late_bytes(own: int, stage: int, s: int, g: int, m: int, buffers: int) -> int:
-    """Beside state and gradients once the activations have gone, for a rank that steps on `own` parameters;
-    weights have s bytes, gradients add up in g, masters have m.
+    """Bytes in addition to state and gradients after the activations are freed, for a rank that updates `own`
+    parameters. Bytes per element: s of weights, g of accumulated gradients, m of master weights.
 
     At the end of a backward pass these are the communication buffers and under ZeRO-2 the gradients of one
-    micro-batch that join those of the others. In the step ZeRO makes a flat copy of gradients (of a part at a
-    time under ZeRO-3), and one as wide as the masters; ZeRO 1 and 2 have given up the buffers by then. Under
-    ZeRO-2 fp32 gradients of shorter weights are flat from the first, and joined as they come.
+    micro-batch, which are added to those of the others. In the step ZeRO makes a flat copy of gradients (of a
+    part at a time under ZeRO-3), and one in the dtype of the masters; ZeRO 1 and 2 have freed the buffers by
+    then. Under ZeRO-2 fp32 gradients of 16-bit weights are flat from the start, and added as they come.
     """
     if stage == 0 or (stage == 2 and g != s):
         return buffers
@@ -348,8 +352,8 @@ def frozen(
     tokens: int = 0,
     has_head: bool = True,
 ) -> Bytes:
-    """A model that only answers, in a worker (shared out over `ranks` under ZeRO-3) or a replica of its own
-    with micro-batches of so many tokens.
+    """A model that is not trained, in a worker (partitioned over `ranks` under ZeRO-3) or in its own replica
+    with micro-batches of `tokens`.
     """
     count = shape.parameters if has_head else shape.scorer_parameters
     s = precision.weights
@@ -359,7 +363,7 @@ def frozen(
 
 
 def kv_bytes_per_token(shape: ModelShape, size: int, tensor_parallel: int = 1) -> int:
-    """Keys and values of all layers; a GPU holds at least one of the heads."""
+    """Bytes of the keys and values of all layers; a GPU holds at least one of the heads."""
     heads = -(-shape.kv_heads // tensor_parallel)
     return 2 * shape.layers * heads * shape.head_dim * size
 
@@ -374,7 +378,7 @@ def engine(
     cpu_kv_bytes: int | None = None,
 ) -> Bytes:
     """A vLLM engine on one of its GPUs (or a CPU, with a cache of `cpu_kv_bytes`): it takes `utilization` of
-    the GPU, and what weights and temporaries leave is cache.
+    the GPU, and the cache gets what weights and temporaries leave.
     """
     weights = shape.parameters * size // tensor_parallel
     working = (f"engine weights: {_count(shape.parameters)} x {size} B" + _divided(tensor_parallel, "GPUs"),)

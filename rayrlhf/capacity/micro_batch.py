@@ -1,7 +1,7 @@
-"""What depends on the memory of the devices and is left out, filled in by the plan. Pure.
+"""Fills in settings that were left out and depend on device memory, by the memory plan. Pure.
 
-That is `train.max_tokens_per_micro_batch`, and `rollout.gpu_memory_utilization` where an engine shares GPUs
-with a trainer, whose weights stay while it rolls out.
+These are `train.max_tokens_per_micro_batch`, and `rollout.gpu_memory_utilization` where an engine shares GPUs
+with a trainer, whose weights stay in GPU memory during rollout.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from rayrlhf.config.policy import PolicyRunConfig
 
 C = TypeVar("C", bound=Any)
 TOKENS, SHARE = "max_tokens_per_micro_batch", "gpu_memory_utilization"
-# Larger ones are hardly faster: matrices of this many rows keep any GPU busy.
+# Larger ones are hardly faster: matrices of this many rows saturate any GPU.
 SIZES = (16384, 8192, 4096, 2048, 1024, 512, 256)
 SHARES = (0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25)
-MARGIN = 0.95  # of a GPU's usable memory, what a plan may fill: it is right within a few percent
+MARGIN = 0.95  # of a GPU's usable memory that a plan may fill: it is accurate within a few percent
 HOST_SHARE = 0.5  # of a machine's memory, for the slots of a run on CPUs
 
 
-def left_to_the_device(config: Any, *, on_gpu: bool) -> list[str]:
-    """The keys that a driver fills in."""
+def keys_sized_by_plan(config: Any, *, on_gpu: bool) -> list[str]:
+    """The keys that were left out and that the driver sets by the memory plan."""
     found = []
     if "train" in type(config).model_fields and TOKENS not in config.train.model_fields_set:
         found.append(f"train.{TOKENS}")
@@ -37,30 +37,30 @@ def left_to_the_device(config: Any, *, on_gpu: bool) -> list[str]:
 def sized_for_gpu(config: C, gpu: Gpu) -> C:
     """The config with the first values that fit a GPU: large shares of engines, then large micro-batches.
 
-    As it was where all is given, where nothing fits, and where a model's shape is not known.
+    Unchanged if all keys are given, if nothing fits, or if a model's shape is unknown.
     """
     return _sized(config, lambda budget: max(budget.peak_bytes) <= gpu.usable_bytes * MARGIN, gpu)
 
 
 def sized_for_host(config: C, memory_bytes: int) -> C:
-    """The same for slots on the CPUs of one machine, where engines have a cache of a fixed size."""
+    """The same for slots on the CPUs of one machine, where the cache of engines has a fixed size."""
     return _sized(config, lambda budget: sum(budget.peak_bytes) <= memory_bytes * HOST_SHARE, None)
 
 
 def _sized(config: C, fits: Callable[[Budget], bool], gpu: Gpu | None) -> C:
-    if not left_to_the_device(config, on_gpu=gpu is not None):
+    if not keys_sized_by_plan(config, on_gpu=gpu is not None):
         return config
     try:
         for candidate in _candidates(config, gpu):
             if fits(budget_of(candidate, gpu=gpu)):
                 return candidate
     except ShapeUnknown:
-        pass  # the driver says so with the plan
+        pass  # the driver reports it with the plan
     return config
 
 
 def _candidates(config: C, gpu: Gpu | None) -> Iterator[C]:
-    left, longest = left_to_the_device(config, on_gpu=gpu is not None), longest_sample(config)
+    left, longest = keys_sized_by_plan(config, on_gpu=gpu is not None), longest_sample(config)
     sizes: list[int | None] = [None]
     if f"train.{TOKENS}" in left:
         sizes = [*(size for size in SIZES if size > longest), longest]
@@ -76,7 +76,7 @@ def _candidates(config: C, gpu: Gpu | None) -> Iterator[C]:
 
 
 def longest_sample(config: Any) -> int:
-    """Tokens that have to go through a device together."""
+    """Tokens of the longest sample, which must fit in one micro-batch."""
     if isinstance(config, PolicyRunConfig):
         sample = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         return max(sample, config.data.ptx.max_tokens if config.data.ptx is not None else 0)

@@ -1,4 +1,4 @@
-"""The shape of a decoder from its `config.json`: what there is to hold in memory, counted exactly. Pure."""
+"""Dimensions and exact parameter counts of a decoder, from its `config.json`. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KNOWN_SHAPES = Path(__file__).with_name("shapes.json")
 
 
 class ShapeUnknown(ValueError):
-    """The shape of a model cannot be told; the message says what to do."""
+    """The shape of a model is unknown; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Family:
     norms_per_layer: int = 2
     has_experts: bool = False
     expert_size_key: str = "intermediate_size"
-    tied: bool = False  # what its config class takes when the file does not say
+    tied: bool = False  # default of its config class
 
 
 FAMILIES = {
@@ -93,22 +93,22 @@ class ModelShape:
 
     @property
     def decoder_parameters(self) -> int:
-        """Without the output projection."""
+        """Parameters without the output projection."""
         return self.embedding_parameters + self.layers * self.layer_parameters + self.hidden
 
     @property
     def parameters(self) -> int:
-        """Of the language model."""
+        """Parameters of the language model."""
         return self.decoder_parameters + (0 if self.tied else self.embedding_parameters)
 
     @property
     def scorer_parameters(self) -> int:
-        """Of a critic or reward model: the decoder and a head with one output."""
+        """Parameters of a critic or reward model: the decoder and a head with one output."""
         return self.decoder_parameters + self.hidden
 
     @property
     def active_parameters(self) -> int:
-        """Those that a token is multiplied with: of the experts only its own."""
+        """Parameters used per token: of the experts only those that it is routed to."""
         if not self.experts:
             return self.parameters
         idle = self.mlp_matrices // self.experts * (self.experts - self.experts_per_token)
@@ -116,13 +116,13 @@ class ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
-    """From the contents of a `config.json`. Raises `ShapeUnknown` for an architecture that is not known."""
+    """The shape from the contents of a `config.json`. Raises `ShapeUnknown` for an unknown architecture."""
     config = config.get("text_config") or config
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise ShapeUnknown(
-            f"{name}: nothing is known of model_type {kind!r}; known are {', '.join(FAMILIES)} "
-            "(one more is an entry of FAMILIES in rayrlhf/capacity/model_shape.py)"
+            f"{name}: unknown model_type {kind!r}; known are {', '.join(FAMILIES)} "
+            "(to add one, extend FAMILIES in rayrlhf/capacity/model_shape.py)"
         )
     family = FAMILIES[kind]
     heads = config["num_attention_heads"]
@@ -145,13 +145,13 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
 
 
 def _experts(config: Mapping[str, Any]) -> int:
-    """Files name them either way, also those of one family."""
+    """Configs use either key, even within one family."""
     return config["num_local_experts"] if "num_local_experts" in config else config["num_experts"]
 
 
 def read_shape(path: str) -> ModelShape:
-    """Of a checkpoint folder, of a hub id (owner/name, or with @revision) whose config.json is in the local
-    cache, or of a well-known id (shapes.json).
+    """The shape of a checkpoint folder, of a hub id (owner/name, or with @revision) whose config.json is in
+    the local cache, or of a well-known id (shapes.json).
 
     Raises `ShapeUnknown`.
     """
@@ -165,8 +165,10 @@ def read_shape(path: str) -> ModelShape:
         except ShapeUnknown:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            told = f"{type(error).__name__}: {error}"
-            raise ShapeUnknown(f"{path}: its config.json cannot be read ({told}); get it again") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ShapeUnknown(
+                f"{path}: its config.json cannot be read ({reason}); download it again"
+            ) from error
     known: dict[str, Any] = json.loads(KNOWN_SHAPES.read_text(encoding="utf-8"))
     for entry in known["shapes"]:
         if path in entry["names"]:
@@ -178,8 +180,8 @@ def read_shape(path: str) -> ModelShape:
 
 
 def cached_config(path: str) -> Path | None:
-    """The `config.json` of a hub id that has been fetched before: of its revision where it names one or the
-    cache knows the default one, else the newest.
+    """The cached `config.json` of a hub id: that of its revision if it names one or the cache knows the
+    default one, else the newest.
     """
     hub_id = parse_id(path)
     if isinstance(hub_id, str):
@@ -195,7 +197,7 @@ def cached_config(path: str) -> Path | None:
 
 
 def config_folder(path: str) -> str:
-    """The folder on this machine with a model's config.json, or nothing."""
+    """The local folder with a model's config.json, or an empty string."""
     if Path(path, "config.json").is_file():
         return path
     file = cached_config(path)

@@ -1,4 +1,4 @@
-"""A rough guess at where a step's time goes: a roofline with assumed utilisations. Pure."""
+"""Rough estimate of the time of a step: a roofline with assumed utilisations. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rayrlhf.config.policy import PolicyRunConfig
 
 MODEL_FLOPS_UTILIZATION = 0.4  # of training
 BANDWIDTH_UTILIZATION = 0.6  # of decoding, which reads all weights for every token
-TENSOR_PARALLEL_EFFICIENCY = 0.85  # kept each time an engine's GPUs double: two all-reduces a layer
+TENSOR_PARALLEL_EFFICIENCY = 0.85  # per doubling of an engine's GPUs: two all-reduces a layer
 RECOMPUTE = 4 / 3  # forward passes of gradient checkpointing
 OFFLOADED_STEP = 1.3  # an optimizer on the host
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Seconds of a step, if nothing overlaps."""
+class StepTime:
+    """Seconds of the phases of a step."""
 
     rollout: float
     update: float
@@ -32,8 +32,8 @@ class Pace:
         return max(self.rollout, self.update) if overlap else self.rollout + self.update
 
 
-def pace_of(config: PolicyRunConfig, budget: Budget, gpu: Gpu) -> Pace:
-    """Responses are taken to be as long as they may be, prompts half as long."""
+def step_time_of(config: PolicyRunConfig, budget: Budget, gpu: Gpu) -> StepTime:
+    """Assumes responses of the maximal length, and prompts of half the maximal length."""
     shape, rollout, train = read_shape(config.model.path), config.rollout, config.train
     samples = rollout.prompts_per_step * rollout.group_size
     length = rollout.max_response_tokens
@@ -46,11 +46,11 @@ def pace_of(config: PolicyRunConfig, budget: Budget, gpu: Gpu) -> Pace:
     flops = 2 * shape.active_parameters * min(at_once, per_engine)
     compute_seconds = flops / (gpus * gpu.tflops * 1e12 * MODEL_FLOPS_UTILIZATION)
     tokens = samples * (length + config.data.max_prompt_tokens // 2)
-    # Forward and backward, 6 FLOPs per parameter and token, of the actor and perhaps a critic; two forward
+    # Forward and backward, 6 FLOPs per parameter and token, of the actor and a critic, if any; two forward
     # passes for old and reference log-probabilities.
     learners = 2 if config.needs_critic and not config.critic_is_separate else 1
     flops = tokens * shape.active_parameters * (6 * learners * config.algorithm.updates_per_batch + 2 * 2)
     flops *= RECOMPUTE if train.gradient_checkpointing else 1.0
     update = flops / (train.num_workers * gpu.tflops * 1e12 * MODEL_FLOPS_UTILIZATION)
     update *= OFFLOADED_STEP if train.offload_optimizer else 1.0
-    return Pace(rollout=rounds * length * max(read_seconds, compute_seconds), update=update)
+    return StepTime(rollout=rounds * length * max(read_seconds, compute_seconds), update=update)

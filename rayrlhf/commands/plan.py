@@ -16,7 +16,7 @@ from rayrlhf.capacity.gpu_types import GIB, Gpu, parse_gpus
 from rayrlhf.capacity.memory import KINDS
 from rayrlhf.capacity.micro_batch import sized_for_gpu
 from rayrlhf.capacity.model_shape import ShapeUnknown
-from rayrlhf.capacity.throughput import pace_of
+from rayrlhf.capacity.throughput import step_time_of
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.registry import load_any
@@ -129,10 +129,10 @@ class _Plan:
         if budget.tokens_in_flight:
             say(f"An engine's cache holds {budget.tokens_in_flight:,} tokens of requests in flight.")
         if self.gpu is not None and isinstance(config, PolicyRunConfig) and budget.tokens_in_flight:
-            pace = pace_of(config, budget, self.gpu)
+            step = step_time_of(config, budget, self.gpu)
             say(
-                f"A step at full length: {pace.rollout:.0f} s of rollout and {pace.update:.0f} s of update, "
-                f"by a roofline with assumed utilisations; {pace.bottleneck} is the bottleneck."
+                f"A step at full length: {step.rollout:.0f} s of rollout and {step.update:.0f} s of update, "
+                f"by a roofline with assumed utilisations; {step.bottleneck} is the bottleneck."
             )
         say("\nWorking:")
         for line in dict.fromkeys(line for each in budget.roles.values() for line in each.working):

@@ -21,9 +21,9 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from rayrlhf.capacity.budget import told_budget
+from rayrlhf.capacity.budget import budget_lines
 from rayrlhf.capacity.gpu_types import Gpu
-from rayrlhf.capacity.micro_batch import left_to_the_device, sized_for_gpu, sized_for_host
+from rayrlhf.capacity.micro_batch import keys_sized_by_plan, sized_for_gpu, sized_for_host
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.common import DrivenConfig, JobConfig
 from rayrlhf.config.load import dump_resolved
@@ -183,7 +183,7 @@ def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C
         console.say(
             f"placement.preset=auto: {found.placement.preset}, {slots_in_words(plan(found).num_slots)}"
         )
-    left = left_to_the_device(found, on_gpu=gpus > 0)
+    left = keys_sized_by_plan(found, on_gpu=gpus > 0)
     memory = gpu_memory_bytes() if left and gpus else None
     if memory is not None:
         found = sized_for_gpu(found, Gpu("GPU", memory, 0.0, 0.0))
@@ -201,7 +201,7 @@ def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console)
     """
     gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     check_precision(config, on_gpu=gpus > 0)
-    for line in told_budget(config, on_gpu=gpus > 0):
+    for line in budget_lines(config, on_gpu=gpus > 0):
         console.say(line)
     check_fits(spec, gpus)
 

@@ -1,4 +1,4 @@
-"""Engines spread attention heads over GPUs: what is suggested divides them, and what is asked for must."""
+"""Engines split attention heads over GPUs: suggested sizes divide them, and configured ones must."""
 
 from __future__ import annotations
 

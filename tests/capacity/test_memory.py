@@ -52,7 +52,7 @@ def test_the_shape() -> None:
         (3, COUNT // 2, COUNT // 2, 3 * COUNT),
     ],
 )
-def test_what_four_workers_share_out(stage: int, weights: int, gradients: int, optimizer: int) -> None:
+def test_four_workers_partition_states(stage: int, weights: int, gradients: int, optimizer: int) -> None:
     """2 bytes of weights and gradients, 4 of fp32 weights and 8 of moments per parameter."""
     held = trainer(config(zero_stage=stage)).device
     assert (held["weights"], held["gradients"], held["optimizer"]) == (weights, gradients, optimizer)
@@ -91,12 +91,12 @@ def test_activations_by_hand() -> None:
     # One layer again, with gradients of two of the MLP's 200 numbers; the last norm has gone.
     in_layer = 1000 * (40 + 10 * 200 + 3848 + 800)
     assert kept.in_the_last_layer(1000) == in_layer
-    gathered = 1000 * 2 * 50 * 2  # the keys and values of the layer that is computed again
+    gathered = 1000 * 2 * 50 * 2  # the keys and values of the recomputed layer
     assert kept.in_the_last_layer(1000, ranks=4) == gathered + (in_layer - gathered) // 4
     assert kept.at_the_head(1000, ranks=4) == 1000 * (1040 + 10 * 200) // 4
 
 
-def test_the_heads_temporaries_use_the_room_of_a_layer_that_is_computed_again() -> None:
+def test_the_heads_temporaries_use_the_memory_of_the_recomputed_layer() -> None:
     # A chunk of 256 x 1000 fp32 logits, 1000 x 100 bf16 gradients of the input, 4 x 100,000 of the weight.
     assert memory.head_bytes(SHAPE, 256, BF16, 1000) == (1_024_000 + 200_000 + 400_000, 0)
     tied = ModelShape(**{**vars(SHAPE), "tied": True})
@@ -111,21 +111,21 @@ def test_the_heads_temporaries_use_the_room_of_a_layer_that_is_computed_again() 
 def test_the_end_of_the_backward_pass_and_the_step_may_need_more() -> None:
     one_token = {"num_workers": 1, "max_tokens_per_micro_batch": 1, "logprob_chunk_tokens": 1}
 
-    def beside_state_and_gradients(**changes: Any) -> int:
+    def in_addition_to_states(**changes: Any) -> int:
         return trainer(config(**one_token, **changes)).only("activations", "logits", "buffers").total
 
-    # ZeRO flattens bf16 gradients, then widens them to fp32; 1 and 2 have given up their buffer by then.
-    assert beside_state_and_gradients(zero_stage=1) == (2 + 4) * COUNT
-    assert beside_state_and_gradients(zero_stage=2) == (2 + 4) * COUNT
+    # ZeRO flattens bf16 gradients, then widens them to fp32; 1 and 2 have freed their buffer by then.
+    assert in_addition_to_states(zero_stage=1) == (2 + 4) * COUNT
+    assert in_addition_to_states(zero_stage=2) == (2 + 4) * COUNT
     buffer = 2 * COUNT
     live = 2 * SHAPE.layer_parameters * 2
-    assert beside_state_and_gradients(zero_stage=3) == (2 + 4) * COUNT + buffer + live
-    # Gradients that add up in fp32 are wide already, and flat under ZeRO-2.
+    assert in_addition_to_states(zero_stage=3) == (2 + 4) * COUNT + buffer + live
+    # Gradients accumulated in fp32 are wide already, and flat under ZeRO-2.
     wide = {"grad_accum_dtype": "float32"}
     assert trainer(config(**one_token, zero_stage=2, **wide)).device["buffers"] == buffer
-    assert beside_state_and_gradients(zero_stage=3, **wide) == 4 * COUNT + buffer + live
-    # Nothing to widen: the buffer, and gradients that join others.
-    assert beside_state_and_gradients(zero_stage=2, master_weights="bfloat16") == buffer + 2 * COUNT
+    assert in_addition_to_states(zero_stage=3, **wide) == 4 * COUNT + buffer + live
+    # Nothing to widen: the buffer, and gradients that are added to others.
+    assert in_addition_to_states(zero_stage=2, master_weights="bfloat16") == buffer + 2 * COUNT
 
 
 def test_adapters_train_alone() -> None:
@@ -153,12 +153,12 @@ def test_adapters_train_alone() -> None:
         {"zero_stage": 3, "offload_optimizer": True, "offload_params": True},
     ],
 )
-def test_the_working_comes_to_what_is_told(adapter: Adapter | None, changes: dict[str, Any]) -> None:
+def test_the_arithmetic_gives_the_reported_bytes(adapter: Adapter | None, changes: dict[str, Any]) -> None:
     held = trainer(config(**changes), adapter=adapter, sequence_parallel=2)
     for line in held.working:
         kind, _, terms = line.removeprefix("actor ").partition(": ")
-        told = (held.host if "in host memory" in line else held.device)[kind]
-        assert _worked_out(terms) == pytest.approx(told, rel=0.002), line
+        reported = (held.host if "in host memory" in line else held.device)[kind]
+        assert _worked_out(terms) == pytest.approx(reported, rel=0.002), line
 
 
 def _worked_out(terms: str) -> float:

@@ -129,7 +129,7 @@ def test_5_a_plan_has_the_verdict_where_nothing_is_known_of_memory(
     assert plan([str(file)]) == 2
     told = capsys.readouterr()
     assert "mamba is supported one sequence per stream" in " ".join(told.out.split())
-    assert "nothing is known of model_type 'mamba'" in told.err
+    assert "unknown model_type 'mamba'" in told.err
 
 
 def test_5_a_plan_says_what_it_could_not_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
