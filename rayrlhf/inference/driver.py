@@ -247,7 +247,7 @@ def _answer_all(
                     raise RunFailed(f"{result['problem']}\nThe same command goes on with these rows")
                 pace.add(result)
                 progress.advance(result["rows"])
-                progress.tell(pace.line(progress.num_left))
+                progress.update(pace.line(progress.num_left))
 
 
 def num_workers(config: GenerateRunConfig, num_pending: int) -> int:

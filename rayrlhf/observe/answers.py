@@ -15,7 +15,7 @@ SAMPLE_CHARACTERS = 4_000  # of a prompt or a response; the output has all of it
 
 
 def generation_summary(summary: dict[str, Any]) -> Iterator[RenderableType]:
-    """What batch inference came to."""
+    """Results of batch inference: counts, scores, speed and samples."""
     table = Table(title=f"{summary['rows']} rows", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
@@ -36,7 +36,7 @@ def generation_summary(summary: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def chain_summary(summary: dict[str, Any]) -> Iterator[RenderableType]:
-    """What the stages of a chain came to: one row per round."""
+    """Results of the stages of a chain, one row per round."""
     rounds = summary["rounds"]
     keys = list(dict.fromkeys(key for entry in rounds for key in entry["counts"]))
     table = Table(title=f"{summary['job'].replace('_', ' ')}", title_justify="left")
@@ -51,8 +51,8 @@ def chain_summary(summary: dict[str, Any]) -> Iterator[RenderableType]:
         table.add_row("last export", _score(summary["last"]), *("" for _ in keys))
     yield table
     if summary["export"]:
-        told = f"The trained model, for AutoModelForCausalLM.from_pretrained: {summary['export']}"
-        yield Text(visible(told))
+        line = f"The trained model, for AutoModelForCausalLM.from_pretrained: {summary['export']}"
+        yield Text(visible(line))
 
 
 def _score(entry: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""From the workers to the driver: a small actor that queues what rank 0 reports until the driver's sinks
-take it.
+"""Report queue from the workers to the driver: an actor that holds the reports of rank 0 until the driver's
+sinks take them.
 
-No report is lost when the board's process dies. A poster keeps what the driver has not confirmed, and posts
-it again to a board that it does not know; the driver leaves out what it has had already.
+No report is lost when the board's process dies. A poster keeps reports that the driver has not confirmed, and
+posts them again to a restarted board; the driver drops duplicates.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ MAX_REPORTS = 10_000
 
 @dataclass(frozen=True)
 class Report:
-    """One thing worth telling: a phase that began, a finished step, an evaluation, rollouts to keep."""
+    """The start of a phase, a finished step, an evaluation, rollouts to log, or a message."""
 
     kind: str  # "phase" | "step" | "eval" | "rollouts" | "event" | "note" | "warning" | "failure"
     step: int
     text: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    then: str = ""  # what is done about a failure
+    then: str = ""  # how a failure is handled
 
 
 class Posted(NamedTuple):
-    """A report, and which of its poster's it is."""
+    """A report with its poster and sequence number."""
 
     poster: str
     number: int  # from 1
@@ -39,25 +39,25 @@ class Posted(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    board: str  # which process it is from
-    confirmed: int  # of this poster's, by the driver: all up to this number
+    board: str  # id of the board's process
+    confirmed: int  # reports of this poster up to this number are confirmed
 
 
 class Board:
-    """An async actor, one per run. It holds at most `max_reports`; what it drops is counted."""
+    """An async actor, one per run. It holds at most `max_reports`; dropped reports are counted."""
 
     def __init__(self, max_reports: int = MAX_REPORTS) -> None:
         self.name = uuid.uuid4().hex
         self.max_reports = max_reports
         self.waiting: list[Posted] = []
-        self.num_given = 0  # of them, to a driver that has not confirmed them yet
+        self.num_given = 0  # of `waiting`: returned to a driver that has not confirmed them yet
         self.num_dropped = 0
-        self.num_warnings = 0  # that it wrote itself
+        self.num_warnings = 0  # written by the board itself
         self.confirmed: dict[str, int] = {}
         self.arrived = asyncio.Event()
 
     async def ping(self) -> bool:
-        """The board doubles as the run's lease: it dies with the driver, and the reaper notices."""
+        """Liveness check of the reaper: the board is the run's lease, as it dies with the driver."""
         return True
 
     async def post(self, posted: Posted) -> Receipt:
@@ -68,17 +68,22 @@ class Board:
         return Receipt(self.name, self.confirmed.get(posted.poster, 0))
 
     def _drop_one(self) -> None:
-        """The driver does not take reports: the oldest phase goes first, it is news for a moment only."""
+        """The driver does not take reports: drop the oldest phase first, which is outdated soonest."""
         kept = range(self.num_given, len(self.waiting))
         phases = (index for index in kept if self.waiting[index].report.kind == "phase")
         del self.waiting[next(phases, self.num_given)]
         self.num_dropped += 1
 
-    async def take(self, timeout_seconds: float, had: tuple[str, int] = ("", 0)) -> tuple[str, list[Posted]]:
-        """This board's name and everything that waits; waits up to the timeout for the first. `had`: whose
-        list the caller has last been given, and how many were in it: they need not be kept any longer.
+    async def take(
+        self, timeout_seconds: float, confirmed: tuple[str, int] = ("", 0)
+    ) -> tuple[str, list[Posted]]:
+        """This board's name and all waiting reports; waits up to the timeout for the first one.
+
+        Args:
+            confirmed: name of the board that the caller last took a list from, and the length of that
+                list; if it is this board, those reports are dropped.
         """
-        name, count = had
+        name, count = confirmed
         if name == self.name:
             for posted in self.waiting[:count]:
                 self.confirmed[posted.poster] = max(self.confirmed.get(posted.poster, 0), posted.number)
@@ -91,7 +96,7 @@ class Board:
         except TimeoutError:
             return self.name, []
         if self.num_dropped:
-            text = f"{self.num_dropped} reports were dropped: nothing took them from the board for long"
+            text = f"{self.num_dropped} reports were dropped: the driver did not take them in time"
             step = self.waiting[-1].report.step  # the newest is never dropped
             self.num_warnings += 1
             self.waiting.append(Posted(self.name, self.num_warnings, Report("warning", step, text)))
@@ -100,7 +105,7 @@ class Board:
 
 
 class Poster:
-    """Numbers reports, and keeps each until the driver has it. Without Ray: its calls are the caller's."""
+    """Numbers reports, and keeps each until the driver has confirmed it. The caller makes the Ray calls."""
 
     def __init__(self) -> None:
         self.name = uuid.uuid4().hex
@@ -119,9 +124,9 @@ class Poster:
                 del self.unconfirmed[min(self.unconfirmed)]
             return posted
 
-    def hear(self, receipts: Iterable[Receipt | None]) -> list[Posted]:
-        """What is to be posted again: everything unconfirmed, when a receipt (None: there will be none) is
-        not of the board before.
+    def handle_receipts(self, receipts: Iterable[Receipt | None]) -> list[Posted]:
+        """The reports to post again: all unconfirmed ones, if a receipt is from another board than before or
+        is missing (None).
         """
         with self._lock:
             again = False
@@ -143,14 +148,14 @@ class Poster:
 
 
 class Taker:
-    """The driver's end: what is new of what a board gives, in the order in which each poster wrote it.
+    """Driver side: drops duplicates from a board's reports, and returns those of each poster in order.
 
-    After a board's death a report may come before those that are posted again; it waits for them, but not
-    longer than `gap_seconds`: what a board has dropped never comes.
+    After a board's death a report may arrive before earlier ones that are posted again; it waits for them at
+    most `gap_seconds`, since reports that a board has dropped never arrive.
     """
 
     def __init__(self, gap_seconds: float = 10.0) -> None:
-        self.had = ("", 0)
+        self.last_taken = ("", 0)  # board, number of reports
         self.gap_seconds = gap_seconds
         self._last: dict[str, int] = {}  # by poster, the number of the newest report that was passed on
         self._held: dict[str, dict[int, Report]] = {}
@@ -158,7 +163,7 @@ class Taker:
 
     def new(self, board: str, waiting: list[Posted], *, last_call: bool = False) -> list[Report]:
         """With `last_call` nothing is held back."""
-        self.had = (board, len(waiting))
+        self.last_taken = (board, len(waiting))
         found: list[Report] = []
         for poster, number, report in waiting:
             if number > self._last.get(poster, 0):

@@ -1,4 +1,4 @@
-"""The run as a person sees it: a live line in a terminal, plain lines in a log."""
+"""Console sink: a live progress bar in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rayrlhf.secrets import masked
 from rayrlhf.terminal import SafeConsole, make_console
 from rayrlhf.untrusted_text import LINE_CHARACTERS, MESSAGE_CHARACTERS, one_line, visible
 
-PROGRESS_SECONDS = 10.0  # without a line, after which a log says how far a long phase has come
+PROGRESS_SECONDS = 10.0  # without a line, after which a log shows the progress of a long phase
 PHASE_CHARACTERS = 200
 
 # (metric, label, format): one step, one line
@@ -56,18 +56,18 @@ class Console:
         self.task: Any = None
         self.step_seconds: list[float] = []
         self.said_at = self.started
-        self.phases_told: set[str] = set()
+        self.phases_shown: set[str] = set()
 
     def say(self, text: str) -> None:
         self.said_at = time.monotonic()
         if self.mode != "quiet":
-            told = visible(masked(text), limit=LINE_CHARACTERS)
-            self.rich.print(Text.assemble((self._clock(), "dim"), " ", told), soft_wrap=True)
+            line = visible(masked(text), limit=LINE_CHARACTERS)
+            self.rich.print(Text.assemble((self._clock(), "dim"), " ", line), soft_wrap=True)
 
     def error(self, text: str) -> None:
         self.close()
-        told = visible(masked(text), limit=MESSAGE_CHARACTERS)
-        SafeConsole(stderr=True, soft_wrap=True).print(Text.assemble(("error", "bold red"), " ", told))
+        message = visible(masked(text), limit=MESSAGE_CHARACTERS)
+        SafeConsole(stderr=True, soft_wrap=True).print(Text.assemble(("error", "bold red"), " ", message))
 
     def placement(self, slots: Any) -> None:
         from rayrlhf.placement.slots import describe
@@ -102,22 +102,23 @@ class Console:
         elif report.kind == "note":
             self.say(report.text)
         elif report.kind == "eval":
-            told = (
+            metrics = (
                 _rewards(report.metrics) if "eval/reward_mean" in report.metrics else _others(report.metrics)
             )
-            self.say(f"evaluation {report.text} step {report.step}: {told}")
+            self.say(f"evaluation {report.text} step {report.step}: {metrics}")
 
     def _phase(self, report: Report) -> None:
         if self.progress is not None:
-            told = one_line(masked(report.text), limit=PHASE_CHARACTERS)
-            self.progress.update(self.task, description=told)
+            phase = one_line(masked(report.text), limit=PHASE_CHARACTERS)
+            self.progress.update(self.task, description=phase)
             return
-        # Before the first step and after the last each phase is news, once; between them the steps' own lines
-        # are enough. Progress ("3/8 prompts") comes too often for a line each, but no log is silent for long.
+        # Before the first step and after the last each phase is printed once; between them the lines of steps
+        # are enough. Progress ("3/8 prompts") is too frequent for a line each: it is printed only after
+        # PROGRESS_SECONDS without a line.
         around_steps = not self.step_seconds or 0 < self.num_steps <= report.step
-        is_news = around_steps and report.text not in self.phases_told and "/" not in report.text
-        if is_news or time.monotonic() - self.said_at > PROGRESS_SECONDS:
-            self.phases_told.add(report.text)
+        is_new = around_steps and report.text not in self.phases_shown and "/" not in report.text
+        if is_new or time.monotonic() - self.said_at > PROGRESS_SECONDS:
+            self.phases_shown.add(report.text)
             self.say(one_line(report.text))
 
     def _step(self, report: Report) -> None:
@@ -155,7 +156,7 @@ def _rewards(m: dict[str, float]) -> str:
 
 
 def _others(m: dict[str, float]) -> str:
-    """A supervised job's: the loss with its interval, then the rest."""
+    """Metrics of a supervised job: the loss with its interval, then the others."""
     interval = f"(95 % interval {m['eval/loss_ci_low']:.4f} to {m['eval/loss_ci_high']:.4f})"
     hidden = ("eval/loss", "eval/loss_ci_low", "eval/loss_ci_high", "eval/samples")
     rest = [f"{k.removeprefix('eval/').replace('_', ' ')} {v:.4f}" for k, v in m.items() if k not in hidden]

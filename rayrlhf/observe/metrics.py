@@ -1,4 +1,4 @@
-"""What is measured: the phase timer and the list of every metric key, from which the docs are made."""
+"""Phase timer, and the list of all metric keys, from which the docs are generated."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 METRICS: dict[str, str] = {
     "reward/mean": "mean score of the step's samples, after weights and clip",
     "reward/std": "standard deviation of the scores",
-    "reward/unverified": "answers since the last step, held-out ones too, that took too long to grade: wrong",
-    "reward/failed": "samples dropped because a reward source failed for good",
+    "reward/unverified": "answers since the last step, held-out too, whose grading timed out; counted wrong",
+    "reward/failed": "samples dropped because a reward source failed permanently",
     "reward/accuracy": "share of pairs whose chosen response has the higher reward, or of steps judged right",
     "reward/accuracy_good": "share of good steps judged good",
     "reward/accuracy_bad": "share of bad steps judged bad",
@@ -29,10 +29,10 @@ METRICS: dict[str, str] = {
     "rollout/failed_episodes": "episodes whose environment failed or ran out of time",
     "rollout/staleness_mean": "mean age of the trained tokens, in policy versions",
     "rollout/staleness_max": "age of the oldest trained token, in policy versions",
-    "rollout/draws": "draws of rollout.prompts_per_step prompts that the step took (dynamic sampling)",
+    "rollout/draws": "prompt batches of rollout.prompts_per_step that the step took (dynamic sampling)",
     "rollout/groups_in_range": "groups that algorithm.dynamic_sampling keeps, surplus ones included",
-    "rollout/empty_steps": "1 for a step without any group to learn from",
-    "rollout/restarted_groups": "groups started anew because they had become too old (oversampling)",
+    "rollout/empty_steps": "1 for a step without any group to train on",
+    "rollout/restarted_groups": "groups started again because they had become too old (oversampling)",
     "rollout/logprob_diff_mean": "mean |log-probability of the trainer - of the engine| per response token",
     "rollout/logprob_diff_max": "largest such difference of the step",
     "kl/mean": "mean KL estimate to the reference per response token",
@@ -44,8 +44,8 @@ METRICS: dict[str, str] = {
     "loss/model_grad_norm": "gradient norm before clipping",
     "loss/model_lr": "learning rate",
     "loss/model_bad_steps": "updates skipped because the gradient was not finite",
-    "loss/nll": "mean negative log-probability of the learnt responses, nats per token",
-    "loss/divergence": "mean divergence from the teacher per learnt token, nats",
+    "loss/nll": "mean negative log-probability of the trained responses, nats per token",
+    "loss/divergence": "mean divergence from the teacher per loss token, nats",
     "loss/ptx": "mean negative log-probability per token of data.ptx, nats",
     "loss/is_weight_mean": "mean importance weight of trainer over engine per response token, before bounds",
     "loss/is_weight_max": "largest such weight of the step",
@@ -68,15 +68,15 @@ METRICS: dict[str, str] = {
     "data/samples": "samples trained on this step",
     "data/tokens": "tokens, prompts included, trained on this step",
     "data/mini_batches": "mini-batches per pass: algorithm.mini_batches, fewer where samples were dropped",
-    "data/empty_mini_batches": "mini-batches without a token to learn, of all passes: no update was made",
+    "data/empty_mini_batches": "mini-batches without a loss token, of all passes: no update was made",
     "data/micro_batches": "micro-batches per rank and pass over the step's samples",
-    "data/fill": "tokens in the micro-batches as a share of their budget, fillers left out",
-    "data/filler_fraction": "share of micro-batches that weigh nothing, there to keep ranks in step",
+    "data/fill": "tokens in the micro-batches as a share of their budget, padding batches left out",
+    "data/filler_fraction": "share of micro-batches that are padding (weight 0), which keep ranks in step",
     "data/imbalance": "how many more tokens than the mean the busiest rank trains on, as a share",
-    "data/imbalance_before": "the same if every rank trained on what it has collected",
-    "rollout/weight_sync_fallbacks": "1 when the direct way failed and the object store helped",
-    "rollout/refused_connections": "strangers that tried the store of the weight transfer, over the attempt",
-    "rollout/freed_bytes": "bytes that all engines gave up while the trainers worked",
+    "data/imbalance_before": "the same if every rank trained on the samples that it collected",
+    "rollout/weight_sync_fallbacks": "1 when the direct transfer failed and the object store was used",
+    "rollout/refused_connections": "unauthorised connections to the weight transfer's store, in the attempt",
+    "rollout/freed_bytes": "bytes that all engines released while the trainers worked",
     "train/epoch": "passes over the training data so far",
     "train/tokens_per_second": "tokens per second of the update phase, all ranks",
     "eval/reward_mean": "mean score of the held-out prompts",
@@ -94,8 +94,8 @@ METRICS: dict[str, str] = {
     "time/update_critic": "seconds updating the critic",
     "time/update": "seconds updating a supervised job's model",
     "time/data": "seconds waiting for the next step's samples",
-    "time/reference": "seconds asking the reference about every sample beforehand",
-    "time/engines_sleep": "seconds until the engines slept and the optimizer was back",
+    "time/reference": "seconds computing reference log-probabilities of all samples before training",
+    "time/engines_sleep": "seconds until the engines slept and the optimizer was loaded again",
     "time/weight_sync": "seconds until every engine held the new weights",
     "time/checkpoint": "seconds saving",
     "time/eval": "seconds evaluating",
@@ -104,10 +104,10 @@ METRICS: dict[str, str] = {
 }
 
 
-# Keys that end in a name of the user's or in a number.
+# Prefixes of keys that end in a user-defined name or in a number.
 METRIC_FAMILIES: dict[str, str] = {
     "reward/source/": "mean raw reward of the source of that name, before weight and normalisation",
-    "eval/": "what the key of the same name with loss/, reward/ or kl/ is in training, on held-out samples",
+    "eval/": "the metric of the same name with loss/, reward/ or kl/, on held-out samples",
     "eval/pass_at_": "probability that one of k responses to a prompt has a raw reward of eval.pass_score",
 }
 
@@ -133,7 +133,7 @@ class Timer:
 
 
 def check_keys(metrics: dict[str, float]) -> None:
-    """A key that is not in the list would be missing from the docs: an error of ours, found by any run."""
+    """Raises `KeyError` for keys that are not listed, which would be missing from the docs."""
     families = tuple(METRIC_FAMILIES)
     unknown = sorted(key for key in metrics if key not in METRICS and not key.startswith(families))
     if unknown:

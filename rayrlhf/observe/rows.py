@@ -1,4 +1,4 @@
-"""Progress over rows: a live bar in a terminal, a line now and then in a log."""
+"""Progress over rows: a live bar in a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rayrlhf.untrusted_text import one_line
 
 
 class RowsProgress:
-    """A context manager; `advance` tells that so many more rows are done."""
+    """Context manager; `advance` adds finished rows, `update` shows them with a text."""
 
     def __init__(self, console: Console, *, total: int, done: int) -> None:
         self.console = console
@@ -46,10 +46,10 @@ class RowsProgress:
     def advance(self, rows: int) -> None:
         self.done += rows
 
-    def tell(self, text: str) -> None:
+    def update(self, text: str) -> None:
         if self.bar is not None:
-            told = one_line(masked(text), limit=PHASE_CHARACTERS)
-            self.bar.update(self.task, completed=self.done, description=told)
+            description = one_line(masked(text), limit=PHASE_CHARACTERS)
+            self.bar.update(self.task, completed=self.done, description=description)
         else:
             self.console.say(f"rows {self.done}/{self.total}  {text}")
 

@@ -1,4 +1,4 @@
-"""A thread and a bounded queue for each sink: one that fails or hangs takes nothing from the others."""
+"""A thread and a bounded queue per sink: a sink that fails or hangs does not affect the others."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Sink(Protocol):
 
 
 class SinkThread:
-    """Writes reports to the sink that `make` returns, in the order in which they come.
+    """Writes reports, in order, to the sink that `make` returns.
 
-    Where the sink cannot be made or written, `warn` says so once, its reports are dropped and counted, and
-    after `retry_seconds` it is tried again: a disk that was full may have room, a server may be back.
+    If the sink cannot be created or written, `warn` is called once, its reports are dropped and counted, and
+    it is retried after `retry_seconds`: a full disk may have room again, a server may be back.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class SinkThread:
         self._thread.start()
 
     def write(self, report: Report) -> None:
-        """Does not wait. A report that the queue has no room for is lost and counted."""
+        """Never blocks. A report is lost and counted if the queue is full."""
         try:
             self._queue.put_nowait(report)
         except queue.Full:
             self.num_lost += 1
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
-        """Write what is queued and close the sink; says what was lost, and what did not end in time."""
+        """Write queued reports and close the sink; warn about lost reports and about a missed deadline."""
         deadline = time.monotonic() + timeout_seconds
         while self._thread.is_alive():
             try:
@@ -75,7 +75,7 @@ class SinkThread:
             self._warn(f"{self.name} lacks {self.num_lost} reports of this run")
 
     def _run(self) -> None:
-        self._attempt(self._open)  # at once: better known before the first report
+        self._attempt(self._open)  # at once, so that a failure is known before the first report
         while (report := self._queue.get()) is not None:
             if time.monotonic() < self._retry_at or not self._attempt(lambda r=report: self._open().write(r)):
                 self.num_lost += 1
@@ -90,13 +90,13 @@ class SinkThread:
     def _attempt(self, action: Callable[[], object], *, is_write: bool = True) -> bool:
         try:
             action()
-        except Exception as error:  # whatever a disk, a library or a server does: the run goes on
+        except Exception as error:  # whatever a disk, a library or a server raises: the run continues
             self._retry_at = time.monotonic() + self._retry_seconds
             if not self._failing:
                 self._failing = True
                 self._warn(
-                    f"{self.name} cannot be written ({type(error).__name__}: {error}); the run goes on "
-                    f"without it, and tries again every {self._retry_seconds:g} s"
+                    f"{self.name} cannot be written ({type(error).__name__}: {error}); the run "
+                    f"continues without it, with a retry every {self._retry_seconds:g} s"
                 )
             return False
         if self._failing and is_write:

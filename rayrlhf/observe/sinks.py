@@ -1,4 +1,4 @@
-"""Where reports go: console, TensorBoard, Weights & Biases, JSON lines."""
+"""Sinks of reports: console, TensorBoard, Weights & Biases, JSON lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRAIN_DEADLINE_SECONDS = 30.0
 
 class JsonLines:
     """`metrics.jsonl` (one line per step or evaluation), `rollouts.jsonl`, `eval/<when>-<step>.jsonl`; each
-    step once, whatever was begun again. Rows of earlier attempts are in `superseded.jsonl`.
+    step once, also after a resume. Rows of earlier attempts are in `superseded.jsonl`.
     """
 
     def __init__(self, run_path: Path) -> None:
@@ -49,7 +49,7 @@ class JsonLines:
             self.rollouts.add(report.step, report.rows)
         if report.kind == "eval":
             file = self.run_path / "eval" / f"{report.text}-{report.step:06d}.jsonl"
-            if file.exists():  # the one after the last step, or before the first, of a run begun again
+            if file.exists():  # the one after the last step, or before the first, of a resumed run
                 self.metrics.take_back_last(report.step, b'"eval/')
                 self._take_back_evaluation(file)
             self.metrics.add(report.step, [{"step": report.step, **known}])
@@ -57,14 +57,14 @@ class JsonLines:
             file.write_text("".join(map(json_line, report.rows)), encoding="utf-8")
 
     def _take_back_evaluations(self, step: int) -> None:
-        """Those of this step and later ones."""
+        """Move the evaluations of this step and later ones."""
         for file in (self.run_path / "eval").glob("*-*.jsonl"):
             at = file.stem.rpartition("-")[2]
             if at.isdecimal() and int(at) >= step:
                 self._take_back_evaluation(file)
 
     def _take_back_evaluation(self, file: Path) -> None:
-        """Keep it under a name of its own: `superseded/during-000012.2.jsonl` is the second."""
+        """Rename it, with a number: `superseded/during-000012.2.jsonl` is the second."""
         folder = file.parent / "superseded"
         folder.mkdir(exist_ok=True)
         before = sum(1 for _ in folder.glob(f"{file.stem}.*.jsonl"))
@@ -75,7 +75,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Where steps come again, TensorBoard hides the curves of the earlier attempt from there on."""
+    """If steps are logged again, TensorBoard hides the curves of the earlier attempt from there on."""
 
     def __init__(self, run_path: Path) -> None:
         self.folder = run_path / "tensorboard"
@@ -87,7 +87,7 @@ class TensorBoard:
     def write(self, report: Report) -> None:
         if not report.metrics:
             return
-        # An evaluation has the step that was logged before it, whose other curves stay.
+        # An evaluation has the step that was logged before it, whose other curves are kept.
         first = report.step if report.kind == "step" else report.step + 1
         if self.is_resumed or (report.kind == "step" and report.step <= self.last_step):
             self.writer.close()
@@ -113,7 +113,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Steps in W&B only rise: of those that come again it keeps the values of the earlier attempt."""
+    """Steps in W&B only increase: of steps logged again it keeps the values of the earlier attempt."""
 
     def __init__(self, config: JobConfig, run_path: Path, say: Callable[[str], None]) -> None:
         import wandb
@@ -131,7 +131,7 @@ class Wandb:
             dir=str(run_path),
             config=masked_tree(config.model_dump(mode="json")),
             settings=wandb.Settings(
-                # The command line goes with it, which may hold what the config masks.
+                # Its metadata has the command line, which may hold secrets that the config masks.
                 x_disable_meta=any(masked(word) != word for word in sys.argv),
                 # It would capture the terminal's output, and print several lines in colour around a run.
                 console="off",
@@ -146,19 +146,19 @@ class Wandb:
         if not report.metrics:
             return
         if report.step < self.run.step:
-            self._tell(report.step, self.run.step)
+            self._warn_once(report.step, self.run.step)
             return
         self.is_behind = False
         self.run.log(report.metrics, step=report.step)
 
-    def _tell(self, step: int, reached: int) -> None:
-        """Once for each time that the run falls back."""
+    def _warn_once(self, step: int, reached: int) -> None:
+        """Warn once each time that the run falls back to an earlier step."""
         if not self.is_behind:
             self.is_behind = True
             self.run.summary["steps_kept_from_an_earlier_attempt"] = f"{step} to {reached - 1}"
             self.say(
                 f"warning: W&B has steps up to {reached} from before the restart and cannot replace them: "
-                f"its curves go on at step {reached}; metrics.jsonl has steps {step} on as they are now"
+                f"its curves continue at step {reached}; metrics.jsonl has the new values from step {step} on"
             )
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class Sinks:
 
 @contextmanager
 def make_sinks(config: JobConfig, run_path: Path, console: Console) -> Iterator[Sinks]:
-    """The sinks of a run, which are flushed and closed when the body is left."""
+    """The sinks of a run, which are flushed and closed on exit."""
     console.start(config.train.total_steps)
     makers: dict[str, Callable[[], Sink]] = {
         "metrics.jsonl": lambda: JsonLines(run_path),
@@ -204,7 +204,7 @@ def make_sinks(config: JobConfig, run_path: Path, console: Console) -> Iterator[
 
 @contextmanager
 def drain_in_background(board: Any, sinks: Sinks) -> Iterator[None]:
-    """Feed the board's reports to the sinks while the body runs, and the last ones before it is left."""
+    """Pass the board's reports to the sinks in a thread while the body runs, and the last ones on exit."""
     stop = threading.Event()
     taker = Taker()
 
@@ -212,7 +212,7 @@ def drain_in_background(board: Any, sinks: Sinks) -> Iterator[None]:
         """Waits for a board whose process died; `RayActorError` when it will not come back."""
         while True:
             try:
-                name, waiting = ray.get(board.take.remote(seconds, taker.had))
+                name, waiting = ray.get(board.take.remote(seconds, taker.last_taken))
                 return taker.new(name, waiting, last_call=seconds == 0.0)
             except ActorUnavailableError:
                 time.sleep(RETRY_SECONDS)

@@ -1,8 +1,8 @@
-"""Rows of JSON, a step's after those of the step before, in a file that outlives the process which writes it.
+"""JSON-lines file with rows in the order of steps, kept consistent when a run resumes from an earlier step.
 
-A run that goes on from the checkpoint of step 10 after it had logged step 13 logs steps 11 to 13 again. Each
-step stands in the file once: rows that come again replace those of the earlier attempt, which move to
-`superseded.jsonl`. A line that was cut when the process was killed is mended or moves there too.
+A run that resumes from the checkpoint of step 10 after it logged step 13 logs steps 11 to 13 again. Each step
+is in the file once: new rows replace those of the earlier attempt, which are moved to `superseded.jsonl`. A
+line that was cut when the process was killed is repaired or moved there too.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 SUPERSEDED = "superseded.jsonl"
 NO_STEP = -1
-_STEP_FIRST = re.compile(rb'\{"step": (\d+)[,}]')  # as our lines begin
+_STEP_FIRST = re.compile(rb'\{"step": (\d+)[,}]')  # how our lines begin
 
 IsTaken = Callable[[int, int], bool]  # step, and the number of the line
 
 
 class StepRows:
-    """One such file. `highest`: the highest step in it, `NO_STEP` without any."""
+    """One such file. `highest`: the highest step in it, `NO_STEP` if there is none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.highest = NO_STEP
-        self._mend_end()
+        self._repair_end()
         for _, step in self._lines(quick_step_of):
             if step is not None:
                 self.highest = max(self.highest, step)
@@ -38,18 +38,18 @@ class StepRows:
         self.highest = max(self.highest, step)
 
     def take_back(self, step: int) -> int:
-        """Move the rows of this step and of those after it out of the file; how many they were."""
+        """Move the rows of this and later steps out of the file. Returns their number."""
         return self._move(lambda at, _: at >= step) if step <= self.highest else 0
 
     def take_back_last(self, step: int, containing: bytes) -> int:
-        """Move the last row of this step that contains this, and the rows of all steps after it."""
+        """Move the last row of this step that contains these bytes, and the rows of all later steps."""
         found = [n for n, (line, at) in enumerate(self._lines()) if at == step and containing in line]
         last = found[-1] if found else None
         return self._move(lambda at, number: at > step or number == last)
 
     def _move(self, is_taken: IsTaken) -> int:
-        """What is moved is on the disk in its new place before it leaves this one: a kill in between leaves
-        it in both.
+        """Moved rows are on disk in the other file before they are removed from this one: a kill in between
+        leaves them in both.
         """
         partial = self.path.with_name(f".{self.path.name}.partial")
         moved: list[str] = []
@@ -68,15 +68,15 @@ class StepRows:
         return len(moved)
 
     def _lines(self, read: Callable[[bytes], int | None] | None = None) -> Iterator[tuple[bytes, int | None]]:
-        """Each line with its step; None for one that is no row of ours."""
+        """Each line with its step; None for a line that is not a row with a step."""
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:
             for line in file:
                 yield line, (read or step_of)(line)
 
-    def _mend_end(self) -> None:
-        """A process that was killed while it wrote has left half a line."""
+    def _repair_end(self) -> None:
+        """Complete or move a last line that was cut when the process was killed."""
         if not self.path.is_file() or not (size := self.path.stat().st_size):
             return
         with self.path.open("r+b") as file:
@@ -93,7 +93,7 @@ class StepRows:
             file.truncate(begin)
 
     def _superseded(self, line: bytes) -> str:
-        """A row with the name of its file; of what is no row, the text."""
+        """A row with the name of its file; if the line is not a row, its text."""
         try:
             row = dict(json.loads(line))
         except (ValueError, TypeError, RecursionError):
@@ -110,7 +110,7 @@ class StepRows:
 
 
 def step_of(line: bytes) -> int | None:
-    """The step of a row; None for half a line, and for one that is no row with a step."""
+    """The step of a row; None for a cut line, and for one that is not a row with a step."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -119,13 +119,13 @@ def step_of(line: bytes) -> int | None:
 
 
 def quick_step_of(line: bytes) -> int | None:
-    """The same without reading what the line holds: rollouts may be gigabytes."""
+    """The same without parsing the whole line: rollouts may be gigabytes."""
     found = _STEP_FIRST.match(line)
     return int(found[1]) if found and line.endswith(b"}\n") else step_of(line)
 
 
 def json_line(row: dict[str, Any]) -> str:
-    """Exact: what was generated can be read back, lone surrogates included."""
+    """Lossless: generated text can be read back, lone surrogates included."""
     line = json.dumps(row, ensure_ascii=False, default=str)
     try:
         line.encode()

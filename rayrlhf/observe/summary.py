@@ -1,4 +1,4 @@
-"""Shows a run's `summary.json` in the terminal: what training changed, what it took, where the model is.
+"""Prints a run's `summary.json`: evaluation before and after, time per phase, path of the model.
 
 Usage: `python -m rayrlhf.observe.summary <run folder>`
 """
@@ -46,8 +46,8 @@ def show_summary(run_path: Path, console: Console | None = None) -> None:
         opened_by = OPENED_BY.get(summary.get("job", ""), "AutoModelForCausalLM")
         text = f"The trained model, for {opened_by}.from_pretrained: {summary['export']}"
         console.print(Text(visible(text)), soft_wrap=True)
-    told = f"Metrics, rollouts and the resolved config: {run_path}"
-    console.print(Text(visible(told)), soft_wrap=True)
+    line = f"Metrics, rollouts and the resolved config: {run_path}"
+    console.print(Text(visible(line)), soft_wrap=True)
 
 
 def metrics_table(summary: dict[str, Any]) -> Table:
@@ -62,7 +62,7 @@ def metrics_table(summary: dict[str, Any]) -> Table:
         table.add_column(when, justify="right")
     shown = [key for key in after or before if key != "eval/samples" and "_ci_" not in key]
     for key in shown:
-        cells = (f"{told[key]:.4f}" if key in told else "not measured" for told in (before, after))
+        cells = (f"{each[key]:.4f}" if key in each else "not measured" for each in (before, after))
         table.add_row(key.removeprefix("eval/").replace("_", " "), *cells)
     if not shown:
         table.add_row("no held-out samples", "not measured", "not measured")
@@ -84,10 +84,10 @@ def rewards_table(summary: dict[str, Any]) -> Table:
 
 
 def verdict(summary: dict[str, Any]) -> Text:
-    """What the two intervals allow one to say."""
+    """Whether the two intervals show a change of the reward."""
     before, after = summary["reward_before_ci"], summary["reward_after_ci"]
     if before is None or after is None:
-        return Text("Warning: without held-out prompts nothing can be said about the effect.", style="yellow")
+        return Text("Warning: without held-out prompts the effect of training is unknown.", style="yellow")
     if after[0] > before[1]:
         return Text("The reward rose: the intervals do not overlap.", style="green")
     if after[1] < before[0]:
@@ -108,7 +108,7 @@ def sample_lines(sample: dict[str, Any]) -> Text:
 
 
 def phases_table(summary: dict[str, Any]) -> Table:
-    """Seconds per phase, the longest first; what no phase accounts for stands last."""
+    """Seconds per phase, the longest first; time outside of phases is last."""
     phases = sorted(summary["seconds_per_phase"].items(), key=lambda item: -item[1])
     total = summary["seconds_total"]
     rest = total - sum(seconds for _, seconds in phases)

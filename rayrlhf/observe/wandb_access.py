@@ -1,4 +1,4 @@
-"""Whether Weights & Biases can be written, as far as that is known without asking it."""
+"""Checks package and key of Weights & Biases, without contacting the server."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ OFFLINE_MODES = ("offline", "disabled", "dryrun")
 
 
 def check_wandb(config: Any) -> None:
-    """Raises `ConfigError` where a run would find out only when it reports: no package, no key. A server that
-    is down is no reason not to train.
+    """Raises `ConfigError` if the package or the key is missing, which would otherwise fail at the first
+    report. An unreachable server is not an error: the run trains anyway.
     """
     settings = getattr(getattr(config, "observe", None), "wandb", None)
     if settings is None:
@@ -40,7 +40,7 @@ def _has_key() -> bool:
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib import wbauth
 
-    try:  # no public call looks for a key without asking a person at the terminal for it
+    try:  # no public call looks up a key without prompting for it at the terminal
         found = wbauth.authenticate_session(
             host=wandb.Settings().base_url, source="rayrlhf", prompt=False, update_session=False
         )

@@ -70,7 +70,7 @@ class Reporter:
             self._receipts, num_returns=len(self._receipts), timeout=timeout_seconds
         ) if self._receipts else ([], [])  # fmt: skip
         try:
-            lost = self._poster.hear([_receipt(ref) for ref in ready])
+            lost = self._poster.handle_receipts([_receipt(ref) for ref in ready])
         except ActorDiedError:  # with its run
             self.board, self._receipts = None, []
             return

@@ -1,4 +1,4 @@
-"""Every report comes to the driver once, whatever happens to the board's process."""
+"""Every report reaches the driver once, whatever happens to the board's process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def test_what_is_posted_is_taken_in_order_and_once() -> None:
         one, two, three = reports(3)
         for report in (one, two):
             await board.post(poster.number(report))
-        assert taker.new(*await board.take(5, taker.had)) == [one, two]
+        assert taker.new(*await board.take(5, taker.last_taken)) == [one, two]
         await board.post(poster.number(three))
-        assert taker.new(*await board.take(5, taker.had)) == [three]
-        assert taker.new(*await board.take(0.01, taker.had)) == []
+        assert taker.new(*await board.take(5, taker.last_taken)) == [three]
+        assert taker.new(*await board.take(0.01, taker.last_taken)) == []
 
     asyncio.run(body())
 
@@ -32,20 +32,20 @@ def test_28_no_report_is_lost_with_the_boards_process() -> None:
         first, poster, taker = Board(), Poster(), Taker()
         one, two, three, four = reports(4)
         receipts = [await first.post(poster.number(one)), await first.post(poster.number(two))]
-        assert poster.hear(receipts) == []
-        assert taker.new(*await first.take(5, taker.had)) == [one, two]
+        assert poster.handle_receipts(receipts) == []
+        assert taker.new(*await first.take(5, taker.last_taken)) == [one, two]
         receipts = [await first.post(poster.number(three))]  # acknowledged, and lost
 
         second = Board()
         receipts.append(await second.post(poster.number(four)))
-        again = poster.hear(receipts)
+        again = poster.handle_receipts(receipts)
         assert [posted.number for posted in again] == [1, 2, 3, 4] and poster.num_deaths == 1
         receipts = [await second.post(posted) for posted in again]
-        found = taker.new(*await second.take(5, taker.had))
+        found = taker.new(*await second.take(5, taker.last_taken))
         assert sorted(report.step for report in found) == [2, 3]
-        assert taker.new(*await second.take(0.01, taker.had)) == []
+        assert taker.new(*await second.take(0.01, taker.last_taken)) == []
         receipts.append(await second.post(poster.number(one)))
-        assert poster.hear(receipts) == []
+        assert poster.handle_receipts(receipts) == []
         assert list(poster.unconfirmed) == [5], "the driver has confirmed the others"
 
     asyncio.run(body())
@@ -56,8 +56,8 @@ def test_an_answer_that_did_not_arrive_is_given_again() -> None:
         board, poster, taker = Board(), Poster(), Taker()
         [one] = reports(1)
         await board.post(poster.number(one))
-        await board.take(5, taker.had)  # lost on its way
-        assert taker.new(*await board.take(5, taker.had)) == [one]
+        await board.take(5, taker.last_taken)  # lost on its way
+        assert taker.new(*await board.take(5, taker.last_taken)) == [one]
 
     asyncio.run(body())
 
@@ -65,11 +65,11 @@ def test_an_answer_that_did_not_arrive_is_given_again() -> None:
 def test_without_a_receipt_everything_unconfirmed_is_posted_again() -> None:
     poster = Poster()
     numbered = [poster.number(report) for report in reports(2)]
-    assert poster.hear([Receipt("a", 1), None]) == numbered[1:]
-    assert poster.hear([Receipt("a", 2)]) == []
+    assert poster.handle_receipts([Receipt("a", 1), None]) == numbered[1:]
+    assert poster.handle_receipts([Receipt("a", 2)]) == []
 
 
-def test_a_board_that_nobody_reads_is_bounded_and_drops_phases_first() -> None:
+def test_a_board_that_is_not_read_is_bounded_and_drops_phases_first() -> None:
     async def body() -> None:
         board, poster, taker = Board(max_reports=3), Poster(), Taker(gap_seconds=0.0)
 
@@ -80,11 +80,11 @@ def test_a_board_that_nobody_reads_is_bounded_and_drops_phases_first() -> None:
         for report in (one, Report("phase", 1, "rollout"), two, Report("phase", 2, "rollout"), three, four):
             await post(report)
         # Both phases went, then the oldest step.
-        *kept, warning = taker.new(*await board.take(5, taker.had))
+        *kept, warning = taker.new(*await board.take(5, taker.last_taken))
         assert kept == [two, three, four]
         assert warning.kind == "warning" and warning.text.startswith("3 reports were dropped")
         await post(one)
-        assert taker.new(*await board.take(5, taker.had)) == [one], "said once"
+        assert taker.new(*await board.take(5, taker.last_taken)) == [one], "said once"
 
     asyncio.run(body())
 
@@ -95,11 +95,11 @@ def test_what_the_driver_was_given_is_not_dropped_before_it_says_so() -> None:
         first, second, third, fourth, fifth = (Report("step", step) for step in range(1, 6))
         for report in (first, second):
             await board.post(poster.number(report))
-        name, given = await board.take(5, taker.had)
+        name, given = await board.take(5, taker.last_taken)
         for report in (third, fourth, fifth):
             await board.post(poster.number(report))
         assert taker.new(name, given) == [first, second]
-        *kept, warning = taker.new(*await board.take(5, taker.had))
+        *kept, warning = taker.new(*await board.take(5, taker.last_taken))
         assert kept == [fourth, fifth] and warning.text.startswith("1 reports were dropped")
 
     asyncio.run(body())
@@ -114,7 +114,7 @@ def test_28_reports_that_are_posted_again_come_before_later_ones() -> None:
     assert taker.new("second", [four, five]) == []
 
 
-def test_what_never_comes_is_not_waited_for_for_ever() -> None:
+def test_the_wait_for_a_missing_report_is_bounded() -> None:
     poster, taker = Poster(), Taker(gap_seconds=0.0)
     poster.number(Report("step", 1))
     second = poster.number(Report("step", 2))

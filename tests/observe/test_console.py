@@ -1,4 +1,4 @@
-"""What a person reads in a log, and that no text can break it."""
+"""Lines of the console in a log, which no text can break."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_evaluation_is_a_line(capsys: Captured) -> None:
     )
 
 
-def test_phases_are_told_until_the_first_step_is_through(capsys: Captured) -> None:
+def test_phases_are_printed_until_the_first_step_is_done(capsys: Captured) -> None:
     console = Console("lines")
     console.start(2)
     for report in (
@@ -169,8 +169,8 @@ def test_no_log_is_silent_after_the_last_step_or_for_long(
     monkeypatch.setattr(console, "said_at", console.said_at - 11.0)
     console.write(Report("phase", 2, "score training rows 128/600"))
     console.write(Report("phase", 2, "score training rows 144/600"))
-    told = [line.partition(":")[2][3:] for line in capsys.readouterr().out.splitlines()]
-    assert told[2:] == ["score training rows", "score training rows 128/600"]
+    lines = [line.partition(":")[2][3:] for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:] == ["score training rows", "score training rows 128/600"]
 
 
 def test_events_are_in_every_log(capsys: Captured) -> None:

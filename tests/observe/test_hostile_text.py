@@ -70,13 +70,13 @@ def test_21_the_console(mode: str, capsys: Captured) -> None:
     console.say(f"placed {HOSTILE}")
     console.close()
     with RowsProgress(console, total=2, done=0) as progress:
-        progress.tell(HOSTILE)
+        progress.update(HOSTILE)
     console.error(f"training failed: {HOSTILE}")
-    told = capsys.readouterr()
-    assert r"\x1b]52;c;cm0gLXJmIH4=\x07" in told.out and ":smile:" in told.out and "[/nope]" in told.out
-    assert_harmless(told.out)
-    assert_harmless(told.err)
-    assert told.err.startswith(r"error training failed: \x1b]0;pwned\x07")
+    output = capsys.readouterr()
+    assert r"\x1b]52;c;cm0gLXJmIH4=\x07" in output.out and ":smile:" in output.out and "[/nope]" in output.out
+    assert_harmless(output.out)
+    assert_harmless(output.err)
+    assert output.err.startswith(r"error training failed: \x1b]0;pwned\x07")
 
 
 def test_21_a_warning_is_one_line(capsys: Captured) -> None:
@@ -89,10 +89,10 @@ def test_21_a_warning_is_one_line(capsys: Captured) -> None:
 def test_21_the_summary(summary: dict[str, object], tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     show_summary(tmp_path)
-    told = capsys.readouterr().out
-    assert_harmless(told)
-    assert r"\x1b]0;pwned\x07" in told and "[/nope] :smile:" in " ".join(told.split())
-    assert len(told) < 30_000
+    output = capsys.readouterr().out
+    assert_harmless(output)
+    assert r"\x1b]0;pwned\x07" in output and "[/nope] :smile:" in " ".join(output.split())
+    assert len(output) < 30_000
 
 
 def test_21_the_summary_on_a_terminal_that_has_ascii_alone(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_21_the_summary_on_a_terminal_that_has_ascii_alone(tmp_path: Path) -> No
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     show_summary(tmp_path, SafeConsole(file=stream, width=100))
     stream.seek(0)
-    told = stream.read()
-    assert r"\xe9 \u2600" in told and "Held-out reward" in told
+    output = stream.read()
+    assert r"\xe9 \u2600" in output and "Held-out reward" in output
 
 
 def test_the_proof_is_one() -> None:
@@ -127,9 +127,9 @@ def test_21_the_error_of_a_row_and_the_log_that_one_would_cat(
         raise error(f"rows.jsonl:1: prompt is {HOSTILE}")
 
     assert drive(config, check) == code  # pyright: ignore[reportArgumentType]
-    told = capsys.readouterr()
-    assert r"\x1b]0;pwned\x07" in told.err
-    assert_harmless(told.err + told.out)
+    output = capsys.readouterr()
+    assert r"\x1b]0;pwned\x07" in output.err
+    assert_harmless(output.err + output.out)
     for log in (tmp_path / "r").iterdir():
         assert log.name == "error.log"
         assert_harmless(log.read_text())
@@ -141,8 +141,8 @@ def test_21_problems_of_a_config(tmp_path: Path, capsys: Captured) -> None:
     path.write_text('model: {path: "\\e[2J", "\\e]0;x\\a": 1}\n')
     with pytest.raises(SystemExit):
         load_or_exit(PolicyRunConfig, [str(path)])
-    told = capsys.readouterr().err
-    assert "problem" in told
-    assert_harmless(told)
+    output = capsys.readouterr().err
+    assert "problem" in output
+    assert_harmless(output)
     with pytest.raises(ConfigError):
         raise ConfigError([])

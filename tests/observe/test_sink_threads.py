@@ -1,4 +1,4 @@
-"""A sink that fails or hangs costs its own reports and nothing else."""
+"""A sink that fails or hangs loses its own reports and nothing else."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_a_full_disk_drops_the_sink_with_one_warning() -> None:
     thread.close()
     assert sink.steps == [] and thread.num_lost == 5
     assert warnings == [
-        "metrics.jsonl cannot be written (OSError: [Errno 28] No space left on device); the run goes on "
-        "without it, and tries again every 60 s",
+        "metrics.jsonl cannot be written (OSError: [Errno 28] No space left on device); the run "
+        "continues without it, with a retry every 60 s",
         "metrics.jsonl lacks 5 reports of this run",
     ]
 
@@ -96,7 +96,7 @@ def test_a_sink_that_cannot_be_made_is_tried_again() -> None:
     assert warnings[0].startswith("Weights & Biases cannot be written (ConnectionError: no route to host)")
 
 
-def test_the_queue_of_a_sink_that_hangs_is_bounded_and_holds_nobody_up() -> None:
+def test_the_queue_of_a_sink_that_hangs_is_bounded_and_blocks_no_other() -> None:
     slow, fast, warnings = Kept(), Kept(), list[str]()
     slow.gate.clear()
     hanging = SinkThread("a server", lambda: slow, warnings.append, max_reports=10)

@@ -115,15 +115,15 @@ def test_sinks_are_closed_when_the_run_fails(tmp_path: Path, monkeypatch: pytest
 
 def test_wandb_writes_an_offline_run(tmp_path: Path) -> None:
     config = make_config(observe={"wandb": {"project": "tests", "mode": "offline"}})
-    told: list[str] = []
-    sink = Wandb(config, tmp_path, told.append)
+    messages: list[str] = []
+    sink = Wandb(config, tmp_path, messages.append)
     for step in (1, 2, 3, 2, 3, 4):
         sink.write(Report("step", step, metrics={"reward/mean": 0.5}))
     sink.close()
     assert list((tmp_path / "wandb").rglob("*.wandb")), "an offline run is a file for `wandb sync`"
     # Number 34: W&B drops what is logged for a step below its own; before, without a word here.
-    [warning] = told
-    assert "cannot replace them" in warning and "metrics.jsonl has steps 2 on" in warning
+    [warning] = messages
+    assert "cannot replace them" in warning and "metrics.jsonl has the new values from step 2 on" in warning
 
 
 @pytest.mark.parametrize("same_process", [True, False])
@@ -147,9 +147,7 @@ def test_34_tensorboard_hides_what_an_earlier_attempt_logged(
     assert [step for step, _ in scalars(tmp_path, "eval/reward_mean")] == [2]
 
 
-def test_a_failure_is_said_with_the_phase_in_which_it_happened(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_is_reported_with_its_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(observe={"tensorboard": False, "console": "lines"})
     with make_sinks(config, tmp_path, Console("lines")) as sinks:
         sinks.write(Report("phase", 4, "update actor"))

@@ -21,7 +21,7 @@ def test_what_does_not_vary_has_no_width() -> None:
 
 
 @pytest.mark.parametrize("resamples", [1, 499, 500, 501, 1000, 1001])
-def test_every_resample_is_drawn(resamples: int) -> None:
+def test_every_resample_counts(resamples: int) -> None:
     value = 1000.0 + resamples
     assert bootstrap_interval([value] * 3, level=1.0, resamples=resamples) == (value, value)
 
@@ -35,7 +35,7 @@ def test_every_resample_is_drawn(resamples: int) -> None:
     ],
 )
 def test_two_values_by_hand(level: float, interval: tuple[float, float]) -> None:
-    # Means of two draws from {0, 1} are 0, 1/2 and 1 with probability 1/4, 1/2 and 1/4. With tails of 2.5 %
+    # Means of two samples from {0, 1} are 0, 1/2 and 1 with probability 1/4, 1/2 and 1/4. With tails of 2.5 %
     # or 20 % the quantiles lie in the quarters; with tails of 30 % in the half between.
     assert bootstrap_interval([0.0, 1.0], level=level) == interval
 
@@ -54,7 +54,7 @@ def test_it_covers_the_true_mean_as_often_as_it_says() -> None:
         bootstrap_interval(rng.normal(3.0, 2.0, 60).tolist(), resamples=400, seed=i) for i in range(300)
     ]
     covered = np.mean([low <= 3.0 <= high for low, high in intervals])
-    # 0.95, a little less for 60 samples; over 300 draws give or take 3 · sqrt(0.95 · 0.05 / 300) = 0.038.
+    # 0.95, a little less for 60 samples; over 300 repetitions ± 3 · sqrt(0.95 · 0.05 / 300) = 0.038.
     assert 0.90 <= covered <= 0.985
 
 

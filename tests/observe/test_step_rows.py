@@ -1,4 +1,4 @@
-"""Number 34: what a run logs that was killed and goes on from an earlier step."""
+"""Number 34: what a run logs that was killed and resumes from an earlier step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def log_steps(sink: JsonLines, first: int, last: int, attempt: int) -> None:
 
 
 @pytest.mark.parametrize("same_process", [True, False])
-def test_34_steps_that_come_again_stand_in_the_files_once(same_process: bool, tmp_path: Path) -> None:
+def test_34_steps_logged_again_are_in_the_files_once(same_process: bool, tmp_path: Path) -> None:
     """Logged up to 13, resumed from the checkpoint of step 10. Before: 11 to 13 twice in each file."""
     sink = JsonLines(tmp_path)
     log_steps(sink, 1, 13, attempt=1)
@@ -52,7 +52,7 @@ def test_34_steps_that_come_again_stand_in_the_files_once(same_process: bool, tm
     assert lines(tmp_path / "eval" / "during-000010.jsonl") == [{"n": 1}]
 
 
-def test_34_an_evaluation_that_comes_again_without_a_step(tmp_path: Path) -> None:
+def test_34_an_evaluation_logged_again_without_a_step(tmp_path: Path) -> None:
     """Killed in the export after the last step: the evaluation after it is all that is repeated."""
     for attempt in (1, 2, 3):
         sink = JsonLines(tmp_path)
@@ -73,7 +73,7 @@ def test_34_an_evaluation_that_comes_again_without_a_step(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("cut", range(1, 40))
-def test_34_a_line_that_kill_9_has_cut_is_mended_or_moved(cut: int, tmp_path: Path) -> None:
+def test_34_a_line_that_kill_9_has_cut_is_repaired_or_moved(cut: int, tmp_path: Path) -> None:
     """Before: the next row was written behind the half one, and the file could not be read as JSON lines."""
     path = tmp_path / "metrics.jsonl"
     whole = '{"step": 1, "loss": 1.0}\n'

@@ -12,7 +12,7 @@ from tests.samples import make_config
 
 
 @pytest.fixture(autouse=True)
-def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without keys, files or settings."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)

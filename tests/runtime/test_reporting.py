@@ -26,6 +26,6 @@ def test_lines_for_the_console_reach_the_driver_once_and_in_order(monkeypatch: p
         board, taker = Board(), Taker()
         for each in posted:
             await board.post(each)
-        return taker.new(*await board.take(5, taker.had))
+        return taker.new(*await board.take(5, taker.last_taken))
 
     assert asyncio.run(taken()) == [Report("note", 0, text) for text in "abc"]
