@@ -1,4 +1,4 @@
-"""PPO and its kin, online: python jobs/ppo.py CONFIG.yaml [OTHER.yaml ...] [key.path=value ...]"""
+"""Online policy optimisation: python jobs/ppo.py CONFIG.yaml [OTHER.yaml ...] [key.path=value ...]"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rayrlhf.runtime.process import set_process_environment
 def main() -> int:
     set_process_environment()
     config = load_job(PolicyRunConfig, sys.argv[1:])
-    # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
+    # Imported after config and files are validated: this imports torch and ray, which takes seconds.
     from rayrlhf.policy.driver import run_policy
 
     return run_policy(config)

@@ -15,7 +15,7 @@ from rayrlhf.runtime.process import set_process_environment
 def main() -> int:
     set_process_environment()
     config = load_job(RejectionSamplingConfig, sys.argv[1:])
-    # Only now that config and files are known to be good: these import torch and ray, which takes seconds.
+    # Imported after config and files are validated: these import torch and ray, which takes seconds.
     from rayrlhf.data.rows.prompt_rows import prompt_columns
     from rayrlhf.inference.rounds import run_chain
     from rayrlhf.inference.select import best_of_n

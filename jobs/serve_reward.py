@@ -12,7 +12,7 @@ from rayrlhf.runtime.process import set_process_environment
 def main() -> int:
     set_process_environment()
     config = load_job(ServeRewardConfig, sys.argv[1:])
-    # Only now that config and files are known to be good: this imports torch and ray, which takes seconds.
+    # Imported after config and files are validated: this imports torch and ray, which takes seconds.
     from rayrlhf.reward_server.driver import serve_reward
 
     return serve_reward(config)

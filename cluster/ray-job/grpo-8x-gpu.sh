@@ -3,7 +3,7 @@
 # 8 slots on 1 node of 8 GPUs.
 # RAY_API_SERVER_ADDRESS is the dashboard's, http://head:8265; SHARED a folder of all nodes.
 # Run it in the root of the repository.
-# Where Ray asks for a token: RAY_AUTH_MODE=token, and the cluster's in ~/.ray/auth_token, mode 600.
+# If Ray requires a token: RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token, mode 600.
 set -euo pipefail
 : "${RAY_API_SERVER_ADDRESS:?the address of the dashboard, http://head:8265}"
 : "${SHARED:?a folder that every node can read and write}"

@@ -19,7 +19,7 @@ head=${nodes[0]}
 address=$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | awk '{print $1}')
 export RAY_ADDRESS=$address:6379
 
-# One token for this cluster, which nobody else can read.
+# One token for this cluster, unreadable for other users.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/.ray-token-$SLURM_JOB_ID
 (umask 077 && head -c 32 /dev/urandom | base64 | tr -dc 'a-zA-Z0-9' > "$RAY_AUTH_TOKEN_PATH")
 

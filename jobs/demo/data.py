@@ -1,7 +1,7 @@
 """Writes the demo's prompts: "Write one short sentence about a rainy Monday." and the like, as JSONL.
 
 Most topics are gloomy and the rest neutral, so the untrained model's sentences are not cheerful by
-themselves. The files are a pure function of the tables below. Held-out topics never occur in training.
+default. The files are a pure function of the tables below. Held-out topics never occur in training.
 
 Usage: `python -m jobs.demo.data [folder]`
 """
@@ -67,7 +67,7 @@ a tax: form, office, number, deadline, table, adviser, letter, code, return, rec
 
 
 def ensure_data(folder: Path = DATA_PATH) -> tuple[Path, Path]:
-    """Paths of train.jsonl and test.jsonl in `folder`, written anew each time: that takes milliseconds."""
+    """Paths of train.jsonl and test.jsonl in `folder`, rewritten each time: that takes milliseconds."""
     folder.mkdir(parents=True, exist_ok=True)
     train, test = prompt_rows()
     return _write(folder / "train.jsonl", train), _write(folder / "test.jsonl", test)

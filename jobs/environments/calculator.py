@@ -50,7 +50,7 @@ TOLERANCE = 1e-6  # relative, for results that are no integers
 
 
 class Calculator:
-    """`role` is who speaks for the calculator: `tool` where the chat template knows it."""
+    """`role`: of the calculator's messages; `tool` if the chat template supports it."""
 
     def __init__(
         self, *, role: str = "user", instructions: str = INSTRUCTIONS, form_reward: float = 0.05
@@ -61,7 +61,7 @@ class Calculator:
         self.answer = 0.0
 
     def reset(self, row: dict[str, Any]) -> str:
-        """The task stands in the column `prompt`, the right number in `answer`."""
+        """The task is in the column `prompt`, the right number in `answer`."""
         self.answer = float(row["answer"])
         return "\n".join(filter(None, [self.instructions, row["prompt"]]))
 
@@ -72,7 +72,7 @@ class Calculator:
         return {}, self.score(answer[1] if answer is not None else response), True
 
     def score(self, answer: str) -> float:
-        """For the last number in the text."""
+        """Reward of the last number in the text."""
         numbers = NUMBER.findall(answer.replace(",", ""))
         if not numbers:
             return 0.0
@@ -81,7 +81,7 @@ class Calculator:
 
 
 def calculate(expression: str) -> str:
-    """The result, or what is wrong, in words for the policy. Nothing but arithmetic is ever carried out."""
+    """The result, or an error message for the policy. Nothing but arithmetic is evaluated."""
     if len(expression) > MAX_EXPRESSION:
         return "error: too long"
     try:
@@ -100,7 +100,7 @@ def _value(node: ast.AST) -> int | float:
         return OPERATORS[type(node.op)](_value(node.operand))
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         return OPERATORS[type(node.op)](_value(node.left), _value(node.right))
-    raise ValueError(f"{type(node).__name__} is no arithmetic")
+    raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 
 def make_rows(

@@ -1,4 +1,4 @@
-"""A game of several turns: find a hidden number by guessing, told "higher" or "lower" after each guess.
+"""A multi-turn game: find a hidden number by guessing, with "higher" or "lower" as answers to each guess.
 
 In the config:
 
@@ -7,7 +7,7 @@ In the config:
     reward: {sources: [{type: environment}]}
 
 Reward: 1 for the number at the first guess, `lateness` less for every guess before it; nothing when the turns
-run out. Halving the range is best, and `best_mean_reward` says what it brings.
+run out. Bisection is optimal; `best_mean_reward` is its mean reward.
 
 Usage, to write prompts: `python -m jobs.environments.guess_number [file]`
 """
@@ -31,7 +31,7 @@ TEMPLATE = (
 
 
 class GuessNumber:
-    """`higher` and `lower` are what it says, and `nonsense` where a response has no number."""
+    """`higher`, `lower`: its answers to a guess; `nonsense`: its answer to a response without a number."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class GuessNumber:
         self.reward = 1.0
 
     def reset(self, row: dict[str, Any]) -> str:
-        """The task stands in the column `prompt`, the hidden number in `number`."""
+        """The task is in the column `prompt`, the hidden number in `number`."""
         self.number = int(row["number"])
         return row["prompt"]
 
@@ -67,9 +67,9 @@ class GuessNumber:
 
 
 def best_mean_reward(count: int, *, max_turns: int, lateness: float = 0.05) -> float:
-    """What halving the range brings on average, over all of `count` equally likely numbers.
+    """Mean reward of bisection over `count` equally likely numbers.
 
-    Turn t finds at most 2^(t-1) of them, those that t-1 answers can tell apart.
+    Turn t finds at most 2^(t-1) of them, those that t-1 answers can distinguish.
     """
     left, total = count, 0.0
     for turn in range(max_turns):

@@ -1,10 +1,10 @@
-"""`make pipeline`: SFT, a reward model, PPO against it, and DPO, each stage from the exports of those before.
+"""`make pipeline`: SFT, a reward model, PPO with it, and DPO, each stage from the exports of earlier ones.
 
     model -> SFT -> reward model -> PPO (actor from SFT, critic and reward from the reward model)
                  -> DPO
 
-Every stage is one of the shipped CPU configs with a few overrides, and is printed as the command that one
-would type. A stage that has been through is not repeated: its run folder has a summary.
+Every stage is one of the shipped CPU configs with a few overrides, and is printed as its command line. A
+finished stage, whose run folder has a summary, is not repeated.
 
 Usage: `python -m jobs.pipeline.run [--model FOLDER] [--runs FOLDER] [--fresh] [key.path=value ...]`; the
 overrides go to every stage.
@@ -51,7 +51,7 @@ class Stage:
 
 def stages(model: str | Path, runs: Path) -> list[Stage]:
     sft, rm = runs / "sft" / "export", runs / "rm" / "export"
-    learnt = json.dumps([{"type": "model", "path": str(rm), "name": "learnt"}])
+    reward_sources = json.dumps([{"type": "model", "path": str(rm), "name": "learnt"}])
     return [
         Stage("sft", "sft", "sft-cpu", {"model.path": model}),
         Stage("rm", "rm", "rm-cpu", {"model.path": sft}),
@@ -62,7 +62,7 @@ def stages(model: str | Path, runs: Path) -> list[Stage]:
             {
                 "model.path": sft,
                 "critic.path": rm,
-                "reward.sources": learnt,
+                "reward.sources": reward_sources,
                 "train.num_steps": 6,
                 "train.lr": 1e-5,
             },
@@ -88,18 +88,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stage in stages(model, runs):
         if not run_stage(stage, runs, arguments.overrides):
             return 1
-    print(f"\nWhat each stage came to, {time.monotonic() - started:.0f} s in all:")
+    print(f"\nResults of the stages, {time.monotonic() - started:.0f} s in all:")
     for stage in stages(model, runs):
         print(f"  {stage.name:4} {outcome(runs / stage.name)}")
     return 0
 
 
 def run_stage(stage: Stage, runs: Path, overrides: Sequence[str]) -> bool:
-    """Whether the stage is through; one that was before is left as it is."""
+    """Run a stage unless it is finished. Returns whether it has succeeded."""
     command = stage.command(runs, overrides)
     print(f"\n$ {shlex.join(command)}", flush=True)
     if (runs / stage.name / "summary.json").is_file():
-        print("has been through; --fresh runs it again", flush=True)
+        print("already finished; --fresh runs it again", flush=True)
         return True
     code = subprocess.run([sys.executable, *command[1:]], cwd=REPOSITORY).returncode
     if code:
@@ -108,15 +108,15 @@ def run_stage(stage: Stage, runs: Path, overrides: Sequence[str]) -> bool:
 
 
 def outcome(run_path: Path) -> str:
-    """One line: what was measured before and after, and where the model is."""
+    """One line: metrics before and after, and the path of the model."""
     summary = json.loads((run_path / "summary.json").read_text())
     if "evaluation" in summary:
         before, after = (summary["evaluation"][when] for when in ("before", "after"))
         keys = [key for key in ("eval/loss", "eval/accuracy", "eval/margin") if key in after]
-        told = [f"{key.removeprefix('eval/')} {before[key]:.3f} -> {after[key]:.3f}" for key in keys]
+        changes = [f"{key.removeprefix('eval/')} {before[key]:.3f} -> {after[key]:.3f}" for key in keys]
     else:
-        told = [f"reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f}"]
-    return f"{', '.join(told)}; {summary['export']}"
+        changes = [f"reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f}"]
+    return f"{', '.join(changes)}; {summary['export']}"
 
 
 if __name__ == "__main__":

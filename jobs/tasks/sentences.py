@@ -1,10 +1,9 @@
-"""Writes sentences about the demo's topics, as conversations, as pairs and as single judged answers.
+"""Writes sentences about the demo's topics, as conversations, as pairs and as single labelled answers.
 
-The answers are cheerful or gloomy; both moods occur equally often in the conversations, so that what is
-learnt from them has no taste yet. In pairs the cheerful one is chosen; among the judged answers it is
+The answers are cheerful or gloomy; both moods occur equally often in the conversations, so that a model
+trained on them prefers neither. In pairs the cheerful one is chosen; among the labelled answers it is
 desirable, and there are half as many of them. Files are a pure function of the tables here and in
-jobs/demo/data.py; the
-held-out topics occur in no training file.
+jobs/demo/data.py; the held-out topics occur in no training file.
 
 Usage: `python -m jobs.tasks.sentences [folder]`, by default into jobs/tasks/data.
 """
@@ -44,7 +43,7 @@ Row = dict[str, Any]
 
 
 def ensure_data(folder: Path = DATA_PATH) -> dict[str, tuple[Path, Path]]:
-    """(train, test) files by kind: conversations, pairs, judged. Written anew: it takes milliseconds."""
+    """(train, test) files by kind: conversations, pairs, judged. Always rewritten: it takes milliseconds."""
     folder.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[Row, random.Random, int], Row]] = {
         "conversations": conversation,

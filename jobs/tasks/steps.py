@@ -1,7 +1,7 @@
-"""Writes solutions in steps with wrong steps planted among them, for process reward models.
+"""Writes step-by-step solutions, some steps of which are wrong, for training process reward models.
 
 A chain of sums: "Start at 3. Add 4, then 2, then 5." is solved as "3 + 4 = 7", "7 + 2 = 9", "9 + 5 = 14". A
-planted step has a wrong result, from which the next one goes on correctly: it is that step that is wrong.
+wrong step has a wrong result, from which the next step continues correctly: only that step is wrong.
 
 Usage: `python -m jobs.tasks.steps [folder]`, by default into jobs/tasks/data.
 """
@@ -28,10 +28,10 @@ def ensure_data(folder: Path = DATA_PATH) -> tuple[Path, Path]:
     while len(rows) < NUM_TRAIN + NUM_TEST:
         row = solution(rng)
         rows.setdefault(row["prompt"], row)
-    every = list(rows.values())
+    all_rows = list(rows.values())
     return (
-        write(folder / "steps-train.jsonl", every[NUM_TEST:]),
-        write(folder / "steps-test.jsonl", every[:NUM_TEST]),
+        write(folder / "steps-train.jsonl", all_rows[NUM_TEST:]),
+        write(folder / "steps-test.jsonl", all_rows[:NUM_TEST]),
     )
 
 
@@ -39,7 +39,7 @@ def solution(rng: random.Random) -> dict[str, Any]:
     """One row {prompt, completions, labels}: steps, and whether each is right."""
     start = value = rng.randint(1, 9)
     terms = [rng.randint(1, 9) for _ in range(rng.randint(2, 4))]
-    asked = ", then ".join(map(str, terms))
+    terms_text = ", then ".join(map(str, terms))
     steps, labels = [], []
     for term in terms:
         right = rng.random() >= WRONG_STEPS
@@ -47,7 +47,7 @@ def solution(rng: random.Random) -> dict[str, Any]:
         steps.append(f"{value} + {term} = {result}")
         labels.append(right)
         value = result
-    return {"prompt": f"Start at {start}. Add {asked}.", "completions": steps, "labels": labels}
+    return {"prompt": f"Start at {start}. Add {terms_text}.", "completions": steps, "labels": labels}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Writes prompts of a reasoning-gym task as JSONL: short sums and differences that a 135M model can learn.
 
 Usage: `python -m jobs.tasks.sums [folder]`, by default into jobs/tasks/data. The files are a pure function of
-the settings below; no training question occurs among the held-out ones. Each row is an entry of
-reasoning-gym's as it is (question, answer, metadata), so the reward source `{type: reasoning_gym}` can score
+the settings below; no training question is among the held-out ones. Each row is an unchanged entry of
+reasoning-gym (question, answer, metadata), so the reward source `{type: reasoning_gym}` can score
 it.
 """
 
@@ -34,14 +34,14 @@ def ensure_data(folder: Path = DATA_PATH) -> tuple[Path, Path]:
 
 
 def distinct_entries(count: int) -> list[dict[str, Any]]:
-    """The first `count` entries that ask something new."""
-    asked: dict[str, dict[str, Any]] = {}
+    """The first `count` entries with different questions."""
+    distinct: dict[str, dict[str, Any]] = {}
     dataset: Any = import_reasoning_gym().create_dataset(TASK, size=4 * count, seed=SEED, **SETTINGS)
     for entry in dataset:
-        asked.setdefault(entry["question"], entry)
-        if len(asked) == count:
-            return list(asked.values())
-    raise ValueError(f"{TASK} with {SETTINGS} has only {len(asked)} different questions, wanted {count}")
+        distinct.setdefault(entry["question"], entry)
+        if len(distinct) == count:
+            return list(distinct.values())
+    raise ValueError(f"{TASK} with {SETTINGS} has only {len(distinct)} different questions, wanted {count}")
 
 
 def split(entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

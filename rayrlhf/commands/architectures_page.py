@@ -1,4 +1,7 @@
-"""Writes docs/architectures.md from the probe: `python -m rayrlhf.commands.architectures_page [FILE]`."""
+"""Writes docs/architectures.md with the verdicts of `rayrlhf.models.probe` on all families.
+
+Usage: `python -m rayrlhf.commands.architectures_page [FILE]`
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from rayrlhf.models.probe import Verdict, verdict_of
 HEAD = """\
 # Architectures
 
-Which models are computed rightly here. A small copy of each, with random weights in fp32, is shown three
+Which model architectures are supported. A small copy of each, with random weights in fp32, is run on three
 sequences: its log-probabilities by the functions that training uses are compared with those of transformers'
 own forward pass on each sequence alone. Every job does the same with its own models' configs before Ray
-starts, and `rayrlhf plan` shows what it says.
+starts, and `rayrlhf plan` shows the result.
 
 - **supported packed**: sequences share a stream.
 - **supported one sequence per stream**: right, but slower. Layers carry state from one sequence into the next
@@ -33,7 +36,7 @@ where `longrope` would have transformers choose others for some of them: where p
 may be longer than `original_max_position_embeddings`.
 
 The configs are those that transformers' classes have without arguments, at a length beyond all of their
-windows, with these changes: multipliers that would be 1 are others, and what stands under "with" is set.
+windows, with these changes: multipliers that would be 1 are others, and the settings under "with" apply.
 *Packed* is the largest difference of a log-probability (or entropy) had all sequences shared a stream,
 *measured* that of the way that is taken. The latter is never above 1e-4.
 

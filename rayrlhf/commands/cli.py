@@ -1,6 +1,6 @@
-"""`rayrlhf COMMAND …`: what helps around the jobs. `python -m rayrlhf.commands.cli` is the same.
+"""Command line `rayrlhf COMMAND …`, also `python -m rayrlhf.commands.cli`.
 
-A command is one entry below. Its module is imported when it is called, so that help answers at once.
+A command is one entry below. Its module is imported when it is called, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Command:
     function: str  # module:function; takes the words after the command and returns the exit code
     arguments: str
     summary: str
-    explains_itself: bool = False  # prints a help of its own
-    needs_words: bool = True  # without any, its usage is printed
+    explains_itself: bool = False  # has its own --help
+    needs_words: bool = True  # without words, its usage is printed
 
 
 COMMANDS: dict[str, Command] = {
@@ -28,25 +28,25 @@ COMMANDS: dict[str, Command] = {
         "rayrlhf.commands.chat.command:main",
         "MODEL [--base BASE] [--system TEXT] [--temperature X] [--top-p P] [--top-k K] [--max-new-tokens N] "
         "[--seed N] [--dtype D] [--chat-template FILE]",
-        "talk to a checkpoint, with --base side by side to two; from a pipe, every line is one message",
+        "chat with a checkpoint, with --base with two side by side; from a pipe, every line is one message",
         explains_itself=True,
     ),
     "plan": Command(
         "rayrlhf.commands.plan_with_verdicts:main",
         "CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--gpus 16xA100-80] [--suggest] [--json]",
-        "who sits where, what they hold, whether it fits and what to change; starts nothing",
+        "placement and memory of every role, whether it fits and what to change; starts nothing",
         explains_itself=True,
     ),
     "render": Command(
         "rayrlhf.commands.render.command:main",
         "--target local|ray-job|kuberay|anyscale|slurm CONFIG.yaml [key.path=value ...] [--out FILE]",
-        "what a launcher needs to run a job, from the job's own file",
+        "the script or manifest with which a launcher runs a job, from the job's config",
         explains_itself=True,
     ),
     "doctor": Command(
         "rayrlhf.commands.doctor.command:main",
         "[--address ADDRESS] [--path FOLDER] [--no-ray] [--json]",
-        "whether this machine, or a cluster, can run jobs, and what to do where it cannot",
+        "check whether this machine, or a cluster, can run jobs, with a fix for what fails",
         explains_itself=True,
         needs_words=False,
     ),
@@ -58,13 +58,13 @@ COMMANDS: dict[str, Command] = {
     "data preview": Command(
         "rayrlhf.commands.data_preview:main",
         "CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--rows N] [--show N] [--split eval]",
-        "what the rows of a supervised job come to: tokens that are learnt, lengths, bad rows, packing",
+        "rows of a supervised job as it trains on them: loss tokens, lengths, bad rows, packing",
     ),
 }
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command that the words (of the command line) begin with, and returns its exit code."""
+    """Run the command that `words` (default: the command line) begin with. Returns its exit code."""
     guard_terminal()
     words = list(sys.argv[1:] if words is None else words)
     for length in (2, 1):
@@ -74,10 +74,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0 if words else 2
-    asked = " ".join(words[:2])
-    near = get_close_matches(asked, COMMANDS, n=1) or get_close_matches(words[0], COMMANDS, n=1)
+    name = " ".join(words[:2])
+    near = get_close_matches(name, COMMANDS, n=1) or get_close_matches(words[0], COMMANDS, n=1)
     hint = f"did you mean rayrlhf {near[0]}?" if near else "rayrlhf --help lists the commands"
-    write_line(f"rayrlhf has no command {asked!r}; {hint}", sys.stderr)
+    write_line(f"rayrlhf has no command {name!r}; {hint}", sys.stderr)
     return 2
 
 

@@ -1,4 +1,4 @@
-"""What the first rows of a supervised job come to, within seconds: starts no Ray and writes nothing."""
+"""`rayrlhf data preview`: the first rows of a supervised job, tokenised. Starts no Ray, writes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DEFAULT_SHOWN = 3
 
 
 def main(words: Sequence[str]) -> int:
-    """`rayrlhf data preview CONFIG.yaml …`; the config says by `job` which job it is for."""
+    """`rayrlhf data preview CONFIG.yaml …`; the key `job` of the config selects the job."""
     parser = argparse.ArgumentParser(prog="rayrlhf data preview")
     parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help="rows read, in all")
     parser.add_argument("--show", type=int, default=DEFAULT_SHOWN, help="examples shown")
@@ -88,7 +88,7 @@ def _schema(argv: Sequence[str]) -> Any:
 
 @dataclass
 class Preview:
-    """What became of the rows that were looked at."""
+    """The rendered rows, and those that were left out or changed."""
 
     split: Split
     num_rows: int = 0  # of the split
@@ -96,13 +96,13 @@ class Preview:
     bad: list[str] = field(default_factory=list)  # file:row: problem
     long: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
-    notes: dict[str, Places] = field(default_factory=dict)  # by what was changed in rows
+    notes: dict[str, Places] = field(default_factory=dict)  # by the change that was made to rows
 
 
 def look_at(
     data: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, split: Split, rows: int
 ) -> Preview:
-    """Renders the first rows of a split, as many of each source. Raises `DataError` as the job would."""
+    """Render the first rows of a split, the same number per source. Raises `DataError` as the job would."""
     preview = Preview(split)
     seen: dict[str, str] = {}
     for row in _first_rows(data, split, rows):
@@ -150,16 +150,16 @@ def _first_rows(data: ExampleDataConfig, split: Split, rows: int) -> Iterator[Ra
             head = head_rows(file, left)
             if head is None:
                 raise DataError(
-                    f"{file.path} is one large JSON array; write it as JSON lines to look at it quickly"
+                    f"{file.path} is one large JSON array; write it as JSON lines for a quick preview"
                 )
             yield from head
             left -= len(head)
 
 
 def packing_fill(preview: Preview, config: Any) -> float | None:
-    """How full the micro-batches of the job would be with the rows that were looked at; None without any.
+    """Fill of the job's micro-batches, estimated from the previewed rows; None without rows.
 
-    Of KTO's second sequence, made when the data is prepared, the length is taken from a neighbouring row.
+    KTO's second sequence is made when the data is prepared; its length is taken from a neighbouring row.
     """
     examples = [example for _, example in preview.examples]
     lengths = [sum(map(len, example.sequences)) for example in examples]

@@ -1,4 +1,4 @@
-"""Shows on a terminal, or as plain text, what the rows of a supervised job come to."""
+"""Prints a data preview on a terminal, or as plain text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from rayrlhf.commands.data_preview import Preview
 
-LEARNT, READ = "bold green", "dim"
-OPEN, CLOSE = "⟦", "⟧"  # around what is learnt where there are no colours
+LOSS, MASKED = "bold green", "dim"
+OPEN, CLOSE = "⟦", "⟧"  # around loss tokens where there are no colours
 MAX_TOKENS_SHOWN = 400
 BINS, BAR_WIDTH = 10, 40
 
@@ -34,15 +34,15 @@ def show(
     fill: float | None,
     num_shown: int,
 ) -> None:
-    """The first examples with what is learnt of them, then counts, lengths and packing."""
+    """Print the first examples with their loss tokens marked, then counts, lengths and packing."""
     in_colour = console.is_terminal and not console.no_color
-    marks = Text("learnt", LEARNT) if in_colour else Text(f"{OPEN}learnt{CLOSE}")
-    console.print(Text.assemble("Tokens: ", marks, ", ", Text("read only", READ if in_colour else "")))
+    marks = Text("loss tokens", LOSS) if in_colour else Text(f"{OPEN}loss tokens{CLOSE}")
+    console.print(Text.assemble("Tokens: ", marks, ", ", Text("masked", MASKED if in_colour else "")))
     for place, example in preview.examples[:num_shown]:
         console.print()
         console.print(Text(f"{visible(place)}{_value(example, config.data)}", "bold"))
         for name, sequence in zip(_names(example, config.data), example.sequences, strict=True):
-            console.print(Text(f"-- {name}{len(sequence)} tokens, {sum(sequence.loss_mask)} learnt"))
+            console.print(Text(f"-- {name}{len(sequence)} tokens, {sum(sequence.loss_mask)} loss tokens"))
             console.print(_marked(sequence, tokenizer, in_colour))
     console.print()
     for line in (*_counts(preview, config.data), *_lengths(preview), *_packing(fill, config)):
@@ -60,16 +60,16 @@ def _names(example: RenderedExample, data: ExampleDataConfig) -> Sequence[str]:
 
 
 def _marked(sequence: RenderedSequence, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> Text:
-    """The text of a sequence, of which what is learnt stands out; labels of steps stand behind them."""
+    """The text of a sequence with loss tokens marked; labels of steps follow them."""
     shown = sequence.part(0, MAX_TOKENS_SHOWN)
     text = Text()
     for start, stop in _runs(shown):
         piece = visible(decode_prompt(shown.input_ids[start:stop], tokenizer), limit=MESSAGE_CHARACTERS)
-        learnt = bool(shown.loss_mask[start])
-        if learnt and not in_colour:
+        has_loss = bool(shown.loss_mask[start])
+        if has_loss and not in_colour:
             piece = f"{OPEN}{piece}{CLOSE}"
-        text.append(piece, (LEARNT if learnt else READ) if in_colour else "")
-        if learnt and shown.targets:
+        text.append(piece, (LOSS if has_loss else MASKED) if in_colour else "")
+        if has_loss and shown.targets:
             text.append(f" = {shown.targets[start]:g} ", "bold" if in_colour else "")
     if left := len(sequence) - len(shown):
         text.append(f" … and {left} more tokens")
@@ -77,7 +77,7 @@ def _marked(sequence: RenderedSequence, tokenizer: PreTrainedTokenizerBase, in_c
 
 
 def _runs(sequence: RenderedSequence) -> Iterator[tuple[int, int]]:
-    """Stretches of tokens that are all learnt or all not; a labelled token is one of its own."""
+    """Spans of tokens with the same loss mask; a labelled token is a span by itself."""
     start = 0
     for index in range(1, len(sequence) + 1):
         ends = index == len(sequence) or sequence.loss_mask[index] != sequence.loss_mask[start]
@@ -119,11 +119,12 @@ def _lengths(preview: Preview) -> Iterator[str]:
     if not sequences:
         return
     lengths = np.array([len(sequence) for sequence in sequences])
-    learnt = sum(sum(sequence.loss_mask) for sequence in sequences)
+    loss_tokens = sum(sum(sequence.loss_mask) for sequence in sequences)
     yield ""
     yield (
         f"tokens per sequence: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}, "
-        f"95 % are at most {np.percentile(lengths, 95):.0f}; {learnt / lengths.sum():.0%} of them are learnt"
+        f"95 % are at most {np.percentile(lengths, 95):.0f}; "
+        f"{loss_tokens / lengths.sum():.0%} are loss tokens"
     )
     yield from histogram(lengths)
 

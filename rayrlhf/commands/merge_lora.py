@@ -19,7 +19,7 @@ def _note(text: str) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Exit codes: 0 merged, 2 not to be merged."""
+    """Exit codes: 0 merged, 2 cannot be merged."""
     parser = argparse.ArgumentParser(
         prog="rayrlhf merge-lora",
         description="Merge a PEFT adapter into its base, on the CPU, and write a whole checkpoint.",
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json, or a hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
-    parser.add_argument("--base", help="the base checkpoint, where it is not where the adapter says")
+    parser.add_argument("--base", help="the base checkpoint, if it is not at the path in adapter_config.json")
     options = parser.parse_args(words)
     try:
         adapter = options.adapter
@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
         plan = make_plan(adapter, options.out, options.base)
         folder = folder_of(plan.base, "the base", say=_note)
         check_base(folder)
-        from rayrlhf.models.merge import merge  # torch, transformers and peft: seconds
+        from rayrlhf.models.merge import merge  # imports torch, transformers and peft, which takes seconds
 
         write_line(merge(replace(plan, base_folder=folder)))
     except (MergeProblem, HubError) as problem:

@@ -1,4 +1,4 @@
-"""`rayrlhf plan CONFIG`: who sits where, what they hold, whether it fits and what to change."""
+"""`rayrlhf plan CONFIG`: placement and memory of every role, whether it fits and what to change."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from rayrlhf.untrusted_text import visible, write_line
 FITS, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
 
 
-# The lines of a job's config about its models' architectures: a layer above tells them, as it needs torch.
+# Returns lines about the architectures of a config's models; passed in by a layer above, as it needs torch.
 Architectures: TypeAlias = Callable[[Any], Iterable[str]]
 
 
 def main(words: Sequence[str], architectures: Architectures = lambda config: ()) -> int:
-    """Returns 0 when everything fits or nothing is known of the GPUs, 1 when it does not, 2 for bad input."""
+    """Returns 0 if everything fits or the GPUs are unknown, 1 if it does not fit, 2 for bad input."""
     options, argv = _parser().parse_known_args(list(words))
     try:
         if options.suggest and options.gpus is None:
@@ -51,16 +51,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayrlhf plan",
         usage="%(prog)s CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--gpus 16xA100-80] [--suggest]",
-        description="Who sits where, what they hold, whether it fits and what to change. Starts nothing.",
+        description="Placement and memory of every role, whether it fits and what to change. Starts nothing.",
     )
-    parser.add_argument("--gpus", metavar="NxNAME", help="GPUs there are, 16xA100-80 or 4x24GB")
+    parser.add_argument("--gpus", metavar="NxNAME", help="available GPUs, 16xA100-80 or 4x24GB")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="for bytes of host memory (default 8)")
     parser.add_argument(
         "--suggest", action="store_true", help="propose a placement of a policy run on --gpus"
     )
     parser.add_argument("--lora-rank", type=int, help="what if only LoRA adapters of this rank were trained")
     parser.add_argument("--qlora", action="store_true", help="what if the frozen weights were in 4 bits")
-    parser.add_argument("--sequence-parallel", type=int, help="what if N ranks shared a sequence")
+    parser.add_argument("--sequence-parallel", type=int, help="what if N ranks split every sequence")
     parser.add_argument("--json", action="store_true", help="numbers for a program, in bytes")
     return parser
 
@@ -80,7 +80,7 @@ class _Plan:
         return self._fitted(load_any([*self.argv, *overrides]))
 
     def _fitted(self, config: Any) -> Any:
-        """With what a driver would fill in on these GPUs."""
+        """The config with the values that a driver would fill in on these GPUs."""
         if self.num_gpus is None or self.gpu is None:
             return config
         if not isinstance(config, PolicyRunConfig | SupervisedConfig):
@@ -124,7 +124,7 @@ class _Plan:
         say(self._table(name, budget))
         for line in self._slots(budget):
             say(line)
-        for line in _told_what_if(self.what_if):
+        for line in _what_if_lines(self.what_if):
             say(line)
         if budget.tokens_in_flight:
             say(f"An engine's cache holds {budget.tokens_in_flight:,} tokens of requests in flight.")
@@ -162,15 +162,15 @@ class _Plan:
         return table
 
     def _slots(self, budget: Budget) -> Iterator[str]:
-        """One line per pool: the fullest phase of its fullest slot against what a GPU has."""
+        """One line per pool: the fullest phase of its fullest slot, compared with a GPU's memory."""
         for pool in budget.spec.pools:
             slots = range(pool.slots[0], pool.slots[-1] + 1)
             worst = max(slots, key=lambda slot: budget.peak_bytes[slot])
             phases = {phase: sizes[worst] for phase, sizes in budget.phases.items()}
-            told = ", ".join(
+            peaks = ", ".join(
                 _gib(size) + ("" if phase == "always" else f" {phase}") for phase, size in phases.items()
             )
-            line = f"{_slots(list(slots))} ({pool.name}): {told} GiB at most"
+            line = f"{_slots(list(slots))} ({pool.name}): {peaks} GiB at most"
             if budget.gpu is not None:
                 usable = budget.gpu.usable_bytes
                 left = usable - budget.peak_bytes[worst]
@@ -194,24 +194,24 @@ class _Plan:
             return
         self.console.print("\nThe cheapest ways to make it fit:")
         for fix in found:
-            self.console.print("  " + _told_fix(fix))
+            self.console.print("  " + _fix_text(fix))
 
     def _show_suggestion(self, config: Any) -> None:
         if not isinstance(config, PolicyRunConfig):
             self.console.print(
-                "--suggest places policy runs; this job has trainers alone: set train.num_workers."
+                "--suggest is for policy runs; this job has only trainers: set train.num_workers."
             )
             return
         assert self.num_gpus is not None and self.gpu is not None
         found = suggest(config, self.num_gpus, self.gpu, self.load, self.judge)
         if found is None:
-            self.console.print(f"Nothing that was tried fits on {self.num_gpus} x {self.gpu.name}.")
+            self.console.print(f"No candidate placement fits on {self.num_gpus} x {self.gpu.name}.")
             return
-        self.console.print(_told_suggestion(found))
+        self.console.print(_suggestion_text(found))
 
 
 def _stages(config: Any) -> Iterator[tuple[str, Any]]:
-    """A chain's two kinds of stages, or the job itself."""
+    """(name, config) of a chain's two kinds of stages, or of the job itself."""
     if hasattr(config, "generate_config"):
         yield "generate", config.generate_config(1, config.model.path)
         yield "train", config.training_config(1, config.model.path)
@@ -219,23 +219,23 @@ def _stages(config: Any) -> Iterator[tuple[str, Any]]:
         yield getattr(config, "job", None) or "ppo", config
 
 
-def _told_what_if(what_if: WhatIf) -> Iterator[str]:
+def _what_if_lines(what_if: WhatIf) -> Iterator[str]:
     if what_if.lora_rank is not None:
-        yield f"What if: LoRA adapters of rank {what_if.lora_rank} alone are trained."
+        yield f"What if: only LoRA adapters of rank {what_if.lora_rank} are trained."
     if what_if.quantized:
-        yield "What if: adapters alone are trained, on weights in 4 bits."
+        yield "What if: only adapters are trained, on weights in 4 bits."
     if what_if.sequence_parallel is not None:
-        yield f"What if: {what_if.sequence_parallel} ranks share every sequence."
+        yield f"What if: {what_if.sequence_parallel} ranks split every sequence."
 
 
-def _told_fix(fix: Fix) -> str:
+def _fix_text(fix: Fix) -> str:
     return (
         f"{' '.join(fix.overrides)}  ({_gib(max(fix.budget.peak_bytes))} GiB at most; "
         f"a step takes about {fix.slowdown:.2f} times as long)"
     )
 
 
-def _told_suggestion(found: Suggestion) -> str:
+def _suggestion_text(found: Suggestion) -> str:
     tree: dict[str, dict[str, str]] = {}
     for override in found.overrides:
         key, _, value = override.partition("=")

@@ -1,4 +1,4 @@
-"""`rayrlhf plan`: what the placement says of a job, with the verdicts on its models' architectures."""
+"""`rayrlhf plan` with the verdicts on the architectures of a job's models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _architectures(config: Any) -> Iterator[str]:
-    """A line per model. What has no config.json here is named, and nothing heavy is imported for it."""
+    """A line per model. Models without a local config.json are named, without importing torch."""
     if not hasattr(config, "train"):
         return
     missing = [f"{key}={path}" for key, path in model_paths(config) if not config_folder(path)]
@@ -24,7 +24,7 @@ def _architectures(config: Any) -> Iterator[str]:
         yield f"{', '.join(missing)}: no config.json on this machine, so the architecture is not checked yet"
         return
     from rayrlhf.runtime.architecture_checks import (
-        architecture_lines,  # and with it torch: help answers at once
+        architecture_lines,  # imports torch, so not at the top: --help is fast
     )
 
     yield from architecture_lines(config)

@@ -50,7 +50,7 @@ def config_path(tmp_path: Path, tokenizer_path: str):
     return write
 
 
-ROW = {"prompt": "hi", "response": "be"}  # 9 tokens, of which 3 are learnt
+ROW = {"prompt": "hi", "response": "be"}  # 9 tokens, of which 3 are loss tokens
 
 
 def test_masks_counts_lengths_and_packing(config_path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,15 +63,15 @@ def test_masks_counts_lengths_and_packing(config_path, capsys: pytest.CaptureFix
     ]
     path = config_path("sft", rows, id_key="id", on_long="drop", on_bad_row="skip", on_duplicate_id="skip")
     assert main(["data", "preview", path]) == 0
-    told = capsys.readouterr().out
-    assert "<s><|user|>hi</s><|assistant|>⟦be</s>⟧\n" in told
-    assert "9 tokens, 3 learnt" in told and "\x1b" not in told
-    assert "5 rows of data.train read, 2 examples" in told
-    assert "1 bad: skipped" in told and "rows.jsonl:3: an array, not an object" in told
-    assert "1 too long: dropped" in told and "rows.jsonl:4: 27 tokens" in told
-    assert "1 with an id seen before: skipped" in told and "rows.jsonl:2: the id 0 is also" in told
-    assert "tokens per sequence: 9 to 9, median 9" in told and "33% of them are learnt" in told
-    assert "28% full" in told  # two examples of 9 tokens in a micro-batch of 64
+    output = capsys.readouterr().out
+    assert "<s><|user|>hi</s><|assistant|>⟦be</s>⟧\n" in output
+    assert "9 tokens, 3 loss tokens" in output and "\x1b" not in output
+    assert "5 rows of data.train read, 2 examples" in output
+    assert "1 bad: skipped" in output and "rows.jsonl:3: an array, not an object" in output
+    assert "1 too long: dropped" in output and "rows.jsonl:4: 27 tokens" in output
+    assert "1 with an id seen before: skipped" in output and "rows.jsonl:2: the id 0 is also" in output
+    assert "tokens per sequence: 9 to 9, median 9" in output and "33% are loss tokens" in output
+    assert "28% full" in output  # two examples of 9 tokens in a micro-batch of 64
 
 
 @pytest.mark.parametrize("on_bad_row", ["skip", "fail"])
@@ -88,9 +88,9 @@ def test_21_rows_that_steer_a_terminal(
         "sft", rows, id_key="id", max_tokens=4096, on_duplicate_id="skip", on_bad_row=on_bad_row
     )
     assert main(["data", "preview", path, "train.max_tokens_per_micro_batch=4096"]) == 0
-    told = capsys.readouterr()
-    assert_harmless(told.out + told.err)
-    assert r"\x1b]0;pwned\x07" in told.out and "1 bad" in told.out and "an id seen before" in told.out
+    output = capsys.readouterr()
+    assert_harmless(output.out + output.err)
+    assert r"\x1b]0;pwned\x07" in output.out and "1 bad" in output.out and "an id seen before" in output.out
 
 
 def test_a_terminal_has_colours(config_path) -> None:
@@ -103,7 +103,7 @@ def test_a_terminal_has_colours(config_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "job, row, data, told",
+    "job, row, data, texts",
     [
         (
             "dpo",
@@ -121,11 +121,11 @@ def test_a_terminal_has_colours(config_path) -> None:
     ],
 )
 def test_every_kind_of_example(
-    config_path, capsys: pytest.CaptureFixture[str], job: str, row: Any, data: Any, told: list[str]
+    config_path, capsys: pytest.CaptureFixture[str], job: str, row: Any, data: Any, texts: list[str]
 ) -> None:
     assert main(["data", "preview", config_path(job, [row, row], **data), "--show", "1"]) == 0
     printed = capsys.readouterr().out
-    for text in told:
+    for text in texts:
         assert text in printed
     assert printed.count("rows.jsonl:1") == 1 and "rows.jsonl:2" not in printed
 

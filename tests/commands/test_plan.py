@@ -1,4 +1,4 @@
-"""`rayrlhf plan` as a user meets it."""
+"""`rayrlhf plan` from its command line."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def test_every_shipped_config_for_eight_gpus_fits_on_them(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([config(name), "--gpus", "8xA100-80"]) == 0
-    told = capsys.readouterr().out
-    assert "fits" in told and "NOT" not in told and "Working:" in told
+    output = capsys.readouterr().out
+    assert "fits" in output and "NOT" not in output and "Working:" in output
 
 
 def test_a_70b_model_is_tuned_on_16_gpus_of_80_gb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([config("ppo-70b-16x-a100-80.yaml"), "--gpus", "16xA100-80"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "actor weights: 70.55e9 x 2 B / 16 (ZeRO-3 over 16)" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "actor weights: 70.55e9 x 2 B / 16 (ZeRO-3 over 16)" in output
     assert (
         "critic optimizer: 69.5e9 x 18 B (two moments, fp32 weights, gradients twice) / 16 (ZeRO-3 over 16), "
-        "in host memory" in told
+        "in host memory" in output
     )
 
 
@@ -61,12 +61,12 @@ def test_34b_dpo_fits_on_8_gpus_of_80_gb() -> None:
     assert main([config("dpo-8x-gpu.yaml"), *overrides[:-1], "--gpus", "8xA100-80"]) == 1
 
 
-def test_what_does_not_fit_is_told_with_ways_that_work(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_reported_with_changes_that_work(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [config("grpo-8x-gpu.yaml")]
     assert main([*argv, "--gpus", "8xA100-40"]) == 1
-    told = capsys.readouterr().out
-    assert "does NOT fit" in told
-    after = told.partition("The cheapest ways to make it fit:")[2].strip().splitlines()
+    output = capsys.readouterr().out
+    assert "does NOT fit" in output
+    after = output.partition("The cheapest ways to make it fit:")[2].strip().splitlines()
     ways = [line.partition("  (")[0].split() for line in after if "GiB at most" in line]
     assert 1 <= len(ways) <= 3
     for overrides in ways:
@@ -77,8 +77,8 @@ def test_sequences_too_long_for_one_gpu_are_shared(capsys: pytest.CaptureFixture
     """What 32 layers keep, 8 KiB per token each, is 32 GiB for 131,072 tokens."""
     argv = [config("sft-8x-gpu.yaml"), "data.max_tokens=131072", "train.max_tokens_per_micro_batch=131072"]
     assert main([*argv, "--gpus", "8xA100-40"]) == 1
-    told = capsys.readouterr().out.partition("The cheapest ways to make it fit:")[2].strip()
-    overrides = told.partition("  (")[0].split()
+    output = capsys.readouterr().out.partition("The cheapest ways to make it fit:")[2].strip()
+    overrides = output.partition("  (")[0].split()
     assert overrides[0].startswith("model.sequence_parallel=")
     assert main([*argv, *overrides, "--gpus", "8xA100-40"]) == 0
 
@@ -111,8 +111,8 @@ def test_sleeping_engines_are_judged_by_phases() -> None:
 
 def test_it_counts_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([config("demo.yaml"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told["ppo"]["roles"]) == {"actor", "rollout"} and told["ppo"]["fits"] is None
+    output = json.loads(capsys.readouterr().out)
+    assert set(output["ppo"]["roles"]) == {"actor", "rollout"} and output["ppo"]["fits"] is None
 
 
 def test_what_if_adapters_are_trained() -> None:
@@ -132,7 +132,7 @@ def test_a_model_with_adapters_is_its_own_reference(
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         ([config("demo.yaml"), "--gpus", "many"], "wanted: COUNTxNAME such as 16xA100-80"),
         ([config("demo.yaml"), "--suggest"], "--suggest needs --gpus"),
@@ -140,9 +140,9 @@ def test_a_model_with_adapters_is_its_own_reference(
         ([config("demo.yaml"), "model.path=nobody/nothing"], "download the model's config.json"),
     ],
 )
-def test_bad_input_is_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_reported(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_it_answers_at_once_and_imports_nothing_heavy() -> None:

@@ -1,4 +1,4 @@
-"""`rayrlhf chat MODEL [--base BASE]`: talk to a checkpoint; with --base, to what it was before as well."""
+"""`rayrlhf chat MODEL [--base BASE]`: chat with a checkpoint; with --base, with its base model as well."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rayrlhf.untrusted_text import write_line
 
 
 def main(words: Sequence[str]) -> int:
-    """Exit codes: 0 left, 2 bad input, 130 interrupted while nobody spoke (without a terminal)."""
+    """Exit codes: 0 on exit, 2 bad input, 130 interrupted while no answer was generated (no terminal)."""
     options = _parser().parse_args(words)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     try:
@@ -45,13 +45,13 @@ def main(words: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayrlhf chat",
-        description="Talk to a checkpoint. Without a terminal every line of stdin is one message.",
+        description="Chat with a checkpoint. Without a terminal every line of stdin is one message.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("model", help="folder of a checkpoint or of a PEFT adapter, or a hub id")
-    parser.add_argument("--base", help="a second checkpoint, which answers beside it")
+    parser.add_argument("--base", help="a second checkpoint, whose answers are shown side by side")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--temperature", type=_number(0.0), default=0.7, help="0: the likeliest token (0.7)")
     parser.add_argument("--top-p", type=_number(0.0, 1.0), default=1.0, help="nucleus sampling (1: off)")
@@ -83,7 +83,7 @@ def _whole(lowest: int) -> Callable[[str], int]:
 
 
 def _start(options: argparse.Namespace, interactive: bool) -> Conversation:
-    """Raises `ChatProblem`; everything that can be wrong without a model is told before one is loaded."""
+    """Raises `ChatProblem`; all input that can be checked without a model is checked before one is loaded."""
     for name, path in (("MODEL", options.model), ("--base", options.base)):
         if path is not None:
             _check_checkpoint(name, path)
@@ -93,9 +93,9 @@ def _start(options: argparse.Namespace, interactive: bool) -> Conversation:
     model = _fetched("MODEL", options.model, screen)
     base = None if options.base is None else _fetched("--base", options.base, screen)
     if not Path("/dev/nvidiactl").exists():
-        # transformers imports DeepSpeed, which otherwise tells everybody that it has found no accelerator.
+        # transformers imports DeepSpeed, which otherwise warns that it has found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from rayrlhf.commands.chat.speaker import load_speakers  # torch and transformers: seconds
+    from rayrlhf.commands.chat.speaker import load_speakers  # torch and transformers: takes seconds
 
     name = Path(options.model).name.partition("@")[0]
     speakers = load_speakers(model, base, dtype=options.dtype, chat_template=template, name=name)
@@ -124,7 +124,7 @@ def _check_checkpoint(name: str, path: str) -> None:
 
 
 def _fetched(name: str, path: str, screen: Screen) -> str:
-    """The folder of a checkpoint, of which all is there, also what an adapter belongs to. Raises
+    """The local folder of a checkpoint, downloaded if needed, with the base of an adapter. Raises
     `ChatProblem`.
     """
     try:
@@ -156,7 +156,7 @@ def _screen(interactive: bool, num_speakers: int) -> Screen:
 
 
 def _typed() -> Iterator[str]:
-    """What is typed; Ctrl-C gives a new line to type on, Ctrl-D ends it."""
+    """Typed lines; Ctrl-C starts a new line, Ctrl-D ends them."""
     import readline  # noqa: F401  (arrow keys and history for `input`)
 
     while True:
@@ -171,7 +171,7 @@ def _typed() -> Iterator[str]:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag, which the answer under way looks at after every token."""
+    """Ctrl-C sets a flag, which generation checks after every token."""
     stopped = threading.Event()
     previous = signal.signal(signal.SIGINT, lambda *_: stopped.set())
     try:

@@ -1,6 +1,4 @@
-"""A conversation with one model, or with two side by side: lines in, answers out. Knows neither torch nor the
-terminal.
-"""
+"""State of a conversation with one model, or with two side by side. Independent of torch and the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ HELP = """/reset             forget the conversation
 
 
 class ChatProblem(ValueError):
-    """Why there is no answer; the message says what to do."""
+    """There is no answer; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,14 @@ class Sampling:
     top_p: float
     top_k: int  # 0: all tokens
     max_new_tokens: int
-    seed: int  # answer n of a conversation is drawn with seed + n, so that two models get the same chances
+    seed: int  # answer n of a conversation is sampled with seed + n, the same for both models
 
 
 @dataclass(frozen=True)
 class Answer:
     text: str
     num_tokens: int
-    seconds: float  # reading the conversation included
+    seconds: float  # prefill included
     interrupted: bool = False
 
     @property
@@ -53,8 +51,8 @@ class Speaker(Protocol):
         self,
         messages: list[Message],
         sampling: Sampling,
-        tell: Callable[[str], None],  # is given each piece of the answer as it comes
-        is_stopped: Callable[[], bool],  # asked after every token
+        on_text: Callable[[str], None],  # called with each piece of the answer
+        is_stopped: Callable[[], bool],  # called after every token
     ) -> Answer:
         """Raises `ChatProblem`."""
         ...
@@ -70,12 +68,12 @@ class Screen(Protocol):
     def piece(self, speaker: int, text: str) -> None: ...
 
     def end(self, answers: list[Answer]) -> None:
-        """Of the speakers in their order; fewer where one had a problem or none was left to ask."""
+        """`answers` of the speakers in order; fewer if one failed, after which the others are not asked."""
         ...
 
 
 class Conversation:
-    """Every speaker remembers its own answers."""
+    """The histories of all speakers, each with its own answers."""
 
     def __init__(
         self, speakers: list[Speaker], screen: Screen, sampling: Sampling, *, system: str | None
@@ -92,7 +90,7 @@ class Conversation:
         self.num_answers = 0
 
     def line(self, text: str, is_stopped: Callable[[], bool]) -> bool:
-        """What the user typed; False when it was to leave."""
+        """Process a typed line. Returns False if it was the command to exit."""
         text = text.strip()
         if text.startswith("/"):
             return self._command(*text[1:].partition(" ")[::2])
@@ -133,7 +131,7 @@ class Conversation:
         self.screen.note(f"temperature {temperature:g}")
 
     def _ask(self, text: str, is_stopped: Callable[[], bool]) -> None:
-        """One speaker after the other: side by side they would halve each other's speed on the same cores."""
+        """One speaker after the other: in parallel they would halve each other's speed on the same cores."""
         sampling = replace(self.sampling, seed=self.sampling.seed + self.num_answers)
         answers: list[Answer] = []
         problem = ""
@@ -141,13 +139,13 @@ class Conversation:
         try:
             for index, (speaker, history) in enumerate(zip(self.speakers, self.histories, strict=True)):
                 messages = [*history, {"role": "user", "content": text}]
-                tell = partial(self.screen.piece, index)
-                answers.append(speaker.answer(messages, sampling, tell, is_stopped))
+                on_text = partial(self.screen.piece, index)
+                answers.append(speaker.answer(messages, sampling, on_text, is_stopped))
         except ChatProblem as error:
             problem = str(error)
         finally:
             self.screen.end(answers)
-        if problem:  # then nobody has heard the question
+        if problem:  # then the question is in no history
             self.screen.note(problem)
             return
         for history, answer in zip(self.histories, answers, strict=True):

@@ -1,4 +1,4 @@
-"""Where a conversation is shown: lines for a pipe, running text in a terminal, or two columns in it."""
+"""Output of a conversation: lines for a pipe, streamed text in a terminal, or two columns in it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ REDRAWS_PER_SECOND = 8
 class Lines:
     """Answers on stdout, all else on stderr. With two speakers each answer begins with its name.
 
-    A pipe may end at a terminal, and its reader may be a program's log: what is not seen is an escape here
-    too.
+    A pipe may end at a terminal or in a program's log: control codes are escaped here too.
     """
 
     def __init__(self) -> None:
@@ -48,7 +47,7 @@ class Lines:
 
 
 class Terminal:
-    """One speaker."""
+    """A terminal with one speaker, whose text is streamed."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -69,8 +68,8 @@ class Terminal:
 
 
 class Columns(Terminal):
-    """Two speakers side by side. While they speak, the end of what does not fit the terminal is shown; the
-    whole of it stays when they have finished.
+    """Two speakers side by side. During generation the last lines that fit the terminal are shown; the whole
+    text is printed at the end.
     """
 
     def begin(self, names: list[str]) -> None:

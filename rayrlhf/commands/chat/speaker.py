@@ -1,8 +1,8 @@
-"""A checkpoint that answers, by transformers' own generation.
+"""Answers of a checkpoint, by transformers' own generation.
 
 vLLM's engine is several times faster once it runs, but takes 12 s to come up on a CPU (transformers: 4 s,
-most of it imports), reserves memory for many requests at once, and the project's stepper hands out finished
-answers only. One person who reads along is served best by what starts soonest.
+most of it imports), reserves memory for many requests at once, and the project's engine returns finished
+answers only. For a single user who reads along the start-up time matters most.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rayrlhf.hub.snapshots import ADAPTER_CONFIG
 from rayrlhf.models.generation import ending_ids
 from rayrlhf.models.load import resolve_dtype
 
-UNFINISHED = "\ufffd"  # how a character looks of which only the first bytes are there
+UNFINISHED = "\ufffd"  # decoded from the first bytes of an incomplete character
 
 
 class Transformer:
@@ -62,12 +62,12 @@ class Transformer:
         self,
         messages: list[Message],
         sampling: Sampling,
-        tell: Callable[[str], None],
+        on_text: Callable[[str], None],
         is_stopped: Callable[[], bool],
     ) -> Answer:
         started = time.monotonic()
         input_ids = self._encode(messages)  # [1, T]
-        stream = _Stream(self.tokenizer, tell)
+        stream = _Stream(self.tokenizer, on_text)
         torch.manual_seed(sampling.seed)
         self.model.generate(
             input_ids=input_ids,
@@ -91,7 +91,7 @@ class Transformer:
         return encoded["input_ids"].to(self.model.device)
 
     def _generation_config(self, sampling: Sampling, num_prompt_tokens: int) -> Any:
-        """The checkpoint's own, but for what the user chose. Raises `ChatProblem` when there is no room."""
+        """The checkpoint's own config with the user's sampling. Raises `ChatProblem` if nothing fits."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = sampling.max_new_tokens if positions is None else positions - num_prompt_tokens
         if room < 1:
@@ -114,12 +114,12 @@ class Transformer:
 
 
 class _Stream(BaseStreamer):
-    """Hands out text token by token, whole characters only."""
+    """Passes on text token by token, whole characters only."""
 
-    def __init__(self, tokenizer: Any, tell: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self.tokenizer = tokenizer
-        self.tell = tell
-        self.is_prompt = True  # what comes first
+        self.on_text = on_text
+        self.is_prompt = True  # the first `put`
         self.token_ids: list[int] = []
         self.shown = ""
 
@@ -142,7 +142,7 @@ class _Stream(BaseStreamer):
 
     def _show(self, text: str) -> None:
         if len(text) > len(self.shown):
-            self.tell(text[len(self.shown) :])
+            self.on_text(text[len(self.shown) :])
             self.shown = text
 
 
@@ -162,7 +162,7 @@ def load_speakers(
     chat_template: str | None,
     name: str | None = None,
 ) -> list[Transformer]:
-    """The base, if any, then the tuned model. A base without a chat template speaks by that of the tuned one.
+    """The base, if any, then the tuned model. A base without a chat template uses that of the tuned one.
 
     Raises `ChatProblem`.
     """

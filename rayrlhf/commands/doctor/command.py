@@ -1,4 +1,4 @@
-"""`rayrlhf doctor`: whether this machine, or a cluster, can run jobs, and what to do where it cannot."""
+"""`rayrlhf doctor`: checks whether this machine, or a cluster, can run jobs, with a fix for what fails."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def main(words: Sequence[str]) -> int:
         for finding in check():
             findings.append(finding)
             if not options.json:
-                _tell(console, finding)
+                _print(console, finding)
     failed = sum(finding.status == "fail" for finding in findings)
     warned = sum(finding.status == "warn" for finding in findings)
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        console.print(f"\n{failed} failed, {warned} to look at, {len(findings) - failed - warned} in order.")
+        console.print(f"\n{failed} failed, {warned} warnings, {len(findings) - failed - warned} ok.")
     return 1 if failed else 0
 
 
@@ -64,20 +64,20 @@ def _checks(options: argparse.Namespace) -> list[Check]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayrlhf doctor",
-        description="Whether this machine, or a cluster, can run jobs, and what to do where it cannot.",
+        description="Check whether this machine, or a cluster, can run jobs, with a fix for what fails.",
     )
     parser.add_argument(
         "--address",
         default=os.environ.get("RAY_ADDRESS"),
-        help="a Ray cluster to look at (default RAY_ADDRESS); without one a tiny Ray starts and stops",
+        help="a Ray cluster to check (default RAY_ADDRESS); without one a local Ray is started and stopped",
     )
     parser.add_argument("--path", type=Path, default=Path("runs"), help="where runs will be written")
-    parser.add_argument("--no-ray", action="store_true", help="leave Ray out")
-    parser.add_argument("--json", action="store_true", help="for a program")
+    parser.add_argument("--no-ray", action="store_true", help="do not check Ray")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
 
-def _tell(console: SafeConsole, finding: Finding) -> None:
+def _print(console: SafeConsole, finding: Finding) -> None:
     status = f"{finding.status:<5}", COLORS[finding.status]
     line = Text.assemble(status, f"{finding.name:<{NAME_WIDTH}}", visible(finding.found))
     console.print(line, soft_wrap=True)

@@ -22,21 +22,21 @@ def judge_proxies(env: Mapping[str, str]) -> Iterator[Finding]:
     proxy = next((key for key in ("http_proxy", "HTTP_PROXY") if env.get(key)), None)
     exceptions = env.get("no_proxy", "") + env.get("NO_PROXY", "")
     if proxy is not None and "127.0.0.1" not in exceptions and "localhost" not in exceptions:
-        told = f"{proxy} is set and no_proxy does not name localhost"
-        yield warn("proxy", told, "export no_proxy=localhost,127.0.0.1: Ray must not go there")
+        found = f"{proxy} is set and no_proxy does not name localhost"
+        yield warn("proxy", found, "export no_proxy=localhost,127.0.0.1: Ray must bypass the proxy there")
     else:
         yield ok("proxy", f"{proxy} with exceptions for localhost" if proxy else "none")
 
 
 def judge_token(env: Mapping[str, str], home: Path) -> Finding:
-    """Ray 2.60 asks for a token where one exists: in its variables, or in ~/.ray/auth_token."""
+    """Ray 2.60 requires a token if one exists: in its variables, or in ~/.ray/auth_token."""
     if env.get("RAY_AUTH_TOKEN"):
         return ok("token", "in RAY_AUTH_TOKEN")
     path = Path(env.get("RAY_AUTH_TOKEN_PATH") or home / ".ray" / "auth_token")
     if not path.is_file():
         if env.get("RAY_AUTH_TOKEN_PATH"):
             return warn("token", f"RAY_AUTH_TOKEN_PATH={path} does not exist", "correct it, or unset it")
-        return ok("token", "none: whoever reaches the cluster's ports can run code on it")
+        return ok("token", "none: anyone who reaches the cluster's ports can run code on it")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         return warn("token", f"{path} can be read by others", f"chmod 600 {path}")
     return ok("token", f"in {path}")

@@ -1,4 +1,4 @@
-"""One line of the doctor's report."""
+"""A finding of `rayrlhf doctor`: one line of its report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Finding:
     name: str
     status: Status
     found: str
-    fix: str = ""  # what to do, where the status is not ok
+    fix: str = ""  # what to do, if the status is not ok
 
 
 def ok(name: str, found: str) -> Finding:
@@ -30,7 +30,7 @@ def fail(name: str, found: str, fix: str) -> Finding:
 
 
 def output_of(command: list[str], *, timeout_seconds: float, env: dict[str, str] | None = None) -> str | None:
-    """What the command prints; None where there is no such command.
+    """The output of a command; None if there is no such command.
 
     Raises `TimeoutExpired`, and `CalledProcessError` with what it printed.
     """

@@ -1,4 +1,4 @@
-"""GPUs as nvidia-smi sees them, and what NCCL is told."""
+"""GPUs as reported by nvidia-smi, and NCCL settings."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_gpus() -> Iterator[Finding]:
     try:
         text = output_of(command, timeout_seconds=SMI_SECONDS)
     except subprocess.CalledProcessError as error:
-        told = (error.stdout or error.stderr or "").strip().splitlines()
-        yield fail("GPUs", f"nvidia-smi fails: {told[0] if told else error}", "reinstall the NVIDIA driver")
+        lines = (error.stdout or error.stderr or "").strip().splitlines()
+        yield fail("GPUs", f"nvidia-smi fails: {lines[0] if lines else error}", "reinstall the NVIDIA driver")
         return
     except subprocess.TimeoutExpired:
         yield fail("GPUs", f"nvidia-smi did not answer within {SMI_SECONDS:g} s", "a GPU hangs: reboot")
@@ -35,7 +35,7 @@ def check_gpus() -> Iterator[Finding]:
 
 
 def judge_gpus(text: str) -> Iterator[Finding]:
-    """From nvidia-smi's lines of QUERY."""
+    """Findings from nvidia-smi's output for QUERY."""
     rows = [[cell.strip() for cell in line.split(",")] for line in text.strip().splitlines()]
     if not rows:
         yield fail("GPUs", "the driver is there, but no GPU", "give the container GPUs (docker: --gpus all)")
@@ -47,18 +47,18 @@ def judge_gpus(text: str) -> Iterator[Finding]:
     for index, _, _, used, capability, _, mig, ecc in rows:
         name = f"GPU {index}"
         if float(capability) < 8.0:
-            told = f"compute capability {capability}"
-            yield warn(name, told, "bfloat16 and FlashAttention-2 need 8.0: set model.dtype=float32")
+            found = f"compute capability {capability}"
+            yield warn(name, found, "bfloat16 and FlashAttention-2 need 8.0: set model.dtype=float32")
         if int(used) > BUSY_MIB:
             yield warn(
                 name,
                 f"{int(used) / 1024:.1f} GiB in use by others",
-                "nvidia-smi shows whose; wait or end them",
+                "nvidia-smi lists the processes; wait or end them",
             )
         if mig == "Enabled":
             yield warn(name, "split by MIG", "Ray counts one GPU: name the slices in CUDA_VISIBLE_DEVICES")
         if ecc.isdecimal() and int(ecc) > 0:
-            yield fail(name, f"{ecc} uncorrected memory errors", "take it out of service")
+            yield fail(name, f"{ecc} uncorrected memory errors", "replace it")
 
 
 def check_nccl() -> Iterator[Finding]:
@@ -72,14 +72,14 @@ def judge_nccl(env: Mapping[str, str], interfaces: list[str]) -> Iterator[Findin
         unknown = [name for name in named if not any(each.startswith(name) for each in interfaces)]
         if unknown and not env[key].startswith("^"):
             before += 1
-            told = f"{key} names {', '.join(unknown)}; there is {', '.join(interfaces)}"
-            yield fail("collectives", told, f"unset {key}, or name one of these")
+            found = f"{key} names {', '.join(unknown)}; there is {', '.join(interfaces)}"
+            yield fail("collectives", found, f"unset {key}, or name one of these")
     for key, meaning in (
-        ("NCCL_P2P_DISABLE", "GPUs of a node talk through the host"),
-        ("NCCL_IB_DISABLE", "nodes talk over TCP instead of InfiniBand"),
+        ("NCCL_P2P_DISABLE", "GPUs of a node communicate through the host"),
+        ("NCCL_IB_DISABLE", "nodes communicate over TCP instead of InfiniBand"),
     ):
         if env.get(key) == "1":
             before += 1
             yield warn("collectives", f"{key}=1: {meaning}", f"unset {key} unless you know why")
     if not before:
-        yield ok("collectives", "no NCCL or gloo setting in the way")
+        yield ok("collectives", "no NCCL or gloo setting interferes")

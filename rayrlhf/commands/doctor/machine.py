@@ -17,9 +17,9 @@ GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
 OBJECT_STORE_SHARE = 0.3  # of memory, which Ray gives its object store by default
 NETWORK_FILESYSTEMS = ("nfs", "nfs4", "lustre", "cifs", "fuse", "gpfs", "beegfs", "ceph", "9p", "virtiofs")
-# Ray's defaults (ray start --help): what listens where.
+# Ray's default ports (ray start --help).
 PORTS = {6379: "Ray's head", 8265: "Ray's dashboard", 8000: "Serve over HTTP", 10001: "Ray client"}
-RAY_FULL_DISK = 0.95  # Ray writes nothing more to a disk that is fuller
+RAY_FULL_DISK = 0.95  # above it Ray writes nothing more to a disk
 
 
 def check_shared_memory() -> Iterator[Finding]:
@@ -31,14 +31,14 @@ def check_shared_memory() -> Iterator[Finding]:
 
 
 def judge_shared_memory(total: int, free: int, memory: int) -> Finding:
-    told = f"/dev/shm has {total / GIB:.1f} GiB, {free / GIB:.1f} free"
+    found = f"/dev/shm has {total / GIB:.1f} GiB, {free / GIB:.1f} free"
     fix = "docker: --shm-size; Kubernetes: a Memory emptyDir at /dev/shm (`rayrlhf render` does it)"
     if total < GIB:
-        return fail("shared memory", told, fix)
+        return fail("shared memory", found, fix)
     if total < OBJECT_STORE_SHARE * memory:
         wanted = f"; Ray's object store wants {OBJECT_STORE_SHARE * memory / GIB:.1f}"
-        return warn("shared memory", told + wanted, fix)
-    return ok("shared memory", told)
+        return warn("shared memory", found + wanted, fix)
+    return ok("shared memory", found)
 
 
 def check_memory() -> Iterator[Finding]:
@@ -49,21 +49,23 @@ def check_memory() -> Iterator[Finding]:
 
 def judge_memory(total: int, available: int, limit: int | None) -> Finding:
     bound = min(total, limit) if limit is not None else total
-    told = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
+    found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     if limit is not None and limit < total:
-        told += f", but this container may use {limit / GIB:.1f}"
+        found += f", but this container may use {limit / GIB:.1f}"
     if bound < 8 * GIB:
-        return warn("memory", told, "the demo needs about 8 GiB: a larger machine or container")
-    return ok("memory", told)
+        return warn("memory", found, "the demo needs about 8 GiB: a larger machine or container")
+    return ok("memory", found)
 
 
 def judge_cores(cores: int, allowed: int, limit: float | None) -> Finding:
     usable = min(allowed, limit) if limit is not None else allowed
-    told = f"{cores} cores"
+    found = f"{cores} cores"
     if usable < cores:
-        told += f", of which this process may use {usable:g}"
-        return warn("cores", told, f"ray start --num-cpus={max(1, int(usable))}, which else counts them all")
-    return ok("cores", told)
+        found += f", of which this process may use {usable:g}"
+        return warn(
+            "cores", found, f"ray start --num-cpus={max(1, int(usable))}, which by default counts all"
+        )
+    return ok("cores", found)
 
 
 def cgroup_memory() -> int | None:
@@ -92,18 +94,18 @@ def check_limits() -> Iterator[Finding]:
 
 
 def judge_open_files(limit: int) -> Finding:
-    told = f"at most {'unlimited' if limit == resource.RLIM_INFINITY else limit} open files"
+    found = f"at most {'unlimited' if limit == resource.RLIM_INFINITY else limit} open files"
     fix = "ulimit -n 65536 before `ray start`, or LimitNOFILE of the service"
     if limit == resource.RLIM_INFINITY or limit >= 8192:
-        return ok("open files", told)
-    return (fail if limit < 1024 else warn)("open files", told, fix)
+        return ok("open files", found)
+    return (fail if limit < 1024 else warn)("open files", found, fix)
 
 
 def judge_processes(limit: int) -> Finding:
-    told = f"at most {'unlimited' if limit == resource.RLIM_INFINITY else limit} processes and threads"
+    found = f"at most {'unlimited' if limit == resource.RLIM_INFINITY else limit} processes and threads"
     if limit == resource.RLIM_INFINITY or limit >= 4096:
-        return ok("processes", told)
-    return warn("processes", told, "ulimit -u 65536: Ray and torch start hundreds of threads")
+        return ok("processes", found)
+    return warn("processes", found, "ulimit -u 65536: Ray and torch start hundreds of threads")
 
 
 def check_ports() -> Iterator[Finding]:
@@ -114,8 +116,8 @@ def check_ports() -> Iterator[Finding]:
 def judge_ports(taken: list[str]) -> Finding:
     if not taken:
         return ok("ports", f"{', '.join(map(str, PORTS))} are free")
-    told = f"somebody listens on {', '.join(taken)}"
-    return warn("ports", told, "fine if it is your Ray (check with `ray status`); else other --port options")
+    found = f"in use: {', '.join(taken)}"
+    return warn("ports", found, "fine if it is your Ray (check with `ray status`); else other --port options")
 
 
 def _is_taken(port: int) -> bool:
@@ -133,23 +135,23 @@ def check_disks(run_path: Path) -> Iterator[Finding]:
 
 
 def judge_run_folder(run_path: Path, writable: bool, free: int, filesystem: str) -> Finding:
-    told = f"{run_path}: {free / GIB:.1f} GiB free on {filesystem}"
+    found = f"{run_path}: {free / GIB:.1f} GiB free on {filesystem}"
     if not writable:
         return fail("run folder", f"{run_path} cannot be written to", "another run.dir, or its permissions")
     if free < 5 * GIB:
-        return warn("run folder", told, "another run.dir: a checkpoint holds 16 bytes per parameter")
+        return warn("run folder", found, "another run.dir: a checkpoint holds 16 bytes per parameter")
     if not filesystem.startswith(NETWORK_FILESYSTEMS):
-        told += "; for several nodes run.dir must be on a file system that they share"
-    return ok("run folder", told)
+        found += "; for several nodes run.dir must be on a file system that they share"
+    return ok("run folder", found)
 
 
 def judge_temp(used: float, free: int) -> Finding:
-    told = f"/tmp is {used:.0%} full, {free / GIB:.1f} GiB free"
+    found = f"/tmp is {used:.0%} full, {free / GIB:.1f} GiB free"
     if used > RAY_FULL_DISK:
-        return fail("temporary files", told, "free some of it: Ray stops spilling objects above 95 %")
+        return fail("temporary files", found, "free some of it: Ray stops spilling objects above 95 %")
     if used > 0.85:
-        return warn("temporary files", told, "Ray stops spilling objects above 95 %")
-    return ok("temporary files", told)
+        return warn("temporary files", found, "Ray stops spilling objects above 95 %")
+    return ok("temporary files", found)
 
 
 def filesystem_of(path: Path) -> str:

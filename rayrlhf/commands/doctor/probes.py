@@ -1,4 +1,4 @@
-"""What has to be tried: processes that talk to each other, and a Ray cluster.
+"""Checks that run something: a collective between two processes, and a Ray cluster.
 
 Each runs in separate processes (`python -m rayrlhf.commands.doctor.probes NAME …`): it imports torch or Ray.
 """
@@ -36,7 +36,7 @@ def check_collective() -> Iterator[Finding]:
             for rank in range(2)
         ]
         try:
-            told = [rank.communicate(timeout=COLLECTIVE_SECONDS) for rank in ranks]
+            outputs = [rank.communicate(timeout=COLLECTIVE_SECONDS) for rank in ranks]
         except subprocess.TimeoutExpired:
             fix = "GLOO_SOCKET_IFNAME with the network interface to use"
             yield fail("two processes", f"no sum within {COLLECTIVE_SECONDS:g} s", fix)
@@ -45,7 +45,7 @@ def check_collective() -> Iterator[Finding]:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    yield from judge_collective([out for out, _ in told], [err for _, err in told])
+    yield from judge_collective([out for out, _ in outputs], [err for _, err in outputs])
 
 
 def judge_collective(outputs: list[str], errors: list[str]) -> Iterator[Finding]:
@@ -80,7 +80,7 @@ def check_ray(address: str | None) -> Iterator[Finding]:
 
 
 def _refusal(address: str) -> str | None:
-    """Why nobody listens at host:port; Ray itself would try for long."""
+    """Why host:port refuses connections, or None; Ray itself would retry for long."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return None  # "auto", or a name
@@ -102,8 +102,8 @@ def judge_ray(code: int, output: str, error: str, address: str | None) -> Iterat
     nodes = f"{seen['nodes']} node{'s' * (seen['nodes'] != 1)}"
     yield ok("ray", f"{where}: {nodes}, {seen['total']}; free {seen['free']}")
     if seen["pending"]:
-        told = f"{len(seen['pending'])} placement groups wait for resources: {', '.join(seen['pending'])}"
-        yield warn("ray", told, "another job waits for slots; yours would come after it")
+        pending = f"{len(seen['pending'])} placement groups wait for resources: {', '.join(seen['pending'])}"
+        yield warn("ray", pending, "another job waits for slots; yours would be scheduled after it")
     if seen["serve"]:
         yield ok("serve", f"runs there, with {', '.join(seen['serve'])}")
     else:
@@ -148,8 +148,8 @@ def ray_cluster(address: str) -> None:
     groups = placement_group_table().values()
     seen = {
         "nodes": sum(bool(node["Alive"]) for node in ray.nodes()),
-        "total": _told(ray.cluster_resources()),
-        "free": _told(ray.available_resources()),
+        "total": _resources_text(ray.cluster_resources()),
+        "free": _resources_text(ray.available_resources()),
         "pending": [group["name"] or "unnamed" for group in groups if group["state"] == "PENDING"],
         "serve": serve,
     }
@@ -157,7 +157,7 @@ def ray_cluster(address: str) -> None:
     ray.shutdown()
 
 
-def _told(resources: Mapping[str, float]) -> str:
+def _resources_text(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
 
 

@@ -1,4 +1,4 @@
-"""Packages: whether they are those that this project is tested with, and whether they go together."""
+"""Checks package versions against those tested with this project, and their compatibility."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def check_versions() -> Iterator[Finding]:
     yield judge_engines(installed)
     missing = [name for name in OPTIONAL if name not in installed]
     have = [f"{name} {installed[name]}" for name in OPTIONAL if name in installed]
-    told = ", ".join(have) or "none"
-    yield ok("optional packages", f"{told}; not installed: {', '.join(missing) or 'none'}")
+    found = ", ".join(have) or "none"
+    yield ok("optional packages", f"{found}; not installed: {', '.join(missing) or 'none'}")
 
 
 def judge_python(version: tuple[int, ...]) -> Finding:
-    told = "Python " + ".".join(map(str, version))
-    return ok("python", told) if version >= (3, 11) else fail("python", told, "Python 3.11 or newer")
+    found = "Python " + ".".join(map(str, version))
+    return ok("python", found) if version >= (3, 11) else fail("python", found, "Python 3.11 or newer")
 
 
 def requirements() -> list[str]:
-    """Of the installed package, or of the repository that this file is in."""
+    """Requirements of this repository, or of the installed package."""
     pyproject = Path(__file__).parents[3] / "pyproject.toml"
     if pyproject.is_file():
         return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
@@ -48,7 +48,7 @@ def requirements() -> list[str]:
 
 
 def judge_packages(wanted: Iterable[str], installed: Mapping[str, str]) -> Iterator[Finding]:
-    """A line for each that is missing or of another version; one for all the others."""
+    """A finding per package that is missing or has another version; one for all others."""
     good: list[str] = []
     for text in wanted:
         requirement = Requirement(text)
@@ -70,9 +70,9 @@ def judge_companions(installed: Mapping[str, str]) -> Finding:
         return fail("torch", "not installed", "pip install rayrlhf[cpu] or rayrlhf[gpu]")
     risky = [f"{name} {installed[name]}" for name in CUDA_COMPANIONS if name in installed]
     if torch.endswith("+cpu") and any("+cpu" not in each for each in risky):
-        told = f"torch {torch} beside {', '.join(risky)}"
+        found = f"torch {torch} with {', '.join(risky)}"
         names = " ".join(name for name in CUDA_COMPANIONS if name in installed)
-        return fail("torch", told, f"pip uninstall {names}: with them transformers cannot be imported")
+        return fail("torch", found, f"pip uninstall {names}: with them transformers cannot be imported")
     return ok("torch", torch)
 
 

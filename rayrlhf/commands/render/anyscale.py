@@ -28,7 +28,7 @@ def anyscale_job(job: Rendering) -> dict[str, Any]:
         "excludes": [pattern.strip("/") for pattern in EXCLUDED],
         "max_retries": anyscale.max_retries,
         "compute_config": {
-            # The driver alone: no slot may land there.
+            # The driver only: no slot may be placed there.
             "head_node": {"instance_type": anyscale.head_instance, "resources": {"CPU": 0, "GPU": 0}},
             "worker_nodes": [
                 {

@@ -1,4 +1,4 @@
-"""`rayrlhf render --target TARGET CONFIG`: what a launcher needs, from the same job file. Starts nothing."""
+"""`rayrlhf render --target TARGET CONFIG`: launcher script or manifest of a job. Starts nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> int:
     options.out.write_text(text, encoding="utf-8")
     if text.startswith("#!"):
         mode = options.out.stat().st_mode
-        options.out.chmod(mode | (mode & 0o444) >> 2)  # to be run by those who may read it
+        options.out.chmod(mode | (mode & 0o444) >> 2)  # executable for those who may read it
     return 0
 
 
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayrlhf render",
         usage="%(prog)s --target TARGET CONFIG.yaml [OTHER.yaml ...] [key.path=value ...] [--out FILE]",
-        description="What a launcher needs, from the same job file. Its section launch names the machines.",
+        description="Launcher script or manifest of a job. The config's section launch names the machines.",
     )
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write this file instead of printing")

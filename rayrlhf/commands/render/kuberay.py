@@ -1,7 +1,7 @@
 """A RayJob for KubeRay (ray.io/v1) and the ConfigMap with the job's config.
 
-Model: KubeRay's sample of distributed PyTorch training. The head has no slots: it runs the driver. Workers
-are one group of equal pods, all of which must be there before the run begins.
+Based on KubeRay's sample of distributed PyTorch training. The head has no slots: it runs the driver. Workers
+are one group of equal pods, all of which must be up before the run begins.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def rayjob(job: Rendering) -> dict[str, Any]:
     launch, kuberay = job.config.launch, job.config.launch.kuberay
     command = job.command_with(f"{CONFIG_FOLDER}/job.yaml", *job.run_dir(kuberay.mount_path))
     spec: dict[str, Any] = {
-        # The folder of the image, where jobs/ lies.
+        # The folder of the image that contains jobs/.
         "entrypoint": f"cd {kuberay.project_dir} && {command}",
         "submissionMode": kuberay.submission_mode,
-        # Each repeat is a new cluster; the run goes on from its newest checkpoint.
+        # Each retry is a new cluster; the run resumes from its newest checkpoint.
         "backoffLimit": kuberay.backoff_limit,
         "shutdownAfterJobFinishes": kuberay.shutdown_after_job_finishes,
     }
@@ -62,7 +62,7 @@ def rayjob(job: Rendering) -> dict[str, Any]:
     metadata = _metadata(job)
     if kuberay.queue is not None:
         metadata["labels"] = {QUEUE_LABEL: kuberay.queue}
-        spec["suspend"] = True  # the queue lets it go when there is room for all of it
+        spec["suspend"] = True  # the queue releases it when all of it can be scheduled
     auth = {"mode": kuberay.auth, **({"secretName": kuberay.auth_secret} if kuberay.auth_secret else {})}
     spec["rayClusterSpec"] = {
         "rayVersion": importlib.metadata.version("ray"),
@@ -91,7 +91,7 @@ def _metadata(job: Rendering) -> dict[str, Any]:
 
 
 def _pod(job: Rendering, role: str, cpus: int, memory: str, *, gpus: int) -> dict[str, Any]:
-    """Requests are limits: a pod that is squeezed makes the whole run wait."""
+    """Requests equal limits: a throttled pod would slow down the whole run."""
     launch, kuberay = job.config.launch, job.config.launch.kuberay
     resources: dict[str, Any] = {"cpu": str(cpus), "memory": memory}
     if gpus:

@@ -1,4 +1,4 @@
-"""What KubeRay's operator checks of a RayJob beyond its schema (KubeRay 1.7, validation of RayJob)."""
+"""Checks of KubeRay's operator on a RayJob beyond its schema (KubeRay 1.7, validation of RayJob)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def broken_rules(rayjob: Mapping[str, Any]) -> list[str]:
 
 
 def _minor(version: str) -> tuple[int, int]:
-    """(0, 0) for what is no version."""
+    """(major, minor); (0, 0) for an invalid version."""
     parts = version.split(".")
     numbers = [int(part) for part in parts[:2] if part.isdecimal()]
     return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, 0)

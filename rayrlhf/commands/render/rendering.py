@@ -1,4 +1,4 @@
-"""What all launchers are told: the job's command, its config as a file, its environment."""
+"""Inputs of all launchers: the job's command, its config as a file, its environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXCLUDED = ("/.venv/", "/.git/", "/runs/", "/models/", "wandb/")  # of an upload
 
 @dataclass(frozen=True)
 class Rendering:
-    """A job on its way to a launcher."""
+    """A job with all that launchers need."""
 
     config: Any
     argv: tuple[str, ...]  # files and overrides, as on the command line
@@ -31,7 +31,7 @@ class Rendering:
 
     @property
     def name(self) -> str:
-        """The run's, as Kubernetes allows names."""
+        """The run's name, reduced to what Kubernetes allows."""
         cleaned = "".join(c if c.isalnum() else "-" for c in self.config_name.lower()).strip("-")
         return cleaned[:47] or "rayrlhf"
 
@@ -50,7 +50,7 @@ class Rendering:
 
     @property
     def resolved(self) -> str:
-        """The whole config, without what only launchers read."""
+        """The whole config, without the values that only launchers read."""
         return dump_resolved(self.config.model_copy(update={"launch": type(self.config.launch)()}))
 
     def run_dir(self, root: str) -> list[str]:
@@ -106,7 +106,7 @@ def _secret_at(path: str) -> Problem:
         fix = "remove it, and have your class read an environment variable"
     else:
         fix = "write ${VARIABLE} in its place, and set the variable where the job runs"
-    return Problem(path, "a secret", "none: it would stand in the rendered file", fix)
+    return Problem(path, "a secret", "none: it would be written to the rendered file", fix)
 
 
 def commented(lines: list[str]) -> str:
@@ -126,7 +126,7 @@ _Dumper.add_representer(str, _text)
 
 
 def to_yaml(*documents: Any) -> str:
-    """In the order of their keys; texts of several lines as blocks."""
+    """YAML with keys in their order, and strings of several lines as blocks."""
     return "---\n".join(
         yaml.dump(document, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)
         for document in documents
@@ -134,8 +134,8 @@ def to_yaml(*documents: Any) -> str:
 
 
 def paths_of(argv: tuple[str, ...]) -> dict[str, str]:
-    """Keys of the files that hold paths of this machine, with the paths: a submitted job runs in an uploaded
-    copy of the repository, where what .gitignore names is missing.
+    """Keys of the files that hold local paths, with the paths: a submitted job runs in an uploaded copy of
+    the repository, without the files that .gitignore excludes.
     """
     tree: Any = read_tree(argv).values
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Shell scripts: a cluster of this machine alone, a cluster that is there, and one that Slurm gives."""
+"""Shell scripts that run a job on a local cluster, on a running cluster, or on one in a Slurm allocation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rayrlhf.config.registry import script_of
 from rayrlhf.placement.plan import DATA_CPUS
 
 START = "#!/usr/bin/env bash\n"
-# A path that is there becomes absolute; a hub id, and a path of other machines, stay as they are.
+# An existing path becomes absolute; a hub id, and a path of other machines, are unchanged.
 ABSOLUTE = 'absolute() { if [ -e "$1" ]; then realpath -- "$1"; else printf %s "$1"; fi; }\n'
 
 
 def render_local(job: Rendering) -> str:
-    """Starts a Ray head of its own, submits the job to it, follows it, and stops the head."""
+    """Starts a local Ray head, submits the job to it, follows it, and stops the head."""
     cpus = math.ceil(job.nodes.num_slots * job.config.placement.cpus_per_slot + DATA_CPUS) + 1
     gpus = job.nodes.num_slots if job.nodes.gpus else 0
     note = "Run it in the root of the repository, after `make install`."
@@ -33,16 +33,16 @@ def render_local(job: Rendering) -> str:
 
 
 def render_ray_job(job: Rendering) -> str:
-    """Submits to a cluster that is up."""
+    """Submits to a running cluster."""
     runtime = {"excludes": list(EXCLUDED), **({"env_vars": job.env} if job.env else {})}
     notes = [
         "RAY_API_SERVER_ADDRESS is the dashboard's, http://head:8265; SHARED a folder of all nodes.",
         "Run it in the root of the repository.",
-        "Where Ray asks for a token: RAY_AUTH_MODE=token, and the cluster's in ~/.ray/auth_token, mode 600.",
+        "If Ray requires a token: RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token, mode 600.",
     ]
     if job.secrets:
         names = ", ".join(job.secrets)
-        notes.append(f"The nodes must have {names} already: Ray shows to all what a job brings along.")
+        notes.append(f"The nodes must have {names} already: Ray shows a job's environment to everyone.")
     return "".join(
         [
             START,
@@ -60,7 +60,7 @@ def render_ray_job(job: Rendering) -> str:
 
 
 def _required(job: Rendering) -> str:
-    """Lines that end a script at once where a secret is not in its environment, which its job inherits."""
+    """Lines that end a script at once if a secret is not in its environment, which its job inherits."""
     return "".join(
         f': "${{{variable}:?set it to the value of {name}; it is written nowhere}}"\n'
         for variable, (name, _) in job.secrets.items()
@@ -68,7 +68,7 @@ def _required(job: Rendering) -> str:
 
 
 def _command(job: Rendering, root: str) -> str:
-    """The job's command with absolute paths, one argument per line; a relative run.dir lies in `root`."""
+    """The job's command with absolute paths, one argument per line; a relative run.dir is below `root`."""
     words = ["python", script_of(job.config), *job.argv]
     given = [shlex.join(words)]
     for key, path in paths_of(job.argv).items():
@@ -98,7 +98,7 @@ def render_slurm(job: Rendering) -> str:
         "account": slurm.account,
         "qos": slurm.qos,
         "output": f"{job.name}-%j.log",
-        # The whole job ends when a node is lost, and is queued again: it resumes from its newest checkpoint.
+        # The whole job ends when a node is lost, and is requeued: it resumes from its newest checkpoint.
         "requeue": True,
     }
     sbatch = "".join(
@@ -120,7 +120,7 @@ def render_slurm(job: Rendering) -> str:
             ABSOLUTE,
             _SLURM_BODY.format(
                 port=slurm.port,
-                # Ports of Ray's own services beside the head's: fixed, so that none is taken by chance.
+                # Ports of Ray's own services, next to the head's: fixed, so that none is taken by chance.
                 services=slurm.port + 1,
                 num_nodes=job.nodes.count,
                 cpus=job.nodes.cpus,
@@ -137,7 +137,7 @@ head=${{nodes[0]}}
 address=$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | awk '{{print $1}}')
 export RAY_ADDRESS=$address:{port}
 
-# One token for this cluster, which nobody else can read.
+# One token for this cluster, unreadable for other users.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/.ray-token-$SLURM_JOB_ID
 (umask 077 && head -c 32 /dev/urandom | base64 | tr -dc 'a-zA-Z0-9' > "$RAY_AUTH_TOKEN_PATH")
 

@@ -14,14 +14,14 @@ from rayrlhf.placement.plan import PlacementSpec, Units, place, plan_job, slots_
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines that hold the slots, all alike, beside a head without slots."""
+    """The machines that hold the slots, all alike; the head is an additional machine without slots."""
 
     count: int
     cpus: int
     gpus: int
     memory: str
     num_slots: int
-    assumed: str  # where the config left it open
+    assumed: str  # what was assumed where the config leaves it open
 
 
 def nodes_of(config: Any) -> Nodes:
@@ -57,7 +57,7 @@ def nodes_of(config: Any) -> Nodes:
 
 
 def _parts(config: Any) -> list[Any]:
-    """The jobs that ask for slots one after the other: the stages of a chain, or the job itself."""
+    """The jobs that need slots one after the other: the stages of a chain, or the job itself."""
     if isinstance(config, ServeRewardConfig):
         return []
     if hasattr(config, "generate_config"):

@@ -1,4 +1,4 @@
-"""`rayrlhf chat` as it is called: from a pipe and on a terminal."""
+"""`rayrlhf chat` as a process: from a pipe and on a terminal."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def test_lines_from_a_pipe(
     assert said.err.count("12 tokens, ") == 4 and "no command /nonsense" in said.err
 
 
-def test_mistakes_are_told_before_anything_loads(
+def test_mistakes_are_reported_before_anything_loads(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words, told in (
+    for words, message in (
         ([str(tmp_path / "none")], f"MODEL={tmp_path}/none: no such folder"),
         ([str(tmp_path)], "neither config.json nor adapter_config.json"),
         ([tiny_model, "--base", "./no"], "--base=./no: no such folder"),
         ([tiny_model, "--chat-template", str(tmp_path / "x")], "cannot be read"),
     ):
         assert main(words) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([tiny_model, "--temperature", "-1"])
     assert "wanted a number >= 0" in capsys.readouterr().err
 
 
 class Typist:
-    """A program on a terminal of its own."""
+    """A program on its own terminal."""
 
     def __init__(self, *words: str) -> None:
         self.terminal, other = pty.openpty()
@@ -76,7 +76,7 @@ class Typist:
         os.write(self.terminal, text.encode())
 
     def wait_for(self, text: str, after: int = 0) -> int:
-        """Where it stands in all that was said."""
+        """Its position in the whole output."""
         deadline = time.monotonic() + WAIT_SECONDS
         while (place := self.said.find(text, after)) < 0:
             assert time.monotonic() < deadline, f"no {text!r} in {self.said!r}"
@@ -110,7 +110,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model: str, base: bool
         place = typist.wait_for("tokens/s", place)
         place = typist.wait_for("> ", place)
         time.sleep(1)  # readline prints its prompt before it listens to signals
-        typist.type("\x03")  # nobody speaks: nothing to stop
+        typist.type("\x03")  # no answer is being generated: nothing to stop
         place = typist.wait_for("/exit or Ctrl-D leaves", place)
         typist.wait_for("> ", place)
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""Lines in, answers out: what is remembered, what the commands do, what a problem leaves behind."""
+"""Conversations: histories, commands, and the state after a problem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Echo:
         self,
         messages: list[Message],
         sampling: Sampling,
-        tell: Callable[[str], None],
+        on_text: Callable[[str], None],
         is_stopped: Callable[[], bool],
     ) -> Answer:
         self.asked.append(messages)
@@ -31,7 +31,7 @@ class Echo:
         if messages[-1]["content"] == "too long":
             raise ChatProblem("no room: /reset")
         text = f"{self.name} {messages[-1]['content'].upper()}"
-        tell(text)
+        on_text(text)
         return Answer(text, num_tokens=10, seconds=2.0, interrupted=is_stopped())
 
 
@@ -79,7 +79,7 @@ def test_every_speaker_remembers_its_own_answers() -> None:
     assert [sampling.seed for sampling in speakers[0].sampling] == [5, 6]
 
 
-def test_reset_and_system_begin_anew() -> None:
+def test_reset_and_system_start_a_new_conversation() -> None:
     [echo], _, _ = talk("a", "/reset", "b", "/system Be kind.", "c", "/system", "d", system="Be brief.")
     brief, kind = ({"role": "system", "content": text} for text in ("Be brief.", "Be kind."))
     assert echo.asked == [[brief, user("a")], [brief, user("b")], [kind, user("c")], [user("d")]]

@@ -30,17 +30,17 @@ def test_21_an_answer_on_a_terminal(kind: type[Terminal], encoding: str, size: i
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     speak(kind(SafeConsole(file=stream, width=300)), ["a", f"b{HOSTILE}"][: 1 + (kind is Columns)], size)
     stream.seek(0)
-    told = stream.read()
-    assert_harmless(told)
-    assert r"\x1b]0;pwned\x07\x1b[2J" in told and ":smile:" in told and "[/nope]" in told
+    output = stream.read()
+    assert_harmless(output)
+    assert r"\x1b]0;pwned\x07\x1b[2J" in output and ":smile:" in output and "[/nope]" in output
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_21_answers_in_a_pipe(size: int, capsys: pytest.CaptureFixture[str]) -> None:
     speak(Lines(), ["a", f"b{HOSTILE}"], size)
-    told = capsys.readouterr()
-    assert_harmless(told.out + told.err)
-    assert told.out.count(r"\x1b]52;c;cm0gLXJmIH4=\x07") == 3, "two answers and a name"
+    output = capsys.readouterr()
+    assert_harmless(output.out + output.err)
+    assert output.out.count(r"\x1b]52;c;cm0gLXJmIH4=\x07") == 3, "two answers and a name"
 
 
 def test_pieces_are_harmless_before_they_reach_the_console() -> None:

@@ -67,7 +67,7 @@ def test_a_conversation_that_fills_the_model_is_refused(tiny_model: str) -> None
     assert 1 <= answer.num_tokens <= 512 - 504
 
 
-def test_a_base_without_template_speaks_by_that_of_the_tuned_model(tiny_model: str, tmp_path: Path) -> None:
+def test_a_base_without_template_uses_that_of_the_tuned_model(tiny_model: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path)
     make_tokenizer(chat_template=None).save_pretrained(tmp_path)
     base, tuned = load_speakers(tiny_model, str(tmp_path), dtype="float32", chat_template=None)

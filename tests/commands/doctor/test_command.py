@@ -44,7 +44,7 @@ def test_a_tiny_ray_starts_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.ray
-def test_a_cluster_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_cluster_is_reported(tmp_path: Path) -> None:
     code, findings = doctor("--address", "127.0.0.1:1")
     [found] = [finding for finding in findings if finding["name"] == "ray"]
     assert code == 1 and found["status"] == "fail" and found["fix"]

@@ -1,4 +1,4 @@
-"""The Slurm script, run for real: stand-ins for Slurm's and Ray's commands write down what they are told."""
+"""The Slurm script, executed with stubs of Slurm's and Ray's commands that log their arguments."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_head_workers_job_and_clean_up(
         timeout=30,
     )
     assert done.returncode == exit_code, done.stderr
-    told = log.read_text().splitlines()
-    heads = [line for line in told if line.startswith("node1: ray start --head")]
-    workers = {line.split(":")[0] for line in told if "ray start --address=10.0.0.1:6379" in line}
+    log_lines = log.read_text().splitlines()
+    heads = [line for line in log_lines if line.startswith("node1: ray start --head")]
+    workers = {line.split(":")[0] for line in log_lines if "ray start --address=10.0.0.1:6379" in line}
     assert len(heads) == 1 and "--port=6379" in heads[0] and workers == {"node2", "node3"}
-    assert all("--num-gpus=3" in line for line in told if "ray start" in line)
-    assert told.count("600") == 3, "every node reads a token that nobody else can"
-    commands = [line for line in told if line.startswith("python ")]
+    assert all("--num-gpus=3" in line for line in log_lines if "ray start" in line)
+    assert log_lines.count("600") == 3, "every node reads a token that other users cannot"
+    commands = [line for line in log_lines if line.startswith("python ")]
     assert commands[0] == "python -m rayrlhf.commands.render.wait_for_nodes 3"
     assert commands[1].startswith("python jobs/ppo.py jobs/configs/ppo-8x-gpu.yaml")
     assert f"run.dir={tmp_path}/runs" in commands[1]

@@ -1,4 +1,4 @@
-"""Players to learn from (tests/pretrained_tiny.py): good ones, and clumsy ones that mostly guess."""
+"""Players that generate training data (tests/pretrained_tiny.py): good ones, and ones that mostly guess."""
 
 from __future__ import annotations
 
