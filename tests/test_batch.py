@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rayrlhf.batch import (
     PackedBatch,
     cu_seqlens_of,
-    padding_samples,
     pack_samples,
+    padding_samples,
     position_ids_of,
     sequence_ids_of,
 )

@@ -78,7 +78,7 @@ class StageFailed(RuntimeError):
 
 
 class DriverRun:
-    """A job on its driver, from the first check to its exit code. Errors that end the body become one message.
+    """A job on its driver, from the first check to its exit code. Errors of the body become one message.
 
     >>> with DriverRun(config) as run:
     ...     config = run.pinned(config)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from rayrlhf.policy.advantages import add_advantages, with_group_advantages
 from torch import Tensor
 
-from rayrlhf.batch import PackedBatch, padding_samples, pack_samples
+from rayrlhf.batch import PackedBatch, pack_samples, padding_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.policy import advantages as advantages_module
-from rayrlhf.policy.advantages import add_advantages, with_group_advantages
 from tests.samples import make_prompt, make_sample
 
 GROUP_ESTIMATORS = ["rloo", "grpo", "dr_grpo", "reinforce_pp_baseline"]

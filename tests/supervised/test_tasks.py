@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayrlhf.batch import padding_examples, pack_examples
+from rayrlhf.batch import pack_examples, padding_examples
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.train import SupervisedTrainConfig
 from rayrlhf.samples import Example, TokenSequence
