@@ -154,19 +154,19 @@ def links(device: str) -> dict[str, Any]:
     import torch
     import torch.multiprocessing
 
-    from rayrlhf.weights.transfer_group import Guest, Meeting, join
+    from rayrlhf.weights.transfer_group import Receiver, TransferGroup, join
     from rayrlhf.weights.transfer_store import TransferStore
 
     num_bytes = (256 if device == "cuda" else 16) * 2**20
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     store = TransferStore()
-    meeting = Meeting("ipc", store.address, {0: Guest(0, ("here",))}, 60)
+    transfer_group = TransferGroup("ipc", store.address, {0: Receiver(0, ("here",))}, 60)
     context = torch.multiprocessing.get_context("spawn")
     sums = context.Queue()
-    reader = context.Process(target=_read_buckets, args=(meeting, where, num_bytes, sums), daemon=True)
+    reader = context.Process(target=_read_buckets, args=(transfer_group, where, num_bytes, sums), daemon=True)
     reader.start()
     assert sums.get(timeout=SECONDS) == "ready"
-    link = join(meeting, rank=0, device=where, key="here")
+    link = join(transfer_group, rank=0, device=where, key="here")
     wanted: list[int] = []
     seconds: list[float] = []
     for _ in range(BUCKETS):
@@ -185,7 +185,7 @@ def links(device: str) -> dict[str, Any]:
     results: dict[str, Any] = {"gigabytes_per_second": round(num_bytes / min(seconds) / 1e9, 1)}
     if device == "cuda":
         alone = TransferStore()
-        nobody = Meeting("nccl", alone.address, {}, 60)
+        nobody = TransferGroup("nccl", alone.address, {}, 60)
         group = join(nobody, rank=0, device=where, key="")
         group.send(torch.ones(8, dtype=torch.uint8, device=where))
         group.flush()
@@ -195,14 +195,14 @@ def links(device: str) -> dict[str, Any]:
     return results
 
 
-def _read_buckets(meeting: Any, device: Any, num_bytes: int, sums: Any) -> None:
+def _read_buckets(transfer_group: Any, device: Any, num_bytes: int, sums: Any) -> None:
     """In another process: copy each bucket, as an engine does, and tell the sum of its bytes."""
     import torch
 
     from rayrlhf.weights.transfer_group import join
 
     own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    link = join(meeting, rank=1, device=device, key="here")
+    link = join(transfer_group, rank=1, device=device, key="here")
     sums.put("ready")
     for _ in range(BUCKETS):
         own.copy_(link.receive(num_bytes))
@@ -231,7 +231,7 @@ def engine(device: str) -> dict[str, Any]:
             RolloutConfig(kv_cache_bytes=64 * 2**20, gpu_memory_utilization=0.3),
             seed=0,
             max_model_tokens=128,
-            weight_hub=None,
+            weight_store=None,
             on_gpu=device == "cuda",
             threads=1,
             sleeps=True,
@@ -266,13 +266,13 @@ def engine(device: str) -> dict[str, Any]:
                 await stepper.finish_weight_update(1)
 
             assert await generated() == greedy()
-            freed = await stepper.give_up_memory()
+            freed = await stepper.release_memory()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.5)
-            await stepper.take_memory("weights")
+            await stepper.reacquire_memory("weights")
             await push()
-            await stepper.take_memory("kv_cache")
+            await stepper.reacquire_memory("kv_cache")
             await stepper.resume()
             assert await generated() == greedy()
             return {"freed_bytes": freed}

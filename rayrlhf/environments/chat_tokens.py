@@ -1,11 +1,11 @@
-"""The tokens around the policy's responses: how an episode opens, and what lies between two responses.
+"""Tokenisation of multi-turn episodes: the opening, and the text between two responses of the policy.
 
-Token ids are never re-made from text. An episode is the ids of the opening, then for every turn the ids of
-the response exactly as the engine gave them and the ids of the observation in the words of the chat template.
-Those words are what the template writes between an answer and the next one: it renders a stand-in answer
-followed by the observation, and all that comes behind the stand-in belongs to the observation. (A rendering
-without the observation would be no prefix to subtract: templates such as Qwen3's treat the last answer of a
-conversation differently from earlier ones.)
+Token ids are never re-encoded from text. An episode is the ids of the opening, then for every turn the ids of
+the response exactly as the engine returned them and the ids of the observation as the chat template renders
+it. That rendering is what the template writes between one answer and the next: a placeholder answer followed
+by the observation is rendered, and all text after the placeholder belongs to the observation. (A rendering
+without the observation is not a prefix that could be subtracted: templates such as Qwen3's treat the last
+answer of a conversation differently from earlier ones.)
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ from rayrlhf.data.rows.row import BadRow, DataError, check_unicode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]  # role, content, and what else the template reads
+Message = dict[str, Any]  # role, content and other fields the template reads
 Observation = str | Message | Sequence[str | Message]
 
 
 class Turns:
-    """Renders one tokenizer's openings and observations. Raises `DataError` for a template it cannot use."""
+    """Renders openings and observations with one tokenizer's chat template.
+
+    Raises:
+        DataError: for a template that does not support multi-turn episodes.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: PromptDataConfig) -> None:
         self.tokenizer = tokenizer
-        # The opening comes from the environment: no column of the data has to hold it, nor a label.
+        # The opening comes from the environment: the data needs no prompt or label column.
         changes = {"prompt_key": "opening", "label_key": None, "system_key": None, "tools_key": None}
         self.data = data.model_copy(update=changes)
-        self.end_of_turn_id: int | None = None  # the token that closes an answer in the template
+        self.end_of_turn_id: int | None = None  # ends an answer in the template
         if data.apply_chat_template:
             self.end_of_turn_id = check_template(tokenizer)
 
     def opening(self, opening: str | Sequence[Message]) -> tuple[str, list[int]]:
-        """Text and ids of the messages (or text) that `reset` gave. Raises `BadRow`."""
+        """Text and token ids of the messages (or text) returned by `reset`. Raises `BadRow`."""
         if isinstance(opening, Sequence) and not isinstance(opening, str):
             opening = list(opening)
         rendered = render_prompt({"opening": opening}, self.data, self.tokenizer)
@@ -50,10 +54,10 @@ class Turns:
         return prompt, prompt_ids
 
     def between(self, response_ids: Sequence[int], observation: Observation) -> tuple[str, list[int]]:
-        """Text and ids from the end of a response to where the next one begins.
+        """Text and token ids between a response and the next one.
 
-        The text has the end of the response's turn in it; the ids have it only where the response did not end
-        with that token itself, but for instance with a stop string. Raises `BadRow`.
+        The text includes the end of the response's turn; the ids include it only if the response did not end
+        with that token itself, but for example with a stop string. Raises `BadRow`.
         """
         if not self.data.apply_chat_template:
             if not isinstance(observation, str):
@@ -63,10 +67,10 @@ class Turns:
                 )
             check_unicode(observation, "the observation")
             return observation, encode(observation, self.tokenizer)
-        # The template's markers in an observation, such as one that repeats what the policy wrote, are text.
+        # Template markers in an observation, e.g. one that repeats the policy's output, are plain text.
         messages = cut(as_messages(observation), markers_of(self.tokenizer).own)
         text = behind_answer(self.tokenizer, messages)
-        # As a whole, since a tokenizer may treat the first characters of a text differently.
+        # Encoded as a whole: a tokenizer may treat the first characters of a text differently.
         ids = encode(text, self.tokenizer)
         if self.end_of_turn_id is not None and list(response_ids[-1:]) == [self.end_of_turn_id]:
             ids = ids[ids.index(self.end_of_turn_id) + 1 :]
@@ -74,7 +78,7 @@ class Turns:
 
 
 def as_messages(observation: Observation) -> list[Message]:
-    """The observation as messages; a text becomes one of the user's. Raises `BadRow`."""
+    """The observation as messages; a text becomes a user message. Raises `BadRow`."""
     parts = [observation] if isinstance(observation, str | Mapping) else observation
     if not isinstance(parts, Sequence):
         raise BadRow(
@@ -100,9 +104,10 @@ def _as_message(part: str | Mapping[str, Any]) -> Message:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that closes an answer in the tokenizer's chat template; None where only text does.
+    """The token that ends an answer in the tokenizer's chat template; None if the template ends it with text.
 
-    Raises `DataError` for a template that cannot go on with a conversation from the tokens of an answer.
+    Raises:
+        DataError: if the template cannot continue a conversation from the tokens of an answer.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -129,5 +134,5 @@ def _refusal(reason: str) -> str:
 
 
 def behind_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """What the template writes behind an answer that `messages` follow, up to the next answer."""
+    """What the template writes after an answer that is followed by `messages`, up to the next answer."""
     return ends.behind_answer(tokenizer, messages, generation_prompt=True)

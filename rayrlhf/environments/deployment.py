@@ -1,7 +1,7 @@
-"""Multi-turn rollouts: Serve replicas that play episodes between the engines and an environment of the
-user's.
+"""Environment deployment for multi-turn rollouts: Serve replicas that run episodes between the engines and a
+user-defined environment.
 
-Environments are found and tried once on the driver; the replicas need no slot, only time on a CPU.
+Environments are resolved and tried once on the driver; the replicas need no slot, only CPU time.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from rayrlhf.isolation.output import OutputLog
 from rayrlhf.isolation.pool import ProcessPool
 from rayrlhf.isolation.process import CodeProcess, Hosted
 from rayrlhf.placement.serve_status import of_this_replica
-from rayrlhf.rollout.client import Patience
+from rayrlhf.rollout.client import RetryPolicy
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.samples import Prompt
 from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
 
-MAX_STUCK_CALLS = 8  # of the user's that never came back, before their process is replaced
-NAME = "environment"  # of its output
+MAX_STUCK_CALLS = 8  # of user code that never returned, before their process is replaced
+NAME = "environment"  # of its output log
 DUMMY_ANSWER = "A short answer, to see whether the environment works."
 DUMMY_PARAMS = {"max_tokens": 10_000, "seed": 0}
 
@@ -52,8 +52,10 @@ def hosted_environment(code: UserCode, config: EnvironmentConfig) -> Hosted:
 
 
 def find_environment(config: EnvironmentConfig) -> UserCode:
-    """Resolve `module:Class` or `path/file.py:Class` on the driver, and import it in a process. Raises
-    `UserCodeError`.
+    """Resolve `module:Class` or `path/file.py:Class` on the driver, and import it in a separate process.
+
+    Raises:
+        UserCodeError: if the class cannot be found, imported or used.
     """
     code = find_user_code(config.environment, "class")
 
@@ -74,7 +76,7 @@ def _with_name(text: str, error: CodeError) -> str:
 
 
 class IsolatedEnvironments:
-    """Environments in processes of their own, as `play` wants them."""
+    """Environments in separate processes, with the interface that `play` expects."""
 
     def __init__(self, pool: ProcessPool) -> None:
         self.pool = pool
@@ -82,16 +84,23 @@ class IsolatedEnvironments:
         self._stuck: dict[CodeProcess, int] = {}
 
     @asynccontextmanager
-    async def episode(self, *, alone: bool = False) -> AsyncIterator[IsolatedEnvironment]:
-        """`alone`: in a process of its own. Raises `EnvironmentFailure` where no process starts."""
+    async def episode(self, *, own_process: bool = False) -> AsyncIterator[IsolatedEnvironment]:
+        """An environment for one episode.
+
+        Args:
+            own_process: use a separate process, not shared with other episodes.
+
+        Raises:
+            EnvironmentFailure: if no process starts.
+        """
         try:
-            async with self.pool.own_process() if alone else self.pool.process() as process:
+            async with self.pool.own_process() if own_process else self.pool.process() as process:
                 yield IsolatedEnvironment(self, process, next(self._numbers))
         except CodeError as error:
             raise EnvironmentFailure(str(error)) from error
 
     async def count_stuck(self, process: CodeProcess) -> None:
-        """Too many calls that never end slow the others down: episodes to come have another process."""
+        """Replace a process with too many calls that never end: they slow down the others."""
         self._stuck[process] = self._stuck.get(process, 0) + 1
         if self._stuck[process] >= MAX_STUCK_CALLS:
             del self._stuck[process]
@@ -99,14 +108,14 @@ class IsolatedEnvironments:
 
 
 class IsolatedEnvironment:
-    """One episode's. Its methods raise `EnvironmentFailure`."""
+    """The environment of one episode, in another process. Its methods raise `EnvironmentFailure`."""
 
     def __init__(self, owner: IsolatedEnvironments, process: CodeProcess, number: int) -> None:
         self.owner = owner
         self.process = process
         self.number = number
-        self.running = ""  # the user's method that runs now
-        self.innocent = False  # its process died, perhaps by another episode
+        self.running = ""  # the user method that is running
+        self.may_retry = False  # its process died while other episodes ran in it, perhaps because of them
 
     async def reset(self, row: dict[str, Any]) -> str | Sequence[Message]:
         return await self._call("reset", row)
@@ -119,12 +128,12 @@ class IsolatedEnvironment:
         if self.process.died:
             return
         try:
-            # The host cuts off a close() of the user's by itself.
+            # The process itself limits the time of the user's close().
             is_stuck = await self.process.call("close", self.number, timeout_seconds=CLOSE_SECONDS + 5)
         except CodeTimeout:
             await self.owner.pool.retire(self.process)
         except ProcessDied:
-            pass  # its episode is over
+            pass  # the episode is already over
         else:
             if is_stuck:
                 await self.owner.count_stuck(self.process)
@@ -134,7 +143,7 @@ class IsolatedEnvironment:
         try:
             returned = await self.process.call(method, self.number, argument)
         except ProcessDied as died:
-            self.innocent = not died.alone
+            self.may_retry = not died.alone
             raise EnvironmentFailure(f"{method}(): {died}") from died
         except CodeError as error:
             raise EnvironmentFailure(str(error)) from error
@@ -149,7 +158,7 @@ def try_environment(
     rows: Sequence[Mapping[str, Any]],
     turns: Turns,
 ) -> None:
-    """Play two turns with a plain answer for each of `rows`. Raises `EnvironmentFailure`."""
+    """Run two turns with a fixed answer for each of `rows`. Raises `EnvironmentFailure`."""
     two_turns = config.model_copy(update={"max_turns": 2})  # the first observation is rendered too
     text = hosted.arguments[0].text
 
@@ -178,7 +187,7 @@ def try_environment(
 
 @dataclass(frozen=True)
 class EnvironmentSetup:
-    """What a replica needs to play."""
+    """What a replica needs to run episodes."""
 
     code: UserCode
     rollout: RolloutConfig  # with `environment`
@@ -186,13 +195,15 @@ class EnvironmentSetup:
     tokenizer_path: str
     trust_remote_code: bool
     chat_template: str | None  # Jinja text
-    rollout_app: str  # the engines' Serve app
-    log: Path | None = None  # for what the environment prints
-    say: Callable[[str], None] | None = None  # takes its first lines
+    rollout_app: str  # name of the engines' Serve app
+    log: Path | None = None  # for the environment's output
+    say: Callable[[str], None] | None = None  # receives the first lines of that output
 
 
 class EnvironmentReplica:
-    """Plays episodes, many at once. A failed environment is part of its episode, never an exception."""
+    """Serve replica that runs many episodes concurrently. An environment failure is recorded in its episode,
+    never raised.
+    """
 
     async def __init__(self, setup: EnvironmentSetup) -> None:
         assert setup.rollout.environment is not None
@@ -210,18 +221,22 @@ class EnvironmentReplica:
         self._engines: Any = None
 
     async def episode(self, prompt: Prompt, params: dict[str, Any], min_version: int) -> Episode:
-        """An episode for the columns of a row. `params` are vLLM's SamplingParams; every turn derives a seed
-        of its own from theirs. Each response is sampled by weights of at least `min_version`.
+        """Run one episode.
 
-        It begins again, once and in a process of its own, where its process died while other episodes had
-        calls in it.
+        If its process died while other episodes had calls in it, the episode is restarted once, in a separate
+        process.
+
+        Args:
+            prompt: its columns are passed to `reset`.
+            params: arguments of vLLM's SamplingParams; every turn derives its own seed from theirs.
+            min_version: lowest weight version that samples a response.
         """
-        began = time.monotonic()
-        episode, innocent = await self._play(self.config, prompt, params, min_version, alone=False)
-        left = self.config.timeout_seconds - (time.monotonic() - began)
-        if innocent and left > 0:
+        started = time.monotonic()
+        episode, may_retry = await self._play(self.config, prompt, params, min_version, own_process=False)
+        left = self.config.timeout_seconds - (time.monotonic() - started)
+        if may_retry and left > 0:
             in_time = self.config.model_copy(update={"timeout_seconds": left})
-            episode, _ = await self._play(in_time, prompt, params, min_version, alone=True)
+            episode, _ = await self._play(in_time, prompt, params, min_version, own_process=True)
         return episode
 
     async def _play(
@@ -231,26 +246,26 @@ class EnvironmentReplica:
         params: dict[str, Any],
         min_version: int,
         *,
-        alone: bool,
+        own_process: bool,
     ) -> tuple[Episode, bool]:
         async def complete(prompt_ids: list[int], params: dict[str, Any]) -> Generation:
             return await self._complete(prompt_ids, params, min_version)
 
         try:
-            async with self.environments.episode(alone=alone) as environment:
+            async with self.environments.episode(own_process=own_process) as environment:
                 episode = await play(environment, self.turns, config, prompt.columns, params, complete)
-                return episode, environment.innocent
+                return episode, environment.may_retry
         except EnvironmentFailure as error:  # no process starts
             return Episode.failed(str(error)), False
 
     async def _complete(self, prompt_ids: list[int], params: dict[str, Any], min_version: int) -> Generation:
-        """One response from the engines; from another one if the first dies."""
-        patience = Patience("engine", "rollout.timeout_seconds", self.setup.rollout.timeout_seconds)
-        if self._engines is None:  # not in the constructor: the engines' app may come up later
+        """One response from the engines; retried on another engine if the first dies."""
+        retry_policy = RetryPolicy("engine", "rollout.timeout_seconds", self.setup.rollout.timeout_seconds)
+        if self._engines is None:  # not in the constructor: the engines' app may start later
             self._engines = serve.get_app_handle(self.setup.rollout_app)
-        return await patience.ask(lambda: self._engines.complete.remote(prompt_ids, params, min_version))
+        return await retry_policy.call(lambda: self._engines.complete.remote(prompt_ids, params, min_version))
 
-    def __del__(self) -> None:  # Serve calls it when the replica goes
+    def __del__(self) -> None:  # Serve calls it when the replica shuts down
         if hasattr(self, "pool"):
             self.pool.close()
 

@@ -1,4 +1,4 @@
-"""Environments of the user's in their process: episodes, each with an instance of its own."""
+"""Runs user environments inside an isolated process: one instance per episode."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rayrlhf.environments.user_environment import EnvironmentFailure, UserEnviro
 from rayrlhf.isolation.frames import CodeError
 from rayrlhf.usercode import UserCode, UserCodeError
 
-MAX_EPISODES = 1024  # at once, per process
+MAX_EPISODES = 1024  # concurrent, per process
 
 
 class EnvironmentHost:
-    """What `rayrlhf.isolation.host` runs. Raises `CodeError` where the class cannot be used."""
+    """Run by `rayrlhf.isolation.host`. Raises `CodeError` if the class cannot be used."""
 
     max_calls = MAX_EPISODES
 
@@ -40,7 +40,7 @@ class EnvironmentHost:
         return await self._call(episode, self.episodes[episode].step(response))
 
     async def close(self, episode: int) -> bool:
-        """Let it clean up. Returns whether a call of the user's still runs, and will not end."""
+        """Close the environment. Returns whether a user call is stuck, that is, still running."""
         environment = self.episodes.pop(episode, None)
         if environment is None:
             return False

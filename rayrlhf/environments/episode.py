@@ -1,4 +1,4 @@
-"""One episode: the policy and an environment by turns, kept as the tokens that either of them made."""
+"""One multi-turn episode of policy and environment, recorded as tokens."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from rayrlhf.environments.chat_tokens import Turns
 from rayrlhf.environments.user_environment import EnvironmentFailure
 from rayrlhf.rollout.engine import Generation
 
-# (prompt_ids, vLLM's SamplingParams) -> the one generation
+# (prompt_ids, arguments of vLLM's SamplingParams) -> one generation
 Complete = Callable[[list[int], dict[str, Any]], Awaitable[Generation]]
 
 
 @dataclass(frozen=True)
 class Episode:
-    """What became of an episode. The lists have one entry per token behind the opening."""
+    """The result of an episode. The lists have one entry per token after the opening."""
 
-    prompt_ids: list[int]  # the opening; empty where there was none, which is a failure
+    prompt_ids: list[int]  # the opening; empty if there was none, which is a failure
     prompt: str
-    response_ids: list[int]  # responses and observations as they followed each other
-    response: str  # their text; responses without special tokens, observations with the template's
+    response_ids: list[int]  # responses and observations, in order
+    response: str  # their text: responses without special tokens, observations with those of the template
     logprobs: list[float]  # 0 on the observations' tokens
     loss_mask: list[int]  # 1 on the policy's tokens
-    policy_versions: list[int]  # the weights that sampled a token, or read it where it is masked
-    truncated: bool  # out of tokens, in a response or before one
-    num_turns: int  # responses
+    policy_versions: list[int]  # of the weights that sampled the token, or processed it if it is masked
+    truncated: bool  # token limit reached, in a response or before one
+    num_turns: int  # number of responses
     reward: float | None  # sum over the steps; None after a failure
     failure: str = ""
 
     @classmethod
     def failed(cls, reason: str) -> Episode:
-        """One that did not even begin."""
+        """An episode that failed before it started."""
         return _Transcript().episode(reason)
 
 
 class Playable(Protocol):
-    """An environment as an episode sees it: its methods raise `EnvironmentFailure`."""
+    """Interface of an environment used by `play`. Its methods raise `EnvironmentFailure`."""
 
-    running: str  # the user's method that runs now
+    running: str  # the user method that is running
 
     async def reset(self, row: dict[str, Any]) -> Any: ...
 
@@ -61,24 +61,26 @@ async def play(
     params: Mapping[str, Any],
     complete: Complete,
 ) -> Episode:
-    """Play one episode. What the environment does wrong, or the deadline, ends it with a `failure` and the
-    tokens so far; what `complete` raises is raised.
+    """Run one episode.
 
-    It ends when the environment says so, after `max_turns` responses, and (as truncated) with a response cut
-    off by its token limit or when `max_response_tokens` leave no room for another one. The environment does
-    not see a response that was cut off.
+    An error of the environment or the deadline ends it with a `failure` and the tokens so far; exceptions of
+    `complete` are propagated.
+
+    The episode ends when the environment is done, after `max_turns` responses, and (as truncated) with a
+    response cut off by its token limit or when `max_response_tokens` leave no room for another one. The
+    environment does not receive a response that was cut off.
     """
     transcript = _Transcript()
     failure = ""
     deadline = asyncio.timeout(config.timeout_seconds)
     try:
         async with deadline:
-            await _take_turns(transcript, environment, turns, config, row, params, complete)
+            await _run_turns(transcript, environment, turns, config, row, params, complete)
     except EnvironmentFailure as error:
         failure = str(error)
     except TimeoutError:
         if not deadline.expired():
-            raise  # the engine's
+            raise  # raised by the engine
         failure = (
             f"timed out after {config.timeout_seconds:g} s in {environment.running or 'generation'} "
             "(rollout.environment.timeout_seconds)"
@@ -88,7 +90,7 @@ async def play(
     return transcript.episode(failure)
 
 
-async def _take_turns(
+async def _run_turns(
     transcript: _Transcript,
     environment: Playable,
     turns: Turns,
@@ -114,12 +116,12 @@ async def _take_turns(
         if generation.truncated:
             transcript.truncated = True
             return
-        seen, reward, done = await environment.step(generation.text)
+        next_observation, reward, done = await environment.step(generation.text)
         transcript.reward += reward
         if done or turn + 1 == config.max_turns:
             return
         try:
-            observation, observation_ids = turns.between(generation.token_ids, seen)
+            observation, observation_ids = turns.between(generation.token_ids, next_observation)
         except BadRow as error:
             raise EnvironmentFailure(f"step(): {error}") from error
 
@@ -127,12 +129,12 @@ async def _take_turns(
 def turn_params(
     params: Mapping[str, Any], end_of_turn_id: int | None, *, turn: int, room: int
 ) -> dict[str, Any]:
-    """The episode's SamplingParams for one of its turns: a seed of its own, at most `room` tokens."""
+    """The episode's sampling parameters for one turn: a distinct seed and at most `room` tokens."""
     longest = min(params["max_tokens"], room)
     changes: dict[str, Any] = {
         "max_tokens": longest,
         "min_tokens": min(params.get("min_tokens") or 0, longest),
-        "include_stop_str_in_output": True,  # the tokens have it, so the environment is to see it too
+        "include_stop_str_in_output": True,  # the tokens contain it, so the environment receives it too
     }
     if params.get("seed") is not None:
         changes["seed"] = int(np.random.SeedSequence([params["seed"], turn]).generate_state(1)[0])
@@ -144,7 +146,7 @@ def turn_params(
 
 @dataclass
 class _Transcript:
-    """An episode that is still played."""
+    """An episode in progress."""
 
     prompt_ids: list[int] = field(default_factory=list)
     prompt: str = ""
@@ -158,7 +160,9 @@ class _Transcript:
     reward: float = 0.0
 
     def add(self, observation: str, observation_ids: list[int], generation: Generation) -> None:
-        """An observation and the response to it: one that nobody answered teaches nothing and is left out."""
+        """Append an observation and the response to it. A last observation without a response is left out: no
+        loss token follows it.
+        """
         assert generation.token_ids, "a generation has at least one token"
         self.texts += [observation, generation.text]
         self.response_ids += [*observation_ids, *generation.token_ids]

@@ -1,5 +1,5 @@
-"""The user's side of an episode: an instance of their class, its calls held to a contract. It lives in a
-process of its own (see `environment_host`).
+"""Interface of user environments, and a wrapper that validates the calls to one instance. It runs in a
+separate process (see `environment_host`).
 """
 
 from __future__ import annotations
@@ -22,37 +22,47 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10.0
-MESSAGE_CHARACTERS = 2_000  # of what the user's code raised
+MESSAGE_CHARACTERS = 2_000  # of the message of an exception in user code
 
 
 class Environment(Protocol):
-    """What a class must have to be `rollout.environment.environment`; there is nothing to inherit from.
+    """Interface of a class given as `rollout.environment.environment`; no inheritance is required.
 
-    Each episode has an instance of its own, made with `rollout.environment.arguments`. Either method may be
-    `async def`. Plain ones run on a thread, the same one for the whole episode, and may take their time;
-    async ones share a loop with other episodes and must not block. What is random in it should come from the
-    row: the samples of a group are compared with one another and should meet the same task. A method
-    `close()` is called at the end, if there is one.
+    Each episode has a separate instance, created with `rollout.environment.arguments`. Either method may be
+    `async def`. Plain methods run on a thread, the same one for the whole episode, and may block; async ones
+    share an event loop with other episodes and must not block. Randomness should be derived from the row: the
+    samples of a group are compared with one another and should have the same task. A method `close()` is
+    called at the end, if there is one.
     """
 
     def reset(self, row: dict[str, Any]) -> str | Sequence[Message]:
-        """The messages that open the episode (a text is one message of the user's, or the prompt itself
-        with data.apply_chat_template=false). `row` has the columns of the data.
+        """Start an episode.
+
+        Args:
+            row: the columns of the data.
+
+        Returns:
+            The opening messages. A text is one user message, or with data.apply_chat_template=false the
+            prompt itself.
         """
         ...
 
     def step(self, response: str) -> tuple[Observation, float, bool]:
-        """(observation, reward, done) after a response of the policy, given without special tokens.
+        """Process one response of the policy.
 
-        The observation is a text (a message of the user's), a message such as {"role": "tool", "content":
-        "42"}, or a list of them; it is not looked at when done. The episode's reward is the sum over its
-        steps.
+        Args:
+            response: text without special tokens.
+
+        Returns:
+            (observation, reward, done). The observation is a text (a user message), a message such as
+            {"role": "tool", "content": "42"}, or a list of them; it is ignored when done. The episode's
+            reward is the sum over its steps.
         """
         ...
 
 
 class EnvironmentFailure(ValueError):
-    """The environment raised, broke the contract or took too long: its episode has no reward."""
+    """The environment raised, violated the interface or timed out: its episode has no reward."""
 
 
 class UserEnvironment:
@@ -88,7 +98,7 @@ class UserEnvironment:
         return observation, number, bool(done)
 
     async def close(self) -> None:
-        """Let the user's class clean up. What goes wrong here is logged: the episode itself is over."""
+        """Call the user's `close`. Its errors are only logged: the episode is already over."""
         close = getattr(self._instance, "close", None)
         try:
             if close is not None and not self._thread.busy:
@@ -103,28 +113,28 @@ class UserEnvironment:
 
     @property
     def stuck_thread(self) -> threading.Thread | None:
-        """The thread, if a call of the user's still runs on it."""
+        """The thread, if a user call is still running on it."""
         return self._thread.thread if self._thread.busy else None
 
     async def _call(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
         self.running = f"{name}()"
         try:
             if inspect.iscoroutinefunction(method):
-                returned = await _let_go_of(method(*arguments))
+                returned = await _await_abandonable(method(*arguments))
             else:
                 returned, error = await self._thread.run(method, *arguments)
                 if error is not None:
                     raise error
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # foreign code: exit() ends the episode and nothing else
+        except BaseException as error:  # user code: exit() must end only the episode
             raise EnvironmentFailure(f"{name}() raised {described(error, (__file__,))}") from error
         self.running = ""
         return returned
 
 
 class _EpisodeThread:
-    """Runs one call after the other. A daemon: a call that never returns holds up nothing but itself."""
+    """Runs calls sequentially, on a daemon thread: a call that never returns blocks only this thread."""
 
     def __init__(self) -> None:
         self.busy = False
@@ -134,13 +144,13 @@ class _EpisodeThread:
         self.thread.start()
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, BaseException | None]:
-        """(result, error). Neither futures nor coroutines let every exception pass: not StopIteration."""
+        """Returns (result, error): futures and coroutines cannot propagate StopIteration, for example."""
         future: Future[tuple[Any, BaseException | None]] = Future()
         self._calls.put((future, function, arguments))
         return await asyncio.wrap_future(future)
 
     def end(self) -> None:
-        """Leave after the call that runs now."""
+        """Stop the thread after the current call."""
         self._calls.put(None)
 
     def _run(self) -> None:
@@ -157,8 +167,8 @@ class _EpisodeThread:
             future.set_result(outcome)
 
 
-async def _let_go_of(coroutine: Any) -> Any:
-    """Await it; when cancelled, cancel it too, but do not wait for whether it heeds that."""
+async def _await_abandonable(coroutine: Any) -> Any:
+    """Await a coroutine; on cancellation, cancel it without waiting for it to end."""
     task = asyncio.ensure_future(coroutine)
     try:
         await asyncio.wait({task})

@@ -268,7 +268,7 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
             rollout,
             seed=config.run.seed,
             max_model_tokens=config.data.max_prompt_tokens + rollout.sampling.max_new_tokens,
-            weight_hub=None,
+            weight_store=None,
             on_gpu=slots.have_gpus,
             threads=threads_each(rollout.num_engines),
         )

@@ -1,4 +1,4 @@
-"""Which bundle of the group becomes which slot: neighbours on one node. Pure."""
+"""Assign placement group bundles to slots, so that neighbouring slots are on one node. Pure."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import NamedTuple
 from rayrlhf.placement.plan import PlacementSpec, PoolPlan
 
 
-class Found(NamedTuple):
-    """Where a bundle is."""
+class BundleLocation(NamedTuple):
+    """Node and GPU of a bundle."""
 
     node: str
     gpu: str | None
     uuid: str | None = None
 
 
-def assign_bundles(spec: PlacementSpec, found: Sequence[Found]) -> list[int] | None:
-    """The bundle of every slot; None where a tensor-parallel unit fits on no node.
+def assign_bundles(spec: PlacementSpec, locations: Sequence[BundleLocation]) -> list[int] | None:
+    """The bundle of every slot; None if a tensor-parallel unit fits on no node.
 
-    Pools are cut into blocks as wide as their widest unit, which go to one node each, widest first. A block
-    goes to the node that its pool is on already, else to the one that it fills best; bundles of a node are
-    taken in the order of their GPUs.
+    Pools are split into blocks as wide as their widest unit; each block is placed on one node, widest pools
+    first. A block goes to the node its pool is already on, otherwise to the node with the best fit; bundles
+    of a node are taken in GPU order.
     """
     free: dict[str, list[int]] = {}
-    for bundle in sorted(range(len(found)), key=lambda b: (found[b].node, _number(found[b].gpu), b)):
-        free.setdefault(found[bundle].node, []).append(bundle)
+    for bundle in sorted(
+        range(len(locations)), key=lambda b: (locations[b].node, _number(locations[b].gpu), b)
+    ):
+        free.setdefault(locations[bundle].node, []).append(bundle)
     assigned = [-1] * spec.num_slots
     for pool in sorted(spec.pools, key=lambda pool: -pool.width):
         node: str | None = None
@@ -35,7 +37,7 @@ def assign_bundles(spec: PlacementSpec, found: Sequence[Found]) -> list[int] | N
                 if not fitting:
                     return None
                 wanted = len(pool.slots)
-                # The smallest node that takes the whole pool, else the one with the most room.
+                # The smallest node that holds the whole pool, otherwise the one with the most free bundles.
                 node = min(fitting, key=lambda name: (len(free[name]) < wanted, _room(free[name], wanted)))
             for slot in block:
                 assigned[slot] = free[node].pop(0)
@@ -52,5 +54,5 @@ def _blocks(pool: PoolPlan) -> list[tuple[int, ...]]:
 
 
 def _number(gpu: str | None) -> tuple[int, str]:
-    """GPU 10 comes after GPU 9."""
+    """Numeric sort key: GPU 10 is after GPU 9."""
     return (int(gpu), "") if gpu is not None and gpu.isdecimal() else (0, gpu or "")

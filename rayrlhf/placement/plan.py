@@ -1,8 +1,8 @@
-"""From the config to slots per role. Pure: neither Ray nor torch, so that a plan costs nothing.
+"""Plan the slots of each role from the config. Pure: imports neither Ray nor torch, so that planning is fast.
 
-A slot is one bundle of the run's placement group: one whole GPU with its CPUs, or CPUs alone. Slots belong to
+A slot is one bundle of the run's placement group: one whole GPU with its CPUs, or only CPUs. Slots belong to
 pools. A role has units (a training worker, an engine, a reward replica), each on one slot of its pool, or on
-several neighbouring ones (a tensor-parallel engine); the roles of a pool share its GPUs by fixed shares.
+several neighbouring ones (a tensor-parallel engine); the roles of a pool share its GPUs in fixed fractions.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.config.supervised import KdRunConfig, SupervisedConfig
 
-# How much of a GPU a role takes, against the others that share it. Ray only counts with it: how much memory
-# an engine may take stands in rollout.gpu_memory_utilization.
+# Relative GPU share of a role among those that share a GPU. Only for Ray's resource accounting: the memory of
+# an engine is set by rollout.gpu_memory_utilization.
 SHARE_WEIGHTS = {"actor": 5, "critic": 3, "rollout": 3, "teacher": 3, "reward": 1, "ref": 1, "score": 0}
-SMALLEST_SHARES = 10_000  # of a GPU; Ray counts in these
-DATA_CPUS = 0.5  # Ray Data runs outside the group and stalls silently when the group has taken every CPU
+SHARES_PER_GPU = 10_000  # Ray's resolution of fractional GPUs
+DATA_CPUS = (
+    0.5  # for Ray Data, which runs outside the group and stalls silently if the group reserves every CPU
+)
 
 
 @dataclass(frozen=True)
 class Units:
     count: int
-    width: int = 1  # slots that each of them spans
+    width: int = 1  # slots per unit
 
 
 @dataclass(frozen=True)
 class RolePlan:
-    role: str  # "actor", "critic", "rollout", "ref", "teacher", or "reward:<index of the source>"
-    units: tuple[tuple[int, ...], ...]  # the slots of each unit, in the order of the units' ranks
-    gpu_share: float  # of each of these slots' GPU, where the slot has one
+    role: str  # "actor", "critic", "rollout", "ref", "teacher" or "reward:<index of the source>"
+    units: tuple[tuple[int, ...], ...]  # slots of each unit, in rank order
+    gpu_share: float  # of the GPU of each slot, if it has one
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -55,7 +57,7 @@ class PoolPlan:
 
     @property
     def width(self) -> int:
-        """Slots that have to be neighbours: those of its widest unit."""
+        """Number of slots that must be on one node: the width of the widest unit."""
         return max(plan.width for plan in self.roles)
 
 
@@ -82,21 +84,19 @@ class PlacementSpec:
 
 
 def plan_job(config: Any) -> PlacementSpec:
-    """The slots of any job that places something on them: policy, supervised, generate. Raises
-    `ConfigError`.
-    """
+    """The placement of any job that uses slots: policy, supervised or generate. Raises `ConfigError`."""
     if isinstance(config, PolicyRunConfig):
         return plan_placement(config)
     if isinstance(config, SupervisedConfig):
         return plan_supervised(config)
     if isinstance(config, GenerateRunConfig):
         return plan_generate(config)
-    raise TypeError(f"no placement is known for {type(config).__name__}")
+    raise TypeError(f"no placement for {type(config).__name__}")
 
 
 def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
-    """A policy run's. What lives in the actor's workers (a critic or a reference beside it) has no slots of
-    its own, and function rewards run on CPUs outside the group.
+    """The placement of a policy run. A critic or reference in the actor's workers has no separate slots, and
+    function rewards run on CPUs outside the group.
     """
     rollout = config.rollout
     units = {"actor": Units(config.train.num_workers)}
@@ -110,7 +110,7 @@ def plan_placement(config: PolicyRunConfig) -> PlacementSpec:
 
 
 def plan_supervised(config: SupervisedConfig) -> PlacementSpec:
-    """The training workers' slots, and those of a teacher that is served."""
+    """Slots of the training workers and of a served teacher."""
     units = {"actor": Units(config.train.num_workers)}
     if isinstance(config, KdRunConfig) and config.teacher.location == "serve":
         units["teacher"] = Units(config.teacher.num_replicas)
@@ -118,9 +118,7 @@ def plan_supervised(config: SupervisedConfig) -> PlacementSpec:
 
 
 def plan_generate(config: GenerateRunConfig) -> PlacementSpec:
-    """The engines' and the reward models' slots; where there is neither, one without a GPU stands for the
-    run.
-    """
+    """Slots of the engines and the reward models; one slot without a GPU if there are neither."""
     units: dict[str, Units] = {}
     if config.data.response_key is None:
         units["rollout"] = Units(config.rollout.num_engines, config.rollout.tensor_parallel)
@@ -134,7 +132,7 @@ def _reward_units(reward: RewardConfig | None) -> dict[str, Units]:
 
 
 def place(units: Mapping[str, Units], placement: PlacementConfig) -> PlacementSpec:
-    """Pools of slots for so many units of every role. Raises `ConfigError` for a pool with too few slots."""
+    """Allocate pools of slots for the units of every role. Raises `ConfigError` if a pool is too small."""
     pools: list[PoolPlan] = []
     first = 0
     for name, roles in _pools_of(list(units), placement):
@@ -150,9 +148,8 @@ def place(units: Mapping[str, Units], placement: PlacementConfig) -> PlacementSp
 
 def _pools_of(roles: list[str], placement: PlacementConfig) -> list[tuple[str, list[str]]]:
     """(name, roles) of every pool, in the order of their first roles."""
-    pools: dict[
-        tuple[str, bool], list[str]
-    ] = {}  # a shared pool may bear the name of a role that is not in it
+    # (name, is shared) -> roles: a shared pool may have the name of a role that is not in it.
+    pools: dict[tuple[str, bool], list[str]] = {}
     for role in roles:
         shared = next((name for name, members in placement.shared if kind_of(role) in members), None)
         pools.setdefault((shared or role, shared is not None), []).append(role)
@@ -160,7 +157,7 @@ def _pools_of(roles: list[str], placement: PlacementConfig) -> list[tuple[str, l
 
 
 def kind_of(role: str) -> str:
-    """`reward` of `reward:1`."""
+    """The role without the source index: `reward` for `reward:1`."""
     return role.partition(":")[0]
 
 
@@ -170,14 +167,14 @@ def _plan(role: str, units: Units, first: int, gpu_share: float) -> RolePlan:
 
 
 def _gpu_share(role: str, roles: list[str]) -> float:
-    """A role's share among those of its pool, rounded down to Ray's smallest amount, so that all fit.
+    """A role's GPU share in its pool, rounded down to Ray's resolution so that all roles fit.
 
-    Reward models divide theirs among them.
+    Reward models split one share.
     """
     sharers = sum(kind_of(other) == kind_of(role) for other in roles)
     total = sum(SHARE_WEIGHTS[kind] for kind in {kind_of(other) for other in roles})
-    parts = SHARE_WEIGHTS[kind_of(role)] * SMALLEST_SHARES // (max(total, 1) * sharers)
-    return parts / SMALLEST_SHARES
+    parts = SHARE_WEIGHTS[kind_of(role)] * SHARES_PER_GPU // (max(total, 1) * sharers)
+    return parts / SHARES_PER_GPU
 
 
 def _given_slots(name: str, placement: PlacementConfig) -> int | None:
@@ -191,7 +188,7 @@ def _too_small(name: str, size: int, units: Mapping[str, Units]) -> Problem:
         "placement.pools",
         got=f"pool {name} with {slots_in_words(size)}",
         wanted=f"at least {largest}: {needs}",
-        fix=f"raise the slots of pool {name} to {largest}, leave them out, or ask for fewer units",
+        fix=f"raise the slots of pool {name} to {largest}, remove them, or configure fewer units",
     )
 
 
@@ -202,15 +199,15 @@ def _arithmetic(units: Units) -> str:
 
 
 def slots_in_words(count: int) -> str:
-    """Such as "1 slot"."""
+    """For example "1 slot"."""
     return f"{count} slot{'s' * (count != 1)}"
 
 
 def shortfall(
     spec: PlacementSpec, *, total: dict[str, float], free: dict[str, float], gpus_per_slot: int
 ) -> str | None:
-    """Why the spec does not fit a cluster with these resources, in one sentence with the arithmetic; None
-    if it does.
+    """Why the spec does not fit a cluster with these resources, as a sentence with the arithmetic; None if it
+    fits.
     """
     wanted = {"CPU": spec.total_cpus + DATA_CPUS, "GPU": float(spec.num_slots * gpus_per_slot)}
     working = {

@@ -1,4 +1,4 @@
-"""`placement.preset: auto`, made one of the others by what there is. Pure."""
+"""Resolve `placement.preset: auto` to a preset that fits the available resources. Pure."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ROOMIEST = "disaggregated"
 
 
 def with_preset(config: C, plan: Callable[[C], PlacementSpec], fits: Callable[[PlacementSpec], bool]) -> C:
-    """The config with the first preset whose slots fit; the one with the most slots where none does.
+    """The config with the first preset whose slots fit; the preset with the most slots if none fits.
 
-    Roles do not share the device of an engine that works while they do: rollouts ahead of training need
-    slots of their own.
+    Roles cannot share the device of an engine that runs at the same time: asynchronous rollouts need separate
+    slots.
     """
     if config.placement.preset != "auto":
         return config
@@ -39,7 +39,7 @@ def _with(config: Any, preset: str) -> Any:
 
 
 def _valid(config: Any, preset: str) -> Any:
-    """None where other settings speak against it, such as workers for a critic in a trainer of its own."""
+    """None if other settings contradict the preset, such as workers for a critic in a separate trainer."""
     try:
         return _with(config, preset)
     except (ConfigError, ValidationError):

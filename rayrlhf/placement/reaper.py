@@ -1,9 +1,9 @@
-"""Nothing of a run outlives its driver, not even after kill -9.
+"""Reaper: cleans up a run after its driver died, even by kill -9. Also the registry of worker locations.
 
-Serve apps are detached by nature. A detached reaper watches a lease, an actor that dies for good with the
-driver and that Ray starts again when its process alone dies; when it is gone the reaper deletes this run's
-apps and its placement group, and then itself. Serve as a whole and other runs' apps are never touched. The
-reaper holds nothing that its own process would take along: who sits where stands in the cluster's store.
+Serve apps are always detached. A detached reaper actor watches a lease: an actor that dies permanently with
+the driver, and that Ray restarts if only its own process dies. When the lease is gone, the reaper deletes
+this run's apps and its placement group, and then itself. It never touches Serve as a whole or other runs'
+apps. The reaper's process has no state to lose: worker locations are in the cluster's key-value store.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ NAMESPACE = "rayrlhf"  # of the named actors of all runs
 WATCH_SECONDS = 1.0
 PING_SECONDS = 20.0
 DELETE_SECONDS = 60.0
-SEATS = b"rayrlhf-seats"  # namespace of the cluster's store of keys and values
-HEAD_NODE = "node:__internal_head__"  # a resource that Ray gives to the head alone
+LOCATIONS = b"rayrlhf-worker-locations"  # namespace in Ray's internal key-value store
+HEAD_NODE = "node:__internal_head__"  # a resource that only the head node has
 
 
-class Seat(NamedTuple):
-    """Where a unit of a role really is."""
+class WorkerLocation(NamedTuple):
+    """Node, GPU and process of one unit of a role."""
 
     role: str
     unit: int
@@ -44,7 +44,7 @@ class Seat(NamedTuple):
 @ray.remote(num_cpus=0)
 class Reaper:
     def __init__(self, lease: str, run_id: str, group_id: str) -> None:
-        # Names and not handles: what belongs to the driver cannot be had again when both have died.
+        # Names instead of handles: a restarted reaper cannot recover handles owned by a dead driver.
         self.lease_name = lease
         self.lease: Any = None
         self.run_id = run_id
@@ -56,7 +56,7 @@ class Reaper:
         return True
 
     def release(self) -> None:
-        """The driver has tidied up by itself."""
+        """Called by the driver after its own cleanup."""
         self.released = True
 
     def _watch(self) -> None:
@@ -65,7 +65,7 @@ class Reaper:
         if not self.released:
             delete_apps(self.run_id)
             remove_placement_group(self.group)
-            forget_seats(self.run_id)
+            unregister_workers(self.run_id)
         ray.kill(ray.get_runtime_context().current_actor)
 
     def _driver_lives(self) -> bool:
@@ -74,8 +74,8 @@ class Reaper:
                 self.lease = ray.get_actor(self.lease_name, namespace=NAMESPACE)
             ray.get(self.lease.ping.remote(), timeout=PING_SECONDS)
         except (GetTimeoutError, ActorUnavailableError):
-            return True  # slow is not dead; and a process of its own that died comes back
-        except (RayActorError, ValueError):  # ValueError: it is not even known any longer
+            return True  # slow is not dead, and Ray restarts the lease's process
+        except (RayActorError, ValueError):  # ValueError: the name is no longer registered
             return False
         return True
 
@@ -93,31 +93,31 @@ def delete_apps(run_id: str) -> None:
         time.sleep(0.1)
 
 
-def sit_down(run_id: str, role: str, unit: int) -> None:
-    """Write where this process is; after a restart it may be elsewhere."""
+def register_worker(run_id: str, role: str, unit: int) -> None:
+    """Register this process' node, GPU and pid. Called at every start: a restart may move the process."""
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
-    seat = Seat(role, unit, context.get_node_id(), gpus[0] if gpus else None, os.getpid())
-    internal_kv._internal_kv_put(_key(run_id, seat), json.dumps(seat), namespace=SEATS)
+    location = WorkerLocation(role, unit, context.get_node_id(), gpus[0] if gpus else None, os.getpid())
+    internal_kv._internal_kv_put(_key(run_id, location), json.dumps(location), namespace=LOCATIONS)
 
 
-def seats_of(run_id: str) -> list[Seat]:
-    """Who sits where, by role and unit."""
-    found = (internal_kv._internal_kv_get(key, namespace=SEATS) for key in _keys(run_id))
-    return sorted(Seat(*json.loads(seat)) for seat in found if seat is not None)
+def worker_locations(run_id: str) -> list[WorkerLocation]:
+    """All registered locations of the run, sorted by role and unit."""
+    values = (internal_kv._internal_kv_get(key, namespace=LOCATIONS) for key in _keys(run_id))
+    return sorted(WorkerLocation(*json.loads(value)) for value in values if value is not None)
 
 
-def forget_seats(run_id: str) -> None:
+def unregister_workers(run_id: str) -> None:
     for key in _keys(run_id):
-        internal_kv._internal_kv_del(key, namespace=SEATS)
+        internal_kv._internal_kv_del(key, namespace=LOCATIONS)
 
 
-def _key(run_id: str, seat: Seat) -> str:
-    return f"{run_id}/{seat.role}/{seat.unit}"
+def _key(run_id: str, location: WorkerLocation) -> str:
+    return f"{run_id}/{location.role}/{location.unit}"
 
 
 def _keys(run_id: str) -> list[bytes]:
-    return internal_kv._internal_kv_list(f"{run_id}/", namespace=SEATS)
+    return internal_kv._internal_kv_list(f"{run_id}/", namespace=LOCATIONS)
 
 
 def _reaper_name(run_id: str) -> str:

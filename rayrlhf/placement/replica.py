@@ -1,7 +1,7 @@
-"""A Serve replica's heavy half: an actor on the slot of the replica's rank.
+"""Child actor of a Serve replica, on the slot of the replica's rank.
 
-Serve cannot place a replica on a bundle of somebody else's placement group, so replicas stay light (no CPU,
-no GPU) and the actor that does the work goes where the plan says. It belongs to its replica and dies with it.
+Serve cannot place a replica on a bundle of an existing placement group, so replicas stay light (no CPU, no
+GPU) and a child actor on the planned slot does the work. The replica owns the actor, which dies with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ray import ObjectRef, serve
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayrlhf.placement.reaper import sit_down
+from rayrlhf.placement.reaper import register_worker
 from rayrlhf.placement.slots import Slot, Slots
 
 
@@ -36,10 +36,10 @@ class SlotChild:
         self.rank = serve.get_replica_context().rank.rank
         self.timeout_seconds = timeout_seconds
         unit = slots.unit(role, self.rank)
-        # An engine that spans several slots has a worker of its own on each.
+        # A tensor-parallel engine has a separate worker on each of its slots.
         num_gpus = unit[0].gpu_share if len(unit) == 1 else 0
         self.actor: Any = (
-            ray.remote(_seated(actor_class))
+            ray.remote(_registered(actor_class))
             .options(
                 num_cpus=0,
                 num_gpus=num_gpus,
@@ -56,12 +56,12 @@ class SlotChild:
         try:
             return await asyncio.wait_for(_awaitable(ref), timeout_seconds or self.timeout_seconds)
         except RayActorError:
-            if timeout_seconds is not None:  # still starting: let the constructor's error reach Serve
+            if timeout_seconds is not None:  # still starting: propagate the constructor's error to Serve
                 raise
-            self._leave()
+            self._exit()
 
     async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
-        """What a generator method yields, each item within the deadline. Leaving early cancels the method."""
+        """Items of a generator method, each within the deadline. Leaving the iteration cancels the method."""
         refs = getattr(self.actor, method).options(num_returns="streaming").remote(*arguments)
         finished = False
         try:
@@ -74,22 +74,22 @@ class SlotChild:
                 yield await ref
         except RayActorError:
             finished = True
-            self._leave()
+            self._exit()
         finally:
             if not finished:
                 ray.cancel(refs)
 
-    def _leave(self) -> NoReturn:
-        """A replica without its actor must not take traffic until a health check finds out: leave at once.
+    def _exit(self) -> NoReturn:
+        """Exit immediately: a replica without its actor must not take traffic until the next health check.
 
-        Serve starts a new one and callers retry elsewhere.
+        Serve starts a new replica and callers retry on another one.
         """
         print(f"{self.role} replica {self.rank}: its actor died, restarting the replica", flush=True)
         os._exit(1)
 
 
 def tensor_parallel_env(unit: Sequence[Slot]) -> dict[str, str]:
-    """Where vLLM's ray executor puts the workers of an engine: the bundles of its slots, in this group."""
+    """Environment that makes vLLM's ray executor place an engine's workers on the bundles of its slots."""
     if len(unit) == 1:
         return {}
     return {
@@ -98,16 +98,16 @@ def tensor_parallel_env(unit: Sequence[Slot]) -> dict[str, str]:
     }
 
 
-def _seated(actor_class: type) -> type:
-    """The class, but an instance tells first where it is."""
+def _registered(actor_class: type) -> type:
+    """Subclass that registers its node, GPU and pid with the run before `__init__`."""
 
-    class Seated(actor_class):
-        def __init__(self, seat: tuple[str, str, int], *arguments: Any) -> None:
-            sit_down(*seat)
+    class Registered(actor_class):
+        def __init__(self, unit: tuple[str, str, int], *arguments: Any) -> None:
+            register_worker(*unit)
             super().__init__(*arguments)
 
-    Seated.__name__ = Seated.__qualname__ = actor_class.__name__  # what Ray's lists of actors show
-    return Seated
+    Registered.__name__ = Registered.__qualname__ = actor_class.__name__  # shown in Ray's list of actors
+    return Registered
 
 
 async def _awaitable(ref: ObjectRef) -> Any:

@@ -1,4 +1,4 @@
-"""Serve replicas that only pass calls on to their actor on its slot."""
+"""Serve proxy replicas: they forward calls to a child actor on a slot."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rayrlhf.placement.slots import Slots
 
 
 @dataclass(frozen=True)
-class Behind:
-    """What works behind a front: `actor_class(*arguments)`. Its method `ready` raises when it is not well."""
+class ActorSpec:
+    """Spec of the actor behind a Serve proxy replica; its method `ready` raises when unhealthy."""
 
     role: str
     actor_class: type
@@ -23,19 +23,19 @@ class Behind:
     start_timeout_seconds: float = 600
 
 
-class Front:
-    """The replica; `ask` calls the actor's methods."""
+class ProxyReplica:
+    """The Serve replica; `ask` calls a method of the actor."""
 
-    async def __init__(self, behind: Behind, slots: Slots) -> None:
+    async def __init__(self, spec: ActorSpec, slots: Slots) -> None:
         self.child = SlotChild(
-            behind.role,
-            behind.actor_class,
-            *behind.arguments,
+            spec.role,
+            spec.actor_class,
+            *spec.arguments,
             slots=slots,
-            env_vars=behind.env_vars,
-            timeout_seconds=behind.timeout_seconds,
+            env_vars=spec.env_vars,
+            timeout_seconds=spec.timeout_seconds,
         )
-        await self.child.call("ready", timeout_seconds=behind.start_timeout_seconds)
+        await self.child.call("ready", timeout_seconds=spec.start_timeout_seconds)
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         return await self.child.call(method, *arguments)
@@ -44,10 +44,10 @@ class Front:
         await self.child.call("ready")
 
 
-def front_deployment(behind: Behind, *, num_replicas: int, slots: Slots) -> Any:
-    """The bound deployment for `serve.run`; each replica owns the slots of its rank in the role."""
-    deployment = serve.deployment(Front).options(
-        name=behind.role,
+def proxy_deployment(spec: ActorSpec, *, num_replicas: int, slots: Slots) -> Any:
+    """The bound deployment for `serve.run`; each replica uses the slots of its rank in the role."""
+    deployment = serve.deployment(ProxyReplica).options(
+        name=spec.role,
         num_replicas=num_replicas,
         max_ongoing_requests=64,
         ray_actor_options={"num_cpus": 0},
@@ -56,4 +56,4 @@ def front_deployment(behind: Behind, *, num_replicas: int, slots: Slots) -> Any:
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=2,
     )
-    return deployment.bind(behind, slots)
+    return deployment.bind(spec, slots)

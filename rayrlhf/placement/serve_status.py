@@ -1,4 +1,4 @@
-"""What becomes of the applications on this cluster's Serve."""
+"""Status of the applications on this cluster's Serve."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ray.serve.context import _get_global_client
 
 
 def app_statuses() -> dict[str, Any]:
-    """Ray's `StatusOverview` of each application by name; empty where no Serve runs.
+    """Ray's `StatusOverview` of each application by name; empty if Serve is not running.
 
-    Who polls asks for these: `serve.status` has every deployment described whole and pickled, which takes the
-    controller and us a tenth of a second of CPU each time.
+    For polling: `serve.status` pickles a full description of every deployment, which takes a tenth of a
+    second of CPU in the controller and in the caller each time.
     """
     client: Any = _get_global_client(raise_if_no_controller_running=False)
-    return {} if client is None else {found.name: found for found in client.list_serve_statuses()}
+    return {} if client is None else {status.name: status for status in client.list_serve_statuses()}
 
 
 def of_this_replica(log: Path | None) -> Path | None:
-    """Replicas write files of their own: the first into `log`, the next into `<stem>-1.log`."""
+    """Log file of this replica: rank 0 writes to `log`, rank 1 to `<stem>-1.log`, and so on."""
     if log is None:
         return None
     rank = serve.get_replica_context().rank.rank

@@ -1,4 +1,4 @@
-"""Makes the plan real: one placement group, probed into a slot table that every role is placed by."""
+"""Create the run's placement group and the slot table by which every role is placed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayrlhf.placement.assign import Found, assign_bundles
+from rayrlhf.placement.assign import BundleLocation, assign_bundles
 from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
 
 RELEASE_SECONDS = 2.5
@@ -30,7 +30,7 @@ class Slot:
     node: str  # node id
     gpu: str | None  # the GPU's number on its node
     gpu_uuid: str | None  # None without an NVIDIA driver, as on a fake cluster
-    gpu_share: float = 0.0  # what the asking role takes of the GPU
+    gpu_share: float = 0.0  # share of the GPU used by the role the slot was looked up for
 
     @property
     def label(self) -> str:
@@ -39,7 +39,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Slots:
-    """The run's placement group and where each of its bundles is; travels to whoever places something."""
+    """The run's placement group and the location of its bundles; passed to all that place actors on it."""
 
     run_id: str
     spec: PlacementSpec
@@ -48,7 +48,7 @@ class Slots:
     table: tuple[Slot, ...]  # in slot order
 
     def unit(self, role: str, unit: int) -> tuple[Slot, ...]:
-        """The slots of one of a role's units: several for a tensor-parallel engine."""
+        """The slots of one unit of a role: several for a tensor-parallel engine."""
         plan = self.spec.of(role)
         share = plan.gpu_share * self.gpus_per_slot
         return tuple(replace(self.table[slot], gpu_share=share) for slot in plan.units[unit])
@@ -59,7 +59,7 @@ class Slots:
 
     @property
     def have_gpus(self) -> bool:
-        """Whether there are GPUs to compute on; a fake cluster only counts with some."""
+        """Whether there are GPUs to compute on; a fake cluster only declares them as resources."""
         return all(slot.gpu_uuid is not None for slot in self.table)
 
     def remove(self) -> None:
@@ -67,12 +67,12 @@ class Slots:
 
 
 def resolve_gpus_per_slot(wanted: int | str) -> int:
-    """`placement.gpus_per_slot`: auto means one if the cluster has any GPU."""
+    """Resolve `placement.gpus_per_slot`: auto is 1 if the cluster has a GPU, otherwise 0."""
     return int(wanted) if wanted != "auto" else int(ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def check_fits(spec: PlacementSpec, gpus_per_slot: int) -> None:
-    """Raises `PlacementError` with the arithmetic; what another run is just giving back gets a moment."""
+    """Raises `PlacementError` with the arithmetic. Waits briefly while another run releases resources."""
     deadline = time.monotonic() + RELEASE_SECONDS
     while (problem := _problem(spec, gpus_per_slot)) is not None:
         if "has free" not in problem or time.monotonic() > deadline:
@@ -91,7 +91,7 @@ def _problem(spec: PlacementSpec, gpus_per_slot: int) -> str | None:
 
 
 def create_slots(spec: PlacementSpec, *, gpus_per_slot: int, run_id: str, timeout_seconds: float) -> Slots:
-    """Reserve the group and learn which bundle is which device. Raises `PlacementError` at the deadline."""
+    """Reserve the placement group and locate its bundles. Raises `PlacementError` at the deadline."""
     bundle: dict[str, float] = {"CPU": spec.cpus_per_slot}
     if gpus_per_slot:
         bundle["GPU"] = gpus_per_slot
@@ -112,67 +112,67 @@ def _wait_and_probe(
             f"{slots_in_words(spec.num_slots)} of {group.bundle_specs[0]} were not granted within "
             f"placement.start_timeout_seconds={timeout_seconds:g}: free now {ray.available_resources()}"
         )
-    found = probe(group, gpus_per_slot, timeout_seconds=timeout_seconds)
+    locations = probe(group, gpus_per_slot, timeout_seconds=timeout_seconds)
     widest = max(plan.width for plan in spec.roles)
-    if widest > 1 and any(place.uuid is None for place in found):
+    if widest > 1 and any(location.uuid is None for location in locations):
         raise PlacementError(
             f"tensor_parallel={widest} without GPUs: vLLM's CPU build runs an engine in one process. "
             "Fix: remove rollout.tensor_parallel and ref.tensor_parallel"
         )
-    bundles = assign_bundles(spec, found)
+    bundles = assign_bundles(spec, locations)
     if bundles is None:
         raise PlacementError(
             f"tensor_parallel={widest} needs {widest} free GPUs on one node, and the cluster granted "
-            f"{_per_node(found)}. Fix: a smaller tensor_parallel, or nodes with more GPUs"
+            f"{_per_node(locations)}. Fix: a smaller tensor_parallel, or nodes with more GPUs"
         )
-    return tuple(Slot(bundle, *found[bundle]) for bundle in bundles)
+    return tuple(Slot(bundle, *locations[bundle]) for bundle in bundles)
 
 
 def refresh_slots(slots: Slots, *, timeout_seconds: float) -> Slots:
-    """The same slots where their bundles are now: Ray moves those of a node that died to another one.
+    """The same slots with the current locations of their bundles: Ray moves those of a dead node to another.
 
-    Raises `PlacementError` when no node takes them before the deadline.
+    Raises `PlacementError` if no node takes them before the deadline.
     """
     deadline = time.monotonic() + timeout_seconds
     while (left := deadline - time.monotonic()) > 0:
         try:
-            found = probe(slots.group, slots.gpus_per_slot, timeout_seconds=left)
+            locations = probe(slots.group, slots.gpus_per_slot, timeout_seconds=left)
         except RayError:
-            continue  # the group is being rescheduled, or a node has died under a probe
-        moved = (replace(s, node=found[s.bundle].node, gpu=found[s.bundle].gpu) for s in slots.table)
-        return replace(slots, table=tuple(replace(s, gpu_uuid=found[s.bundle].uuid) for s in moved))
+            continue  # the group is being rescheduled, or a node died during a probe
+        moved = (replace(s, node=locations[s.bundle].node, gpu=locations[s.bundle].gpu) for s in slots.table)
+        return replace(slots, table=tuple(replace(s, gpu_uuid=locations[s.bundle].uuid) for s in moved))
     raise PlacementError(
         f"a node of this run has died, and no other took its slots within "
         f"placement.start_timeout_seconds={timeout_seconds:g}: free now {ray.available_resources()}"
     )
 
 
-def probe(group: PlacementGroup, gpus_per_slot: int, *, timeout_seconds: float) -> list[Found]:
-    """Where every bundle of the group is. Raises `GetTimeoutError` at the deadline."""
-    where = [
-        _where_am_i.options(
+def probe(group: PlacementGroup, gpus_per_slot: int, *, timeout_seconds: float) -> list[BundleLocation]:
+    """Node and GPU of every bundle of the group. Raises `GetTimeoutError` at the deadline."""
+    probes = [
+        _own_location.options(
             num_gpus=0.01 if gpus_per_slot else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
         ).remote()
         for index in range(len(group.bundle_specs))
     ]
-    return [Found(*place) for place in ray.get(where, timeout=timeout_seconds)]
+    return [BundleLocation(*location) for location in ray.get(probes, timeout=timeout_seconds)]
 
 
 @ray.remote(num_cpus=0)
-def _where_am_i() -> tuple[str, str | None, str | None]:
+def _own_location() -> tuple[str, str | None, str | None]:
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
     return context.get_node_id(), gpus[0] if gpus else None, _uuid(gpus[0]) if gpus else None
 
 
 def _uuid(gpu: str) -> str | None:
-    """The name of a GPU that is the same in every process; None where there is no NVIDIA driver."""
+    """Process-independent identifier of a GPU; None without an NVIDIA driver."""
     return _nvidia_smi("uuid", f"--id={gpu}").strip() or None
 
 
 def _nvidia_smi(query: str, *options: str) -> str:
-    """What it answers, without units; nothing where there is no NVIDIA driver."""
+    """Output of the query, without units; empty without an NVIDIA driver."""
     command = ["nvidia-smi", *options, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(
@@ -183,7 +183,7 @@ def _nvidia_smi(query: str, *options: str) -> str:
 
 
 def gpu_memory_bytes() -> int | None:
-    """Of a GPU of this cluster; None where there is no NVIDIA driver, as on a fake cluster."""
+    """Memory of a GPU of this cluster; None without an NVIDIA driver, as on a fake cluster."""
     if not ray.cluster_resources().get("GPU", 0):
         return None
     return ray.get(_gpu_memory.remote(), timeout=PROBE_SECONDS)
@@ -195,10 +195,10 @@ def _gpu_memory() -> int | None:
     return min(mib) * 2**20 if mib else None
 
 
-def _per_node(found: list[Found]) -> str:
+def _per_node(locations: list[BundleLocation]) -> str:
     counts: dict[str, int] = {}
-    for place in found:
-        counts[place.node] = counts.get(place.node, 0) + 1
+    for location in locations:
+        counts[location.node] = counts.get(location.node, 0) + 1
     return " + ".join(map(str, counts.values()))
 
 

@@ -1,8 +1,8 @@
-"""A TorchTrainer whose workers live on given slots of the run's placement group.
+"""TorchTrainer whose workers run on given slots of the run's placement group.
 
-Ray Train has no public way to be given a placement group: it makes one of its own, which would tear the
-trainer from the engines that share its GPUs. This hook reaches into five internals of Ray 2.60 (pinned;
-tests/placement has the contract test that fails when one of them moves):
+Ray Train has no public API for an existing placement group: it creates its own, which would separate the
+trainer from the engines that share its GPUs. This subclass overrides five internals of Ray 2.60 (pinned;
+tests/placement has a contract test that fails when one of them changes):
 `DataParallelTrainer._initialize_and_run_controller` and `._create_default_callbacks`,
 `TrainController.worker_group_cls`, `WorkerGroup._create_placement_group` and `._create_workers`.
 """
@@ -31,18 +31,18 @@ from ray.util.placement_group import PlacementGroup
 from rayrlhf.placement.slots import Slots
 
 CONTROLLER_SECONDS = 60.0
-TRAINERS = ("actor", "critic")  # roles whose workers this makes
+TRAINERS = ("actor", "critic")  # roles trained by this trainer
 
 
 @dataclass
 class SlotScalingConfig(ScalingConfig):
     group: PlacementGroup | None = None
-    bundles: tuple[int, ...] = ()  # worker of rank i goes on bundle i of this list
+    bundles: tuple[int, ...] = ()  # bundle of each worker, by rank
 
 
 class _BorrowedGroup(DefaultPlacementGroupHandle):
     def shutdown(self) -> None:
-        """The group belongs to the run; a restarting worker group must find it again."""
+        """Keep the group: it belongs to the run, and a restarting worker group needs it."""
 
 
 class _SlotWorkerGroup(WorkerGroup):
@@ -67,15 +67,15 @@ class SlotTorchTrainer(TorchTrainer):
     controller: Any = None
 
     def abort(self) -> None:
-        """End `fit()` from another thread: it raises, and the workers go with their controller."""
+        """End `fit()` from another thread: it raises, and the workers die with their controller."""
         deadline = time.monotonic() + CONTROLLER_SECONDS
         while self.controller is None and time.monotonic() < deadline:
-            time.sleep(0.1)  # `fit()` has only just begun
+            time.sleep(0.1)  # `fit()` has just started
         if self.controller is not None:
             ray.kill(self.controller)
 
     def _create_default_callbacks(self) -> Any:
-        # Ray's cleaner would remove the group when the trainer ends, under the engines' feet.
+        # Ray's cleaner would remove the group when the trainer ends, while the engines still use it.
         return [
             c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)
         ]
@@ -96,9 +96,9 @@ class SlotTorchTrainer(TorchTrainer):
             .remote(**controller_arguments)
         )
         self.controller = controller
-        # Ray would register its own handler for Ctrl-C here, which ends the driver by `sys.exit(0)`: the exit
-        # code of a run that is done, without a word. Python's handler raises KeyboardInterrupt instead, and
-        # the workers go with their controller.
+        # Ray would register its own handler for Ctrl-C here, which ends the driver by `sys.exit(0)`: silently
+        # and with the exit code of success. Python's handler raises KeyboardInterrupt instead, and then the
+        # workers die with their controller.
         try:
             ray.get(controller.run.remote())
             return ray.get(controller.get_result.remote())
@@ -108,10 +108,10 @@ class SlotTorchTrainer(TorchTrainer):
 
 
 def slot_scaling(slots: Slots, role: str) -> SlotScalingConfig:
-    """The scaling config that puts this role's workers on their slots."""
+    """The scaling config that places this role's workers on their slots."""
     plan = slots.spec.of(role)
     pool = next(pool for pool in slots.spec.pools if plan in pool.roles)
-    trainers = sum(other.role in TRAINERS for other in pool.roles)  # engines and replicas ask for no CPU
+    trainers = sum(other.role in TRAINERS for other in pool.roles)  # engines and replicas request no CPU
     resources = {"CPU": slots.spec.cpus_per_slot / trainers}
     if slots.gpus_per_slot:
         resources["GPU"] = plan.gpu_share * slots.gpus_per_slot

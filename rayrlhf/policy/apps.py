@@ -30,7 +30,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 config.rollout,
                 seed=config.run.seed,
                 max_model_tokens=max_model_tokens(config),
-                weight_hub=job.weight_hub,
+                weight_store=job.weight_hub,
                 on_gpu=slots.have_gpus,
                 threads=threads,
                 sleeps=config.engines_sleep,
@@ -84,7 +84,7 @@ def _reference(config: PolicyRunConfig, slots: Slots, *, threads: int) -> Any:
         config.rollout.model_copy(update={"tensor_parallel": config.ref.tensor_parallel}),
         seed=config.run.seed,
         max_model_tokens=max_model_tokens(config) + 1,  # one is generated
-        weight_hub=None,
+        weight_store=None,
         on_gpu=slots.have_gpus,
         threads=threads,
     )

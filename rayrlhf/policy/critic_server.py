@@ -41,7 +41,7 @@ class CriticWorker:
         self.config = job.config
         self.channel: Any = ray.get_actor(job.critic_channel, namespace=NAMESPACE)
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        sit_down(job.run_id, "critic", self.rank)
+        register_worker(job.run_id, "critic", self.rank)
         torch.set_num_threads(job.threads_per_worker)
         self.critic = self._fresh()
         self.is_fresh = True

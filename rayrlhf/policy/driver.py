@@ -55,8 +55,8 @@ from rayrlhf.runtime.run import (
 )
 from rayrlhf.runtime.run_summary import write_summary
 from rayrlhf.runtime.scratch import own_scratch
-from rayrlhf.weights.backend import TOLD, weight_route
-from rayrlhf.weights.store import Event, WeightHub
+from rayrlhf.weights.backend import ROUTE_DESCRIPTIONS, weight_route
+from rayrlhf.weights.store import Event, WeightStore
 
 CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
 
@@ -108,7 +108,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
     ):
         # Engines load what model.path has, which a policy on 4-bit weights is not quite.
         newest = 0 if config.model.quantization is None else -1
-        _own_actor(stack, WeightHub, f"{run_id}-weights", checkpoint_version=newest)
+        _own_actor(stack, WeightStore, f"{run_id}-weights", checkpoint_version=newest)
         job = _make_job(config, run_id, stores, slots, fixed)
         trainer = make_trainer(
             partial(policy_worker, job),
@@ -124,7 +124,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             f"starting {config.train.num_workers} x actor{apart}, {config.rollout.num_engines} x vLLM "
             f"engine, {len(apps) - 1} x reward, reference or environment"
         )
-        console.say(f"weights reach the engines {TOLD[job.weight_route]}")
+        console.say(f"weights reach the engines {ROUTE_DESCRIPTIONS[job.weight_route]}")
         deploy(apps)
         # Engines and trainers come up side by side; the workers' first request waits for the engines.
         stack.enter_context(drain_in_background(board, sinks))

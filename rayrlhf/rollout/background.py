@@ -1,4 +1,4 @@
-"""An event loop on a thread of its own: requests to engines and rewards run there while the worker trains."""
+"""Event loop on a background thread: requests to engines and rewards run there while the worker trains."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Background:
         self._thread.start()
 
     def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Run it there; cancelling the future cancels it."""
+        """Schedule the coroutine on the loop; cancelling the future cancels it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run it there and wait for its result. Whatever `work` awaits must have deadlines."""
+        """Run the coroutine on the loop and wait for its result. Everything it awaits needs a deadline."""
         return self.start(work).result()

@@ -1,4 +1,6 @@
-"""Prompts to samples, through the rollout deployment and, in multi-turn runs, the environments before it."""
+"""Client that turns prompts into samples, through the rollout deployment or, in multi-turn runs, through the
+environment deployment.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
     from rayrlhf.environments.deployment import Episode
 
 RETRY_SECONDS = 0.5
-MAX_ENGINE_DEATHS = 2  # that one request survives
-GREEDY = 1e-6  # below this temperature vLLM takes the likeliest token
-EPISODE_GRACE_SECONDS = 30.0  # an episode ends itself at its own deadline; this is for a replica that hangs
+MAX_ENGINE_DEATHS = 2  # tolerated per request
+GREEDY = 1e-6  # below this temperature vLLM samples greedily
+EPISODE_GRACE_SECONDS = 30.0  # an episode has its own deadline; this covers a replica that hangs
 
 
 class RolloutClient:
-    """One per training worker. A request whose replica dies goes to another one, until the deadline."""
+    """One per training worker. A request whose replica dies is retried on another one, until the deadline."""
 
     def __init__(
         self,
@@ -39,10 +41,14 @@ class RolloutClient:
         ends_of: Callable[[Sequence[str]], ResponseEnds],
         episodes: Any = None,
     ) -> None:
-        """`ends_of(sampling.stop)`: where responses end."""
+        """
+        Args:
+            ends_of: maps `sampling.stop` to the token ids and texts that end a response.
+            episodes: handle of the environment deployment, in multi-turn runs.
+        """
         self.engines = engines
         self.ends_of = ends_of
-        self.episodes = episodes  # the environments' handle, in multi-turn runs
+        self.episodes = episodes
         self.config = config
         self.seed = seed
         self.retries = 0
@@ -56,10 +62,10 @@ class RolloutClient:
         min_version: int,
         sampling: SamplingConfig,
     ) -> AsyncIterator[Sample]:
-        """`group_size` samples of one prompt, each as soon as it is finished.
+        """Yield `group_size` samples of one prompt, each as soon as it is finished.
 
-        Seeds depend on (run seed, group, sample) alone, so that results depend neither on which replica
-        answers nor on how many there are.
+        Seeds depend only on (run seed, group, sample), so that results depend neither on which replica
+        answers nor on the number of replicas.
         """
         ends = self.ends_of(sampling.stop)
         params = [
@@ -83,83 +89,93 @@ class RolloutClient:
                 episode.cancel()
 
     def drain_retries(self) -> int:
-        """Requests sent again since the last call."""
+        """Number of retried requests since the last call."""
         retries, self.retries = self.retries, 0
         return retries
 
     async def _stream(
         self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int
     ) -> AsyncIterator[tuple[int, Generation]]:
-        """(index, generation) for each of `params`, exactly once, whatever dies on the way."""
-        patience = Patience("engine", "rollout.timeout_seconds", self.config.timeout_seconds)
+        """Yield (index, generation) for each of `params` exactly once, also when replicas die."""
+        retry_policy = RetryPolicy("engine", "rollout.timeout_seconds", self.config.timeout_seconds)
         pending = list(range(len(params)))
         while pending:
-            asked = list(pending)
+            requested = list(pending)
             response = self.engines.options(stream=True).generate.remote(
-                prompt_ids, [params[i] for i in asked], min_version
+                prompt_ids, [params[i] for i in requested], min_version
             )
             try:
                 while pending:
-                    position, generation = await patience.wait(anext(response))
-                    pending.remove(asked[position])
-                    yield asked[position], generation
+                    position, generation = await retry_policy.wait(anext(response))
+                    pending.remove(requested[position])
+                    yield requested[position], generation
             except FAILURES as error:
                 self.retries += 1
-                await patience.after(error)
+                await retry_policy.on_failure(error)
             finally:
                 if pending:
-                    response.cancel()  # nobody listens any more: the engine need not go on
+                    response.cancel()  # the results are no longer needed
 
     async def _episode(self, prompt: Prompt, params: dict[str, Any], min_version: int) -> Episode:
         assert isinstance(self.config, RolloutConfig) and self.config.environment is not None
         seconds = self.config.environment.timeout_seconds + EPISODE_GRACE_SECONDS
-        patience = Patience("environment", "rollout.environment.timeout_seconds", seconds)
+        retry_policy = RetryPolicy("environment", "rollout.environment.timeout_seconds", seconds)
         try:
-            return await patience.ask(lambda: self.episodes.episode.remote(prompt, params, min_version))
+            return await retry_policy.call(lambda: self.episodes.episode.remote(prompt, params, min_version))
         finally:
-            self.retries += patience.retries
+            self.retries += retry_policy.retries
 
 
 FAILURES = (RayActorError, DeploymentUnavailableError, BackPressureError, RayTaskError)
 
 
-class Patience:
-    """How long and how often one request is tried again after its replica died."""
+class RetryPolicy:
+    """Deadline and retry limit of one request."""
 
-    def __init__(self, whom: str, key: str, seconds: float) -> None:
-        self.whom = whom
+    def __init__(self, target: str, key: str, seconds: float) -> None:
+        """
+        Args:
+            target: what the request is sent to, for messages.
+            key: config key of the deadline, for messages.
+            seconds: deadline, from now.
+        """
+        self.target = target
         self.limit = f"{key}={seconds:g}"
         self.deadline = time.monotonic() + seconds
-        self.deaths = 0
+        self.engine_deaths = 0
         self.retries = 0
 
-    async def ask(self, request: Callable[[], Any]) -> Any:
-        """The answer of a Serve response that `request` makes, however often it must be made."""
+    async def call(self, request: Callable[[], Any]) -> Any:
+        """Send the request, and again after failures; returns its result.
+
+        Args:
+            request: sends the request; returns Serve's response.
+        """
         while True:
             try:
                 return await self.wait(_result(request()))
             except FAILURES as error:
-                await self.after(error)
+                await self.on_failure(error)
 
     async def wait(self, answer: Any) -> Any:
-        """Await it until the deadline. Raises `TimeoutError`."""
+        """Await `answer` until the deadline. Raises `TimeoutError`."""
         try:
             return await asyncio.wait_for(answer, max(0.1, self.deadline - time.monotonic()))
         except TimeoutError as error:
             if isinstance(error, RayTaskError):
-                raise  # the callee's own
-            raise TimeoutError(f"no {self.whom} answered within {self.limit}") from error
+                raise  # raised by the callee
+            raise TimeoutError(f"no {self.target} answered within {self.limit}") from error
 
-    async def after(self, error: Exception) -> None:
-        """Return when the request is to be sent again; raise when it must not be, or no more."""
+    async def on_failure(self, error: Exception) -> None:
+        """Wait before the next attempt; raise if the request must not be retried (any more)."""
         if isinstance(error, RayTaskError):
             if not isinstance(error.cause, RayActorError | RayServeException | EngineDied):
                 raise error
-            self.deaths += isinstance(error.cause, EngineDied)
-            if self.deaths > MAX_ENGINE_DEATHS:
-                raise error  # the request itself kills engines: trying on would only take the others down
+            self.engine_deaths += isinstance(error.cause, EngineDied)
+            if self.engine_deaths > MAX_ENGINE_DEATHS:
+                raise error  # the request itself kills engines: retrying would take the others down
         if time.monotonic() > self.deadline:
-            raise TimeoutError(f"no {self.whom} came back within {self.limit}") from error
+            raise TimeoutError(f"no {self.target} came back within {self.limit}") from error
         self.retries += 1
         await asyncio.sleep(RETRY_SECONDS)
 
@@ -196,7 +212,7 @@ def _from_episode(episode: Episode, prompt: Prompt, group_id: int, index: int) -
 
 
 def vllm_params(sampling: SamplingConfig, ends: ResponseEnds, *, seed: int) -> dict[str, Any]:
-    """vLLM's SamplingParams as a plain dict (the caller does not import vllm)."""
+    """Arguments of vLLM's SamplingParams as a plain dict (the caller does not import vllm)."""
     return {
         "temperature": sampling.temperature if sampling.temperature > GREEDY else 0.0,
         "top_p": sampling.top_p,
@@ -206,12 +222,12 @@ def vllm_params(sampling: SamplingConfig, ends: ResponseEnds, *, seed: int) -> d
         "stop": list(ends.texts) or None,
         "stop_token_ids": list(ends.token_ids) or None,
         "seed": seed,
-        "logprobs": 0,  # the sampled token's own
+        "logprobs": 0,  # of the sampled token only
     }
 
 
 def sample_seed(run_seed: int, group_id: int, sample_index: int) -> int:
-    """A seed of its own for every sample of a run."""
+    """A distinct seed for every sample of a run."""
     return int(np.random.SeedSequence([run_seed, group_id, sample_index]).generate_state(1)[0])
 
 

@@ -1,8 +1,7 @@
-"""The rollout deployment: Serve replicas, each a CPU-only front with its vLLM engine as a child actor on a
-slot.
+"""Rollout deployment: Serve replicas, each a CPU-only proxy of a vLLM engine in a child actor on a slot.
 
-A replica answers only with the newest published weights: it pulls them before it becomes healthy, when told
-to catch up, and when a request asks for a newer version than it holds.
+A replica generates only with the latest published weights: it pulls them before it becomes healthy, on
+`catch_up`, and when a request needs a newer version than it holds.
 """
 
 from __future__ import annotations
@@ -22,69 +21,71 @@ from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.weights.store import HubIsBlank, Part, Publication, TensorSlice
+from rayrlhf.weights.store import Part, Publication, StoreNotRestored, TensorSlice
 
 if TYPE_CHECKING:
-    from rayrlhf.weights.transfer_group import Delivery, Meeting
+    from rayrlhf.weights.transfer_group import DirectPush, TransferGroup
 
 EXIT_SECONDS = 0.2
 RETRY_SECONDS = 0.2
-TURN_SECONDS = 0.5
-NOTHING_WHOLE = -1  # in place of a publication's number: whichever is the newest, it is news
+MEMORY_POLL_SECONDS = 0.5
+WEIGHTS_INVALID = -1  # load was interrupted or memory released: reload whatever is latest
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What the engine produced for one request."""
+    """The engine's output for one request."""
 
     token_ids: list[int]
     text: str  # without special tokens
     logprobs: list[float]  # one per token
     truncated: bool
-    policy_versions: list[int]  # one per token: new weights may arrive while it runs
+    policy_versions: list[int]  # one per token: weights may be updated during generation
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    engine_args: dict[str, Any]  # vLLM's EngineArgs
+    engine_args: dict[str, Any]  # of vLLM's EngineArgs
     env_vars: dict[str, str]
-    weight_hub: str | None  # name of the actor that holds the newest weights; None: they never change
+    weight_store: str | None  # name of the actor with the published weights; None: weights never change
     rpc_timeout_seconds: float
     start_timeout_seconds: float
 
 
 class EngineActor:
-    """A vLLM engine and the version of the weights that it holds."""
+    """Actor with a vLLM engine; keeps track of its weight version."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.stepper: Any = None
         self.version = 0
-        self.publication = 0  # which of the hub's these weights came with
-        hub = settings.weight_hub
-        self.hub: Any = None if hub is None else ray.get_actor(hub, namespace=NAMESPACE)
-        self.meeting: Meeting | None = None  # the last one that we joined
+        self.publication = 0  # number of the publication that is loaded
+        name = settings.weight_store
+        self.weight_store: Any = None if name is None else ray.get_actor(name, namespace=NAMESPACE)
+        self.transfer_group: TransferGroup | None = None  # the last one joined
         self.updating = asyncio.Lock()
-        self.missing: set[str] = set()  # parts of its memory that a sleeping engine does not have
+        self.released: set[str] = set()  # parts of the memory (`Part`) that the sleeping engine has released
 
-    async def is_our_turn(self) -> bool:
-        """Not while trainers use the memory that this engine would take."""
-        return self.hub is None or await self._ask_hub("is_engines_turn")
+    async def owns_memory(self) -> bool:
+        """False while colocated trainers own the GPU memory."""
+        return self.weight_store is None or await self._call_store("engines_own_memory")
 
-    async def _ask_hub(self, method: str, *arguments: Any) -> Any:
-        """The hub's answer. While it comes back from the death of its process, wait for that."""
+    async def _call_store(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the weight store; waits while it restarts after the death of its process."""
         deadline = time.monotonic() + self.settings.start_timeout_seconds
         while True:
             try:
-                return await getattr(self.hub, method).remote(*arguments)
-            except (HubIsBlank, ActorUnavailableError):
+                return await getattr(self.weight_store, method).remote(*arguments)
+            except (StoreNotRestored, ActorUnavailableError):
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def start(self, name: str) -> int:
-        """Build, pull the newest weights and generate once, so that the first real request meets a warm
-        engine.
+        """Build the engine, pull the latest weights and generate once to warm it up.
+
+        Returns:
+            The weight version it holds.
         """
         from rayrlhf.rollout.vllm_engine import (
             Stepper,  # vllm takes seconds to import: only here, where it runs
@@ -93,91 +94,102 @@ class EngineActor:
         self.name = name
         self.stepper = Stepper(self.settings.engine_args)
         self.devices = await self.stepper.device_keys()
-        if self.hub is not None:
-            self.version = min(0, (await self._ask_hub("newest")).version)
+        if self.weight_store is not None:
+            self.version = min(0, (await self._call_store("latest")).version)
         await self.catch_up(0)
         params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
         async for _ in self.stepper.stream([1, 2, 3], [params]):
             pass
-        if not await self.is_our_turn():
+        if not await self.owns_memory():
             await self.sleep()
         return self.version
 
     async def generate(
         self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
     ) -> AsyncIterator[tuple[int, Generation]]:
-        if self.missing:
-            await self._wake_by_itself()
+        if self.released:
+            await self._wake_after_start()
         if self.version < min_version:
             await self.catch_up(min_version)
         async for index, output in self.stepper.stream(prompt_ids, sampling):
             yield index, _generation(output)
 
     async def catch_up(self, at_least: int) -> int:
-        """Load the newest published weights, if we do not hold them. Returns the version held then."""
+        """Load the latest published weights unless they are already loaded.
+
+        Returns:
+            The version the engine then holds.
+
+        Raises:
+            RuntimeError: if no version >= `at_least` has been published, or if the engine sleeps.
+        """
         async with self.updating:
-            self._refuse_asleep()
+            self._require_weights_memory()
             publication, buckets = await self._fetch_newer(at_least)
             if buckets:
                 await self.stepper.pause()
                 await self._load(buckets, publication.number, publication.version)
         if self.version < at_least:
             raise RuntimeError(
-                f"version {at_least} was asked for, the newest published one is {self.version}"
+                f"version {at_least} was requested, but the latest published version is {self.version}"
             )
         return self.version
 
-    async def receive(self, delivery: Delivery, replica: int) -> None:
-        """Load what the trainers send at a meeting. Raises `MeetingEnded`; then only `catch_up` helps."""
-        meeting = delivery.meeting
-        if replica not in meeting.guests:
+    async def receive(self, push: DirectPush, replica: int) -> None:
+        """Load weights that the trainers push directly.
+
+        Raises:
+            TransferFailed: this version can then only be loaded by `catch_up`.
+        """
+        transfer_group = push.transfer_group
+        if replica not in transfer_group.receivers:
             return
         async with self.updating:
             try:
-                self._refuse_asleep()
-                if self.meeting != meeting:
-                    await self.stepper.join(meeting, meeting.first_rank(replica))
-                    self.meeting = meeting
+                self._require_weights_memory()
+                if self.transfer_group != transfer_group:
+                    await self.stepper.join(transfer_group, transfer_group.first_rank(replica))
+                    self.transfer_group = transfer_group
                 await self.stepper.pause()
-                self.publication = NOTHING_WHOLE
-                buckets = [(slices, None) for slices in delivery.buckets]
-                await self._load(buckets, delivery.number, delivery.version)
+                self.publication = WEIGHTS_INVALID
+                buckets = [(slices, None) for slices in push.buckets]
+                await self._load(buckets, push.number, push.version)
             except Exception as error:
-                from rayrlhf.weights.transfer_group import end_meeting  # and with it torch
+                from rayrlhf.weights.transfer_group import abort_transfer  # imports torch
 
-                self.meeting = None
-                await asyncio.to_thread(end_meeting, meeting, f"{self.name}: {error}")
+                self.transfer_group = None
+                await asyncio.to_thread(abort_transfer, transfer_group, f"{self.name}: {error}")
                 await self.stepper.leave()
                 raise
 
-    def _refuse_asleep(self) -> None:
-        if "weights" in self.missing:
-            raise RuntimeError("asked to load weights while it sleeps: the trainers have its memory")
+    def _require_weights_memory(self) -> None:
+        if "weights" in self.released:
+            raise RuntimeError("cannot load weights while the engine sleeps: the trainers own its memory")
 
     async def _load(self, buckets: Sequence[tuple[Any, Any]], number: int, version: int) -> None:
-        """Into a paused engine, which goes on then."""
+        """Load weights into the paused engine, then resume it."""
         await self.stepper.start_weight_update()
         for slices, flat in buckets:
             await self.stepper.load_bucket(slices, flat)
         await self.stepper.finish_weight_update(version)
         self.publication, self.version = number, version
         await self._record(f"loaded version {version}")
-        if not self.missing:
+        if not self.released:
             await self.stepper.resume()
 
     async def _fetch_newer(self, at_least: int) -> tuple[Publication, list[tuple[list[TensorSlice], Any]]]:
-        """A publication newer than ours with its buckets already on this node; no buckets when there is none.
+        """Fetch the latest publication and its buckets to this node; no buckets if it is already loaded.
 
-        A trainer that dies takes its buckets along; restarted, it publishes the version it resumes from.
-        Until then this waits, and also while the version that was asked for is being published.
+        Waits while the requested version is being published. Buckets are lost when their trainer dies; it
+        publishes the version it resumes from after its restart, and this waits for that as well.
         """
-        if self.hub is None:
+        if self.weight_store is None:
             return Publication(0, 0, []), []
         deadline = time.monotonic() + self.settings.start_timeout_seconds
         while True:
-            publication: Publication = await self._ask_hub("newest")
+            publication: Publication = await self._call_store("latest")
             in_time = time.monotonic() < deadline
-            if publication.version < at_least and in_time and await self._ask_hub("is_coming", at_least):
+            if publication.version < at_least and in_time and await self._call_store("is_coming", at_least):
                 pass
             elif publication.number <= self.publication:
                 return publication, []
@@ -190,40 +202,42 @@ class EngineActor:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def sleep(self) -> int:
-        """Give up weights and cache; returns the bytes. Raises `RuntimeError` while requests run."""
+        """Release weights and cache; returns the freed bytes. Raises `RuntimeError` while requests run."""
         async with self.updating:
-            if self.missing:
+            if self.released:
                 return 0
-            freed = await self.stepper.give_up_memory()
-            self.missing = {"weights", "kv_cache"}
-            self.publication = NOTHING_WHOLE
+            freed = await self.stepper.release_memory()
+            self.released = {"weights", "kv_cache"}
+            self.publication = WEIGHTS_INVALID
             await self._record(f"asleep, {freed} bytes freed")
             return freed
 
     async def wake(self, part: Part) -> None:
-        """Have that part of the memory again. The cache comes when the weights have been loaded."""
+        """Reacquire a part of the memory. The cache requires that the weights have been loaded."""
         async with self.updating:
-            if part not in self.missing:
+            if part not in self.released:
                 return
-            if part == "kv_cache" and self.publication == NOTHING_WHOLE:
-                raise RuntimeError("asked to go on before weights were pushed: a sleeping engine keeps none")
-            await self.stepper.take_memory(part)
-            self.missing.remove(part)
+            if part == "kv_cache" and self.publication == WEIGHTS_INVALID:
+                raise RuntimeError(
+                    "cannot wake the cache before weights are pushed: a sleeping engine keeps none"
+                )
+            await self.stepper.reacquire_memory(part)
+            self.released.remove(part)
             await self._record(f"awake: {part}")
-            if not self.missing:
+            if not self.released:
                 await self.stepper.resume()
 
-    async def _wake_by_itself(self) -> None:
-        """It slept when it had started in the trainers' turn, and missed the call."""
-        if not await self.is_our_turn():
-            raise RuntimeError("asked to generate while it sleeps: the trainers have its memory")
+    async def _wake_after_start(self) -> None:
+        """Wake an engine that started while the trainers owned the memory, and so missed `wake`."""
+        if not await self.owns_memory():
+            raise RuntimeError("cannot generate while the engine sleeps: the trainers own its memory")
         await self.wake("weights")
         await self.catch_up(0)
         await self.wake("kv_cache")
 
     async def _record(self, what: str) -> None:
-        if self.hub is not None:
-            await self._ask_hub("record", self.name, what)
+        if self.weight_store is not None:
+            await self._call_store("record", self.name, what)
 
     async def describe(self) -> dict[str, Any]:
         node = ray.get_runtime_context().get_node_id()
@@ -253,12 +267,12 @@ def _generation(output: Any) -> Generation:
 
 
 def _version(label: str) -> int:
-    """vLLM calls the weights that it loaded by itself "default": the checkpoint, version 0."""
+    """vLLM labels the weights it loaded from the checkpoint "default": version 0."""
     return int(label) if label.isdecimal() else 0
 
 
 class RolloutReplica:
-    """The Serve replica in front of one engine."""
+    """Serve replica that proxies one engine."""
 
     async def __init__(self, settings: EngineSettings, slots: Slots) -> None:
         self.engine = SlotChild(
@@ -269,17 +283,21 @@ class RolloutReplica:
             env_vars=settings.env_vars,
             timeout_seconds=settings.rpc_timeout_seconds,
         )
-        # As long as the trainers' turn lasts; its own deadlines end it, or the run.
-        while not await self.engine.call("is_our_turn"):
-            await asyncio.sleep(TURN_SECONDS)
+        # No deadline here: the trainers' own deadlines end their phase, or the run.
+        while not await self.engine.call("owns_memory"):
+            await asyncio.sleep(MEMORY_POLL_SECONDS)
         name = f"engine {self.engine.rank}"
         await self.engine.call("start", name, timeout_seconds=settings.start_timeout_seconds)
 
     async def generate(
         self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
     ) -> AsyncIterator[tuple[int, Generation]]:
-        """(index, generation) per entry of `sampling` (vLLM's SamplingParams) as each finishes, begun with
-        weights of at least `min_version`. Whoever stops iterating aborts the rest.
+        """Yield (index, generation) per entry of `sampling` as each finishes. Leaving the iteration early
+        aborts the rest.
+
+        Args:
+            sampling: arguments of vLLM's SamplingParams.
+            min_version: lowest weight version to start generation with.
         """
         try:
             async for finished in self.engine.stream("generate", prompt_ids, sampling, min_version):
@@ -287,19 +305,19 @@ class RolloutReplica:
         except EngineDied:
             asyncio.get_running_loop().call_later(
                 EXIT_SECONDS, os._exit, 1
-            )  # tell the caller first, then restart
+            )  # after the caller has received the error
             raise
 
     async def complete(self, prompt_ids: list[int], params: dict[str, Any], min_version: int) -> Generation:
-        """One generation for one set of vLLM's SamplingParams."""
+        """One generation for one set of arguments of vLLM's SamplingParams."""
         [(_, generation)] = [item async for item in self.generate(prompt_ids, [params], min_version)]
         return generation
 
     async def catch_up(self, version: int) -> dict[str, int]:
         return {"replica": self.engine.rank, "version": await self.engine.call("catch_up", version)}
 
-    async def receive(self, delivery: Delivery) -> dict[str, int]:
-        await self.engine.call("receive", delivery, self.engine.rank)
+    async def receive(self, push: DirectPush) -> dict[str, int]:
+        await self.engine.call("receive", push, self.engine.rank)
         return {"replica": self.engine.rank}
 
     async def sleep(self) -> dict[str, int]:
@@ -318,7 +336,7 @@ class RolloutReplica:
 
 
 def rollout_deployment(settings: EngineSettings, slots: Slots, *, num_engines: int, max_requests: int) -> Any:
-    """The bound deployment for `serve.run`; the number of replicas is fixed, each owns the slot of its
+    """The bound deployment for `serve.run`; the number of replicas is fixed, and each runs on the slot of its
     rank.
     """
     deployment = serve.deployment(RolloutReplica).options(

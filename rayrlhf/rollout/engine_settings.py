@@ -1,4 +1,4 @@
-"""How a vLLM engine is configured: the arguments and environment of `EngineActor` on a GPU and on a CPU."""
+"""vLLM engine configuration: engine arguments and environment variables of `EngineActor` on GPU and CPU."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def engine_settings(
     *,
     seed: int,
     max_model_tokens: int,
-    weight_hub: str | None,
+    weight_store: str | None,
     on_gpu: bool,
     threads: int,
     sleeps: bool = False,
 ) -> EngineSettings:
-    """Without a `weight_hub` the engines keep the weights of the checkpoint. `sleeps`: they give their memory
-    up by turns.
+    """
+    Args:
+        weight_store: name of the weight store's actor; None: the engines keep the weights of the checkpoint.
+        sleeps: engines release their memory while trainers use it.
     """
     engine_args: dict[str, Any] = {
         "model": model.path,
@@ -37,8 +39,7 @@ def engine_settings(
         "max_num_seqs": rollout.max_concurrent_requests,
         "seed": seed,
         "disable_log_stats": True,
-        # What the engine reports must be what the trainer computes: log-probabilities at the sampling
-        # temperature.
+        # The engine's log-probabilities must be those the trainer computes: at the sampling temperature.
         "logprobs_mode": "processed_logprobs",
     }
     env_vars = {
@@ -56,7 +57,7 @@ def engine_settings(
             "enable_sleep_mode": sleeps,
         }
         if rollout.tensor_parallel > 1:
-            # The workers go on the slots that placement.child names in the environment.
+            # Workers run on the slots that placement.replica sets in the environment.
             engine_args |= {
                 "tensor_parallel_size": rollout.tensor_parallel,
                 "distributed_executor_backend": "ray",
@@ -68,8 +69,8 @@ def engine_settings(
             "distributed_executor_backend": "uni",
             "kv_cache_memory_bytes": rollout.kv_cache_bytes,
             "block_size": KV_BLOCK_TOKENS,
-            # A prefill in pieces kills vLLM's CPU engine when the request has a seed (it rewinds a generator
-            # that cannot): prompts go in whole.
+            # Chunked prefill kills vLLM's CPU engine when the request has a seed (it rewinds a generator that
+            # does not support it): prompts are prefilled in one step.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens),
         }
@@ -82,7 +83,7 @@ def engine_settings(
     return EngineSettings(
         engine_args=engine_args,
         env_vars=env_vars,
-        weight_hub=weight_hub,
+        weight_store=weight_store,
         rpc_timeout_seconds=rollout.timeout_seconds,
         start_timeout_seconds=rollout.start_timeout_seconds,
     )

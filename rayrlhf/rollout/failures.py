@@ -1,7 +1,7 @@
-"""What can go wrong with an engine, in words that travel between processes."""
+"""Exceptions of rollout engines. Importable without vLLM, so that they can be pickled between processes."""
 
 from __future__ import annotations
 
 
 class EngineDied(RuntimeError):
-    """The vLLM engine of a replica has stopped for good; the message is its own last error."""
+    """The vLLM engine of a replica has stopped permanently; the message is its last error."""

@@ -1,4 +1,4 @@
-"""A frozen model that only tells log-probabilities, behind vLLM: a big reference, spread over GPUs."""
+"""Log-probabilities of a frozen model served by vLLM: a large reference, tensor-parallel over GPUs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from rayrlhf.batch import PackedBatch
-from rayrlhf.placement.replica_front import Behind, front_deployment
+from rayrlhf.placement.replica_front import ActorSpec, proxy_deployment
 from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.engine import EngineSettings
 
-# One token is generated and thrown away: vLLM scores prompts of requests.
+# vLLM scores the prompts of generation requests: one token is generated and discarded.
 SCORE = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
 
 
 class ScorerActor:
-    """A vLLM engine that reads prompts and says how likely they were."""
+    """Actor with a vLLM engine that computes log-probabilities of given sequences."""
 
     def __init__(self, settings: EngineSettings) -> None:
         from rayrlhf.rollout.vllm_engine import (
@@ -32,12 +32,17 @@ class ScorerActor:
         self.stepper.raise_if_dead()
 
     async def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
-        """Of each learnt token given those before it; [T] fp32, 0 elsewhere. Raises `ValueError` for a
-        temperature other than 1.
+        """Log-probability of each loss token given the tokens before it.
+
+        Returns:
+            [T] fp32; 0 at tokens outside the loss mask.
+
+        Raises:
+            ValueError: for a temperature other than 1.
         """
         if temperature != 1:
             raise ValueError(
-                f"temperature {temperature:g}: vLLM tells a prompt's log-probabilities at 1 only"
+                f"temperature {temperature:g}: vLLM computes prompt log-probabilities only at temperature 1"
             )
         ends = batch.cu_seqlens.tolist()
         sequences = [batch.input_ids[a:b].tolist() for a, b in pairwise(ends)]
@@ -46,13 +51,13 @@ class ScorerActor:
 
     async def _score(self, token_ids: list[int]) -> list[float]:
         [(_, output)] = [item async for item in self.stepper.stream(token_ids, [SCORE])]
-        told: Any = output.prompt_logprobs  # the first is None: nothing comes before it
-        return [0.0, *(at[token].logprob for at, token in zip(told[1:], token_ids[1:], strict=True))]
+        logprobs: Any = output.prompt_logprobs  # the first is None: no token precedes it
+        return [0.0, *(at[token].logprob for at, token in zip(logprobs[1:], token_ids[1:], strict=True))]
 
 
 def scorer_deployment(settings: EngineSettings, slots: Slots, *, role: str, num_replicas: int) -> Any:
-    """The bound deployment; it answers like the reference of `train.frozen_server`."""
-    behind = Behind(
+    """The bound deployment; same interface as the reference of `train.frozen_server`."""
+    spec = ActorSpec(
         role,
         ScorerActor,
         (settings,),
@@ -60,4 +65,4 @@ def scorer_deployment(settings: EngineSettings, slots: Slots, *, role: str, num_
         timeout_seconds=settings.rpc_timeout_seconds,
         start_timeout_seconds=settings.start_timeout_seconds,
     )
-    return front_deployment(behind, num_replicas=num_replicas, slots=slots)
+    return proxy_deployment(spec, num_replicas=num_replicas, slots=slots)

@@ -1,7 +1,7 @@
-"""vLLM's in-process engine, stepped by one thread, with an asyncio face.
+"""vLLM's in-process engine, stepped by one thread, with an asyncio interface.
 
-The engine lives in the process of its actor: one failure domain, nothing to orphan, and weight buckets are
-read straight out of the object store instead of being copied through a socket.
+The engine runs in the process of its actor: one failure domain, no process that can be orphaned, and weight
+buckets are read directly from the object store instead of being copied through a socket.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rayrlhf.hub.local import local_folder
 from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.rollout.vllm_worker import BUCKETS
 from rayrlhf.weights.store import TensorSlice
-from rayrlhf.weights.transfer_group import Meeting
+from rayrlhf.weights.transfer_group import TransferGroup
 
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ class Stepper:
     async def stream(
         self, prompt_ids: list[int], sampling: list[dict[str, Any]]
     ) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(index, finished output) per entry of `sampling`, all for one prompt, in the order they finish.
+        """Yield (index, finished output) per entry of `sampling`, all for one prompt, as they finish.
 
         Leaving the iteration early aborts what is still running.
         """
@@ -72,8 +72,8 @@ class Stepper:
                 self._commands.put((lambda: self._abort(unfinished), Future()))
 
     async def pause(self) -> None:
-        """Stop stepping; running requests keep their tokens but lose their cache, which older weights have
-        filled.
+        """Stop stepping; running requests keep their tokens but lose their cache, which was computed with the
+        old weights.
         """
 
         def stop() -> None:
@@ -88,43 +88,46 @@ class Stepper:
 
         await self._on_thread(go)
 
-    async def give_up_memory(self) -> int:
-        """Stop stepping and free weights and cache; returns the bytes. Raises `RuntimeError` while requests
-        run.
+    async def release_memory(self) -> int:
+        """Stop stepping and free weights and cache; returns the freed bytes. Raises `RuntimeError` while
+        requests run.
         """
 
-        def give_up() -> list[int]:
+        def release() -> list[int]:
             if self._waiting:
                 raise RuntimeError(
-                    f"{len(self._waiting)} requests are running: an engine sleeps between them"
+                    f"{len(self._waiting)} requests are running: an engine can only sleep without requests"
                 )
             self._paused = True
             self._engine.reset_prefix_cache(reset_running_requests=True)
-            return self._engine.collective_rpc("give_up_memory")
+            return self._engine.collective_rpc("release_memory")
 
-        return sum(await self._on_thread(give_up))
+        return sum(await self._on_thread(release))
 
-    async def take_memory(self, part: str) -> None:
-        """Have `weights` (to be loaded then) or `kv_cache` again; stepping goes on with `resume`."""
-        await self._rpc("take_memory", part=part)
+    async def reacquire_memory(self, part: str) -> None:
+        """Reacquire `weights` (which must then be loaded) or `kv_cache`; `resume` continues stepping."""
+        await self._rpc("reacquire_memory", part=part)
 
     async def device_keys(self) -> list[str]:
-        """Of each worker's device."""
+        """Device key of each worker."""
         return await self._rpc("device_key")
 
-    async def join(self, meeting: Meeting, first_rank: int) -> None:
-        """Raises `MeetingEnded`."""
-        info = {"meeting": meeting, "first_rank": first_rank}
-        await self._rpc("init_weight_transfer_engine", init_info=info)
+    async def join(self, transfer_group: TransferGroup, first_rank: int) -> None:
+        """Join a transfer group. Raises `TransferFailed`."""
+        init_info = {"transfer_group": transfer_group, "first_rank": first_rank}
+        await self._rpc("init_weight_transfer_engine", init_info=init_info)
 
     async def leave(self) -> None:
-        await self._rpc("leave_meeting")
+        await self._rpc("leave_transfer_group")
 
     async def start_weight_update(self) -> None:
         await self._rpc("start_weight_update")
 
     async def load_bucket(self, slices: Sequence[TensorSlice], bucket: Any = None) -> None:
-        """`bucket`: its bytes as an array; without them they come over the meeting's link."""
+        """
+        Args:
+            bucket: uint8 array of its bytes; None: receive them over the transfer group's link.
+        """
         await self._rpc("update_weights", update_info={"slices": slices, "bucket": bucket})
 
     async def finish_weight_update(self, version: int) -> None:
@@ -165,15 +168,14 @@ class Stepper:
                         if future.set_running_or_notify_cancel():
                             future.set_result(output)
         except BaseException as failure:
-            # Whatever it was, the engine cannot go on: everybody who waits learns of it, and so does the
-            # health check.
+            # The engine cannot continue after any failure: fail all waiting requests and the health check.
             self._failure = failure
             for future in self._waiting.values():
                 if future.set_running_or_notify_cancel():
                     future.set_exception(EngineDied(f"{type(failure).__name__}: {failure}"))
 
     def _run_commands(self) -> None:
-        """Run what was asked for; return only when there is something to step."""
+        """Run queued calls; return only when there is something to step."""
         while True:
             busy = not self._paused and self._engine.has_unfinished_requests()
             try:

@@ -1,9 +1,9 @@
-"""New weights into vLLM's layers, through vLLM's own lifecycle of a reload, and nothing left out.
+"""Weight updates through vLLM's layerwise reload, with a check that every parameter was loaded.
 
-vLLM's kernels may want weights in another layout than the checkpoint's (experts packed for a CPU, gate and up
-swapped, MLA's absorbed projections). Its layerwise reload gives every layer its loading form again, collects
-what arrives for it, and processes and copies the layer when it is whole. What it does not say is whether
-something was left out: that is checked here, by names and by numbers of elements.
+vLLM's kernels may need weights in another layout than the checkpoint's (experts packed for a CPU, gate and up
+swapped, MLA's absorbed projections). Its layerwise reload restores every layer's loading layout, collects
+the tensors that arrive for it, and processes and copies the layer when it is complete. It does not report
+missing tensors: that is checked here, by names and by numbers of elements.
 https://docs.vllm.ai/en/latest/training/layerwise/
 """
 
@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
-# It warns of every layer that nothing was loaded for, among them rotary tables and tied heads.
+# It warns about every layer without loaded tensors, including rotary tables and tied heads.
 logging.getLogger(layerwise.__name__).setLevel(logging.ERROR)
 
 
@@ -31,26 +31,33 @@ class Reload:
         self.model = model
 
     def start(self) -> None:
-        put_back(self.model)  # what an update that broke off has left
+        put_back(self.model)  # in case the previous update was interrupted
         tied = _tied_names(self.model)
         layerwise.initialize_layerwise_reload(self.model)
         self.wanted = {name for name, _ in self.model.named_parameters()} - tied
         self.reached: set[str] = set()
 
     def collected(self, names: set[str], flat: Tensor) -> None:
-        """`names` were loaded out of `flat`, which the sender may fill again: layers that still wait for more
-        get copies of what they keep.
+        """Record a load; copies tensors of `flat` that incomplete layers still refer to.
+
+        Args:
+            names: parameters that were loaded from `flat`.
+            flat: bucket, which the sender may refill afterwards.
         """
         self.reached |= names
-        ours = flat.untyped_storage().data_ptr()
+        bucket = flat.untyped_storage().data_ptr()
         for layer in self.model.modules():
             for _, call in layerwise.get_layerwise_info(layer).loaded_weights:
                 for name, value in call.arguments.items():
-                    if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == ours:
+                    if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == bucket:
                         call.arguments[name] = value.clone()
 
     def finish(self, model_config: Any) -> None:
-        """Raises `RuntimeError` for what was not sent, or only in part; then the weights are of no use."""
+        """Complete the update.
+
+        Raises:
+            RuntimeError: if a parameter was not loaded, or only in part; the weights are unusable then.
+        """
         missing = sorted({*(self.wanted - self.reached), *self._incomplete()})
         if missing:
             put_back(self.model)
@@ -61,7 +68,7 @@ class Reload:
         layerwise.finalize_layerwise_reload(self.model, model_config)
 
     def _incomplete(self) -> Iterator[str]:
-        """Parameters of layers that got fewer elements than they have."""
+        """Parameters of layers that received fewer elements than they have."""
         for prefix, layer in self.model.named_modules():
             info = layerwise.get_layerwise_info(layer)
             names = {f"{prefix}.{name}" if prefix else name for name, _ in _own_parameters(layer)}
@@ -70,7 +77,7 @@ class Reload:
 
 
 def put_back(model: nn.Module) -> None:
-    """End an update that is under way: every layer that waits has the parameters that its kernels use."""
+    """Abort an update in progress: restores the kernel parameters of every incomplete layer."""
     for layer in model.modules():
         info = layerwise.get_layerwise_info(layer)
         if info.can_load():
@@ -80,18 +87,18 @@ def put_back(model: nn.Module) -> None:
 
 
 def _tied_names(model: nn.Module) -> set[str]:
-    """Further names of parameters that have one already: they come with that."""
-    everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return everything - {name for name, _ in model.named_parameters()}
+    """Additional names of tied parameters, which are loaded under their first name."""
+    all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return all_names - {name for name, _ in model.named_parameters()}
 
 
 def _own_parameters(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    found = layer.named_parameters(recurse=False)
-    return [(name, parameter) for name, parameter in found if name not in SKIP_LOAD_TENSORS]
+    own = layer.named_parameters(recurse=False)
+    return [(name, parameter) for name, parameter in own if name not in SKIP_LOAD_TENSORS]
 
 
 def _size(layer: nn.Module) -> int:
-    """Elements that a checkpoint has for the layer's parameters; the padding of a vocabulary is not there."""
+    """Number of elements of the layer's parameters in a checkpoint, which has no vocabulary padding."""
     size = sum(get_tensor_load_numel(parameter) for _, parameter in _own_parameters(layer))
     if isinstance(layer, VocabParallelEmbedding):
         return size // layer.num_embeddings_per_partition * layer.num_org_embeddings_per_partition
@@ -99,7 +106,7 @@ def _size(layer: nn.Module) -> int:
 
 
 def pack_experts_at_every_load() -> None:
-    """On a CPU, vLLM 0.32 packs experts for its kernel at the first load only, and would go on to read the
+    """On a CPU, vLLM 0.32 packs experts for its kernel only at the first load, and would then read the
     unpacked weights of a reload as packed ones.
     """
     process = UnquantizedFusedMoEMethod.process_weights_after_loading

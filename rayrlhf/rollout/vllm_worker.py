@@ -1,8 +1,8 @@
-"""What runs inside vLLM's worker: the receiving end of a weight sync.
+"""Receiver side of weight sync, inside vLLM's worker process.
 
 vLLM imports this module in every worker process because `worker_extension_cls` names `WorkerExtension`; the
-import registers the transfer backend. Only this module, `vllm_reload` and
-`rollout.vllm_engine` may import vllm.
+import registers the transfer backend. Only this module, `vllm_reload` and `rollout.vllm_engine` may import
+vllm.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 from rayrlhf.weights.buckets import check, size_of, unpack
 from rayrlhf.weights.shared_memory import device_key
 from rayrlhf.weights.store import TensorSlice
-from rayrlhf.weights.transfer_group import Link, Meeting, join
+from rayrlhf.weights.transfer_group import Link, TransferGroup, join
 
 BUCKETS = "rayrlhf_buckets"
 
 if current_platform.is_cpu():
-    # oneDNN keeps packed copies of the weights which a reload does not reach; a tied lm_head would go on
-    # answering with the old ones. Without packing, the layers are plain F.linear over the parameters that we
+    # oneDNN keeps packed copies of the weights, which a reload does not update; a tied lm_head would continue
+    # to use the old ones. Without packing, the layers are plain F.linear over the parameters that we
     # write to.
     _custom_ops._supports_onednn = False
     pack_experts_at_every_load()
@@ -40,18 +40,18 @@ if current_platform.is_cpu():
 
 @dataclass
 class BucketInit(WeightTransferInitInfo):
-    meeting: Meeting
-    first_rank: int  # there, of this engine's first worker
+    transfer_group: TransferGroup
+    first_rank: int  # in the group, of this engine's first worker
 
 
 @dataclass
 class BucketUpdate(WeightTransferUpdateInfo):
     slices: Sequence[TensorSlice]
-    bucket: Any = None  # uint8 array, read-only, shared with the object store; None: comes over the link
+    bucket: Any = None  # uint8 array, read-only, shared with the object store; None: received over the link
 
 
 class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
-    """Loads buckets of tensors as a checkpoint has them, and insists that every parameter was reached."""
+    """Loads buckets of tensors in checkpoint format, and requires that every parameter is loaded."""
 
     init_info_cls = BucketInit
     update_info_cls = BucketUpdate
@@ -61,7 +61,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
     def init_transfer_engine(self, init_info: BucketInit) -> None:
         self.link = None
         rank = init_info.first_rank + self.parallel_config.rank
-        self.link = join(init_info.meeting, rank=rank, device=self.device, key=device_key(self.device))
+        self.link = join(init_info.transfer_group, rank=rank, device=self.device, key=device_key(self.device))
 
     def start_weight_update(self) -> None:
         self.reload = Reload(self.model)
@@ -91,22 +91,22 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
 
 
 class WorkerExtension:
-    """Named in `worker_extension_cls`; vLLM mixes it into its worker class."""
+    """Mixin for vLLM's worker class, named in `worker_extension_cls`."""
 
     def device_key(self) -> str:
         worker: Any = self
         return device_key(worker.device)
 
-    def leave_meeting(self) -> None:
-        """Close the connections: whoever waits in a collective learns that this engine has gone."""
+    def leave_transfer_group(self) -> None:
+        """Close the connections; members that wait in a collective are unblocked."""
         worker: Any = self
         worker.weight_transfer_engine.shutdown()
 
-    def give_up_memory(self) -> int:
-        """Let go of weights and key-value cache; returns the bytes that were freed.
+    def release_memory(self) -> int:
+        """Release weights and key-value cache; returns the freed bytes.
 
-        Weights are not kept: the next ones are pushed before anybody generates. On a GPU this is vLLM's sleep
-        of level 2, which keeps the buffers; its CPU worker has none, so storages are emptied in place.
+        Weights are not kept: new ones are pushed before the next generation. On a GPU this is vLLM's sleep
+        level 2, which keeps the buffers; its CPU worker has no sleep mode, so storages are emptied in place.
         """
         worker: Any = self
         if not current_platform.is_cpu():
@@ -119,8 +119,11 @@ class WorkerExtension:
         }
         return sum(size for part in self.emptied.values() for _, size in part)
 
-    def take_memory(self, part: str) -> None:
-        """`part`: weights, whose values are then to be loaded, or kv_cache."""
+    def reacquire_memory(self, part: str) -> None:
+        """
+        Args:
+            part: weights, whose values must then be loaded, or kv_cache.
+        """
         worker: Any = self
         if not current_platform.is_cpu():
             worker.wake_up([part])
@@ -130,7 +133,7 @@ class WorkerExtension:
 
 
 def _empty(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
-    """Give the tensors' storages back, and return them with their sizes in bytes; shared ones once."""
+    """Free the tensors' storages; returns each distinct storage with its former size in bytes."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     sizes = [(storage, storage.size()) for storage in storages.values()]
     for storage, _ in sizes:

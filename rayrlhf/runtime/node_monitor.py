@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from rayrlhf.observe.console import Console
-from rayrlhf.placement.reaper import seats_of
+from rayrlhf.placement.reaper import worker_locations
 from rayrlhf.placement.slots import PlacementError, Slots, refresh_slots
 from rayrlhf.runtime.fingerprint import write_atomically
 
@@ -86,5 +86,5 @@ class _PlacementBook:
         slots = self.slots
         table = [asdict(slot) | {"slot": index} for index, slot in enumerate(slots.table)]
         roles = {plan.role: plan.units for plan in slots.spec.roles}
-        seats = [seat._asdict() for seat in seats_of(slots.run_id)]
+        seats = [seat._asdict() for seat in worker_locations(slots.run_id)]
         return {"preset": slots.spec.preset, "slots": table, "roles": roles, "seats": seats}

@@ -35,7 +35,7 @@ from rayrlhf.observe.console import Console
 from rayrlhf.observe.wandb_access import check_wandb
 from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
 from rayrlhf.placement.preset import with_preset
-from rayrlhf.placement.reaper import NAMESPACE, delete_apps, forget_seats, start_reaper
+from rayrlhf.placement.reaper import NAMESPACE, delete_apps, start_reaper, unregister_workers
 from rayrlhf.placement.slots import (
     PlacementError,
     Slots,
@@ -231,7 +231,7 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
     finally:
         delete_apps(run_id)
         slots.remove()
-        forget_seats(run_id)
+        unregister_workers(run_id)
         for actor in (reaper, board):  # in a process that keeps its Ray, they would stay as long as it
             ray.kill(actor)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import ModelConfig
-from rayrlhf.placement.replica_front import Behind, front_deployment
+from rayrlhf.placement.replica_front import ActorSpec, proxy_deployment
 from rayrlhf.placement.slots import Slots
 
 
@@ -84,12 +84,12 @@ class TeacherActor:
 def reference_deployment(
     model: ModelConfig, path: str, *, chunk_tokens: int, num_replicas: int, slots: Slots
 ) -> Any:
-    behind = Behind("ref", ReferenceActor, (model, path, chunk_tokens))
-    return front_deployment(behind, num_replicas=num_replicas, slots=slots)
+    spec = ActorSpec("ref", ReferenceActor, (model, path, chunk_tokens))
+    return proxy_deployment(spec, num_replicas=num_replicas, slots=slots)
 
 
 def teacher_deployment(
     model: ModelConfig, path: str, *, chunk_tokens: int, num_replicas: int, slots: Slots
 ) -> Any:
-    behind = Behind("teacher", TeacherActor, (model, path, chunk_tokens))
-    return front_deployment(behind, num_replicas=num_replicas, slots=slots)
+    spec = ActorSpec("teacher", TeacherActor, (model, path, chunk_tokens))
+    return proxy_deployment(spec, num_replicas=num_replicas, slots=slots)

@@ -1,4 +1,4 @@
-"""Which way weights travel from trainers to engines: `rollout.weight_sync.backend`, resolved. Pure."""
+"""Resolve `rollout.weight_sync.backend` to a weight transfer backend for the run's placement. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rayrlhf.placement.plan import PlacementSpec
 
 Route = Literal["nccl", "ipc", "gloo", "object_store"]
 KEY = "rollout.weight_sync.backend"
-TOLD: dict[Route, str] = {
+ROUTE_DESCRIPTIONS: dict[Route, str] = {
     "nccl": "by NCCL broadcast",
     "ipc": "in the memory that they share with the trainers (ipc)",
     "gloo": "by gloo broadcast",
@@ -19,29 +19,32 @@ TOLD: dict[Route, str] = {
 
 
 def weight_route(config: PolicyRunConfig, spec: PlacementSpec, *, have_gpus: bool) -> Route:
-    """Raises `ConfigError` for a way that these slots do not have.
+    """The backend for this placement; "auto" is resolved.
 
-    auto: between GPUs ipc where every engine shares its slots with trainers, nccl where none does, and the
-    object store otherwise; on CPUs the object store.
+    auto on GPUs: ipc if every engine shares its slots with trainers, nccl if none does, otherwise the object
+    store. auto on CPUs: the object store.
+
+    Raises:
+        ConfigError: if the placement does not support the configured backend.
     """
-    asked = config.rollout.weight_sync.backend
+    backend = config.rollout.weight_sync.backend
     trainers = {slot for unit in spec.of("actor").units for slot in unit}
     engines = {slot for unit in spec.of("rollout").units for slot in unit}
-    inside, apart = engines <= trainers, not engines & trainers
-    if asked == "auto":
+    colocated, separate = engines <= trainers, not engines & trainers
+    if backend == "auto":
         if have_gpus:
-            return "ipc" if inside else "nccl" if apart else "object_store"
+            return "ipc" if colocated else "nccl" if separate else "object_store"
         return "object_store"
-    if asked == "ipc" and not inside:
+    if backend == "ipc" and not colocated:
         wanted = "engines on the slots of actors, as in colocate_all"
         raise ConfigError([_problem("ipc", config, wanted, "nccl")])
-    if asked == "nccl" and not apart:
-        wanted = "engines on GPUs of their own: NCCL has one member on each"
+    if backend == "nccl" and not separate:
+        wanted = "engines on separate GPUs: NCCL allows one rank per GPU"
         raise ConfigError([_problem("nccl", config, wanted, "ipc")])
-    if asked == "nccl" and not have_gpus:
+    if backend == "nccl" and not have_gpus:
         fix = f"set {KEY} to gloo or auto"
         raise ConfigError([Problem(KEY, got="nccl without GPUs", wanted="GPUs", fix=fix)])
-    return asked
+    return backend
 
 
 def _problem(got: str, config: PolicyRunConfig, wanted: str, other: str) -> Problem:

@@ -1,4 +1,4 @@
-"""Weights as buckets of raw bytes: how they lie there is known to trainer and engine."""
+"""Weights packed into buckets of raw bytes, in a layout that trainer and engine share."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Group = Sequence[CheckpointTensors]
 def plan_buckets(
     tensors: Iterable[CheckpointTensors], bucket_bytes: int
 ) -> Iterator[list[CheckpointTensors]]:
-    """Consecutive ones up to `bucket_bytes`; one larger than that gets a bucket of its own."""
+    """Group consecutive tensors into buckets of up to `bucket_bytes`; a larger tensor gets its own bucket."""
     group: list[CheckpointTensors] = []
     size = 0
-    for made_together in tensors:
-        if group and size + made_together.num_bytes > bucket_bytes:
+    for next_tensors in tensors:
+        if group and size + next_tensors.num_bytes > bucket_bytes:
             yield group
             group, size = [], 0
-        group.append(made_together)
-        size += made_together.num_bytes
+        group.append(next_tensors)
+        size += next_tensors.num_bytes
     if group:
         yield group
 
 
 def lay_out(group: Group) -> list[TensorSlice]:
-    """Where each tensor of a bucket lies. ZeRO-3 needs not gather it for that."""
+    """Offset and size of each tensor of a bucket. Does not need the tensors gathered under ZeRO-3."""
     slices: list[TensorSlice] = []
     end = 0
-    for spec in (spec for made_together in group for spec in made_together.specs):
+    for spec in (spec for tensors in group for spec in tensors.specs):
         start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # a view of another dtype needs an aligned start
         dtype = str(spec.dtype).removeprefix("torch.")
         slices.append(TensorSlice(spec.name, dtype, spec.shape, start, spec.num_bytes))
@@ -44,50 +44,60 @@ def lay_out(group: Group) -> list[TensorSlice]:
 
 
 def check(slices: Sequence[TensorSlice]) -> None:
-    """Before anything is allocated for them. Raises `ValueError` for slices that `lay_out` does not make."""
+    """Validate slices from another process before allocating for them.
+
+    Raises:
+        ValueError: for slices that `lay_out` could not have produced.
+    """
     end = 0
     for piece in slices:
         dtype = getattr(torch, piece.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{piece.name}: {piece.dtype!r} is no dtype")
+            raise ValueError(f"{piece.name}: {piece.dtype!r} is not a dtype")
         if any(type(length) is not int or length < 0 for length in piece.shape):
-            raise ValueError(f"{piece.name}: {piece.shape} is no shape")
+            raise ValueError(f"{piece.name}: {piece.shape} is not a shape")
         wanted = math.prod(piece.shape) * dtype.itemsize
         if piece.num_bytes != wanted:
             raise ValueError(
                 f"{piece.name}: {piece.num_bytes} bytes for {piece.shape} of {piece.dtype}, not {wanted}"
             )
         if piece.offset_bytes < end or piece.offset_bytes >= end + ALIGNMENT_BYTES:
-            raise ValueError(f"{piece.name}: lies at {piece.offset_bytes}, the one before ends at {end}")
+            raise ValueError(
+                f"{piece.name}: offset {piece.offset_bytes}, but the previous tensor ends at {end}"
+            )
         if piece.offset_bytes % ALIGNMENT_BYTES:
             raise ValueError(
-                f"{piece.name}: lies at {piece.offset_bytes}, not a multiple of {ALIGNMENT_BYTES}"
+                f"{piece.name}: offset {piece.offset_bytes} is not a multiple of {ALIGNMENT_BYTES}"
             )
         end = piece.offset_bytes + piece.num_bytes
 
 
 def size_of(slices: Sequence[TensorSlice]) -> int:
-    """Bytes of the bucket."""
+    """Size of the bucket in bytes."""
     return slices[-1].offset_bytes + slices[-1].num_bytes
 
 
 def fill(flat: Tensor, group: Group, slices: Sequence[TensorSlice]) -> None:
-    """Copy the tensors' bytes to where they lie in `flat`, uint8 on any device."""
-    tensors = (tensor for made_together in group for tensor in made_together.tensors())
+    """Copy the tensors' bytes to their offsets in `flat`.
+
+    Args:
+        flat: uint8 [size_of(slices)], on any device.
+    """
+    tensors = (tensor for part in group for tensor in part.tensors())
     for tensor, piece in zip(tensors, slices, strict=True):
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes].copy_(raw)
 
 
 def flatten(group: Group, slices: Sequence[TensorSlice]) -> Tensor:
-    """The bucket on the CPU."""
+    """The bucket as one tensor on the CPU, uint8 [size_of(slices)]."""
     flat = torch.empty(size_of(slices), dtype=torch.uint8)
     fill(flat, group, slices)
     return flat
 
 
 def unpack(slices: Sequence[TensorSlice], flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors in a bucket, as views of it."""
+    """The (name, tensor) pairs of a bucket, as views of it."""
     for piece in slices:
         raw = flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes]
         yield piece.name, raw.view(getattr(torch, piece.dtype)).view(piece.shape)

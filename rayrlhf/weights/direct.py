@@ -1,4 +1,6 @@
-"""The trainers' end of a direct push: one request invites all engines, then buckets go over the links."""
+"""Trainer side of direct weight transfer: form a transfer group with the engines, then stream buckets to them
+over NCCL, gloo or CUDA IPC.
+"""
 
 from __future__ import annotations
 
@@ -12,84 +14,101 @@ import torch
 from torch import Tensor
 
 from rayrlhf.weights.buckets import Group, fill, size_of
-from rayrlhf.weights.failures import MeetingEnded
+from rayrlhf.weights.failures import TransferFailed
 from rayrlhf.weights.shared_memory import device_key
 from rayrlhf.weights.store import TensorSlice
-from rayrlhf.weights.transfer_group import Backend, Delivery, Guest, Link, Meeting, join
+from rayrlhf.weights.transfer_group import Backend, DirectPush, Link, Receiver, TransferGroup, join
 from rayrlhf.weights.transfer_store import LOOPBACK, TransferStore
 
 Answers = list[dict[str, Any]]
-LOOK_SECONDS = 2.0  # how soon a dead engine is noticed where its connection does not tell
-MOST_FAILURES = 2  # in a row, before the object store takes over for good
+LIVENESS_SECONDS = 2.0  # interval of liveness checks, for engines whose death does not break a connection
+MAX_FAILURES = 2  # consecutive ones, after which all pushes go through the object store
 
 
-class Courier:
-    """Every method is collective. A failure is told, never raised: the object store carries the push then."""
+class DirectSender:
+    """Sends pushes directly to the engines. Every method is collective over the trainers.
+
+    A failure is returned, never raised: that push then goes through the object store.
+    """
 
     def __init__(
         self,
         backend: Backend,
-        tell_engines: Callable[..., Answers],
+        call_engines: Callable[..., Answers],
         *,
         rank: int,
         device: torch.device,
         gather: Callable[[list[Any]], list[Any]],
         timeout_seconds: float,
     ) -> None:
-        """`tell_engines(what, method, *arguments)` asks all running ones; `gather` joins the ranks' lists."""
+        """
+        Args:
+            call_engines: `call_engines(what, method, *arguments)` calls the method on all running engines.
+            gather: concatenates the ranks' lists (all-gather).
+        """
         self.backend: Backend = backend
-        self.tell_engines = tell_engines
+        self.call_engines = call_engines
         self.rank = rank
         self.device = device
         self.gather = gather
         self.timeout_seconds = timeout_seconds
         self.key = device_key(device)
-        places: list[tuple[str, str]] = gather([(self.key, node_id())])
-        devices = [device for device, _ in places]
+        locations: list[tuple[str, str]] = gather([(self.key, node_id())])
+        devices = [device for device, _ in locations]
         self.devices = set(devices)
-        self.nodes = {node for _, node in places} if backend == "ipc" else {places[0][1]}  # that join
+        # Nodes of the trainers that join the transfer group.
+        self.nodes = {node for _, node in locations} if backend == "ipc" else {locations[0][1]}
         self.sends = rank == 0 if backend != "ipc" else devices.index(self.key) == rank
         self.link: Link | None = None
-        self.meeting: Meeting | None = None
-        self.store: TransferStore | None = None
-        self.refused = 0  # strangers at the stores before this one
+        self.transfer_group: TransferGroup | None = None
+        self.transfer_store: TransferStore | None = None
+        self.refused = 0  # unauthorised connections to previous transfer stores
         self.failures = 0
-        self.delivery: Delivery | None = None
+        self.push: DirectPush | None = None
         self.problem: str | None = None
         self.answers: Future[Answers] | None = None
-        self.requests = ThreadPoolExecutor(2, thread_name_prefix="courier")
-        self.arrived = threading.Event()
+        self.requests = ThreadPoolExecutor(2, thread_name_prefix="direct-push")
+        self.finished = threading.Event()
 
     def start(self, number: int, version: int, buckets: Sequence[Sequence[TensorSlice]]) -> bool:
-        """Invite the engines; returns whether this push goes straight to all that run."""
-        delivery: Delivery | None = None
-        everybody, problem = False, None
-        if self.rank == 0 and self.failures < MOST_FAILURES:
+        """Start a push to the reachable engines.
+
+        Returns:
+            True if this push reaches all running engines directly.
+        """
+        push: DirectPush | None = None
+        reaches_all, problem = False, None
+        if self.rank == 0 and self.failures < MAX_FAILURES:
             try:
-                guests, everybody = self._guests()
-                if guests:
-                    delivery = Delivery(self._meeting(guests), number, version, tuple(map(tuple, buckets)))
-            except (TimeoutError, MeetingEnded) as error:
+                receivers, reaches_all = self._receivers()
+                if receivers:
+                    group = self._transfer_group(receivers)
+                    push = DirectPush(group, number, version, tuple(map(tuple, buckets)))
+            except (TimeoutError, TransferFailed) as error:
                 problem = str(error)
-        [(delivery, everybody, problem), *_] = self.gather([(delivery, everybody, problem)])
+        [(push, reaches_all, problem), *_] = self.gather([(push, reaches_all, problem)])
         self.problem = problem
-        self.delivery = delivery
-        if delivery is None:
+        self.push = push
+        if push is None:
             return False
         if self.rank == 0:
-            self.arrived.clear()
-            self.answers = self.requests.submit(self._deliver, delivery)
-            assert self.store is not None
-            self.requests.submit(self._look_after, delivery.meeting, self.store)
-        if delivery.meeting != self.meeting:
-            self.link, self.meeting = None, delivery.meeting
-        if self.link is None and self._has_readers(delivery.meeting):
-            self._try(self._join, delivery.meeting)
-        return everybody
+            self.finished.clear()
+            self.answers = self.requests.submit(self._request_receive, push)
+            assert self.transfer_store is not None
+            self.requests.submit(self._monitor_receivers, push.transfer_group, self.transfer_store)
+        if push.transfer_group != self.transfer_group:
+            self.link, self.transfer_group = None, push.transfer_group
+        if self.link is None and self._has_readers(push.transfer_group):
+            self._try(self._join, push.transfer_group)
+        return reaches_all
 
     def send(self, group: Group, slices: Sequence[TensorSlice]) -> Tensor | None:
-        """The bucket, on its way, for whoever wants a copy; None where nothing was sent from here."""
-        if self.delivery is None or self.link is None or self.problem is not None:
+        """Start to send one bucket.
+
+        Returns:
+            The bucket's bytes, for callers that need a copy; None if this rank sent nothing.
+        """
+        if self.push is None or self.link is None or self.problem is not None:
             return None
         flat = self.link.buffer(size_of(slices))
         fill(flat, group, slices)
@@ -97,7 +116,7 @@ class Courier:
         return flat
 
     def finish(self) -> str | None:
-        """Wait until all has arrived; why it has not, on every rank."""
+        """Wait until all buckets have been received. Returns the failure, if any, on every rank."""
         if self.link is not None and self.problem is None:
             self._try(self.link.flush)
         if self.answers is not None:
@@ -105,93 +124,94 @@ class Courier:
                 self.answers.result(self.timeout_seconds)
             except Exception as error:
                 self.problem = self.problem or str(error)
-            self.arrived.set()
+            self.finished.set()
             self.answers = None
         self.problem = next(filter(None, self.gather([self.problem])), None)
-        if self.problem or self.delivery is not None:
+        if self.problem or self.push is not None:
             self.failures = self.failures + 1 if self.problem else 0
         if self.problem:
             self._leave(self.problem)
         return self.problem
 
-    def strangers(self) -> int:
-        """Connections that were refused at this rank's stores, over the run."""
-        return self.refused + (self.store.refused if self.store is not None else 0)
+    def num_refused_connections(self) -> int:
+        """Connections refused by this rank's transfer stores, over the run."""
+        return self.refused + (self.transfer_store.refused if self.transfer_store is not None else 0)
 
     def close(self) -> None:
-        self.arrived.set()
-        self._leave("the trainers have ended")
+        self.finished.set()
+        self._leave("the trainers shut down")
         self.requests.shutdown(wait=False, cancel_futures=True)
 
-    def _guests(self) -> tuple[dict[int, Guest], bool]:
-        """The engines that run and can be reached this way, and whether those are all that run."""
-        found = self.tell_engines("asking the engines where they are", "describe")
-        guests = {a["replica"]: _guest(a) for a in sorted_by_replica(found)}
-        reached = {
-            replica: guest
-            for replica, guest in guests.items()
-            if self.backend != "ipc" or self.devices.issuperset(guest.devices)
+    def _receivers(self) -> tuple[dict[int, Receiver], bool]:
+        """Running engines reachable through this backend, and whether these are all that run."""
+        answers = self.call_engines("querying the engines' devices", "describe")
+        running = {a["replica"]: _receiver(a) for a in sorted_by_replica(answers)}
+        reachable = {
+            replica: receiver
+            for replica, receiver in running.items()
+            if self.backend != "ipc" or self.devices.issuperset(receiver.devices)
         }
-        return reached, reached == guests
+        return reachable, reachable == running
 
-    def _meeting(self, guests: dict[int, Guest]) -> Meeting:
-        """The one before, if the same engines come."""
-        if self.meeting is not None and self.meeting.guests == guests:
-            return self.meeting
-        self._leave("other engines are there now")
-        nodes = self.nodes | {guest.node for guest in guests.values()}
-        self.store = TransferStore(LOOPBACK if len(nodes) == 1 else ray.util.get_node_ip_address())
-        return Meeting(self.backend, self.store.address, guests, self.timeout_seconds)
+    def _transfer_group(self, receivers: dict[int, Receiver]) -> TransferGroup:
+        """The current group if its receivers are the same, otherwise a new one."""
+        if self.transfer_group is not None and self.transfer_group.receivers == receivers:
+            return self.transfer_group
+        self._leave("the set of running engines changed")
+        nodes = self.nodes | {receiver.node for receiver in receivers.values()}
+        self.transfer_store = TransferStore(LOOPBACK if len(nodes) == 1 else ray.util.get_node_ip_address())
+        return TransferGroup(self.backend, self.transfer_store.address, receivers, self.timeout_seconds)
 
-    def _has_readers(self, meeting: Meeting) -> bool:
-        """Whether somebody takes what this rank sends."""
-        return self.sends and (self.backend != "ipc" or bool(meeting.readers(self.key)))
+    def _has_readers(self, transfer_group: TransferGroup) -> bool:
+        """Whether any engine receives what this rank sends."""
+        return self.sends and (self.backend != "ipc" or bool(transfer_group.readers(self.key)))
 
-    def _join(self, meeting: Meeting) -> None:
-        self.link = join(meeting, rank=0, device=self.device, key=self.key)
+    def _join(self, transfer_group: TransferGroup) -> None:
+        self.link = join(transfer_group, rank=0, device=self.device, key=self.key)
 
-    def _leave(self, why: str) -> None:
+    def _leave(self, reason: str) -> None:
         if self.link is not None:
-            self.link.end(why)
-        if self.store is not None:
-            self.refused += self.store.refused
-            self.store.close()
-        self.link = self.meeting = self.store = None
+            self.link.end(reason)
+        if self.transfer_store is not None:
+            self.refused += self.transfer_store.refused
+            self.transfer_store.close()
+        self.link = self.transfer_group = self.transfer_store = None
 
-    def _deliver(self, delivery: Delivery) -> Answers:
-        what = f"delivering version {delivery.version} by {self.backend}"
-        return self.tell_engines(what, "receive", delivery)
+    def _request_receive(self, push: DirectPush) -> Answers:
+        what = f"direct push of version {push.version} by {self.backend}"
+        return self.call_engines(what, "receive", push)
 
-    def _look_after(self, meeting: Meeting, store: TransferStore) -> None:
-        """End the meeting when a guest dies: some links would not tell before their deadline."""
-        while not self.arrived.wait(LOOK_SECONDS):
+    def _monitor_receivers(self, transfer_group: TransferGroup, store: TransferStore) -> None:
+        """End the transfer when a receiver dies: some links would only notice at their deadline."""
+        while not self.finished.wait(LIVENESS_SECONDS):
             try:
-                found = self.tell_engines("looking for the engines", "describe")
-            except TimeoutError:  # alive, but slow: its link has a deadline of its own
+                answers = self.call_engines("checking that the engines are alive", "describe")
+            except TimeoutError:  # alive but slow: its link has its own deadline
                 continue
-            there = {answer["replica"]: answer["engine_pid"] for answer in found}
-            gone = [replica for replica, guest in meeting.guests.items() if there.get(replica) != guest.pid]
-            if gone:
-                store.end(f"engine {gone[0]} died")
+            pids = {answer["replica"]: answer["engine_pid"] for answer in answers}
+            receivers = transfer_group.receivers.items()
+            dead = [replica for replica, receiver in receivers if pids.get(replica) != receiver.pid]
+            if dead:
+                store.end(f"engine {dead[0]} died")
                 return
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:
         try:
             action(*arguments)
-        except MeetingEnded as ended:
-            self.problem = str(ended)
-            if self.link is not None:  # at once: it frees those who still wait for more
+        except TransferFailed as error:
+            self.problem = str(error)
+            if self.link is not None:  # immediately: this unblocks members that still wait for more
                 self.link.end(self.problem)
                 self.link = None
 
 
 def node_id() -> str:
-    """Ray's, of this process."""
+    """Ray's id of this process' node."""
     return ray.get_runtime_context().get_node_id()
 
 
-def _guest(answer: dict[str, Any]) -> Guest:
-    return Guest(answer["engine_pid"], tuple(answer["devices"]), answer["node"])
+def _receiver(answer: dict[str, Any]) -> Receiver:
+    return Receiver(answer["engine_pid"], tuple(answer["devices"]), answer["node"])
 
 
 def sorted_by_replica(answers: Answers) -> Answers:

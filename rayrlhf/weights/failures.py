@@ -1,7 +1,7 @@
-"""What can go wrong with a weight transfer, in words that travel between processes."""
+"""Exceptions of weight transfer. Importable without torch, so that they can be pickled between processes."""
 
 from __future__ import annotations
 
 
-class MeetingEnded(RuntimeError):
-    """A peer of a direct push failed or did not come in time; the message says who."""
+class TransferFailed(RuntimeError):
+    """A member of a direct push failed or missed the deadline; the message names it."""

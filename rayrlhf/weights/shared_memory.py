@@ -1,4 +1,4 @@
-"""Memory that another process on the device reads in place: CUDA IPC on a GPU, a memory file on a CPU."""
+"""Buffers that another process on the same device reads in place: CUDA IPC on GPU, memfd on CPU."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-MAX_HANDLE_BYTES = 2**18  # expandable segments have one for every 20 MiB
+MAX_HANDLE_BYTES = 2**18  # expandable segments have one handle per 20 MiB
 MEMORY_FILE = "/memfd:weights"
 
 
 def device_key(device: torch.device) -> str:
-    """A name of the device's memory that is the same in every process: the GPU's UUID, or Ray's node."""
+    """Process-independent identifier of the device's memory: the GPU's UUID, or Ray's node id on CPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_properties(device).uuid)
     return ray.get_runtime_context().get_node_id()
 
 
 class SharedBuffer:
-    """`flat`, uint8 [num_bytes], is readable elsewhere through `handle` as long as this object lives."""
+    """`flat`, uint8 [num_bytes], which other processes open through `handle` while this object lives."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self.handle: bytes  # JSON: numbers, and the driver's handles as hexadecimal digits
+        self.handle: bytes  # JSON: numbers, and the CUDA driver's handles in hex
         if device.type == "cuda":
             self.flat = torch.empty(num_bytes, dtype=torch.uint8, device=device)
             self.handle = _pack_cuda(self.flat)
             return
-        # A file without a name: nothing is left behind, whoever dies, and no other user can open it.
+        # An unnamed file: nothing is left behind if either process dies, and no other user can open it.
         file = os.memfd_create("weights")
         weakref.finalize(self, os.close, file)
         os.ftruncate(file, num_bytes)
@@ -41,16 +41,20 @@ class SharedBuffer:
 
 
 def attach(handle: bytes, device: torch.device, num_bytes: int) -> Tensor:
-    """The buffer as seen from this process; to be let go of before the other one fills it again.
+    """Map the buffer into this process. Release it before the owner fills it again.
 
-    Raises `ValueError` for a handle that does not describe exactly `num_bytes` of weights, `OSError` where
-    the memory is gone.
+    Returns:
+        uint8 [num_bytes].
+
+    Raises:
+        ValueError: if the handle does not describe exactly `num_bytes` of weights.
+        OSError: if the memory no longer exists.
     """
     fields = _fields(handle)
     if device.type == "cuda":
         return _attach_cuda(fields, device, num_bytes)
     if fields.keys() != {"memory", "pid", "file"} or fields["memory"] != "file":
-        raise ValueError(f"a handle with the fields {sorted(fields)} is none of a memory file")
+        raise ValueError(f"a handle with the fields {sorted(fields)} is not one of a memory file")
     return _map_file(_number(fields, "pid"), _number(fields, "file"), num_bytes)
 
 
@@ -60,40 +64,40 @@ def _fields(handle: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(handle)
     except ValueError as error:
-        raise ValueError(f"a handle that is no JSON: {handle[:32]!r}") from error
+        raise ValueError(f"a handle that is not JSON: {handle[:32]!r}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"a handle that is no JSON object but {type(fields).__name__}")
+        raise ValueError(f"a handle that is not a JSON object but {type(fields).__name__}")
     return fields
 
 
 def _number(fields: dict[str, Any], name: str) -> int:
     value = fields.get(name)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"a handle whose {name} is {value!r}, not a number from 0")
+        raise ValueError(f"a handle whose {name} is {value!r}, not a number >= 0")
     return value
 
 
 def _hex(fields: dict[str, Any], name: str) -> bytes:
     value = fields.get(name)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"a handle whose {name} is {value!r}, not hexadecimal digits")
+        raise ValueError(f"a handle whose {name} is {value!r}, not a hex string")
     return bytes.fromhex(value)
 
 
 def _map_file(pid: int, file: int, num_bytes: int) -> Tensor:
     path = f"/proc/{pid}/fd/{file}"
-    # Mapping a file that is shorter would make it longer, and one that is no memory file would change it.
+    # torch.from_file would extend a shorter file, and would modify a file that is not a memfd.
     if not os.readlink(path).startswith(MEMORY_FILE):
-        raise ValueError(f"{path} is no memory file of weights")
-    found = os.stat(path)
-    if found.st_uid != os.geteuid() or found.st_size != num_bytes:
+        raise ValueError(f"{path} is not a memory file of weights")
+    status = os.stat(path)
+    if status.st_uid != os.geteuid() or status.st_size != num_bytes:
         raise ValueError(
-            f"{path} has {found.st_size} bytes of user {found.st_uid}, not {num_bytes} of {os.geteuid()}"
+            f"{path} has {status.st_size} bytes of user {status.st_uid}, not {num_bytes} of {os.geteuid()}"
         )
     return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
 
 
-# What torch's `reduce_tensor` describes a CUDA tensor by, in the order of `rebuild_cuda_tensor`'s arguments:
+# Fields of torch's `reduce_tensor` for a CUDA tensor -> index among the arguments of `rebuild_cuda_tensor`:
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/multiprocessing/reductions.py. The class, the dtype,
 # the device and the gradient are known here, and are not taken from a handle.
 _CUDA_FIELDS = {
@@ -120,10 +124,10 @@ def _pack_cuda(flat: Tensor) -> bytes:
 
 def _attach_cuda(fields: dict[str, Any], device: torch.device, num_bytes: int) -> Tensor:
     if fields.keys() != {"memory", *_CUDA_FIELDS} or fields["memory"] != "cuda":
-        raise ValueError(f"a handle with the fields {sorted(fields)} is none of CUDA memory")
+        raise ValueError(f"a handle with the fields {sorted(fields)} is not one of CUDA memory")
     offset, storage_bytes = _number(fields, "offset"), _number(fields, "storage_bytes")
     if offset + num_bytes > storage_bytes:
-        raise ValueError(f"a handle of {storage_bytes} bytes does not hold {num_bytes} from {offset} on")
+        raise ValueError(f"a handle of {storage_bytes} bytes does not hold {num_bytes} from offset {offset}")
     here = torch.cuda.current_device() if device.index is None else device.index
     return rebuild_cuda_tensor(
         Tensor,

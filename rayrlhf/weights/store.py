@@ -1,6 +1,6 @@
-"""What engines and trainers agree by: the newest weights, and whose turn it is.
+"""Actor that stores the latest published weights and whether trainer or engines own the GPU memory.
 
-Without torch: the hub's own process and the replicas in front of the engines do not need it.
+Imports no torch: neither the actor's process nor the Serve replicas of the engines need it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import ray
 from ray import ObjectRef
 
 MAX_EVENTS = 10_000
-Part = Literal["weights", "kv_cache"]  # of an engine's memory
+Part = Literal["weights", "kv_cache"]  # part of an engine's memory
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where one weight lies in a bucket."""
+    """Name, type and position of one weight in a bucket."""
 
     name: str  # as in the Hugging Face checkpoint
     dtype: str  # as in torch, e.g. "float32"
@@ -33,7 +33,7 @@ Bucket = tuple[list[TensorSlice], ObjectRef]
 
 @dataclass(frozen=True)
 class Event:
-    """Something in the change of turns, by the hub's clock."""
+    """A step in the handover of GPU memory between trainers and engines; time from the store's clock."""
 
     seconds: float
     who: str
@@ -42,69 +42,76 @@ class Event:
 
 @dataclass(frozen=True)
 class Publication:
-    number: int  # counts publications: unlike the version, it never goes back
-    version: int  # of the policy; without buckets it is that of the checkpoint which engines load
+    number: int  # counts publications: unlike the version, it never decreases
+    version: int  # of the policy; without buckets, that of the checkpoint which engines load
     buckets: list[Bucket]
 
 
-class HubIsBlank(RuntimeError):
-    """The hub's process died, and the trainers have not given the new one its state yet: ask again."""
+class StoreNotRestored(RuntimeError):
+    """The store's process died and the trainers have not restored its state yet: try again."""
 
 
-class HubState(NamedTuple):
-    """What a hub's process takes along when it dies."""
+class StoreState(NamedTuple):
+    """State that is lost when the store's process dies."""
 
-    publication: Publication  # the newest
-    announced: tuple[int, int]  # number and version of the one that is being made, or of the newest
-    engines_turn: bool = True
+    publication: Publication  # the latest
+    announced: tuple[int, int]  # number and version of the pending publication, or of the latest
+    engines_own_memory: bool = True
 
 
-class WeightHub:
-    """A small actor of the run that knows the newest version and keeps its buckets alive.
+class WeightStore:
+    """Actor that stores the latest published version and keeps its buckets alive.
 
-    Where engines and trainers have their memory by turns, it also knows whose turn it is. Started again after
-    its process died it answers `HubIsBlank` until `restore`.
+    With colocated engines it also stores whether trainers or engines own the GPU memory. After its process
+    died and Ray restarted it, its methods raise `StoreNotRestored` until `restore` is called.
     """
 
     def __init__(self, *, checkpoint_version: int = 0) -> None:
-        """`checkpoint_version`: -1 where the checkpoint is not yet the policy, whose version 0 is to come."""
+        """
+        Args:
+            checkpoint_version: version of the checkpoint that engines load; -1 if the checkpoint is not yet
+                the policy and version 0 is still to be published.
+        """
         self.checkpoint_version = checkpoint_version
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self.state: HubState | None = None if self._is_restarted() else self._first(0)
+        self.state: StoreState | None = None if self._is_restarted() else self._first(0)
 
     def _is_restarted(self) -> bool:
         if not ray.is_initialized():
             return False
         context = ray.get_runtime_context()
-        # Outside an actor the question is an error.
+        # `was_current_actor_reconstructed` raises outside an actor.
         return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
 
-    def _first(self, number: int) -> HubState:
-        """Nothing has been published; `number` counts from there."""
+    def _first(self, number: int) -> StoreState:
+        """State before the first publication; publications are counted from `number`."""
         version = self.checkpoint_version
-        return HubState(Publication(number, version, []), (number - version, 0))
+        return StoreState(Publication(number, version, []), (number - version, 0))
 
-    def restore(self, state: HubState | None) -> None:
-        """From the trainers that have set it; from ones that were themselves restarted meanwhile, None: then
-        publications are numbered from above all that engines can hold, and the trainers push again.
+    def restore(self, state: StoreState | None) -> None:
+        """Restore the state after the store's process died.
+
+        Args:
+            state: what the trainers last set. None if the trainers were restarted too: then publications are
+                numbered above any that engines can hold, and the trainers push again.
         """
         if self.state is None:
             self.state = state or self._first(int(time.time() * 1000))
-            self.record("hub", "its process died; the trainers have given it its state again")
+            self.record("hub", "its process died; the trainers restored its state")
 
     def ping(self) -> None:
         self.current()
 
-    def current(self) -> HubState:
+    def current(self) -> StoreState:
         if self.state is None:
-            raise HubIsBlank("the weight hub's process died and has not got its state back yet")
+            raise StoreNotRestored("the weight store's process died and its state has not been restored yet")
         return self.state
 
     def announce(self, version: int) -> int:
-        """The number of the publication that is to come. A lower version than before comes from a trainer
-        that was restarted from its last checkpoint.
+        """Announce a publication; returns its number. A version lower than the previous one comes from a
+        trainer that was restarted from its last checkpoint.
         """
-        number = 1 + max(self.current().announced[0], self.newest().number)
+        number = 1 + max(self.current().announced[0], self.latest().number)
         self.state = self.current()._replace(announced=(number, version))
         return number
 
@@ -112,22 +119,22 @@ class WeightHub:
         self.state = self.current()._replace(publication=publication)
 
     def is_coming(self, version: int) -> bool:
-        """Whether a publication of at least that version has been announced and is not here yet."""
+        """Whether a publication of at least that version is announced but not published yet."""
         number, announced = self.current().announced
-        return announced >= version and number > self.newest().number
+        return announced >= version and number > self.latest().number
 
-    def newest(self) -> Publication:
+    def latest(self) -> Publication:
         return self.current().publication
 
-    def set_turn(self, engines: bool) -> None:
-        self.state = self.current()._replace(engines_turn=engines)
+    def set_engines_own_memory(self, engines_own_memory: bool) -> None:
+        self.state = self.current()._replace(engines_own_memory=engines_own_memory)
 
-    def is_engines_turn(self) -> bool:
-        return self.current().engines_turn
+    def engines_own_memory(self) -> bool:
+        return self.current().engines_own_memory
 
     def record(self, who: str, what: str) -> None:
         self.events.append(Event(time.time(), who, what))
 
     def trace(self) -> list[Event]:
-        """The newest events, in the order in which they arrived."""
+        """The latest events, in order of arrival."""
         return list(self.events)

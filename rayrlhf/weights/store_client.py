@@ -1,4 +1,4 @@
-"""The trainers' end of the weight hub: it gives a hub whose process died its state back."""
+"""Trainer-side client of the weight store; restores the store's state after its process died."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
-from rayrlhf.weights.store import HubIsBlank, HubState, Publication
+from rayrlhf.weights.store import Publication, StoreNotRestored, StoreState
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 RETRY_SECONDS = 0.2
 
 
-class HubClient:
-    """Of rank 0. What it has published it keeps alive, so that a hub that lost its memory has it again while
-    nobody has noticed: engines wait for that, as for weights that are on their way.
+class StoreClient:
+    """Client of rank 0. It keeps a copy of the published state and restores a restarted store from it.
+
+    Engines wait for that, as they wait for announced weights.
     """
 
-    def __init__(self, hub: Any, timeout_seconds: float) -> None:
-        self.hub = hub
+    def __init__(self, weight_store: Any, timeout_seconds: float) -> None:
+        self.weight_store = weight_store
         self.timeout_seconds = timeout_seconds
-        self.state: HubState | None = None  # None: nothing has come from these workers yet
+        self.state: StoreState | None = None  # None: these workers have published nothing yet
         self.num_restored = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        threading.Thread(target=self._watch, daemon=True, name="weight-hub").start()
+        threading.Thread(target=self._watch, daemon=True, name="weight-store").start()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Raises `GetTimeoutError` when there is no hub within the deadline, `ActorDiedError` when there will
-        be none.
+        """Call a method of the store; retry while it restarts.
+
+        Raises:
+            GetTimeoutError: if the store does not answer within the deadline.
+            ActorDiedError: if the store is dead for good.
         """
         deadline = time.monotonic() + self.timeout_seconds
         while True:
             left = max(0.1, deadline - time.monotonic())
             try:
-                return ray.get(getattr(self.hub, method).remote(*arguments), timeout=left)
-            except HubIsBlank:
+                return ray.get(getattr(self.weight_store, method).remote(*arguments), timeout=left)
+            except StoreNotRestored:
                 self._restore(left)
             except ActorUnavailableError:
                 if time.monotonic() > deadline:
@@ -47,40 +51,40 @@ class HubClient:
 
     def announce(self, version: int) -> int:
         number: int = self.call("announce", version)
-        self._keep(announced=(number, version))
+        self._update_copy(announced=(number, version))
         return number
 
     def publish(self, publication: Publication) -> None:
         self.call("publish", publication)
-        self._keep(publication=publication)
+        self._update_copy(publication=publication)
 
-    def set_turn(self, engines: bool) -> None:
-        self.call("set_turn", engines)
-        self._keep(engines_turn=engines)
+    def set_engines_own_memory(self, engines_own_memory: bool) -> None:
+        self.call("set_engines_own_memory", engines_own_memory)
+        self._update_copy(engines_own_memory=engines_own_memory)
 
     def drain_restored(self) -> int:
-        """How often the hub has had to be given its state since the last call."""
+        """Number of times the store was restored since the last call."""
         count, self.num_restored = self.num_restored, 0
         return count
 
     def close(self) -> None:
         self._stop.set()
 
-    def _keep(self, **changes: Any) -> None:
+    def _update_copy(self, **changes: Any) -> None:
         with self._lock:
-            before = self.state or HubState(*self.call("current"))
-            self.state = before._replace(**changes)
+            previous = self.state or StoreState(*self.call("current"))
+            self.state = previous._replace(**changes)
 
     def _restore(self, seconds: float) -> None:
-        ray.get(self.hub.restore.remote(self.state), timeout=seconds)
+        ray.get(self.weight_store.restore.remote(self.state), timeout=seconds)
         self.num_restored += 1
 
     def _watch(self) -> None:
-        """Engines may be waiting while no trainer asks the hub for anything."""
-        while not self._stop.wait(LOOK_SECONDS):
+        """Restores the store while no trainer calls it: engines may be waiting for it."""
+        while not self._stop.wait(POLL_SECONDS):
             try:
                 self.call("ping")
             except GetTimeoutError:
-                continue  # slow, or coming back
+                continue  # slow, or restarting
             except RayActorError:
-                return  # gone for good, with its run
+                return  # dead for good, with its run

@@ -1,15 +1,15 @@
-"""A push that goes straight into the engines' memory: who meets where, and the links that carry the bytes.
+"""Transfer group of trainers and engines for direct weight pushes, and the links that carry the bytes.
 
-Rank 0 of the trainers invites the engines to a meeting. At its address is a small store that only its members
-can read and write (`weights.transfer_store`), through which they find each other, and through which one that
-fails tells the others: nobody waits for a peer that is gone. Two kinds of link carry buckets:
+Rank 0 of the trainers opens a small key-value store that only group members can read and write
+(`weights.transfer_store`) and sends its address to the engines. Members use it for rendezvous and to report
+failures, so that no member waits for a dead peer. Two kinds of link carry buckets:
 
 * `GroupLink`: rank 0 broadcasts to all workers of all engines, by NCCL between GPUs or gloo between hosts.
 * `IpcLink`: every trainer fills a buffer that the engine on its own device reads in place, by CUDA IPC on a
   GPU and through shared memory on a CPU.
 
-Links only accelerate: whoever is not at a meeting, or fails there, pulls the same bytes from the object
-store.
+Links are an optimisation: an engine that is not in the group, or fails in it, pulls the same bytes from the
+object store.
 """
 
 from __future__ import annotations
@@ -27,74 +27,76 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from rayrlhf.weights.failures import MeetingEnded
+from rayrlhf.weights.failures import TransferFailed
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
 from rayrlhf.weights.store import TensorSlice
 from rayrlhf.weights.transfer_store import Address, Member
 
 Backend = Literal["gloo", "nccl", "ipc"]
 POLL_SECONDS = 0.001
-GONE_SECONDS = 2.0
-ANSWER_SECONDS = 0.2  # of a store that is there
-NCCL_SECONDS = 24 * 3600.0  # the deadline is ours: NCCL's own would end the process
-_ABORTED: list[Store] = []  # a thread of NCCL may still hold one, and does not keep our half of it alive
+ABORT_CONNECT_SECONDS = 2.0  # to reach the store in `abort_transfer`
+ANSWER_SECONDS = 0.2  # for the answer of a reachable store
+NCCL_SECONDS = 24 * 3600.0  # our own deadline applies: NCCL's would abort the process
+_ABORTED: list[Store] = []  # an NCCL thread may still use one, but holds no reference to its Python part
 
 
 @dataclass(frozen=True)
-class Guest:
-    """An engine at a meeting."""
+class Receiver:
+    """An engine in a transfer group."""
 
-    pid: int  # of its actor: a restarted one is another guest
-    devices: tuple[str, ...]  # of each of its workers
-    node: str = ""  # Ray's id of the node that its actor is on
+    pid: int  # of its actor: a restarted engine is a different receiver
+    devices: tuple[str, ...]  # device key of each of its workers
+    node: str = ""  # Ray node id of its actor
 
 
 @dataclass(frozen=True)
-class Meeting:
+class TransferGroup:
+    """Members of direct pushes: trainers have rank 0, engine workers the other ranks."""
+
     backend: Backend
-    address: Address  # of its store; also tells one meeting from another
-    guests: Mapping[int, Guest]  # by replica rank
+    address: Address  # of its store; also identifies the group
+    receivers: Mapping[int, Receiver]  # by replica rank
     timeout_seconds: float
 
     @property
     def size(self) -> int:
-        """Members: rank 0 of the trainers, and every worker of every engine."""
-        return 1 + sum(len(guest.devices) for guest in self.guests.values())
+        """Number of ranks: rank 0 of the trainers and every worker of every engine."""
+        return 1 + sum(len(receiver.devices) for receiver in self.receivers.values())
 
     def first_rank(self, replica: int) -> int:
-        return 1 + sum(len(guest.devices) for other, guest in self.guests.items() if other < replica)
+        return 1 + sum(len(receiver.devices) for other, receiver in self.receivers.items() if other < replica)
 
     def readers(self, device: str) -> list[int]:
-        """Ranks of the engines' workers on that device."""
+        """Ranks of the engine workers on that device."""
         return [
             self.first_rank(replica) + worker
-            for replica, guest in self.guests.items()
-            for worker, its_device in enumerate(guest.devices)
-            if its_device == device
+            for replica, receiver in self.receivers.items()
+            for worker, worker_device in enumerate(receiver.devices)
+            if worker_device == device
         ]
 
     def names(self) -> dict[int, str]:
-        """Whose rank is whose."""
+        """Name of each rank's process, for messages."""
         return {0: "the trainer"} | {
             self.first_rank(replica) + worker: f"engine {replica}"
-            for replica, guest in self.guests.items()
-            for worker in range(len(guest.devices))
+            for replica, receiver in self.receivers.items()
+            for worker in range(len(receiver.devices))
         }
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """One push at a meeting."""
+class DirectPush:
+    """One weight push to a transfer group."""
 
-    meeting: Meeting
+    transfer_group: TransferGroup
     number: int  # of the publication
     version: int
     buckets: tuple[tuple[TensorSlice, ...], ...]
 
 
 class Link(Protocol):
-    """One member's end. A sender calls `buffer`, `send` for every bucket and `flush`; a receiver calls
-    `receive` and `release`. Each raises `MeetingEnded`.
+    """One member's endpoint. A sender calls `buffer` and `send` for every bucket, then `flush`; a receiver
+    calls `receive` and `release` for every bucket. Each raises `TransferFailed`.
     """
 
     def buffer(self, num_bytes: int) -> Tensor: ...
@@ -102,28 +104,35 @@ class Link(Protocol):
     def flush(self) -> None: ...
     def receive(self, num_bytes: int) -> Tensor: ...
     def release(self) -> None: ...
-    def end(self, why: str) -> None: ...
+    def end(self, reason: str) -> None: ...
 
 
-def join(meeting: Meeting, *, rank: int, device: torch.device, key: str) -> Link:
-    """This member's link. `rank` is 0 for every trainer; `key` names its device.
+def join(transfer_group: TransferGroup, *, rank: int, device: torch.device, key: str) -> Link:
+    """Join the group and return this member's link.
 
-    Raises `MeetingEnded` naming the members who have not come.
+    Args:
+        rank: in the group; 0 for every trainer.
+        key: device key of this member.
+
+    Raises:
+        TransferFailed: names the members that did not join.
     """
-    wire = Wire(Member(meeting.address, meeting.timeout_seconds), meeting.timeout_seconds)
-    if meeting.backend == "ipc":
-        return IpcLink(wire, device, key, rank=rank, readers=meeting.readers(key))
-    return GroupLink(wire, meeting, rank, device)
+    connection = Connection(
+        Member(transfer_group.address, transfer_group.timeout_seconds), transfer_group.timeout_seconds
+    )
+    if transfer_group.backend == "ipc":
+        return IpcLink(connection, device, key, rank=rank, readers=transfer_group.readers(key))
+    return GroupLink(connection, transfer_group, rank, device)
 
 
-def end_meeting(meeting: Meeting, why: str) -> None:
-    """For a member that may not have joined. Where the store is gone, so is the meeting."""
-    with contextlib.suppress(MeetingEnded):
-        Wire(Member(meeting.address, GONE_SECONDS), 0).end(why)
+def abort_transfer(transfer_group: TransferGroup, reason: str) -> None:
+    """End the transfer for all members; callable without having joined. No-op if the store is unreachable."""
+    with contextlib.suppress(TransferFailed):
+        Connection(Member(transfer_group.address, ABORT_CONNECT_SECONDS), 0).end(reason)
 
 
-class Wire:
-    """A member's connection to the store, with waits that end at the deadline or with the meeting."""
+class Connection:
+    """A member's connection to the store, with waits that stop at the deadline or when the transfer ends."""
 
     def __init__(self, member: Member, timeout_seconds: float) -> None:
         self.member = member
@@ -132,45 +141,45 @@ class Wire:
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + self.timeout_seconds
         while not ready():
-            if self.member.ended is not None:
-                raise MeetingEnded(self.member.ended)
+            if self.member.end_reason is not None:
+                raise TransferFailed(self.member.end_reason)
             if time.monotonic() > deadline:
-                raise MeetingEnded(
-                    self.member.end(f"{what} did not happen within {self.timeout_seconds:g} s")
+                raise TransferFailed(
+                    self.member.end(f"timed out after {self.timeout_seconds:g} s waiting for {what}")
                 )
             self.member.pump(POLL_SECONDS)
 
     def take(self, key: str, what: str) -> bytes:
-        """The value of that key, once it is there."""
+        """Wait for the value of a key and remove it from the received values."""
         self.member.ask(key)
         self.wait(lambda: key in self.member.values, what)
         return self.member.values.pop(key)
 
-    def end(self, why: str) -> str:
-        """Everybody who waits learns why; the first reason stays, and is returned."""
-        reason = self.member.end(why)
+    def end(self, reason: str) -> str:
+        """End the transfer for all members. Returns the reason; if there was an earlier one, that one."""
+        reason = self.member.end(reason)
         self.member.close()
         return reason
 
 
 class GroupStore(Store):
-    """What a process group of torch asks of a store while it is made, over a wire."""
+    """The part of torch's `Store` interface that a process group uses for rendezvous."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, connection: Connection) -> None:
         super().__init__()
-        self.wire = wire
-        self.known: dict[str, bytes] = {}
+        self.connection = connection
+        self.values: dict[str, bytes] = {}
 
     def set(self, key: str, value: str | bytes) -> None:
-        self.wire.member.post(f"group/{key}", value.encode() if isinstance(value, str) else value)
+        self.connection.member.post(f"group/{key}", value.encode() if isinstance(value, str) else value)
 
     def get(self, key: str) -> bytes:
-        if key not in self.known:
-            self.known[key] = self.wire.take(f"group/{key}", "the making of the group")
-        return self.known[key]
+        if key not in self.values:
+            self.values[key] = self.connection.take(f"group/{key}", "the rendezvous of the process group")
+        return self.values[key]
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        del timeout  # the wire's is the same
+        del timeout  # the connection has the same timeout
         for key in keys:
             self.get(key)
 
@@ -179,45 +188,49 @@ class GroupStore(Store):
 
 
 class GroupLink:
-    """A process group of this meeting alone, beside those of the trainers and of the engines."""
+    """Link over a separate process group, in addition to those of the trainers and of the engines."""
 
-    def __init__(self, wire: Wire, meeting: Meeting, rank: int, device: torch.device) -> None:
-        self.wire = wire
-        self.device = device if meeting.backend == "nccl" else torch.device("cpu")
-        self.sending: tuple[Any, Tensor] | None = None  # a bucket under way, kept alive
-        wire.member.post(f"came/{rank}")
-        self._wait_for_all(meeting, rank)
-        self.store = GroupStore(wire)  # the group calls it, and does not keep it alive
+    def __init__(
+        self, connection: Connection, transfer_group: TransferGroup, rank: int, device: torch.device
+    ) -> None:
+        self.connection = connection
+        self.device = device if transfer_group.backend == "nccl" else torch.device("cpu")
+        self.sending: tuple[Any, Tensor] | None = None  # (work, bucket) in flight; keeps the bucket alive
+        connection.member.post(f"joined/{rank}")
+        self._wait_for_all(transfer_group, rank)
+        self.store = GroupStore(connection)  # the process group calls it but holds no reference
         try:
-            self.group: Any = _group(self.store, meeting, rank, wire.member.local_host())
-        except MeetingEnded:
+            self.group: Any = _group(self.store, transfer_group, rank, connection.member.local_host())
+        except TransferFailed:
             raise
         except RuntimeError as error:
-            raise MeetingEnded(wire.end(f"the group could not be made: {error}")) from error
+            raise TransferFailed(
+                connection.end(f"the process group could not be created: {error}")
+            ) from error
 
-    def _wait_for_all(self, meeting: Meeting, rank: int) -> None:
-        """Only the trainer asks for everybody, so that the messages grow as the members do."""
-        member = self.wire.member
-        came = {f"came/{other}": name for other, name in meeting.names().items() if other != rank}
-        wanted = came.keys() if rank == 0 else {"all came"}
+    def _wait_for_all(self, transfer_group: TransferGroup, rank: int) -> None:
+        """Only the trainer waits for every member: the number of messages stays linear in the group size."""
+        member = self.connection.member
+        joined = {f"joined/{other}": name for other, name in transfer_group.names().items() if other != rank}
+        wanted = joined.keys() if rank == 0 else {"all joined"}
         for key in wanted:
             member.ask(key)
         try:
-            self.wire.wait(lambda: wanted <= member.values.keys(), "the meeting of all members")
-        except MeetingEnded as ended:
-            for key in came:
+            self.connection.wait(lambda: wanted <= member.values.keys(), "all members to join")
+        except TransferFailed as error:
+            for key in joined:
                 member.ask(key)
             member.pump(ANSWER_SECONDS)
-            missing = [name for key, name in came.items() if key not in member.values]
-            raise MeetingEnded(f"{ended}; missing: {', '.join(dict.fromkeys(missing))}") from None
+            missing = [name for key, name in joined.items() if key not in member.values]
+            raise TransferFailed(f"{error}; missing: {', '.join(dict.fromkeys(missing))}") from None
         if rank == 0:
-            member.post("all came")
+            member.post("all joined")
 
     def buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def send(self, flat: Tensor) -> None:
-        """Starts when the bucket before has left."""
+        """Starts when the previous bucket has been sent."""
         self.flush()
         self.sending = (self._broadcast(flat), flat)
 
@@ -234,13 +247,13 @@ class GroupLink:
     def release(self) -> None:
         pass
 
-    def end(self, why: str) -> None:
-        self.wire.end(why)
+    def end(self, reason: str) -> None:
+        self.connection.end(reason)
         if self.group is not None and self.device.type == "cuda":
             self.group.abort()
             _ABORTED.append(self.store)
-        # Closing the connections frees those who wait inside a collective. Gloo waits for its own first, and
-        # nobody should wait for that.
+        # Closing the connections unblocks members that wait inside a collective. Gloo first waits for its own
+        # pending work, so this runs in a thread.
         held = [self.sending, self.group]
         self.sending = self.group = None
         threading.Thread(target=held.clear, daemon=True).start()
@@ -254,40 +267,42 @@ class GroupLink:
             raise self._broken(error) from error
 
     def _finish(self, work: Any) -> None:
-        """On the host, also for NCCL: a stream that waits for a dead peer would wait for ever."""
-        self.wire.wait(work.is_completed, "a broadcast")
+        """Waits on the host, also for NCCL: a stream that waits for a dead peer would wait forever."""
+        self.connection.wait(work.is_completed, "a broadcast")
         try:
             work.wait()
         except RuntimeError as error:
             raise self._broken(error) from error
 
-    def _broken(self, error: RuntimeError) -> MeetingEnded:
-        return MeetingEnded(self.wire.member.end(f"a broadcast failed: {error}"))
+    def _broken(self, error: RuntimeError) -> TransferFailed:
+        return TransferFailed(self.connection.member.end(f"a broadcast failed: {error}"))
 
 
-def _group(store: Store, meeting: Meeting, rank: int, host: str) -> Any:
-    """Gloo listens on `host` alone; NCCL on the interface that NCCL_SOCKET_IFNAME names."""
-    if meeting.backend == "gloo":
+def _group(store: Store, transfer_group: TransferGroup, rank: int, host: str) -> Any:
+    """Create the process group. Gloo listens only on `host`; NCCL on the interface NCCL_SOCKET_IFNAME."""
+    if transfer_group.backend == "gloo":
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=host)]
-        options._timeout = timedelta(seconds=meeting.timeout_seconds)
-        return gloo(store, rank, meeting.size, options)
+        options._timeout = timedelta(seconds=transfer_group.timeout_seconds)
+        return gloo(store, rank, transfer_group.size, options)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=NCCL_SECONDS)
-    return dist.ProcessGroupNCCL(store, rank, meeting.size, options)
+    return dist.ProcessGroupNCCL(store, rank, transfer_group.size, options)
 
 
 class IpcLink:
-    """Buffers in memory that sender and readers share. At most two are alive: one is read, one is filled."""
+    """Buffers in memory that sender and readers share. At most two are alive: one being read, one filled."""
 
-    def __init__(self, wire: Wire, device: torch.device, key: str, *, rank: int, readers: list[int]) -> None:
-        self.wire = wire
+    def __init__(
+        self, connection: Connection, device: torch.device, key: str, *, rank: int, readers: list[int]
+    ) -> None:
+        self.connection = connection
         self.device = device
         self.key = key
         self.rank = rank
         self.readers = readers
-        self.count = 0  # buckets, on every end
+        self.count = 0  # buckets sent or received so far
         self.filling: SharedBuffer | None = None
         self.sent: dict[int, SharedBuffer] = {}
 
@@ -298,11 +313,11 @@ class IpcLink:
     def send(self, flat: Tensor) -> None:
         assert self.filling is not None and flat is self.filling.flat
         if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the bytes are there before anybody may look
+            torch.cuda.current_stream().synchronize()  # complete the bytes before a reader sees them
         self.sent[self.count], self.filling = self.filling, None
-        self.wire.member.post(self._name(self.count), self.sent[self.count].handle)
+        self.connection.member.post(self._bucket_key(self.count), self.sent[self.count].handle)
         for reader in self.readers:
-            self.wire.member.ask(self._read_by(self.count, reader))
+            self.connection.member.ask(self._read_key(self.count, reader))
         self.count += 1
         self._wait_until_read(self.count - 2)
 
@@ -310,37 +325,37 @@ class IpcLink:
         self._wait_until_read(self.count - 1)
 
     def receive(self, num_bytes: int) -> Tensor:
-        handle = self.wire.take(self._name(self.count), f"bucket {self.count} on {self.key}")
+        handle = self.connection.take(self._bucket_key(self.count), f"bucket {self.count} on {self.key}")
         try:
             return attach(handle, self.device, num_bytes)
         except (ValueError, OSError, RuntimeError) as error:
-            raise MeetingEnded(
-                self.wire.member.end(f"bucket {self.count} cannot be read: {error}")
+            raise TransferFailed(
+                self.connection.member.end(f"bucket {self.count} cannot be read: {error}")
             ) from error
 
     def release(self) -> None:
-        """What `receive` gave has been copied, and the buffer may be filled again."""
+        """Report that the received bucket has been copied, so that the sender may refill the buffer."""
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        self.wire.member.post(self._read_by(self.count, self.rank))
+        self.connection.member.post(self._read_key(self.count, self.rank))
         self.count += 1
 
-    def end(self, why: str) -> None:
-        self.wire.end(why)
+    def end(self, reason: str) -> None:
+        self.connection.end(reason)
         self.sent.clear()
 
     def _wait_until_read(self, count: int) -> None:
         if count not in self.sent:
             return
-        receipts = {self._read_by(count, reader) for reader in self.readers}
-        everybody_has = f"the reading of bucket {count} on {self.key}"
-        self.wire.wait(lambda: receipts <= self.wire.member.values.keys(), everybody_has)
-        for name in (self._name(count), *receipts):
-            self.wire.member.drop(name)
+        acknowledgements = {self._read_key(count, reader) for reader in self.readers}
+        what = f"bucket {count} to be read on {self.key}"
+        self.connection.wait(lambda: acknowledgements <= self.connection.member.values.keys(), what)
+        for key in (self._bucket_key(count), *acknowledgements):
+            self.connection.member.drop(key)
         del self.sent[count]
 
-    def _name(self, count: int) -> str:
+    def _bucket_key(self, count: int) -> str:
         return f"bucket/{self.key}/{count}"
 
-    def _read_by(self, count: int, rank: int) -> str:
-        return f"{self._name(count)}/read/{rank}"
+    def _read_key(self, count: int, rank: int) -> str:
+        return f"{self._bucket_key(count)}/read/{rank}"

@@ -1,4 +1,4 @@
-"""What lies between two responses: an episode has the ids of the conversation rendered at once."""
+"""Tokens between two responses: an episode has the ids of the conversation rendered as a whole."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.environments.chat_tokens import Turns, as_messages, check_template
 from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer
 
-# As SmolLM2's and Qwen2.5's: a default system message, and a line break behind every turn.
+# As SmolLM2's and Qwen2.5's: a default system message, and a line break after every turn.
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Llama 3's: it trims, has no line break behind a turn, and another name for tools.
+# As Llama 3's: trims the content, has no line break after a turn, and a different role name for tools.
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
     "{% set role = 'ipython' if message['role'] == 'tool' else message['role'] %}"
@@ -26,7 +26,7 @@ LLAMA3 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# As Qwen3's: tools speak as the user, neighbours in one turn, and the last answer gets an empty thought.
+# As Qwen3's: tools have the user role, consecutive ones share a turn, the last answer gets an empty thought.
 QWEN3 = (
     "{% for message in messages %}{% if message['role'] == 'tool' %}"
     "{% if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
@@ -37,8 +37,7 @@ QWEN3 = (
     "{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Llama 2's: answers stand between spaces, the next turn begins with the beginning of a sequence, and there
-# is no role but the two.
+# As Llama 2's: spaces around answers, the next turn starts with the bos token, and there are only two roles.
 LLAMA2 = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
@@ -108,19 +107,19 @@ def test_a_response_that_did_not_end_its_turn_gets_the_end(name: str) -> None:
     assert turns.end_of_turn_id == end_id
     ended = turns.between(encode(turns, "yes" + end), "Sure?")
     stopped = turns.between(encode(turns, "yes"), "Sure?")
-    assert ended[0] == stopped[0], "people read the end of the turn in either case"
+    assert ended[0] == stopped[0], "the text has the end of the turn in either case"
     assert stopped[1] == [end_id, *ended[1]]
 
 
-def test_a_space_before_the_end_is_not_made_up() -> None:
-    """The template writes "yes </s>", the model has said "yes</s>": its tokens stay."""
+def test_a_space_before_the_end_is_not_added() -> None:
+    """The template renders "yes </s>", the model generated "yes</s>": its tokens are kept."""
     turns = turns_with(LLAMA2)
     assert turns.end_of_turn_id == turns.tokenizer.eos_token_id
     assert turns.between(encode(turns, "yes</s>"), "Sure?")[1] == encode(turns, "<s>[INST] Sure? [/INST]")
     assert turns.between(encode(turns, "yes"), "Sure?")[1] == encode(turns, " </s><s>[INST] Sure? [/INST]")
 
 
-def test_a_role_that_the_template_does_not_know() -> None:
+def test_a_role_that_the_template_does_not_support() -> None:
     turns = turns_with(LLAMA2)
     with pytest.raises(BadRow, match=r"rejects 'tool': Only user and assistant roles are supported!"):
         turns.between([1], {"role": "tool", "content": "84"})
@@ -135,7 +134,7 @@ def test_plain_text_is_plain_text() -> None:
         turns.between([1], {"role": "user", "content": "no"})
 
 
-def test_the_opening_knows_neither_label_nor_column() -> None:
+def test_the_opening_needs_neither_label_nor_prompt_column() -> None:
     turns = turns_with(CHAT_TEMPLATE, prompt_key="question", label_key="answer", system_prompt="S")
     assert turns.opening("Q")[0] == "<s><|system|>S</s><|user|>Q</s><|assistant|>"
 
@@ -179,13 +178,13 @@ def test_bad_observations(observation: Any, message: str) -> None:
         (None, "has no template; name one with data.chat_template"),
         ("{{ messages[0]['content'] }}", "leaves an answer out"),
         ("{{ raise_exception('no answers') }}", "rejects an answer: no answers"),
-        # Another end behind the last answer than behind earlier ones: tokens could not go on from it.
+        # A different end after the last answer than after earlier ones: tokens cannot be continued from it.
         (
             "{% for m in messages %}{{ m['content'] + ('<|eot_id|>' if loop.last else '</s>') }}{% endfor %}",
             r"it ends an answer with '<\|eot_id\|>', but goes on from it with '</s>Go on",
         ),
     ],
 )
-def test_templates_that_do_not_suit(template: str | None, message: str) -> None:
+def test_unsupported_templates(template: str | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         check_template(tokenizer_with(template))

@@ -1,4 +1,4 @@
-"""Environments found and tried on the driver, and a replica between engines that die and calls that hang."""
+"""Environments resolved and tried on the driver, and a replica with engines that die and calls that hang."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Engines:
 
 
 def in_task(cause: Exception) -> RayTaskError:
-    """As Ray raises what a remote method has raised: an error of both types."""
+    """How Ray raises the error of a remote method: an exception of both types."""
     return RayTaskError("complete", "Traceback …", cause).as_instanceof_cause()
 
 
@@ -112,28 +112,28 @@ def played(making: Any, *, steps: int) -> Episode:
     return asyncio.run(play())
 
 
-def test_a_turn_whose_engine_dies_is_asked_again(make_replica: Any) -> None:
+def test_a_turn_whose_engine_dies_is_retried(make_replica: Any) -> None:
     undisturbed, disturbed = Engines(), Engines(in_task(EngineDied("out of memory")))
     episode = played(make_replica(undisturbed), steps=3)
     assert played(make_replica(disturbed), steps=3) == episode
     assert (episode.reward, episode.num_turns, set(episode.policy_versions)) == (3.0, 3, {5})
-    # The same tokens with the same seed: not the episode begins anew, only the turn.
+    # The same tokens with the same seed: only the turn is restarted, not the episode.
     assert disturbed.requests == [undisturbed.requests[0], *undisturbed.requests]
 
 
-def test_a_request_that_kills_engines_is_given_up(make_replica: Any) -> None:
+def test_a_request_that_kills_engines_is_not_retried_forever(make_replica: Any) -> None:
     deaths = [in_task(EngineDied("out of memory")) for _ in range(9)]
     with pytest.raises(EngineDied):
         played(make_replica(Engines(*deaths)), steps=1)
 
 
-def test_what_an_engine_refuses_is_no_fault_of_the_environment(make_replica: Any) -> None:
+def test_an_error_of_the_engine_is_not_an_environment_failure(make_replica: Any) -> None:
     with pytest.raises(ValueError):
         played(make_replica(Engines(in_task(ValueError("longer than the model")))), steps=1)
 
 
 def test_calls_that_never_return_cost_a_process(make_replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their threads would slow the others down. Episodes to come have another process."""
+    """Their threads would slow the others down. Later episodes get another process."""
     monkeypatch.setattr(environments, "MAX_STUCK_CALLS", 2)
 
     async def main() -> None:
@@ -142,7 +142,7 @@ def test_calls_that_never_return_cost_a_process(make_replica: Any, monkeypatch: 
                 episode = await replica.episode(make_prompt(steps=1), PARAMS, 5)
                 assert episode.failure.startswith("timed out after 1.5 s in step()")
                 assert replica.pool.num_started == started
-            assert len(replica.pool._processes) == 1, "the one before has gone"
+            assert len(replica.pool._processes) == 1, "the previous one is gone"
 
     asyncio.run(main())
 
@@ -187,10 +187,10 @@ def test_an_episode_that_ends_its_process_has_failed(
 
     bad, next_one = asyncio.run(main())
     assert re.match(failure, bad.failure) and bad.reward is None
-    assert (next_one.failure, next_one.reward) == ("", 1.0), "another process has taken its place"
+    assert (next_one.failure, next_one.reward) == ("", 1.0), "another process has replaced it"
 
 
-def test_episodes_beside_one_that_ends_the_process_begin_again(fatal: str, make_replica: Any) -> None:
+def test_episodes_in_the_process_of_one_that_ends_it_are_restarted(fatal: str, make_replica: Any) -> None:
     async def main() -> list[Episode]:
         async with make_replica(Engines(), fatal) as replica:
             rows = ["time.sleep(0.5)", "time.sleep(0.5)", "time.sleep(0.2) or os._exit(1)"]
@@ -204,7 +204,7 @@ def test_episodes_beside_one_that_ends_the_process_begin_again(fatal: str, make_
     assert [(episode.reward, episode.failure) for episode in others] == [(1.0, "")] * 2
 
 
-# What the driver does before any model is loaded
+# On the driver, before any model is loaded
 
 FILE = """
 class Greeter:
@@ -239,7 +239,7 @@ def tried(text: str, rows: list[dict[str, Any]], **config: Any) -> None:
     try_environment(hosted, OutputLog("environment"), settings, rows, TURNS)
 
 
-def test_a_trial_plays_real_rows(greeter: str) -> None:
+def test_a_trial_uses_real_rows(greeter: str) -> None:
     code = find_environment(f"{greeter}:Greeter")
     Path(greeter).unlink()  # as on another node
     config = EnvironmentConfig(environment=code.text, arguments={"greeting": "Hi"})
@@ -263,7 +263,7 @@ def test_a_trial_plays_real_rows(greeter: str) -> None:
         ([{"name": "A" * 50}], {}, r"reset\(\): the opening has 60 tokens"),
     ],
 )
-def test_a_trial_tells_what_is_wrong(rows: Any, config: dict[str, Any], message: str, greeter: str) -> None:
+def test_a_trial_reports_the_error(rows: Any, config: dict[str, Any], message: str, greeter: str) -> None:
     with pytest.raises(EnvironmentFailure, match=message):
         tried(f"{greeter}:Greeter", rows, **config)
 

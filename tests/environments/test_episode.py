@@ -1,4 +1,4 @@
-"""Episodes between a scripted policy and environments that do right and wrong."""
+"""Episodes of a scripted policy with correct and faulty environments."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def ids_of(text: str) -> list[int]:
 
 
 class Policy:
-    """Says what it is told to say, cut at max_tokens as an engine would, with new weights for every turn."""
+    """Returns the given answers, truncated at max_tokens as by an engine, with new weights for every turn."""
 
     def __init__(self, *answers: str, closed: bool = True) -> None:
         self.answers = list(answers)
         self.end = "</s>" if closed else ""
-        self.asked: list[tuple[list[int], dict[str, Any]]] = []
+        self.requests: list[tuple[list[int], dict[str, Any]]] = []
 
     async def __call__(self, prompt_ids: list[int], params: dict[str, Any]) -> Generation:
-        answer = self.answers[len(self.asked)]
-        self.asked.append((prompt_ids, params))
+        answer = self.answers[len(self.requests)]
+        self.requests.append((prompt_ids, params))
         ids = ids_of(answer + self.end)
         kept = ids[: params["max_tokens"]]
         return Generation(
             token_ids=kept,
             text=answer[: len(kept)],
-            logprobs=[-float(len(self.asked))] * len(kept),
+            logprobs=[-float(len(self.requests))] * len(kept),
             truncated=len(kept) < len(ids),
-            policy_versions=[2 + len(self.asked)] * len(kept),
+            policy_versions=[2 + len(self.requests)] * len(kept),
         )
 
 
 class Echo:
-    """Answers with what it heard, and is done at `last`; each step gives 0.25."""
+    """Returns the response in upper case and is done at `last`; each step gives 0.25."""
 
     def __init__(self, last: str = "bye") -> None:
         self.last = last
@@ -84,7 +84,7 @@ def played(
     )
 
 
-def test_tokens_are_kept_as_they_came() -> None:
+def test_tokens_are_kept_as_generated() -> None:
     policy = Policy("ab", "bye")
     episode = played(policy)
     opening, first, observation, last = (
@@ -102,40 +102,40 @@ def test_tokens_are_kept_as_they_came() -> None:
     assert episode.policy_versions == [3] * 3 + [4] * 9, "the second weights have read the observation"
     assert (episode.reward, episode.failure) == (0.5, "")
     assert (episode.truncated, episode.num_turns) == (False, 2)
-    assert [prompt_ids for prompt_ids, _ in policy.asked] == [
+    assert [prompt_ids for prompt_ids, _ in policy.requests] == [
         ids_of(opening),
         ids_of(opening + first + observation),
     ]
 
 
-def test_an_answer_that_ends_with_a_stop_string_is_closed_for_it() -> None:
+def test_an_answer_that_ends_with_a_stop_string_gets_the_end_of_turn() -> None:
     episode = played(Policy("ab", "bye", closed=False))
     assert episode.response_ids == ids_of("ab" + "</s><|user|>AB</s><|assistant|>" + "bye")
     assert episode.loss_mask == [1] * 2 + [0] * 6 + [1] * 3
 
 
-def test_every_turn_has_a_seed_of_its_own_and_stops_at_the_end_of_its_turn() -> None:
+def test_every_turn_has_a_distinct_seed_and_stops_at_the_end_of_its_turn() -> None:
     first, again, other = Policy("a", "b", "bye"), Policy("a", "b", "bye"), Policy("a", "b", "bye")
     played(first)
     played(again)
     played(other, params={"seed": 8})
-    seeds = [[params["seed"] for _, params in policy.asked] for policy in (first, again, other)]
+    seeds = [[params["seed"] for _, params in policy.requests] for policy in (first, again, other)]
     assert seeds[0] == seeds[1]
     assert len({*seeds[0], *seeds[2]}) == 6
-    assert all(params["stop_token_ids"] == [TOKENIZER.eos_token_id] for _, params in first.asked)
-    assert all(params["include_stop_str_in_output"] for _, params in first.asked)
+    assert all(params["stop_token_ids"] == [TOKENIZER.eos_token_id] for _, params in first.requests)
+    assert all(params["include_stop_str_in_output"] for _, params in first.requests)
 
 
 def test_the_last_turn_ends_the_episode() -> None:
     episode = played(Policy("a", "b", "c"), max_turns=2)
     assert (episode.num_turns, episode.truncated, episode.reward) == (2, False, 0.5)
-    assert episode.response_ids[-2:] == ids_of("b</s>"), "no observation that nobody will read"
+    assert episode.response_ids[-2:] == ids_of("b</s>"), "no observation without a response"
 
 
 def test_a_response_that_is_cut_off_ends_the_episode_unseen() -> None:
     episode = played(Policy("a", "far too long"), params={"max_tokens": 5})
     assert (episode.num_turns, episode.truncated, episode.failure) == (2, True, "")
-    assert episode.reward == 0.25, "what came before counts"
+    assert episode.reward == 0.25, "earlier rewards count"
     assert episode.response_ids[-5:] == ids_of("far t")
 
 
@@ -146,7 +146,7 @@ def test_all_turns_share_one_budget(budget: int) -> None:
     episode = played(policy, max_response_tokens=budget, params={"min_tokens": 3})
     assert len(episode.response_ids) == {2: 2, **dict.fromkeys(range(3, 9), 3)}.get(budget, min(budget, 12))
     assert episode.truncated == (budget < 12)
-    assert all(params["min_tokens"] <= params["max_tokens"] for _, params in policy.asked)
+    assert all(params["min_tokens"] <= params["max_tokens"] for _, params in policy.requests)
 
 
 def test_text_without_a_template() -> None:
@@ -171,7 +171,7 @@ def test_methods_may_be_async() -> None:
     assert played(Policy("ab", "bye"), AsyncEcho) == played(Policy("ab", "bye"))
 
 
-def test_plain_methods_share_a_thread_beside_the_loop() -> None:
+def test_plain_methods_share_a_thread_outside_the_loop() -> None:
     threads: list[Any] = []
 
     class Watch(Echo):
@@ -187,7 +187,7 @@ def test_plain_methods_share_a_thread_beside_the_loop() -> None:
             threads.append(threading.current_thread())
 
     played(Policy("a", "bye"), Watch)
-    assert len(threads) == 4 and len(set(threads)) == 1, "sqlite, for one, wants this"
+    assert len(threads) == 4 and len(set(threads)) == 1, "sqlite, for example, requires this"
     assert threads[0] is not threading.main_thread()
     threads[0].join(timeout=5)
     assert not threads[0].is_alive()
@@ -238,7 +238,7 @@ def returns(value: Any) -> Any:
         ({"step": returns((84, 0.0, False))}, r"step\(\): an observation of type int; wanted a text"),
     ],
 )
-def test_what_the_environment_does_wrong_is_told(methods: dict[str, Any], failure: str) -> None:
+def test_errors_of_the_environment_are_reported(methods: dict[str, Any], failure: str) -> None:
     episode = played(Policy("ab", "bye"), environment(**methods))
     assert episode.reward is None
     assert re.search(failure, episode.failure), episode.failure
@@ -247,18 +247,18 @@ def test_what_the_environment_does_wrong_is_told(methods: dict[str, Any], failur
     assert len(episode.loss_mask) == len(episode.logprobs) == len(episode.policy_versions)
 
 
-def test_an_observation_is_not_looked_at_when_done() -> None:
+def test_an_observation_is_ignored_when_done() -> None:
     assert played(Policy("ab"), environment(step=returns((None, 1, True)))).reward == 1.0
 
 
-def test_a_step_that_never_returns_is_left_behind() -> None:
+def test_a_step_that_never_returns_is_abandoned() -> None:
     never = threading.Event()
-    made: list[UserEnvironment] = []
+    created: list[UserEnvironment] = []
 
     async def one(kind: Any, policy: Policy) -> Episode:
         settings = EnvironmentConfig(environment="m:E", timeout_seconds=0.2)
-        made.append(UserEnvironment(kind, {}))
-        return await play(made[-1], TURNS, settings, {"question": "Hi"}, PARAMS, policy)
+        created.append(UserEnvironment(kind, {}))
+        return await play(created[-1], TURNS, settings, {"question": "Hi"}, PARAMS, policy)
 
     async def both() -> tuple[Episode, Episode]:
         stuck = environment(step=lambda *_: never.wait())
@@ -270,14 +270,14 @@ def test_a_step_that_never_returns_is_left_behind() -> None:
     assert stuck.failure == "timed out after 0.2 s in step() (rollout.environment.timeout_seconds)"
     assert (stuck.reward, stuck.response_ids) == (None, ids_of("ab</s>"))
     assert fine.reward == 0.5
-    thread, none = made[0].stuck_thread, made[1].stuck_thread
+    thread, none = created[0].stuck_thread, created[1].stuck_thread
     assert thread is not None and thread.is_alive() and none is None
     never.set()
     thread.join(timeout=5)
     assert not thread.is_alive()
 
 
-def test_a_coroutine_that_will_not_be_cancelled_is_left_behind() -> None:
+def test_a_coroutine_that_ignores_cancellation_is_abandoned() -> None:
     async def stubborn(*_: Any) -> None:
         while True:
             try:
@@ -297,7 +297,7 @@ def test_waiting_for_the_engine_counts_too() -> None:
     assert played(never, timeout_seconds=0.1).failure.startswith("timed out after 0.1 s in generation")
 
 
-def test_what_the_engine_raises_is_not_the_environments() -> None:
+def test_an_error_of_the_engine_is_not_an_environment_failure() -> None:
     async def dies(prompt_ids: Sequence[int], params: Any) -> Generation:
         raise TimeoutError("no engine answered")
 
@@ -307,14 +307,14 @@ def test_what_the_engine_raises_is_not_the_environments() -> None:
 
 @pytest.mark.parametrize("step", [Echo.step, fails], ids=["to the end", "after a failure"])
 def test_the_environment_is_closed(step: Any) -> None:
-    made: list[Echo] = []
+    created: list[Echo] = []
 
     def make() -> Echo:
-        made.append(environment(step=step)())
-        return made[0]
+        created.append(environment(step=step)())
+        return created[0]
 
     played(Policy("bye"), make)
-    assert made[0].closed == 1
+    assert created[0].closed == 1
 
 
 def test_a_failing_close_costs_no_reward() -> None:

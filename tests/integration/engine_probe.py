@@ -34,7 +34,7 @@ def main(folder: str, *samplings: str) -> None:
         EngineConfig(kv_cache_bytes=64 * 2**20),
         seed=0,
         max_model_tokens=128,
-        weight_hub=None,
+        weight_store=None,
         on_gpu=False,
         threads=1,
     )

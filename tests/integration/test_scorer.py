@@ -34,7 +34,7 @@ def test_vllm_scores_like_the_packed_forward_pass(tiny_model: str) -> None:
         RolloutConfig(kv_cache_bytes=64 * 2**20),
         seed=0,
         max_model_tokens=128,
-        weight_hub=None,
+        weight_store=None,
         on_gpu=False,
         threads=1,
     )

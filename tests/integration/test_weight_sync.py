@@ -28,7 +28,7 @@ from rayrlhf.policy.job import PolicyJob
 from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.rollout.engine_settings import engine_settings
 from rayrlhf.runtime.ray_session import deploy, watched
-from rayrlhf.weights.store import WeightHub
+from rayrlhf.weights.store import WeightStore
 from rayrlhf.weights.sync import WeightSync
 from tests.integration.policy_runs import tiny_run
 
@@ -55,14 +55,16 @@ class Engines:
         self.job = PolicyJob(config, f"sync-{os.getpid()}", (), 0, 1)
         self.slots = create_slots(plan_placement(config), gpus_per_slot=0, run_id="sync", timeout_seconds=60)
         self.hub: Any = (
-            ray.remote(WeightHub).options(name=self.job.weight_hub, namespace=NAMESPACE, num_cpus=0).remote()
+            ray.remote(WeightStore)
+            .options(name=self.job.weight_hub, namespace=NAMESPACE, num_cpus=0)
+            .remote()
         )
         settings = engine_settings(
             config.model,
             config.rollout,
             seed=config.run.seed,
             max_model_tokens=max_model_tokens(config),
-            weight_hub=self.job.weight_hub,
+            weight_store=self.job.weight_hub,
             on_gpu=False,
             threads=1,
         )
@@ -211,12 +213,12 @@ def test_an_engine_that_dies_in_a_push_holds_up_nobody(
 ) -> None:
     victim = engines.describe()[1]
     stop = functools.partial(os.kill, victim["engine_pid"], signal.SIGSTOP)
-    courier = engines.sync.courier
-    if courier is None:
+    sender = engines.sync.direct
+    if sender is None:
         stop()
     else:
-        deliver = courier._deliver
-        monkeypatch.setattr(courier, "_deliver", lambda delivery: (stop(), deliver(delivery))[1])
+        request_receive = sender._request_receive
+        monkeypatch.setattr(sender, "_request_receive", lambda push: (stop(), request_receive(push))[1])
     with ThreadPoolExecutor(1) as pool:
         pushing = pool.submit(engines.change_weights)
         time.sleep(2)
@@ -248,14 +250,14 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
     assert freed >= NUM_ENGINES * (weights + KV_CACHE_BYTES)
     assert all(now < then - 0.9 * weights for then, now in zip(before, after, strict=True))
 
-    with pytest.raises(Exception, match="asked to generate while it sleeps"):
+    with pytest.raises(Exception, match="cannot generate while the engine sleeps"):
         engines.ask_one()
     started = time.monotonic()
-    with pytest.raises(TimeoutError, match="asked to load weights while it sleeps"):
+    with pytest.raises(TimeoutError, match="cannot load weights while the engine sleeps"):
         engines.change_weights()
     assert time.monotonic() - started < 30, "long before the deadline of 60 s"
     engines.sync.engines_wake("weights")
-    with pytest.raises(TimeoutError, match="asked to go on before weights were pushed"):
+    with pytest.raises(TimeoutError, match="cannot wake the cache before weights are pushed"):
         engines.sync.engines_wake("kv_cache")
     assert engines.change_weights() is None
     engines.sync.engines_wake("kv_cache")
@@ -281,7 +283,7 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
 
 def test_a_version_nobody_published_is_refused(engines: Engines) -> None:
     unknown = engines.version + 7
-    told = f"version {unknown} was asked for, the newest published one is {engines.version}"
+    told = f"version {unknown} was requested, but the latest published version is {engines.version}"
     with pytest.raises(Exception, match=told):
         engines.ask_one(unknown)
 

@@ -1,4 +1,4 @@
-"""Serve replicas stay light: what is heavy is imported by the actors on their slots."""
+"""Serve replicas stay light: heavy modules are imported only by the actors on the slots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEAVY = {"transformers", "deepspeed", "vllm", "peft", "math_verify"}
 
 @pytest.mark.slow
 def test_replicas_import_nothing_heavy() -> None:
-    """Seconds and about 100 MB for each replica, beside the actor that needs them anyway."""
+    """They cost seconds and about 100 MB per replica, in addition to the actor that needs them anyway."""
     replicas = [
         "rayrlhf.reward.functions",
         "rayrlhf.reward.model_deployment",

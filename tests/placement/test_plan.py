@@ -1,4 +1,4 @@
-"""Which role sits on which slot, by hand, and the arithmetic that a too small cluster is told."""
+"""Slots of each role, with hand-derived expectations, and the error of a cluster that is too small."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def slots_of(spec: PlacementSpec) -> dict[str, tuple[int, ...]]:
 def plan(
     preset: str, sources: list[dict[str, Any]], ref: dict[str, Any] | None = None, **placement: Any
 ) -> PlacementSpec:
-    """2 actor workers, 2 critic workers where the critic is apart, 3 engines."""
+    """2 actor workers, 2 critic workers if the critic is separate, 3 engines."""
     return plan_placement(
         make_config(
             train=TRAIN,
@@ -97,7 +97,7 @@ TWO_MODELS = [FUNCTION, model_source(2), model_source(1)]  # reward:1 and reward
         ),
     ],
 )
-def test_who_sits_where_in_every_preset(preset: str, slots: dict[str, tuple[int, ...]]) -> None:
+def test_slots_of_every_preset(preset: str, slots: dict[str, tuple[int, ...]]) -> None:
     spec = plan(preset, TWO_MODELS, cpus_per_slot=1.5)
     assert slots_of(spec) == slots
     assert spec.num_slots == 1 + max(slot for taken in slots.values() for slot in taken)
@@ -120,7 +120,7 @@ def test_pools_by_hand() -> None:
     assert [(pool.name, len(pool.slots)) for pool in spec.pools] == [("policy", 4), ("judges", 3)]
 
 
-def test_a_pool_may_bear_the_name_of_a_role_that_is_not_in_it() -> None:
+def test_a_pool_may_have_the_name_of_a_role_that_is_not_in_it() -> None:
     pools = [{"name": "rollout", "roles": ["actor", "critic", "ref"]}]
     assert slots_of(plan("pools", [FUNCTION], pools=pools)) == {"actor": (0, 1), "rollout": (2, 3, 4)}
 
@@ -155,8 +155,8 @@ def test_shares_are_by_weight() -> None:
 
 
 @pytest.mark.parametrize("preset", ["disaggregated", "colocate_all"])
-def test_what_needs_no_device_has_no_slot(preset: str) -> None:
-    """Function rewards, and what lives in the actor's workers."""
+def test_roles_without_a_device_have_no_slot(preset: str) -> None:
+    """Function rewards, and roles inside the actor's workers."""
     config = make_config(
         critic={"location": "worker"}, ref={"location": "worker"}, placement={"preset": preset}
     )
@@ -228,20 +228,20 @@ def nine_slots() -> PlacementSpec:
             {"CPU": 14.0, "GPU": 7.5},
             "needs 9 GPU (9 slots x 1) but the cluster has free 7.5",
         ),
-        # Ray leaves out a resource of which nothing is free.
+        # Ray omits a resource of which nothing is free.
         ({"CPU": 14.0, "GPU": 9.0}, {"CPU": 14.0}, "needs 9 GPU (9 slots x 1) but the cluster has free 0"),
         ({"CPU": 14.0, "GPU": 9.0}, {"CPU": 14.0, "GPU": 9.0}, None),
     ],
 )
-def test_what_is_missing_is_told_with_the_arithmetic(
+def test_a_shortfall_is_reported_with_the_arithmetic(
     nine_slots: PlacementSpec, total: dict[str, float], free: dict[str, float], sentence: str | None
 ) -> None:
     assert shortfall(nine_slots, total=total, free=free, gpus_per_slot=1) == sentence
 
 
-def test_one_slot_is_not_told_as_several() -> None:
-    told = shortfall(slots_spec(1), total={"CPU": 2.0, "GPU": 1.0}, free={"CPU": 2.0}, gpus_per_slot=1)
-    assert told == "needs 1 GPU (1 slot x 1) but the cluster has free 0"
+def test_one_slot_is_singular() -> None:
+    message = shortfall(slots_spec(1), total={"CPU": 2.0, "GPU": 1.0}, free={"CPU": 2.0}, gpus_per_slot=1)
+    assert message == "needs 1 GPU (1 slot x 1) but the cluster has free 0"
 
 
 def test_a_run_on_cpus_wants_no_gpu(nine_slots: PlacementSpec) -> None:

@@ -1,4 +1,4 @@
-"""What a configuration leaves out fits the devices that there are: slots, group size, micro-batches."""
+"""Defaults are resolved to fit the available devices: slots, group size, micro-batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SEVEN_B = {
 
 
 def shortest(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Model, data and reward, what to do and for how long; nothing about devices or sizes."""
+    """Model, data, reward, algorithm and number of steps; nothing about devices or sizes."""
     return {
         "run": {"name": "shortest"},
         "model": {"path": str(folder)},
@@ -60,13 +60,13 @@ def on(config: PolicyRunConfig, *, cpus: float, gpus: float = 0.0) -> PolicyRunC
         (3.5, 0, "disaggregated", 3),
         (8, 2, "colocate_actor_ref", 2),
         (8, 3, "disaggregated", 3),
-        (1, 0, "disaggregated", 3),  # fits nowhere: the error tells what the roomiest needs
+        (1, 0, "disaggregated", 3),  # fits nowhere: the error states what the largest preset needs
     ],
 )
 def test_the_shortest_grpo_fits_one_gpu_or_two_cores(
     cpus: float, gpus: float, preset: str, slots: int, tmp_path: Path
 ) -> None:
-    """It asked for three slots, and was refused."""
+    """It does not require three slots."""
     assert DATA_CPUS == 0.5
     config = on(PolicyRunConfig.model_validate(shortest(tmp_path)), cpus=cpus, gpus=gpus)
     assert (config.placement.preset, plan_placement(config).num_slots) == (preset, slots)
@@ -75,13 +75,13 @@ def test_the_shortest_grpo_fits_one_gpu_or_two_cores(
         assert config.engines_sleep and not config.ref_is_served
 
 
-def test_what_is_given_stays_and_what_contradicts_is_not_chosen(tmp_path: Path) -> None:
+def test_a_given_preset_is_kept_and_a_contradicting_one_is_not_chosen(tmp_path: Path) -> None:
     given = PolicyRunConfig.model_validate(shortest(tmp_path, placement={"preset": "disaggregated"}))
     assert on(given, cpus=1) is given
-    # Replicas of a reference exist only where it has slots of its own.
+    # Replicas of a reference require separate slots.
     replicas = PolicyRunConfig.model_validate(shortest(tmp_path, ref={"num_replicas": 2}))
     assert on(replicas, cpus=1.5).placement.preset == "disaggregated"
-    # An engine that rolls out ahead works while the trainer does.
+    # An asynchronous engine runs at the same time as the trainer.
     ahead = PolicyRunConfig.model_validate(shortest(tmp_path, rollout={"max_staleness": 1}))
     assert on(ahead, cpus=1.5).placement.preset == "disaggregated"
 
@@ -117,7 +117,7 @@ def test_micro_batches_are_as_large_as_the_gpu_holds(gpu: str, tmp_path: Path) -
     assert size == 16384 or not room(2 * size)
 
 
-def test_a_size_that_is_given_stays(tmp_path: Path) -> None:
+def test_a_given_size_is_kept(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, **SEVEN_B)
     tree = shortest(tmp_path, train={"num_steps": 1, "max_tokens_per_micro_batch": 5000})
     config = PolicyRunConfig.model_validate(tree)
@@ -163,6 +163,6 @@ def test_the_plan_shows_what_a_driver_would_fill_in(
     assert "placement.preset=colocate_all, 1 slot on 1 x H200-141" in shown
     filled = sized_for_gpu(load_any([*argv, "placement.preset=colocate_all"]), parse_gpus("1xH200-141")[1])
     assert f"{filled.train.max_tokens_per_micro_batch:,} tokens x" in shown
-    # 15 GiB of the actor's weights stay beside the engine: 0.85 of 141 GiB would be too much.
+    # 15 GiB of the actor's weights stay on the engine's GPU: 0.85 of 141 GiB would be too much.
     assert filled.rollout.gpu_memory_utilization == 0.75
     assert "engine cache: 0.75 x 141.0 GiB" in shown

@@ -1,4 +1,4 @@
-"""The reaper tells the death of a run's driver from the deaths of light processes."""
+"""The reaper distinguishes the death of a run's driver from the deaths of helper processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, placement_group_table
 
 from rayrlhf.observe.board import Board
-from rayrlhf.placement import reaper as lease
+from rayrlhf.placement import reaper as module
 from rayrlhf.runtime.run import named_actor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -41,8 +41,8 @@ def answers(actor: Any, method: str) -> bool:
         return False
 
 
-def test_28_only_the_drivers_death_is_a_drivers_death() -> None:
-    """The board is the lease. Before, its process' death had the reaper delete the living run's group."""
+def test_28_only_the_death_of_the_driver_triggers_the_cleanup() -> None:
+    """The board is the lease. The death of its process must not delete a live run's placement group."""
     board = named_actor(Board, "rayrlhf-lease-board")
     group = placement_group([{"CPU": 0.1}])
     ray.get(group.ready(), timeout=SECONDS)
@@ -50,27 +50,30 @@ def test_28_only_the_drivers_death_is_a_drivers_death() -> None:
     def state() -> str:
         return placement_group_table(group)["state"]
 
-    reaper = lease.start_reaper("rayrlhf-lease", "rayrlhf-lease-board", group)
+    reaper = module.start_reaper("rayrlhf-lease", "rayrlhf-lease-board", group)
     kill_process(board)
     wait_until(lambda: answers(board, "ping"))
-    time.sleep(5 * lease.WATCH_SECONDS)
+    time.sleep(5 * module.WATCH_SECONDS)
     assert state() == "CREATED" and answers(reaper, "ready")
 
     kill_process(reaper)
     wait_until(lambda: answers(reaper, "ready"))
-    time.sleep(2 * lease.WATCH_SECONDS)
+    time.sleep(2 * module.WATCH_SECONDS)
     assert state() == "CREATED"
 
-    ray.kill(board)  # for good, as Ray does with the actors of a driver that has died
+    ray.kill(board)  # permanently, as Ray does with the actors of a dead driver
     wait_until(lambda: state() == "REMOVED")
     wait_until(lambda: not answers(reaper, "ready"))
 
 
-def test_28_who_sits_where_is_known_without_any_process() -> None:
-    seats = [lease.Seat("rollout", unit, "node", None, 100 + unit) for unit in (1, 0)]
-    for seat in seats:
-        key = lease._key("rayrlhf-seats", seat)
-        lease.internal_kv._internal_kv_put(key, lease.json.dumps(seat), namespace=lease.SEATS)
-    assert lease.seats_of("rayrlhf-seats") == seats[::-1] and lease.seats_of("rayrlhf-seat") == []
-    lease.forget_seats("rayrlhf-seats")
-    assert lease.seats_of("rayrlhf-seats") == []
+def test_28_worker_locations_do_not_depend_on_a_process() -> None:
+    locations = [module.WorkerLocation("rollout", unit, "node", None, 100 + unit) for unit in (1, 0)]
+    for location in locations:
+        key = module._key("rayrlhf-locations", location)
+        module.internal_kv._internal_kv_put(key, module.json.dumps(location), namespace=module.LOCATIONS)
+    assert (
+        module.worker_locations("rayrlhf-locations") == locations[::-1]
+        and module.worker_locations("rayrlhf-location") == []
+    )
+    module.unregister_workers("rayrlhf-locations")
+    assert module.worker_locations("rayrlhf-locations") == []

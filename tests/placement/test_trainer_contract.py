@@ -1,4 +1,4 @@
-"""The five internals of Ray Train that rayrlhf.placement.trainer overrides are there and called as before.
+"""The five internals of Ray Train that rayrlhf.placement.trainer overrides exist and are called as expected.
 
 When one of these fails after an upgrade of Ray: read the named method in the new Ray, change the override in
 rayrlhf/placement/trainer.py, then this test, and then move the pin of ray in pyproject.toml.
@@ -31,7 +31,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def calls(caller: Callable[..., Any], callee: str) -> bool:
-    """Whether `caller` still mentions the name that we override."""
+    """Whether the source of `caller` contains the overridden name."""
     return callee in inspect.getsource(caller)
 
 
@@ -47,7 +47,7 @@ def test_the_controller_is_started_with_keyword_arguments() -> None:
     assert arguments.kind is inspect.Parameter.VAR_KEYWORD, look
     assert calls(DataParallelTrainer.fit, "_initialize_and_run_controller("), look
     for method in ("run", "get_result"):
-        # Ray adds an argument of its own once a class has been made an actor in this process.
+        # Ray adds its own argument once a class has been made an actor in this process.
         assert [p for p in parameters(getattr(TrainController, method)) if not p.startswith("_ray")] == [
             "self"
         ]
@@ -62,13 +62,13 @@ def test_the_controller_is_started_with_keyword_arguments() -> None:
         assert copied in body, look
 
 
-def test_the_default_callbacks_hold_the_cleaner_that_we_leave_out() -> None:
+def test_the_default_callbacks_contain_the_removed_cleaner() -> None:
     look = LOOK.format("DataParallelTrainer._create_default_callbacks")
     assert list(parameters(DataParallelTrainer._create_default_callbacks)) == ["self"], look
     assert calls(DataParallelTrainer.fit, "_create_default_callbacks()"), look
 
 
-def test_only_the_cleaner_is_left_out(tmp_path: Path) -> None:
+def test_only_the_cleaner_is_removed(tmp_path: Path) -> None:
     def callbacks(trainer_class: type[TorchTrainer]) -> list[type]:
         trainer = trainer_class(
             print,
@@ -92,7 +92,7 @@ def test_the_controller_makes_its_worker_group_from_the_class_attribute() -> Non
     assert ours._SlotController.worker_group_cls is ours._SlotWorkerGroup
 
 
-def test_the_worker_group_asks_for_its_placement_group() -> None:
+def test_the_worker_group_creates_its_placement_group() -> None:
     look = LOOK.format("WorkerGroup._create_placement_group")
     expected = ["self", "scaling_config", "worker_group_context"]
     assert list(parameters(WorkerGroup._create_placement_group)) == expected, look
@@ -100,7 +100,7 @@ def test_the_worker_group_asks_for_its_placement_group() -> None:
     assert calls(WorkerGroup, "self._create_placement_group("), look
 
 
-def test_the_worker_group_asks_for_its_workers() -> None:
+def test_the_worker_group_creates_its_workers() -> None:
     look = LOOK.format("WorkerGroup._create_workers")
     expected = [
         "self",
@@ -109,9 +109,9 @@ def test_the_worker_group_asks_for_its_workers() -> None:
         "resources_per_worker",
         "placement_group_bundle_indices",
     ]
-    found = parameters(WorkerGroup._create_workers)
-    assert list(found)[:5] == expected, look
-    assert found["placement_group_bundle_indices"].default is None, look
+    actual = parameters(WorkerGroup._create_workers)
+    assert list(actual)[:5] == expected, look
+    assert actual["placement_group_bundle_indices"].default is None, look
     assert calls(WorkerGroup, "self._create_workers("), look
     assert "self._train_run_context = train_run_context" in inspect.getsource(WorkerGroup.__init__), look
 
@@ -125,10 +125,10 @@ def test_a_borrowed_group_is_used_but_never_removed(monkeypatch: pytest.MonkeyPa
     handle.shutdown()
     assert removed == []
     placement_group_handle.DefaultPlacementGroupHandle(group).shutdown()
-    assert removed == [group], "the probe sees nothing"
+    assert removed == [group], "the patched function is not called"
 
 
-def test_workers_go_on_the_bundles_of_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_run_on_the_bundles_of_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     bundles: list[Any] = []
     signature = inspect.signature(WorkerGroup._create_workers)
 
@@ -142,7 +142,7 @@ def test_workers_go_on_the_bundles_of_their_slots(monkeypatch: pytest.MonkeyPatc
     resources = {"CPU": 1.0}
     group._create_workers(3, None, resources, replica_group_size=None)
     group._create_workers(2, None, resources)
-    # A single lost worker that Ray puts back comes with its own bundle, which must be left as it is.
+    # A single lost worker that Ray replaces has its own bundle, which must not be changed.
     group._create_workers(1, None, resources, placement_group_bundle_indices=[2])
     group._create_workers(1, None, resources, [2])
     assert bundles == [[4, 0, 2], [4, 0], [2], [2]]

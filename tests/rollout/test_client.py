@@ -1,4 +1,4 @@
-"""Requests to engines that answer, die and time out; a handle of plain Python stands in for Serve's."""
+"""Requests to engines that answer, die and time out, with a plain Python fake of Serve's handle."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Answer:
             failure = self.engines.failures.pop(0)
             if isinstance(failure, tuple):
                 after, failure = failure
-        for i in reversed(range(len(params))):  # the last to be asked for is the first to finish
+        for i in reversed(range(len(params))):  # the last request finishes first
             if failure is not False and len(params) - 1 - i == after:
                 if failure is None:
                     await asyncio.Event().wait()
@@ -85,7 +85,7 @@ class Answer:
 
 
 def in_task(cause: Exception) -> RayTaskError:
-    """As Ray raises what a remote method has raised: an error of both types."""
+    """How Ray raises the error of a remote method: an exception of both types."""
     return RayTaskError("generate", "Traceback …", cause).as_instanceof_cause()
 
 
@@ -96,14 +96,14 @@ def make_client(engines: Engines, timeout_seconds: float = 60.0) -> RolloutClien
 
 def ask(client: RolloutClient, group_size: int = 2) -> list[Sample]:
     async def samples() -> list[Sample]:
-        asked = client.samples(
+        stream = client.samples(
             PROMPT,
             group_id=7,
             group_size=group_size,
             min_version=4,
             sampling=SamplingConfig(max_new_tokens=9),
         )
-        return [sample async for sample in asked]
+        return [sample async for sample in stream]
 
     return asyncio.run(samples())
 
@@ -121,7 +121,7 @@ def test_a_group_of_samples() -> None:
         response=f"text {seed}",
         rollout_logprobs=[-0.5, -1.0],
         loss_mask=[1, 1],
-        policy_versions=[5, 5],  # the engine's, not the one that was asked for
+        policy_versions=[5, 5],  # the engine's, not `min_version`
         truncated=False,
     )
     assert (second.sample_index, second.truncated) == (1, True)
@@ -131,26 +131,26 @@ def test_a_group_of_samples() -> None:
     assert {p["max_tokens"] for p in params} == {9}
 
 
-def test_what_was_finished_is_not_asked_for_again() -> None:
+def test_finished_generations_are_not_requested_again() -> None:
     engines = Engines((2, RayActorError()))
     client = make_client(engines)
     samples = ask(client, group_size=4)
     assert sorted(s.sample_index for s in samples) == [0, 1, 2, 3]
     assert all(s.response_ids[0] == sample_seed(3, 7, s.sample_index) for s in samples)
     whole, rest = (request[1] for request in engines.requests)
-    assert rest == whole[:2], "the first two had not come yet"
+    assert rest == whole[:2], "the first two were not finished"
 
 
-def test_who_stops_listening_cancels_the_rest() -> None:
+def test_leaving_the_iteration_cancels_the_rest() -> None:
     engines = Engines()
 
     async def first_only() -> None:
         client = make_client(engines)
-        asked: Any = client.samples(
+        stream: Any = client.samples(
             PROMPT, group_id=7, group_size=3, min_version=0, sampling=SamplingConfig()
         )
-        await anext(asked)
-        await asked.aclose()
+        await anext(stream)
+        await stream.aclose()
 
     asyncio.run(first_only())
     assert engines.num_cancelled == 1
@@ -185,7 +185,7 @@ def test_many_lost_replicas_are_survived() -> None:
     assert len(ask(client)) == 2 and client.retries == 10
 
 
-def test_a_request_that_kills_engines_is_given_up() -> None:
+def test_a_request_that_kills_engines_is_not_retried_forever() -> None:
     deaths = [in_task(EngineDied("CUDA error")) for _ in range(MAX_ENGINE_DEATHS)]
     assert len(ask(make_client(Engines(*deaths)))) == 2
     engines = Engines(*deaths, in_task(EngineDied("CUDA error")))
@@ -197,14 +197,14 @@ def test_a_request_that_kills_engines_is_given_up() -> None:
 @pytest.mark.parametrize(
     "cause", [ValueError("prompt is too long"), TimeoutError("the engine's own deadline")]
 )
-def test_an_error_of_the_request_itself_is_not_repeated(cause: Exception) -> None:
+def test_an_error_of_the_request_itself_is_not_retried(cause: Exception) -> None:
     engines = Engines(in_task(cause))
     with pytest.raises(type(cause)):
         ask(make_client(engines))
     assert len(engines.requests) == 1
 
 
-def test_the_deadline_of_an_engine_that_is_silent() -> None:
+def test_the_deadline_of_an_engine_that_does_not_answer() -> None:
     with pytest.raises(TimeoutError, match=r"^no engine answered within rollout.timeout_seconds=0.02$"):
         ask(make_client(Engines(None), timeout_seconds=0.02))
 
@@ -218,7 +218,7 @@ def test_the_deadline_covers_all_retries(monkeypatch: pytest.MonkeyPatch) -> Non
             clock.now += 3.0
             return super().remote(prompt_ids, params, min_version)
 
-    # The client's clock alone: asyncio keeps its own.
+    # Only the client's clock: asyncio keeps its own.
     monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     engines = SlowToFail(*[gone] * 100)
     with pytest.raises(
@@ -249,7 +249,7 @@ def test_sampling_parameters_by_name() -> None:
 
 
 @pytest.mark.parametrize("temperature, sent", [(0.0, 0.0), (1e-7, 0.0), (1e-3, 1e-3), (1.0, 1.0)])
-def test_temperatures_that_vllm_would_take_for_noise_are_greedy(temperature: float, sent: float) -> None:
+def test_tiny_temperatures_are_greedy(temperature: float, sent: float) -> None:
     assert vllm_params(SamplingConfig(temperature=temperature), ResponseEnds(), seed=0)["temperature"] == sent
 
 

@@ -1,4 +1,4 @@
-"""Which way weights take, by where engines and actors sit."""
+"""Weight transfer backends by the placement of engines and actors."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ def route(
         ("disaggregated", False, "object_store"),
     ],
 )
-def test_auto_takes_the_shortest_way(preset: str, have_gpus: bool, expected: str, tmp_path: Path) -> None:
+def test_auto_takes_the_fastest_backend(preset: str, have_gpus: bool, expected: str, tmp_path: Path) -> None:
     assert route(tmp_path, preset, have_gpus=have_gpus, workers=2) == expected
 
 
 @pytest.mark.parametrize("backend", ["gloo", "object_store"])
 @pytest.mark.parametrize("preset", ["colocate_all", "disaggregated"])
-def test_some_ways_are_there_everywhere(preset: str, backend: str, tmp_path: Path) -> None:
+def test_some_backends_work_with_every_placement(preset: str, backend: str, tmp_path: Path) -> None:
     assert route(tmp_path, preset, backend=backend, have_gpus=False) == backend
 
 
-def test_a_ways_own_slots(tmp_path: Path) -> None:
+def test_backends_on_the_slots_they_need(tmp_path: Path) -> None:
     assert route(tmp_path, "colocate_all", backend="ipc", have_gpus=False) == "ipc"
     assert route(tmp_path, "disaggregated", backend="nccl") == "nccl"
 
 
 @pytest.mark.parametrize(
-    "preset, backend, have_gpus, told",
+    "preset, backend, have_gpus, expected",
     [
         ("disaggregated", "ipc", True, r"ipc with placement\.preset=disaggregated"),
         ("colocate_all", "nccl", True, r"nccl with placement\.preset=colocate_all"),
         ("disaggregated", "nccl", False, "nccl without GPUs"),
     ],
 )
-def test_a_way_that_the_slots_do_not_have_is_refused(
-    preset: str, backend: str, have_gpus: bool, told: str, tmp_path: Path
+def test_a_backend_that_the_placement_does_not_support_is_refused(
+    preset: str, backend: str, have_gpus: bool, expected: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"rollout\.weight_sync\.backend\s+got: +{told}"):
+    with pytest.raises(ConfigError, match=rf"rollout\.weight_sync\.backend\s+got: +{expected}"):
         route(tmp_path, preset, backend=backend, have_gpus=have_gpus)

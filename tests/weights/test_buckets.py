@@ -1,4 +1,4 @@
-"""Parameters as raw bytes, read back here by numpy alone: the engine's end needs vLLM."""
+"""Parameters as raw bytes, decoded here by numpy alone: the engine side needs vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayrlhf.models.adapters import Weight
 from rayrlhf.models.checkpoint_tensors import CheckpointTensors
 from rayrlhf.weights import buckets as bucket
 from rayrlhf.weights.buckets import ALIGNMENT_BYTES, TensorSlice, unpack
-from rayrlhf.weights.store import Publication, WeightHub
+from rayrlhf.weights.store import Publication, WeightStore
 
 Group = list[Weight]
 ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
@@ -32,7 +32,7 @@ def flatten(group: Group, slices: list[TensorSlice]) -> Tensor:
 
 def plan_buckets(parameters: Group, bucket_bytes: int) -> list[Group]:
     planned = bucket.plan_buckets(map(CheckpointTensors.of, parameters), bucket_bytes)
-    return [[weight for made_together in group for weight in made_together.weights] for group in planned]
+    return [[weight for tensors in group for weight in tensors.weights] for group in planned]
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -41,15 +41,15 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 def decode(slices: list[TensorSlice], flat: np.ndarray) -> dict[str, np.ndarray]:
     """The tensors in a bucket. A bfloat16 is the upper half of a float32."""
-    found: dict[str, np.ndarray] = {}
+    decoded: dict[str, np.ndarray] = {}
     for piece in slices:
         raw = flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes].tobytes()
         if piece.dtype == "bfloat16":
             values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
         else:
             values = np.frombuffer(raw, np.dtype(piece.dtype))
-        found[piece.name] = values.reshape(piece.shape)
-    return found
+        decoded[piece.name] = values.reshape(piece.shape)
+    return decoded
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
@@ -70,9 +70,9 @@ def test_a_bucket_by_hand() -> None:
         TensorSlice("c", "float16", (1,), 48, 2),
     ]
     assert flat.dtype == torch.uint8 and flat.shape == (50,)
-    found = decode(slices, flat.numpy())
+    decoded = decode(slices, flat.numpy())
     for name, tensor, _ in group:
-        np.testing.assert_array_equal(found[name], as_numpy(tensor))
+        np.testing.assert_array_equal(decoded[name], as_numpy(tensor))
     for (name, tensor, _), (other, view) in zip(group, unpack(slices, flat), strict=True):
         assert name == other and view.dtype == tensor.dtype and torch.equal(view, tensor)
 
@@ -90,7 +90,7 @@ def test_what_goes_in_comes_out(tensors: list[tuple[list[int], torch.dtype]], bu
     parameters: Group = [
         Weight(f"p{i}", parameter(*shape, dtype=dtype)) for i, (shape, dtype) in enumerate(tensors)
     ]
-    found: dict[str, np.ndarray] = {}
+    decoded: dict[str, np.ndarray] = {}
     for group in plan_buckets(parameters, bucket_bytes):
         slices = lay_out(group)
         flat = flatten(group, slices)
@@ -98,11 +98,11 @@ def test_what_goes_in_comes_out(tensors: list[tuple[list[int], torch.dtype]], bu
         assert all(piece.offset_bytes % ALIGNMENT_BYTES == 0 for piece in slices)
         bounds = [(piece.offset_bytes, piece.offset_bytes + piece.num_bytes) for piece in slices]
         assert all(end <= start for (_, end), (start, _) in pairwise(bounds))
-        found |= decode(slices, flat.numpy())
-    assert list(found) == [name for name, *_ in parameters]
+        decoded |= decode(slices, flat.numpy())
+    assert list(decoded) == [name for name, *_ in parameters]
     for name, tensor, _ in parameters:
-        assert found[name].shape == tuple(tensor.shape)
-        np.testing.assert_array_equal(found[name], as_numpy(tensor))
+        assert decoded[name].shape == tuple(tensor.shape)
+        np.testing.assert_array_equal(decoded[name], as_numpy(tensor))
 
 
 def test_a_parameter_that_is_a_view_travels_in_its_own_order() -> None:
@@ -169,13 +169,13 @@ def test_a_partitioned_parameter_is_laid_out_before_it_is_gathered() -> None:
     assert lay_out([Weight("w", stub)]) == [TensorSlice("w", "bfloat16", (2, 3), 0, 12)]
 
 
-def test_the_hub_counts_publications_and_knows_what_is_to_come() -> None:
-    hub = WeightHub()
-    assert hub.newest() == Publication(0, 0, []) and not hub.is_coming(1)
+def test_the_weight_store_counts_publications_and_knows_announced_ones() -> None:
+    store = WeightStore()
+    assert store.latest() == Publication(0, 0, []) and not store.is_coming(1)
     buckets: Any = ["version 3"]
-    assert hub.announce(3) == 1
-    assert hub.is_coming(2) and hub.is_coming(3) and not hub.is_coming(4)
-    hub.publish(Publication(1, 3, buckets))
-    assert hub.newest() == Publication(1, 3, buckets) and not hub.is_coming(3)
-    assert hub.announce(2) == 2, "a trainer that was restarted from an older checkpoint: newer all the same"
-    assert hub.is_coming(2)
+    assert store.announce(3) == 1
+    assert store.is_coming(2) and store.is_coming(3) and not store.is_coming(4)
+    store.publish(Publication(1, 3, buckets))
+    assert store.latest() == Publication(1, 3, buckets) and not store.is_coming(3)
+    assert store.announce(2) == 2, "a trainer restarted from an older checkpoint still gets a higher number"
+    assert store.is_coming(2)

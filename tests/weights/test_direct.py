@@ -1,4 +1,4 @@
-"""What the trainers' end does when engines do not answer; with engines: test_weight_sync.py."""
+"""Trainer side of direct transfer when engines do not answer; with engines: test_weight_sync.py."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import pytest
 import torch
 
 from rayrlhf.weights import direct as module
-from rayrlhf.weights.direct import MOST_FAILURES, Courier
-from rayrlhf.weights.transfer_group import Guest
+from rayrlhf.weights.direct import MAX_FAILURES, DirectSender
+from rayrlhf.weights.transfer_group import Receiver
 
 
-def make_courier(tell_engines: Any, monkeypatch: pytest.MonkeyPatch) -> Courier:
+def make_sender(call_engines: Any, monkeypatch: pytest.MonkeyPatch) -> DirectSender:
     monkeypatch.setattr(module, "device_key", lambda device: "here")
     monkeypatch.setattr(module, "node_id", lambda: "node")
     cpu = torch.device("cpu")
-    return Courier("ipc", tell_engines, rank=0, device=cpu, gather=list, timeout_seconds=5.0)
+    return DirectSender("ipc", call_engines, rank=0, device=cpu, gather=list, timeout_seconds=5.0)
 
 
-def test_engines_that_cannot_be_asked_are_a_problem_to_tell_and_in_the_end_not_asked(
+def test_unreachable_engines_are_reported_and_not_called_after_max_failures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[str] = []
+    called: list[str] = []
 
-    def nobody_answers(what: str, method: str, *arguments: Any) -> list[dict[str, Any]]:
-        asked.append(method)
+    def no_answer(what: str, method: str, *arguments: Any) -> list[dict[str, Any]]:
+        called.append(method)
         raise TimeoutError(f"{what}: engine 1 does not answer")
 
-    courier = make_courier(nobody_answers, monkeypatch)
-    for number in range(MOST_FAILURES):
-        assert not courier.start(number, number, [])
-        assert courier.finish() == "asking the engines where they are: engine 1 does not answer"
-    assert not courier.start(9, 9, [])
-    assert courier.finish() is None, "the object store has taken over for good"
-    assert asked == ["describe"] * MOST_FAILURES
-    courier.close()
+    sender = make_sender(no_answer, monkeypatch)
+    for number in range(MAX_FAILURES):
+        assert not sender.start(number, number, [])
+        assert sender.finish() == "querying the engines' devices: engine 1 does not answer"
+    assert not sender.start(9, 9, [])
+    assert sender.finish() is None, "all pushes go through the object store"
+    assert called == ["describe"] * MAX_FAILURES
+    sender.close()
 
 
-def test_only_engines_on_the_trainers_devices_are_guests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_engines_on_the_trainers_devices_are_receivers(monkeypatch: pytest.MonkeyPatch) -> None:
     def two_engines(what: str, method: str, *arguments: Any) -> list[dict[str, Any]]:
         del what, method, arguments
         return [
@@ -46,26 +46,26 @@ def test_only_engines_on_the_trainers_devices_are_guests(monkeypatch: pytest.Mon
             {"replica": 0, "engine_pid": 10, "devices": ["here"], "node": "node"},
         ]
 
-    courier = make_courier(two_engines, monkeypatch)
-    guests, everybody = courier._guests()
-    assert list(guests) == [0] and not everybody
-    courier.close()
+    sender = make_sender(two_engines, monkeypatch)
+    receivers, reaches_all = sender._receivers()
+    assert list(receivers) == [0] and not reaches_all
+    sender.close()
 
 
 @pytest.mark.parametrize("engine_node, host", [("node", "127.0.0.1"), ("another", "10.1.2.3")])
 def test_the_store_leaves_loopback_only_for_engines_on_other_nodes(
     engine_node: str, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    hosts: list[str] = []
 
     class Store(module.TransferStore):
         def __init__(self, host: str) -> None:
-            asked.append(host)
+            hosts.append(host)
             super().__init__()
 
     monkeypatch.setattr(module, "TransferStore", Store)
     monkeypatch.setattr(module.ray.util, "get_node_ip_address", lambda: "10.1.2.3")
-    courier = make_courier(lambda *_: [], monkeypatch)
-    courier._meeting({0: Guest(10, ("here",), engine_node)})
-    assert asked == [host] and courier.strangers() == 0
-    courier.close()
+    sender = make_sender(lambda *_: [], monkeypatch)
+    sender._transfer_group({0: Receiver(10, ("here",), engine_node)})
+    assert hosts == [host] and sender.num_refused_connections() == 0
+    sender.close()

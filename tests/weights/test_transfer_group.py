@@ -1,4 +1,4 @@
-"""Links between a trainer and engines, each member a thread here; with processes: tests/integration."""
+"""Links between a trainer and engines, with a thread per member; with processes: tests/integration."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrlhf.weights.failures import MeetingEnded
+from rayrlhf.weights.failures import TransferFailed
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
-from rayrlhf.weights.transfer_group import Backend, Guest, Link, Meeting, end_meeting, join
+from rayrlhf.weights.transfer_group import Backend, Link, Receiver, TransferGroup, abort_transfer, join
 from rayrlhf.weights.transfer_store import Address, TransferStore
 
 CPU = torch.device("cpu")
 SIZES = [1000, 1, 70_000, 16]
-GUESTS = {0: Guest(10, ("node",)), 2: Guest(12, ("node", "node"))}  # engine 1 is not there
+RECEIVERS = {0: Receiver(10, ("node",)), 2: Receiver(12, ("node", "node"))}  # engine 1 is missing
 
 
 def bucket(index: int) -> Tensor:
@@ -27,7 +27,7 @@ def bucket(index: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def stores() -> Iterator[list[TransferStore]]:
-    """Closes what a test has opened."""
+    """Closes the stores a test has opened."""
     yield OPENED
     while OPENED:
         OPENED.pop().close()
@@ -36,25 +36,25 @@ def stores() -> Iterator[list[TransferStore]]:
 OPENED: list[TransferStore] = []
 
 
-class Party:
+class Members:
     """The trainer and every worker of the engines."""
 
     def __init__(self, backend: Backend, *, seconds: float = 20.0) -> None:
         self.store = TransferStore()
         OPENED.append(self.store)
-        self.meeting = Meeting(backend, self.store.address, GUESTS, seconds)
-        self.pool = ThreadPoolExecutor(self.meeting.size)
+        self.transfer_group = TransferGroup(backend, self.store.address, RECEIVERS, seconds)
+        self.pool = ThreadPoolExecutor(self.transfer_group.size)
 
     def run(self, member: Callable[[Link], Any], rank: int) -> Future[Any]:
-        def attend() -> Any:
-            link = join(self.meeting, rank=rank, device=CPU, key="node")
+        def join_and_run() -> Any:
+            link = join(self.transfer_group, rank=rank, device=CPU, key="node")
             try:
                 return member(link)
-            except MeetingEnded as ended:
-                link.end(str(ended))  # as engines and trainers do: gloo's group would wait where it is let go
+            except TransferFailed as error:
+                link.end(str(error))  # as engines and trainers do: gloo's group would block when it is freed
                 raise
 
-        return self.pool.submit(attend)
+        return self.pool.submit(join_and_run)
 
 
 def send(link: Link, *, pushes: int = 1) -> None:
@@ -75,18 +75,18 @@ def receive(link: Link, *, pushes: int = 1) -> list[Tensor]:
     return got
 
 
-def test_ranks_at_a_meeting() -> None:
-    meeting = Meeting("gloo", Address("tcp://host:1", b"", b"", b""), GUESTS, 1.0)
-    assert meeting.size == 4
-    assert (meeting.first_rank(0), meeting.first_rank(2)) == (1, 2)
-    assert meeting.readers("node") == [1, 2, 3] and meeting.readers("elsewhere") == []
+def test_ranks_of_a_transfer_group() -> None:
+    transfer_group = TransferGroup("gloo", Address("tcp://host:1", b"", b"", b""), RECEIVERS, 1.0)
+    assert transfer_group.size == 4
+    assert (transfer_group.first_rank(0), transfer_group.first_rank(2)) == (1, 2)
+    assert transfer_group.readers("node") == [1, 2, 3] and transfer_group.readers("elsewhere") == []
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 def test_every_worker_gets_every_byte_push_after_push(backend: Backend) -> None:
-    party = Party(backend)
-    sender = party.run(lambda link: send(link, pushes=2), 0)
-    receivers = [party.run(lambda link: receive(link, pushes=2), rank) for rank in (1, 2, 3)]
+    members = Members(backend)
+    sender = members.run(lambda link: send(link, pushes=2), 0)
+    receivers = [members.run(lambda link: receive(link, pushes=2), rank) for rank in (1, 2, 3)]
     sender.result(30)
     for receiver in receivers:
         for index, got in enumerate(receiver.result(30)):
@@ -94,64 +94,68 @@ def test_every_worker_gets_every_byte_push_after_push(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_one_that_gives_up_frees_the_others_at_once(backend: Backend) -> None:
-    def gives_up(link: Link) -> None:
+def test_a_member_that_fails_unblocks_the_others_immediately(backend: Backend) -> None:
+    def fails(link: Link) -> None:
         link.receive(SIZES[0])
         link.release()
         link.end("engine 2: out of memory")
 
-    party = Party(backend)
+    members = Members(backend)
     started = time.monotonic()
-    members = [party.run(send, 0), *(party.run(receive, rank) for rank in (1, 2)), party.run(gives_up, 3)]
+    members = [members.run(send, 0), *(members.run(receive, rank) for rank in (1, 2)), members.run(fails, 3)]
     members[3].result(30)
     for member in members[:3] if backend == "gloo" else members[:1]:  # a reader may have everything already
-        with pytest.raises(MeetingEnded, match=r"engine 2: out of memory|a broadcast failed"):
+        with pytest.raises(TransferFailed, match=r"engine 2: out of memory|a broadcast failed"):
             member.result(30)
     assert time.monotonic() - started < 10, "long before the deadline of 20 s"
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_one_that_never_came_can_say_why(backend: Backend) -> None:
-    party = Party(backend)
-    sender = party.run(send, 0)
-    end_meeting(party.meeting, "engine 2: asleep")
-    with pytest.raises(MeetingEnded, match="engine 2: asleep"):
+def test_a_member_that_never_joined_can_end_the_transfer(backend: Backend) -> None:
+    members = Members(backend)
+    sender = members.run(send, 0)
+    abort_transfer(members.transfer_group, "engine 2: asleep")
+    with pytest.raises(TransferFailed, match="engine 2: asleep"):
         sender.result(30)
-    party.store.close()
-    end_meeting(party.meeting, "too late")  # nobody is there any more
+    members.store.close()
+    abort_transfer(members.transfer_group, "too late")  # the store is closed
 
 
-def test_a_meeting_ends_with_its_host() -> None:
-    party = Party("ipc")
-    reader = party.run(lambda link: link.receive(10), 1)
+def test_a_transfer_ends_when_the_sender_is_gone() -> None:
+    members = Members("ipc")
+    reader = members.run(lambda link: link.receive(10), 1)
     time.sleep(0.5)
-    party.store.close()
-    with pytest.raises(MeetingEnded, match=r"rank 0 of the trainers, has gone"):
+    members.store.close()
+    with pytest.raises(TransferFailed, match=r"rank 0 of the trainers, is gone"):
         reader.result(30)
 
 
-def test_who_does_not_come_is_named() -> None:
-    party = Party("gloo", seconds=0.3)
-    first = party.run(receive, 1)
-    with pytest.raises(MeetingEnded, match=r"the meeting .* did not happen within 0\.3 s; missing: "):
-        party.run(send, 0).result(30)
-    with pytest.raises(MeetingEnded, match="engine 2"):
+def test_members_that_do_not_join_are_named() -> None:
+    members = Members("gloo", seconds=0.3)
+    first = members.run(receive, 1)
+    with pytest.raises(
+        TransferFailed, match=r"timed out after 0\.3 s waiting for all members to join; missing: "
+    ):
+        members.run(send, 0).result(30)
+    with pytest.raises(TransferFailed, match="engine 2"):
         first.result(30)
 
 
-def test_a_buffer_nobody_reads_has_a_deadline() -> None:
-    party = Party("ipc", seconds=0.3)
-    with pytest.raises(MeetingEnded, match=r"the reading of bucket 0 on node did not happen within 0\.3 s"):
-        party.run(send, 0).result(30)
+def test_a_buffer_without_reader_has_a_deadline() -> None:
+    members = Members("ipc", seconds=0.3)
+    with pytest.raises(
+        TransferFailed, match=r"timed out after 0\.3 s waiting for bucket 0 to be read on node"
+    ):
+        members.run(send, 0).result(30)
 
 
-def test_shared_memory_goes_with_its_owner() -> None:
+def test_shared_memory_is_freed_with_its_owner() -> None:
     buffer = SharedBuffer(8, CPU)
     seen = attach(buffer.handle, CPU, 8)
     buffer.flat.fill_(7)
     assert seen.tolist() == [7] * 8
     handle = buffer.handle
     del buffer
-    assert seen.tolist() == [7] * 8, "who is reading goes on"
+    assert seen.tolist() == [7] * 8, "an existing mapping stays valid"
     with pytest.raises(OSError):
         attach(handle, CPU, 8)
