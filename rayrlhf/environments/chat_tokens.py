@@ -112,7 +112,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         raise DataError(
             f"data.apply_chat_template is true, but the tokenizer {tokenizer.name_or_path} has no template; "
-            "name one with data.chat_template, or set data.apply_chat_template=false"
+            "set data.chat_template, or set data.apply_chat_template=false"
         )
     try:
         closing = ends.behind_answer(tokenizer, [], generation_prompt=False)
@@ -121,15 +121,15 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
         raise DataError(_refusal(str(error))) from error
     if not observed.startswith(closing):
         raise DataError(
-            _refusal(f"it ends an answer with {closing!r}, but goes on from it with {observed[:80]!r}")
+            _refusal(f"it ends an answer with {closing!r}, but continues it with {observed[:80]!r}")
         )
     return ends.end_of_turn_id(tokenizer)
 
 
 def _refusal(reason: str) -> str:
     return (
-        f"the chat template does not suit rollout.environment: {reason}; wanted one that writes each answer "
-        "as it is and goes on behind it. Name another with data.chat_template"
+        f"the chat template cannot be used with rollout.environment: {reason}; wanted one that renders each "
+        "answer unchanged and continues after it. Set data.chat_template to such a template"
     )
 
 

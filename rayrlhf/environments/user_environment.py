@@ -71,7 +71,7 @@ class UserEnvironment:
     def __init__(self, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
         self.make = make
         self.arguments = arguments
-        self.running = ""  # the user's method that runs now
+        self.running = ""  # the user method that is running
         self._instance: Any = None
         self._thread = _EpisodeThread()
 

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from rayrlhf.placement.serve_status import app_statuses
 
-NAMESPACE = "rayrlhf"  # of the named actors of all runs
+NAMESPACE = "rayrlhf"  # Ray namespace of the named actors of all runs
 WATCH_SECONDS = 1.0
 PING_SECONDS = 20.0
 DELETE_SECONDS = 60.0

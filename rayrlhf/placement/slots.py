@@ -21,7 +21,7 @@ PROBE_SECONDS = 60.0
 
 
 class PlacementError(RuntimeError):
-    """The cluster cannot hold the run; the message says what is missing and what to change."""
+    """The run does not fit on the cluster; the message states what is missing and what to change."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def refresh_slots(slots: Slots, *, timeout_seconds: float) -> Slots:
         moved = (replace(s, node=locations[s.bundle].node, gpu=locations[s.bundle].gpu) for s in slots.table)
         return replace(slots, table=tuple(replace(s, gpu_uuid=locations[s.bundle].uuid) for s in moved))
     raise PlacementError(
-        f"a node of this run has died, and no other took its slots within "
+        f"a node of this run died, and no other node took its slots within "
         f"placement.start_timeout_seconds={timeout_seconds:g}: free now {ray.available_resources()}"
     )
 

@@ -13,7 +13,7 @@ from rayrlhf.models.load import resolve_dtype
 from rayrlhf.rollout.engine import EngineSettings
 
 KV_BLOCK_TOKENS = 32
-PREFILL_TOKENS = 4096  # of a CPU engine, per engine step
+PREFILL_TOKENS = 4096  # per step of a CPU engine
 
 
 def engine_settings(

@@ -175,13 +175,13 @@ def test_bad_observations(observation: Any, message: str) -> None:
 @pytest.mark.parametrize(
     "template, message",
     [
-        (None, "has no template; name one with data.chat_template"),
+        (None, "has no template; set data.chat_template"),
         ("{{ messages[0]['content'] }}", "leaves an answer out"),
         ("{{ raise_exception('no answers') }}", "rejects an answer: no answers"),
         # A different end after the last answer than after earlier ones: tokens cannot be continued from it.
         (
             "{% for m in messages %}{{ m['content'] + ('<|eot_id|>' if loop.last else '</s>') }}{% endfor %}",
-            r"it ends an answer with '<\|eot_id\|>', but goes on from it with '</s>Go on",
+            r"it ends an answer with '<\|eot_id\|>', but continues it with '</s>Go on",
         ),
     ],
 )

@@ -80,7 +80,7 @@ async def _differences(
             parameter.add_(0.3 * torch.randn_like(parameter) * parameter.std())
     await push(2)
     differences += [await _difference(policy, stepper, sampling) for sampling in [SAMPLING, *samplings]]
-    await _refused(push(3, breaks_off_at=MIDDLE), "is no dtype")
+    await _refused(push(3, breaks_off_at=MIDDLE), "is not a dtype")
     await push(3)  # as from the object store, after a direct push that broke off
     differences.append(await _difference(policy, stepper))
     await _refused(push(4, without=MIDDLE), "at their old values")
