@@ -112,7 +112,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         raise DataError(
             f"data.apply_chat_template is true, but the tokenizer {tokenizer.name_or_path} has no template; "
-            "set data.chat_template, or set data.apply_chat_template=false"
+            "name one with data.chat_template, or set data.apply_chat_template=false"
         )
     try:
         closing = ends.behind_answer(tokenizer, [], generation_prompt=False)
