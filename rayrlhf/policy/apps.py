@@ -30,7 +30,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 config.rollout,
                 seed=config.run.seed,
                 max_model_tokens=max_model_tokens(config),
-                weight_store=job.weight_hub,
+                weight_store=job.weight_store,
                 on_gpu=slots.have_gpus,
                 threads=threads,
                 sleeps=config.engines_sleep,

@@ -164,7 +164,7 @@ def _own_actor(stack: ExitStack, actor_class: type, name: str, **arguments: Any)
 
 def _write_trace(job: PolicyJob, run_path: Path) -> None:
     """Who slept and woke when."""
-    hub: Any = ray.get_actor(job.weight_hub, namespace=NAMESPACE)
+    hub: Any = ray.get_actor(job.weight_store, namespace=NAMESPACE)
     events: list[Event] = ray.get(hub.trace.remote(), timeout=job.config.rollout.weight_sync.timeout_seconds)
     (run_path / "turns.jsonl").write_text("".join(json_line(asdict(event)) for event in events))
 

@@ -37,7 +37,7 @@ class PolicyJob:
         return f"{self.run_id}-critic"
 
     @property
-    def weight_hub(self) -> str:
+    def weight_store(self) -> str:
         return f"{self.run_id}-weights"
 
     @property

@@ -145,7 +145,7 @@ class Run:
         if state.step:
             self.kl.load_state_dict(state.kl_controller)
             self.rewards.combiner.load_state_dict(state.reward_normalizers)
-        if self.weights.is_news(state.step):
+        if self.weights.needs_push(state.step):
             self.push_weights(version=state.step)
 
     def steps(self) -> Iterator[int]:
@@ -194,7 +194,7 @@ class Run:
         problem = self.colocation.start_rollouts(
             lambda: self.weights.push(weights, version), self.actor, self.critic
         )
-        refused = self.weights.strangers()
+        refused = self.weights.num_refused_connections()
         self.step_metrics["rollout/weight_sync_fallbacks"] = float(problem is not None)
         self.step_metrics["rollout/refused_connections"] = float(refused)
         reporter = self.progress.reporter
@@ -251,7 +251,7 @@ class Run:
         metrics["train/tokens_per_second"] = trained_tokens / spent if spent else 0.0
         for source, what in self.rewards.client.drain_failures().items():
             progress.reporter.warn(progress.state.step, f"reward source {source}: {what}")
-        if self.weights.drain_hub_deaths():
+        if self.weights.drain_store_restarts():
             text = "the weight store's process died; the trainers have restored its state"
             progress.reporter.warn(progress.state.step, text)
         failed = [sample for sample in sampled if sample.score is None]  # all: a lost sample has a name
@@ -439,7 +439,7 @@ def _collector(job: PolicyJob) -> Collector:
 def _weight_sync(job: PolicyJob, ranks: Ranks) -> WeightSync:
     settings = job.config.rollout.weight_sync
     return WeightSync(
-        ray.get_actor(job.weight_hub, namespace=NAMESPACE),
+        ray.get_actor(job.weight_store, namespace=NAMESPACE),
         serve.get_app_handle(job.rollout_app),
         route=job.weight_route,
         rank=ranks.rank,

@@ -14,7 +14,6 @@ import torch
 
 from rayrlhf.config.common import JobConfig
 from rayrlhf.observe.metrics import Timer
-from rayrlhf.placement.reaper import register_worker
 from rayrlhf.reward.client import RewardFailure
 from rayrlhf.runtime.reporting import Reporter
 from rayrlhf.runtime.results import RunResult, Stopped
@@ -158,7 +157,7 @@ def start_worker(
     at random.
     """
     ranks = Ranks()
-    sit_down(run_id, "actor", ranks.rank)
+    register_worker(run_id, "actor", ranks.rank)
     torch.set_num_threads(threads)
     torch.manual_seed(config.run.seed)  # as on all ranks
     checkpoints = Checkpoints(scratch_of(Path(config.run.path), run_id), fixed)

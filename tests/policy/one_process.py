@@ -116,16 +116,16 @@ class Weights:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def is_news(self, version: int) -> bool:
+    def needs_push(self, version: int) -> bool:
         return version > 0
 
     def push(self, weights: Iterable[CheckpointTensors], version: int) -> None:
         self.engine.push(weights, version)
 
-    def strangers(self) -> int:
+    def num_refused_connections(self) -> int:
         return 0
 
-    def drain_hub_deaths(self) -> int:
+    def drain_store_restarts(self) -> int:
         return 0
 
     def close(self) -> None:
