@@ -27,8 +27,8 @@ class UserCodeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A module that lies beside the user's file, or within a package there."""
+class CarriedModule:
+    """A module that lies carried_modules the user's file, or within a package there."""
 
     module: str  # its dotted name
     path: str  # on the driver
@@ -38,7 +38,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class UserCode:
-    """A function or class that can travel: a file is carried along as text, with those beside it that it
+    """A function or class that can travel: a file is carried along as text, with those carried_modules it that it
     imports, since other nodes may not have them.
     """
 
@@ -46,7 +46,7 @@ class UserCode:
     kind: Kind
     file_source: str | None = None  # the file's content, for path/file.py:name
     folder: str = ""  # of the file, on the driver
-    beside: tuple[Beside, ...] = ()
+    carried_modules: tuple[CarriedModule, ...] = ()
 
     @property
     def place(self) -> str:
@@ -73,7 +73,7 @@ class UserCode:
     def _run_file(self, source: str) -> ModuleType:
         """As `python file.py` would: modules of its folder come first."""
         sys.path.insert(0, self.folder)  # for what is not carried along, where the folder exists
-        sys.meta_path.insert(0, _Carried(self.beside))
+        sys.meta_path.insert(0, _CarriedImporter(self.carried_modules))
         path = str(Path(self.folder) / Path(self.place).name)
         # The checksum keeps apart files of one name in different folders.
         module = ModuleType(f"user_file_{Path(path).stem}_{zlib.crc32(source.encode()):08x}")
@@ -101,16 +101,16 @@ def find_user_code(text: str, kind: Kind) -> UserCode:
     folder = path.resolve().parent
     try:
         source = path.read_text(encoding="utf-8")
-        return UserCode(text, kind, source, str(folder), _imported_beside(source, folder))
+        return UserCode(text, kind, source, str(folder), _local_imports(source, folder))
     except (OSError, UnicodeDecodeError) as error:
         raise UserCodeError(f"{path} cannot be read: {error}") from error
 
 
-def _imported_beside(source: str, folder: Path) -> tuple[Beside, ...]:
+def _local_imports(source: str, folder: Path) -> tuple[CarriedModule, ...]:
     """The modules and packages in `folder` that a file there imports, at its top or within its functions, and
     those that they import in turn.
     """
-    found: dict[str, Beside] = {}
+    found: dict[str, CarriedModule] = {}
     remaining = [source]
     while remaining:
         for name in _imported_names(remaining.pop()):
@@ -123,7 +123,7 @@ def _imported_beside(source: str, folder: Path) -> tuple[Beside, ...]:
                 is_init = parts[-1] == "__init__"
                 module = ".".join(parts[:-1] if is_init else parts)
                 text = path.read_text(encoding="utf-8")
-                found[module] = Beside(module, str(path), text, is_init)
+                found[module] = CarriedModule(module, str(path), text, is_init)
                 remaining.append(text)
     return tuple(found.values())
 
@@ -143,11 +143,11 @@ def _imported_names(source: str) -> set[str]:
     return names
 
 
-class _Carried(MetaPathFinder, InspectLoader):
+class _CarriedImporter(MetaPathFinder, InspectLoader):
     """Imports modules from the texts that came along."""
 
-    def __init__(self, beside: Sequence[Beside]) -> None:
-        self.modules = {each.module: each for each in beside}
+    def __init__(self, carried_modules: Sequence[CarriedModule]) -> None:
+        self.modules = {each.module: each for each in carried_modules}
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         found = self.modules.get(fullname)

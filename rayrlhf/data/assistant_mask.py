@@ -26,7 +26,7 @@ Span = tuple[int, int]  # start, end (exclusive)
 
 
 @dataclass(frozen=True)
-class Learnt:
+class MaskedConversation:
     """A conversation up to the end of its last learnt turn."""
 
     input_ids: list[int]  # [T]
@@ -35,12 +35,12 @@ class Learnt:
     notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
 
 
-def learnt_turns(
+def mask_turns(
     messages: Sequence[Message],
     turns: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     tools: list[dict[str, Any]] | None = None,
-) -> Learnt:
+) -> MaskedConversation:
     """Token ids of `messages` and a mask over the turns with these indices, ascending, the last one last.
 
     A turn is what a rendering that ends with it has more than the one that ends where the assistant is to
@@ -74,7 +74,7 @@ def learnt_turns(
         raise BadRow(
             "the {% generation %} tags of the chat template mark nothing in it; there is nothing to learn"
         )
-    return Learnt(tokens.ids[:stop], loss_mask[:stop], prompt_tokens, tuple(notes))
+    return MaskedConversation(tokens.ids[:stop], loss_mask[:stop], prompt_tokens, tuple(notes))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.examples import ExampleDataConfig, PrmDataConfig, SftDataConfig
-from rayrlhf.data.assistant_mask import Learnt, assistant_turns, join, learnt_turns
+from rayrlhf.data.assistant_mask import MaskedConversation, assistant_turns, join, mask_turns
 from rayrlhf.data.chat import as_text, decode_prompt, encode_plain
 from rayrlhf.data.markers import cut, encode, markers_of
 from rayrlhf.data.rows.conversations import Conversation, Text
 from rayrlhf.data.rows.formats import NormalForm
-from rayrlhf.data.rows.messages import Message, check_learnt
+from rayrlhf.data.rows.messages import Message, check_trained
 from rayrlhf.data.rows.preferences import Judged, Pair
 from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.data.rows.steps import Steps
@@ -68,7 +68,7 @@ def render_example(
     """
     value = 0.0
     if isinstance(example, Text):
-        sequences = [_learnt_whole(_ended(example.text, tokenizer))]
+        sequences = [_all_loss_tokens(_ended(example.text, tokenizer))]
     elif isinstance(example, Conversation):
         assert isinstance(config, SftDataConfig)
         sequences = [_conversation(example, config, tokenizer)]
@@ -94,7 +94,7 @@ def render_example(
     return RenderedExample(sequences, longest, value, notes)
 
 
-def _sequence(answer: Learnt) -> RenderedSequence:
+def _sequence(answer: MaskedConversation) -> RenderedSequence:
     return RenderedSequence(answer.input_ids, answer.loss_mask, answer.prompt_tokens, notes=answer.notes)
 
 
@@ -104,18 +104,18 @@ def _conversation(
     messages, tools = conversation.messages, conversation.tools
     turns = assistant_turns(messages, config.learn)
     if not config.apply_chat_template:
-        check_learnt(messages[-1], "the answer")
+        check_trained(messages[-1], "the answer")
         sequence = _sequence(_answered(messages[:-1], messages[-1], None, config, tokenizer))
     elif config.learn == "all" and messages[-1]["role"] != "assistant":
         messages, tools, notes = as_text(messages, tools, tokenizer)
         text = apply_template(messages, tokenizer, tools=tools, add_generation_prompt=False)
-        return _learnt_whole(encode(text, tokenizer), notes)
+        return _all_loss_tokens(encode(text, tokenizer), notes)
     else:
-        sequence = _sequence(learnt_turns(messages, turns, tokenizer, tools))
-    return _learnt_whole(sequence.input_ids, sequence.notes) if config.learn == "all" else sequence
+        sequence = _sequence(mask_turns(messages, turns, tokenizer, tools))
+    return _all_loss_tokens(sequence.input_ids, sequence.notes) if config.learn == "all" else sequence
 
 
-def _learnt_whole(ids: list[int], notes: Sequence[str] = ()) -> RenderedSequence:
+def _all_loss_tokens(ids: list[int], notes: Sequence[str] = ()) -> RenderedSequence:
     # No answer that may not be cut.
     return RenderedSequence(ids, [1] * len(ids), prompt_tokens=len(ids), notes=tuple(notes))
 
@@ -126,10 +126,10 @@ def _answered(
     tools: list[dict[str, Any]] | None,
     config: ExampleDataConfig,
     tokenizer: PreTrainedTokenizerBase,
-) -> Learnt:
+) -> MaskedConversation:
     """A prompt and its answer, which alone is learnt."""
     if config.apply_chat_template:
-        return learnt_turns([*prompt, answer], [len(prompt)], tokenizer, tools)
+        return mask_turns([*prompt, answer], [len(prompt)], tokenizer, tools)
     if "content" not in answer:
         raise BadRow("its answer has tool calls, but data.apply_chat_template is false: nothing shows them")
     asked = _plain_prompt(prompt, config)
@@ -139,7 +139,7 @@ def _answered(
         joined = join(prompt_ids, answer["content"], ids[:-1], tokenizer)
         ids = joined if joined[-1] == ids[-1] else [*joined, ids[-1]]
     num_answer = len(ids) - len(prompt_ids)
-    return Learnt(ids, [0] * len(prompt_ids) + [1] * num_answer, len(prompt_ids))
+    return MaskedConversation(ids, [0] * len(prompt_ids) + [1] * num_answer, len(prompt_ids))
 
 
 def _plain_prompt(prompt: Sequence[Message], config: ExampleDataConfig) -> str:

@@ -22,7 +22,7 @@ def offline_variable() -> dict[str, str]:
     return {"HF_HUB_OFFLINE": os.environ["HF_HUB_OFFLINE"]} if "HF_HUB_OFFLINE" in os.environ else {}
 
 
-def own_access() -> Access:
+def access_from_env() -> Access:
     """As this process's environment has it."""
     from huggingface_hub import constants, get_token
 

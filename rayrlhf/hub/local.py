@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.hub.access import Access, own_access
+from rayrlhf.hub.access import Access, access_from_env
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import HubId, cache_folder, names_a_cache, pinned_id
 from rayrlhf.hub.snapshots import (
@@ -36,7 +36,7 @@ LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Lent:
+class HubSettings:
     """What the driver lets other processes have."""
 
     access: Access
@@ -44,18 +44,18 @@ class Lent:
     cache_is_named: bool  # by its environment
 
 
-class HubKeeper:
+class HubSettingsActor:
     """The actor that lends. It dies with the driver, and the secret with it."""
 
     def __init__(self) -> None:
-        self.lent: Lent | None = None
+        self.lent: HubSettings | None = None
         self.ids: frozenset[str] = frozenset()
 
-    def keep(self, lent: Lent, ids: frozenset[str]) -> None:
+    def keep(self, lent: HubSettings, ids: frozenset[str]) -> None:
         """By a call, not by the constructor: Ray keeps constructors' arguments in its cluster-wide tables."""
         self.lent, self.ids = lent, ids
 
-    def lend(self, hub_id: str) -> Lent | None:
+    def lend(self, hub_id: str) -> HubSettings | None:
         return self.lent if hub_id in self.ids else None
 
 
@@ -70,11 +70,11 @@ def local_folder(path: str, *, weights: bool = True, say: Callable[[str], None] 
     own = cache_folder(os.environ)
     if found := complete_folder(own, hub_id, weights=weights):
         return found
-    lent = _borrow(hub_id)
+    lent = _settings_of_run(hub_id)
     cache = own
     if lent is not None and lent.cache_is_named and not names_a_cache(os.environ):
         cache = Path(lent.cache)
-    access = own_access() if lent is None else _together(lent.access)
+    access = access_from_env() if lent is None else _merged_access(lent.access)
     try:
         with _locked(cache, hub_id):
             if found := complete_folder(cache, hub_id, weights=weights):
@@ -87,13 +87,13 @@ def local_folder(path: str, *, weights: bool = True, say: Callable[[str], None] 
         return seen
 
 
-def _together(access: Access) -> Access:
+def _merged_access(access: Access) -> Access:
     """The driver's, with what only this node's environment says."""
-    own = own_access()
+    own = access_from_env()
     return Access(access.token or own.token, access.endpoint or own.endpoint, access.offline or own.offline)
 
 
-def _borrow(hub_id: HubId) -> Lent | None:
+def _settings_of_run(hub_id: HubId) -> HubSettings | None:
     """From the keeper of a run that uses this id. They are found by their names: processes that tokenise,
     serve or train start in many ways, and none of them needs a further argument for this.
     """

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from rayrlhf.hub.access import Access, own_access
+from rayrlhf.hub.access import Access, access_from_env
 from rayrlhf.hub.errors import HubError, explained, host_of
 from rayrlhf.hub.ids import HubId, cache_folder, parse_id
 from rayrlhf.hub.snapshots import (
@@ -109,7 +109,7 @@ def folder_of(
     hub_id = parse_id(text)
     if isinstance(hub_id, str):
         raise HubError(no_folder(name, text, hub_id))
-    access, cache = own_access(), cache_folder(os.environ)
+    access, cache = access_from_env(), cache_folder(os.environ)
     try:
         pinned = resolve(
             hub_id, access, cache, say=say, needs_tokenizer=not may_be_adapter, may_be_adapter=may_be_adapter

@@ -37,8 +37,8 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-LOOK_SECONDS = 0.5  # between two looks at how far a download has come
-TOLD_SECONDS = 5.0  # between two lines about it
+POLL_SECONDS = 0.5  # between two looks at how far a download has come
+PROGRESS_SECONDS = 5.0  # between two lines about it
 STALLED_SECONDS = 300.0  # without a byte: then it is given up
 DISK_MARGIN = 64 * 2**20
 
@@ -123,7 +123,7 @@ def listed(cache: Path, hub_id: HubId, access: Access) -> dict[str, int]:
     listing = cached_listing(cache, hub_id)
     if listing is None:
         try:
-            folder = Path(_snapshot(cache, hub_id, ["config.json", "README.md"], access, News()))
+            folder = Path(_snapshot(cache, hub_id, ["config.json", "README.md"], access, UpdateCounter()))
         except Exception as error:  # of huggingface_hub, its client, the disk
             raise explained(error, hub_id, access, cache) from error
         listing = cached_listing(cache, hub_id)
@@ -153,10 +153,10 @@ def download(
     missing = [name for name in names if folder is None or not (folder / name).is_file()]
     size = sum(listing.get(name, 0) for name in missing)
     _check_disk(cache, hub_id, size)
-    news = News()
-    what = f"{in_words(size)} in {len(missing)} file{'s' * (len(missing) != 1)}"
+    news = UpdateCounter()
+    what = f"{format_bytes(size)} in {len(missing)} file{'s' * (len(missing) != 1)}"
     try:
-        return telling(
+        return run_with_progress(
             lambda: _snapshot(cache, hub_id, names, access, news),
             hub_id,
             measure=lambda: bytes_fetched(cache, hub_id),
@@ -168,19 +168,19 @@ def download(
         raise explained(error, hub_id, access, cache) from error
 
 
-class News:
+class UpdateCounter:
     """Counts what a download reports of itself."""
 
     def __init__(self) -> None:
         self.count = 0
 
 
-def telling(
+def run_with_progress(
     work: Callable[[], T],
     hub_id: HubId,
     *,
     measure: Callable[[], int],
-    news: News,
+    news: UpdateCounter,
     say: Callable[[str], None],
     what: str,
 ) -> T:
@@ -203,26 +203,26 @@ def telling(
     say(f"fetching {hub_id.repo}: {what}")
     thread.start()
     while thread.is_alive():
-        thread.join(LOOK_SECONDS)
+        thread.join(POLL_SECONDS)
         now, there = time.monotonic(), (measure(), news.count)
         if there != last:
             last, moved = there, now
         if now - moved > STALLED_SECONDS:
             raise HubError(
-                f"{hub_id}: nothing has come for {STALLED_SECONDS:g} s, after {in_words(there[0] - before)} "
+                f"{hub_id}: nothing has come for {STALLED_SECONDS:g} s, after {format_bytes(there[0] - before)} "
                 f"of {what}. Fix: look at the network and at HF_ENDPOINT; what is there is kept, so that the "
                 "same command goes on"
             )
-        if now - told > TOLD_SECONDS:
+        if now - told > PROGRESS_SECONDS:
             told = now
-            say(f"fetching {hub_id.repo}: {in_words(there[0] - before)} of {what}")
+            say(f"fetching {hub_id.repo}: {format_bytes(there[0] - before)} of {what}")
     if errors:
         raise errors[0]
-    say(f"fetched {hub_id.repo}: {in_words(measure() - before)} in {time.monotonic() - started:.0f} s")
+    say(f"fetched {hub_id.repo}: {format_bytes(measure() - before)} in {time.monotonic() - started:.0f} s")
     return results[0]
 
 
-def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access, news: News) -> str:
+def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access, news: UpdateCounter) -> str:
     from huggingface_hub import snapshot_download
     from tqdm.auto import tqdm
 
@@ -279,12 +279,12 @@ def _check_disk(cache: Path, hub_id: HubId, size: int) -> None:
     free = shutil.disk_usage(place).free
     if size and free < size + DISK_MARGIN:
         raise HubError(
-            f"{hub_id}: {in_words(size)} to fetch, but {cache} has {in_words(free)} free. Fix: make room "
+            f"{hub_id}: {format_bytes(size)} to fetch, but {cache} has {format_bytes(free)} free. Fix: make room "
             "there, or set HF_HOME to a folder on a larger disk"
         )
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     for unit, bytes_each in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= bytes_each:
             return f"{size / bytes_each:.1f} {unit}"

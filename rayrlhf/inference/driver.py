@@ -39,7 +39,7 @@ from rayrlhf.observe.sinks import Sinks, drain_in_background
 from rayrlhf.placement.plan import plan_generate
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.deployments import reward_app_names, reward_apps
-from rayrlhf.reward.reading import Asked
+from rayrlhf.reward.reading import PromptFormat
 from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.rollout.engine_settings import engine_settings
 from rayrlhf.runtime.fingerprint import check_identity, what_results_depend_on, write_atomically
@@ -113,8 +113,8 @@ def with_absolute_paths(config: GenerateRunConfig) -> GenerateRunConfig:
     return config.model_copy(update=changes)
 
 
-def _asked(config: GenerateRunConfig) -> Asked:
-    return Asked(config.model.path, config.data, config.model.trust_remote_code)
+def _asked(config: GenerateRunConfig) -> PromptFormat:
+    return PromptFormat(config.model.path, config.data, config.model.trust_remote_code)
 
 
 def output_path(config: GenerateRunConfig) -> Path:

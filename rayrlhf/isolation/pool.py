@@ -168,7 +168,7 @@ class ProcessPool:
     def _may_start(self) -> bool:
         slow = self._full_of_slow()
         for each in slow:
-            each.process.step_back()
+            each.process.lower_priority()
         living = sum(each.process.takes_calls for each in self._processes)
         return living + self._num_starting < self.num_processes + min(len(slow), self.num_extra)
 

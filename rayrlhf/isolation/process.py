@@ -136,7 +136,7 @@ class CodeProcess:
         finally:
             self._calls.pop(number, None)
 
-    def step_back(self) -> None:
+    def lower_priority(self) -> None:
         """Leave the processors to others that want them."""
         with suppress(OSError):  # it may have ended
             os.setpriority(os.PRIO_PROCESS, self._pid, LOW_PRIORITY)
@@ -180,7 +180,7 @@ class CodeProcess:
         except (ValueError, KeyError, TypeError) as error:
             broken = f"something else wrote into the pipe of its answers: {error}"
         transport.close()
-        how = await loop.run_in_executor(None, self._bury)
+        how = await loop.run_in_executor(None, self._exit_report)
         self.died = broken or self._in_words(how)
         if self._requests is not None:
             self._requests.close()
@@ -199,7 +199,7 @@ class CodeProcess:
         else:
             future.set_result(answer["result"])
 
-    def _bury(self) -> dict[str, Any]:
+    def _exit_report(self) -> dict[str, Any]:
         """How the host ended, in the guard's words; {} where it could not say."""
         popen = self._popen
         assert popen is not None and popen.stdin is not None and popen.stdout is not None

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from rayrlhf.algorithms.distill_losses import DISTILL_LOSSES, top_k_divergence
 from rayrlhf.models.dropout import TrainedModule
 from rayrlhf.models.fused_head import LogitScaling, ProjectionGradients, project, slices
-from rayrlhf.models.logprobs import OutputHead, learnt_tokens, logit_scaling
+from rayrlhf.models.logprobs import OutputHead, loss_tokens, logit_scaling
 from rayrlhf.models.streams import Streams, decoder_of, hidden_states
 
 # of_logits(logits [n, V], which rows) -> two numbers per row, [n] and [n]; differentiable
@@ -171,7 +171,7 @@ class DistillModel(TrainedModule):
 
         Raises `ValueError` for a teacher that has answered for another number of tokens.
         """
-        where, weight = learnt_tokens(position_ids, loss_mask)
+        where, weight = loss_tokens(position_ids, loss_mask)
         teacher = self._checked(teacher, int(weight.sum()))
         decoder = decoder_of(self.causal_lm)
         hidden = hidden_states(decoder, input_ids, position_ids, cu_seqlens, self.streams)  # [T, H]
@@ -251,7 +251,7 @@ class TeacherModel(nn.Module):
 
         An engine with ZeRO-3 gives back hidden states beside an emptied weight; see `bound`.
         """
-        where, weight = learnt_tokens(position_ids, loss_mask)
+        where, weight = loss_tokens(position_ids, loss_mask)
         count = int(weight.sum())
         decoder = decoder_of(self.causal_lm)
         hidden = hidden_states(decoder, input_ids, position_ids, cu_seqlens, self.streams)  # [T, H]

@@ -84,7 +84,7 @@ class PolicyModel(PackedModel):
     ) -> TokenLogprobs:
         """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
         hidden, share = self.decode(decoder_of(self.causal_lm), input_ids, position_ids, cu_seqlens)
-        where, weight = learnt_tokens(position_ids, loss_mask * share.holds().roll(1))
+        where, weight = loss_tokens(position_ids, loss_mask * share.holds().roll(1))
         rows = hidden[share.rows_of(where - 1)]
         logprobs, entropy = self.head(rows, input_ids[where], temperature)
         empty = torch.zeros(input_ids.numel(), device=hidden.device)
@@ -94,7 +94,7 @@ class PolicyModel(PackedModel):
         )
 
 
-def learnt_tokens(position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+def loss_tokens(position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where the tokens are that the head has to look at, and what each weighs; [N] both.
 
     A batch without learnt tokens still runs the head, on one token that weighs 0: under ZeRO-3 every rank

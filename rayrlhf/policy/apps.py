@@ -10,7 +10,7 @@ from rayrlhf.environments.deployment import NAME, EnvironmentSetup, environment_
 from rayrlhf.placement.slots import Slots
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.reward.deployments import reward_apps
-from rayrlhf.reward.reading import Asked
+from rayrlhf.reward.reading import PromptFormat
 from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.rollout.engine_settings import engine_settings
 from rayrlhf.rollout.logprob_server import scorer_deployment
@@ -44,7 +44,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
         config.reward,
         job.reward_apps,
         prepared.reward_functions,
-        asked=Asked(config.model.path, config.data, config.model.trust_remote_code),
+        asked=PromptFormat(config.model.path, config.data, config.model.trust_remote_code),
         label_key=config.data.label_key,
         slots=slots,
         run_path=config.run.path,

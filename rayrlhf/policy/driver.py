@@ -28,7 +28,7 @@ from rayrlhf.policy.job import PolicyJob
 from rayrlhf.policy.loop import policy_worker
 from rayrlhf.policy.prompt_streams import Stores, prepare_stores, training_streams
 from rayrlhf.reward.deployments import reward_app_names
-from rayrlhf.reward.reading import Asked
+from rayrlhf.reward.reading import PromptFormat
 from rayrlhf.runtime.model_checks import check_adapters, tell_generation_config
 from rayrlhf.runtime.node_monitor import nodes_watched
 from rayrlhf.runtime.preflight import (
@@ -96,7 +96,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
         stores.train,
         run_path,
         console.say,
-        asked=Asked(config.model.path, config.data, config.model.trust_remote_code),
+        asked=PromptFormat(config.model.path, config.data, config.model.trust_remote_code),
     )
     fixed = still_the_same(config, newest, stores.fingerprints(), console.say)
     try_out_environment(prepared.environment, config, stores.train, console.say)

@@ -14,12 +14,12 @@ from typing import Any
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.reward.items import (
     Failure,
-    LostForGood,
+    NotRetryable,
     RewardError,
     ScoreItem,
     Unverified,
     checked_reward,
-    last_words,
+    last_message,
 )
 from rayrlhf.samples import Sample
 from rayrlhf.untrusted_text import one_line
@@ -117,7 +117,7 @@ class RewardClient:
         except Exception as error:
             # The border to code that is not ours: whatever it raises, the samples count as failed, with the
             # reason.
-            return [Failure(self._reason(error), final=isinstance(error, LostForGood))] * len(samples)
+            return [Failure(self._reason(error), final=isinstance(error, NotRetryable))] * len(samples)
         if len(answers) != len(samples):
             return [Failure(f"returned {len(answers)} rewards for {len(samples)} responses")] * len(samples)
         return answers
@@ -127,8 +127,8 @@ class RewardClient:
             return f"no answer within reward.timeout_seconds={self.config.timeout_seconds:g}"
         # It is logged and counted by its text: a reward may raise whatever a response held.
         if isinstance(getattr(error, "cause", None), RewardError):
-            return one_line(last_words(error))
-        return one_line(f"{type(error).__name__}: {last_words(error)}" if str(error).strip() else repr(error))
+            return one_line(last_message(error))
+        return one_line(f"{type(error).__name__}: {last_message(error)}" if str(error).strip() else repr(error))
 
     def _count(self, name: str, num_failed: int) -> None:
         with self._lock:

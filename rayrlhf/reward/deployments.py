@@ -10,7 +10,7 @@ from rayrlhf.config.reward import RewardConfig
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.functions import function_deployment, hosted_function
 from rayrlhf.reward.model_deployment import model_deployment
-from rayrlhf.reward.reading import Asked
+from rayrlhf.reward.reading import PromptFormat
 from rayrlhf.reward.remote import remote_deployment
 from rayrlhf.reward.verifiable import verifiable_deployment
 from rayrlhf.usercode import UserCode, log_of
@@ -31,7 +31,7 @@ def reward_apps(
     names: Sequence[RewardApp],
     functions: dict[int, UserCode],
     *,
-    asked: Asked,
+    asked: PromptFormat,
     label_key: str | None,
     slots: Slots,
     run_path: Path | str,

@@ -25,7 +25,7 @@ from rayrlhf.placement.serve_status import of_this_replica
 from rayrlhf.reward.items import (
     LARGEST_REWARD,
     Failure,
-    LostForGood,
+    NotRetryable,
     RewardError,
     ScoreItem,
     checked_reward,
@@ -130,14 +130,14 @@ class FunctionReward:
 
     async def score(self, items: list[ScoreItem]) -> list[float | None]:
         """One call of the function per request: a user's function that raises fails no other request. Raises
-        `RewardError`; `LostForGood` where the call ended the function's process.
+        `RewardError`; `NotRetryable` where the call ended the function's process.
         """
         prompts, responses = [item.prompt for item in items], [item.response for item in items]
         arguments = arguments_for(prompts, responses, self.label_key)
         try:
             return await self.pool.call("score", arguments, len(items))
         except ProcessDied as error:
-            raise LostForGood(_with_name(self.text, error)) from error
+            raise NotRetryable(_with_name(self.text, error)) from error
         except CodeError as error:
             raise RewardError(_with_name(self.text, error)) from error
 

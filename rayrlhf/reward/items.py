@@ -16,11 +16,11 @@ class RewardError(ValueError):
     """A reward source that cannot be used, or that breaks the contract."""
 
 
-class LostForGood(RewardError):
+class NotRetryable(RewardError):
     """A request that must not be repeated: it would do the same harm again."""
 
 
-def last_words(error: BaseException) -> str:
+def last_message(error: BaseException) -> str:
     """One line. What a replica has raised comes in Ray's wrapping, with a traceback; a `RewardError` of ours
     is a sentence already.
     """

@@ -12,7 +12,7 @@ from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.batching import Batcher
 from rayrlhf.reward.items import Failure, ScoreItem
-from rayrlhf.reward.reading import Asked
+from rayrlhf.reward.reading import PromptFormat
 
 # Samples that go to the model together; it cuts them into forward passes by their tokens.
 MAX_BATCH = 256
@@ -21,7 +21,7 @@ MAX_BATCH = 256
 class ScoreActor:
     """One reward model."""
 
-    def __init__(self, source: ModelSource, asked: Asked | None) -> None:
+    def __init__(self, source: ModelSource, asked: PromptFormat | None) -> None:
         from rayrlhf.reward.reward_model import RewardModel  # and torch, transformers: not in the replica
 
         self.model = RewardModel(source, asked)
@@ -41,7 +41,7 @@ class ModelReward:
 
     ACTOR: type[ScoreActor] = ScoreActor
 
-    async def __init__(self, role: str, source: ModelSource, asked: Asked | None, slots: Slots) -> None:
+    async def __init__(self, role: str, source: ModelSource, asked: PromptFormat | None, slots: Slots) -> None:
         self.model = SlotChild(
             role,
             self.ACTOR,
@@ -65,7 +65,7 @@ class ModelReward:
         await self.model.call("ready")
 
 
-def model_deployment(source: ModelSource, *, role: str, asked: Asked, slots: Slots) -> Any:
+def model_deployment(source: ModelSource, *, role: str, asked: PromptFormat, slots: Slots) -> Any:
     return replica_deployment(ModelReward, source, (role, source, asked, slots))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.data.assistant_mask import ending_tokens, learnt_turns
+from rayrlhf.data.assistant_mask import ending_tokens, mask_turns
 from rayrlhf.data.chat import as_text, encode_plain
 from rayrlhf.data.markers import encode
 from rayrlhf.data.rows.messages import Message
@@ -31,7 +31,7 @@ DUMMY: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assis
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptFormat:
     """How the policy is asked, of whose samples a reward model reads."""
 
     tokenizer_path: str
@@ -71,7 +71,7 @@ class Reading:
             eos = self.tokenizer.eos_token_id
             return [eos] if isinstance(eos, int) else [], []
         try:
-            answered = learnt_turns(DUMMY, [1], self.tokenizer).input_ids
+            answered = mask_turns(DUMMY, [1], self.tokenizer).input_ids
         except (BadRow, DataError):
             return [], []  # a template that ends turns by a text, or refuses such a conversation
         whole = encode(apply_template(DUMMY, self.tokenizer, add_generation_prompt=False), self.tokenizer)
@@ -106,7 +106,7 @@ class Reading:
         messages: list[Message] = [*question.messages, {"role": "assistant", "content": response}]
         if self.at == "answer_end":
             turn = len(messages) - 1
-            return learnt_turns(messages, [turn], self.tokenizer, question.tools).input_ids
+            return mask_turns(messages, [turn], self.tokenizer, question.tools).input_ids
         messages, tools, _ = as_text(messages, question.tools, self.tokenizer)
         text = apply_template(messages, self.tokenizer, tools=tools, add_generation_prompt=False)
         return encode(text, self.tokenizer)

@@ -21,7 +21,7 @@ from rayrlhf.models.heads import ScoreModel
 from rayrlhf.models.load import has_packed_scorer, load_scorer, load_tokenizer, resolve_dtype
 from rayrlhf.models.positions import positions_of
 from rayrlhf.reward.items import Failure, ScoreItem
-from rayrlhf.reward.reading import Asked, Reading
+from rayrlhf.reward.reading import PromptFormat, Reading
 
 
 class RewardModel:
@@ -30,7 +30,7 @@ class RewardModel:
     packed batches; encoders, which have no causal mask to cut, score padded ones.
     """
 
-    def __init__(self, source: ModelSource, asked: Asked | None) -> None:
+    def __init__(self, source: ModelSource, asked: PromptFormat | None) -> None:
         """Without `asked` the samples' token ids are what it reads."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.source = source

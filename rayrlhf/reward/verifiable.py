@@ -135,7 +135,7 @@ def read_answer(response: str, how: str) -> str | None:
     return answer.strip() if opening and closing else None
 
 
-def told_with_place(
+def failure_with_row(
     failure: Failure, source: VerifiableSource, prompt: Prompt, label_key: str | None
 ) -> Failure:
     place = f"row {prompt.row_id}" + (f", column {label_key!r}" if source.type == "math" else "")
@@ -164,7 +164,7 @@ class VerifiableReward:
             return Failure(str(error), final=True)
         graded = await grade(self.pool, request)
         if isinstance(graded, Failure):
-            return told_with_place(graded, source, item.prompt, self.label_key)
+            return failure_with_row(graded, source, item.prompt, self.label_key)
         if isinstance(graded, Unverified):
             wrong = source.wrong if source.type == "math" else 0.0
             return Unverified(wrong, f"row {item.prompt.row_id}: {graded.reason}")
@@ -219,7 +219,7 @@ def try_rows(source: VerifiableSource, prompts: Iterable[Prompt], label_key: str
                 graded = await grade(pool, grading_request(source, prompt, None, label_key))
                 if isinstance(graded, Failure | Unverified):
                     failure = Failure(graded.reason)
-                    raise RewardError(told_with_place(failure, source, prompt, label_key).reason)
+                    raise RewardError(failure_with_row(failure, source, prompt, label_key).reason)
         finally:
             await pool.kill()
 

@@ -25,7 +25,7 @@ from rayrlhf.config.serve_reward import ServedFunction, ServedModel, ServerConfi
 from rayrlhf.placement.reaper import HEAD_NODE
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.functions import function_deployment, hosted_function
-from rayrlhf.reward.items import Failure, checked_reward, last_words
+from rayrlhf.reward.items import Failure, checked_reward, last_message
 from rayrlhf.reward_server.admission import (
     Admission,
     NoToken,
@@ -262,7 +262,7 @@ class _Source:
             response.cancel()
             raise
         except RayTaskError as error:  # the border to code of the user's
-            reason = ascii(last_words(error))[1:-1]
+            reason = ascii(last_message(error))[1:-1]
             raise SourceFailed(f"{self.served.name}: {reason[:SHOWN_CHARACTERS]}", status=500) from error
         except (RayActorError, DeploymentUnavailableError, RequestCancelledError) as error:
             # The border to processes that die: Serve starts another one, and the client may ask again.

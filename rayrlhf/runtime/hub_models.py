@@ -16,10 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrlhf.config.model_paths import model_paths
 from rayrlhf.data.sources.hub_pins import pin_data
-from rayrlhf.hub.access import own_access
+from rayrlhf.hub.access import access_from_env
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import cache_folder, names_a_cache, parse_id, pinned_id
-from rayrlhf.hub.local import ACTOR_PREFIX, HubKeeper, Lent, local_folder
+from rayrlhf.hub.local import ACTOR_PREFIX, HubSettingsActor, HubSettings, local_folder
 from rayrlhf.hub.resolve import no_folder, resolve
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.slots import PlacementError, Slots
@@ -58,7 +58,7 @@ def pin(config: C, say: Say) -> C:
         needs_tokenizer = key in ("model.path", "teacher.path") or key.startswith("reward.")
         try:
             pinned = resolve(
-                hub_id, own_access(), cache_folder(os.environ), say=say, needs_tokenizer=needs_tokenizer
+                hub_id, access_from_env(), cache_folder(os.environ), say=say, needs_tokenizer=needs_tokenizer
             )
         except HubError as error:
             problems.append(f"{key}={path}: {error}")
@@ -131,8 +131,8 @@ def lent_access(config: Any) -> Iterator[None]:
         yield
         return
     name = f"{ACTOR_PREFIX}{uuid.uuid4().hex[:12]}"
-    keeper: Any = ray.remote(HubKeeper).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
-    lent = Lent(own_access(), str(cache_folder(os.environ)), names_a_cache(os.environ))
+    keeper: Any = ray.remote(HubSettingsActor).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
+    lent = HubSettings(access_from_env(), str(cache_folder(os.environ)), names_a_cache(os.environ))
     ray.get(keeper.keep.remote(lent, ids), timeout=ANSWER_SECONDS)
     try:
         yield

@@ -32,7 +32,7 @@ from rayrlhf.isolation.output import OutputLog
 from rayrlhf.models.weight_files import read_json
 from rayrlhf.reward.functions import find_function, hosted_function, try_function
 from rayrlhf.reward.items import RewardError
-from rayrlhf.reward.reading import Asked, Reading
+from rayrlhf.reward.reading import PromptFormat, Reading
 from rayrlhf.reward.remote import check_reachable, resolved_source
 from rayrlhf.reward.verifiable import check_installed, try_rows
 from rayrlhf.samples import Prompt
@@ -137,7 +137,7 @@ def try_rewards(
     run_path: str | Path,
     say: Callable[[str], None],
     *,
-    asked: Asked | None = None,
+    asked: PromptFormat | None = None,
 ) -> None:
     """Try every reward source that can be tried before any model is loaded: functions are called once on real
     prompts, labels are read, servers must answer, reward models must know how to read what is `asked`. What
@@ -158,7 +158,7 @@ def try_rewards(
                 _try_reading(source, asked, _first(prompts, TRIED_LABELS))
 
 
-def _try_reading(source: ModelSource, asked: Asked, prompts: list[Prompt]) -> None:
+def _try_reading(source: ModelSource, asked: PromptFormat, prompts: list[Prompt]) -> None:
     """Raises `RewardError` for prompts that a model with other tokens than the policy's cannot read."""
     tokenizer = prompt_tokenizer(source.path)
     policy = prompt_tokenizer(asked.tokenizer_path, asked.trust_remote_code)

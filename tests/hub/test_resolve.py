@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from rayrlhf.hub.access import Access, own_access
+from rayrlhf.hub.access import Access, access_from_env
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import cache_folder, parse_id
 from rayrlhf.hub.local import local_folder
@@ -29,7 +29,7 @@ def pinned(text: str, lines: list[str] | None = None, *, needs_tokenizer: bool =
     assert not isinstance(hub_id, str), hub_id
     say = (lines if lines is not None else []).append
     cache = cache_folder(os.environ)
-    return str(resolve(hub_id, own_access(), cache, say=say, needs_tokenizer=needs_tokenizer))
+    return str(resolve(hub_id, access_from_env(), cache, say=say, needs_tokenizer=needs_tokenizer))
 
 
 def test_pinning_fetches_what_is_small_and_loading_the_weights_once(hub: LocalHub, tmp_path: Path) -> None:
@@ -206,13 +206,13 @@ def test_a_node_that_cannot_reach_the_hub_takes_the_drivers_shared_cache(
 
     ref = pinned("tiny/policy")
     folder = local_folder(ref)
-    lent = local.Lent(own_access(), str(tmp_path / "home" / "hub"), cache_is_named=True)
+    lent = local.HubSettings(access_from_env(), str(tmp_path / "home" / "hub"), cache_is_named=True)
     monkeypatch.setattr(local, "_borrow", lambda _: lent)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "node"))
     own = local_folder(ref)
     assert own.startswith(str(tmp_path / "node")) and hub.downloads()[WEIGHTS] == 2
     monkeypatch.setenv("HF_HOME", str(tmp_path / "other-node"))
-    unreachable = local.Lent(Access(TOKEN, NOBODY), lent.cache, cache_is_named=True)
+    unreachable = local.HubSettings(Access(TOKEN, NOBODY), lent.cache, cache_is_named=True)
     monkeypatch.setattr(local, "_borrow", lambda _: unreachable)
     assert local_folder(ref) == folder
     monkeypatch.delenv("HF_HOME")
@@ -236,7 +236,7 @@ def test_a_long_download_says_how_far_it_is(hub: LocalHub, monkeypatch: pytest.M
 
     ref, lines = pinned("tiny/policy"), list[str]()
     hub.bytes_per_second = 600_000.0  # two seconds for the weights
-    monkeypatch.setattr(snapshots, "TOLD_SECONDS", 0.4)
+    monkeypatch.setattr(snapshots, "PROGRESS_SECONDS", 0.4)
     local_folder(ref, say=lines.append)
     assert lines[0].startswith("fetching tiny/policy: 1.3 MB in 1 file")
     assert lines[-1].startswith("fetched tiny/policy: 1.3 MB in ")

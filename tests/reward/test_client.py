@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.reward import client as score_module
 from rayrlhf.reward.client import RewardClient, RewardFailure, RewardSource, backoff_seconds
-from rayrlhf.reward.items import LARGEST_REWARD, Failure, LostForGood, ScoreItem, Unverified
+from rayrlhf.reward.items import LARGEST_REWARD, Failure, NotRetryable, ScoreItem, Unverified
 from rayrlhf.samples import Sample
 from tests.samples import make_prompt, make_sample
 
@@ -249,7 +249,7 @@ def test_no_failure_is_allowed_at_zero() -> None:
 
 def test_what_is_lost_for_good_is_not_asked_again() -> None:
     """A call that has ended the process of the user's function would do so again."""
-    fatal = Handle(RayTaskError("score", "Traceback …", LostForGood("it ended")).as_instanceof_cause())
+    fatal = Handle(RayTaskError("score", "Traceback …", NotRetryable("it ended")).as_instanceof_cause())
     rewards = client(fatal, Handle([Failure("no such row", final=True)]), retries=2)
     assert rewards_of(rewards, samples(1)) == [(None, None)]
     assert len(fatal.requests) == 1

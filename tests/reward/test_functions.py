@@ -16,7 +16,7 @@ from rayrlhf.isolation.output import OutputLog
 from rayrlhf.reward import functions
 from rayrlhf.reward.function_host import call_function, narrow
 from rayrlhf.reward.functions import FunctionReward, arguments_for, hosted_function, try_function
-from rayrlhf.reward.items import LostForGood, RewardError, ScoreItem
+from rayrlhf.reward.items import NotRetryable, RewardError, ScoreItem
 from rayrlhf.usercode import UserCode, find_user_code
 from tests.samples import make_prompt
 
@@ -357,7 +357,7 @@ def test_in_a_replica_a_call_that_ends_the_process_costs_itself(tmp_path: Path) 
 
     first, died, last = asyncio.run(main())
     assert (first, last) == ([1.0], [1.0])
-    assert isinstance(died, LostForGood)
+    assert isinstance(died, NotRetryable)
     assert str(died) == f"{path}:score: it ended its own process with exit code 0"
 
 

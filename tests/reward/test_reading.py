@@ -16,7 +16,7 @@ from rayrlhf.data.render import render_example
 from rayrlhf.data.rows.preferences import Pair
 from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem
-from rayrlhf.reward.reading import INPUT_TEMPLATE, READ_AT, Asked, Reading, read_at
+from rayrlhf.reward.reading import INPUT_TEMPLATE, READ_AT, PromptFormat, Reading, read_at
 from rayrlhf.reward.reward_model import RewardModel
 from rayrlhf.reward_server.requests import ModelFacts, TextTokens
 from rayrlhf.runtime.preflight import try_rewards
@@ -121,7 +121,7 @@ def without_template(path: str) -> None:
 def test_17d_without_a_template_the_plain_words_are_read(reward_model: str, tiny_model: str) -> None:
     without_template(reward_model)
     source = ModelSource(type="model", path=reward_model)
-    model = RewardModel(source, Asked(tiny_model, data()))
+    model = RewardModel(source, PromptFormat(tiny_model, data()))
     assert not model.same_tokens
     once, again = model.score([item("why?"), item(QUESTION)])
     assert once == pytest.approx(again)
@@ -143,7 +143,7 @@ def test_17d_it_is_told_before_the_start(reward_model: str, tiny_model: str) -> 
 
     def tried(prompt: Any, **changes: Any) -> None:
         rows: Any = [Prompt(0, [1], "", {"prompt": prompt})]
-        asked = Asked(tiny_model, data(**changes))
+        asked = PromptFormat(tiny_model, data(**changes))
         try_rewards({}, reward, None, rows, "", lambda _: None, asked=asked)
 
     tried("why?")
@@ -177,7 +177,7 @@ def test_17e_a_sample_beyond_a_table_of_positions_is_a_failure(tmp_path: Path, t
     config = BertConfig(vocab_size=264, max_position_embeddings=20, **sizes)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     make_tokenizer(None).save_pretrained(tmp_path)
-    model = RewardModel(ModelSource(type="model", path=str(tmp_path)), Asked(tiny_model, data()))
+    model = RewardModel(ModelSource(type="model", path=str(tmp_path)), PromptFormat(tiny_model, data()))
     long, short = model.score([item("why?"), ScoreItem(item("why?").prompt, "so", [9] * 20)])
     assert isinstance(long, Failure) and "600 tokens" in long.reason and "20 positions" in long.reason
     assert isinstance(short, float)

@@ -16,7 +16,7 @@ FLAGS = (*POSITIVE, *NEGATIVE, *REFUSED)
 SPELLINGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
-def is_learnt(message: Mapping[str, Any], where: str) -> bool | None:
+def is_trained(message: Mapping[str, Any], where: str) -> bool | None:
     """Whether the message's flags want a loss on it; None where it has no flag.
 
     Raises `BadRow` for flags that contradict each other, and for what is neither yes nor no.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rayrlhf.config.data import DataConfig
-from rayrlhf.data.rows.flags import FLAGS, is_learnt
+from rayrlhf.data.rows.flags import FLAGS, is_trained
 from rayrlhf.data.rows.json_text import parsed, parsed_or_none
 from rayrlhf.data.rows.row import BadRow, check_text, check_unicode, quoted, type_name
 from rayrlhf.data.rows.tools import tool_calls_of, tools_from
@@ -181,7 +181,7 @@ def _joined(parts: Sequence[Any], where: str) -> str:
 
 
 def _weight(present: Mapping[str, Any], role: str, where: str) -> Message:
-    learnt = is_learnt(present, where)
+    learnt = is_trained(present, where)
     if learnt and role != "assistant":
         flag = next(key for key in FLAGS if present.get(key) is not None)
         raise BadRow(
@@ -232,7 +232,7 @@ def answer_message(value: Any, where: str) -> Message:
     return found[0]
 
 
-def check_learnt(answer: Message, where: str) -> None:
+def check_trained(answer: Message, where: str) -> None:
     """Raises `BadRow` for the answer of a pair, or a judged one, that a flag takes out of the loss."""
     if answer.get("weight") == 0:
         raise BadRow(f"{where} is marked as not to be learnt (weight: 0 or alike), but it is all that is")

@@ -21,7 +21,7 @@ from rayrlhf.data.rows.messages import (
     HH_TURN,
     Message,
     answer_message,
-    check_learnt,
+    check_trained,
     check_turns,
     conversation_of,
     prompt_messages,
@@ -85,8 +85,8 @@ def pair_of(columns: Mapping[str, Any], config: PairDataConfig) -> Pair:
     prompt = with_system(prompt, columns, config)
     check_turns([*prompt, better], f"the conversation with column {config.chosen_key!r}")
     check_turns([*prompt, worse], f"the conversation with column {config.rejected_key!r}")
-    check_learnt(better, f"the answer in column {config.chosen_key!r}")
-    check_learnt(worse, f"the answer in column {config.rejected_key!r}")
+    check_trained(better, f"the answer in column {config.chosen_key!r}")
+    check_trained(worse, f"the answer in column {config.rejected_key!r}")
     if better == worse:
         raise BadRow(f"columns {quoted((config.chosen_key, config.rejected_key))} hold the same answer")
     return Pair(prompt, better, worse, _margin(columns, config), tools_of(columns, config))
@@ -169,7 +169,7 @@ def judged_of(columns: Mapping[str, Any], config: KtoDataConfig) -> Judged:
         response = answer_message(columns[response_key], f"column {response_key!r}")
     prompt = with_system(prompt, columns, config)
     check_turns([*prompt, response], "the conversation")
-    check_learnt(response, "the judged answer")
+    check_trained(response, "the judged answer")
     return Judged(prompt, response, desirable, tools_of(columns, config))
 
 

@@ -11,11 +11,11 @@ from rayrlhf.config.data import SourceConfig
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.sources.files import HUB_ID, hub_id_of
 from rayrlhf.data.sources.hub_files import load_splits
-from rayrlhf.hub.access import own_access
+from rayrlhf.hub.access import access_from_env
 from rayrlhf.hub.errors import HubError, recognised
 from rayrlhf.hub.ids import COMMIT, HubId, cache_folder
 from rayrlhf.hub.resolve import commit_of
-from rayrlhf.hub.snapshots import News, bytes_fetched, listed, telling
+from rayrlhf.hub.snapshots import UpdateCounter, bytes_fetched, listed, run_with_progress
 
 C = TypeVar("C", bound=Any)
 Say = Callable[[str], None]
@@ -55,7 +55,7 @@ def _pinned(parts: Any, kept: dict[str, str], say: Say) -> str:
     """The source with a commit; as it is where the hub may not be asked and only the cache of the library
     `datasets` has it. Raises `HubError` and `DataError`.
     """
-    access, cache = own_access(), cache_folder(os.environ)
+    access, cache = access_from_env(), cache_folder(os.environ)
     repo, revision = parts["repo"], parts["revision"]
     hub_id = HubId(repo, revision or kept.get(repo), "dataset")
     where = f"{repo}/{parts['configuration']}" if parts["configuration"] else repo
@@ -70,11 +70,11 @@ def _pinned(parts: Any, kept: dict[str, str], say: Say) -> str:
     pinned = hub_id.at(commit)
     listed(cache, pinned, access)  # says clearly where access is refused, which `datasets` does not
     try:
-        telling(
+        run_with_progress(
             lambda: load_splits(f"{where}@{commit}"),
             pinned,
             measure=lambda: bytes_fetched(cache, pinned) + _converted(repo),
-            news=News(),
+            news=UpdateCounter(),
             say=say,
             what="a data set",
         )
