@@ -1,4 +1,4 @@
-"""rich's console for text that may not be ours."""
+"""rich console that escapes untrusted text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.segment import Segment
 from rayrlhf.secrets import masked
 from rayrlhf.untrusted_text import printable, visible
 
-LOG_WIDTH = 140  # where the output is no terminal
+LOG_WIDTH = 140  # columns, if the output is not a terminal
 
 
 class SafeConsole(Console):
-    """Texts are texts: `[red]` and `:smile:` in them mean nothing, what would steer the terminal or hide is
-    shown as an escape, secrets as `***`, and what the output's encoding does not have as `\\u2026`. Colours
-    come from styles alone.
+    """Prints text literally: `[red]` and `:smile:` are not interpreted, control and invisible characters are
+    shown as escapes, secrets as `***`, and characters that the output's encoding lacks as `\\u2026`. Colours
+    come from styles only.
 
-    What is known to be foreign goes through `visible` before it is laid out, since an escape is wider than
-    what it stands for; here nothing gets past.
+    Known untrusted text is passed through `visible` before layout, since an escape is wider than the
+    character it replaces; this class is the last safeguard.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -29,7 +29,7 @@ class SafeConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            if segment.control:  # rich's own: cursor, title
+            if segment.control:  # control codes of rich itself: cursor, title
                 yield segment
             else:
                 text = printable(visible(masked(segment.text)), self.encoding)
@@ -37,5 +37,5 @@ class SafeConsole(Console):
 
 
 def make_console(*, log_width: int | None = LOG_WIDTH, **options: Any) -> SafeConsole:
-    """For stdout: as wide as a terminal, or `log_width` in a log."""
+    """Console for stdout: terminal width, or `log_width` in a log."""
     return SafeConsole(width=None if sys.stdout.isatty() else log_width, **options)

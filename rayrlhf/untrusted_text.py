@@ -1,7 +1,7 @@
-"""Text that is not ours (responses, rewards' errors, rows of data, tracebacks, file names) on its way to a
-terminal or a log: what would steer the terminal or hide is written as an escape, `\\x1b` or `\\u202e`.
+"""Escapes untrusted text (responses, reward errors, data rows, tracebacks, file names) for a terminal or a
+log: control and invisible characters are written as escapes, `\\x1b` or `\\u202e`.
 
-Files that programs read (rollouts.jsonl, metrics.jsonl) hold the text itself, with JSON's own escapes.
+Files for programs (rollouts.jsonl, metrics.jsonl) contain the original text, with JSON's own escapes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TextIO
 
 from rayrlhf.secrets import masked
 
-LOG_CHARACTERS = 1_000_000  # of a traceback in a log
-MESSAGE_CHARACTERS = 20_000  # of an error; it may list many problems
-LINE_CHARACTERS = 2_000  # of what is meant to be one line
+LOG_CHARACTERS = 1_000_000  # limit for a traceback in a log
+MESSAGE_CHARACTERS = 20_000  # limit for an error message; it may list many problems
+LINE_CHARACTERS = 2_000  # limit for a single line
 
-# Unicode's control, format and surrogate characters, its line and paragraph separators, and what is drawn
-# with no width (Default_Ignorable_Code_Point). Left out: signs of Arabic and Kaithi that are of category Cf
-# but drawn, and U+FE0E and U+FE0F, which choose between text and picture for the character before them.
+# Unicode's control, format and surrogate characters, its line and paragraph separators, and characters
+# rendered with no width (Default_Ignorable_Code_Point). Excluded: signs of Arabic and Kaithi that are of
+# category Cf but visible, and U+FE0E and U+FE0F, which select text or emoji style for the character before.
 _HIDDEN = re.compile(
     "["
     "\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
@@ -34,10 +34,10 @@ COLOUR = re.compile(r"\x1b\[[\d;:]*m")
 
 
 def visible(text: str, *, limit: int | None = None) -> str:
-    """The text with every character that steers a terminal or is not seen as `\\x1b`, `\\u202e` or
-    `\\U000e0041`; newlines and tabs stay. Never longer than `limit` characters and a note of what is missing.
+    """The text with control and invisible characters escaped as `\\x1b`, `\\u202e` or `\\U000e0041`; newlines
+    and tabs stay. Cut to `limit` characters, plus a note of how many are missing.
 
-    Characters are looked at one by one, so the pieces of a stream may be cut anywhere.
+    Characters are escaped one by one, so a stream may be split at any position.
     """
     left_out = 0
     if limit is not None and len(text) > limit:
@@ -47,33 +47,33 @@ def visible(text: str, *, limit: int | None = None) -> str:
 
 
 def one_line(text: str, *, limit: int = LINE_CHARACTERS) -> str:
-    """The same with each stretch of white space as one space."""
+    """`visible`, with each run of white space replaced by one space."""
     return visible(
         " ".join(text[: 4 * limit].split()) if len(text) > 4 * limit else " ".join(text.split()), limit=limit
     )
 
 
 def printable(text: str, encoding: str | None) -> str:
-    """The text with what the encoding does not have as escapes, `\\u2026`."""
+    """The text with characters that the encoding lacks as escapes, `\\u2026`."""
     encoding = encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def write_line(text: str, file: TextIO | None = None, *, end: str = "\n") -> None:
-    """`print` for text that may not be ours; secrets are masked. `file`: stdout when left out."""
+    """`print` for untrusted text; secrets are masked. `file`: stdout by default."""
     file = file or sys.stdout
     shown = visible(masked(text), limit=MESSAGE_CHARACTERS)
     print(printable(shown, getattr(file, "encoding", None)), end=end, file=file, flush=True)
 
 
 def traceback_text(error: BaseException) -> str:
-    """The traceback of an error, for a log: it may quote what a worker, a reward or a row said."""
+    """The traceback of an error, for a log: it may quote text from a worker, a reward or a data row."""
     return visible(masked("".join(traceback.format_exception(error))), limit=LOG_CHARACTERS)
 
 
 def guard_terminal() -> None:
-    """What reaches stderr by Python itself (the traceback of an error that nobody caught, a warning of a
-    logger without handlers) takes the same way. For the beginning of a program; repeating it changes nothing.
+    """Also escape what Python itself writes to stderr (tracebacks of uncaught errors, warnings of loggers
+    without handlers). Call it at program start; repeated calls have no effect.
     """
     sys.excepthook = _write_uncaught
     threading.excepthook = _write_uncaught_in_thread
@@ -97,8 +97,8 @@ def _write_uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
     if arguments.exc_value is None or issubclass(arguments.exc_type, SystemExit):
         return
     name = arguments.thread.name if arguments.thread is not None else "unknown"
-    told = f"Exception in thread {name}:\n{traceback_text(arguments.exc_value)}"
-    print(told, end="", file=sys.stderr, flush=True)
+    text = f"Exception in thread {name}:\n{traceback_text(arguments.exc_value)}"
+    print(text, end="", file=sys.stderr, flush=True)
 
 
 def _escape(found: re.Match[str]) -> str:

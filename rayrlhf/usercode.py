@@ -1,4 +1,4 @@
-"""Code of the user's that a config names: found on the driver, carried to where it runs."""
+"""User code named in a config: located on the driver, sent as source text to the processes that run it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from typing import Any, Literal
 from rayrlhf.isolation.frames import described
 
 Kind = Literal["function", "class"]
-OWN_FILES = (__file__, importlib.__file__)  # on the way to the user's
+OWN_FILES = (__file__, importlib.__file__)  # frames to skip in tracebacks of user code
 
 
 class UserCodeError(ValueError):
-    """Code that cannot be found or imported; the message says what was looked for, and where."""
+    """User code that cannot be found or imported; the message names the code and the searched path."""
 
 
 @dataclass(frozen=True)
 class CarriedModule:
-    """A module that lies carried_modules the user's file, or within a package there."""
+    """A module next to the user's file, or within a package there."""
 
-    module: str  # its dotted name
+    module: str  # dotted name
     path: str  # on the driver
     text: str
     is_package: bool
@@ -38,14 +38,14 @@ class CarriedModule:
 
 @dataclass(frozen=True)
 class UserCode:
-    """A function or class that can travel: a file is carried along as text, with those carried_modules it that it
-    imports, since other nodes may not have them.
+    """A function or class that can be sent to other nodes: its file is included as text, with the modules
+    next to it that it imports, since other nodes may not have them.
     """
 
-    text: str  # as in the config
+    text: str  # as written in the config
     kind: Kind
-    file_source: str | None = None  # the file's content, for path/file.py:name
-    folder: str = ""  # of the file, on the driver
+    file_source: str | None = None  # content of the file, for path/file.py:name
+    folder: str = ""  # folder of the file, on the driver
     carried_modules: tuple[CarriedModule, ...] = ()
 
     @property
@@ -57,10 +57,10 @@ class UserCode:
         return self.text.rpartition(":")[2]
 
     def load(self) -> Callable[..., Any]:
-        """The function or class itself. Raises `UserCodeError` that says what was not found.
+        """Import and return the function or class. Raises `UserCodeError` that says what was not found.
 
-        It runs the user's code, and changes where this process looks for modules: call it in a process of its
-        own (`rayrlhf.isolation`).
+        It runs user code and changes the import path of this process: call it in a separate process
+        (`rayrlhf.isolation`).
         """
         module = _import(self.place) if self.file_source is None else self._run_file(self.file_source)
         found: Any = getattr(module, self.name, None)
@@ -71,17 +71,17 @@ class UserCode:
         return found
 
     def _run_file(self, source: str) -> ModuleType:
-        """As `python file.py` would: modules of its folder come first."""
-        sys.path.insert(0, self.folder)  # for what is not carried along, where the folder exists
+        """Like `python file.py`: modules of its folder come first."""
+        sys.path.insert(0, self.folder)  # for modules that are not carried, if the folder exists here
         sys.meta_path.insert(0, _CarriedImporter(self.carried_modules))
         path = str(Path(self.folder) / Path(self.place).name)
-        # The checksum keeps apart files of one name in different folders.
+        # The checksum distinguishes files of the same name in different folders.
         module = ModuleType(f"user_file_{Path(path).stem}_{zlib.crc32(source.encode()):08x}")
         module.__file__ = path
-        sys.modules[module.__name__] = module  # dataclasses and the like look their module up
+        sys.modules[module.__name__] = module  # dataclasses and others look up their module
         try:
             exec(compile(source, path, "exec"), module.__dict__)
-        except BaseException as error:  # exit() at import is one more way to fail
+        except BaseException as error:  # includes exit() at import
             raise UserCodeError(f"{self.place} fails at import: {described(error, OWN_FILES)}") from error
         return module
 
@@ -107,8 +107,8 @@ def find_user_code(text: str, kind: Kind) -> UserCode:
 
 
 def _local_imports(source: str, folder: Path) -> tuple[CarriedModule, ...]:
-    """The modules and packages in `folder` that a file there imports, at its top or within its functions, and
-    those that they import in turn.
+    """The modules and packages in `folder` that a file there imports, at module level or within functions,
+    and those that they import themselves.
     """
     found: dict[str, CarriedModule] = {}
     remaining = [source]
@@ -129,7 +129,7 @@ def _local_imports(source: str, folder: Path) -> tuple[CarriedModule, ...]:
 
 
 def _imported_names(source: str) -> set[str]:
-    """The first parts of the names of absolute imports. What cannot be parsed fails when it is imported."""
+    """Top-level names of absolute imports. A file that cannot be parsed will fail when it is imported."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -144,7 +144,7 @@ def _imported_names(source: str) -> set[str]:
 
 
 class _CarriedImporter(MetaPathFinder, InspectLoader):
-    """Imports modules from the texts that came along."""
+    """Imports modules from the carried source texts."""
 
     def __init__(self, carried_modules: Sequence[CarriedModule]) -> None:
         self.modules = {each.module: each for each in carried_modules}
@@ -189,5 +189,5 @@ def _import(name: str) -> ModuleType:
 
 
 def log_of(run_path: str | Path, name: str) -> Path:
-    """Where what a piece of the user's code prints is kept: in the run's folder, which all nodes share."""
+    """Log file for the output of user code: in the run's folder, which all nodes share."""
     return Path(run_path) / "logs" / f"{name}.log"

@@ -1,4 +1,4 @@
-"""Files of the user's that import what lies beside them, here and where only the text of them arrives."""
+"""User files that import modules next to them, locally and where only their source text is available."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_what_it_imports_travels_with_it(tmp_path: Path) -> None:
     code = find_user_code(make_folder(tmp_path / "driver", 1.0), "function")
     shutil.rmtree(tmp_path / "driver")
     assert score(pickle.loads(pickle.dumps(code))) == [[111.5]]
-    carried = [each.module for each in code.beside]
+    carried = [each.module for each in code.carried_modules]
     assert sorted(carried) == ["deeper", "helper", "late", "words", "words.lists", "words.size"]
 
 

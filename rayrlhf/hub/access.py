@@ -1,4 +1,4 @@
-"""How a process reaches the hub."""
+"""Credentials and endpoint with which a process reaches the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Access:
-    """How a process reaches the hub. It holds a secret: it travels as an argument of actors' calls, which
+    """Token, endpoint and offline flag. It holds a secret: it is passed as an argument of actor calls, which
     Ray keeps in memory, and never through an environment, a command line, a file or a log.
     """
 
@@ -18,12 +18,12 @@ class Access:
 
 
 def offline_variable() -> dict[str, str]:
-    """For the environment of processes with one of their own: who forbids the hub forbids it everywhere."""
+    """For the environment of child processes: offline mode of the driver applies everywhere."""
     return {"HF_HUB_OFFLINE": os.environ["HF_HUB_OFFLINE"]} if "HF_HUB_OFFLINE" in os.environ else {}
 
 
 def access_from_env() -> Access:
-    """As this process's environment has it."""
+    """Token, endpoint and offline flag from this process's environment."""
     from huggingface_hub import constants, get_token
 
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()

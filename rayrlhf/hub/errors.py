@@ -1,4 +1,4 @@
-"""Why something cannot be had from the hub, in one sentence with a fix."""
+"""Error messages for failed hub downloads: the cause in one sentence, with a fix."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
 
 
 class HubError(ValueError):
-    """A model or data set of the hub cannot be had; the message says what was asked for and what to do."""
+    """A model or data set cannot be fetched from the hub; the message has what was requested and the fix."""
 
 
 def explained(error: BaseException, hub_id: HubId, access: Access, cache: Path) -> HubError:
-    """What huggingface_hub raised, told by what to do about it. Its own text may carry addresses with
-    passwords in them: of one that is not known, only the kind and a first line without secrets are told.
+    """A `HubError` for what huggingface_hub raised, with the fix. Its own text may contain addresses with
+    passwords: of an unknown error, only the type and the first line without secrets are quoted.
     """
     known = recognised(error, hub_id, access, cache)
     if known is not None:
         return known
     return HubError(
         f"{_named(hub_id)}: {host_of(access.endpoint)} cannot be reached ({type(error).__name__}: "
-        f"{_first_line(error)}), and the cache {cache} has not all of it. Fix: look at the network and at "
-        "HF_ENDPOINT, or fetch it elsewhere and bring the cache here"
+        f"{_first_line(error)}), and the cache {cache} is incomplete. Fix: check the network and "
+        "HF_ENDPOINT, or download on another machine and copy the cache here"
     )
 
 
 def recognised(error: BaseException, hub_id: HubId, access: Access, cache: Path) -> HubError | None:
-    """The same for a known cause, also where another error was raised from it; None for any other."""
+    """`explained` for a known cause, also where another error was raised from it; None for any other."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, HubError):
@@ -51,34 +51,34 @@ def _known(error: BaseException, hub_id: HubId, access: Access, cache: Path) -> 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return (
-            f" is gated at {hub}, and {_token(access)} has no access. Fix: ask for access on its page, then "
-            "give a token of that account in HF_TOKEN or with `hf auth login`"
+            f" is gated at {hub}, and {_token(access)} has no access. Fix: request access on its page, then "
+            "set a token of that account in HF_TOKEN or with `hf auth login`"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return (
-            f": {hub} has {hub_id.repo}, but no revision {hub_id.revision}. Fix: name a branch, tag or "
-            "commit of it after the '@', or leave it out for the default branch"
+            f": {hub} has {hub_id.repo}, but no revision {hub_id.revision}. Fix: put one of its branches, "
+            "tags or commits after the '@', or leave it out for the default branch"
         )
     if status in (401, 403) and "credentials" in str(error).lower():
         return (
-            f": {hub} refuses the token of this machine as invalid. Fix: give a valid one in HF_TOKEN or "
-            "with `hf auth login`, or none at all for what is public"
+            f": {hub} refuses the token of this machine as invalid. Fix: set a valid one in HF_TOKEN or "
+            "with `hf auth login`, or none for public repositories"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f": {hub} has none of that name, or none that {_token(access)} may see. Fix: check the spelling; "
-            "for a private one give a token of an account with access in HF_TOKEN or with `hf auth login`"
+            f": {hub} has none of that name that {_token(access)} may see. Fix: check the name; "
+            "for a private one set a token of an account with access in HF_TOKEN or with `hf auth login`"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f": the disk of {cache} is full. Fix: make room, or set HF_HOME to another one"
+        return f": the disk of {cache} is full. Fix: free space, or set HF_HOME to another disk"
     if isinstance(error, PermissionError):
-        return f": {cache} cannot be written ({error.strerror}). Fix: set HF_HOME to a folder of yours"
+        return f": {cache} cannot be written ({error.strerror}). Fix: set HF_HOME to a writable folder"
     if status is not None:
-        return f": {hub} answered {status}. Fix: try again later, or look at HF_ENDPOINT and the token"
+        return f": {hub} answered {status}. Fix: try again later, or check HF_ENDPOINT and the token"
     if access.offline or isinstance(error, errors.OfflineModeIsEnabled):
         return (
-            f" is not, or not wholly, in the cache {cache}, and HF_HUB_OFFLINE is set. Fix: unset it, or "
-            f"fetch it where there is a network: hf download {hub_id.repo}"
+            f" is not completely in the cache {cache}, and HF_HUB_OFFLINE is set. Fix: unset it, or "
+            f"download on a machine with a network: hf download {hub_id.repo}"
             + (" --repo-type dataset" if hub_id.kind == "dataset" else "")
         )
     return None
@@ -89,11 +89,11 @@ def _named(hub_id: HubId) -> str:
 
 
 def _token(access: Access) -> str:
-    return "a visitor without a token" if access.token is None else "the token of this machine"
+    return "a request without a token" if access.token is None else "the token of this machine"
 
 
 def host_of(endpoint: str | None) -> str:
-    """Without the user and the password that an address may have."""
+    """The host of an endpoint, without the user and password that the address may contain."""
     if endpoint is None:
         return "the hub"
     parts = urlsplit(endpoint)

@@ -1,8 +1,8 @@
 """Ids of the Hugging Face hub in a config, `owner/name` or `owner/name@revision`. No heavy imports here.
 
 A config names a model by a folder or by an id. The driver pins an id once, before Ray starts: `owner/name`
-becomes `owner/name@<40 hex digits>`, the commit. That text stands in the run's config.yaml, travels to the
-workers, and becomes a folder of their node's cache where something is loaded.
+becomes `owner/name@<40 hex digits>`, the commit. The pinned id is written to the run's config.yaml and sent
+to the workers, which resolve it to a folder of their node's cache when they load something.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Literal
 
 Kind = Literal["model", "dataset"]
 
-PREFIX = "hub@"  # says that an id is meant, whatever folders there are
+PREFIX = "hub@"  # marks an id explicitly, even if a folder of that name exists
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_]|[.-](?![.-]))*")  # of an owner or of a repository
 REVISION = re.compile(r"[A-Za-z0-9_](?:[\w./-])*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-LONGEST = 96  # characters of owner/name
+LONGEST = 96  # max characters of owner/name
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class HubId:
 
     @property
     def cache_name(self) -> str:
-        """The folder of this repository in a hub cache."""
+        """Folder name of this repository in a hub cache."""
         return f"{self.kind}s--{self.repo.replace('/', '--')}"
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class HubId:
 
 
 def parse_id(text: str) -> HubId | str:
-    """The id that `text` is, or why it is none (a sentence's end: "… because it begins as a path does")."""
+    """The parsed id, or why `text` is none (end of a sentence: "… because it begins as a path does")."""
     explicit = text.startswith(PREFIX)
     repo, at, revision = text.removeprefix(PREFIX).partition("@")
     if repo.startswith((".", "/", "~")):
@@ -59,21 +59,22 @@ def parse_id(text: str) -> HubId | str:
     for part in (owner, name):
         if not NAME.fullmatch(part):
             return (
-                f"{part!r} is no name there: letters, digits and single '.', '_', '-', beginning with neither"
+                f"{part!r} is not a valid name: letters, digits and single '.', '_', '-', "
+                "starting with a letter or digit"
             )
     if len(repo) > LONGEST:
         return f"it has {len(repo)} characters, and ids have at most {LONGEST}"
     if name.endswith(".git"):
-        return "it ends in .git, as addresses do and ids do not"
+        return "it ends in .git: wanted an id, not a URL"
     if at and (not REVISION.fullmatch(revision) or ".." in revision):
-        return f"{revision!r} after the '@' is no branch, tag or commit"
+        return f"{revision!r} after the '@' is not a branch, tag or commit"
     if not explicit and Path(owner).is_dir():
-        return f"there is a folder {owner} here (write {PREFIX}{text} if the hub is meant)"
+        return f"a local folder {owner} exists (write {PREFIX}{text} for the hub)"
     return HubId(repo, revision or None)
 
 
 def pinned_id(text: str) -> HubId | None:
-    """The id of a text that has gone through the driver; None for anything else, such as a folder."""
+    """The id of a text that the driver has pinned; None for anything else, such as a folder."""
     repo, _, revision = text.partition("@")
     if not COMMIT.fullmatch(revision) or repo.count("/") != 1 or os.path.isdir(text):
         return None
@@ -81,7 +82,7 @@ def pinned_id(text: str) -> HubId | None:
 
 
 def cache_folder(env: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps what it fetches, by the rules of its own."""
+    """Cache folder of huggingface_hub, by its own rules."""
     home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     return Path(os.path.expandvars(os.path.expanduser(cache)))
@@ -92,7 +93,7 @@ def names_a_cache(env: Mapping[str, str]) -> bool:
 
 
 def snapshot_folder(cache: Path, hub_id: HubId) -> Path | None:
-    """The folder of that revision in a cache: it is there when anything of it has been fetched."""
+    """Folder of that revision in a cache; it exists as soon as any file of the revision has been fetched."""
     repo = cache / hub_id.cache_name
     commit = hub_id.revision or "main"
     if not hub_id.is_pinned:

@@ -1,11 +1,11 @@
-"""From a pinned id to a folder of this node, in any process of a run.
+"""Resolves a pinned hub id to a local folder on this node, in any process of a run.
 
-Which cache it is. A node has one of its own where its environment names one (HF_HOME or HF_HUB_CACHE as its
-administrator set them: a local disk, a shared folder). Where it names none, the driver's holds on it, if the
-driver's environment names one; a shared folder then has been filled once for all nodes, and any other is
-filled on each node. Where neither names one it is huggingface_hub's default, under the home folder. A cache
-that lacks something is filled from the hub, by one process of the node while others wait for it. A node that
-cannot reach the hub still takes what it sees of the driver's cache: a shared folder.
+Choice of the cache. A node uses its own cache if its environment names one (HF_HOME or HF_HUB_CACHE as its
+administrator set them: a local disk, a shared folder). Otherwise the driver's path applies, if the driver's
+environment names one; a shared folder is then filled once for all nodes, any other is filled on each node. If
+neither names one, it is huggingface_hub's default, under the home folder. Missing files are fetched from the
+hub by one process of the node while others wait for it. A node that cannot reach the hub falls back to the
+driver's cache if it is visible there (a shared folder).
 
 The token comes from the driver, on demand and over Ray's own connections: see `Access`.
 """
@@ -37,32 +37,32 @@ LOCK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class HubSettings:
-    """What the driver lets other processes have."""
+    """Hub access and cache of the driver, for other processes of the run."""
 
     access: Access
-    cache: str  # the driver's
-    cache_is_named: bool  # by its environment
+    cache: str  # cache folder of the driver
+    cache_is_named: bool  # set by the driver's environment, not the default
 
 
 class HubSettingsActor:
-    """The actor that lends. It dies with the driver, and the secret with it."""
+    """Actor that holds the driver's `HubSettings`. It dies with the driver, and the secret with it."""
 
     def __init__(self) -> None:
-        self.lent: HubSettings | None = None
+        self.settings: HubSettings | None = None
         self.ids: frozenset[str] = frozenset()
 
-    def keep(self, lent: HubSettings, ids: frozenset[str]) -> None:
-        """By a call, not by the constructor: Ray keeps constructors' arguments in its cluster-wide tables."""
-        self.lent, self.ids = lent, ids
+    def set(self, settings: HubSettings, ids: frozenset[str]) -> None:
+        """Not constructor arguments: Ray stores those in its cluster-wide tables."""
+        self.settings, self.ids = settings, ids
 
-    def lend(self, hub_id: str) -> HubSettings | None:
-        return self.lent if hub_id in self.ids else None
+    def settings_for(self, hub_id: str) -> HubSettings | None:
+        return self.settings if hub_id in self.ids else None
 
 
 def local_folder(path: str, *, weights: bool = True, say: Callable[[str], None] = lambda _: None) -> str:
-    """The folder of a pinned id on this node, fetched if need be; any other text is a folder already.
+    """The folder of a pinned id on this node, fetched if needed; any other text is already a folder.
 
-    Without `weights` only config, tokenizer and templates are sure to be in it. Raises `HubError`.
+    Without `weights` only config, tokenizer and templates are guaranteed. Raises `HubError`.
     """
     hub_id = pinned_id(path)
     if hub_id is None:
@@ -70,32 +70,32 @@ def local_folder(path: str, *, weights: bool = True, say: Callable[[str], None] 
     own = cache_folder(os.environ)
     if found := complete_folder(own, hub_id, weights=weights):
         return found
-    lent = _settings_of_run(hub_id)
+    settings = _settings_of_run(hub_id)
     cache = own
-    if lent is not None and lent.cache_is_named and not names_a_cache(os.environ):
-        cache = Path(lent.cache)
-    access = access_from_env() if lent is None else _merged_access(lent.access)
+    if settings is not None and settings.cache_is_named and not names_a_cache(os.environ):
+        cache = Path(settings.cache)
+    access = access_from_env() if settings is None else _merged_access(settings.access)
     try:
         with _locked(cache, hub_id):
             if found := complete_folder(cache, hub_id, weights=weights):
                 return found
             return fetch(cache, hub_id, access, weights=weights, say=say)
     except HubError:
-        seen = None if lent is None else complete_folder(Path(lent.cache), hub_id, weights=weights)
+        seen = None if settings is None else complete_folder(Path(settings.cache), hub_id, weights=weights)
         if seen is None:
             raise
         return seen
 
 
 def _merged_access(access: Access) -> Access:
-    """The driver's, with what only this node's environment says."""
+    """The driver's access, completed by this node's environment."""
     own = access_from_env()
     return Access(access.token or own.token, access.endpoint or own.endpoint, access.offline or own.offline)
 
 
 def _settings_of_run(hub_id: HubId) -> HubSettings | None:
-    """From the keeper of a run that uses this id. They are found by their names: processes that tokenise,
-    serve or train start in many ways, and none of them needs a further argument for this.
+    """From the settings actor of a run that uses this id; None if there is none. Actors are found by name:
+    processes that tokenise, serve or train are started in many ways, and none needs a further argument.
     """
     import ray
     from ray.exceptions import RayError
@@ -108,18 +108,18 @@ def _settings_of_run(hub_id: HubId) -> HubSettings | None:
         if not found["name"].startswith(ACTOR_PREFIX):
             continue
         try:
-            keeper: Any = ray.get_actor(found["name"], namespace=found["namespace"])
-            lent: Any = ray.get(keeper.lend.remote(str(hub_id)), timeout=ASK_SECONDS)
-        except (ValueError, RayError):  # that run has just ended
+            actor: Any = ray.get_actor(found["name"], namespace=found["namespace"])
+            settings: Any = ray.get(actor.settings_for.remote(str(hub_id)), timeout=ASK_SECONDS)
+        except (ValueError, RayError):  # the run has just ended
             continue
-        if lent is not None:
-            return lent
+        if settings is not None:
+            return settings
     return None
 
 
 @contextlib.contextmanager
 def _locked(cache: Path, hub_id: HubId) -> Iterator[None]:
-    """One process of a node fetches; others wait as long as it gets on. Raises `HubError`."""
+    """Lock so that one process per node fetches; others wait while it makes progress. Raises `HubError`."""
     from filelock import Timeout
     from huggingface_hub.utils import WeakFileLock
 
@@ -129,7 +129,7 @@ def _locked(cache: Path, hub_id: HubId) -> Iterator[None]:
     except OSError as error:
         raise HubError(
             f"{hub_id}: the cache {cache} cannot be written ({error.strerror}). Fix: set HF_HOME on this "
-            "node to a folder that can, or to one that has the files already"
+            "node to a writable folder, or to one that already has the files"
         ) from error
     moved, last = time.monotonic(), -1
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""An id becomes a commit, once: what of the repository would be missing is found out here."""
+"""Pins a hub id to a commit, once, and checks that the repository has the files that the run needs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def resolve(
     needs_tokenizer: bool,
     may_be_adapter: bool = False,
 ) -> HubId:
-    """The id pinned, with its config and tokenizer in the cache. Where the hub cannot be reached, what the
-    cache knows of it counts. Raises `HubError`.
+    """The pinned id, with its config and tokenizer in the cache. If the hub cannot be reached, the revision
+    is taken from the cache. Raises `HubError`.
     """
     pinned = hub_id.at(commit_of(hub_id, access, cache))
     if not complete_folder(cache, pinned, weights=False):
@@ -42,18 +42,18 @@ def resolve(
         download(cache, pinned, small_files(listing), access, say=say)
     _check_contents(pinned, access, cache, needs_tokenizer=needs_tokenizer, may_be_adapter=may_be_adapter)
     if not hub_id.is_pinned:
-        say(f"{hub_id} is taken at its commit {str(pinned.revision)[:12]}")
+        say(f"{hub_id} pinned to commit {str(pinned.revision)[:12]}")
     return pinned
 
 
 def commit_of(hub_id: HubId, access: Access, cache: Path) -> str:
-    """Raises `HubError`."""
+    """The commit of the revision. Raises `HubError`."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
 
     if hub_id.is_pinned:
         return str(hub_id.revision)
-    logging.set_verbosity_error()  # it warns in words of its own where the hub cannot be reached
+    logging.set_verbosity_error()  # huggingface_hub logs a warning where the hub cannot be reached
     api = HfApi(endpoint=access.endpoint, token=access.token)
     try:
         resolved = api.resolve_revision(
@@ -63,7 +63,7 @@ def commit_of(hub_id: HubId, access: Access, cache: Path) -> str:
             cache_dir=cache,
             local_files_only=access.offline,
         )
-    except Exception as error:  # of huggingface_hub, its client, the disk
+    except Exception as error:  # from huggingface_hub, its client, the disk
         raise explained(error, hub_id, access, cache) from error
     return resolved.resolved
 
@@ -71,7 +71,7 @@ def commit_of(hub_id: HubId, access: Access, cache: Path) -> str:
 def _check_contents(
     hub_id: HubId, access: Access, cache: Path, *, needs_tokenizer: bool, may_be_adapter: bool
 ) -> None:
-    """Raises `HubError` for a repository without a config, weights or (where it is needed) a tokenizer."""
+    """Raises `HubError` for a repository without a config, weights or (if needed) a tokenizer."""
     listing = listed(cache, hub_id, access)
     what = f"the model {hub_id} of {host_of(access.endpoint)}"
     there = ", ".join(sorted(listing)[:MAX_SHOWN]) + (", …" if len(listing) > MAX_SHOWN else "")
@@ -80,29 +80,29 @@ def _check_contents(
     if "config.json" not in listing:
         if ADAPTER_CONFIG in listing:
             raise HubError(
-                f"{what} is an adapter, not a whole model. Fix: merge it first, with "
-                f"`rayrlhf merge-lora {hub_id} OUT`, and give that folder"
+                f"{what} is an adapter, not a full model. Fix: merge it first, with "
+                f"`rayrlhf merge-lora {hub_id} OUT`, and use that folder"
             )
         raise HubError(f"{what} has no config.json; it holds: {there}. Fix: name a Hugging Face checkpoint")
     folder = cache / hub_id.cache_name / "snapshots" / str(hub_id.revision)
     if not weight_files(listing, lambda name: json.loads((folder / name).read_text(encoding="utf-8"))):
         raise HubError(
-            f"{what} has no model.safetensors and no pytorch_model.bin, whole or in parts; it holds: "
+            f"{what} has no model.safetensors and no pytorch_model.bin, single or sharded; it holds: "
             f"{there}. Fix: name a repository with weights for transformers, not one of another format"
         )
     if needs_tokenizer and not any(name in listing for name in TOKENIZER_FILES):
         raise HubError(
             f"{what} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, …); it holds: {there}. Fix: name a "
-            "repository with one, or fetch this one into a folder and put a tokenizer in"
+            "repository with one, or download this one to a folder and add a tokenizer"
         )
 
 
 def folder_of(
     text: str, name: str, *, say: Callable[[str], None], weights: bool = True, may_be_adapter: bool = False
 ) -> str:
-    """The folder that a command's argument or a config's key `name` means, fetched if it is an id.
+    """The folder that a command's argument or config key `name` refers to, fetched if it is an id.
 
-    For commands that load a model by themselves, without a driver that has pinned it. Raises `HubError`.
+    For commands that load a model without a driver that has pinned it. Raises `HubError`.
     """
     if Path(text).is_dir():
         return text
@@ -121,13 +121,13 @@ def folder_of(
 
 def no_folder(name: str, text: str, why_no_id: str) -> str:
     return (
-        f"{name}={text}: no such folder (looked from {Path.cwd()}), and no id of the hub, because "
+        f"{name}={text}: no such folder (looked from {Path.cwd()}), and not a hub id, because "
         f"{why_no_id}. Fix: give the path of a Hugging Face checkpoint folder, or owner/name"
     )
 
 
 def base_of(adapter: Path) -> str | None:
-    """The folder or the id that an adapter's own config says it belongs to; None where it says nothing.
+    """The base model (folder or id) named in the adapter's config; None if it names none.
 
     Raises `HubError` for a config that cannot be read.
     """

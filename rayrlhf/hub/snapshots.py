@@ -1,7 +1,7 @@
-"""What of a repository a run needs, whether a cache has it, and fetching what is missing.
+"""Snapshots of hub repositories: which files a run needs, whether the cache has them, downloading the rest.
 
 `huggingface_hub` does the work: its cache is shared with all other programs, its locks let one process of a
-node fetch a file, and with a commit as the revision it asks the hub nothing about what it has already.
+node fetch a file, and with a commit as the revision it sends no request for files that it already has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rayrlhf.hub.access import Access
 from rayrlhf.hub.errors import HubError, explained
 from rayrlhf.hub.ids import HubId, snapshot_folder
 
-SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # all but the weights
+SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # everything except weights
 TEMPLATES = "additional_chat_templates/"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,23 +30,23 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# The first that is there holds the weights; an index names the files that do.
+# The first that exists holds the weights; an index lists the files that do.
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-POLL_SECONDS = 0.5  # between two looks at how far a download has come
-PROGRESS_SECONDS = 5.0  # between two lines about it
-STALLED_SECONDS = 300.0  # without a byte: then it is given up
+POLL_SECONDS = 0.5  # between two measurements of a download's progress
+PROGRESS_SECONDS = 5.0  # between two console lines about it
+STALLED_SECONDS = 300.0  # without a byte: the download is aborted
 DISK_MARGIN = 64 * 2**20
 
 T = TypeVar("T")
 
 
 def small_files(names: Iterable[str]) -> list[str]:
-    """Config, tokenizer, chat templates and code: what is read before the weights."""
+    """Config, tokenizer, chat templates and code: the files that are read before the weights."""
     return sorted(
         name
         for name in names
@@ -56,9 +56,7 @@ def small_files(names: Iterable[str]) -> list[str]:
 
 
 def weight_files(names: Iterable[str], read_index: Callable[[str], Mapping[str, Any]]) -> list[str]:
-    """The files with the weights, in one format: safetensors where there are both. Empty where there are
-    none.
-    """
+    """The weight files, in one format: safetensors if there are both. Empty if there are none."""
     there = set(names)
     adapter = [ADAPTER_WEIGHTS] if ADAPTER_WEIGHTS in there else []
     first = next((name for name in WEIGHTS if name in there), None)
@@ -71,7 +69,7 @@ def weight_files(names: Iterable[str], read_index: Callable[[str], Mapping[str, 
 
 
 def cached_listing(cache: Path, hub_id: HubId) -> dict[str, int] | None:
-    """Name -> bytes of all files of a pinned repository, as the hub has told them to this cache before."""
+    """Name -> bytes of all files of a pinned repository, as stored in the cache by an earlier request."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -85,14 +83,14 @@ def cached_listing(cache: Path, hub_id: HubId) -> dict[str, int] | None:
 
 
 def complete_folder(cache: Path, hub_id: HubId, *, weights: bool) -> str | None:
-    """The snapshot in this cache, if it has all that is needed. Looks at names alone: huggingface_hub puts a
-    file under its name when it is whole.
+    """The snapshot folder in this cache, if complete. Checks names only: huggingface_hub moves a file to its
+    name once it is complete.
     """
     folder = snapshot_folder(cache, hub_id)
     if folder is None:
         return None
     listing = cached_listing(cache, hub_id)
-    if listing is None:  # filled by an earlier huggingface_hub, which kept none
+    if listing is None:  # filled by an older huggingface_hub, which stored none
         listing = {str(path.relative_to(folder)): 0 for path in folder.rglob("*") if path.is_file()}
     wanted = small_files(listing)
     if not wanted or not _all_there(folder, wanted):
@@ -109,7 +107,7 @@ def _all_there(folder: Path, names: Iterable[str]) -> bool:
 
 
 def fetch(cache: Path, hub_id: HubId, access: Access, *, weights: bool, say: Callable[[str], None]) -> str:
-    """Have in the cache what is needed of a pinned model, and return its folder. Raises `HubError`."""
+    """Download the needed files of a pinned model to the cache; returns its folder. Raises `HubError`."""
     listing = listed(cache, hub_id, access)
     folder = download(cache, hub_id, small_files(listing), access, say=say)
     if not weights:
@@ -124,16 +122,16 @@ def listed(cache: Path, hub_id: HubId, access: Access) -> dict[str, int]:
     if listing is None:
         try:
             folder = Path(_snapshot(cache, hub_id, ["config.json", "README.md"], access, UpdateCounter()))
-        except Exception as error:  # of huggingface_hub, its client, the disk
+        except Exception as error:  # from huggingface_hub, its client, the disk
             raise explained(error, hub_id, access, cache) from error
         listing = cached_listing(cache, hub_id)
-        if listing is None:  # without a network, from a cache that an earlier huggingface_hub has filled
+        if listing is None:  # offline, with a cache that an older huggingface_hub has filled
             listing = {str(path.relative_to(folder)): 0 for path in folder.rglob("*") if path.is_file()}
     return listing
 
 
 def bytes_fetched(cache: Path, hub_id: HubId) -> int:
-    """Of that repository, half fetched files included."""
+    """Bytes of that repository on disk, including partial files."""
     return _bytes_in(cache / hub_id.cache_name / "blobs")
 
 
@@ -145,7 +143,7 @@ def download(
     *,
     say: Callable[[str], None],
 ) -> str:
-    """Have these files in the cache and return the snapshot's folder. What is there is not fetched again.
+    """Download these files to the cache and return the snapshot folder. Existing files are not fetched again.
     Raises `HubError`.
     """
     listing = cached_listing(cache, hub_id) or {}
@@ -153,23 +151,23 @@ def download(
     missing = [name for name in names if folder is None or not (folder / name).is_file()]
     size = sum(listing.get(name, 0) for name in missing)
     _check_disk(cache, hub_id, size)
-    news = UpdateCounter()
+    updates = UpdateCounter()
     what = f"{format_bytes(size)} in {len(missing)} file{'s' * (len(missing) != 1)}"
     try:
         return run_with_progress(
-            lambda: _snapshot(cache, hub_id, names, access, news),
+            lambda: _snapshot(cache, hub_id, names, access, updates),
             hub_id,
             measure=lambda: bytes_fetched(cache, hub_id),
-            news=news,
+            updates=updates,
             say=say if size else lambda _: None,
             what=what,
         )
-    except Exception as error:  # of huggingface_hub, its client, the disk
+    except Exception as error:  # from huggingface_hub, its client, the disk
         raise explained(error, hub_id, access, cache) from error
 
 
 class UpdateCounter:
-    """Counts what a download reports of itself."""
+    """Counts the progress updates of a download, as a sign of life."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -180,12 +178,12 @@ def run_with_progress(
     hub_id: HubId,
     *,
     measure: Callable[[], int],
-    news: UpdateCounter,
+    updates: UpdateCounter,
     say: Callable[[str], None],
     what: str,
 ) -> T:
-    """Do `work`, which fetches, and say how many bytes have come (`measure`, of all on the disk). Raises what
-    it raises, and `HubError` when nothing has moved for `STALLED_SECONDS`.
+    """Run the download `work` in a thread and report the bytes received; `measure` returns the bytes on disk.
+    Raises what `work` raises, and `HubError` when there is no progress for `STALLED_SECONDS`.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -193,28 +191,28 @@ def run_with_progress(
     def run() -> None:
         try:
             results.append(work())
-        except BaseException as error:  # raised again by the thread that waits
+        except BaseException as error:  # re-raised by the waiting thread
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True, name=f"fetch-{hub_id.repo}")
     before = measure()
-    started = told = moved = time.monotonic()
+    started = last_report = moved = time.monotonic()
     last = (before, 0)
     say(f"fetching {hub_id.repo}: {what}")
     thread.start()
     while thread.is_alive():
         thread.join(POLL_SECONDS)
-        now, there = time.monotonic(), (measure(), news.count)
+        now, there = time.monotonic(), (measure(), updates.count)
         if there != last:
             last, moved = there, now
         if now - moved > STALLED_SECONDS:
             raise HubError(
-                f"{hub_id}: nothing has come for {STALLED_SECONDS:g} s, after {format_bytes(there[0] - before)} "
-                f"of {what}. Fix: look at the network and at HF_ENDPOINT; what is there is kept, so that the "
-                "same command goes on"
+                f"{hub_id}: no data for {STALLED_SECONDS:g} s, after {format_bytes(there[0] - before)} "
+                f"of {what}. Fix: check the network and HF_ENDPOINT, then run the same command again: it "
+                "resumes the download"
             )
-        if now - told > PROGRESS_SECONDS:
-            told = now
+        if now - last_report > PROGRESS_SECONDS:
+            last_report = now
             say(f"fetching {hub_id.repo}: {format_bytes(there[0] - before)} of {what}")
     if errors:
         raise errors[0]
@@ -222,7 +220,7 @@ def run_with_progress(
     return results[0]
 
 
-def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access, news: UpdateCounter) -> str:
+def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access, updates: UpdateCounter) -> str:
     from huggingface_hub import snapshot_download
     from tqdm.auto import tqdm
 
@@ -232,7 +230,7 @@ def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access, news
             super().__init__(*arguments, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            news.count += 1
+            updates.count += 1
 
     return snapshot_download(
         hub_id.repo,
@@ -248,17 +246,17 @@ def _snapshot(cache: Path, hub_id: HubId, names: list[str], access: Access, news
 
 
 def _escaped(name: str) -> str:
-    """As a pattern that fits this name alone."""
+    """A glob pattern that matches only this name."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _bytes_in(folder: Path) -> int:
-    """On the disk, half fetched files included."""
+    """Bytes on disk, including partial files."""
     total = 0
     for entry in _entries(folder):
         try:
             total += entry.stat().st_size
-        except FileNotFoundError:  # renamed since
+        except FileNotFoundError:  # renamed in the meantime
             continue
     return total
 
@@ -272,15 +270,15 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _check_disk(cache: Path, hub_id: HubId, size: int) -> None:
-    """Raises `HubError` where it will not fit."""
+    """Raises `HubError` if the disk has too little free space."""
     place = cache
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if size and free < size + DISK_MARGIN:
         raise HubError(
-            f"{hub_id}: {format_bytes(size)} to fetch, but {cache} has {format_bytes(free)} free. Fix: make room "
-            "there, or set HF_HOME to a folder on a larger disk"
+            f"{hub_id}: {format_bytes(size)} to fetch, but {cache} has {format_bytes(free)} free. Fix: free "
+            "space there, or set HF_HOME to a folder on a larger disk"
         )
 
 

@@ -1,10 +1,10 @@
-"""A process with foreign code: `python -m rayrlhf.isolation.child REQUESTS ANSWERS OUTPUT MEMORY`, which are
-three file descriptors and a number of bytes.
+"""Subprocess that runs user code: `python -m rayrlhf.isolation.child REQUESTS ANSWERS OUTPUT MEMORY`, three
+file descriptors and a number of bytes.
 
-It is two processes. The guard, which never runs foreign code, forks the host and watches it: when the host
-ends, uses more than MEMORY, or the owner closes the guard's stdin (by intent or because the owner died), the
-guard kills the host and everything that it has started, says on stdout how the host ended, and ends. Neither
-a lock of the interpreter that is held for ever nor a signal handler of the user's can keep it from that.
+It consists of two processes. The guard, which never runs user code, forks the host and watches it: when the
+host exits, uses more than MEMORY, or the owner closes the guard's stdin (on purpose or because the owner
+died), the guard kills the host and all of its descendants, writes to stdout how the host ended, and exits.
+Neither an interpreter lock that is held forever nor a signal handler of the user's code can prevent that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def main(request_fd: int, answer_fd: int, output_fd: int, max_memory_bytes: int) -> None:
     libc = ctypes.CDLL(None)
-    # What a child of the host's leaves behind becomes a child of the guard's, in whatever session it is.
+    # Orphans of the host's children become children of the guard, whatever session they are in.
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     host = os.fork()
     if host == 0:
@@ -46,7 +46,7 @@ def main(request_fd: int, answer_fd: int, output_fd: int, max_memory_bytes: int)
 
 
 def _become_host(libc: Any, output_fd: int) -> None:
-    """A session of its own, no stdin, its output to the owner, and no life without the guard."""
+    """New session, no stdin, output to the owner; the process is killed when the guard dies."""
     os.setsid()
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -56,18 +56,18 @@ def _become_host(libc: Any, output_fd: int) -> None:
     for fd in (nothing, output_fd):
         os.close(fd)
     for name, fd in (("stdout", 1), ("stderr", 2)):
-        stream = open(  # noqa: SIM115 - for good
+        stream = open(  # noqa: SIM115 - stays open
             fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    # When memory runs out, the kernel takes this one rather than the owner. Not every container lets it.
+    # When memory runs out, the OOM killer picks this process before the owner. Not every container allows it.
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
 
 
 def _guard(host: int, max_memory_bytes: int) -> dict[str, Any]:
-    """Returns how the host ended: with an `exit` code, by a `signal`, or over the limit of `memory`."""
+    """Wait for the host to end; returns how: `exit` code, `signal`, or `memory` over the limit."""
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(woken, False)
@@ -91,7 +91,7 @@ def _guard(host: int, max_memory_bytes: int) -> dict[str, Any]:
 
 
 def _reap(host: int) -> int | None:
-    """The host's wait status once it has ended; orphans that have ended are buried on the way."""
+    """The host's wait status once it has ended; also reaps orphans that have ended."""
     found = None
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -101,7 +101,7 @@ def _reap(host: int) -> int | None:
 
 
 def _kill_everything(host: int) -> None:
-    """The host's group at once, which stops a fork bomb, then whatever has left the group."""
+    """Kill the host's process group at once, which stops a fork bomb, then processes that left the group."""
     for _ in range(KILL_ROUNDS):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(host, signal.SIGKILL)
@@ -116,12 +116,12 @@ def _kill_everything(host: int) -> None:
 
 
 def _descendants() -> set[int]:
-    """All processes below this one."""
+    """Pids of all descendants of this process."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-                # pid (name, which may hold anything) state parent …
+                # pid (name, which may contain any character) state parent …
                 parent = int(file.read().rpartition(b")")[2].split()[1])
                 children.setdefault(parent, []).append(int(name))
     found: set[int] = set()

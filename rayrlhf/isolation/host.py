@@ -1,8 +1,8 @@
-"""The side of the pipes on which foreign code runs: one object, its methods called as requests ask for them.
+"""Request loop of the subprocess that runs user code: one host object whose methods are called remotely.
 
-The first frame, `(host, arguments)`, names a class of ours, `module:Class`. It is made on the main thread, so
-what it imports may want that. Its methods are coroutines and run concurrently on one loop; what blocks, they
-put on a thread. `exit()` and Ctrl-C's exception end the call that raised them, not the process.
+The first frame, `(host, arguments)`, names a class of rayrlhf, `module:Class`. It is created on the main
+thread, which some imports require. Its methods are coroutines and run concurrently on one loop; they run
+blocking calls on a thread. `exit()` and Ctrl-C's exception end the call that raised them, not the process.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, NoReturn
 
 from rayrlhf.isolation.frames import HEADER, CodeError, described, encoded
 
-PING = ""  # the method that only asks whether the loop runs
-READY = 0  # the number of the answer that says so, or why not
+PING = ""  # the method that only checks that the loop runs
+READY = 0  # id of the first answer: the host is ready, or why it is not
 
 
 def run(request_fd: int, answer_fd: int) -> NoReturn:
-    """Until the requests end."""
+    """Serve requests until the pipe is closed."""
     faulthandler.enable()
     requests = os.fdopen(request_fd, "rb", buffering=0)
     try:
@@ -30,14 +30,14 @@ def run(request_fd: int, answer_fd: int) -> NoReturn:
         module, _, made = name.partition(":")
         host = getattr(importlib.import_module(module), made)(*arguments)
         max_calls: int = host.max_calls
-    except BaseException as error:  # exit() at import, too
+    except BaseException as error:  # also exit() at import
         _write(answer_fd, encoded({"id": READY, "error": _reason(error)}))
         os._exit(0)
     _write(answer_fd, encoded({"id": READY, "result": [max_calls, os.getpid()]}))
     try:
         asyncio.run(_serve(host, requests, answer_fd))
     finally:
-        os._exit(0)  # threads of the user's may still run
+        os._exit(0)  # threads of user code may still run
 
 
 async def _serve(host: Any, requests: BinaryIO, answer_fd: int) -> None:
@@ -82,13 +82,13 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
     while len(received) < count:
         part = file.read(count - len(received))
         if not part:
-            os._exit(0)  # the owner has gone
+            os._exit(0)  # the owner has ended
         received += part
     return received
 
 
 def _write(fd: int, content: bytes) -> None:
-    """All of it. Only the loop's thread writes, so frames do not mix."""
+    """Write all bytes. Only the loop's thread writes, so frames do not interleave."""
     view = memoryview(content)
     try:
         while view:

@@ -1,4 +1,4 @@
-"""What foreign code prints: a file of bounded size, and the first lines to somebody who reads."""
+"""Output of user code: a log file of bounded size, with the first lines also passed to a callback."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-FILE_BYTES = 8 << 20  # then it becomes <file>.1, and the one before goes
+FILE_BYTES = 8 << 20  # then it is rotated to <file>.1, which replaces the previous one
 FIRST_LINES = 5
 SHOWN_CHARACTERS = 200  # of a line
 READ_BYTES = 1 << 16
 
 
 class OutputLog:
-    """Takes the output of one process after the other. `say` gets the first lines, then at 10, 100, … further
-    ones how many there are in the file.
+    """Collects the output of successive processes. `say` receives the first lines, then at 10, 100, … further
+    lines their number.
     """
 
     def __init__(self, name: str, path: Path | None = None, say: Callable[[str], None] | None = None) -> None:
@@ -30,11 +30,11 @@ class OutputLog:
         self._file: _File | None = None
         self._lock = threading.Lock()
         self._num_lines = 0
-        self._num_said = 0  # of those behind the first
+        self._num_said = 0  # lines after the first ones that were reported
         self._threads: list[threading.Thread] = []
 
     def read(self, fd: int) -> None:
-        """Follow what arrives at `fd`, and close it at the end."""
+        """Read `fd` in a thread until its end, then close it."""
         thread = threading.Thread(target=self._follow, args=(fd,), daemon=True, name="output")
         thread.start()
         self._threads = [*(each for each in self._threads if each.is_alive()), thread]
@@ -48,7 +48,7 @@ class OutputLog:
                 with self._lock:
                     self._write(text)
                     *lines, line = (line + text).split("\n")
-                    line = line[-READ_BYTES:]  # one that never ends
+                    line = line[-READ_BYTES:]  # a line without an end
                     for each in lines:
                         self._add(each)
         with self._lock:
@@ -84,13 +84,12 @@ class OutputLog:
         try:
             self.say(text)
         except Exception as error:
-            # Who reads has gone. The pipe must be read all the same, or the process would stop at its
-            # next line.
+            # The callback failed. The pipe must still be read, or the process would block at its next line.
             self.say = None
             print(f"the first lines of {self.name} are not shown: {error!r:.200}", file=sys.stderr)
 
     def close(self, wait_seconds: float = 0.0) -> None:
-        """Call it when the processes have ended; it waits for what they have left in their pipes."""
+        """Call it when the processes have ended; waits until their pipes are read."""
         for thread in self._threads:
             thread.join(wait_seconds)
         with self._lock:
@@ -103,7 +102,7 @@ class OutputLog:
 
 
 class _File(RotatingFileHandler):
-    """Writes pieces of text. A file that cannot be written is given up with one line in our own log."""
+    """Writes pieces of text. If the file cannot be written, logs one line and drops further output."""
 
     terminator = ""
 
@@ -128,4 +127,4 @@ class _File(RotatingFileHandler):
 
     def _give_up(self, path: Path, error: BaseException | None) -> None:
         self.broken = True
-        print(f"what the user's code prints is not kept: cannot write {path}: {error}", file=sys.stderr)
+        print(f"the output of user code is not saved: cannot write {path}: {error}", file=sys.stderr)

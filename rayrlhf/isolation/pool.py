@@ -1,7 +1,7 @@
-"""Processes with the same foreign code, replaced as they die or hang, and calls spread over them.
+"""Pool of subprocesses with the same user code: distributes calls, replaces processes that die or hang.
 
-A call that is alone in a process that dies is what killed it. Calls that ran beside others are asked once
-more, each alone in a process of its own: they are served, and the one at fault is found.
+A call that runs alone in a process that dies is the cause. Calls that ran concurrently with others are
+repeated once, each alone in a separate process: they are served, and the faulty one is identified.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from rayrlhf.isolation.output import OutputLog
 from rayrlhf.isolation.process import CodeProcess, Hosted
 
 OUTPUT_SECONDS = 5.0  # for what is left in the pipes of processes that have ended
-NUM_ALONE = 4  # calls at once that have a process of their own
+NUM_ALONE = 4  # max concurrent calls that run in a separate process each
 
 
 @dataclass(eq=False)
 class _Loaded:
     process: CodeProcess
-    began: list[float] = field(default_factory=list)  # of everything that has a place in it
+    began: list[float] = field(default_factory=list)  # start time of every call or context that uses it
 
     @property
     def has_room(self) -> bool:
@@ -32,8 +32,8 @@ class _Loaded:
 
 
 class ProcessPool:
-    """`num_processes`, and up to `num_extra` while calls that take longer than `slow_seconds` fill the
-    others. Belongs to one event loop; use it as a context, or `start` it and `close` or `kill` it.
+    """`num_processes` processes, and up to `num_extra` more while calls that take longer than `slow_seconds`
+    occupy the others. Bound to one event loop; use it as a context, or `start` it and `close` or `kill` it.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class ProcessPool:
         self.num_extra = num_extra
         self.slow_seconds = slow_seconds
         self.num_started = 0
-        self._processes: list[_Loaded] = []  # with those that are retired, until they have gone
+        self._processes: list[_Loaded] = []  # including retired ones, until they have ended
         self._num_starting = 0
-        self._changed = asyncio.Event()  # another one after each change
-        self._line = asyncio.Lock()  # who holds it is the first to get a place
+        self._changed = asyncio.Event()  # replaced by a new one after each change
+        self._queue = asyncio.Lock()  # its holder is the next to get a process
         self._alone = asyncio.Semaphore(NUM_ALONE)
         self._background: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
-        """All of the `num_processes`. Raises `CodeError` where the code cannot be used."""
+        """Start all `num_processes`. Raises `CodeError` if the code cannot be used."""
         starting = [self._start() for _ in range(self.num_processes)]
         for outcome in await asyncio.gather(*starting, return_exceptions=True):
             if isinstance(outcome, BaseException):
@@ -74,16 +74,16 @@ class ProcessPool:
         await self.kill()
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """What the host's method returns. Raises `CodeError` with the reason, `CodeTimeout`, and
-        `ProcessDied` for a call that has ended its process. A caller that is cancelled leaves a call that
-        runs to its deadline.
+        """Returns the result of the host's method. Raises `CodeError` with the reason, `CodeTimeout`, and
+        `ProcessDied` for a call that has ended its process. If the caller is cancelled, the call runs on
+        until its deadline.
         """
         loaded, began = await self._place()
         return await asyncio.shield(self._spawn(self._call(loaded, began, method, arguments)))
 
     @asynccontextmanager
     async def process(self) -> AsyncIterator[CodeProcess]:
-        """A place in one of them, for a caller that needs the same one several times."""
+        """One of the processes, for a caller that needs the same one several times."""
         loaded, began = await self._place()
         try:
             yield loaded.process
@@ -92,7 +92,7 @@ class ProcessPool:
 
     @asynccontextmanager
     async def own_process(self) -> AsyncIterator[CodeProcess]:
-        """A new one for this caller alone, after another one has died under it."""
+        """A new process for this caller alone, after the previous one has died during its call."""
         async with self._alone:
             process = CodeProcess(self.hosted, self.output)
             self.num_started += 1
@@ -103,20 +103,20 @@ class ProcessPool:
                 await process.kill()
 
     async def retire(self, process: CodeProcess) -> None:
-        """It takes no more calls, and goes with the last that it has; at once, if it does not even answer."""
+        """Give it no more calls; it ends after its last call, or at once if it does not respond."""
         process.retired = True
         self._notify()
         if not await process.answers():
             await process.kill()
 
     def close(self) -> None:
-        """Have all of them killed; does not wait. Needs no running loop."""
+        """Request that all processes be killed; does not wait. Needs no running loop."""
         for loaded in self._processes:
             loaded.process.close()
         self.output.close()
 
     async def kill(self) -> None:
-        """Kill all of them, and wait until nothing is left."""
+        """Kill all processes and wait until they have ended."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -135,7 +135,7 @@ class ProcessPool:
             await self.retire(process)
             if not process.died:
                 raise
-            # Another one may have held the interpreter's lock.
+            # Another call may have held the interpreter's lock.
         except ProcessDied as died:
             if died.alone:
                 raise
@@ -148,17 +148,17 @@ class ProcessPool:
             return await process.call(method, *arguments)
 
     async def _place(self) -> tuple[_Loaded, float]:
-        """A process with room for one more, and since when it counts there. First come, first served."""
+        """A process with a free slot, and the start time recorded there. First come, first served."""
         starting: asyncio.Task[None] | None = None
-        async with self._line:
+        async with self._queue:
             while not (free := [each for each in self._processes if each.has_room]):
                 if starting is not None and starting.done():
-                    starting.result()  # raises what kept it from starting
+                    starting.result()  # raises the error of the start
                     starting = None
                 if starting is None and self._may_start():
                     starting = self._spawn(self._start())
                 change = asyncio.ensure_future(self._changed.wait())
-                await asyncio.wait({change}, timeout=self.slow_seconds / 2)  # one may have become slow
+                await asyncio.wait({change}, timeout=self.slow_seconds / 2)  # a process may have become slow
                 change.cancel()
             loaded = min(free, key=lambda each: len(each.began))
             now = time.monotonic()
@@ -210,6 +210,6 @@ class ProcessPool:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        # Whoever waited may have been cancelled: then nobody looks at what it raised.
+        # The waiting caller may have been cancelled: mark the exception as retrieved.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task

@@ -1,4 +1,4 @@
-"""The owner's side of a process with foreign code: start it, call it, end it."""
+"""Client of one subprocess with user code: start, call, kill."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from rayrlhf.isolation.host import PING, READY
 from rayrlhf.isolation.output import OutputLog
 
 PONG_SECONDS = 2.0
-CLOSED_SECONDS = 1.0  # between the end of the answers and that of the process
-END_SECONDS = 10.0  # for the guard to kill what is left, and to say how the process ended
-LOW_PRIORITY = 5  # a third of what others get, and all that they leave
-MEMORY_SHARE = 0.5  # of the machine's, where no limit is set
+CLOSED_SECONDS = 1.0  # between the end of the answers and the end of the process
+END_SECONDS = 10.0  # for the guard to kill the remaining processes and report how the host ended
+LOW_PRIORITY = 5  # nice value: a third of the CPU share of others, and all idle CPU time
+MEMORY_SHARE = 0.5  # of the machine's memory, if no limit is set
 
 
 @dataclass(frozen=True)
 class Hosted:
-    """What runs in the process, and what it may take."""
+    """The host class that runs in the process, and its limits."""
 
-    host: str  # "module:Class" of ours, made with `arguments`
+    host: str  # "module:Class" of rayrlhf, constructed with `arguments`
     arguments: tuple[Any, ...]
     start_timeout_seconds: float
     timeout_seconds: float  # of one call
-    start_key: str = "start_timeout_seconds"  # how messages call the first, and the second
+    start_key: str = "start_timeout_seconds"  # config keys that messages name for the two timeouts
     timeout_key: str = "timeout_seconds"
     max_memory_gib: float | None = None
     env_vars: tuple[tuple[str, str], ...] = ()
@@ -52,16 +52,16 @@ class Hosted:
 
 
 class CodeProcess:
-    """Belongs to one event loop. Calls run concurrently in it, at most `max_calls` (known once it is up)."""
+    """Bound to one event loop. Runs up to `max_calls` calls concurrently (known once it has started)."""
 
     def __init__(self, hosted: Hosted, output: OutputLog) -> None:
         self.hosted = hosted
         self.output = output
         self.max_calls = 0
         self.retired = False  # takes no more calls
-        self.died = ""  # why, once it has
+        self.died = ""  # reason, once it has ended
         self._closing = False
-        self._pid = 0  # in its own words: only for its priority
+        self._pid = 0  # reported by the process itself: used only to set its priority
         self._number = READY
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._popen: subprocess.Popen[bytes] | None = None
@@ -77,20 +77,20 @@ class CodeProcess:
         return bool(self.max_calls) and not self.died and not self.retired
 
     async def start(self) -> None:
-        """Raises `CodeError` where the code cannot be used, `CodeTimeout` and `ProcessDied`."""
+        """Raises `CodeError` if the code cannot be used, `CodeTimeout` and `ProcessDied`."""
         request_read, request_write = os.pipe()
         answer_read, answer_write = os.pipe()
         output_read, output_write = os.pipe()
         theirs = (request_read, answer_write, output_write)
         self._popen = subprocess.Popen(
-            # -P: the folder that we happen to be in must not hide modules of Python's.
+            # -P: the current folder must not shadow modules of the standard library.
             [sys.executable, "-P", "-m", "rayrlhf.isolation.child"]
             + [str(number) for number in (*theirs, self.hosted.max_memory_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=theirs,
             start_new_session=True,
-            # Ray puts the folder of a job on the path of its workers.
+            # Ray adds a job's folder to sys.path of its workers.
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
@@ -118,8 +118,8 @@ class CodeProcess:
             self._calls.pop(READY, None)
 
     async def call(self, method: str, *arguments: Any, timeout_seconds: float | None = None) -> Any:
-        """What the host's method returns. Raises `CodeError` with the reason, `CodeTimeout` at the deadline
-        (the call still runs there) and `ProcessDied`.
+        """Returns the result of the host's method. Raises `CodeError` with the reason, `CodeTimeout` at the
+        deadline (the call is still running in the process) and `ProcessDied`.
         """
         if self.died:
             raise ProcessDied(self.died)
@@ -137,12 +137,12 @@ class CodeProcess:
             self._calls.pop(number, None)
 
     def lower_priority(self) -> None:
-        """Leave the processors to others that want them."""
-        with suppress(OSError):  # it may have ended
+        """Lower the CPU priority of the process."""
+        with suppress(OSError):  # the process may have ended
             os.setpriority(os.PRIO_PROCESS, self._pid, LOW_PRIORITY)
 
     async def answers(self) -> bool:
-        """Whether its loop runs: not while a call holds the interpreter's lock, or blocks the loop."""
+        """Whether its event loop responds: not while a call holds the interpreter's lock or blocks it."""
         try:
             await self.call(PING, timeout_seconds=PONG_SECONDS)
         except CodeError:
@@ -150,19 +150,19 @@ class CodeProcess:
         return True
 
     def close(self) -> None:
-        """Have the guard kill everything; does not wait. Needs no running loop."""
+        """Make the guard kill everything; does not wait. Needs no running loop."""
         self.retired = self._closing = True
         if self._popen is not None and self._popen.stdin is not None:
             self._popen.stdin.close()
 
     async def kill(self) -> None:
-        """Close, and wait until nothing is left of it."""
+        """Close, and wait until the process has ended."""
         self.close()
         if self._reading is not None:
             await asyncio.wait({self._reading})
 
     async def _read(self, fd: int) -> None:
-        """Take answers until there are no more, then say to all that wait how it ended."""
+        """Read answers until the pipe ends, then fail all pending calls with the reason."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader()
         transport, _ = await loop.connect_read_pipe(
@@ -184,7 +184,7 @@ class CodeProcess:
         self.died = broken or self._in_words(how)
         if self._requests is not None:
             self._requests.close()
-        # Once one has missed its deadline, it still runs there.
+        # A call that has missed its deadline is still running in the process.
         alone = len(self._calls) == 1 and not self.retired
         for future in self._calls.values():
             if not future.done():
@@ -200,12 +200,12 @@ class CodeProcess:
             future.set_result(answer["result"])
 
     def _exit_report(self) -> dict[str, Any]:
-        """How the host ended, in the guard's words; {} where it could not say."""
+        """The guard's report of how the host ended; {} if there is none."""
         popen = self._popen
         assert popen is not None and popen.stdin is not None and popen.stdout is not None
         try:
             popen.wait(END_SECONDS if self._closing else CLOSED_SECONDS)
-        except subprocess.TimeoutExpired:  # it lives, but has closed its pipe
+        except subprocess.TimeoutExpired:  # still running, but it has closed its pipe
             popen.stdin.close()
             try:
                 popen.wait(END_SECONDS)

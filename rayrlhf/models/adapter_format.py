@@ -63,7 +63,7 @@ def check_base(base: str) -> None:
     if not folder.is_dir():
         if isinstance(reason := parse_id(base), str):
             raise MergeProblem(
-                f"the base {base} is no folder (looked from {Path.cwd()}), and no id of the hub, because "
+                f"the base {base} is no folder (looked from {Path.cwd()}), and not a hub id, because "
                 f"{reason}; give the one the adapter was trained on with --base"
             )
         return

@@ -128,7 +128,9 @@ class RewardClient:
         # It is logged and counted by its text: a reward may raise whatever a response held.
         if isinstance(getattr(error, "cause", None), RewardError):
             return one_line(last_message(error))
-        return one_line(f"{type(error).__name__}: {last_message(error)}" if str(error).strip() else repr(error))
+        return one_line(
+            f"{type(error).__name__}: {last_message(error)}" if str(error).strip() else repr(error)
+        )
 
     def _count(self, name: str, num_failed: int) -> None:
         with self._lock:

@@ -41,7 +41,9 @@ class ModelReward:
 
     ACTOR: type[ScoreActor] = ScoreActor
 
-    async def __init__(self, role: str, source: ModelSource, asked: PromptFormat | None, slots: Slots) -> None:
+    async def __init__(
+        self, role: str, source: ModelSource, asked: PromptFormat | None, slots: Slots
+    ) -> None:
         self.model = SlotChild(
             role,
             self.ACTOR,

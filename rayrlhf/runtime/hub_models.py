@@ -19,7 +19,7 @@ from rayrlhf.data.sources.hub_pins import pin_data
 from rayrlhf.hub.access import access_from_env
 from rayrlhf.hub.errors import HubError
 from rayrlhf.hub.ids import cache_folder, names_a_cache, parse_id, pinned_id
-from rayrlhf.hub.local import ACTOR_PREFIX, HubSettingsActor, HubSettings, local_folder
+from rayrlhf.hub.local import ACTOR_PREFIX, HubSettings, HubSettingsActor, local_folder
 from rayrlhf.hub.resolve import no_folder, resolve
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.slots import PlacementError, Slots
@@ -131,13 +131,13 @@ def lent_access(config: Any) -> Iterator[None]:
         yield
         return
     name = f"{ACTOR_PREFIX}{uuid.uuid4().hex[:12]}"
-    keeper: Any = ray.remote(HubSettingsActor).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
-    lent = HubSettings(access_from_env(), str(cache_folder(os.environ)), names_a_cache(os.environ))
-    ray.get(keeper.keep.remote(lent, ids), timeout=ANSWER_SECONDS)
+    actor: Any = ray.remote(HubSettingsActor).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
+    settings = HubSettings(access_from_env(), str(cache_folder(os.environ)), names_a_cache(os.environ))
+    ray.get(actor.set.remote(settings, ids), timeout=ANSWER_SECONDS)
     try:
         yield
     finally:
-        ray.kill(keeper)
+        ray.kill(actor)
 
 
 def fetch_on_nodes(config: Any, slots: Slots, say: Say) -> None:

@@ -62,8 +62,8 @@ def test_chat_and_merge_fetch_an_adapter_with_its_base(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     assert chat([adapter, "--max-new-tokens", "2"]) == 0
-    told = capsys.readouterr().err
-    assert "fetched tiny/adapter: " in told and "fetched tiny/policy: 1.3 MB" in told
+    stderr = capsys.readouterr().err
+    assert "fetched tiny/adapter: " in stderr and "fetched tiny/policy: 1.3 MB" in stderr
     assert merge_lora([adapter, str(tmp_path / "merged")]) == 0
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert hub.downloads()["tiny/policy/model.safetensors"] == 1

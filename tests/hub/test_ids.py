@@ -1,4 +1,4 @@
-"""Ids and folders are told from one another without the hub."""
+"""Ids are distinguished from folders without a request to the hub."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, wanted:
         ("~/name", "begins as a path does"),
         ("name", "it has no '/'"),
         ("a/b/c", "it has 2 '/'"),
-        ("owner/na me", "'na me' is no name"),
-        ("owner/a--b", "'a--b' is no name"),
+        ("owner/na me", "'na me' is not a valid name"),
+        ("owner/a--b", "'a--b' is not a valid name"),
         ("owner/" + "x" * 91, "97 characters"),
         ("owner/name.git", "ends in .git"),
         ("owner/name@", None),
@@ -47,11 +47,11 @@ def test_what_is_no_id_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = parse_id(text)
+    parsed = parse_id(text)
     if reason is None:
-        assert isinstance(told, str)
+        assert isinstance(parsed, str)
     else:
-        assert isinstance(told, str) and reason in told
+        assert isinstance(parsed, str) and reason in parsed
 
 
 def test_below_a_folder_that_is_here_only_the_prefix_means_the_hub(
@@ -60,7 +60,7 @@ def test_below_a_folder_that_is_here_only_the_prefix_means_the_hub(
     """`models/tiny` with a folder models/ is a typo of a path, and never asked for at the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    assert "there is a folder models here" in str(parse_id("models/tiny"))
+    assert "a local folder models exists" in str(parse_id("models/tiny"))
     assert parse_id("hub@models/tiny") == HubId("models/tiny")
 
 

@@ -78,13 +78,13 @@ def test_a_second_start_needs_no_network(
 def refused(text: str) -> str:
     with pytest.raises(HubError) as caught:
         pinned(text)
-    told = str(caught.value)
-    assert "Fix: " in told and "\n" not in told
-    return told
+    message = str(caught.value)
+    assert "Fix: " in message and "\n" not in message
+    return message
 
 
 def test_a_missing_repository_or_revision(hub: LocalHub) -> None:
-    assert "has none of that name, or none that a visitor without a token may see" in refused("tiny/none")
+    assert "has none of that name that a request without a token may see" in refused("tiny/none")
     assert "no revision v9" in refused("tiny/policy@v9")
 
 
@@ -101,27 +101,27 @@ def test_a_private_repository_and_a_wrong_token(
     hub: LocalHub, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("tiny/private", policy, private=True)
-    assert "none that a visitor without a token may see" in refused("tiny/private")
+    assert "none of that name that a request without a token may see" in refused("tiny/private")
     monkeypatch.setenv("HF_TOKEN", "hf_thisisawrongtoken")
-    told = refused("tiny/private")
-    assert "refuses the token of this machine as invalid" in told
-    assert "wrongtoken" not in told
+    message = refused("tiny/private")
+    assert "refuses the token of this machine as invalid" in message
+    assert "wrongtoken" not in message
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert pinned("tiny/private").startswith("tiny/private@")
 
 
 def test_offline_with_an_empty_cache(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    told = refused("tiny/policy")
-    assert "HF_HUB_OFFLINE is set" in told and "hf download tiny/policy" in told
+    message = refused("tiny/policy")
+    assert "HF_HUB_OFFLINE is set" in message and "hf download tiny/policy" in message
     assert hub.asked == []
 
 
 def test_a_hub_that_cannot_be_reached(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")
-    told = refused("tiny/policy")
-    assert "127.0.0.1:9 cannot be reached" in told
-    assert "secret" not in told
+    message = refused("tiny/policy")
+    assert "127.0.0.1:9 cannot be reached" in message
+    assert "secret" not in message
 
 
 @pytest.mark.parametrize(
@@ -149,18 +149,18 @@ def test_an_adapter_is_no_model(hub: LocalHub, tmp_path: Path) -> None:
     )
     (folder / "adapter_model.safetensors").write_bytes(b"x")
     hub.add("tiny/adapter", folder)
-    assert "is an adapter, not a whole model" in refused("tiny/adapter")
+    assert "is an adapter, not a full model" in refused("tiny/adapter")
     found = folder_of("tiny/adapter", "ADAPTER", say=print, may_be_adapter=True)
     assert Path(found, "adapter_model.safetensors").is_file()
     assert base_of(Path(found)) == "tiny/policy@v2"
 
 
-def test_a_full_disk_is_told_before_anything_is_fetched(
+def test_a_full_disk_is_reported_before_anything_is_fetched(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ref = pinned("tiny/policy")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(HubError, match=r"1\.\d MB to fetch, but .* has 1 B free. Fix: make room"):
+    with pytest.raises(HubError, match=r"1\.\d MB to fetch, but .* has 1 B free. Fix: free space"):
         local_folder(ref)
     assert hub.downloads()[WEIGHTS] == 0
 
@@ -206,14 +206,14 @@ def test_a_node_that_cannot_reach_the_hub_takes_the_drivers_shared_cache(
 
     ref = pinned("tiny/policy")
     folder = local_folder(ref)
-    lent = local.HubSettings(access_from_env(), str(tmp_path / "home" / "hub"), cache_is_named=True)
-    monkeypatch.setattr(local, "_borrow", lambda _: lent)
+    settings = local.HubSettings(access_from_env(), str(tmp_path / "home" / "hub"), cache_is_named=True)
+    monkeypatch.setattr(local, "_settings_of_run", lambda _: settings)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "node"))
     own = local_folder(ref)
     assert own.startswith(str(tmp_path / "node")) and hub.downloads()[WEIGHTS] == 2
     monkeypatch.setenv("HF_HOME", str(tmp_path / "other-node"))
-    unreachable = local.HubSettings(Access(TOKEN, NOBODY), lent.cache, cache_is_named=True)
-    monkeypatch.setattr(local, "_borrow", lambda _: unreachable)
+    unreachable = local.HubSettings(Access(TOKEN, NOBODY), settings.cache, cache_is_named=True)
+    monkeypatch.setattr(local, "_settings_of_run", lambda _: unreachable)
     assert local_folder(ref) == folder
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
@@ -226,7 +226,7 @@ def test_a_download_that_stands_still_is_given_up(hub: LocalHub, monkeypatch: py
     ref = pinned("tiny/policy")
     hub.bytes_per_second = 1.0  # a piece of 64 KiB takes hours
     monkeypatch.setattr(snapshots, "STALLED_SECONDS", 2.0)
-    with pytest.raises(HubError, match=r"nothing has come for 2 s, after .* of 1\.\d MB in 1 file\. Fix: "):
+    with pytest.raises(HubError, match=r"no data for 2 s, after .* of 1\.\d MB in 1 file\. Fix: "):
         local_folder(ref)
     hub.bytes_per_second = None
 

@@ -17,7 +17,7 @@ import yaml
 from rayrlhf.config.load import dump_resolved
 from rayrlhf.hub.access import Access
 from rayrlhf.hub.ids import cache_folder
-from rayrlhf.hub.local import ACTOR_PREFIX, HubSettingsActor, HubSettings, local_folder
+from rayrlhf.hub.local import ACTOR_PREFIX, HubSettings, HubSettingsActor, local_folder
 from tests.integration.fake_cluster import fake_cluster
 from tests.integration.policy_runs import tiny_run
 from tests.local_hub import TOKEN, LocalHub, local_hub
@@ -145,15 +145,17 @@ def test_a_worker_fetches_with_the_token_that_the_driver_lends(
     commit = hub.repos["model", "tiny/policy"].refs["main"]
     ref, home = f"tiny/policy@{commit}", tmp_path / "worker"
     name = f"{ACTOR_PREFIX}test"
-    keeper: Any = ray.remote(HubSettingsActor).options(name=name, namespace="rayrlhf", num_cpus=0).remote()
-    lent = HubSettings(Access(TOKEN, hub.url), str(cache_folder({"HF_HOME": str(tmp_path / "driver")})), True)
-    ray.get(keeper.keep.remote(lent, frozenset({ref})), timeout=60)
+    actor: Any = ray.remote(HubSettingsActor).options(name=name, namespace="rayrlhf", num_cpus=0).remote()
+    settings = HubSettings(
+        Access(TOKEN, hub.url), str(cache_folder({"HF_HOME": str(tmp_path / "driver")})), True
+    )
+    ray.get(actor.set.remote(settings, frozenset({ref})), timeout=60)
     environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     task = folder_on_worker.options(runtime_env={"env_vars": environment})
     try:
         folders = ray.get([task.remote(ref) for _ in range(2)], timeout=120)
     finally:
-        ray.kill(keeper)
+        ray.kill(actor)
     assert set(folders) == {str(home / "hub/models--tiny--policy/snapshots" / commit)}
     assert set(hub.downloads().values()) == {1}, "two processes of a node, one download"
     assert set(hub.tokens) == {TOKEN}

@@ -68,8 +68,8 @@ def wait_until_gone(*pids: int) -> None:
         ("sys.exit(3)", r"SystemExit: 3"),
         ("interrupt()", r"KeyboardInterrupt: as by Ctrl-C \(hosts.py:\d+\)"),
         ("input()", r"EOFError: EOF when reading a line"),
-        ("object()", r"returned something that is no plain data \(an object of type object\)"),
-        ("'x' * (65 << 20)", r"returned 65 MiB; at most 64 are taken"),
+        ("object()", r"returned a value that is not plain data \(an object of type object\)"),
+        ("'x' * (65 << 20)", r"returned 65 MiB; the limit is 64 MiB"),
     ],
 )
 def test_what_ends_a_call_and_nothing_else(expression: str, message: str) -> None:
@@ -106,7 +106,7 @@ def test_what_ends_the_process_is_named_and_the_process_replaced(expression: str
     with_pool(body)
 
 
-def test_calls_beside_one_that_ends_the_process_are_served() -> None:
+def test_calls_concurrent_with_one_that_ends_the_process_are_served() -> None:
     async def body(pool: ProcessPool) -> list[Any]:
         others = [pool.call("run", f"time.sleep(0.3) or {i}") for i in range(5)]
         calls = [*others, pool.call("run", "time.sleep(0.1) or os._exit(1)")]
@@ -152,10 +152,10 @@ def test_a_lock_that_is_never_given_back() -> None:
     async def body(pool: ProcessPool) -> None:
         holding = asyncio.ensure_future(pool.call("run", "hold_the_lock()"))
         await asyncio.sleep(0.2)
-        beside = asyncio.ensure_future(pool.call("run", "7"))
+        concurrent = asyncio.ensure_future(pool.call("run", "7"))
         with pytest.raises(CodeTimeout):
             await holding
-        assert await beside == 7
+        assert await concurrent == 7
 
     with_pool(body, timeout=1.5)
 
@@ -308,7 +308,7 @@ def test_output_that_cannot_be_kept_stops_nothing(tmp_path: Path, capsys: pytest
         assert await pool.call("run", "print('x') or 7") == 7
 
     with_pool(body, log=log)
-    assert "is not kept: cannot write" in capsys.readouterr().err
+    assert "is not saved: cannot write" in capsys.readouterr().err
 
 
 def test_a_console_that_has_gone_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def test_all_that_cannot_be_had_is_told_at_once_by_its_key(
         pin(with_scorer(tmp_path, "./no/such/model"), print)
     first, second = str(caught.value).split("\n")
     assert first.startswith("model.path=./no/such/model: no such folder (looked from ")
-    assert "no id of the hub, because it begins as a path does" in first
+    assert "not a hub id, because it begins as a path does" in first
     assert second.startswith("reward.sources.0.path=tiny/scorer: the model tiny/scorer")
     assert "gated" in second and second.count("Fix: ") == 1
 

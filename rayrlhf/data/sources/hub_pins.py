@@ -74,7 +74,7 @@ def _pinned(parts: Any, kept: dict[str, str], say: Say) -> str:
             lambda: load_splits(f"{where}@{commit}"),
             pinned,
             measure=lambda: bytes_fetched(cache, pinned) + _converted(repo),
-            news=UpdateCounter(),
+            updates=UpdateCounter(),
             say=say,
             what="a data set",
         )
