@@ -1,5 +1,5 @@
-"""The driver of batch inference: check, prepare the rows, serve engines and rewards, answer shard by shard,
-merge. No trainer, and no row passes through here but when the files are put together.
+"""Driver of batch inference: validate, prepare the rows, serve engines and rewards, process the rows shard by
+shard, merge the output. No trainer; rows pass through this process only when the shard files are merged.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def _check(config: GenerateRunConfig) -> dict[int, UserCode]:
     output, run_path = output_path(config), Path(config.run.path)
     if output.exists() and not (run_path / IDENTITY).exists():
         raise InputError(
-            f"generate.output={output} exists and is not of this run ({run_path}); "
-            "choose another path, or move the file away"
+            f"generate.output={output} exists and was not written by this run ({run_path}); "
+            "choose another path, or move the file"
         )
     return functions
 
 
 def with_absolute_paths(config: GenerateRunConfig) -> GenerateRunConfig:
-    """Workers run in folders of their own."""
+    """Resolve relative paths: workers run in other working directories."""
     changes: dict[str, Any] = {
         "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())}),
         "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
@@ -113,7 +113,7 @@ def with_absolute_paths(config: GenerateRunConfig) -> GenerateRunConfig:
     return config.model_copy(update=changes)
 
 
-def _asked(config: GenerateRunConfig) -> PromptFormat:
+def _prompt_format(config: GenerateRunConfig) -> PromptFormat:
     return PromptFormat(config.model.path, config.data, config.model.trust_remote_code)
 
 
@@ -128,7 +128,7 @@ def _run(config: GenerateRunConfig, functions: dict[int, UserCode], console: Con
     check_identity(run_path / IDENTITY, _identity(config, store), resume=config.run.resume)
     start_folder(config)
     if output.is_file() and (run_path / SUMMARY).is_file():
-        console.say(f"all rows are answered already, in {output}")
+        console.say(f"all rows are done already, in {output}")
         return run_path
     check_columns(store, config)
     check_stops(config.model, config.data, {"rollout.sampling.stop": config.rollout.sampling.stop})
@@ -140,7 +140,7 @@ def _run(config: GenerateRunConfig, functions: dict[int, UserCode], console: Con
             store,
             run_path,
             console.say,
-            asked=_asked(config),
+            asked=_prompt_format(config),
         )
     shards = plan_shards(config.generate.num_rows or len(store), config.generate.rows_per_shard)
     folder = ShardFolder(run_path / "shards")
@@ -169,7 +169,7 @@ def _prepare_rows(config: GenerateRunConfig, run_path: Path, console: Console) -
 
 
 def _identity(config: GenerateRunConfig, store: PromptStore) -> dict[str, Any]:
-    """Everything that the output depends on."""
+    """All values that the output depends on."""
     reward = config.reward.model_dump(mode="json") if config.reward else None
     return {
         "run": {"seed": config.run.seed},
@@ -187,15 +187,15 @@ def _identity(config: GenerateRunConfig, store: PromptStore) -> dict[str, Any]:
 
 
 def check_columns(store: PromptStore, config: GenerateRunConfig) -> None:
-    """Raises `DataError` where a column would be lost under a new one, or holds no response to score."""
+    """Raises `DataError` if a column would be overwritten, or does not hold a response to score."""
     key = config.data.response_key
     taken = set() if config.generate.overwrite_columns else set(NEW_COLUMNS) - {key}
     for prompt in store:
         lost = sorted(taken & prompt.columns.keys())
         if lost:
             raise DataError(
-                f"row {prompt.row_id} has a column {lost[0]!r}, which this job writes; rename it, or let it "
-                "be replaced with generate.overwrite_columns=true"
+                f"row {prompt.row_id} has a column {lost[0]!r}, which this job writes; rename it, or set "
+                "generate.overwrite_columns=true to replace it"
             )
         if key is not None and not isinstance(prompt.columns.get(key), str):
             raise DataError(
@@ -214,7 +214,7 @@ def _answer_all(
     pace: Pace,
     console: Console,
 ) -> None:
-    """Bring up what answers and scores, and have every pending shard written. Raises `RunFailed`."""
+    """Start the engines and reward apps, and process all pending shards. Raises `RunFailed`."""
     spec = plan_generate(config)
     if spec.roles[0].role == "score":
         no_gpu = config.placement.model_copy(update={"gpus_per_slot": 0})
@@ -237,21 +237,21 @@ def _answer_all(
         total = sum(map(len, shards))
         done = total - sum(map(len, pending))
         if done:
-            console.say(f"going on after {done} of {total} rows")
+            console.say(f"resuming after {done} of {total} rows")
         pace.started = time.monotonic()
         with RowsProgress(console, total=total, done=done) as progress:
             for result in _results(job, pending):
                 if result["warning"]:
                     console.say(f"warning: {result['warning']}")
                 if result["problem"]:
-                    raise RunFailed(f"{result['problem']}\nThe same command goes on with these rows")
+                    raise RunFailed(f"{result['problem']}\nThe same command resumes with these rows")
                 pace.add(result)
                 progress.advance(result["rows"])
                 progress.update(pace.line(progress.num_left))
 
 
 def num_workers(config: GenerateRunConfig, num_pending: int) -> int:
-    """Enough shards under way to fill the engines, and one more; at most one per engine, and one more."""
+    """Enough concurrent shards to fill the engines, plus one; at most one per engine, plus one."""
     engines = config.rollout.num_engines
     samples_per_shard = config.generate.rows_per_shard * config.rollout.group_size
     wanted = math.ceil(engines * config.rollout.max_concurrent_requests / samples_per_shard) + 1
@@ -283,7 +283,7 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
             config.reward,
             job.reward_apps,
             functions,
-            asked=_asked(config),
+            asked=_prompt_format(config),
             label_key=config.data.label_key,
             slots=slots,
             run_path=config.run.path,
@@ -293,7 +293,7 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
 
 
 def _results(job: GenerateJob, pending: Sequence[Shard]) -> Iterator[dict[str, Any]]:
-    """What the workers tell of each shard. Raises `RunFailed`."""
+    """The workers' report of each shard. Raises `RunFailed`."""
     blocks = [pa.table({key: [value] for key, value in vars(shard).items()}) for shard in pending]
     with ordered_and_quiet():
         results = ray.data.from_arrow(blocks).map_batches(
@@ -330,14 +330,14 @@ def _summary(
         "left_out": {name: n for name, n in counts.items() if n and name != "rows"},
         "score_mean": mean,
         "score_ci": interval,
-        "seconds": round(seconds, 1),  # of this start
+        "seconds": round(seconds, 1),  # since this start
         "response_tokens_per_second": round(pace.response_tokens / answering, 1),
         "shown": _shown(config, output, tally.rows),
     }
 
 
 def _shown(config: GenerateRunConfig, output: Path, num_rows: int) -> list[dict[str, Any]]:
-    """A few rows with their first response, spread evenly."""
+    """A few evenly spaced rows with their first response."""
     step = max(1, num_rows // NUM_SHOWN)
     rows = [row for index, row in enumerate(read_rows(output)) if index % step == 0][:NUM_SHOWN]
     shown = []

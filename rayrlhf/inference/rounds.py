@@ -1,5 +1,5 @@
-"""Chains of jobs: stages one after the other, each a run of its own in a folder of its own. A killed chain
-goes on with the stage that it was in.
+"""Chains of jobs: consecutive stages, each a separate run in its own folder. A chain that was killed resumes
+with the stage that was running.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Choose = Callable[[Iterable[dict[str, Any]]], Chosen]
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a chain. It is done when its summary is there, which it writes last."""
+    """One stage of a chain. It is done when its summary exists, which is written last."""
 
     round: int
     name: str
     folder: Path
-    run: Callable[[], int]  # to its end or from where it was; returns an exit code
+    run: Callable[[], int]  # starts or resumes it; returns an exit code
 
     @property
     def is_done(self) -> bool:
@@ -55,7 +55,7 @@ def run_stages(stages: Sequence[Stage], say: Callable[[str], None]) -> None:
     for number, stage in enumerate(stages, start=1):
         title = f"stage {number} of {len(stages)}, {stage.folder.name}"
         if stage.is_done:
-            say(f"{title}: done before")
+            say(f"{title}: already done")
             continue
         say(f"{title}: {stage.folder}")
         code = stage.run()
@@ -95,7 +95,7 @@ def with_absolute_paths(config: AnyChain) -> AnyChain:
 
 
 def stages_of(config: AnyChain, choose: Choose) -> list[Stage]:
-    """Every stage with its config, which is thereby found valid before anything starts."""
+    """All stages with their configs, which validates the configs before anything starts."""
     stages: list[Stage] = []
     model_path = config.model.path
     for round_ in range(1, config.num_rounds + 1):
@@ -109,7 +109,7 @@ def stages_of(config: AnyChain, choose: Choose) -> list[Stage]:
         ]
         model_path = str(Path(training.run.path) / "export")
     if config.score_last:
-        # As the next round would begin: with more rounds it need not be done again.
+        # The same stage as the next round's first: it is reused if num_rounds is raised.
         generating = config.generate_config(config.num_rounds + 1, model_path)
         last = Stage(
             config.num_rounds + 1, "generate", Path(generating.run.path), partial(run_generate, generating)
@@ -119,13 +119,14 @@ def stages_of(config: AnyChain, choose: Choose) -> list[Stage]:
 
 
 def _choose(choose: Choose, answers: Path, folder: Path) -> int:
-    """Write the rows to learn from. Raises `RunFailed` where there are none."""
+    """Write the rows to train on. Raises `RunFailed` if there are none."""
     rows, counts = choose(read_rows(answers))
     if not rows:
-        told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+        reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
         raise RunFailed(
-            f"no row of {answers} can be learnt from: {told}. More samples per prompt (rollout.group_size), "
-            "a higher rollout.sampling.temperature or weaker conditions in the section choose leave more"
+            f"no row of {answers} can be trained on: {reasons}. Fix: more samples per prompt "
+            "(rollout.group_size), a higher rollout.sampling.temperature, or weaker conditions in the "
+            "section choose"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CHOSEN_FILE, "".join(map(json_line, rows)))
@@ -144,7 +145,7 @@ def _run(config: AnyChain, stages: Sequence[Stage], console: Console) -> Path:
 
 
 def _identity(config: AnyChain) -> dict[str, Any]:
-    """Everything that a stage which is done depends on; further rounds may follow."""
+    """All values that finished stages depend on; the number of rounds may be raised."""
     tree = config.model_dump(
         mode="json", exclude={"observe", "placement", "launch", "num_rounds", "score_last"}
     )
@@ -153,18 +154,18 @@ def _identity(config: AnyChain) -> dict[str, Any]:
 
 
 def chain_summary(config: AnyChain, stages: Sequence[Stage]) -> dict[str, Any]:
-    """Mean score and counts of every round, and where the last model lies."""
+    """Mean score and counts of every round, and the path of the last model."""
     rounds: list[dict[str, Any]] = []
     export = None
     for stage in stages:
-        told = stage.summary
+        result = stage.summary
         if stage.name == "generate":
-            scores = {key: told[key] for key in ("score_mean", "score_ci")}
+            scores = {key: result[key] for key in ("score_mean", "score_ci")}
             rounds.append({"round": stage.round, **scores, "counts": {}, "export": None})
         elif stage.name == "choose":
-            rounds[-1]["counts"] = told["counts"]
+            rounds[-1]["counts"] = result["counts"]
         else:
-            export = rounds[-1]["export"] = told["export"]
+            export = rounds[-1]["export"] = result["export"]
     last = rounds.pop() if config.score_last else None
     return {
         "job": config.job,

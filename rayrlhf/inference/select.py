@@ -1,4 +1,4 @@
-"""From scored responses to the rows that a chain's training stage learns from. Pure."""
+"""Selects training rows for a chain's training stage from scored responses. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from rayrlhf.config.chains import RESPONSE, REWARD, ChoiceSection, LabelSection, PairSection
 from rayrlhf.inference.shards import Answer, answers_of
 
-Chosen = tuple[list[dict[str, Any]], dict[str, int]]  # rows, and counts by name
+Chosen = tuple[list[dict[str, Any]], dict[str, int]]  # rows, counts by name
 
 
 def best_of_n(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: ChoiceSection) -> Chosen:
-    """Per row its response with the highest score, the first of several; rows without one are counted."""
+    """The highest-scored response of each row, the first of equal ones; rows without one are counted."""
     chosen: list[dict[str, Any]] = []
     counts = Counter(chosen=0, below_min_score=0, without_response=0)
     for row in rows:
@@ -27,15 +27,15 @@ def best_of_n(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: C
             counts["below_min_score"] += 1
             continue
         counts["chosen"] += 1
-        chosen.append({**_asked(row, columns), RESPONSE: best.response, "score": best.score})
+        chosen.append({**_prompt_columns(row, columns), RESPONSE: best.response, "score": best.score})
     return chosen, dict(counts)
 
 
 def best_and_worst(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: PairSection) -> Chosen:
-    """Per row the pair of its best and its worst response, the first of several each.
+    """The pair of best and worst response of each row, the first of equal ones each.
 
-    A tie (scores no further apart than `min_margin`, or one text twice) is left out and counted, as is a row
-    with fewer than two responses that can be used.
+    A tie (a score difference of at most `min_margin`, or twice the same text) is skipped and counted, as is a
+    row with fewer than two usable responses.
     """
     pairs: list[dict[str, Any]] = []
     counts = Counter(pairs=0, ties=0, too_few_responses=0)
@@ -52,7 +52,7 @@ def best_and_worst(rows: Iterable[dict[str, Any]], columns: Sequence[str], secti
         counts["pairs"] += 1
         pairs.append(
             {
-                **_asked(row, columns),
+                **_prompt_columns(row, columns),
                 "chosen": best.response,
                 "rejected": worst.response,
                 "score_chosen": best.score,
@@ -63,7 +63,7 @@ def best_and_worst(rows: Iterable[dict[str, Any]], columns: Sequence[str], secti
 
 
 def labelled(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: LabelSection) -> Chosen:
-    """Every scored response with its reward as a label, rounded; normalised over all of them if asked."""
+    """Every scored response with its rounded reward as a label; optionally normalised over all responses."""
     answers: list[tuple[dict[str, Any], Answer]] = []
     without = 0
     for row in rows:
@@ -78,7 +78,7 @@ def labelled(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: La
         deviation = math.sqrt(variance) or 1.0
     labels = [
         {
-            **_asked(row, columns),
+            **_prompt_columns(row, columns),
             RESPONSE: answer.response,
             REWARD: round((answer.known_score - mean) / deviation, section.decimals) + 0.0,  # no "-0"
             "score": answer.score,
@@ -88,13 +88,13 @@ def labelled(rows: Iterable[dict[str, Any]], columns: Sequence[str], section: La
     return labels, {"labelled": len(labels), "without_response": without}
 
 
-def _asked(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    """What was asked, as the row says it: the prompt, and a system message and tools where there are any."""
+def _prompt_columns(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """The prompt of the row, with system message and tools if present, and its `row_id`."""
     return {**{name: row[name] for name in columns if name in row}, "row_id": row["row_id"]}
 
 
 def _usable(row: dict[str, Any], *, drop_truncated: bool) -> list[Answer]:
-    """Scored, and with something to learn in it."""
+    """Responses that are scored and not empty."""
     return [
         answer
         for answer in answers_of(row)

@@ -1,4 +1,4 @@
-"""Batch inference in shards: which rows go together, what is done already, and the files. No Ray here."""
+"""Shards of batch inference: partition of the rows, which shards are done, shard files. No Ray here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayrlhf.runtime.fingerprint import write_atomically
 from rayrlhf.samples import Prompt, Sample
 
 PROMPT_TOKENS, RESPONSE_TOKENS = "prompt_tokens", "response_tokens"
-# Those that a row has of its own; with several samples all but the first three are lists.
+# Columns written per row; with several samples all but the first three are lists.
 NEW_COLUMNS = (
     "row_id",
     PROMPT_TOKENS,
@@ -34,7 +34,7 @@ NEW_COLUMNS = (
 @dataclass(frozen=True)
 class Shard:
     index: int
-    start: int  # of the places in the run: row `first_row + start`, counted past the end from 0
+    start: int  # position in the run: row `first_row + start`, wrapping around to 0 after the last row
     stop: int  # exclusive
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Shard:
 
 
 def plan_shards(num_rows: int, rows_per_shard: int) -> list[Shard]:
-    """As few shards as hold `num_rows`, of nearly the same length: the last is no remnant of a few rows."""
+    """The smallest number of shards that hold `num_rows`, of nearly equal length (no short last shard)."""
     count = math.ceil(num_rows / rows_per_shard)
     edges = [num_rows * index // count for index in range(count + 1)]
     return [Shard(index, edges[index], edges[index + 1]) for index in range(count)]
@@ -55,7 +55,7 @@ def rows_of(shard: Shard, first_row: int, num_stored: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """The files of the shards that are done."""
+    """Folder with the files of finished shards."""
 
     path: Path
 
@@ -72,7 +72,7 @@ class ShardFolder:
     def remove(self) -> None:
         for file in self.path.glob("*"):
             file.unlink()
-        for file in self.path.glob(".*.partial"):  # of a start that was killed while it wrote
+        for file in self.path.glob(".*.partial"):  # left by a start that was killed while writing
             file.unlink()
         with contextlib.suppress(FileNotFoundError):
             self.path.rmdir()
@@ -82,13 +82,13 @@ def json_line(row: dict[str, Any]) -> str:
     text = json.dumps(row, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a pair, which only an escape can spell
+    except UnicodeEncodeError:  # a lone surrogate, which can only be written as an escape
         text = json.dumps(row)
     return text + "\n"
 
 
 def merge(folder: ShardFolder, shards: Sequence[Shard], output: Path) -> None:
-    """All shards in one file, in their order; it appears under its name when it is complete."""
+    """Concatenate all shards, in order, into one file; written atomically."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     with partial.open("wb") as merged:
@@ -100,16 +100,16 @@ def merge(folder: ShardFolder, shards: Sequence[Shard], output: Path) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
+    """Rows of a JSON Lines file."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 
 
 def answered_row(prompt: Prompt, samples: Sequence[Sample], *, names: Sequence[str] | None) -> dict[str, Any]:
-    """The input row with its responses; `names` are those of the reward sources, None where none scores.
+    """The input row with its responses. `names` are the reward sources, None without scoring.
 
-    A single sample stands in `response`, `score` and so on, several in `responses`, `scores` and lists.
+    A single sample is written to `response`, `score` and so on, several to `responses`, `scores` and lists.
     """
     answers: dict[str, list[Any]] = {
         "response": [sample.response for sample in samples],
@@ -127,7 +127,7 @@ def answered_row(prompt: Prompt, samples: Sequence[Sample], *, names: Sequence[s
 
 
 def failed_row(prompt: Prompt, reason: str, *, group_size: int) -> dict[str, Any]:
-    """The input row without a response, and why."""
+    """The input row without a response, with the reason."""
     return _head(prompt) | {"response" if group_size == 1 else "responses": None, "error": reason}
 
 
@@ -141,7 +141,7 @@ def _head(prompt: Prompt) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One sample of an answered row."""
+    """One sample of an output row."""
 
     response: str
     score: float | None
@@ -154,7 +154,7 @@ class Answer:
 
 
 def answers_of(row: dict[str, Any]) -> list[Answer]:
-    """Every sample of an answered row; none of one that failed."""
+    """All samples of an output row; empty for a failed row."""
     if row.get("error") is not None:
         return []
     if "responses" not in row:
@@ -165,7 +165,7 @@ def answers_of(row: dict[str, Any]) -> list[Answer]:
 
 @dataclass
 class Tally:
-    """What the rows of a run come to."""
+    """Totals over the rows of a run."""
 
     rows: int = 0
     failed_rows: int = 0
@@ -174,7 +174,7 @@ class Tally:
     truncated_samples: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
-    scores: list[float] = field(default_factory=list)  # mean score of every row that has one
+    scores: list[float] = field(default_factory=list)  # mean score of each row that has a score
 
     def add(self, row: dict[str, Any], *, scored: bool) -> None:
         self.rows += 1

@@ -1,4 +1,4 @@
-"""Which requests a reward server takes on: from whom, how large, and how many at once."""
+"""Admission control of the reward server: authorisation, request size and number of concurrent requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from rayrlhf.config.serve_reward import ServerConfig
 from rayrlhf.reward_server.requests import BadRequest
 
-# All bodies held at once may have as many bytes as this many of the largest.
+# All bodies held at once may have as many bytes as this many bodies of the largest size.
 BODIES_HELD = 16
 BEARER = "bearer "
 JSON = "application/json"
@@ -24,7 +24,7 @@ class NoToken(Exception):
 
 
 class Overloaded(Exception):
-    """More is asked than the server holds at once."""
+    """More requests than the server holds at once."""
 
     def __init__(self, message: str, limit: Mapping[str, float]) -> None:
         super().__init__(message)
@@ -36,12 +36,12 @@ class TooSlow(Exception):
 
 
 def token_digest(token: str) -> bytes:
-    """What replicas are given of a token: enough to know it, not enough to use it."""
+    """Digest of a token for the replicas: they can verify the token but not use it."""
     return hashlib.sha256(token.encode()).digest()
 
 
 def check_token(request: Request, digest: bytes | None) -> None:
-    """In constant time. Raises `NoToken`."""
+    """Constant-time comparison. Raises `NoToken`."""
     if digest is None:
         return
     given = request.headers.get("authorization", "")
@@ -51,17 +51,17 @@ def check_token(request: Request, digest: bytes | None) -> None:
 
 
 def check_content(request: Request) -> None:
-    """Raises `BadRequest` (415) for a body that does not say that it is JSON, or is compressed."""
+    """Raises `BadRequest` (415) for a body that is not declared as JSON, or is compressed."""
     found = request.headers.get("content-type", "")
     if found.partition(";")[0].strip().lower() != JSON:
         raise BadRequest(f"Content-Type is {ascii(found)[:100]}; wanted {JSON}", status=415)
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.strip().lower() != "identity":
-        raise BadRequest(f"Content-Encoding is {ascii(encoding)[:100]}; wanted a body as it is", status=415)
+        raise BadRequest(f"Content-Encoding is {ascii(encoding)[:100]}; wanted a plain body", status=415)
 
 
 class Admission:
-    """The requests that are held, and the bytes of their bodies."""
+    """Counts the requests in flight and the bytes of their bodies."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
@@ -71,10 +71,10 @@ class Admission:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Raises `Overloaded` at once where there is no room for another one."""
+        """Raises `Overloaded` immediately if the limit of requests is reached."""
         most = self.config.max_requests
         if self.num_requests >= most:
-            raise Overloaded(f"{most} requests are waiting already", {"server.max_requests": most})
+            raise Overloaded(f"{most} requests are in progress already", {"server.max_requests": most})
         self.num_requests += 1
         try:
             yield
@@ -82,8 +82,8 @@ class Admission:
             self.num_requests -= 1
 
     async def body(self, request: Request) -> bytes:
-        """Raises `BadRequest` (413) as soon as it is known to be too large, `TooSlow`, `Overloaded` where the
-        bodies of others fill what may be held, and `ClientDisconnect`.
+        """Raises `BadRequest` (413) as soon as it is known to be too large, `TooSlow`, `Overloaded` if the
+        bodies of other requests use up the memory limit, and `ClientDisconnect`.
         """
         most = self.config.max_body_bytes
         declared = request.headers.get("content-length", "0")
@@ -99,9 +99,9 @@ class Admission:
                         raise self._too_large(f"more than {most} bytes")
                     if self.num_bytes > self.max_bytes:
                         limit = {"bytes of all bodies": self.max_bytes}
-                        raise Overloaded("the bodies of other requests fill the memory for them", limit)
+                        raise Overloaded("the bodies of other requests use up the memory limit", limit)
         except TimeoutError as error:
-            raise TooSlow(f"{len(body)} bytes of the body arrived in time, and not the rest") from error
+            raise TooSlow(f"only {len(body)} bytes of the body arrived in time") from error
         finally:
             self.num_bytes -= len(body)
         return bytes(body)
@@ -109,7 +109,7 @@ class Admission:
     def _too_large(self, found: str) -> BadRequest:
         most = self.config.max_body_bytes
         return BadRequest(
-            f"the body has {found}; this server takes {most} at most: send fewer queries at once",
+            f"the body has {found}; this server accepts at most {most}: send fewer queries per request",
             status=413,
             limit={"server.max_body_bytes": most},
         )

@@ -1,8 +1,8 @@
-"""The reward server: a Serve application that speaks the protocol of `rayrlhf.reward.remote` over HTTP.
+"""Reward server: a Serve application that implements the protocol of `rayrlhf.reward.remote` over HTTP.
 
-In front are replicas that listen, read requests and guard what is behind them; those import neither torch nor
-transformers. Behind them stand the deployments that score, one per source: a reward model's tokenises texts
-and gathers those of concurrent requests into batches (see `rayrlhf.reward_server.text_model`).
+The front replicas listen, parse requests and enforce limits; they import neither torch nor transformers.
+Behind them are the scoring deployments, one per source: that of a reward model tokenises texts and batches
+those of concurrent requests (see `rayrlhf.reward_server.text_model`).
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from rayrlhf.reward_server.requests import (
 from rayrlhf.reward_server.text_model import text_model_deployment
 from rayrlhf.usercode import UserCode
 
-HEALTH_SECONDS = 5.0  # for all sources to say that they are well
-SHOWN_CHARACTERS = 300  # of what a source says of its failure
+HEALTH_SECONDS = 5.0  # timeout of the health check of all sources
+SHOWN_CHARACTERS = 300  # of a source's error message
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Served:
-    """A source as the driver found it."""
+    """A source, as resolved by the driver."""
 
     name: str
     source: ServedModel | ServedFunction
-    facts: ModelFacts | None = None  # of a model
-    code: UserCode | None = None  # of a function
+    facts: ModelFacts | None = None  # if it is a model
+    code: UserCode | None = None  # if it is a function
 
 
 class SourceFailed(RuntimeError):
@@ -67,11 +67,11 @@ class SourceFailed(RuntimeError):
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
-        self.status = status  # 500 where the same request would fail again, else 503
+        self.status = status  # 500 if the same request would fail again, else 503
 
 
 class RewardServer:
-    """A Serve replica that answers HTTP requests at an address of its own."""
+    """Serve replica that listens for HTTP requests itself, without Serve's proxy."""
 
     async def __init__(
         self, sources: list[Served], handles: list[Any], config: ServerConfig, token: bytes | None
@@ -82,7 +82,7 @@ class RewardServer:
             _Source(served, handle, config) for served, handle in zip(sources, handles, strict=True)
         ]
         self.admission = Admission(config)
-        # Python parses one body at a time anyway, and what a hostile one grows to is then there once.
+        # Python parses one body at a time anyway; a malicious body's memory is then allocated only once.
         self.parsing = asyncio.Semaphore(1)
         self.health: asyncio.Task[Response] | None = None
         self.http = HttpServer(application(self), config)
@@ -95,7 +95,7 @@ class RewardServer:
         check_token(request, self.token)
 
     async def answer(self, request: Request) -> Response:
-        """To a request with the right token, before its deadline; what it has begun ends with it."""
+        """Answer an authorised request before its deadline; pending work is cancelled when it ends."""
         seconds = self.config.timeout_seconds
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
@@ -105,16 +105,16 @@ class RewardServer:
                 with self.admission.request():
                     body = await self.admission.body(request)
                     rewards = await _unless_gone(request, self._rewards(body))
-            if loop.time() > deadline:  # both were due in the same turn of a loop that was busy
+            if loop.time() > deadline:  # both were due in the same iteration of a busy event loop
                 raise TimeoutError
             return JSONResponse({"rewards": rewards})
         except TimeoutError:
             limit = {"server.timeout_seconds": seconds}
-            return _problem(504, "no rewards in time; send fewer queries at once, or ask again later", limit)
+            return _problem(504, "no rewards in time; send fewer queries per request, or retry later", limit)
 
     async def _rewards(self, body: bytes) -> list[float | None]:
-        """The weighted sums, null where a source could not score. The first source to refuse the request ends
-        what others do for it.
+        """The weighted sums, null where a source could not score. If a source rejects the request, the work
+        of the others is cancelled.
         """
         async with self.parsing:
             queries = await asyncio.to_thread(read_queries, body, max_queries=self.config.max_queries)
@@ -130,7 +130,7 @@ class RewardServer:
         return [_sum(of_query) for of_query in zip(*scores, strict=True)]
 
     async def answer_health(self) -> Response:
-        """One look at the sources serves all who ask meanwhile: anybody may ask, and often."""
+        """One check of the sources answers all concurrent requests: /health is public and polled often."""
         if self.health is None or self.health.done():
             self.health = asyncio.ensure_future(self._look())
         return await asyncio.shield(self.health)
@@ -141,12 +141,12 @@ class RewardServer:
                 asyncio.gather(*(source.check() for source in self.sources)), HEALTH_SECONDS
             )
         except (TimeoutError, SourceFailed) as error:
-            return _problem(503, str(error) or f"a source is silent for {HEALTH_SECONDS:g} s")
+            return _problem(503, str(error) or f"a source has not responded for {HEALTH_SECONDS:g} s")
         return JSONResponse({"status": "ok", "sources": [source.served.name for source in self.sources]})
 
 
 def application(server: RewardServer) -> FastAPI:
-    """The routes, and every error as JSON."""
+    """FastAPI application: the routes, with all errors as JSON."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     route = server.config.route
 
@@ -187,19 +187,17 @@ def application(server: RewardServer) -> FastAPI:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has disconnected
 
     @app.exception_handler(Exception)
     async def failed(_: Request, __: Exception) -> Response:
-        return _problem(500, "the server failed; its log says why")  # uvicorn logs the traceback
+        return _problem(500, "internal error; see the server's log")  # uvicorn logs the traceback
 
     return app
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled where the client closes its connection. Raises
-    `ClientDisconnect` then.
-    """
+    """The result of `work`. If the client disconnects, cancels it and raises `ClientDisconnect`."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -212,13 +210,13 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
 
 
 async def _gone(request: Request) -> None:
-    """Returns when the client has gone; the body has been read."""
+    """Returns when the client has disconnected; call it after the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 class _Source:
-    """A source with its deployment."""
+    """A source and the handle of its deployment."""
 
     def __init__(self, served: Served, handle: Any, config: ServerConfig) -> None:
         self.served = served
@@ -226,7 +224,7 @@ class _Source:
         self.config = config
 
     def arguments(self, queries: Queries) -> list[Any]:
-        """What its deployment is asked about. Raises `BadRequest`."""
+        """The items for its deployment. Raises `BadRequest`."""
         if self.served.facts is None:
             return queries.items
         assert isinstance(self.served.source, ServedModel)
@@ -234,7 +232,7 @@ class _Source:
         return cut_to_readable(queries.query, self.served.source, self.served.facts, most)
 
     async def score(self, asked: list[Any]) -> list[float | None]:
-        """Weighted. Raises `SourceFailed`, and `BadRequest` where the deployment finds that it is one."""
+        """Weighted scores. Raises `SourceFailed`, and `BadRequest` if the deployment rejects the request."""
         if not asked:
             return []
         found = await self._ask("score" if self.served.facts is None else "score_texts", asked)
@@ -250,7 +248,7 @@ class _Source:
         return score if math.isfinite(score) else None
 
     async def check(self) -> None:
-        """Raises `SourceFailed` where the model behind a replica is dead."""
+        """Raises `SourceFailed` if the model actor of a replica is dead."""
         if self.served.facts is not None:
             await self._ask("check_health")
 
@@ -261,12 +259,12 @@ class _Source:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except RayTaskError as error:  # the border to code of the user's
+        except RayTaskError as error:  # may come from user code
             reason = ascii(last_message(error))[1:-1]
             raise SourceFailed(f"{self.served.name}: {reason[:SHOWN_CHARACTERS]}", status=500) from error
         except (RayActorError, DeploymentUnavailableError, RequestCancelledError) as error:
-            # The border to processes that die: Serve starts another one, and the client may ask again.
-            raise SourceFailed(f"{self.served.name} is restarting; ask again", status=503) from error
+            # The process died: Serve starts another one, and the client may retry.
+            raise SourceFailed(f"{self.served.name} is restarting; retry", status=503) from error
 
 
 def _sum(scores: Sequence[float | None]) -> float | None:
@@ -282,7 +280,7 @@ def _problem(
     *,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The connection ends with it: of a request that was refused, the body may not have been read."""
+    """An error response that closes the connection: the body of a rejected request may not have been read."""
     retry = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
     return JSONResponse(
         problem(message, limit),
@@ -292,12 +290,12 @@ def _problem(
 
 
 def server_app(sources: list[Served], config: ServerConfig, slots: Slots | None, token: bytes | None) -> Any:
-    """The application; `slots` has a role `reward:<index>` for every model. `token` is a digest."""
+    """The Serve application. `slots` has a role `reward:<index>` for every model; `token` is a digest."""
     deployment = serve.deployment(RewardServer).options(
         name="server",
         num_replicas=config.num_replicas,
-        max_ongoing_requests=64,  # of Serve's own: clients come by HTTP
-        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},  # where its address is
+        max_ongoing_requests=64,  # Serve's own requests only: clients connect by HTTP
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},  # the server's address is there
         health_check_period_s=5,
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=2,
@@ -323,5 +321,5 @@ def _scorer(served: Served, index: int, slots: Slots | None, config: ServerConfi
         label_key=LABEL,
         num_replicas=served.source.num_replicas,
         name=served.name,
-        say=print,  # into Ray's log of the replica
+        say=print,  # to Ray's log of the replica
     )

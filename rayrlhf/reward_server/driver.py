@@ -1,4 +1,4 @@
-"""The driver of a reward server: check, place, serve over HTTP, stay until told to leave, tear down."""
+"""Driver of the reward server: validate, place, serve over HTTP until a signal arrives, tear down."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ EXAMPLE = {"query": ["Say hello. Hello!"], "prompts": ["Say hello. "], "labels":
 
 @dataclass
 class _Stop:
-    """SIGTERM ends the server as Ctrl-C does: by KeyboardInterrupt, which Ray's blocking calls let pass."""
+    """SIGTERM ends the server like Ctrl-C, by KeyboardInterrupt, which Ray's blocking calls let through."""
 
     serving: bool = False
 
@@ -49,8 +49,8 @@ class _Stop:
 
 
 def serve_reward(config: ServeRewardConfig) -> int:
-    """Serve until Ctrl-C or SIGTERM. Exit codes: 0 ended by one of them, 2 bad input, 1 anything else, 130
-    ended while it was still starting.
+    """Serve until Ctrl-C or SIGTERM. Exit codes: 0 ended by a signal, 2 bad input, 1 any other error, 130
+    ended by a signal during startup.
     """
     guard_terminal()
     set_process_environment()
@@ -77,7 +77,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
         console.error(str(error))
         return 1
     except KeyboardInterrupt:
-        console.say("stopped; nothing is left running" if stop.serving else "stopped before it was up")
+        console.say("stopped; nothing is left running" if stop.serving else "stopped during startup")
         return 0 if stop.serving else 130
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -86,7 +86,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
 def _serve(
     config: ServeRewardConfig, sources: list[Served], token: bytes | None, console: Console, stop: _Stop
 ) -> None:
-    """Returns only by an exception."""
+    """Never returns; ends by an exception."""
     url = url_of(config.server)
     start_serve(proxy_location="Disabled")  # the replicas listen by themselves
     with _placed(config, sources, console) as (run_id, slots):
@@ -96,10 +96,13 @@ def _serve(
         console.say(f"loading {', '.join(served.name for served in sources)}")
         wait_for_apps({app}, timeout_seconds=config.server.start_timeout_seconds, tell=lambda _: None)
         if not answers(f"{url}/health"):
-            raise DeploymentFailed(f"the application runs, but {url}/health does not answer")
+            raise DeploymentFailed(f"the application runs, but {url}/health does not respond")
         if token is None and config.server.host not in OWN_MACHINE:
-            console.say(f"anybody who reaches {config.server.host} is answered: set server.token")
-        console.say(f"up: POST to {url}, health at {url}/health; Ctrl-C or SIGTERM ends it. Try:")
+            console.say(
+                f"warning: unauthenticated, every client that can reach {config.server.host} is served: "
+                "set server.token"
+            )
+        console.say(f"up: POST to {url}, health at {url}/health; stop with Ctrl-C or SIGTERM. Try:")
         headers = ["-H 'Content-Type: application/json'", *authorization(config.server)]
         print(f"curl -s {url} {' '.join(headers)} -d '{json.dumps(EXAMPLE)}'", flush=True)
         stop.serving = True
@@ -110,8 +113,8 @@ def _serve(
 def _placed(
     config: ServeRewardConfig, sources: list[Served], console: Console
 ) -> Iterator[tuple[str, Slots | None]]:
-    """The server's id and the slots of its models. Whatever happens, apps and group go again; a kill -9 of
-    the driver leaves that to the reaper.
+    """Yields the server's id and the slots of its models. Apps and placement group are removed in any case;
+    after a kill -9 of the driver the reaper does it.
     """
     run_id = f"rayrlhf-serve_reward-{uuid.uuid4().hex[:6]}"
     units = {
@@ -137,12 +140,12 @@ def _placed(
         delete_apps(run_id)
         if slots is not None:
             slots.remove()
-        for actor in (reaper, lease):  # in a process that keeps its Ray, they would stay as long as it
+        for actor in (reaper, lease):  # otherwise they would live as long as this process's Ray session
             ray.kill(actor)
 
 
 def _create_slots(spec: PlacementSpec, config: ServeRewardConfig, run_id: str) -> Slots:
-    """Raises `PlacementError` at once where the cluster is too small."""
+    """Raises `PlacementError` immediately if the cluster is too small."""
     gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     total = ray.cluster_resources()
     for resource, each in (("CPU", spec.cpus_per_slot), ("GPU", gpus)):
@@ -158,21 +161,21 @@ def _create_slots(spec: PlacementSpec, config: ServeRewardConfig, run_id: str) -
 
 
 class _Lease:
-    """It dies with the driver, and the reaper notices."""
+    """Actor that dies with the driver, which the reaper notices."""
 
     def ping(self) -> bool:
         return True
 
 
 def _stay(app: str, console: Console) -> None:
-    """Tell when the application changes its mind. Raises `DeploymentFailed` when it is gone."""
+    """Report changes of the application's status. Raises `DeploymentFailed` when it is gone."""
     known = "RUNNING"
     while True:
         time.sleep(LOOK_SECONDS)
         applications = app_statuses()
         if app not in applications:
-            raise DeploymentFailed(f"somebody has deleted the application {app} from this cluster's Serve")
+            raise DeploymentFailed(f"the application {app} has been deleted from this cluster's Serve")
         status = applications[app].app_status.status.value
         if status != known:
-            console.say(f"{'well again' if status == 'RUNNING' else status.lower()}")
+            console.say(f"{'healthy again' if status == 'RUNNING' else status.lower()}")
             known = status

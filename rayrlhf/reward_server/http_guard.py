@@ -1,9 +1,9 @@
-"""The HTTP server of the reward server's replicas: uvicorn, with what it does not guard against.
+"""HTTP server of the reward server's replicas: uvicorn with additional limits.
 
-uvicorn waits for ever for a request's headers, holds any number of connections, and closes a connection while
-its client is still sending, upon which the client's system drops the answer. Ray Serve's own proxy is that
-uvicorn; it reads bodies of any size into memory while a replica looks at the request, and a client switches
-its deadlines off by a header. So a replica listens by itself, and Serve needs no proxy.
+uvicorn waits forever for a request's headers, accepts any number of connections, and closes a connection
+while its client is still sending, which makes the client's system drop the answer. Ray Serve's own proxy is
+that uvicorn; it reads bodies of any size into memory while a replica handles the request, and a client can
+disable its deadlines by a header. Therefore replicas listen themselves, without Serve's proxy.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rayrlhf.config.serve_reward import ServerConfig
 
-LINGER_SECONDS = 5.0  # for a client to take the last answer of its connection
-IDLE_SECONDS = 75  # between two requests of a connection; most clients end theirs before
-MAX_HEAD_BYTES = 16 * 1024  # of a request line with its headers
-BACKLOG = 2048  # connections that the system holds until they are taken
+LINGER_SECONDS = 5.0  # for a client to read the last answer of its connection
+IDLE_SECONDS = 75  # between two requests of a connection; most clients close it earlier
+MAX_HEAD_BYTES = 16 * 1024  # of the request line and headers
+BACKLOG = 2048  # pending connections held by the operating system
 RETRY_AFTER_SECONDS = 1
 START_SECONDS = 30.0
 REASONS = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
 
 
 class HttpServer:
-    """An ASGI application at an address, in the running event loop."""
+    """Serves an ASGI application at an address, in the running event loop."""
 
     def __init__(self, app: Any, config: ServerConfig) -> None:
         self.config = config
-        # Its warnings come with each malformed request; what the application raises stays in the log.
+        # uvicorn warns at each malformed request; errors of the application are still logged.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self.server = uvicorn.Server(
             uvicorn.Config(
@@ -55,7 +55,7 @@ class HttpServer:
         self.task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns when it listens. Raises `OSError` where the address cannot be had."""
+        """Returns when it listens. Raises `OSError` if the address cannot be bound."""
         listener = listening_socket(self.config.host, self.config.port)
         self.task = asyncio.ensure_future(self.server.serve(sockets=[listener]))
         async with asyncio.timeout(START_SECONDS):
@@ -69,7 +69,7 @@ class HttpServer:
             await self.task
 
     def check(self) -> None:
-        """Raises where it has ended."""
+        """Raises if it has ended."""
         if self.task is None or self.task.done():
             reason = None if self.task is None or self.task.cancelled() else self.task.exception()
             raise RuntimeError(
@@ -78,7 +78,7 @@ class HttpServer:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """Bound, for several replicas at once: the system deals connections out to all that listen."""
+    """A bound socket that several replicas share: the operating system distributes the connections."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -92,7 +92,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 class GuardedProtocol(H11Protocol):
-    """A connection. One that is slow to say what it wants is cut off, and their number has a limit."""
+    """One connection. It is closed if its headers are late; the number of connections is limited."""
 
     def __init__(self, limits: ServerConfig, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -104,7 +104,7 @@ class GuardedProtocol(H11Protocol):
         self.transport = cast(asyncio.Transport, lingering)
         if len(self.connections) >= self.limits.max_connections and not self._make_room():
             limit = {"server.max_connections": self.limits.max_connections}
-            self._answer(503, "this server has all connections it can hold", limit)
+            self._answer(503, "too many connections", limit)
             return
         super().connection_made(self.transport)
         self._start_head_timer()
@@ -115,7 +115,7 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():  # nobody reads it any more
+        if self.transport.is_closing():  # the data is no longer needed
             return
         super().data_received(data)
         if self._answering():
@@ -129,7 +129,7 @@ class GuardedProtocol(H11Protocol):
             self._start_head_timer()
 
     def send_400_response(self, msg: str) -> None:
-        if self._answering():  # the body of a request under way is malformed
+        if self._answering():  # the body of a request in progress is malformed
             self._give_up_request()
         self._answer(400, msg)
 
@@ -142,7 +142,7 @@ class GuardedProtocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _give_up_request(self) -> None:
-        """The application sees a client that has gone, and sends no answer."""
+        """Make the application see a disconnected client, so that it sends no answer."""
         self.cycle.disconnected = True
         self.cycle.message_event.set()
 
@@ -159,14 +159,14 @@ class GuardedProtocol(H11Protocol):
         self.head_timer = None
         if self.transport.is_closing():
             return
-        if not self.conn.trailing_data[0]:  # it has asked for nothing
+        if not self.conn.trailing_data[0]:  # no part of a request has arrived
             self.transport.close()
             return
         limit = {"server.read_timeout_seconds": self.limits.read_timeout_seconds}
         self._answer(408, "the headers of the request did not arrive in time", limit)
 
     def _make_room(self) -> bool:
-        """End a connection that has had its last answer, else the one that has been idle for longest."""
+        """Close a connection whose last answer was sent, else the one that has been idle longest."""
         others = [one for one in self.connections if isinstance(one, GuardedProtocol)]
         ended = [one for one in others if one.transport.is_closing()]
         idle = [one for one in others if one.is_idle]
@@ -182,15 +182,15 @@ class GuardedProtocol(H11Protocol):
         return self.timeout_keep_alive_task.when()
 
     def _answer(self, status: int, message: str, limit: Mapping[str, float] | None = None) -> None:
-        """The last answer of this connection, to what never became a request."""
+        """Send an error as the last answer of this connection, where no request was parsed."""
         self.transport.write(raw_answer(status, message, limit))
         self.transport.close()
 
 
 class LingeringTransport:
-    """A transport whose `close` sends what is left, reads on without heed until the client has closed its end
-    too, and ends the connection in any case after LINGER_SECONDS. If it closed while data of the client's lay
-    unread, the client's system would throw away the answer and report a broken connection instead.
+    """A transport whose `close` flushes, then discards input until the client has closed its end too, and
+    ends the connection after at most LINGER_SECONDS. If it closed with unread data from the client, the
+    client's system would drop the answer and report a broken connection instead.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -221,7 +221,7 @@ class LingeringTransport:
 
 
 def problem(message: str, limit: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """The body of every answer but 200: what was wrong and, where it was beyond one, the limit."""
+    """Body of every answer other than 200: the error and, if one was exceeded, the limit."""
     return {"error": message} | ({"limit": dict(limit)} if limit else {})
 
 

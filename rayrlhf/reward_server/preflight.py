@@ -1,4 +1,4 @@
-"""What of a reward server can be known to be wrong before Ray starts, and what its models are."""
+"""Checks of a reward server's config before Ray starts; reads the facts of its models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rayrlhf.runtime.preflight import InputError, check_model
 
 
 def check_sources(config: ServeRewardConfig) -> list[Served]:
-    """What can be known before Ray starts. Raises `InputError`, `DataError` or `RewardError`."""
+    """Check and resolve the sources without Ray. Raises `InputError`, `DataError` or `RewardError`."""
     found = []
     for index, (name, source) in enumerate(
         zip(config.reward.source_names, config.reward.sources, strict=True)
@@ -39,14 +39,14 @@ def check_sources(config: ServeRewardConfig) -> list[Served]:
                 raise RewardError(f"{key}.function: {error}") from error
         else:
             check_model(f"{key}.path", source.path)
-            if Path(source.path).is_dir():  # replicas run in folders of their own
+            if Path(source.path).is_dir():  # replicas run in other working directories
                 source = source.model_copy(update={"path": str(Path(source.path).resolve())})
             found.append(Served(name, source, facts=_facts(key, source)))
     return found
 
 
 def _facts(key: str, source: ServedModel) -> ModelFacts:
-    """Raises `InputError` for a checkpoint that is no reward model, or not one as the source says."""
+    """Raises `InputError` for a checkpoint that is not a reward model, or contradicts the source's config."""
     found: Any = AutoConfig.from_pretrained(local_folder(source.path, weights=False))
     architectures = found.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures) or found.num_labels != 1:
@@ -59,7 +59,7 @@ def _facts(key: str, source: ServedModel) -> ModelFacts:
     tokenizer = prompt_tokenizer(source.path)
     eos = tokenizer.eos_token_id
     if source.append_eos and (eos is None or not is_decoder):
-        why = "its tokenizer has no eos token" if eos is None else "an encoder frames texts by itself"
+        why = "its tokenizer has no eos token" if eos is None else "an encoder adds its own special tokens"
         raise InputError(f"{key}.append_eos=true: {why}; set it to false")
     mean, std = (0.0, 1.0) if not source.normalize else _mean_and_std(key, source, found)
     positions = getattr(found.get_text_config(), "max_position_embeddings", None)
@@ -87,6 +87,6 @@ def _mean_and_std(key: str, source: ServedModel, found: Any) -> tuple[float, flo
         raise InputError(
             f"{key}.normalize=true: config.json of {source.path} has mean={mean} and std={std}; wanted the "
             "mean and the standard deviation (> 0) of its scores, as jobs/rm.py writes them; "
-            "set normalize=false, or write both into it"
+            "set normalize=false, or add both to it"
         )
     return float(mean), float(std)

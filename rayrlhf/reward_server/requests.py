@@ -1,4 +1,4 @@
-"""What our reward server is asked: the body of a request, and the tokens of a text."""
+"""Requests of the reward server: parsing of the body, tokenisation of the texts."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from rayrlhf.reward.items import ScoreItem
 from rayrlhf.reward.reading import ReadAt, Reading
 from rayrlhf.samples import Prompt
 
-if TYPE_CHECKING:  # the replicas that read requests do without transformers
+if TYPE_CHECKING:  # the replicas that read requests do not import transformers
     from transformers import PreTrainedTokenizerBase
 
 LABEL = "label"  # the column of `Prompt.columns` that holds a query's label
-SHOWN_CHARACTERS = 40  # of a client's text in a message
+SHOWN_CHARACTERS = 40  # of a client's text in an error message
 WANTED = '{"query": [texts], "prompts": [texts], "labels": [values]}'
 
 
-# Read beyond `max_tokens` of a text that will be cut: the tokens at a cut are not those of the whole text.
+# Tokenised beyond `max_tokens` of a text that will be cut: tokens at a cut differ from the full text's.
 CUT_MARGIN_TOKENS = 64
 
 
 class BadRequest(ValueError):
-    """A request that cannot be answered, with the HTTP status that says so."""
+    """An invalid request, with the HTTP status of the answer."""
 
     def __init__(self, message: str, status: int = 400, limit: Mapping[str, float] | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.limit = dict(limit or {})  # the config key that the request is beyond, and its value
+        self.limit = dict(limit or {})  # config key and value of the exceeded limit
 
 
 @dataclass(frozen=True)
 class Queries:
-    """The lists of one request, all of one length."""
+    """The lists of one request, all of the same length."""
 
     query: list[str]  # prompt and response as one text
     prompts: list[str] | None
@@ -47,11 +47,11 @@ class Queries:
 
     @cached_property
     def items(self) -> list[ScoreItem]:
-        """What functions are asked. Raises `BadRequest` where prompt and response cannot be told apart."""
+        """The items for reward functions. Raises `BadRequest` if prompt and response cannot be separated."""
         if self.prompts is None:
             raise BadRequest(
                 "no 'prompts'; wanted a text per query, since this server has a reward function, "
-                "which is given prompt and response"
+                "which takes prompt and response"
             )
         items = []
         for index, (query, prompt) in enumerate(zip(self.query, self.prompts, strict=True)):
@@ -64,20 +64,20 @@ class Queries:
 
 
 def text_item(prompt: str, response: str, *, label: Any) -> ScoreItem:
-    """A sample whose tokens nobody needs."""
+    """A sample without tokens, for reward functions."""
     asked = Prompt(row_id=0, prompt_ids=[], prompt=prompt, columns={LABEL: label})
     return ScoreItem(asked, response, token_ids=[])
 
 
 def token_item(token_ids: list[int]) -> ScoreItem:
-    """A sample of which a model reads the tokens and nothing else."""
+    """A sample with tokens only, for reward models."""
     return ScoreItem(Prompt(row_id=0, prompt_ids=[], prompt=""), "", token_ids)
 
 
 def read_queries(body: bytes, *, max_queries: int | None = None) -> Queries:
-    """The request's lists; keys that are not ours are ignored. Raises `BadRequest` with what is wrong.
+    """The request's lists; unknown keys are ignored. Raises `BadRequest`.
 
-    Stricter than `json.loads`: no NaN, no number that a float cannot hold, no key twice, nothing but UTF-8.
+    Stricter than `json.loads`: no NaN, no number beyond the range of a float, no duplicate keys, UTF-8 only.
     """
     try:
         asked = json.loads(
@@ -108,12 +108,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {_shown(twice)} stands twice in one object")
+        raise ValueError(f"duplicate key {_shown(twice)} in an object")
     return made
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
@@ -135,7 +135,7 @@ def _texts(asked: Mapping[str, Any], name: str, max_queries: int | None) -> list
         raise BadRequest(f"'{name}' is a {type(values).__name__}; wanted a list of texts")
     if max_queries is not None and len(values) > max_queries:
         raise BadRequest(
-            f"'{name}' has {len(values)} items; this server takes {max_queries} queries per request at most",
+            f"'{name}' has {len(values)} items; this server accepts at most {max_queries} per request",
             status=413,
             limit={"server.max_queries": max_queries},
         )
@@ -151,25 +151,26 @@ def _texts(asked: Mapping[str, Any], name: str, max_queries: int | None) -> list
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the server has to know of a checkpoint."""
+    """Properties of a checkpoint that the server needs."""
 
-    max_tokens: int | None  # of the longest query; None where the model sets no limit
-    is_decoder: bool  # it reads packed sequences, judged at their last token
-    mean: float = 0.0  # subtracted from its scores, which then are divided by `std`
+    max_tokens: int | None  # longest query; None if the model sets no limit
+    is_decoder: bool  # reads packed sequences, scored at their last token
+    mean: float = 0.0  # subtracted from its scores, which are then divided by `std`
     std: float = 1.0
     characters_per_token: int = 64  # of the longest token in its vocabulary
-    read_at: ReadAt = "template_end"  # the token that it was trained at, and so is read at
-    input_template: str | None = None  # of one that was trained without chat template
+    read_at: ReadAt = "template_end"  # the token at which it was trained and is scored
+    input_template: str | None = None  # if it was trained without chat template
 
 
 def cut_to_readable(
     texts: Sequence[str], source: ServedModel, facts: ModelFacts, max_request_tokens: int
 ) -> list[str]:
-    """The texts without what cannot be read in any case, so that no tokenizer meets it.
+    """Cut texts to what can be read at all, before tokenisation.
 
-    No token has more characters than the longest of the vocabulary, so a text's length gives a lower bound of
-    its tokens (white space that a tokenizer drops, and unknown words that it takes as one, count as if they
-    had some). Raises `BadRequest` (413) for a text, or texts together, that are too long by this bound.
+    No token has more characters than the longest of the vocabulary, so a text's length gives a lower bound
+    of its number of tokens (white space that a tokenizer drops, and unknown words that become one token, are
+    counted by their characters). Raises `BadRequest` (413) for a text, or texts together, too long by this
+    bound.
     """
     longest = facts.characters_per_token
     if facts.max_tokens is not None:
@@ -192,8 +193,8 @@ def cut_to_readable(
 
 def too_many_tokens(found: str, max_request_tokens: int) -> BadRequest:
     return BadRequest(
-        f"the queries have {found} in all; this server takes {max_request_tokens} per request at most: "
-        "send fewer at once",
+        f"the queries have {found} in all; this server accepts at most {max_request_tokens} per request: "
+        "send fewer queries per request",
         status=413,
         limit={"server.max_request_tokens": max_request_tokens},
     )
@@ -202,7 +203,7 @@ def too_many_tokens(found: str, max_request_tokens: int) -> BadRequest:
 def _too_long(found: str, source: ServedModel, facts: ModelFacts) -> BadRequest:
     assert facts.max_tokens is not None
     return BadRequest(
-        f"{found}; {source.path} reads {facts.max_tokens} at most "
+        f"{found}; {source.path} reads at most {facts.max_tokens} "
         "(the server's max_tokens; its on_long=keep_end or keep_start would cut longer ones)",
         status=413,
         limit={"max_tokens": facts.max_tokens},
@@ -210,13 +211,13 @@ def _too_long(found: str, source: ServedModel, facts: ModelFacts) -> BadRequest:
 
 
 class TextTokens:
-    """The tokens of a served model's queries.
+    """Tokenises the queries of a served model.
 
-    A query is what a policy has read and written, special tokens included: these are taken as such, and a
-    beginning-of-sequence token is added only where the tokenizer adds one and the text has none. The score is
-    read at the last token. For a model that says so of itself, or `read_at: answer_end`, that is the token
-    which ends the answer. For others it is the end-of-sequence token only if the text ends with it or the
-    source has `append_eos`; a text that a chat template closed by eos and a line break ends with the line
+    A query is the text of a policy's prompt and response, special tokens included: these are encoded as such,
+    and a beginning-of-sequence token is added only if the tokenizer adds one and the text has none. The score
+    is read at the last token. For a model whose config says so, or with `read_at: answer_end`, that is the
+    token that ends the answer. For others it is the end-of-sequence token only if the text ends with it or
+    the source has `append_eos`; a text that a chat template closed by eos and a line break ends with the line
     break.
     """
 
@@ -224,7 +225,7 @@ class TextTokens:
         self.source = source
         self.tokenizer = tokenizer
         self.facts = facts
-        self.lock = threading.Lock()  # a tokenizer holds the settings of the call under way
+        self.lock = threading.Lock()  # a tokenizer stores the settings of the current call
         tokenizer.truncation_side = "left" if source.on_long == "keep_end" else "right"
         bos = tokenizer.bos_token_id
         self.reading = Reading(tokenizer, facts.read_at, input_template=facts.input_template)
@@ -232,7 +233,7 @@ class TextTokens:
 
     def of(self, texts: Sequence[str], first_index: int = 0) -> list[list[int]]:
         """Raises `BadRequest` for a text that is too long (413) or has no token (400). `first_index` is the
-        place of the first text in its request.
+        index of the first text in its request.
         """
         encode = self._decoder_ids if self.facts.is_decoder else self._encoder_ids
         with self.lock:
@@ -240,7 +241,7 @@ class TextTokens:
         limit = self.facts.max_tokens
         for index, ids in enumerate(rows, start=first_index):
             if not ids:
-                raise BadRequest(f"query {index} has no token; wanted a text that is not empty")
+                raise BadRequest(f"query {index} has no token; wanted a non-empty text")
             if limit is not None and len(ids) > limit:
                 raise _too_long(f"query {index} has {len(ids)} tokens", self.source, self.facts)
         return rows
@@ -261,7 +262,7 @@ class TextTokens:
         return [*ids, *end]
 
     def _encoder_ids(self, text: str) -> list[int]:
-        """The tokenizer frames the text with tokens of its own, which must survive a cut."""
+        """The tokenizer adds its own special tokens around the text, which must survive a cut."""
         cut = self.facts.max_tokens is not None and self.source.on_long != "reject"
         encoded: Any = self.tokenizer(
             text, truncation=cut, max_length=self.facts.max_tokens if cut else None, verbose=False

@@ -1,4 +1,4 @@
-"""A reward model behind the reward server: it is asked about texts, which it reads with its own tokenizer."""
+"""Reward model deployment of the reward server: scores texts, which it encodes with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rayrlhf.reward.items import Failure, ScoreItem
 from rayrlhf.reward.model_deployment import MAX_BATCH, ModelReward, ScoreActor, replica_deployment
 from rayrlhf.reward_server.requests import BadRequest, ModelFacts, TextTokens, token_item, too_many_tokens
 
-# What the actor tokenises in one call, after which others have their turn and a request whose caller has gone
-# ends: a fifth of a second.
+# Limits of one tokenisation call of the actor, about 0.2 s: between calls, other requests are served and a
+# request whose client has disconnected is dropped.
 CHUNK_CHARACTERS = 200_000
 CHUNK_TEXTS = 256
 
 
 class TextScoreActor(ScoreActor):
-    """One reward model, and the tokens of texts for it."""
+    """One reward model with its tokenizer."""
 
     def read_texts(self, source: ServedModel, facts: ModelFacts) -> None:
-        """To be called first."""
-        from rayrlhf.models.load import load_tokenizer  # and transformers
+        """Load the tokenizer; must be called first."""
+        from rayrlhf.models.load import load_tokenizer  # imports transformers
 
         self.tokens = TextTokens(source, load_tokenizer(source.path), facts)
 
@@ -32,11 +32,11 @@ class TextScoreActor(ScoreActor):
         try:
             return self.tokens.of(texts, first_index)
         except BadRequest as error:
-            return error  # an answer like others: nothing has failed
+            return error  # a regular result: the call itself has not failed
 
 
 class TextModelReward(ModelReward):
-    """The Serve replica in front of it."""
+    """Serve replica in front of the actor."""
 
     ACTOR = TextScoreActor
 
@@ -50,7 +50,7 @@ class TextModelReward(ModelReward):
     def read_with(self, source: ServedModel, max_request_tokens: int) -> None:
         self.max_request_tokens = max_request_tokens
         self.tokenising = asyncio.Lock()  # fair: chunks of concurrent requests alternate
-        # A batch is one forward pass: what nobody waits for any more is not in the next one.
+        # A batch is one forward pass: cancelled items are not in the next one.
         self.batcher = Batcher[ScoreItem, float | Failure](
             self._score_batch,
             max_batch=MAX_BATCH,
@@ -74,7 +74,7 @@ class TextModelReward(ModelReward):
 
 
 def chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in their order, a few at a time; a long one is alone."""
+    """Split texts into chunks, in order; a long text is alone in its chunk."""
     chunk: list[str] = []
     size = 0
     for text in texts:

@@ -44,7 +44,7 @@ def test_a_killed_chain_goes_on_with_the_stage_that_it_was_in(tmp_path: Path) ->
     assert second.ran == ["b", "c"]
     third = Plan(tmp_path)
     run_stages(third.stages, said.append)
-    assert third.ran == [] and said[-1] == "stage 3 of 3, c: done before"
+    assert third.ran == [] and said[-1] == "stage 3 of 3, c: already done"
 
 
 def nothing(_rows: object) -> tuple[list[dict[str, object]], dict[str, int]]:

@@ -69,7 +69,7 @@ def test_iterative_dpo(
         assert run_chain(config, choose) == 143
     capsys.readouterr()
     assert run_chain(config, choose) == 0
-    assert "stage 3 of 7, 1-dpo: done before" in capsys.readouterr().out
+    assert "stage 3 of 7, 1-dpo: already done" in capsys.readouterr().out
 
     run_path = tmp_path / "runs/chain"
     export = str(run_path / "1-dpo/export")

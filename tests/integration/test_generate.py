@@ -55,7 +55,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert "run.seed: was 0, is 1" in capsys.readouterr().err
 
     assert run_generate(parts) == 0
-    assert "going on after" in capsys.readouterr().out
+    assert "resuming after" in capsys.readouterr().out
     assert (run_path / "generations.jsonl").read_bytes() == expected.read_bytes()
     assert not (run_path / "shards").exists()
 

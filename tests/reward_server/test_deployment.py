@@ -448,7 +448,7 @@ def test_a_source_that_restarts_is_503_and_what_fails_unexpectedly_says_nothing(
     async def work() -> None:
         async with front(dies) as (_, port, _, _):
             status, headers, answer = await post(port, GOOD)
-            assert (status, answer["error"]) == (503, "rm is restarting; ask again")
+            assert (status, answer["error"]) == (503, "rm is restarting; retry")
             assert headers["retry-after"] == "1"
         async with front(fails) as (_, port, _, _):
             status, _, answer = await post(port, GOOD)
