@@ -1,7 +1,7 @@
-"""Which tokens of a rendered conversation are the assistant's to learn: exact, or refused.
+"""Loss mask over the assistant tokens of a rendered conversation: exact, or an error.
 
-A model is to learn, after exactly the tokens that inference would send, the tokens that it should then emit,
-the one that ends its turn included. What a template puts around the turns is never learnt.
+A model is trained, after exactly the tokens that inference would send, on the tokens that it should emit
+next, including the one that ends its turn. Text that a template puts around the turns is never trained on.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Span = tuple[int, int]  # start, end (exclusive)
 
 @dataclass(frozen=True)
 class MaskedConversation:
-    """A conversation up to the end of its last learnt turn."""
+    """A tokenised conversation with loss mask, up to the end of its last trained turn."""
 
     input_ids: list[int]  # [T]
     loss_mask: list[int]  # [T]
-    prompt_tokens: int  # tokens before the last learnt turn: what inference would send for it
-    notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
+    prompt_tokens: int  # tokens before the last trained turn: what inference would send for it
+    notes: tuple[str, ...] = ()  # changes made to the row, to be counted
 
 
 def mask_turns(
@@ -41,21 +41,20 @@ def mask_turns(
     tokenizer: PreTrainedTokenizerBase,
     tools: list[dict[str, Any]] | None = None,
 ) -> MaskedConversation:
-    """Token ids of `messages` and a mask over the turns with these indices, ascending, the last one last.
+    """Token ids of `messages` and a loss mask over the turns with these indices (ascending).
 
-    A turn is what a rendering that ends with it has more than the one that ends where the assistant is to
-    speak, up to the last special token that the template writes in it, which is the one that ends the turn.
-    Where the template has `{% generation %}` tags, only what stands inside them and the ending token are
-    learnt.
+    A turn is the difference between the rendering that ends with it and the rendering with a generation
+    prompt in its place, up to the last special token that the template writes in it, which ends the turn. If
+    the template has `{% generation %}` tags, only the text inside them and the end token are loss tokens.
 
-    Raises `DataError` for a template that renders the beginning of a conversation otherwise when more
-    follows, as some drop earlier reasoning: what the mask covers would not be what inference sends. Raises
-    `BadRow` where a token reaches over the boundary between prompt and answer.
+    Raises `DataError` for a template that renders the beginning of a conversation differently when more
+    follows, as some drop earlier reasoning: the context of the loss tokens would differ from what inference
+    sends. Raises `BadRow` if a token spans the boundary between prompt and answer.
     """
     messages, tools, notes = as_text(messages, tools, tokenizer)
     spans, text = _turn_spans(messages, turns, tokenizer, tools)
     ends = _turn_ends(messages, turns, tokenizer, tools, spans, text)
-    check_unicode(text, "the conversation")  # roles and other keys too
+    check_unicode(text, "the conversation")  # including roles and other keys
     tags = _tag_spans(messages[: turns[-1] + 1], tokenizer, tools)
     tokens = _Tokens.of(text, [start for start, _ in spans], tokenizer)
     loss_mask = [0] * len(tokens.ids)
@@ -72,28 +71,28 @@ def mask_turns(
             loss_mask[stop - 1] = 1
     if not any(loss_mask):
         raise BadRow(
-            "the {% generation %} tags of the chat template mark nothing in it; there is nothing to learn"
+            "the {% generation %} tags of the chat template mark nothing in it; there are no loss tokens"
         )
     return MaskedConversation(tokens.ids[:stop], loss_mask[:stop], prompt_tokens, tuple(notes))
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A text and its token ids, which tell how many tokens stand before a place in the text."""
+    """A text and its token ids; maps a position in the text to the number of tokens before it."""
 
     ids: list[int]
     text: str
-    cut: int  # the text was encoded in two parts, cut here; 0 for in one
+    cut: int  # the text was encoded in two parts, split here; 0: in one
     cut_tokens: int
     tokenizer: PreTrainedTokenizerBase
-    known: dict[int, list[int]]  # ids of the text up to a place, where they were asked for
+    known: dict[int, list[int]]  # cache: ids of the text up to a position
 
     @classmethod
     def of(cls, text: str, starts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> _Tokens:
-        """Encodes a text whose turns of the assistant start at these places.
+        """Encodes a text whose assistant turns start at these positions.
 
-        Where a token reaches over the only start, the answer is encoded apart from the prompt, as a model
-        would begin it. With several turns that would leave later prompts unlike what inference sends.
+        If a token spans the only start, the answer is encoded separately from the prompt, as a model would
+        begin it. With several turns, later prompts would then differ from what inference sends.
         """
         ids = encode(text, tokenizer)
         if len(starts) > 1:
@@ -106,7 +105,7 @@ class _Tokens:
         return cls(ids, text, cut, cut_tokens, tokenizer, {len(text): ids, start: prompt_ids})
 
     def before(self, position: int) -> int:
-        """Tokens before a place at which one ends. Raises `BadRow` where a token reaches over it."""
+        """Number of tokens before a token boundary. Raises `BadRow` if a token spans the position."""
         before = self._encoded(position)
         if self.ids[: len(before)] != before:
             raise self._straddling(position)
@@ -123,8 +122,8 @@ class _Tokens:
         left = whole(self.text[max(0, position - 10) : position])
         right = whole(self.text[position : position + 10])
         return BadRow(
-            f"a token reaches over the boundary of a turn, between {left!r} and {right!r}, so no mask is "
-            "exact; mend the text there, or set data.learn=last_response"
+            f"a token spans the boundary of a turn, between {left!r} and {right!r}, so no loss mask is "
+            "exact; change the text there, or set data.learn=last_response"
         )
 
 
@@ -134,7 +133,7 @@ def _turn_spans(
     tokenizer: PreTrainedTokenizerBase,
     tools: list[dict[str, Any]] | None,
 ) -> tuple[list[Span], str]:
-    """Where in the rendered text the turns stand, in characters, and the text up to the last of them."""
+    """Character spans of the turns in the rendered text, and the text up to the last of them."""
 
     def render(count: int, opened: bool) -> str:
         return apply_template(messages[:count], tokenizer, tools=tools, add_generation_prompt=opened)
@@ -146,15 +145,16 @@ def _turn_spans(
         closed = text if turn == turns[-1] else render(turn + 1, False)
         if not closed.startswith(opened):
             raise DataError(
-                "the chat template does not continue what it opens for the assistant's turn: it renders "
-                f"{_tail(opened)} when the answer is still to come, but with the answer "
-                f"{_parting(closed, opened)}; name another template with data.chat_template"
+                "the chat template renders the assistant's turn differently from its generation prompt: "
+                f"{_tail(opened)} as the generation prompt, but {_difference(closed, opened)} with the "
+                "answer; set another template with data.chat_template"
             )
         if not text.startswith(closed):
             raise DataError(
-                "the chat template renders an earlier turn of the assistant otherwise when more turns follow "
-                f"({_parting(closed, text)} becomes {_parting(text, closed)}), so inference would not see "
-                "what is learnt; set data.learn=last_response, or data.chat_template to another template"
+                "the chat template renders an earlier assistant turn differently when more turns follow "
+                f"({_difference(closed, text)} becomes {_difference(text, closed)}), so training and "
+                "inference would see different text; set data.learn=last_response, or another "
+                "data.chat_template"
             )
         spans.append((len(opened), len(closed)))
     return spans, text
@@ -168,10 +168,10 @@ def _turn_ends(
     spans: Sequence[Span],
     text: str,
 ) -> list[int]:
-    """Where in the text each turn ends: behind the last special token that the template writes in it.
+    """End position of each turn: after the last special token that the template writes in it.
 
-    One in the words of an answer ends nothing, so that with such words a rendering in which they have none
-    tells how much the template writes behind the end.
+    Special tokens within an answer's text do not end it; with such text, a rendering without them gives the
+    length of what the template writes after the end.
     """
     special = special_texts(tokenizer)
     plain_spans, plain_text = spans, text
@@ -186,7 +186,7 @@ def _turn_ends(
             raise DataError(
                 "the chat template does not end the assistant's turn with a special token, so the model "
                 f"would not learn to stop: it ends with {_tail(text[:end])}; "
-                "name another template with data.chat_template"
+                "set another template with data.chat_template"
             )
         ends.append(end - (plain_end - found[-1]))
     return ends
@@ -196,8 +196,8 @@ def _tail(text: str) -> str:
     return repr("…" + whole(text[-30:]))
 
 
-def _parting(text: str, other: str) -> str:
-    """The text around the place where it begins to differ from the other."""
+def _difference(text: str, other: str) -> str:
+    """The text around the position where it begins to differ from the other."""
     same = next(
         (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other))
     )
@@ -207,7 +207,7 @@ def _parting(text: str, other: str) -> str:
 def _tag_spans(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None
 ) -> list[Span] | None:
-    """What `{% generation %}` tags enclose, in characters; None for a template without them."""
+    """Character spans enclosed by `{% generation %}` tags; None for a template without them."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.get_chat_template(tools=tools)
@@ -228,51 +228,51 @@ def _tag_spans(
 def join(
     prompt_ids: list[int], answer: str, whole_ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """`prompt_ids` and the ids of the answer alone.
+    """`prompt_ids` followed by the ids of the answer, encoded separately.
 
-    Raises `BadRow` where that is not the text of `whole_ids`: some tokenizers put a blank before what they
-    take for the beginning of a text.
+    Raises `BadRow` if that does not decode to the text of `whole_ids`: some tokenizers insert a blank at the
+    beginning of a text.
     """
     joined = [*prompt_ids, *encode(answer, tokenizer)]
     if decode_prompt(joined, tokenizer) != decode_prompt(whole_ids, tokenizer):
         raise BadRow(
-            f"a token reaches over the boundary between the prompt and the answer {whole(answer[:20])!r}, "
-            "and the answer cannot be encoded apart; begin or end one of them otherwise"
+            f"a token spans the boundary between the prompt and the answer {whole(answer[:20])!r}, and the "
+            "answer cannot be encoded separately; change the end of the prompt or the start of the answer"
         )
     return joined
 
 
 def _ending_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens that may end a turn: all but the one that begins a text (unless it ends one as well)."""
+    """Special tokens that may end a turn: all but the one that begins a text (unless it also ends one)."""
     bos = tokenizer.bos_token if tokenizer.bos_token_id != tokenizer.eos_token_id else None
     return [text for text in special_texts(tokenizer) if text != bos]
 
 
 @lru_cache(maxsize=4)
 def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of special tokens that may end a turn."""
+    """Ids of special tokens that may end a turn."""
     ids: Any = tokenizer.convert_tokens_to_ids(_ending_texts(tokenizer))
     return frozenset(ids)
 
 
 def assistant_turns(messages: Sequence[Message], learn: str) -> list[int]:
-    """Indices of the turns to learn with `data.learn`; a weight of 0 leaves a turn out.
+    """Indices of the turns to train on by `data.learn`; a weight of 0 excludes a turn.
 
-    Raises `BadRow` where that leaves nothing, or contradicts what is to be learnt.
+    Raises `BadRow` if that leaves nothing, or if the weights contradict `data.learn`.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     weighted = [index for index in turns if messages[index].get("weight") != 0]
     if learn == "all" and weighted != turns:
         raise BadRow(
-            "a message is marked as not to be learnt (weight: 0 or alike), but data.learn=all learns "
-            "everything; remove the mark, or set data.learn=responses"
+            "a message is excluded from the loss (weight: 0 or similar), but data.learn=all trains on "
+            "everything; remove the flag, or set data.learn=responses"
         )
     if learn != "responses":
         weighted = [index for index in weighted if index == turns[-1]]
     if not weighted:
         which = "every message" if learn == "responses" else "the last message"
         raise BadRow(
-            f"{which} of the assistant has the weight 0 (or train: false, or alike); "
-            "there is nothing to learn"
+            f"{which} of the assistant has the weight 0 (or train: false, or similar); "
+            "there are no loss tokens"
         )
     return weighted

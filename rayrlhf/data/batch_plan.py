@@ -1,7 +1,7 @@
-"""Which samples make up which micro-batch of which step on which worker. Pure, and known from the start.
+"""Batch plan of supervised training: samples of every micro-batch, step and worker. Pure, known in advance.
 
-Lengths are known once the data are prepared, so samples are packed and balanced before anything is trained,
-and what a step learns depends neither on the number of workers nor on how its samples are packed.
+Lengths are known once the data are prepared, so samples are packed and balanced before training, and the
+result of a step depends neither on the number of workers nor on the packing of its samples.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rayrlhf.data.balance import balanced_partition
 from rayrlhf.data.packing import micro_batches
 from rayrlhf.data.stream import PromptPlan
 
-MicroBatches = list[list[int]]  # row ids; an empty micro-batch is a filler
+MicroBatches = list[list[int]]  # row ids; an empty micro-batch is a padding batch
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step: the micro-batches of every rank, equally many on each (ZeRO-3 would otherwise wait
-    for ever).
+    """One optimizer step: the micro-batches of every rank, the same number on each (ZeRO-3 would otherwise
+    deadlock).
     """
 
     ranks: tuple[MicroBatches, ...]
@@ -30,8 +30,8 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class RowOrder(Sequence[np.ndarray]):
-    """The row ids of each step: epochs run on across steps, and the last step takes what is left of
-    `total_rows`. Nothing of it is kept: a part is computed when it is asked for.
+    """The row ids of each step: epochs continue across step boundaries, and the last step has the remainder
+    of `total_rows`. Computed on access, not stored.
     """
 
     num_rows: int
@@ -59,12 +59,12 @@ class RowOrder(Sequence[np.ndarray]):
 
     def _steps(self, start: int, stop: int) -> list[np.ndarray]:
         plan = PromptPlan(self.num_rows, self.samples_per_step, len(self), 1, self.seed, self.shuffle)
-        left = self.total_rows - start * self.samples_per_step  # from the first of these steps on
+        left = self.total_rows - start * self.samples_per_step  # from the first of these steps
         rows = plan.rows(start, max(start, stop)).reshape(-1)[:left]
         return [rows[i : i + self.samples_per_step] for i in range(0, len(rows), self.samples_per_step)]
 
     def distinct(self) -> np.ndarray:
-        """The rows that come at all, in ascending order."""
+        """All row ids that occur, in ascending order."""
         if self.total_rows >= self.num_rows:  # a whole epoch
             return np.arange(self.num_rows)
         return np.unique(np.concatenate(self[:]))
@@ -73,7 +73,7 @@ class RowOrder(Sequence[np.ndarray]):
 def plan_step(
     rows: Sequence[int] | np.ndarray, num_tokens: np.ndarray, *, world_size: int, budget_tokens: int
 ) -> StepPlan:
-    """Shares the rows of a step over the ranks by their tokens, and packs each share into micro-batches.
+    """Balances the rows of a step over the ranks by tokens, and packs each rank's rows into micro-batches.
 
     `num_tokens` [all rows] are the lengths of the store's rows. Raises `ValueError` for a row longer than the
     budget.
@@ -96,17 +96,17 @@ def plan_steps(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[StepPlan]:
-    """The plans of the steps from `start` on, up to `stop` where it is given."""
+    """The plans of the steps from `start` to `stop` (default: the last)."""
     for rows in order[start : len(order) if stop is None else stop]:
         yield plan_step(rows, num_tokens, world_size=world_size, budget_tokens=budget_tokens)
 
 
 def each_once(rows: np.ndarray, rows_per_step: int) -> list[np.ndarray]:
-    """The order of a pass in which nothing is learnt: an evaluation, a reference's log-probabilities."""
+    """The order of a pass without training: an evaluation, log-probabilities of a reference model."""
     return [rows[start : start + rows_per_step] for start in range(0, len(rows), rows_per_step)]
 
 
 def fill_of(plan: StepPlan, num_tokens: np.ndarray, budget_tokens: int) -> float:
-    """Tokens as a share of the room in the micro-batches that are not fillers."""
+    """Tokens as a fraction of the capacity of the micro-batches that are not padding batches."""
     packs = [pack for rank in plan.ranks for pack in rank if pack]
     return sum(int(num_tokens[row]) for pack in packs for row in pack) / max(1, len(packs) * budget_tokens)

@@ -1,4 +1,4 @@
-"""From a row of the data to what the model reads: chat template or plain text, then token ids."""
+"""Renders and tokenises a data row: chat template or plain text, then token ids."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prompt_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except HubError as error:
         raise DataError(str(error)) from error
-    except Exception as error:  # what a broken or foreign tokenizer raises is not specified
+    except Exception as error:  # a broken or custom tokenizer may raise anything
         raise DataError(f"no tokenizer can be loaded from {path}: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -50,23 +50,22 @@ def read_chat_template(config: DataConfig) -> str | None:
 
 
 class RenderedPrompt(NamedTuple):
-    """What the model is given for a row."""
+    """The model's input for a row."""
 
-    text: str  # that the ids decode to, special tokens included
+    text: str  # decoded ids, special tokens included
     ids: list[int]
-    notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
+    notes: tuple[str, ...] = ()  # changes made to the row, to be counted
 
 
 def render_prompt(
     columns: Mapping[str, Any], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> RenderedPrompt:
-    """What the model is given for a row.
+    """The model's input for a row.
 
-    With `apply_chat_template` a text becomes one user message, `system_prompt` goes before a conversation
-    that has no system message of its own, and the template ends with the opening of the assistant's turn.
-    Otherwise the text goes into `input_template`, or stands as it is. What a tokenizer puts before a text
-    comes from the template or from the tokenizer, never from both, and no end-of-sequence token is ever
-    added: the answer is still to come.
+    With `apply_chat_template` a text becomes one user message, `system_prompt` is prepended to a conversation
+    without a system message, and the template ends with the generation prompt. Otherwise the text is inserted
+    into `input_template`, or used unchanged. Leading special tokens are added by the template or by the
+    tokenizer, never by both, and no end-of-sequence token is added: the answer follows.
 
     Raises `BadRow` for a row that cannot be rendered and `DataError` for a tokenizer without a chat template.
     """
@@ -76,14 +75,14 @@ def render_prompt(
         return _prompt(encode_plain(text, tokenizer), config, tokenizer)
     messages, tools, notes = as_text(found.messages, found.tools, tokenizer)
     text = apply_template(messages, tokenizer, tools=tools, add_generation_prompt=True)
-    check_unicode(text, f"the conversation in column {config.prompt_key!r}")  # other keys too
+    check_unicode(text, f"the conversation in column {config.prompt_key!r}")  # including other keys
     return _prompt(encode(text, tokenizer), config, tokenizer, notes)
 
 
 def render_text(
     columns: Mapping[str, Any], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> RenderedPrompt:
-    """A text of `data.ptx` as it stands; no other column is read."""
+    """A text of `data.ptx`, unchanged; no other column is read."""
     where = f"column {config.prompt_key!r}"
     text = column_of(columns, config.prompt_key, "data.ptx.text_key")
     if not isinstance(text, str):
@@ -91,7 +90,7 @@ def render_text(
     check_text(text, where)
     rendered = _prompt(encode_plain(text, tokenizer), config, tokenizer)
     if len(rendered.ids) < 2:
-        raise BadRow(f"{where} is a single token, which nothing precedes; there is nothing to learn")
+        raise BadRow(f"{where} is a single token without a preceding one; there are no loss tokens")
     return rendered
 
 
@@ -109,10 +108,10 @@ def _prompt(
 def as_text(
     messages: Sequence[Message], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Message], list[dict[str, Any]] | None, list[str]]:
-    """Messages and tools as the template is to be given them, and notes on what was changed.
+    """Messages and tools prepared for the template, and notes on the changes.
 
-    The template's markers in them are text (`rayrlhf.data.markers`), an end-of-turn token with which an
-    answer ends already is left to the template, and tools are left out where the template shows none.
+    The template's markers in them are plain text (`rayrlhf.data.markers`), an end-of-turn token at the end of
+    an answer is removed because the template writes it, and tools are dropped if the template ignores them.
     """
     notes = []
     if tools and tokenizer.chat_template is not None and tool_form(tokenizer) == "nothing":
@@ -138,16 +137,16 @@ def _without_end(message: Message, closing: Sequence[str]) -> Message:
 
 
 def decode_prompt(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of token ids as the model sees it, special tokens included."""
+    """The decoded text of token ids, special tokens included."""
     text = tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
 
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text without a chat template, after what the tokenizer puts before a text.
+    """The ids of a text without a chat template, after the tokenizer's leading special tokens.
 
-    What of that the text says itself does not come twice.
+    Those that the text already begins with are not duplicated.
     """
     ids, first = encode(text, tokenizer), list(tokens_put_first(tokenizer))
     said = next(n for n in range(len(first), -1, -1) if first[len(first) - n :] == ids[:n])
@@ -156,7 +155,7 @@ def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @lru_cache(maxsize=8)
 def tokens_put_first(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer puts before a text: Llama's bos, GLM's two tokens, nothing."""
+    """Leading special tokens that the tokenizer adds: Llama's bos, GLM's two tokens, or none."""
     alone = encode("a", tokenizer)
     framed: list[int] = tokenizer("a", verbose=False).input_ids
     starts = range(len(framed) - len(alone) + 1)
@@ -164,7 +163,7 @@ def tokens_put_first(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def single_token(word: str, tokenizer: object) -> int:
-    """The id of a word that is one token. Raises `ValueError`."""
+    """The id of a word that is a single token. Raises `ValueError` otherwise."""
     ids = tokenizer(word, add_special_tokens=False).input_ids  # pyright: ignore[reportCallIssue]
     if len(ids) != 1:
         raise ValueError(f"{word!r} is {len(ids)} tokens; wanted a word that is one token")

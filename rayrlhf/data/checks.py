@@ -1,4 +1,4 @@
-"""What can be said about the data within a second, before anything is started: no Ray and no torch here."""
+"""Quick checks of the data, within a second, before anything starts: no Ray and no torch here."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rayrlhf.data.rows.row import BadRow, DataError, RawRow, describe_bad_rows
 from rayrlhf.data.sources.files import DataFile, Split, resolve_source
 from rayrlhf.data.sources.readers import plan_chunks, read_chunk
 
-HEAD_ROWS = 1000  # looked at in each file
-TOTAL_ROWS = 20_000  # … and in all, so that a data set of a thousand files answers quickly too
-MAX_JSON_ARRAY_BYTES = 64 << 20  # a JSON array can only be read whole; a larger one is left to the real pass
+HEAD_ROWS = 1000  # rows checked per file
+TOTAL_ROWS = 20_000  # … and in all, so that a data set of a thousand files is checked quickly too
+MAX_JSON_ARRAY_BYTES = 64 << 20  # a JSON array can only be read whole; larger ones are checked when prepared
 
 
 def check_sources(config: PromptDataConfig) -> None:
-    """Raises one `DataError` listing what is wrong with the files that the section `data` names.
+    """Raises one `DataError` that lists all problems of the files in the section `data`.
 
-    Paths that do not exist, types that are unknown, files that hold no rows, rows in the head of each file
-    that do not parse or have no usable prompt or label. With `on_bad_row: skip` rows count only where no row
-    is usable. What lies further down in the files is found when they are read.
+    Paths that do not exist, unknown types, files without rows, rows in the head of each file that do not
+    parse or have no usable prompt or label. With `on_bad_row: skip` bad rows are reported only if no row is
+    usable. Problems further down in the files are found when they are prepared.
     """
     _check(config, lambda row: row_problem(row, config), {"train": None, "eval": None})
 
 
 def check_example_sources(config: ExampleDataConfig) -> None:
-    """`check_sources` for the data of supervised training: rows must come to an example in normal form."""
+    """`check_sources` for supervised training: every row must have a normal form."""
     names: dict[Split, str | None] = {"train": config.train_split, "eval": config.eval_split}
     _check(config, lambda row: example_problem(row, config), names)
 
@@ -74,14 +74,14 @@ def _source_problem(
 
 
 def head_rows(file: DataFile, rows: int) -> Sequence[RawRow] | None:
-    """The first rows of a file; None where they cannot be had quickly."""
+    """The first rows of a file; None if they cannot be read quickly."""
     if file.type == "json" and os.path.getsize(file.path) > MAX_JSON_ARRAY_BYTES:
         return None
     return list(islice((row for chunk in plan_chunks(file) for row in read_chunk(chunk)), rows))
 
 
 def row_problem(row: RawRow, config: PromptDataConfig) -> str:
-    """Why a row cannot be used, as far as that is visible without a tokenizer; empty for a good row."""
+    """Why a row cannot be used, as far as can be checked without a tokenizer; empty for a good row."""
     if row.problem:
         return row.problem
     try:
@@ -92,7 +92,7 @@ def row_problem(row: RawRow, config: PromptDataConfig) -> str:
 
 
 def example_problem(row: RawRow, config: ExampleDataConfig) -> str:
-    """`row_problem` of supervised training."""
+    """`row_problem` for supervised training."""
     if row.problem:
         return row.problem
     try:
@@ -104,4 +104,4 @@ def example_problem(row: RawRow, config: ExampleDataConfig) -> str:
 
 
 def on_bad_row_fix() -> str:
-    return "mend the rows, or leave them out with data.on_bad_row=skip"
+    return "fix the rows, or skip them with data.on_bad_row=skip"

@@ -1,7 +1,7 @@
-"""Where a response ends: at the model's end of text, the chat template's end of turn, or what `stop` names.
+"""Stop conditions of responses: the model's end of text, the chat template's end of turn, or `stop` strings.
 
-The end of turn is often not the tokenizer's end of text: a base model that learns ChatML closes its answers
-with `<|im_end|>`, and its eos token stays `<|endoftext|>`.
+The end of turn often differs from the tokenizer's end of text: a base model trained on ChatML ends its
+answers with `<|im_end|>`, while its eos token remains `<|endoftext|>`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWER: dict[str, Any] = {"role": "assistant", "content": STAND_IN}
 
 @dataclass(frozen=True)
 class ResponseEnds:
-    """What ends responses in addition to the model's own end of text."""
+    """Stop tokens and strings in addition to the model's own end of text."""
 
     token_ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
@@ -36,10 +36,10 @@ class ResponseEnds:
 def response_ends(
     stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, apply_chat_template: bool
 ) -> ResponseEnds:
-    """The ends of responses to prompts of the chat template, or to plain ones, with the strings of `stop`.
+    """Stop conditions for prompts with the chat template, or for plain ones, including the strings of `stop`.
 
-    Engines look for strings in text that has no special tokens: a string that is one becomes a token. Raises
-    `DataError` for one with a special token and more, which could never be found.
+    Engines search for stop strings in text without special tokens: a string that is a special token becomes a
+    stop token. Raises `DataError` for a string that contains a special token and more, which cannot match.
     """
     end_of_turn = end_of_turn_id(tokenizer) if apply_chat_template else None
     ids = [] if end_of_turn is None else [end_of_turn]
@@ -55,9 +55,9 @@ def response_ends(
         else:
             token = tokenizer.convert_ids_to_tokens(inside[0])
             raise DataError(
-                f"the stop string {text!r} has the special token {token!r} and more in it: engines look for "
-                f"strings in text without special tokens and would never find it; wanted {token!r} alone, or "
-                "a text without it"
+                f"the stop string {text!r} contains the special token {token!r} and more: engines search "
+                f"text without special tokens and would never find it; wanted {token!r} alone, or a text "
+                "without it"
             )
     return ResponseEnds(tuple(dict.fromkeys(ids)), tuple(texts))
 
@@ -70,8 +70,8 @@ def ends_of(model: ModelConfig, data: DataConfig) -> Callable[[Sequence[str]], R
 
 @lru_cache(maxsize=4)
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that closes an answer in the tokenizer's chat template; None where only text does, where
-    nothing does, and where the template takes no answers.
+    """The token that ends an answer in the tokenizer's chat template; None if it is ended by text or by
+    nothing, or if the template does not accept answers.
     """
     if tokenizer.chat_template is None:
         return None
@@ -86,16 +86,16 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def behind_answer(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool
 ) -> str:
-    """What the template writes behind an answer that `messages` follow. Raises `BadRow`."""
+    """The text that the template writes after an answer that is followed by `messages`. Raises `BadRow`."""
     try:
         text = tokenizer.apply_chat_template(
             [QUESTION, ANSWER, *map(dict, messages)], tokenize=False, add_generation_prompt=generation_prompt
         )
-    except Exception as error:  # a template is foreign code, and raises what it wants
+    except Exception as error:  # template code may raise anything
         roles = ", ".join(repr(message["role"]) for message in messages)
         raise BadRow(f"the chat template rejects {roles or 'an answer'}: {error}") from error
     assert isinstance(text, str)
     _, found, behind = text.partition(STAND_IN)
     if not found:
-        raise BadRow("the chat template leaves an answer out once another message follows it")
+        raise BadRow("the chat template omits an answer when another message follows")
     return behind

@@ -1,4 +1,4 @@
-"""The prepared examples of a supervised run: one Arrow file, memory-mapped by whoever reads it."""
+"""Store of the prepared examples of a supervised run: one Arrow file, memory-mapped by its readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayrlhf.samples import Example, TokenSequence
 SEQUENCE_FIELDS = [
     pa.field("input_ids", pa.list_(pa.list_(pa.int32()))),
     pa.field("loss_mask", pa.list_(pa.list_(pa.uint8()))),
-    pa.field("targets", pa.list_(pa.list_(pa.float32()))),  # inner lists empty where no token is labelled
+    pa.field("targets", pa.list_(pa.list_(pa.float32()))),  # inner lists are empty if no token is labelled
     pa.field("value", pa.float64()),
 ]
 EXAMPLE_SCHEMA = pa.schema(
@@ -28,13 +28,13 @@ EXAMPLE_SCHEMA = pa.schema(
 
 
 class ExampleStore(RowStore):
-    """The prepared examples; the columns are those of `EXAMPLE_SCHEMA`."""
+    """Prepared examples, with the columns of `EXAMPLE_SCHEMA`."""
 
     KIND = "an example"
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
-        """Tokens of every example, [rows] int64. Nothing else of the file is read."""
+        """Tokens of every example, [rows] int64. Reads only this column."""
         return self._rows.numbers("num_tokens")
 
     def __getitem__(self, row_id: int) -> Example:
@@ -46,7 +46,7 @@ class ExampleStore(RowStore):
 
 
 def examples_of(table: pa.Table) -> list[Example]:
-    """The rows of a table that has the columns of `EXAMPLE_SCHEMA`."""
+    """The rows of a table with the columns of `EXAMPLE_SCHEMA`."""
     names = ("row_id", "input_ids", "loss_mask", "targets", "value")
     columns = [table.column(name).to_pylist() for name in names]
     return [

@@ -1,4 +1,4 @@
-"""The Ray Data stream that carries a plan out: a worker receives its packed micro-batches, step by step."""
+"""Ray Data stream of a batch plan: each worker receives its packed micro-batches, step by step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rayrlhf.samples import Example
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
 
-# One row is all that a rank trains on in a step: ranks then have equally many rows, and no split of Ray
-# Data's falls inside a step.
+# One row holds everything that a rank trains on in a step: ranks then have the same number of rows, and Ray
+# Data never splits within a step.
 
 
 def example_dataset(
@@ -30,14 +30,14 @@ def example_dataset(
     world_size: int,
     budget_tokens: int,
 ) -> Dataset:
-    """The steps from `start_step` on, packed and shared out, as a data set whose rows `streaming_split` hands
-    to the ranks in turn. A step is planned when it is fetched, by each rank alike.
+    """The steps from `start_step`, packed and distributed, as a data set whose rows `streaming_split` assigns
+    to the ranks round-robin. A step is planned when it is fetched, identically for each rank.
 
-    Columns: `step`, `rank`, `sizes` (examples per micro-batch) and one list per column of the store. What is
-    said of `rayrlhf.data.stream.prompt_dataset` holds here too. Raises `ValueError` where no step is left.
+    Columns: `step`, `rank`, `sizes` (examples per micro-batch) and one list per column of the store. The
+    notes on `rayrlhf.data.stream.prompt_dataset` apply here too. Raises `ValueError` if no step is left.
     """
     if not 0 <= start_step < len(order):
-        raise ValueError(f"no step from start_step={start_step} on")
+        raise ValueError(f"no step from start_step={start_step}")
     blocks = step_ranges(start_step, len(order), world_size, len(order[0]))
     fetch = partial(
         _fetch, os.path.abspath(store_path), order, world_size=world_size, budget_tokens=budget_tokens
@@ -48,7 +48,7 @@ def example_dataset(
 def _fetch(
     store_path: str, order: Sequence[np.ndarray], block: pa.Table, *, world_size: int, budget_tokens: int
 ) -> pa.Table:
-    """What a rank trains on in the steps of a block: each column of the store becomes a list per step."""
+    """The rows of a rank for the steps of a block: each column of the store becomes a list per step."""
     [(first, last, rank)] = zip(*block.to_pydict().values(), strict=True)
     store = ExampleStore.open(store_path)
     plans = plan_steps(
@@ -81,9 +81,10 @@ def _offsets(lists: pa.ListArray) -> pa.Array:
 def iter_examples(
     shard: DataIterator, rank: int, start_step: int = 0
 ) -> Iterator[tuple[int, list[list[Example]]]]:
-    """On a worker: its micro-batches of each step, as (step, examples per micro-batch), empty for a filler.
+    """On a worker: its micro-batches of each step, as (step, examples per micro-batch); a padding batch is
+    empty.
 
-    Raises `AssertionError` when Ray Data has not followed the plan.
+    Raises `AssertionError` if Ray Data has not followed the plan.
     """
     batches: Iterable[Any] = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2)
     for step, batch in enumerate(batches, start=start_step):

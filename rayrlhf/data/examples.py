@@ -1,4 +1,4 @@
-"""Prepares the examples of a supervised run once, with Ray Data, into one file that workers memory-map."""
+"""Prepares the examples of a supervised run, once, with Ray Data, as one file that workers memory-map."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rayrlhf.data.store import STORE_BATCH_ROWS, ArrowRows, write_tables
 RENDERED_SCHEMA = pa.schema(
     [
         *REPORT_FIELDS,
-        pa.field("id", pa.string()),  # empty where rows are not compared
+        pa.field("id", pa.string()),  # empty if duplicates are not checked
         pa.field("prompt_tokens", pa.int64()),  # of the first sequence
         *SEQUENCE_FIELDS,
     ]
@@ -59,12 +59,12 @@ def prepare_examples(
     """Reads, renders, masks, tokenises and mixes the rows of a split; writes the store at `out_path`.
 
     `sources` are `config.sources_of(split)`: with `eval_share` both splits read the training sources, and a
-    hash of the row and the seed says which split has it, the same in every run and for equal rows. An example
-    of KTO gets a second sequence, its prompt with the response to another one (`data.rows.mismatch`).
+    hash of the row and the seed selects its split, the same in every run and for equal rows. An example of
+    KTO gets a second sequence, its prompt with the response to another one (`data.rows.mismatch`).
 
-    The counts have `duplicates` beside those of prompts. Ray must be running; the tokenizer is loaded once
-    per worker process. Raises `DataError` for bad, long or repeated rows (unless the config says otherwise),
-    for a tokenizer or template that cannot serve, and where no row is left.
+    The counts have `duplicates` in addition to those of prompts. Ray must be running; the tokenizer is loaded
+    once per worker process. Raises `DataError` for bad, long or repeated rows (unless the config says
+    otherwise), for an unsuitable tokenizer or template, and if no row is left.
     """
     from rayrlhf.data.sources.source import read_sources
     from rayrlhf.data.sources.spool import spooled
@@ -111,7 +111,7 @@ def policy_of(config: ExampleDataConfig) -> Policy:
 
 @dataclass(frozen=True)
 class RenderStage:
-    """The Ray Data stage: rows as read -> sequences with masks. Rows of the other split are left out."""
+    """Ray Data stage: raw rows -> sequences with loss masks. Rows of the other split are dropped."""
 
     config: ExampleDataConfig
     tokenizer_path: str
@@ -127,7 +127,7 @@ class RenderStage:
             for row in batch.to_pylist():
                 if in_split(row["columns_json"], self.split, self.config.eval_share, self.seed):
                     rows.append(self._render(row, tokenizer))
-        except DataError as error:  # no matter of a single row: it has no place
+        except DataError as error:  # not specific to one row, so without file and row number
             rows = [{**NOT_RENDERED, "source": 0, "place": "", "problem": str(error), "notes": []}]
         return pa.Table.from_pylist(rows, RENDERED_SCHEMA)
 
@@ -168,7 +168,7 @@ def _columns_of(example: RenderedExample) -> dict[str, Any]:
 def _stored(
     rows: ArrowRows, order: np.ndarray, partners: np.ndarray | None, max_tokens: int
 ) -> Iterator[pa.Table]:
-    """The rows in their order, with the columns of the store; with `partners`, that of a second sequence."""
+    """The rows in the given order, with the columns of the store; with `partners`, also a second sequence."""
     for start in range(0, len(order), STORE_BATCH_ROWS):
         part = slice(start, start + STORE_BATCH_ROWS)
         table = rows.take(order[part])

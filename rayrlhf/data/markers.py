@@ -1,11 +1,11 @@
-"""Special tokens in the words of a conversation are text: only the chat template writes its own markers.
+"""Escaping of chat-template markers in message contents: only the template may write its special tokens.
 
-A text may hold what looks like the template's markers, such as a question about `<|im_end|>`, or `</s>` in
-HTML. Read as special tokens it would end turns and open others, in prompts and in answers. It is therefore
-encoded as the characters that it is, as the tokenizers of Llama, Mistral and OpenAI do with contents. Special
-tokens that the template does not use, such as `<|fim_prefix|>`, are tokens where a text holds them.
+A text may contain the template's markers, such as a question about `<|im_end|>`, or `</s>` in HTML. Encoded
+as special tokens they would end turns and open others, in prompts and in answers. They are therefore encoded
+as plain characters, as the tokenizers of Llama, Mistral and OpenAI do with contents. Special tokens that the
+template does not use, such as `<|fim_prefix|>`, are encoded as tokens.
 
-While a conversation is rendered, each such marker in it is cut by a character that no text has.
+While a conversation is rendered, each such marker in it is split by a character that no text contains.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CUT = "\ufdd0"  # a noncharacter of Unicode, for internal use
-NEUTRAL = "marker"  # in the place of a marker: letters, as ordinary as can be
-# How a template asks for a token in a content: '</think>' in content, content.split('</think>').
+NEUTRAL = "marker"  # replaces a marker: ordinary letters
+# How a template tests for a token in a content: '</think>' in content, content.split('</think>').
 ASKED_BEFORE = (
     r"\.(?:r?split|r?partition|startswith|endswith|replace|r?find|r?index|count|[lr]?strip)\(\s*['\"]"
 )
@@ -33,11 +33,11 @@ ASKED_BEHIND = r"""['"]\s*(?:not\s+)?in\b"""
 
 @dataclass(frozen=True)
 class Markers:
-    """Of a tokenizer with its chat template."""
+    """Special tokens of a tokenizer with its chat template."""
 
     all_special: tuple[str, ...]  # texts of all special tokens, longest first
-    own: tuple[str, ...]  # those that the template writes, and the tokenizer's bos, eos and pad
-    closing: tuple[str, ...]  # those that the template writes behind an answer, and eos
+    own: tuple[str, ...]  # written by the template, and the tokenizer's bos, eos and pad
+    closing: tuple[str, ...]  # written by the template after an answer, and eos
 
 
 def markers_of(tokenizer: PreTrainedTokenizerBase) -> Markers:
@@ -72,7 +72,7 @@ def _is_asked_for(token: str, template: str) -> bool:
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """What the template writes around turns of all roles, the answer last."""
+    """Text that the template writes around turns of all roles, the answer last."""
     system, tool = {"role": "system", "content": "probe"}, {"role": "tool", "content": "probe"}
     answer = {"role": "assistant", "content": STAND_IN}
     for messages, opened in (
@@ -94,20 +94,20 @@ def _longest_first(texts: Iterable[str]) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The texts of all special tokens, longest first."""
+    """Texts of all special tokens, longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return _longest_first(text for text in {*added, *tokenizer.all_special_tokens} if text)
 
 
 @lru_cache(maxsize=8)
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of all special tokens: engines leave them out of the text of a response."""
+    """Ids of all special tokens: engines omit them from the text of a response."""
     ids: Any = tokenizer.convert_tokens_to_ids(list(special_texts(tokenizer)))
     return frozenset(ids)
 
 
 def cut(value: Any, texts: Sequence[str]) -> Any:
-    """A text, or all texts in lists and objects, in which none of `texts` can be recognised any more."""
+    """Split every occurrence of `texts` in a text, or in all texts of lists and objects, by `CUT`."""
     if isinstance(value, str):
         for text in texts:
             if len(text) > 1 and text in value:
@@ -121,12 +121,12 @@ def cut(value: Any, texts: Sequence[str]) -> Any:
 
 
 def whole(text: str) -> str:
-    """The text as it was before it was cut."""
+    """Undo `cut`."""
     return text.replace(CUT, "")
 
 
 def found_in(value: Any, texts: Sequence[str]) -> list[str]:
-    """Which of `texts` stand anywhere in a value."""
+    """Which of `texts` occur anywhere in a value."""
     if isinstance(value, str):
         return [text for text in texts if text in value]
     items = [*value, *value.values()] if isinstance(value, Mapping) else value
@@ -137,9 +137,9 @@ def found_in(value: Any, texts: Sequence[str]) -> list[str]:
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text that says its special tokens itself; what is cut in it is none.
+    """The ids of a text that contains its special tokens; those that were cut are encoded as plain text.
 
-    Raises `BadRow` where the tokenizer cannot encode what is cut as text.
+    Raises `BadRow` if the tokenizer cannot encode them as plain text.
     """
     if CUT not in text:
         return _ids(text, tokenizer)
@@ -147,7 +147,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     special = re.compile("|".join(map(re.escape, texts)))
     neutral = re.sub("|".join(re.escape(cut(t, [t])) for t in texts), NEUTRAL, text)
     if _ids(neutral, tokenizer) != [i for piece in _pieces(neutral, special) for i in _ids(piece, tokenizer)]:
-        raise _unencodable(text, special, tokenizer)  # it treats the beginning of a text differently
+        raise _unencodable(text, special, tokenizer)  # it encodes the beginning of a text differently
     ids: list[int] = []
     for piece in _pieces(text, special):
         is_text = CUT in piece
@@ -163,7 +163,7 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[
 
 
 def _pieces(text: str, special: re.Pattern[str]) -> list[str]:
-    """The text between special tokens, and these."""
+    """Split a text into special tokens and the text between them."""
     pieces, start = [], 0
     for match in special.finditer(text):
         pieces += [text[start : match.start()], match[0]]
@@ -174,6 +174,6 @@ def _pieces(text: str, special: re.Pattern[str]) -> list[str]:
 def _unencodable(text: str, special: re.Pattern[str], tokenizer: PreTrainedTokenizerBase) -> BadRow:
     found = quoted(dict.fromkeys(special.findall(whole(text[max(0, text.index(CUT) - 1) :]))[:1]))
     return BadRow(
-        f"its text holds {found}, a special token of the chat template, and the tokenizer "
-        f"{tokenizer.name_or_path} cannot encode it as text; take it out"
+        f"its text contains {found}, a special token of the chat template, and the tokenizer "
+        f"{tokenizer.name_or_path} cannot encode it as text; remove it"
     )

@@ -1,4 +1,4 @@
-"""Sharing sequences out into micro-batches. Pure: lengths in, indices out, and the same every time."""
+"""Sequence packing into micro-batches. Pure and deterministic: lengths in, indices out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def micro_batches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]
     batches: list[list[int]] = []
     rooms: list[
         tuple[int, int]
-    ] = []  # (free tokens, micro-batch), ascending: the fullest that fits is a bisect away
+    ] = []  # (free tokens, micro-batch), ascending: the fullest that fits is found by bisection
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
         position = bisect_left(rooms, (length, -1))

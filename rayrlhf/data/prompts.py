@@ -1,4 +1,4 @@
-"""Prepares the prompts of a run once, with Ray Data, into one file that every worker can memory-map."""
+"""Prepares the prompts of a run, once, with Ray Data, as one file that every worker can memory-map."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def prepare_prompts(
     trust_remote_code: bool = False,
     as_texts: bool = False,
 ) -> PromptStore:
-    """Reads, renders, tokenises and, where sources have probabilities, mixes; writes the store at `out_path`.
+    """Reads, renders, tokenises and, if sources have probabilities, mixes; writes the store at `out_path`.
 
-    `as_texts`: the column `prompt_key` holds texts to be learnt as they stand (`data.ptx`).
+    `as_texts`: the column `prompt_key` holds texts to be trained on unchanged (`data.ptx`).
 
     The order of the rows depends on the sources and the seed only. Ray must be running; the tokenizer is
-    loaded once per worker process. The file appears under its name only when it is complete. Raises
-    `DataError` for bad rows and for prompts longer than `max_prompt_tokens` (unless the config says to leave
-    them out or to cut them), for files that cannot be read, and where no row is left.
+    loaded once per worker process. The file is written atomically. Raises `DataError` for bad rows and for
+    prompts longer than `max_prompt_tokens` (unless the config says to drop or truncate them), for files that
+    cannot be read, and if no row is left.
     """
     out_path = Path(out_path)
     renderer = _Renderer(config, tokenizer_path, trust_remote_code, read_chat_template(config), as_texts)
@@ -75,7 +75,7 @@ def prepare_prompts(
 
 @dataclass(frozen=True)
 class _Renderer:
-    """The Ray Data stage: rows as read -> rows as the model sees them. Bad rows pass with their problem."""
+    """Ray Data stage: raw rows -> rendered and tokenised rows. Bad rows are kept, with their problem."""
 
     config: PromptDataConfig
     tokenizer_path: str
@@ -87,7 +87,7 @@ class _Renderer:
         try:
             tokenizer = prompt_tokenizer(self.tokenizer_path, self.trust_remote_code, self.chat_template)
             rows = [self._render(row, tokenizer) for row in batch.to_pylist()]
-        except DataError as error:  # no matter of a single row: it has no place
+        except DataError as error:  # not specific to one row, so without file and row number
             rows = [{**NOT_RENDERED, "source": 0, "place": "", "problem": str(error), "notes": []}]
         return pa.Table.from_pylist(rows, RENDERED_SCHEMA)
 
@@ -102,7 +102,7 @@ class _Renderer:
         if row["problem"]:
             return rendered
         columns = json.loads(row["columns_json"])
-        # Of what becomes a prompt; rewards are given their columns as they are.
+        # Only the columns of the prompt; reward functions receive their columns unchanged.
         padded = set(json.loads(row["padded"])) & set(prompt_columns(self.config))
         columns = without_padding(columns, padded)
         render = render_text if self.as_texts else render_prompt
@@ -113,7 +113,7 @@ class _Renderer:
         prompt, prompt_ids = found.text, found.ids
         num_tokens = len(prompt_ids)
         if num_tokens > self.config.max_prompt_tokens and self.config.on_long_prompt == "truncate":
-            # The end is kept: it holds the question and the opening of the assistant's turn.
+            # The end is kept: it contains the question and the generation prompt.
             prompt_ids = prompt_ids[-self.config.max_prompt_tokens :]
             prompt = decode_prompt(prompt_ids, tokenizer)
         return {

@@ -1,4 +1,4 @@
-"""From an example in normal form to token sequences with loss masks, cut where the config says so."""
+"""Renders an example in normal form as token sequences with loss masks, truncated as the config says."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RenderedSequence:
-    """What becomes a `rayrlhf.batch.TokenSequence`, which would bring torch along."""
+    """Precursor of `rayrlhf.batch.TokenSequence`, whose import would need torch."""
 
     input_ids: list[int]  # [T]
     loss_mask: list[int]  # [T], 0 at position 0
     prompt_tokens: int = 0  # tokens before the last answer
-    targets: list[float] = field(default_factory=list)  # [T] where tokens are labelled, else empty
-    notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
+    targets: list[float] = field(default_factory=list)  # [T] if tokens are labelled, else empty
+    notes: tuple[str, ...] = ()  # changes made to the row, to be counted
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def part(self, start: int, stop: int) -> RenderedSequence:
-        """Tokens start … stop - 1. The first token of a sequence has no prediction and is never learnt."""
+        """Tokens start … stop - 1. The first token of a sequence has no prediction and never a loss."""
         loss_mask = self.loss_mask[start:stop]
         return RenderedSequence(
             self.input_ids[start:stop],
@@ -49,22 +49,23 @@ class RenderedSequence:
 
 @dataclass(frozen=True)
 class RenderedExample:
-    """The sequences of an example, as long as they may be."""
+    """The sequences of an example, truncated to the limit."""
 
     sequences: list[RenderedSequence]
-    num_tokens: int  # of the longest sequence, before it was cut
+    num_tokens: int  # of the longest sequence, before truncation
     value: float = 0.0  # see `rayrlhf.batch.Example`
-    notes: tuple[str, ...] = ()  # what was changed in the row, to be counted
+    notes: tuple[str, ...] = ()  # changes made to the row, to be counted
 
 
 def render_example(
     example: NormalForm, config: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> RenderedExample:
-    """What is learnt of an example. Sequences over `max_tokens` are cut with `on_long: truncate_*` only.
+    """The token sequences and loss masks of an example. Sequences over `max_tokens` are truncated only with
+    `on_long: truncate_*`.
 
-    A sequence ends with the token that ends its last answer: reward models are read there. The sequences of
-    a pair begin with the same prompt ids. Raises `BadRow` for an example that cannot be rendered, or of whose
-    answer nothing is left, and `DataError` for a tokenizer or template that cannot serve.
+    A sequence ends with the token that ends its last answer: reward models are scored there. The sequences of
+    a pair begin with the same prompt ids. Raises `BadRow` for an example that cannot be rendered, or whose
+    answer is truncated completely, and `DataError` for an unsuitable tokenizer or template.
     """
     value = 0.0
     if isinstance(example, Text):
@@ -88,9 +89,9 @@ def render_example(
     notes = tuple(dict.fromkeys(note for sequence in sequences for note in sequence.notes))
     sequences = _fitted([sequence.part(0, len(sequence)) for sequence in sequences], config)
     if not all(any(sequence.loss_mask) for sequence in sequences):
-        raise BadRow("it has no token to learn")
+        raise BadRow("it has no loss token")
     if len(sequences) == 2 and sequences[0].input_ids == sequences[1].input_ids:
-        raise BadRow("its answers come to the same tokens")
+        raise BadRow("its answers have the same tokens")
     return RenderedExample(sequences, longest, value, notes)
 
 
@@ -116,7 +117,7 @@ def _conversation(
 
 
 def _all_loss_tokens(ids: list[int], notes: Sequence[str] = ()) -> RenderedSequence:
-    # No answer that may not be cut.
+    # prompt_tokens = all: no part is protected from truncation.
     return RenderedSequence(ids, [1] * len(ids), prompt_tokens=len(ids), notes=tuple(notes))
 
 
@@ -127,11 +128,11 @@ def _answered(
     config: ExampleDataConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> MaskedConversation:
-    """A prompt and its answer, which alone is learnt."""
+    """A prompt and its answer; only the answer has a loss."""
     if config.apply_chat_template:
         return mask_turns([*prompt, answer], [len(prompt)], tokenizer, tools)
     if "content" not in answer:
-        raise BadRow("its answer has tool calls, but data.apply_chat_template is false: nothing shows them")
+        raise BadRow("its answer has tool calls, which need data.apply_chat_template=true")
     asked = _plain_prompt(prompt, config)
     prompt_ids = encode_plain(asked, tokenizer)
     ids = _ended(asked + answer["content"], tokenizer)
@@ -153,7 +154,7 @@ def _plain_prompt(prompt: Sequence[Message], config: ExampleDataConfig) -> str:
 
 
 def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text without a chat template, and an eos, unless it ends with one already."""
+    """The ids of a text without a chat template, with a final eos."""
     eos, bare = _eos(tokenizer), text.rstrip()
     ids = encode_plain(bare if bare.endswith(str(tokenizer.eos_token)) else text, tokenizer)
     return ids if ids[-1:] == [eos] else [*ids, eos]
@@ -163,13 +164,13 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise DataError(
-            f"the tokenizer {tokenizer.name_or_path} has no eos token, which ends an answer; give it one"
+            f"the tokenizer {tokenizer.name_or_path} has no eos token, which ends an answer; add one"
         )
     return eos
 
 
 def _steps(example: Steps, config: PrmDataConfig, tokenizer: PreTrainedTokenizerBase) -> RenderedSequence:
-    """The prompt, then each step and the step token, at which its label stands."""
+    """The prompt, then each step followed by the step token, which carries its label."""
     marker = step_token_id(config.step_token, tokenizer)
     notes: list[str] = []
     own: Sequence[str] = ()
@@ -185,7 +186,7 @@ def _steps(example: Steps, config: PrmDataConfig, tokenizer: PreTrainedTokenizer
     for number, (step, label) in enumerate(zip(example.steps, example.labels, strict=True), start=1):
         step_ids = encode(cut(step, own), tokenizer)
         if marker in step_ids:
-            raise BadRow(f"step {number} holds the token of data.step_token={config.step_token!r}")
+            raise BadRow(f"step {number} contains the token of data.step_token={config.step_token!r}")
         input_ids = [*input_ids, *step_ids, marker]
         loss_mask += [*[0] * len(step_ids), int(label is not None)]
         targets += [*[0.0] * len(step_ids), label or 0.0]
@@ -194,19 +195,19 @@ def _steps(example: Steps, config: PrmDataConfig, tokenizer: PreTrainedTokenizer
 
 @lru_cache(maxsize=4)
 def step_token_id(step_token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The one token that `data.step_token` is. Raises `DataError` where it is several, or an unknown one."""
+    """The id of `data.step_token`. Raises `DataError` if it is several tokens, or an unknown one."""
     ids = encode(step_token, tokenizer)
     if len(ids) == 1 and decode_prompt(ids, tokenizer) == step_token:
         return ids[0]
     pieces = ", ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
     raise DataError(
         f"data.step_token={step_token!r} is {len(ids)} tokens ({pieces}) to the tokenizer "
-        f"{tokenizer.name_or_path}; wanted exactly one that it knows, such as a reserved special token"
+        f"{tokenizer.name_or_path}; wanted exactly one known token, such as a reserved special token"
     )
 
 
 def _fitted(sequences: list[RenderedSequence], config: ExampleDataConfig) -> list[RenderedSequence]:
-    """Cuts sequences to `max_tokens`. With truncate_head all lose as many tokens of their prompt."""
+    """Truncates sequences to `max_tokens`. With truncate_head all lose the same number of prompt tokens."""
     limit = config.max_tokens
     longest = max(map(len, sequences))
     if longest <= limit or config.on_long not in ("truncate_head", "truncate_tail"):
@@ -219,7 +220,7 @@ def _fitted(sequences: list[RenderedSequence], config: ExampleDataConfig) -> lis
     answer = max(len(sequence) - sequence.prompt_tokens for sequence in sequences)
     if answer >= limit:
         raise BadRow(
-            f"its answer alone has {answer} tokens, which with a token before it is more than "
-            f"data.max_tokens={limit}; raise that, or set data.on_long=truncate_tail"
+            f"its answer alone has {answer} tokens, which with one preceding token is more than "
+            f"data.max_tokens={limit}; raise it, or set data.on_long=truncate_tail"
         )
     return [sequence.part(longest - limit, len(sequence)) for sequence in sequences]

@@ -1,4 +1,4 @@
-"""What becomes of the rows while they are prepared: left out, cut, kept, and in which order."""
+"""Row filtering during preparation: rows that are dropped, truncated or kept, and their order."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from rayrlhf.data.sources.mixing import MixingStops, mixing_order
 
 logger = logging.getLogger(__name__)
 
-# What every stage gives beside its own columns; `place` is file:row, and empty for no matter of a single row.
+# Columns that every stage adds to its own; `place` is file:row, empty if not specific to one row.
 REPORT_FIELDS = [
     pa.field("source", pa.int64()),
     pa.field("place", pa.string()),
     pa.field("problem", pa.string()),  # empty for a good row
-    pa.field("num_tokens", pa.int64()),  # of the longest sequence, before it is cut
-    pa.field("notes", pa.list_(pa.string())),  # what was changed in the row
+    pa.field("num_tokens", pa.int64()),  # of the longest sequence, before truncation
+    pa.field("notes", pa.list_(pa.string())),  # changes made to the row
 ]
 
 
 def left_out_notes(left_out: str) -> list[str]:
     """Notes on the columns that a source could not read, given as JSON."""
-    return [f"column {column} left out, which JSON cannot hold" for column in json.loads(left_out)]
+    return [f"column {column} dropped, which JSON cannot represent" for column in json.loads(left_out)]
 
 
 def with_left_out(problem: str, left_out: str) -> str:
-    """A row's problem, with the columns that it may have been looked for in."""
+    """A row's problem, with the dropped columns, which may be the reason."""
     columns = json.loads(left_out)
-    return f"{problem}; columns left out: {', '.join(columns)}" if columns else problem
+    return f"{problem}; columns dropped: {', '.join(columns)}" if columns else problem
 
 
 @dataclass
 class Places:
-    """How many rows something has happened to, and where first."""
+    """Number of affected rows, and the places of the first ones."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Policy:
-    """What the config says about bad, long and repeated rows, and the names of the keys that say it."""
+    """Policy for bad, long and repeated rows, and the config keys that set it, for messages."""
 
     noun: str  # prompts, examples
     on_bad_row: Literal["fail", "skip"]
@@ -66,13 +66,13 @@ class Policy:
     max_tokens: int
     max_tokens_key: str
     on_long_fix: str  # such as "data.on_long_prompt to drop or truncate"
-    cut: str = "the beginning"  # what truncating takes away
+    cut: str = "the beginning"  # the part that truncation removes
     on_duplicate_id: Literal["fail", "skip"] = "fail"
 
 
 @dataclass
 class Tally:
-    """Counts of the rows, and a hash of the `contents` of those that are kept."""
+    """Row counts, and a hash of the `contents` of the rows that are kept."""
 
     policy: Policy
     rows_of_source: list[int]
@@ -80,12 +80,12 @@ class Tally:
     bad: Places = field(default_factory=Places)
     long: Places = field(default_factory=Places)
     repeated: Places = field(default_factory=Places)
-    notes: dict[str, Places] = field(default_factory=dict)  # by what was changed
+    notes: dict[str, Places] = field(default_factory=dict)  # by note
     _place_of_id: dict[str, str] = field(default_factory=dict)
     _digests: dict[str, Any] = field(default_factory=dict)
 
     def usable_rows(self, batch: pa.Table) -> pa.Table:
-        """Those rows of a batch that are kept. Raises `DataError` where the policy says "fail"."""
+        """The rows of a batch that are kept. Raises `DataError` if the policy is "fail"."""
         problems = batch.column("problem").to_pylist()
         places = batch.column("place").to_pylist()
         of_no_row = [
@@ -118,11 +118,11 @@ class Tally:
             first = self._place_of_id.setdefault(ids[index], places[index])
             if first != places[index]:
                 repeated.append(index)
-                described.append(f"{places[index]}: the id {ids[index]} is also that of {first}")
+                described.append(f"{places[index]}: the id {ids[index]} is already used by {first}")
         if repeated and self.policy.on_duplicate_id == "fail":
             raise DataError(
                 f"rows with the same id\n{describe_bad_rows(described)}\n"
-                "give every row its own, or set data.on_duplicate_id=skip"
+                "make the ids unique, or set data.on_duplicate_id=skip"
             )
         self.repeated.add(described)
         return repeated
@@ -156,7 +156,7 @@ class Tally:
                     self._digests.setdefault(part, hashlib.sha256()).update(content)
 
     def fingerprint(self, order: np.ndarray, partners: np.ndarray | None = None) -> str:
-        """A hash of the contents, their order and, where rows are given a partner, who that is."""
+        """A hash of the contents, their order and, if rows have partners, the assignment."""
         whole = hashlib.sha256(order.astype("<i8").tobytes())
         if partners is not None:
             whole.update(partners.astype("<i8").tobytes())
@@ -174,12 +174,12 @@ class Tally:
         }
 
     def log(self) -> None:
-        """Says what was left out or changed: how many rows, and the first of them."""
+        """Log what was dropped or changed: the number of rows, and the first of them."""
         noun, key = self.policy.noun, self.policy.max_tokens_key
         if self.bad.count:
             logger.warning("skipped %d bad rows (data.on_bad_row=skip)\n%s", self.bad.count, self.bad)
         if self.repeated.count:
-            logger.warning("skipped %d rows whose id had come before\n%s", self.repeated.count, self.repeated)
+            logger.warning("skipped %d rows with a duplicate id\n%s", self.repeated.count, self.repeated)
         if self.long.count and self.policy.on_long == "drop":
             logger.warning("dropped %d %s longer than %s\n%s", self.long.count, noun, key, self.long)
         elif self.long.count:
@@ -189,7 +189,7 @@ class Tally:
             logger.warning("%s, in %d %s\n%s", note, places.count, noun, places)
 
     def check_rows_left(self, sources: Sequence[SourceConfig], split: Split) -> None:
-        """Raises `DataError` where no row is left, or none of a source that is to be mixed."""
+        """Raises `DataError` if no row is left, or none of a source with a mixing probability."""
         empty = [
             f"data.{split}[{index}]={source.path}"
             for index, source in enumerate(sources)
@@ -205,23 +205,23 @@ class Tally:
     def row_order(
         self, sources: Sequence[SourceConfig], seed: int, stops: MixingStops = "first_exhausted"
     ) -> np.ndarray:
-        """The kept rows as they were read, or mixed where sources have probabilities: [rows] int64."""
+        """The kept rows in reading order, or mixed if sources have probabilities: [rows] int64."""
         probabilities = [source.probability for source in sources if source.probability is not None]
         if not probabilities:
             return np.arange(sum(self.rows_of_source))
         order = mixing_order(self.rows_of_source, probabilities, seed, stops)
         distinct = len(np.unique(order))
         if unused := sum(self.rows_of_source) - distinct:
-            logger.info("mixing by probability leaves %d rows unused, so that proportions hold", unused)
+            logger.info("mixing by probability leaves %d rows unused, to keep the proportions", unused)
         if repeats := len(order) - distinct:
-            logger.info("mixing by probability repeats rows %d times, so that every row comes", repeats)
+            logger.info("mixing by probability repeats rows %d times, so that every row is used", repeats)
         return order
 
 
 def _contents_of(array: pa.Array, name: str) -> Iterator[tuple[str, bytes]]:
-    """The contents of a column in named parts, lengths and values apart.
+    """The contents of a column in named parts, lengths and values separate.
 
-    Hashes of the parts do not depend on how rows came in batches.
+    Hashes of the parts do not depend on the division of rows into batches.
     """
     if pa.types.is_list(array.type):
         yield f"{name}.lengths", array.value_lengths().to_numpy(zero_copy_only=False).tobytes()

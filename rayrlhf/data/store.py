@@ -1,4 +1,4 @@
-"""What was prepared of the data of a run: one Arrow file, memory-mapped by whoever reads it."""
+"""Store of a run's prepared data: one Arrow file, memory-mapped by its readers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNTS_KEY, FINGERPRINT_KEY = b"rayrlhf.counts", b"rayrlhf.fingerprint"
 
 
 class ArrowRows:
-    """Random access to the rows of an Arrow IPC file without reading the rest of it."""
+    """Random access to rows of an Arrow IPC file without reading the rest."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -37,7 +37,9 @@ class ArrowRows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def take(self, indices: Iterable[int]) -> pa.Table:
-        """These rows in this order; Arrow's own `take` copies a chunked column whole. Raises `IndexError`."""
+        """These rows in this order; Arrow's own `take` copies a chunked column completely. Raises
+        `IndexError`.
+        """
         wanted = np.fromiter(indices, dtype=np.int64)
         outside = wanted[(wanted < 0) | (wanted >= len(self))]
         if outside.size:
@@ -50,7 +52,7 @@ class ArrowRows:
         return pa.Table.from_batches(picked, schema=self.schema).combine_chunks()
 
     def numbers(self, column: str) -> np.ndarray:
-        """A column of numbers [rows], read without the others."""
+        """A numeric column [rows]; reads only this column."""
         parts = [batch.column(column).to_numpy(zero_copy_only=False) for batch in self._batches]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
@@ -58,12 +60,12 @@ class ArrowRows:
 class RowStore:
     """Rows prepared once, in an Arrow file: row `i` is the one with `row_id == i`.
 
-    `counts` says how the rows came about: `rows`, `skipped_bad`, `dropped_long`, `truncated`,
-    `unused_by_mixing` and what else the kind of row counts. `fingerprint` is a hash of the contents and the
-    order: equal data gives an equal one.
+    `counts` are statistics of the preparation: `rows`, `skipped_bad`, `dropped_long`, `truncated`,
+    `unused_by_mixing` and others by kind of row. `fingerprint` is a hash of the contents and the order: it is
+    equal for equal data.
     """
 
-    KIND: ClassVar[str] = "a row"  # what it holds, for messages
+    KIND: ClassVar[str] = "a row"  # kind of row, for messages
 
     def __init__(self, path: Path, rows: ArrowRows) -> None:
         metadata = rows.schema.metadata or {}
@@ -74,14 +76,14 @@ class RowStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Memory-maps the store. Raises `DataError` where there is none."""
+        """Memory-maps the store. Raises `DataError` if there is none."""
         try:
             return cls(Path(path), ArrowRows(path))
         except (OSError, pa.ArrowException, KeyError) as error:
             raise DataError(f"{path} is not {cls.KIND} store ({error!r}); prepare the data again") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self.path,)  # a worker maps the file itself; the rows do not travel
+        return type(self).open, (self.path,)  # a worker maps the file itself; rows are not serialised
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -89,13 +91,13 @@ class RowStore:
     def take(self, row_ids: Iterable[int]) -> pa.Table:
         """The rows with these ids, in this order, with the columns of the store's schema.
 
-        Raises `IndexError` for an id that is not there.
+        Raises `IndexError` for an unknown id.
         """
         return self._rows.take(row_ids).replace_schema_metadata(None)
 
 
 class PromptStore(RowStore):
-    """The prepared prompts; the columns are those of `STORE_SCHEMA`."""
+    """Prepared prompts, with the columns of `STORE_SCHEMA`."""
 
     KIND = "a prompt"
 
@@ -108,7 +110,7 @@ class PromptStore(RowStore):
 
 
 def prompts_of(table: pa.Table) -> list[Prompt]:
-    """The rows of a table that has the columns of `STORE_SCHEMA`."""
+    """The rows of a table with the columns of `STORE_SCHEMA`."""
     columns = [table.column(name).to_pylist() for name in STORE_SCHEMA.names]
     return [
         Prompt(row_id=row_id, prompt_ids=prompt_ids, prompt=prompt, columns=json.loads(columns_json))
@@ -129,9 +131,9 @@ def write_store(
 def write_tables(
     tables: Iterable[pa.Table], schema: pa.Schema, counts: Mapping[str, int], fingerprint: str, path: Path
 ) -> None:
-    """Writes tables that have all columns of `schema` but its first, `row_id`, which numbers the rows.
+    """Writes tables that have all columns of `schema` except its first, `row_id`, the row number.
 
-    The file appears under its name when it is complete.
+    The file is written atomically.
     """
     schema = schema.with_metadata({COUNTS_KEY: json.dumps(dict(counts)), FINGERPRINT_KEY: fingerprint})
     partial_path = path.with_name(path.name + ".partial")

@@ -1,8 +1,7 @@
-"""Which prompt goes to which worker at which step, and the Ray Data stream that brings it there.
+"""Assignment of prompts to workers and steps, and the Ray Data stream that delivers them.
 
-The plan is pure and known from the start: it depends on the number of rows, the batch size and the seed, not
-on how many workers there are or when the run was interrupted. Ray Data carries it out, and the workers check
-that it did.
+The plan is pure and known in advance: it depends on the number of rows, the batch size and the seed, not on
+the number of workers or on interruptions of the run. Ray Data executes it, and the workers verify that.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from rayrlhf.samples import Prompt
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
 
-# Fetching only copies rows out of a mapped file. It asks for no CPU, so that workers which take them all
-# cannot keep their own prompts from coming; since nothing else limits tasks without a CPU, their number is
-# limited here.
+# Fetching only copies rows from a mapped file. It requests no CPU, so that workers which occupy all CPUs
+# cannot block their own prompts; since nothing else limits tasks without a CPU, their number is limited here.
 FETCH_TASKS = 2
-MAX_BLOCKS = 4096  # each is an object of its own in the cluster, so a long run has several steps in one
+MAX_BLOCKS = 4096  # each is a separate object in the cluster, so a long run has several steps per block
 BLOCK_ROWS = 16_384  # … unless they would have more rows than this each: then there are more blocks
 MAX_LONG_BLOCKS = 65_536
 MAX_BLOCK_ROWS = 65_536  # of such a run
@@ -43,14 +41,14 @@ def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndar
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """Which rows every step has. Nothing of it is kept: a part is computed when it is asked for.
+    """The rows of every step. Computed on access, not stored.
 
     Every epoch is a permutation of all rows from `default_rng([seed, epoch])`, or the order of the store
-    without `shuffle`; steps run on across its end. Where a step spans two epochs, the rows that it has
-    already are put off to later in the new epoch, so that no row comes twice within a step (unless the store
-    has fewer rows than a step takes). Rank r holds the slots r·n … r·n + n - 1 of a step, so another number
-    of workers gets the same steps, and a longer run begins with the steps of a shorter one. Raises
-    `ValueError` for an empty store and a step that does not divide by the workers.
+    without `shuffle`; steps continue across its end. If a step spans two epochs, rows that it already
+    contains are deferred to later in the new epoch, so that no row occurs twice within a step (unless the
+    store has fewer rows than a step). Rank r has the slots r·n … r·n + n - 1 of a step, so the steps are the
+    same for any number of workers, and a longer run begins with the steps of a shorter one. Raises
+    `ValueError` for an empty store and a step size that is not divisible by the number of workers.
     """
 
     num_rows: int
@@ -65,7 +63,7 @@ class PromptPlan:
             raise ValueError("a plan needs at least one row")
         if self.prompts_per_step < 1 or self.prompts_per_step % self.world_size:
             raise ValueError(
-                f"prompts_per_step={self.prompts_per_step} does not divide by {self.world_size} workers"
+                f"prompts_per_step={self.prompts_per_step} is not divisible by {self.world_size} workers"
             )
 
     def __len__(self) -> int:
@@ -89,10 +87,10 @@ class PromptPlan:
         return found.reshape(stop - start, self.world_size, per_step // self.world_size)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch, from the last one before it that does not depend on the epoch before.
+        """The order of an epoch, computed from the last one before it that is independent of its predecessor.
 
-        An epoch's end is its permutation's where the store has twice the rows of a step: no more than a
-        step's rows at its beginning change places. Otherwise an epoch that begins with a step is near.
+        The end of an epoch equals its permutation's if the store has twice the rows of a step: at most a
+        step's rows at its beginning are moved. Otherwise an epoch that begins with a step is near.
         """
         if self.num_rows >= 2 * self.prompts_per_step:
             known = max(0, epoch - 1)
@@ -105,17 +103,17 @@ class PromptPlan:
         return order
 
     def _following(self, before: np.ndarray, epoch: int) -> np.ndarray:
-        """The order of an epoch after that of the one before."""
+        """The order of an epoch, given the order of the previous one."""
         order = _epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
         carried = epoch * self.num_rows % self.prompts_per_step  # of the step that spans both
         if not carried or self.num_rows < self.prompts_per_step:
             return order
-        return _put_off(order, before[-carried:], self.prompts_per_step - carried)
+        return _defer(order, before[-carried:], self.prompts_per_step - carried)
 
 
 @dataclass(frozen=True)
 class FixedPlan:
-    """A plan that is given: row ids [num_steps, world_size, prompts per rank]."""
+    """An explicit plan: row ids [num_steps, world_size, prompts per rank]."""
 
     row_ids: np.ndarray
 
@@ -134,10 +132,10 @@ class FixedPlan:
         return self.row_ids[start:stop]
 
 
-def _put_off(rows: np.ndarray, taken: np.ndarray, needed: int) -> np.ndarray:
-    """Moves the rows in `taken` behind the first `needed` others; the order is kept otherwise.
+def _defer(rows: np.ndarray, taken: np.ndarray, needed: int) -> np.ndarray:
+    """Moves the rows in `taken` after the first `needed` others; the order is unchanged otherwise.
 
-    Those are among the first `needed + len(taken)`: what lies behind stays where it is.
+    The affected rows are among the first `needed + len(taken)`: the rest is not moved.
     """
     head = rows[: needed + len(taken)]
     is_taken = np.isin(head, taken)
@@ -148,13 +146,13 @@ def _put_off(rows: np.ndarray, taken: np.ndarray, needed: int) -> np.ndarray:
 def prompt_dataset(
     store_path: str | os.PathLike[str], plan: PromptPlan | FixedPlan, start_step: int = 0
 ) -> Dataset:
-    """The plan from `start_step` on, as a data set whose blocks `streaming_split` hands to the ranks in turn.
+    """The plan from `start_step`, as a data set whose blocks `streaming_split` assigns to ranks round-robin.
 
-    Columns: `step`, `rank`, `slot` (0 … prompts_per_step - 1, the same prompt's slot for any number of
-    workers) and those of the store. The store must be readable where the tasks run. Give it to a trainer as a
+    Columns: `step`, `rank`, `slot` (0 … prompts_per_step - 1, a prompt's slot for any number of workers) and
+    those of the store. The store must be readable on all nodes that run the tasks. Pass it to a trainer as a
     function, which Ray Train calls whenever it starts a worker group, so that a restart begins at its
     checkpoint's step; and with `DataConfig(execution_options=ExecutionOptions(preserve_order=True))`, since
-    Ray Train drops the option that the data set carries. Raises `ValueError` where no step is left.
+    Ray Train drops the option of the data set. Raises `ValueError` if no step is left.
     """
     if not 0 <= start_step < len(plan):
         raise ValueError(f"start_step={start_step} of a plan with {len(plan)} steps")
@@ -165,8 +163,8 @@ def prompt_dataset(
 def step_ranges(start: int, stop: int, world_size: int, rows_per_step: int) -> list[pa.Table]:
     """The steps in blocks of one rank each, as tables with `first`, `last` (exclusive) and `rank`.
 
-    A block is fetched as a whole, so that a longer run has more of them, and only then larger ones. Raises
-    `DataError` for a run that no stream can hold.
+    A block is fetched as a whole, so a longer run first gets more blocks, and only then larger ones. Raises
+    `DataError` for a run that is too long for a stream.
     """
     num_steps, per_rank = stop - start, -(-rows_per_step // world_size)
     per_block = -(-num_steps * world_size // MAX_BLOCKS)
@@ -185,7 +183,7 @@ def step_ranges(start: int, stop: int, world_size: int, rows_per_step: int) -> l
 
 
 def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Dataset:
-    """The blocks of a plan in their order, each made by `fetch` into what the plan is about."""
+    """The blocks of a plan in order, each converted to its rows by `fetch`."""
     import ray.data
 
     from rayrlhf.data.sources.source import ordered_and_quiet
@@ -193,7 +191,7 @@ def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Da
     with ordered_and_quiet():
         return ray.data.from_arrow(blocks).map_batches(
             fetch,
-            batch_size=None,  # a block in, a block out: the split must see the blocks of the plan
+            batch_size=None,  # one block in, one block out: streaming_split must see the blocks of the plan
             batch_format="pyarrow",
             num_cpus=0,
             concurrency=FETCH_TASKS,
@@ -201,7 +199,7 @@ def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Da
 
 
 def _fetch(store_path: str, plan: PromptPlan | FixedPlan, block: pa.Table) -> pa.Table:
-    """The store's rows for a rank's slots of the steps of a block."""
+    """The store's rows for the slots of a rank in the steps of a block."""
     [(first, last, rank)] = zip(*block.to_pydict().values(), strict=True)
     row_ids = plan.rows(first, last)[:, rank]
     num_steps, per_rank = row_ids.shape
@@ -221,7 +219,7 @@ def iter_prompts(
 ) -> Iterator[tuple[int, list[Prompt]]]:
     """On a worker: its prompts of each step, in slot order, as (step, prompts).
 
-    Raises `AssertionError` when Ray Data has not followed the plan: training on would use other prompts than
+    Raises `AssertionError` if Ray Data has not followed the plan: training would use different prompts from
     an uninterrupted run.
     """
     slots = list(range(rank * per_rank, (rank + 1) * per_rank))

@@ -1,4 +1,4 @@
-"""The chat template at work, and what it does with tools: found out once, by asking it."""
+"""Applies the chat template; probes once in which form it renders tool calls and definitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # objects: arguments as objects, as Hugging Face documents it. texts: arguments as JSON text and a null
-# content, as OpenAI's API has it and DeepSeek's templates want it. nothing: the template leaves calls out.
+# content, as in OpenAI's API and for DeepSeek's templates. nothing: the template ignores calls.
 CallForm = Literal["objects", "texts", "nothing"]
 # nested: in OpenAI's envelope, as Hugging Face documents it. flat: without it.
 ToolForm = Literal["nested", "flat", "nothing"]
@@ -25,7 +25,7 @@ PROBE_CALL: dict[str, Any] = {
     "role": "assistant",
     "tool_calls": [
         {
-            "id": "probe0001",  # nine letters or digits, which Mistral's templates insist on
+            "id": "probe0001",  # nine letters or digits, required by Mistral's templates
             "type": "function",
             "function": {"name": "probe_name", "arguments": {"probe_key": "probe_value"}},
         }
@@ -52,22 +52,22 @@ def apply_template(
     add_generation_prompt: bool,
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
-    """The text of a conversation, ready for the assistant's turn with `add_generation_prompt`.
+    """The text of a conversation, ending with the generation prompt with `add_generation_prompt`.
 
-    Raises `BadRow` where the template rejects the conversation or leaves its tool calls out, and `DataError`
-    where there is no template.
+    Raises `BadRow` if the template rejects the conversation or ignores its tool calls, and `DataError` if
+    there is no template.
     """
     if tokenizer.chat_template is None:
         raise DataError(
             f"data.apply_chat_template is true, but the tokenizer {tokenizer.name_or_path} has no template; "
-            "name one with data.chat_template, or set data.apply_chat_template=false"
+            "set one with data.chat_template, or set data.apply_chat_template=false"
         )
     if any(message.get("tool_calls") for message in messages):
         form = call_form(tokenizer, _source(tokenizer))
         if form == "nothing":
             raise BadRow(
-                "it has tool calls, which the chat template does not show; "
-                "name a template that does with data.chat_template"
+                "it has tool calls, which the chat template does not render; "
+                "set a template that does with data.chat_template"
             )
         if form == "texts":
             messages = [_with_texts(message) for message in messages]
@@ -77,12 +77,12 @@ def apply_template(
 
 
 def tool_form(tokenizer: PreTrainedTokenizerBase) -> ToolForm:
-    """The form of tool definitions that the template shows."""
+    """The form of tool definitions that the template renders."""
     return _tool_form(tokenizer, _source(tokenizer))
 
 
 def _source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template's text, by which what is known of it is kept; that for tools where there is one."""
+    """The template's text, used as cache key; the one for tools if there is one."""
     template: Any = tokenizer.chat_template
     return json.dumps(template, sort_keys=True)
 
@@ -100,7 +100,7 @@ def _rendered(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except Exception as error:  # a template is foreign code, and its `raise_exception` means this row
+    except Exception as error:  # template code may raise anything; `raise_exception` rejects this row
         raise BadRow(f"the chat template rejects it: {error}") from error
     assert isinstance(text, str)
     return text
@@ -126,10 +126,10 @@ def _json(arguments: Any) -> str:
 
 @lru_cache(maxsize=8)
 def call_form(tokenizer: PreTrainedTokenizerBase, source: str) -> CallForm:
-    """The form in which the template shows a call: name, argument and value are in what it writes, as JSON or
-    a syntax of its own, neither escaped a second time nor as Python's repr.
+    """The form in which the template renders a call: its output contains name, argument and value, as JSON or
+    in a custom syntax, neither escaped twice nor as Python's repr.
 
-    Where it rejects all that was tried, rows are rendered in Hugging Face's form, and say why they cannot be.
+    If it rejects all forms, rows are rendered in Hugging Face's form, and report why they fail.
     """
     rejected = True
     answered = {"role": "tool", "tool_call_id": "probe0001", "name": "probe_name", "content": "probe"}
@@ -165,4 +165,4 @@ def _tool_form(tokenizer: PreTrainedTokenizerBase, source: str) -> ToolForm:
                 return form
         except BadRow:
             rejected = True
-    return "nested" if rejected else "nothing"  # a row's own rendering says what is wrong
+    return "nested" if rejected else "nothing"  # rendering a row will report the error

@@ -283,7 +283,7 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
             config.reward,
             job.reward_apps,
             functions,
-            asked=_prompt_format(config),
+            prompt_format=_prompt_format(config),
             label_key=config.data.label_key,
             slots=slots,
             run_path=config.run.path,

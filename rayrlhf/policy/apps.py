@@ -44,7 +44,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
         config.reward,
         job.reward_apps,
         prepared.reward_functions,
-        asked=PromptFormat(config.model.path, config.data, config.model.trust_remote_code),
+        prompt_format=PromptFormat(config.model.path, config.data, config.model.trust_remote_code),
         label_key=config.data.label_key,
         slots=slots,
         run_path=config.run.path,

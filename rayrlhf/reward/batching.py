@@ -1,8 +1,8 @@
-"""Single requests answered in batches: samples come one by one, but models and servers like many at once.
+"""Dynamic batching of single requests: samples arrive one by one, models and servers work best on batches.
 
-`serve.batch` makes its batches before the one under way has ended, each of what came within its short wait:
-requests that trickle in meanwhile are never put together. With a size of one's own it moves an item that did
-not fit to the end of the line, each time.
+`serve.batch` forms its batches before the current one has ended, each from what arrived within its short
+wait: requests that trickle in meanwhile are never merged. With a custom size function it moves an item that
+did not fit to the end of the queue, each time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GATHER_SECONDS = 0.005
 
 
 class Batcher(Generic[Item, Result]):
-    """At most `max_concurrent` batches are under way; what arrives meanwhile waits and then goes together.
+    """Runs at most `max_concurrent` batches at once; items that arrive meanwhile form the next batch.
 
     Items of several requests alternate: a short request does not wait for all items of a long one before it.
     """
@@ -34,20 +34,20 @@ class Batcher(Generic[Item, Result]):
         size_of: Callable[[Item], int] = lambda _: 1,
         max_size: int | None = None,
     ) -> None:
-        """`run` answers a batch: one result per item, in their order. A batch has `max_batch` items and, by
-        `size_of`, a size of `max_size` at most; an item that is larger goes alone.
+        """`run` processes a batch: one result per item, in order. A batch has at most `max_batch` items and,
+        by `size_of`, a size of at most `max_size`; a larger item forms a batch by itself.
         """
         self.run = run
         self.max_batch = max_batch
         self.max_concurrent = max_concurrent
         self.size_of = size_of
         self.max_size = max_size
-        # One line of items per request.
+        # One queue of items per request.
         self._waiting: deque[deque[tuple[Item, asyncio.Future[Result]]]] = deque()
         self._runners: set[asyncio.Task[None]] = set()
 
     async def ask(self, items: Sequence[Item]) -> list[Result]:
-        """The results of `items`, in their order. Raises what `run` raised for a batch that held one."""
+        """The results of `items`, in order. Raises what `run` raised for a batch with one of them."""
         loop = asyncio.get_running_loop()
         if not items:
             return []
@@ -66,13 +66,13 @@ class Batcher(Generic[Item, Result]):
                 await self._answer(batch)
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        """One item of each request, and so on until the batch is full."""
+        """Take items of the requests alternating, one each, until the batch is full."""
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
         room = self.max_size
         while self._waiting and len(batch) < self.max_batch:
             line = self._waiting[0]
             item, future = line[0]
-            if not future.done():  # nobody waits for one that was cancelled
+            if not future.done():  # skip cancelled ones
                 if room is not None:
                     room -= self.size_of(item)
                     if room < 0 and batch:
@@ -90,7 +90,7 @@ class Batcher(Generic[Item, Result]):
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for a batch of {len(batch)}")
         except Exception as error:
-            # It belongs to those who asked.
+            # Raised in the callers.
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)

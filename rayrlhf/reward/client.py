@@ -1,4 +1,4 @@
-"""Raw rewards of samples: every source asked at once; what fails is retried, then given up and counted."""
+"""Client for raw rewards: queries all sources concurrently, retries failures, counts what fails for good."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rayrlhf.reward.items import (
 from rayrlhf.samples import Sample
 from rayrlhf.untrusted_text import one_line
 
-BACKOFF_SECONDS = 0.5  # before the first retry; doubled from one to the next
+BACKOFF_SECONDS = 0.5  # before the first retry; doubled for each further one
 MAX_BACKOFF_SECONDS = 30.0
 
 
@@ -36,7 +36,7 @@ class RewardFailure(RuntimeError):
 class RewardSource:
     """A served source: anything with `score(items)` behind a Serve handle.
 
-    Without a handle it is the environment, whose rewards come with the samples.
+    Without a handle it is the environment, whose rewards are part of the samples.
     """
 
     name: str
@@ -45,20 +45,20 @@ class RewardSource:
 
 
 class RewardClient:
-    """Scores samples, one or many at a time. Keeps count of failures until `drain_failures` is called."""
+    """Scores samples, one or many at a time. Accumulates failures until `drain_failures` is called."""
 
     def __init__(self, sources: Sequence[RewardSource], config: RewardConfig) -> None:
         self.sources = sources
         self.config = config
-        self._turns = {source.name: count() for source in sources}
-        # Samples may be scored on another thread than the one that asks what has failed.
+        self._attempts = {source.name: count() for source in sources}
+        # Samples may be scored on another thread than the one that drains the failures.
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
         self._last_reason: dict[str, str] = {}
         self._num_unverified = 0
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The same samples, in their order, with `source_rewards`: None where a source failed for good."""
+        """The same samples, in order, with `source_rewards`: None where a source failed after all retries."""
         per_source = await asyncio.gather(*(self._ask(source, samples) for source in self.sources))
         return [
             replace(sample, source_rewards=rewards)
@@ -66,29 +66,29 @@ class RewardClient:
         ]
 
     async def _ask(self, source: RewardSource, samples: Sequence[Sample]) -> list[float | None]:
-        """One source's rewards; samples that fail are asked again, then given up as None."""
-        rewards: list[float | Failure] = [Failure("never asked")] * len(samples)
+        """One source's rewards; failed samples are retried, then None."""
+        rewards: list[float | Failure] = [Failure("not requested")] * len(samples)
         retries = self.config.retries if source.handle is not None else 0
-        first_turn = next(self._turns[source.name])
-        for attempt in range(retries + 1):
+        first_attempt = next(self._attempts[source.name])
+        for retry in range(retries + 1):
             missing = [i for i, r in enumerate(rewards) if isinstance(r, Failure) and not r.final]
             if not missing:
                 break
-            if attempt:
-                await asyncio.sleep(backoff_seconds(source.name, samples[missing[0]], attempt))
-            answers = await self._try(source, [samples[i] for i in missing], turn=first_turn + attempt)
+            if retry:
+                await asyncio.sleep(backoff_seconds(source.name, samples[missing[0]], retry))
+            answers = await self._try(source, [samples[i] for i in missing], attempt=first_attempt + retry)
             for i, reward in zip(missing, answers, strict=True):
                 rewards[i] = reward
         self._count(source.name, sum(isinstance(reward, Failure) for reward in rewards))
         return [None if isinstance(reward, Failure) else reward for reward in rewards]
 
     async def _try(
-        self, source: RewardSource, samples: Sequence[Sample], *, turn: int
+        self, source: RewardSource, samples: Sequence[Sample], *, attempt: int
     ) -> list[float | Failure]:
         if source.handle is None:
             answers: list[Any] = [_environment_reward(sample) for sample in samples]
         else:
-            answers = await self._request(source, samples, turn)
+            answers = await self._request(source, samples, attempt)
         unverified = [answer for answer in answers if isinstance(answer, Unverified)]
         with self._lock:
             self._num_unverified += len(unverified)
@@ -99,14 +99,14 @@ class RewardClient:
                 self._last_reason[source.name] = one_line(reasons[-1])
         return rewards
 
-    async def _request(self, source: RewardSource, samples: Sequence[Sample], turn: int) -> list[Any]:
+    async def _request(self, source: RewardSource, samples: Sequence[Sample], attempt: int) -> list[Any]:
         assert source.handle is not None
         items = [
             ScoreItem(
                 prompt=sample.prompt,
                 response=sample.response,
                 token_ids=[*sample.prompt.prompt_ids, *sample.response_ids],
-                turn=turn,
+                attempt=attempt,
             )
             for sample in samples
         ]
@@ -115,8 +115,7 @@ class RewardClient:
                 _result(source.handle.score.remote(items)), self.config.timeout_seconds
             )
         except Exception as error:
-            # The border to code that is not ours: whatever it raises, the samples count as failed, with the
-            # reason.
+            # User code or a foreign server: whatever it raises, the samples count as failed, with the reason.
             return [Failure(self._reason(error), final=isinstance(error, NotRetryable))] * len(samples)
         if len(answers) != len(samples):
             return [Failure(f"returned {len(answers)} rewards for {len(samples)} responses")] * len(samples)
@@ -125,7 +124,7 @@ class RewardClient:
     def _reason(self, error: Exception) -> str:
         if type(error) is TimeoutError:
             return f"no answer within reward.timeout_seconds={self.config.timeout_seconds:g}"
-        # It is logged and counted by its text: a reward may raise whatever a response held.
+        # It is logged and counted by its text, which may contain text of a response.
         if isinstance(getattr(error, "cause", None), RewardError):
             return one_line(last_message(error))
         return one_line(
@@ -137,25 +136,25 @@ class RewardClient:
             self._failures[name] += num_failed
 
     def drain_failures(self) -> dict[str, str]:
-        """What failed since the last call: source name -> how many samples, and the last reason."""
+        """Failures since the last call: source name -> number of samples and the last reason."""
         with self._lock:
-            told = {
+            failures = {
                 name: f"{failed} samples failed: {self._last_reason.get(name, 'no reason given')}"
                 for name, failed in self._failures.items()
                 if failed
             }
             self._failures.clear()
             self._last_reason.clear()
-        return told
+        return failures
 
     def drain_unverified(self) -> int:
-        """Answers since the last call that took too long to verify; they count as wrong."""
+        """Number of answers since the last call that took too long to verify; they count as wrong."""
         with self._lock:
             drained, self._num_unverified = self._num_unverified, 0
         return drained
 
     def check(self, num_failed: int, num_samples: int) -> None:
-        """Stop the run when more than `reward.max_failed_fraction` of a step failed, or all of it."""
+        """Raises `RewardFailure` if more than `reward.max_failed_fraction` of a step, or all, failed."""
         allowed = min(self.config.max_failed_fraction * num_samples, num_samples - 1)
         if num_failed > max(allowed, 0):
             with self._lock:
@@ -167,15 +166,15 @@ class RewardClient:
             )
 
 
-def backoff_seconds(source: str, sample: Sample, attempt: int) -> float:
-    """The wait before retry `attempt` (from 1): exponential, and shortened by up to a half at random.
+def backoff_seconds(source: str, sample: Sample, retry: int) -> float:
+    """The wait before retry number `retry` (from 1): exponential, shortened at random by up to one half.
 
-    The chance is of the sample's own: samples that failed together do not come back together, and a repeated
-    run waits alike.
+    The jitter is seeded per sample: samples that failed together are not retried together, and a repeated run
+    waits equally long.
     """
-    longest = min(BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS)
-    chance = random.Random(f"{source}:{sample.group_id}:{sample.sample_index}:{attempt}")
-    return longest * (1 - chance.random() / 2)
+    longest = min(BACKOFF_SECONDS * 2 ** (retry - 1), MAX_BACKOFF_SECONDS)
+    jitter = random.Random(f"{source}:{sample.group_id}:{sample.sample_index}:{retry}")
+    return longest * (1 - jitter.random() / 2)
 
 
 def _environment_reward(sample: Sample) -> float | Failure:

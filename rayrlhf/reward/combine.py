@@ -1,4 +1,4 @@
-"""From the raw rewards of several sources to one score: normalise, weigh, add, penalise, clip."""
+"""Combines the raw rewards of several sources into one score: normalise, weight, sum, penalise, clip."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rayrlhf.samples import Sample
 class RewardCombiner:
     """score = clip(Σ weight · (normalised) reward − overlong penalty), or the truncation penalty instead.
 
-    Its running moments are the same on every rank and belong into the checkpoint.
+    Its running moments are the same on every rank and are part of the checkpoint.
     """
 
     def __init__(self, config: RewardConfig, *, response_limit: int) -> None:
-        """`response_limit`: the longest response in tokens, which the overlong penalty ends at."""
+        """`response_limit`: max response tokens, at which the overlong penalty reaches its maximum."""
         self.config = config
         self.response_limit = response_limit
         self.names = config.source_names
@@ -33,16 +33,16 @@ class RewardCombiner:
     def combine(
         self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks, *, normalize: bool = True
     ) -> list[Sample]:
-        """The same samples with `score`; it is None where a source failed, or weights make it too large.
-        Collective where it normalises.
+        """The same samples with `score`; None if a source failed, or if the weighted sum is too large.
+        Collective if it normalises.
 
-        The statistics that sources are normalised with take in these samples first; a sample with a failed
-        source counts in none. `normalize` False leaves rewards and statistics as they are: evaluations must
-        be on one scale to be compared with each other.
+        The running statistics are updated with these samples before they are applied; a sample with a failed
+        source is excluded from all of them. `normalize=False` changes neither rewards nor statistics:
+        evaluations must be on the same scale to be comparable.
         """
         scored = [i for i, sample in enumerate(samples) if None not in sample.source_rewards]
         raw = torch.tensor([samples[i].source_rewards for i in scored], dtype=torch.float64)
-        raw = raw.reshape(len(scored), len(self.names))  # [N, sources], also for no sample
+        raw = raw.reshape(len(scored), len(self.names))  # [N, sources], also for N = 0
         if self.normalized and normalize:
             batch = batch_moments(raw[:, self.normalized], sum_over_ranks)
             self.moments = self.moments.merged(batch)
@@ -53,20 +53,19 @@ class RewardCombiner:
         return result
 
     def raw_reward(self, sample: Sample, source: str | None = None) -> float:
-        """What the source of this name gave a scored sample, or without a name the weighted sum of all:
-        before normalisation, overlong and truncation penalties and clip, which say nothing of an answer being
-        right.
+        """The raw reward of a scored sample from the named source, or without a name the weighted sum of all:
+        before normalisation, overlong and truncation penalties and clip, which are unrelated to correctness.
         """
         rewards = [reward for reward in sample.source_rewards if reward is not None]
         assert len(rewards) == len(self.names), "a scored sample has the rewards of all sources"
         return self._weighted_sum(rewards) if source is None else rewards[self.names.index(source)]
 
     def _weighted_sum(self, rewards: Sequence[float]) -> float:
-        """Added up in one order, so that it does not depend on the samples around it."""
+        """Summed in a fixed order, so that it does not depend on the other samples."""
         return sum(weight * reward for weight, reward in zip(self.weights, rewards, strict=True))
 
     def _final(self, sample: Sample, total: float) -> float | None:
-        """None for a score that losses cannot be computed of in float32: it counts as failed."""
+        """The final score; None (failed) if it is too large for losses in float32."""
         overlong, clip = self.config.overlong, self.config.clip
         if overlong is not None:
             total -= overlong.factor * overlong_share(
@@ -78,9 +77,9 @@ class RewardCombiner:
         return score if abs(score) <= LARGEST_REWARD else None
 
     def source_means(self, samples: Sequence[Sample], sum_over_ranks: SumOverRanks) -> dict[str, float]:
-        """`reward/source/<name>`: mean raw reward over the ranks' samples that the source has scored.
+        """`reward/source/<name>`: mean raw reward over all ranks' samples that the source has scored.
 
-        A source that has scored none has no mean. Collective.
+        A source without scored samples is omitted. Collective.
         """
         given = [[reward for reward in rewards if reward is not None] for rewards in self._columns(samples)]
         local = torch.tensor([[sum(rewards), len(rewards)] for rewards in given], dtype=torch.float64)
@@ -96,7 +95,7 @@ class RewardCombiner:
         return [[row[i] for row in rows] for i in range(len(self.names))]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, by the name of the source: {"reward0": {"count": …, "mean": …, "m2": …}}."""
+        """Plain numbers by source name: {"reward0": {"count": …, "mean": …, "m2": …}}."""
         return {self.names[i]: self._state_of(column) for column, i in enumerate(self.normalized)}
 
     def _state_of(self, column: int) -> dict[str, float]:
@@ -105,7 +104,7 @@ class RewardCombiner:
         return {name: float(tensor[column]) for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state. A source that was not normalised then begins anew."""
+        """Restore a saved state. A source that was not normalised in it starts without statistics."""
         nothing = {"count": 0.0, "mean": 0.0, "m2": 0.0}
         rows = [state.get(self.names[i], nothing) for i in self.normalized]
         columns = [[row[key] for row in rows] for key in ("count", "mean", "m2")]
@@ -115,6 +114,6 @@ class RewardCombiner:
 def overlong_share(num_tokens: int, limit: int, buffer_tokens: int) -> float:
     """min(max(n − (L − b), 0), b) / b: 0 up to b tokens before the limit L, 1 at it.
 
-    It is what DAPO takes off the reward (arXiv 2503.14476, equation 13).
+    DAPO subtracts it from the reward (arXiv 2503.14476, equation 13).
     """
     return min(max(num_tokens - (limit - buffer_tokens), 0), buffer_tokens) / buffer_tokens

@@ -1,4 +1,4 @@
-"""The Serve deployments of a run's reward sources."""
+"""Serve deployments of a run's reward sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayrlhf.reward.remote import remote_deployment
 from rayrlhf.reward.verifiable import verifiable_deployment
 from rayrlhf.usercode import UserCode, log_of
 
-RewardApp = tuple[str, float, str]  # source name, weight, Serve app ("" where it needs none)
+RewardApp = tuple[str, float, str]  # source name, weight, Serve app ("" if it needs none)
 
 
 def reward_app_names(reward: RewardConfig, run_id: str) -> tuple[RewardApp, ...]:
@@ -31,14 +31,14 @@ def reward_apps(
     names: Sequence[RewardApp],
     functions: dict[int, UserCode],
     *,
-    asked: PromptFormat,
+    prompt_format: PromptFormat,
     label_key: str | None,
     slots: Slots,
     run_path: Path | str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """App name -> bound deployment of every reward source that has one. What functions print goes into the
-    run's folder, its first lines to `say`.
+    """App name -> bound deployment of every reward source that has one. The output of functions is logged in
+    the run's folder, its first lines go to `say`.
     """
     apps: dict[str, Any] = {}
     for index, (source, (name, _, app)) in enumerate(zip(reward.sources, names, strict=True)):
@@ -56,13 +56,13 @@ def reward_apps(
                 apps[app] = model_deployment(
                     source,
                     role=f"reward:{index}",
-                    asked=asked,
+                    prompt_format=prompt_format,
                     slots=slots,
                 )
             case "remote":
                 apps[app] = remote_deployment(source, label_key=label_key)
             case "math" | "reasoning_gym":
                 apps[app] = verifiable_deployment(source, label_key=label_key)
-            case "environment":  # its rewards come with the samples
+            case "environment":  # its rewards are part of the samples
                 pass
     return apps

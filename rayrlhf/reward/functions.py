@@ -1,10 +1,10 @@
-"""Reward functions of the user's: found, tried once on the driver, then called by Serve replicas; always in a
-process of their own.
+"""User-defined reward functions: resolved and tried once on the driver, then called by Serve replicas; always
+in a separate process.
 
-The contract: called with keyword arguments `prompts` (as the model saw them), `responses`, `labels` and every
-column of the data rows, all lists of one length; returns a list of that length of floats, where None or NaN
-means "failed". So does a number beyond ±1e18 (`items.LARGEST_REWARD`), infinity among them. A
-function that names its arguments gets only those. Sync or async.
+Contract: called with keyword arguments `prompts` (as the model saw them), `responses`, `labels` and every
+column of the data rows, all lists of the same length; returns a list of that length of floats, where None or
+NaN means "failed", as does a number beyond ±1e18 (`items.LARGEST_REWARD`), including infinity. A function
+that names its arguments gets only those. Sync or async.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from rayrlhf.reward.items import (
 from rayrlhf.samples import Prompt
 from rayrlhf.usercode import UserCode, UserCodeError, find_user_code
 
-TIMEOUT_SHARE = 0.8  # of the deadline that includes waiting in line, where a function has none of its own
+TIMEOUT_SHARE = 0.8  # of the request's deadline, which includes queueing, if the function has no own timeout
 TRIED_RESPONSE = "A short answer, to see whether the reward function works."
 
 
 def hosted_function(code: UserCode, limits: FunctionLimits, timeout_seconds: float) -> Hosted:
-    """`timeout_seconds` is the deadline of whoever asks."""
+    """`timeout_seconds`: deadline of the caller's request."""
     return Hosted(
         "rayrlhf.reward.function_host:FunctionHost",
         (code,),
@@ -49,7 +49,7 @@ def hosted_function(code: UserCode, limits: FunctionLimits, timeout_seconds: flo
 
 
 def find_function(text: str, limits: FunctionLimits, timeout_seconds: float) -> UserCode:
-    """Resolve `module:function` or `path/file.py:function` on the driver, and import it in a process. Raises
+    """Resolve `module:function` or `path/file.py:function` on the driver; import it in a subprocess. Raises
     `RewardError`.
     """
     try:
@@ -71,7 +71,7 @@ def find_function(text: str, limits: FunctionLimits, timeout_seconds: float) -> 
 def arguments_for(
     prompts: Sequence[Prompt], responses: Sequence[str], label_key: str | None
 ) -> dict[str, list[Any]]:
-    """The keyword arguments of one call, before they are narrowed to those that the function names."""
+    """The keyword arguments of one call, before they are narrowed to the function's signature."""
     columns = sorted({name for prompt in prompts for name in prompt.columns})
     arguments: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in columns}
     arguments["prompts"] = [prompt.prompt for prompt in prompts]
@@ -81,7 +81,7 @@ def arguments_for(
 
 
 def try_function(hosted: Hosted, output: OutputLog, prompts: Sequence[Prompt], label_key: str | None) -> None:
-    """Call it once, with the first prompts and a plain answer. Raises `RewardError`."""
+    """Call it once, with the first prompts and a fixed answer. Raises `RewardError`."""
     [code] = hosted.arguments
     arguments = arguments_for(prompts, [TRIED_RESPONSE] * len(prompts), label_key)
 
@@ -101,7 +101,7 @@ def try_function(hosted: Hosted, output: OutputLog, prompts: Sequence[Prompt], l
 
 
 def _with_name(text: str, error: CodeError) -> str:
-    """The sentence with its subject, which some have."""
+    """The message with the function as its subject, unless it already has one."""
     reason = str(error)
     place = text.rpartition(":")[0]
     if reason.startswith(place):
@@ -110,7 +110,7 @@ def _with_name(text: str, error: CodeError) -> str:
 
 
 class FunctionReward:
-    """The Serve replica in front of the process with a user's function; CPU work, so it has no slot."""
+    """Serve replica in front of the process with a user's function; CPU work, so it needs no slot."""
 
     async def __init__(
         self,
@@ -129,8 +129,8 @@ class FunctionReward:
             raise RewardError(_with_name(self.text, error)) from error
 
     async def score(self, items: list[ScoreItem]) -> list[float | None]:
-        """One call of the function per request: a user's function that raises fails no other request. Raises
-        `RewardError`; `NotRetryable` where the call ended the function's process.
+        """One call of the function per request, so that an exception fails no other request. Raises
+        `RewardError`; `NotRetryable` if the call ended the function's process.
         """
         prompts, responses = [item.prompt for item in items], [item.response for item in items]
         arguments = arguments_for(prompts, responses, self.label_key)
@@ -141,7 +141,7 @@ class FunctionReward:
         except CodeError as error:
             raise RewardError(_with_name(self.text, error)) from error
 
-    def __del__(self) -> None:  # Serve calls it when the replica goes
+    def __del__(self) -> None:  # Serve calls it when the replica ends
         if hasattr(self, "pool"):
             self.pool.close()
 

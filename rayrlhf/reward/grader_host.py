@@ -1,4 +1,4 @@
-"""A grader in its process: one answer at a time."""
+"""Host of a grader in its subprocess: grades one answer at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_MEMORY_BYTES = 4 << 30
 
 
 class GraderHost:
-    """What `rayrlhf.isolation.host` runs; `kind` is a key of `GRADERS`."""
+    """Run by `rayrlhf.isolation.host`; `kind` is a key of `GRADERS`."""
 
     max_calls = 1
 
@@ -21,8 +21,8 @@ class GraderHost:
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
 
     async def grade(self, request: dict[str, Any]) -> dict[str, Any]:
-        """{"reward": …}, {"failure": why} where the row is at fault or the grader, or {"unverified": why}
-        where the answer asks for too much.
+        """{"reward": …}, {"failure": reason} if the row or the grader is at fault, or {"unverified": reason}
+        if grading the answer needs too many resources.
         """
         try:
             return {"reward": self._grade(request)}

@@ -1,8 +1,8 @@
-"""Graders of verifiable answers. They run in processes of their own (`grader_host`), on input that no one
-has read: a model may write an expression that takes for ever, or all memory.
+"""Graders of verifiable answers. They run in separate processes (`grader_host`), on untrusted input: a model
+may write an expression that takes forever, or all memory.
 
-A grader takes a request, a plain JSON object, and gives a number. It raises `UnusableRow` where the data row,
-not the response, is at fault. Without a `response` (null) it checks the row alone.
+A grader takes a request, a plain JSON object, and returns a number. It raises `UnusableRow` if the data row,
+not the response, is at fault. Without a `response` (null) it only checks the row.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 Grader = Callable[[dict[str, Any]], float]
 
-# Its generators import these for work that scoring never does: a SAT solver, which must be compiled, and
-# cellular automata, which bring matplotlib along.
+# reasoning-gym's generators import these, which scoring never uses: a SAT solver, which must be compiled, and
+# cellular automata, which depend on matplotlib.
 UNUSED_BY_SCORERS = ("pycosat", "cellpylib")
-# They compare grids with tuples of tuples, which JSON turns into lists: the right answer would be wrong.
+# They compare grids with tuples of tuples, which JSON turns into lists: a correct answer would be wrong.
 COMPARE_TUPLES = ("arc_agi", "rearc")
-# Answers stand at the end, and math-verify's time grows with the square of a text like "5 5 5 5 …": 2 s here.
+# Answers are at the end, and math-verify's time is quadratic in a text like "5 5 5 5 …": 2 s at this length.
 READ_CHARACTERS = 16_000
 
 
@@ -30,8 +30,9 @@ class UnusableRow(ValueError):
 
 
 def load_math() -> Grader:
-    """1 where the response's answer equals the label, 0 where not: {"label": …, "response": …}."""
-    # It warns that its time limit is off. It must be: it is made of signals, and the process has a deadline.
+    """1 if the response's answer equals the label, else 0: {"label": …, "response": …}."""
+    # math-verify warns that its time limit is off. It must be off: it uses signals, and the process has a
+    # deadline.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     from math_verify import parse, verify
 
@@ -39,7 +40,7 @@ def load_math() -> Grader:
         label, response = request["label"], request["response"]
         gold = parse(gold_text(label), fallback_mode="no_fallback", parsing_timeout=0)
         if not gold:
-            raise UnusableRow(f"{label!r:.80} is no answer that math-verify can read")
+            raise UnusableRow(f"{label!r:.80} is not an answer that math-verify can parse")
         if response is None:
             return 1.0
         found = parse(response[-READ_CHARACTERS:], parsing_timeout=0)
@@ -49,19 +50,20 @@ def load_math() -> Grader:
 
 
 def gold_text(label: Any) -> str:
-    """The label as math-verify reads it best: LaTeX needs delimiters, or it would see single numbers only.
+    """The label in the form that math-verify parses best: LaTeX needs delimiters, or only single numbers
+    would be found.
 
-    Of a worked solution as in GSM8K, what follows the last ####.
+    Of a worked solution as in GSM8K, the part after the last ####.
     """
     if label is None or isinstance(label, bool | list | dict):
-        raise UnusableRow(f"{label!r:.80} is no answer; wanted a text or a number")
+        raise UnusableRow(f"{label!r:.80} is not an answer; wanted a text or a number")
     text = str(label).rpartition("####")[2].strip()
     delimited = any(mark in text for mark in ("$", r"\boxed", r"\(", r"\["))
     return text if delimited or not text else rf"\boxed{{{text}}}"
 
 
 def load_reasoning_gym() -> Grader:
-    """The score of a data set's own scorer: {"dataset": …, "entry": {…}, "response": …}."""
+    """The score by the data set's scorer: {"dataset": …, "entry": {…}, "response": …}."""
     gym = import_reasoning_gym()
     scorers: dict[str, Callable[[Any, dict[str, Any]], float]] = {}
 
@@ -77,7 +79,7 @@ def load_reasoning_gym() -> Grader:
             try:
                 return float(score(request["answer"], entry))
             except Exception:
-                # Some scorers raise at an answer they cannot read. It is wrong, unless the row is broken.
+                # Some scorers raise on an answer they cannot parse. It is wrong, unless the row is broken.
                 _own_score(score, name, entry)
                 return 0.0
         return _own_score(score, name, entry)
@@ -86,7 +88,7 @@ def load_reasoning_gym() -> Grader:
 
 
 def _own_score(score: Callable[[Any, dict[str, Any]], float], name: str, entry: dict[str, Any]) -> float:
-    """What the row's own answer gets. Some rows have none, since many answers are right."""
+    """The score of the row's own answer. Some rows have none, since many answers are correct."""
     try:
         own = float(score(entry["answer"], entry))
     except Exception as error:
@@ -100,7 +102,7 @@ def _own_score(score: Callable[[Any, dict[str, Any]], float], name: str, entry: 
 
 
 def entry_of(request: dict[str, Any]) -> dict[str, Any]:
-    """The row as reasoning-gym has made it."""
+    """The row in reasoning-gym's original form."""
     entry = dict(request["entry"])
     if request["dataset"] in COMPARE_TUPLES:
         entry["metadata"] = _with_tuples(entry["metadata"])
@@ -116,16 +118,16 @@ def _with_tuples(value: Any) -> Any:
 
 
 class _Absent(ModuleType):
-    """Stands in for a package that is imported but never used."""
+    """Placeholder for a package that is imported but never used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
-            raise AttributeError(name)  # what the import system looks for
+            raise AttributeError(name)  # for lookups of the import system
         raise ImportError(f"{self.__name__} is not installed (asked for {self.__name__}.{name})")
 
 
 def import_reasoning_gym() -> Any:
-    """The package, also where those of its dependencies are missing that only its generators use.
+    """The package, even if dependencies that only its generators use are missing.
 
     Raises `ImportError`.
     """

@@ -1,4 +1,4 @@
-"""What a reward source is asked, and what it answers."""
+"""Request and result types of reward sources."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ LARGEST_REWARD = 1e18
 
 
 class RewardError(ValueError):
-    """A reward source that cannot be used, or that breaks the contract."""
+    """A reward source that cannot be used, or that violates the contract."""
 
 
 class NotRetryable(RewardError):
-    """A request that must not be repeated: it would do the same harm again."""
+    """A request that must not be retried: it would end the process again."""
 
 
 def last_message(error: BaseException) -> str:
-    """One line. What a replica has raised comes in Ray's wrapping, with a traceback; a `RewardError` of ours
-    is a sentence already.
+    """The last line of an error's message. Ray wraps what a replica raised, with a traceback; a `RewardError`
+    is already a single sentence.
     """
     cause = getattr(error, "cause", None)
     if isinstance(cause, RewardError):
@@ -33,17 +33,17 @@ def last_message(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class ScoreItem:
-    """One sample as a source sees it."""
+    """One sample as a reward source sees it."""
 
     prompt: Prompt
     response: str
-    token_ids: list[int]  # of prompt and response
-    turn: int = 0  # counts requests; a retry has the next one: whose turn it is among several addresses
+    token_ids: list[int]  # prompt and response
+    attempt: int = 0  # request counter, incremented by retries: selects one of several addresses
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that a source could not score. `final`: it need not be asked again."""
+    """A sample that a source could not score. `final`: a retry would fail again."""
 
     reason: str
     final: bool = False
@@ -51,21 +51,21 @@ class Failure:
 
 @dataclass(frozen=True)
 class Unverified:
-    """The reward of an answer that could not be verified, which counts as wrong, and why."""
+    """The reward of an answer that could not be verified, which counts as wrong, and the reason."""
 
     reward: float
     reason: str
 
 
 def checked_reward(value: Any) -> float | Failure:
-    """What a source gave for one sample, held to the contract: a finite number, no text and no null."""
+    """The reward of one sample, checked for the contract: a finite number, neither text nor null."""
     if isinstance(value, Failure):
         return value
     if isinstance(value, Unverified):
         value = value.reward
     if value is None or not isinstance(value, int | float):
-        return Failure(f"returned {value!r:.80}, which is no number")
-    if not abs(value) <= LARGEST_REWARD:  # NaN too
+        return Failure(f"returned {value!r:.80}, which is not a number")
+    if not abs(value) <= LARGEST_REWARD:  # also true for NaN
         # An integer may have thousands of digits, too many for float() and for a message.
         is_finite = isinstance(value, int) or math.isfinite(value)
         what = f"beyond {LARGEST_REWARD:g}" if is_finite else "not finite"

@@ -1,4 +1,4 @@
-"""Served reward models: a replica, and the actor on its slot that has the model."""
+"""Served reward models: a Serve replica, and an actor on its slot that holds the model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rayrlhf.reward.batching import Batcher
 from rayrlhf.reward.items import Failure, ScoreItem
 from rayrlhf.reward.reading import PromptFormat
 
-# Samples that go to the model together; it cuts them into forward passes by their tokens.
+# Samples per call of the model, which splits them into forward passes by their tokens.
 MAX_BATCH = 256
 
 
 class ScoreActor:
     """One reward model."""
 
-    def __init__(self, source: ModelSource, asked: PromptFormat | None) -> None:
-        from rayrlhf.reward.reward_model import RewardModel  # and torch, transformers: not in the replica
+    def __init__(self, source: ModelSource, prompt_format: PromptFormat | None) -> None:
+        from rayrlhf.reward.reward_model import RewardModel  # imports torch, transformers: not in the replica
 
-        self.model = RewardModel(source, asked)
-        # Ray takes another of its thousand threads for each call, and torch keeps memory and OpenMP workers
-        # for each thread that it has worked in.
+        self.model = RewardModel(source, prompt_format)
+        # Ray may run each call on another of its thousand threads, and torch keeps memory and OpenMP workers
+        # for each thread that it has run in.
         self.thread = ThreadPoolExecutor(1, "score")
 
     def ready(self) -> bool:
@@ -37,24 +37,24 @@ class ScoreActor:
 
 
 class ModelReward:
-    """The Serve replica in front of one reward model."""
+    """Serve replica in front of one reward model."""
 
     ACTOR: type[ScoreActor] = ScoreActor
 
     async def __init__(
-        self, role: str, source: ModelSource, asked: PromptFormat | None, slots: Slots
+        self, role: str, source: ModelSource, prompt_format: PromptFormat | None, slots: Slots
     ) -> None:
         self.model = SlotChild(
             role,
             self.ACTOR,
             source,
-            asked,
+            prompt_format,
             slots=slots,
             env_vars={"TOKENIZERS_PARALLELISM": "false"},
             timeout_seconds=600,
         )
         await self.model.call("ready", timeout_seconds=600)
-        # One batch at a time: two in one model at once would only take turns.
+        # One batch at a time: two concurrent ones would only alternate on the model.
         self.batcher = Batcher[ScoreItem, float | Failure](self._score_batch, max_batch=MAX_BATCH)
 
     async def score(self, items: list[ScoreItem]) -> list[float | Failure]:
@@ -67,8 +67,8 @@ class ModelReward:
         await self.model.call("ready")
 
 
-def model_deployment(source: ModelSource, *, role: str, asked: PromptFormat, slots: Slots) -> Any:
-    return replica_deployment(ModelReward, source, (role, source, asked, slots))
+def model_deployment(source: ModelSource, *, role: str, prompt_format: PromptFormat, slots: Slots) -> Any:
+    return replica_deployment(ModelReward, source, (role, source, prompt_format, slots))
 
 
 def replica_deployment(replica: type[ModelReward], source: ModelSource, arguments: tuple[Any, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""Running mean and variance over all values seen so far, on all ranks."""
+"""Running mean and variance over all values seen so far on all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EPSILON = 1e-8  # added to the variance
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """Count, mean and summed squared deviations from the mean, of K quantities at once. All float64."""
+    """Count, mean and sum of squared deviations from the mean, of K quantities. All float64."""
 
     count: Tensor  # [K]
     mean: Tensor  # [K]
@@ -44,7 +44,7 @@ class RunningMoments:
     def normalized(self, values: Tensor) -> Tensor:
         """(x − mean) / sqrt(M2/n + 1e-8), with the population variance, of `values` [N, K].
 
-        Where nothing has been seen yet, values stay as they are.
+        Before any value has been seen, values are returned unchanged.
         """
         variance = self.m2 / self.count.clamp(min=1)
         scaled = (values - self.mean) / (variance + EPSILON).sqrt()
@@ -54,8 +54,8 @@ class RunningMoments:
 def batch_moments(values: Tensor, sum_over_ranks: SumOverRanks) -> RunningMoments:
     """The moments of `values` [N, K] of all ranks; N may differ between ranks and be 0. Collective.
 
-    Two sums, since only sums can be had: the mean first, then what lies around it. The second corrects the
-    rounding of the first (Chan et al., the corrected two-pass algorithm).
+    Two passes, since the collective can only sum: the mean first, then the deviations from it. The second
+    corrects the rounding of the first (Chan et al., the corrected two-pass algorithm).
     """
     values = values.to(torch.float64)
     size = torch.full_like(values[:1].sum(0), values.shape[0])

@@ -1,8 +1,9 @@
-"""What a reward model reads of a sample, and at which token: the one at which it was trained.
+"""Token ids that a reward model reads of a sample. Its score is read at the last one: the token at which the
+model was trained.
 
-Reward models of `jobs/rm.py` are trained, and evaluated, at the token that ends the answer (`data.render`);
-others mostly at the end of all that their chat template renders, which in ChatML is a line break later. The
-same function decides for reward models of a run and for those behind `jobs/serve_reward.py`, whatever the
+Reward models of `jobs/rm.py` are trained and evaluated at the token that ends the answer (`data.render`);
+most others at the end of the text that their chat template renders, which in ChatML is a line break later.
+The same function is used for reward models of a run and for those behind `jobs/serve_reward.py`, whatever the
 policy's vocabulary.
 """
 
@@ -24,15 +25,15 @@ from rayrlhf.data.template import apply_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-READ_AT = "rayrlhf_read_at"  # in the config.json of our exports
-INPUT_TEMPLATE = "rayrlhf_input_template"  # the same, of one that was trained without chat template
+READ_AT = "rayrlhf_read_at"  # key in the config.json of our exports
+INPUT_TEMPLATE = "rayrlhf_input_template"  # the same, if trained without chat template
 ReadAt = Literal["answer_end", "template_end"]
 DUMMY: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How the policy is asked, of whose samples a reward model reads."""
+    """How the prompts of the policy whose samples are scored are tokenised and rendered."""
 
     tokenizer_path: str
     data: PromptDataConfig
@@ -40,7 +41,7 @@ class PromptFormat:
 
 
 def read_at(wanted: str, config: Mapping[str, Any]) -> ReadAt:
-    """Of a source's `read_at` and the checkpoint's config.json."""
+    """The token to read at, from a source's `read_at` and the checkpoint's config.json."""
     found = config.get(READ_AT, "template_end") if wanted == "auto" else wanted
     if found not in ("answer_end", "template_end"):
         raise DataError(f"its config.json has {READ_AT}={found!r}; wanted answer_end or template_end")
@@ -48,12 +49,12 @@ def read_at(wanted: str, config: Mapping[str, Any]) -> ReadAt:
 
 
 class Reading:
-    """Turns samples and texts into the token ids that a reward model is read at the end of."""
+    """Converts samples and texts to token ids such that the score is read at the last one."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, at: ReadAt, *, input_template: str | None = None
     ) -> None:
-        """`input_template`: of a reward model that was trained without chat template, else None."""
+        """`input_template`: for a reward model that was trained without chat template, else None."""
         self.tokenizer = tokenizer
         self.at = at
         self.is_plain = input_template is not None or tokenizer.chat_template is None
@@ -66,20 +67,20 @@ class Reading:
         return cls(tokenizer, read_at(wanted, config), input_template=config.get(INPUT_TEMPLATE))
 
     def _closing(self) -> tuple[list[int], list[int]]:
-        """The token that ends an answer, and those that the template puts after it."""
+        """The token that ends an answer, and the tokens that the template writes after it."""
         if self.is_plain:
             eos = self.tokenizer.eos_token_id
             return [eos] if isinstance(eos, int) else [], []
         try:
             answered = mask_turns(DUMMY, [1], self.tokenizer).input_ids
         except (BadRow, DataError):
-            return [], []  # a template that ends turns by a text, or refuses such a conversation
+            return [], []  # the template ends turns with plain text, or rejects such a conversation
         whole = encode(apply_template(DUMMY, self.tokenizer, add_generation_prompt=False), self.tokenizer)
         return answered[-1:], whole[len(answered) :]
 
     def of_tokens(self, token_ids: Sequence[int], *, is_chat: bool) -> list[int]:
-        """Of a sample in this vocabulary. An answer that was cut off is ended, as in training all were.
-        `is_chat`: it was rendered with a chat template.
+        """Ids for a sample in this vocabulary. A truncated answer gets an end token, as all have in training.
+        `is_chat`: the sample was rendered with a chat template.
         """
         ids = [*token_ids]
         if self.at == "template_end" and (self.is_plain or not is_chat):
@@ -89,7 +90,7 @@ class Reading:
         return [*ids, *self.tail] if self.at == "template_end" else ids
 
     def of_text_ids(self, token_ids: Sequence[int]) -> list[int]:
-        """Of a text that says its special tokens itself."""
+        """Ids for a text that contains its special tokens."""
         ids = [*token_ids]
         if self.at == "template_end":
             return ids
@@ -98,9 +99,9 @@ class Reading:
         return self.of_tokens(ids, is_chat=not self.is_plain)
 
     def of_conversation(self, columns: Mapping[str, Any], data: PromptDataConfig, response: str) -> list[int]:
-        """Of a row and the answer to it, in this tokenizer's own words. Raises `BadRow`."""
-        asked = prompt_of(columns, data)
-        question = asked if isinstance(asked, Question) else Question([{"role": "user", "content": asked}])
+        """Ids for a data row and its response, rendered with this tokenizer. Raises `BadRow`."""
+        prompt = prompt_of(columns, data)
+        question = prompt if isinstance(prompt, Question) else Question([{"role": "user", "content": prompt}])
         if self.is_plain:
             return self._plain(question.messages, response)
         messages: list[Message] = [*question.messages, {"role": "assistant", "content": response}]
@@ -112,13 +113,13 @@ class Reading:
         return encode(text, self.tokenizer)
 
     def _plain(self, messages: Sequence[Mapping[str, Any]], response: str) -> list[int]:
-        """What the user says, then the answer: a model without template knows no other words."""
+        """The user message, then the answer: a model without template knows no other roles."""
         roles = [message["role"] for message in messages]
         if roles != ["user"]:
             raise BadRow(
                 f"the reward model has no chat template, and the prompt has the messages {', '.join(roles)}; "
-                "wanted one text. Fix: save the template that it was trained with into its folder "
-                "(chat_template.jinja), or take another reward model"
+                "wanted one text. Fix: save the template that it was trained with in its folder "
+                "(chat_template.jinja), or use another reward model"
             )
         text = self.input_template.replace("{}", messages[0]["content"]) + response
         if self.at == "template_end":

@@ -1,4 +1,4 @@
-"""Rewards from a server of the user's, over HTTP.
+"""Client for rewards from a user's HTTP server.
 
 The request is POST {"query": [prompt and response as one text, …], "prompts": […], "labels": […]}. The answer
 is {"rewards": [one number per query]}, as OpenRLHF's servers give it, or the plain list.
@@ -27,38 +27,38 @@ from rayrlhf.reward.items import Failure, RewardError, ScoreItem, checked_reward
 from rayrlhf.secrets import masked, references, remember, remember_all, resolve
 from rayrlhf.untrusted_text import one_line
 
-SHOWN_CHARACTERS = 200  # of an answer that is wrong
-CONNECT_SECONDS = 5  # for the driver's check
+SHOWN_CHARACTERS = 200  # of an invalid answer, in messages
+CONNECT_SECONDS = 5  # timeout of the driver's check
 CHUNK_BYTES = 64 * 1024
 
 Rewards = list[float | Failure]
 
 
 class BadAnswer(ValueError):
-    """An answer that holds no rewards; the message says why."""
+    """An answer without rewards; the message says why."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Addresses and headers with what the environment held. Only the config's own text is shown."""
+    """Addresses and headers with environment variables substituted. Messages show the config's text only."""
 
     urls: list[str] = field(repr=False)
     headers: dict[str, str] = field(repr=False)
-    values: list[str] = field(repr=False)  # of the environment's variables, which no message may quote
+    values: list[str] = field(repr=False)  # of environment variables; secrets, not to be shown in messages
 
 
 class RemoteReward:
-    """The Serve replica that asks the server. Waiting is all it does, so it has no slot."""
+    """Serve replica that queries the server. It only waits for answers, so it needs no slot."""
 
     def __init__(self, source: RemoteSource, label_key: str | None, resolved: Resolved) -> None:
         self.source = source
         self.label_key = label_key
         self.resolved = resolved
-        # This is another process than the driver's.
+        # This process is not the driver's.
         remember(resolved.values)
         remember_all({"urls": resolved.urls, "headers": resolved.headers})
         self.session: aiohttp.ClientSession | None = None
-        # Every address has its share, so that one that hangs does not hold the others up.
+        # Each address has its own batcher, so that one that hangs does not block the others.
         self.share = max(1, source.max_concurrent // len(source.urls))
         self.batchers = [
             Batcher[ScoreItem, float | Failure](
@@ -68,15 +68,15 @@ class RemoteReward:
         ]
 
     async def score(self, items: list[ScoreItem]) -> Rewards:
-        """A retry has the next turn, and with it the next address."""
+        """A retry has the next attempt number, and therefore uses the next address."""
         answers = await asyncio.gather(
-            *(self.batchers[item.turn % len(self.batchers)].ask([item]) for item in items)
+            *(self.batchers[item.attempt % len(self.batchers)].ask([item]) for item in items)
         )
         return [reward for [reward] in answers]
 
     async def _ask(self, shown: str, url: str, items: Sequence[ScoreItem]) -> Rewards:
-        """The border to a server that is not ours: what goes wrong fails these samples, with the reason.
-        `shown`: the address as messages may have it.
+        """Query a foreign server: any error fails these samples, with the reason. `shown`: the address as
+        shown in messages, without secrets.
         """
         if self.session is None:  # needs the running loop
             self.session = self._make_session()
@@ -97,16 +97,16 @@ class RemoteReward:
         headers.update(self.resolved.headers)
         return aiohttp.ClientSession(
             headers=headers,
-            auto_decompress=False,  # but in `_read`, where there is a limit
-            # Of the whole request: a server that sends a byte now and then has no more time than another.
+            auto_decompress=False,  # done in `_read`, with a size limit
+            # Total time of the request: a server that sends a byte now and then gets no extra time.
             timeout=aiohttp.ClientTimeout(total=self.source.timeout_seconds),
             connector=aiohttp.TCPConnector(limit=self.share * len(self.batchers)),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     async def _post(self, session: aiohttp.ClientSession, url: str, body: dict[str, list[Any]]) -> str:
-        """The text of a good answer. Redirects are errors: followed, they would take headers and samples to
-        an address that nobody has named, and a POST that has become a GET is answered with anything.
+        """The text of a successful answer. Redirects are errors: following them would send headers and
+        samples to an address that is not in the config, and a POST turned into a GET may return anything.
 
         Raises `BadAnswer`, `TimeoutError` and what aiohttp raises.
         """
@@ -123,18 +123,18 @@ class RemoteReward:
                     raise BadAnswer(f"HTTP status {response.status}: {_shown(text)}")
                 return text
             except BaseException:
-                response.close()  # and its connection: the rest of the answer is not waited for
+                response.close()  # closes the connection too, without waiting for the rest of the answer
                 raise
 
     async def _read(self, response: aiohttp.ClientResponse) -> str:
-        """The body, unpacked piece by piece; never more than the limit is in memory. Raises `BadAnswer`."""
+        """The body, decompressed in chunks; never holds more than the limit. Raises `BadAnswer`."""
         limit = self.source.max_response_bytes
         if (response.content_length or 0) > limit:
             raise BadAnswer(f"an answer of {response.content_length} bytes; {self._wanted}")
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise BadAnswer(f"an answer packed as {_shown(encoding)}; wanted a plain one, or gzip or deflate")
-        # 32: gzip and zlib, told from one another by their first bytes
+            raise BadAnswer(f"an answer encoded as {_shown(encoding)}; wanted plain, gzip or deflate")
+        # 32: gzip and zlib, detected from the header
         unpacker = None if encoding in ("identity", "") else zlib.decompressobj(32 + zlib.MAX_WBITS)
         body = bytearray()
         num_packed = 0
@@ -146,17 +146,17 @@ class RemoteReward:
                 try:
                     body += unpacker.decompress(chunk, limit + 1 - len(body))
                 except zlib.error as error:
-                    raise BadAnswer(f"an answer that cannot be unpacked ({encoding}): {error}") from error
+                    raise BadAnswer(f"an answer that cannot be decompressed ({encoding}): {error}") from error
             if max(len(body), num_packed) > limit:
-                packed = " when unpacked" if unpacker is not None else ""
+                packed = " after decompression" if unpacker is not None else ""
                 raise BadAnswer(f"an answer of more than {limit} bytes{packed}; {self._wanted}")
         if unpacker is not None and not unpacker.eof:
-            raise BadAnswer(f"an answer whose packed body ({encoding}) ends early")
+            raise BadAnswer(f"an answer whose compressed body ({encoding}) is truncated")
         return body.decode("utf-8", errors="replace")
 
     @property
     def _wanted(self) -> str:
-        return f"the source's max_response_bytes={self.source.max_response_bytes} is the longest that is read"
+        return f"the limit is the source's max_response_bytes={self.source.max_response_bytes}"
 
 
 def request_body(items: Sequence[ScoreItem], label_key: str | None) -> dict[str, list[Any]]:
@@ -168,8 +168,8 @@ def request_body(items: Sequence[ScoreItem], label_key: str | None) -> dict[str,
 
 
 def read_rewards(text: str, count: int) -> Rewards:
-    """The rewards of `count` samples in a server's answer. A bad one fails its sample; a wrong number of them
-    fails all, since it cannot be told whose they are.
+    """The rewards of `count` samples in a server's answer. An invalid one fails its sample; a wrong number of
+    them fails all, since they cannot be assigned to samples.
     """
 
     def all_failed(reason: str) -> Rewards:
@@ -177,7 +177,7 @@ def read_rewards(text: str, count: int) -> Rewards:
 
     try:
         answer = json.loads(text)
-    except (ValueError, RecursionError):  # not JSON; a number of more digits than Python reads; too deep
+    except (ValueError, RecursionError):  # not JSON; a number with too many digits; nested too deep
         return all_failed(f"the answer is not JSON: {_shown(text)}")
     values = answer.get("rewards") if isinstance(answer, dict) else answer
     if not isinstance(values, list):
@@ -188,13 +188,15 @@ def read_rewards(text: str, count: int) -> Rewards:
 
 
 def _unpacked(value: Any) -> Any:
-    """What a tensor of shape [count, 1] becomes as JSON is a number in a list. `true` is no number."""
+    """A tensor of shape [count, 1] becomes a list of one-element lists in JSON. `true` is not a number."""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return Failure(f"returned {json.dumps(value)}, which is no number") if isinstance(value, bool) else value
+    if isinstance(value, bool):
+        return Failure(f"returned {json.dumps(value)}, which is not a number")
+    return value
 
 
 def _foreign(text: str) -> str:
-    """What a server said, as a message may quote it. It may have quoted our headers."""
+    """A server's text, masked and escaped for a message: it may quote our headers."""
     return one_line(masked(text), limit=SHOWN_CHARACTERS)
 
 
@@ -204,8 +206,8 @@ def _shown(text: str) -> str:
 
 
 def resolved_source(source: RemoteSource) -> Resolved:
-    """The source's addresses and headers with `${NAME}`, and a header that is `env:NAME`, replaced by what
-    the environment holds. Raises `RewardError`.
+    """The source's addresses and headers with `${NAME}`, and a header that is `env:NAME`, replaced from the
+    environment. Raises `RewardError`.
     """
     headers = source.headers or {}
     return Resolved(
@@ -221,7 +223,7 @@ def _resolved(key: str, text: str, *, in_url: bool = False) -> str:
     except KeyError as error:
         [name] = error.args
         raise RewardError(
-            f"{key}={masked(text)}: the environment has no variable {name}; set it where the run is started"
+            f"{key}={masked(text)}: the environment has no variable {name}; set it where the run starts"
         ) from None
     refused = [
         character for character in value if not character.isprintable() or (in_url and character == " ")
@@ -229,14 +231,16 @@ def _resolved(key: str, text: str, *, in_url: bool = False) -> str:
     if refused:
         source = f"what {', '.join(references(text)) or 'it'} holds"
         raise RewardError(
-            f"{key}: {source} has the character {refused[0]!r}, which neither a header nor a URL may have; "
-            "a newline at the end of a file is not part of a secret"
+            f"{key}: {source} has the character {refused[0]!r}, which is invalid in headers and URLs; "
+            "remove a trailing newline if the secret was read from a file"
         )
     return value
 
 
 def check_reachable(url: str) -> None:
-    """That something listens there. No request is sent: scoring may be slow. Raises `RewardError`."""
+    """Check that the address accepts connections; sends no request, as scoring may be slow. Raises
+    `RewardError`.
+    """
     address = _resolved("urls", url, in_url=True)
     try:
         parts = urlsplit(address)
@@ -244,7 +248,7 @@ def check_reachable(url: str) -> None:
         socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise RewardError(
-            f"urls: nothing answers at {masked(url)} ({_foreign(str(error))}); start the server first, or "
+            f"urls: cannot connect to {masked(url)} ({_foreign(str(error))}); start the server first, or "
             "correct the address"
         ) from error
 

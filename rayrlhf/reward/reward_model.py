@@ -1,6 +1,6 @@
-"""A reward model at work: any `AutoModelForSequenceClassification` checkpoint with one label.
+"""Inference of a reward model: any `AutoModelForSequenceClassification` checkpoint with one label.
 
-What it reads of a sample is `reward.reading`'s to say.
+`reward.reading` determines the tokens that it reads of a sample.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ from rayrlhf.reward.reading import PromptFormat, Reading
 
 
 class RewardModel:
-    """With the policy's own vocabulary it reads the very tokens of the sample. Otherwise it renders the
-    conversation with its own tokenizer and chat template, or as plain text where it has none. Decoders score
+    """If it has the policy's vocabulary, it reads the sample's tokens unchanged. Otherwise it renders the
+    conversation with its own tokenizer and chat template, or as plain text if it has none. Decoders score
     packed batches; encoders, which have no causal mask to cut, score padded ones.
     """
 
-    def __init__(self, source: ModelSource, asked: PromptFormat | None) -> None:
-        """Without `asked` the samples' token ids are what it reads."""
+    def __init__(self, source: ModelSource, prompt_format: PromptFormat | None) -> None:
+        """Without `prompt_format` it reads the samples' token ids."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.source = source
-        self.asked = asked
+        self.prompt_format = prompt_format
         self.tokenizer: Any = load_tokenizer(source.path)
         config = AutoConfig.from_pretrained(local_folder(source.path, weights=False)).to_dict()
         self.positions = positions_of(config)
-        self.same_tokens = asked is None
-        if asked is not None:
-            policy: Any = load_tokenizer(asked.tokenizer_path, trust_remote_code=asked.trust_remote_code)
+        self.same_tokens = prompt_format is None
+        if prompt_format is not None:
+            policy: Any = load_tokenizer(
+                prompt_format.tokenizer_path, trust_remote_code=prompt_format.trust_remote_code
+            )
             self.same_tokens = self.tokenizer.get_vocab() == policy.get_vocab()
             self.reading = Reading.of(self.tokenizer, source.read_at, config)
         model_config = ModelConfig(path=source.path, dtype=source.dtype)
@@ -54,7 +56,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, items: list[ScoreItem]) -> list[float | Failure]:
-        """Samples that it cannot read are failures, each for itself."""
+        """Scores; a sample that it cannot read is a failure, without effect on the others."""
         token_ids = [self._read(item) for item in items]
         scores: list[float | Failure] = [ids if isinstance(ids, Failure) else 0.0 for ids in token_ids]
         readable = [(i, ids) for i, ids in enumerate(token_ids) if not isinstance(ids, Failure)]
@@ -68,9 +70,9 @@ class RewardModel:
         return scores
 
     def _read(self, item: ScoreItem) -> list[int] | Failure:
-        if self.asked is None:
+        if self.prompt_format is None:
             return item.token_ids
-        data = self.asked.data
+        data = self.prompt_format.data
         try:
             if self.same_tokens:
                 ids = self.reading.of_tokens(item.token_ids, is_chat=data.apply_chat_template)

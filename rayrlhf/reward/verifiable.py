@@ -1,4 +1,4 @@
-"""Verifiable answers as a reward source: math-verify and the scorers of reasoning-gym."""
+"""Reward source for verifiable answers: math-verify and the scorers of reasoning-gym."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from rayrlhf.samples import Prompt
 
 VerifiableSource = MathSource | ReasoningGymSource
 
-START_SECONDS = 120  # a grader's libraries take a second or two, on a busy machine more
-SLOW_SECONDS = 1.0  # a grading that takes longer holds up nobody: another process takes its place
+START_SECONDS = 120  # importing a grader's libraries takes 1 to 2 s, on a busy machine more
+SLOW_SECONDS = 1.0  # while a grading takes longer, an additional process serves other requests
 NUM_EXTRA_PROCESSES = 8
 
 
 def grader_pool(
     kind: str, *, num_processes: int, timeout_seconds: float, slow_seconds: float = SLOW_SECONDS
 ) -> ProcessPool:
-    """Processes that grade, each killed and replaced when it misses its deadline.
+    """Grader processes, each killed and replaced when it misses its deadline.
 
-    The time limits of the graders' libraries are made of signals, which only the main thread of a process can
-    have; a Serve replica has threads. And no signal handler interrupts a long computation inside C code.
+    The time limits of the graders' libraries use signals, which only the main thread of a process can handle;
+    a Serve replica has threads. And no signal handler interrupts a long computation inside C code.
     """
     hosted = Hosted(
         "rayrlhf.reward.grader_host:GraderHost",
         (kind,),
         start_timeout_seconds=START_SECONDS,
         timeout_seconds=timeout_seconds,
-        # Threads of numpy's would count against its memory and cores.
+        # numpy's threads would count against its memory and cores.
         env_vars=(("OPENBLAS_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "1")),
     )
     return ProcessPool(
@@ -52,7 +52,7 @@ def grader_pool(
 
 
 async def start_graders(pool: ProcessPool) -> None:
-    """Raises `RewardError` where they do not start."""
+    """Raises `RewardError` if they do not start."""
     try:
         await pool.start()
     except CodeError as error:
@@ -64,7 +64,7 @@ async def start_graders(pool: ProcessPool) -> None:
 
 
 async def grade(pool: ProcessPool, request: dict[str, Any]) -> float | Failure | Unverified:
-    """An answer that takes too long, or too much memory, has its verdict by that and is not graded again."""
+    """An answer that takes too long, or too much memory, is `Unverified` and is not graded again."""
     try:
         answer = await pool.call("grade", request)
     except CodeTimeout as error:
@@ -82,12 +82,12 @@ async def grade(pool: ProcessPool, request: dict[str, Any]) -> float | Failure |
 def grading_request(
     source: VerifiableSource, prompt: Prompt, response: str | None, label_key: str | None
 ) -> dict[str, Any]:
-    """What the grader is asked; without a response, whether it can use the row. Raises `RewardError`, which
-    names the row and the column, for a row that lacks what the grader needs.
+    """The request for the grader; without a response, to check that it can use the row. Raises `RewardError`,
+    with the row and the column, for a row that lacks what the grader needs.
     """
     columns, row = prompt.columns, f"row {prompt.row_id}"
     if source.type == "math":
-        assert label_key is not None  # the config insists on it
+        assert label_key is not None  # validated by the config
         if label_key not in columns:
             raise RewardError(f"{row} has no column {label_key!r} (data.label_key)")
         return {"label": columns[label_key], "response": response}
@@ -111,7 +111,7 @@ def grading_request(
 
 
 def _metadata_of(value: Any, row: str) -> dict[str, Any]:
-    """The column `metadata`: an object, or one as a JSON text, which published data sets keep it as."""
+    """The column `metadata`: an object, or JSON text of one, as in published data sets."""
     metadata = value
     if isinstance(value, str):
         try:
@@ -124,7 +124,7 @@ def _metadata_of(value: Any, row: str) -> dict[str, Any]:
 
 
 def read_answer(response: str, how: str) -> str | None:
-    """The answer in a response (`how` as in `ReasoningGymSource.answer`); None where there is none."""
+    """The answer in a response (`how` as in `ReasoningGymSource.answer`); None if there is none."""
     if how == "whole":
         return response.strip()
     if how == "last_line":
@@ -143,7 +143,7 @@ def failure_with_row(
 
 
 class VerifiableReward:
-    """The Serve replica in front of a pool of graders; CPU work, so it has no slot."""
+    """Serve replica in front of a pool of graders; CPU work, so it needs no slot."""
 
     async def __init__(self, source: VerifiableSource, label_key: str | None) -> None:
         self.source = source
@@ -172,7 +172,7 @@ class VerifiableReward:
             return source.correct if graded else source.wrong
         return graded
 
-    def __del__(self) -> None:  # Serve calls it when the replica goes
+    def __del__(self) -> None:  # Serve calls it when the replica ends
         if hasattr(self, "pool"):
             self.pool.close()
 
@@ -190,7 +190,7 @@ def verifiable_deployment(source: VerifiableSource, *, label_key: str | None) ->
 
 
 def check_installed(source: VerifiableSource) -> None:
-    """That the package is there, and knows the data set. Raises `RewardError`."""
+    """Check that the package is installed and has the data set. Raises `RewardError`."""
     try:
         if source.type == "math":
             import math_verify  # noqa: F401
@@ -199,7 +199,7 @@ def check_installed(source: VerifiableSource) -> None:
         gym = import_reasoning_gym()
     except ImportError as error:
         raise RewardError(
-            f"a package that it needs does not import ({error}); pip install 'rayrlhf[verify]'"
+            f"a required package cannot be imported ({error}); pip install 'rayrlhf[verify]'"
         ) from error
     known = sorted(gym.factory.DATASETS)
     if source.dataset is not None and source.dataset not in known:
@@ -209,7 +209,7 @@ def check_installed(source: VerifiableSource) -> None:
 
 
 def try_rows(source: VerifiableSource, prompts: Iterable[Prompt], label_key: str | None) -> None:
-    """That the grader can use these rows. Raises `RewardError`, which names the row and the column."""
+    """Check that the grader can use these rows. Raises `RewardError` with the row and the column."""
 
     async def all_rows() -> None:
         pool = grader_pool(source.type, num_processes=1, timeout_seconds=source.timeout_seconds)

@@ -119,9 +119,9 @@ class RewardServer:
         async with self.parsing:
             queries = await asyncio.to_thread(read_queries, body, max_queries=self.config.max_queries)
         del body
-        asked = [source.arguments(queries) for source in self.sources]
-        pairs = zip(self.sources, asked, strict=True)
-        tasks = [asyncio.ensure_future(source.score(arguments)) for source, arguments in pairs]
+        per_source = [source.arguments(queries) for source in self.sources]
+        pairs = zip(self.sources, per_source, strict=True)
+        tasks = [asyncio.ensure_future(source.score(items)) for source, items in pairs]
         try:
             scores = await asyncio.gather(*tasks)
         finally:
@@ -162,8 +162,10 @@ def application(server: RewardServer) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        asked = f"{request.method} {request.url.path[:100]}"
-        return _problem(error.status_code, f"{asked}: {error.detail}; POST to {route}", headers=error.headers)
+        requested = f"{request.method} {request.url.path[:100]}"
+        return _problem(
+            error.status_code, f"{requested}: {error.detail}; POST to {route}", headers=error.headers
+        )
 
     @app.exception_handler(NoToken)
     async def no_token(_: Request, error: NoToken) -> Response:
@@ -231,11 +233,11 @@ class _Source:
         most = self.config.max_request_tokens
         return cut_to_readable(queries.query, self.served.source, self.served.facts, most)
 
-    async def score(self, asked: list[Any]) -> list[float | None]:
+    async def score(self, items: list[Any]) -> list[float | None]:
         """Weighted scores. Raises `SourceFailed`, and `BadRequest` if the deployment rejects the request."""
-        if not asked:
+        if not items:
             return []
-        found = await self._ask("score" if self.served.facts is None else "score_texts", asked)
+        found = await self._ask("score" if self.served.facts is None else "score_texts", items)
         if isinstance(found, BadRequest):
             raise found
         scores = [checked_reward(score) for score in found]

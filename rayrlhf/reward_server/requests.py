@@ -65,8 +65,8 @@ class Queries:
 
 def text_item(prompt: str, response: str, *, label: Any) -> ScoreItem:
     """A sample without tokens, for reward functions."""
-    asked = Prompt(row_id=0, prompt_ids=[], prompt=prompt, columns={LABEL: label})
-    return ScoreItem(asked, response, token_ids=[])
+    row = Prompt(row_id=0, prompt_ids=[], prompt=prompt, columns={LABEL: label})
+    return ScoreItem(row, response, token_ids=[])
 
 
 def token_item(token_ids: list[int]) -> ScoreItem:
@@ -80,7 +80,7 @@ def read_queries(body: bytes, *, max_queries: int | None = None) -> Queries:
     Stricter than `json.loads`: no NaN, no number beyond the range of a float, no duplicate keys, UTF-8 only.
     """
     try:
-        asked = json.loads(
+        content = json.loads(
             body.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_no_number,
@@ -88,13 +88,13 @@ def read_queries(body: bytes, *, max_queries: int | None = None) -> Queries:
         )
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON ({error}); wanted {WANTED}") from error
-    if not isinstance(asked, dict):
-        raise BadRequest(f"the body is a {type(asked).__name__}; wanted {WANTED}")
-    query = _texts(asked, "query", max_queries)
+    if not isinstance(content, dict):
+        raise BadRequest(f"the body is a {type(content).__name__}; wanted {WANTED}")
+    query = _texts(content, "query", max_queries)
     if query is None:
         raise BadRequest(f"no 'query'; wanted {WANTED}")
-    prompts = _texts(asked, "prompts", max_queries)
-    labels = asked.get("labels")
+    prompts = _texts(content, "prompts", max_queries)
+    labels = content.get("labels")
     if labels is not None and not isinstance(labels, list):
         raise BadRequest(f"'labels' is a {type(labels).__name__}; wanted a list with a value per query")
     for name, values in (("prompts", prompts), ("labels", labels)):
@@ -127,8 +127,8 @@ def _shown(text: str) -> str:
     return ascii(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...")
 
 
-def _texts(asked: Mapping[str, Any], name: str, max_queries: int | None) -> list[str] | None:
-    values = asked.get(name)
+def _texts(queries: Mapping[str, Any], name: str, max_queries: int | None) -> list[str] | None:
+    values = queries.get(name)
     if values is None:
         return None
     if not isinstance(values, list):

@@ -50,5 +50,5 @@ def test_17b_a_stop_string_that_is_a_special_token_is_found_as_that() -> None:
 
 @pytest.mark.parametrize("stop", ["<|extra|>\n", "done<|user|>"])
 def test_17b_one_that_no_engine_could_find_is_refused(stop: str) -> None:
-    with pytest.raises(DataError, match=r"has the special token .* and more in it.*wanted"):
+    with pytest.raises(DataError, match=r"contains the special token .* and more: .*wanted"):
         ends([stop])

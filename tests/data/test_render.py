@@ -152,7 +152,9 @@ def test_generation_tags_that_include_what_comes_after_the_ending_token() -> Non
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     thinking = turns("hi", "<think>x</think>be", "so", "<think>y</think>no")
-    with pytest.raises(DataError, match=r"renders an earlier turn .* otherwise .*learn=last_response"):
+    with pytest.raises(
+        DataError, match=r"renders an earlier assistant turn differently .*learn=last_response"
+    ):
         sft(thinking, FORGETFUL)
     found = sft(thinking, FORGETFUL, learn="last_response")  # what inference sees is what is learnt after
     assert found == masked(
@@ -164,7 +166,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
 
 def test_a_template_that_opens_otherwise_than_it_goes_on_is_refused() -> None:
     template = CHATML.replace("<|extra|>assistant\n{% endif %}", "<|extra|>bot\n{% endif %}")
-    with pytest.raises(DataError, match="does not continue what it opens"):
+    with pytest.raises(DataError, match="differently from its generation prompt"):
         sft(turns("hi", "be"), template)
 
 
@@ -219,7 +221,7 @@ def test_a_token_across_the_boundary_is_split_where_inference_would_split_it() -
 def test_a_token_across_the_boundary_of_one_turn_of_several_is_refused() -> None:
     config = SftDataConfig.model_validate({"train": "a.jsonl"})
     example = normal_form({"messages": turns("hi", "\n\nbe", "so", "no")}, config)
-    with pytest.raises(BadRow, match="a token reaches over the boundary of a turn"):
+    with pytest.raises(BadRow, match="a token spans the boundary of a turn"):
         render_example(example, config, merging_tokenizer())
 
 
@@ -293,7 +295,7 @@ def test_what_cutting_leaves_nothing_of() -> None:
     )
     with pytest.raises(BadRow, match=r"nothing of its answer is left within data.max_tokens=10"):
         pair(LONG, max_tokens=10, on_long="truncate_tail")
-    with pytest.raises(BadRow, match="come to the same tokens"):
+    with pytest.raises(BadRow, match="have the same tokens"):
         pair({**LONG, "rejected": "xyw"}, max_tokens=12, on_long="truncate_tail")
 
 

@@ -115,7 +115,7 @@ def test_19_blocks_of_a_long_run_stay_small(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     "num_rows, prompts_per_step, world_size, message",
-    [(0, 2, 1, "at least one row"), (9, 3, 2, "does not divide by 2"), (9, 0, 1, "prompts_per_step=0")],
+    [(0, 2, 1, "at least one row"), (9, 3, 2, "is not divisible by 2"), (9, 0, 1, "prompts_per_step=0")],
 )
 def test_plans_that_cannot_be_made(
     num_rows: int, prompts_per_step: int, world_size: int, message: str

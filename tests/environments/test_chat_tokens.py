@@ -176,7 +176,7 @@ def test_bad_observations(observation: Any, message: str) -> None:
     "template, message",
     [
         (None, "has no template; name one with data.chat_template"),
-        ("{{ messages[0]['content'] }}", "leaves an answer out"),
+        ("{{ messages[0]['content'] }}", "omits an answer"),
         ("{{ raise_exception('no answers') }}", "rejects an answer: no answers"),
         # A different end after the last answer than after earlier ones: tokens cannot be continued from it.
         (

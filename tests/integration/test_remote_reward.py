@@ -201,7 +201,7 @@ def test_24_a_run_leaves_its_secrets_nowhere_and_is_resumed(
         return run_policy(config), "".join(capfd.readouterr())
 
     code, told = run(source["urls"], 1)
-    assert code == 2 and "nothing answers at http://127.0.0.1:9/?api_key=***" in told
+    assert code == 2 and "cannot connect to http://127.0.0.1:9/?api_key=***" in told
     for num_steps in (1, 2):
         code, more = run(source["urls"][:1], num_steps)
         assert code == 0

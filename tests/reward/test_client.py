@@ -85,7 +85,7 @@ def test_a_source_sees_prompt_response_and_tokens() -> None:
     handle = Handle([0.0])
     prompt = make_prompt([5, 6], label="yes")
     asyncio.run(client(handle).score([make_sample([7, 8], prompt=prompt, response="cd", score=None)]))
-    assert handle.requests == [[ScoreItem(prompt, "cd", [5, 6, 7, 8], turn=0)]]
+    assert handle.requests == [[ScoreItem(prompt, "cd", [5, 6, 7, 8], attempt=0)]]
 
 
 def test_turns_count_requests_and_retries_have_the_next_one() -> None:
@@ -97,8 +97,8 @@ def test_turns_count_requests_and_retries_have_the_next_one() -> None:
         await rewards.score(samples(1))
 
     asyncio.run(both())
-    # The first sample takes turn 0 and its two retries 1 and 2; the second begins at turn 1.
-    assert [items[0].turn for items in handle.requests] == [0, 1, 2, 1]
+    # The first sample has attempt 0 and its two retries 1 and 2; the second begins at attempt 1.
+    assert [items[0].attempt for items in handle.requests] == [0, 1, 2, 1]
 
 
 def test_the_environment_needs_no_handle() -> None:
@@ -139,7 +139,7 @@ def test_what_fails_for_good_is_none_and_counted_by_source() -> None:
     rewards = client(broken, healthy, retries=2)
     assert rewards_of(rewards, samples()) == [(None, 1.0), (1.0, 1.0)]
     assert len(broken.requests) == 3 and len(healthy.requests) == 1
-    assert rewards.drain_failures() == {"source0": "1 samples failed: returned None, which is no number"}
+    assert rewards.drain_failures() == {"source0": "1 samples failed: returned None, which is not a number"}
     assert rewards.drain_failures() == {}
 
 
@@ -219,7 +219,7 @@ def test_a_run_stops_when_too_many_fail() -> None:
 @pytest.mark.parametrize(
     "answer, told",
     [
-        ([None], "source0: returned None, which is no number"),
+        ([None], "source0: returned None, which is not a number"),
         ([math.nan], "source0: returned nan, which is not finite"),
         ([1e20], "source0: returned 1e+20, which is beyond 1e+18"),
         ([Failure("row 3 has no answer")], "source0: row 3 has no answer"),

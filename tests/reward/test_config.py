@@ -101,7 +101,7 @@ def tried(source: dict[str, Any], *rows: dict[str, Any]) -> None:
 def test_the_driver_reads_labels() -> None:
     tried({"type": "math"}, {"gold": "7"}, {"gold": r"\frac{1}{2}"})
     with pytest.raises(
-        RewardError, match=r"^reward\.sources\.0 \(math\): row 1, column 'gold': '' is no answer"
+        RewardError, match=r"^reward\.sources\.0 \(math\): row 1, column 'gold': '' is not an answer"
     ):
         tried({"type": "math"}, {"gold": "7"}, {"gold": ""})
 
@@ -117,7 +117,7 @@ def test_the_driver_asks_whether_a_server_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/score"
         tried({**REMOTE, "urls": [url]}, {})
-    with pytest.raises(RewardError, match=rf"^reward\.sources\.0 \(remote\): urls: nothing answers at {url}"):
+    with pytest.raises(RewardError, match=rf"^reward\.sources\.0 \(remote\): urls: cannot connect to {url}"):
         tried({**REMOTE, "urls": [url]}, {})
 
 

@@ -185,7 +185,7 @@ def test_what_counts_as_rewards(returned: Any, rewards: list[float | None]) -> N
 
 @pytest.mark.parametrize("returned", [0.5, None, ["good", "bad"], [[1.0], [2.0]], [{"score": 1}, 2.0]])
 def test_what_is_no_list_of_floats_is_told(returned: Any) -> None:
-    with pytest.raises(RewardError, match="a list of 2 floats was wanted") as caught:
+    with pytest.raises(RewardError, match="wanted a list of 2 floats") as caught:
         call(returned)
     assert str(caught.value).startswith(f"returned {returned!r}")
 
@@ -248,7 +248,7 @@ def score(prompts, responses, labels, answer, topic):
             r"score raised TypeError: .* argument: 'anwser' when called with responses$",
         ),
         ("(responses): return [1.0]", r"score returned 1 rewards for 2 responses"),
-        ("(responses): return 1.0", r"score returned 1\.0; a list of 2 floats was wanted"),
+        ("(responses): return 1.0", r"score returned 1\.0; wanted a list of 2 floats"),
         ("(responses): return [None, float('nan')]", r"score returned only NaN or None"),
     ],
 )
@@ -313,7 +313,7 @@ def test_an_import_on_the_driver_does_it_no_harm(source: str, message: str, tmp_
         ("raise KeyboardInterrupt", r"score raised KeyboardInterrupt:  \(tried.py:2\)"),
         ("import os; os._exit(3)", r"score: it ended its own process with exit code 3"),
         ("import time; time.sleep(1000)", r"score took longer than 2 s \(timeout_seconds\)$"),
-        ("return [object()] * 2", r"returned \[<object .* a list of 2 floats was wanted"),
+        ("return [object()] * 2", r"returned \[<object .* wanted a list of 2 floats"),
         ("return [0.0] * 10**7", r"returned 10000000 rewards for 2 responses"),
     ],
 )

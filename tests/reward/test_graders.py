@@ -60,7 +60,7 @@ def test_answers_of_mathematics(label: Any, response: str, grade: float) -> None
 @pytest.mark.parametrize("label", ["", "  ", r"\frac{", None, True, ["5"], {"value": 5}, "####"])
 def test_a_label_that_is_no_answer_is_no_wrong_response(label: Any) -> None:
     for response in ("5", None):
-        with pytest.raises(UnusableRow, match="is no answer"):
+        with pytest.raises(UnusableRow, match="is not an answer"):
             load_math()({"label": label, "response": response})
 
 
@@ -107,7 +107,7 @@ def gym_grade(entry: dict[str, Any], response: str | None, **source: Any) -> flo
 def test_right_and_wrong_answers_of_reasoning_gym(name: str) -> None:
     for entry in entries(name):
         assert gym_grade(entry, f"Let me think. <answer>{entry['answer']}</answer>") == 1.0
-        assert gym_grade(entry, entry["answer"]) < 0.1, "without its tag, it is no answer"
+        assert gym_grade(entry, entry["answer"]) < 0.1, "without its tag, it is not an answer"
         assert gym_grade(entry, entry["answer"], answer="whole") == 1.0
         assert gym_grade(entry, "<answer>no idea</answer>") < 0.5  # some give a little for trying
         assert gym_grade(entry, None) == 1.0
@@ -182,7 +182,7 @@ def test_names_of_data_sets_are_checked() -> None:
 def test_labels_are_read_before_the_run() -> None:
     good = [make_prompt(row_id=i, gold=str(i)) for i in range(3)]
     try_rows(MATH, good, "gold")
-    with pytest.raises(RewardError, match=r"^row 3, column 'gold': '.*frac\{' is no answer"):
+    with pytest.raises(RewardError, match=r"^row 3, column 'gold': '.*frac\{' is not an answer"):
         try_rows(MATH, [*good, make_prompt(row_id=3, gold=r"\frac{")], "gold")
 
 
@@ -215,7 +215,7 @@ def test_a_failure_of_a_grader_keeps_it() -> None:
     async def main() -> None:
         async with graders() as pool:
             assert await grade(pool, {"label": None, "response": "5"}) == Failure(
-                "None is no answer; wanted a text or a number", final=True
+                "None is not an answer; wanted a text or a number", final=True
             )
             assert await grade(pool, GOOD) == 1.0
             assert pool.num_started == 1

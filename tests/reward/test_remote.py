@@ -63,9 +63,9 @@ def server() -> Iterator[Server]:
     made.http.server_close()
 
 
-def items(count: int = 2, *, turn: int = 0) -> list[ScoreItem]:
+def items(count: int = 2, *, attempt: int = 0) -> list[ScoreItem]:
     return [
-        ScoreItem(make_prompt(prompt=f"p{i} ", answer=i), response="r" * i, token_ids=[1], turn=turn)
+        ScoreItem(make_prompt(prompt=f"p{i} ", answer=i), response="r" * i, token_ids=[1], attempt=attempt)
         for i in range(count)
     ]
 
@@ -121,7 +121,7 @@ def test_no_more_requests_at_once_than_allowed(server: Server) -> None:
 def test_addresses_take_turns(server: Server) -> None:
     other = Server()
     try:
-        ask([server.url, other.url], items(2, turn=0), items(1, turn=1), items(1, turn=2))
+        ask([server.url, other.url], items(2, attempt=0), items(1, attempt=1), items(1, attempt=2))
         assert sum(len(asked["query"]) for asked in server.requests) == 3
         assert sum(len(asked["query"]) for asked in other.requests) == 1
     finally:
@@ -162,7 +162,7 @@ def test_no_server_at_all() -> None:
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         [reason] = reasons(url)
         assert reason.startswith(f"{url}: ClientConnectorError: ")
-        with pytest.raises(RewardError, match=f"urls: nothing answers at {url} .*start the server"):
+        with pytest.raises(RewardError, match=f"urls: cannot connect to {url} .*start the server"):
             check_reachable(url)
 
 

@@ -1,4 +1,4 @@
-"""Recognising the shape of a row by its columns."""
+"""Detects the format of a row by its columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MESSAGES_NAMES = ("messages", "conversations")
 
 
 def pick(columns: Mapping[str, Any], key: str | None, names: Sequence[str]) -> str | None:
-    """The column that the config names, or else the first of the usual names; None where there is none."""
+    """The column that the config names, else the first existing one of the default names; None if none."""
     if key is not None:
         return key if key in columns else None
     return next((name for name in names if columns.get(name) is not None), None)
@@ -30,18 +30,18 @@ def pick_or_fail(columns: Mapping[str, Any], key: str | None, names: Sequence[st
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape that a row may have: whether it does, and which columns that takes."""
+    """A candidate format of a row: whether it matches, and the columns it needs."""
 
     name: str  # the value of data.format
-    columns: str  # for messages
+    columns: str  # description for messages
     fits: bool
     asked_for: bool = False  # a key of the config names one of its columns
 
 
 def recognise(columns: Mapping[str, Any], shapes: Sequence[Shape]) -> str:
-    """The one shape that a row has; those whose columns the config names come before all others.
+    """The only matching format; formats whose columns the config names take precedence.
 
-    Raises `BadRow`, with the columns and what was tried, where none or several fit.
+    Raises `BadRow`, with the columns and the candidates, if none or several match.
     """
     tried = [shape for shape in shapes if shape.asked_for] or list(shapes)
     fitting = [shape for shape in tried if shape.fits]
@@ -50,10 +50,10 @@ def recognise(columns: Mapping[str, Any], shapes: Sequence[Shape]) -> str:
     if not fitting:
         wanted = "; ".join(f"{shape.name} ({shape.columns})" for shape in tried)
         raise BadRow(
-            f"its columns {quoted(columns)} fit no format; tried: {wanted}; see data.format and the keys"
+            f"its columns {quoted(columns)} match no format; tried: {wanted}; see data.format and the keys"
         )
     names = [shape.name for shape in fitting]
     raise BadRow(
-        f"its columns {quoted(columns)} fit several formats: {', '.join(names)}; "
-        f"say which, as in data.format={names[0]}"
+        f"its columns {quoted(columns)} match several formats: {', '.join(names)}; "
+        f"select one, as in data.format={names[0]}"
     )

@@ -1,4 +1,4 @@
-"""Rows of SFT and distillation: conversations, prompts with responses, plain texts."""
+"""Rows for SFT and distillation: conversations, prompts with responses, plain texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rayrlhf.data.rows.row import BadRow, check_text, column_of, type_name
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said, up to the last answer; something of it is the assistant's."""
+    """Messages up to the last answer, at least one of them by the assistant."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -40,7 +40,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is learnt as it stands."""
+    """A plain text, trained on as a whole."""
 
     text: str
 
@@ -99,13 +99,13 @@ def _text(columns: Mapping[str, Any], config: SftDataConfig) -> Text:
     check_text(text, f"column {key!r}")
     if config.learn != "all":
         raise BadRow(
-            f"column {key!r} is a text without an answer to pick out; set data.learn=all to learn it whole"
+            f"column {key!r} is a text without separate answers; set data.learn=all to train on all of it"
         )
     return Text(text)
 
 
 def _alpaca(columns: Mapping[str, Any], config: SftDataConfig) -> list[Message]:
-    """instruction and input, a blank line between them, are what the user says; `history` came before."""
+    """instruction and input, separated by a blank line, form the user message; `history` precedes it."""
     prompt_key, response_key = config.prompt_key or "instruction", config.response_key or "output"
     instruction = column_of(columns, prompt_key, "data.prompt_key")
     more = columns.get("input")
@@ -116,7 +116,7 @@ def _alpaca(columns: Mapping[str, Any], config: SftDataConfig) -> list[Message]:
     messages: list[Message] = []
     for turn in columns.get("history") or []:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise BadRow("column 'history' is not a list of [said by the user, said by the assistant]")
+            raise BadRow("column 'history' is not a list of [user text, assistant text]")
         messages += prompt_messages(turn[0], "column 'history'")
         messages.append(answer_message(turn[1], "column 'history'"))
     answer = column_of(columns, response_key, "data.response_key")
@@ -128,7 +128,7 @@ def _alpaca(columns: Mapping[str, Any], config: SftDataConfig) -> list[Message]:
 
 
 def _answer_messages(value: Any, where: str) -> list[Message]:
-    """An answer may be several messages: tool calls, what tools say, and the answer."""
+    """An answer may be several messages: tool calls, tool results, and the answer."""
     if isinstance(value, Mapping):
         value = [value]
     found = text_or_messages(value, where)
@@ -136,15 +136,15 @@ def _answer_messages(value: Any, where: str) -> list[Message]:
 
 
 def _up_to_last_answer(messages: list[Message], where: str, config: SftDataConfig) -> list[Message]:
-    """What comes after the last answer has nothing to learn in it; with `learn: all` it has."""
+    """Drop messages after the last answer, which have no loss tokens; with `learn: all` they are kept."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise BadRow(f"{where} has no message of the assistant; there is nothing to learn")
+        raise BadRow(f"{where} has no message of the assistant; there are no loss tokens")
     return messages if config.learn == "all" else messages[: answers[-1] + 1]
 
 
 def _conditioned(messages: list[Message], columns: Mapping[str, Any], config: SftDataConfig) -> list[Message]:
-    """Says the reward before the last user message (conditional SFT, arXiv 2308.12050)."""
+    """Inserts the reward before the last user message (conditional SFT, arXiv 2308.12050)."""
     if config.reward_key is None or config.reward_template is None:
         return messages
     reward = column_of(columns, config.reward_key, "data.reward_key")

@@ -1,4 +1,4 @@
-"""From a raw row of any known shape to the one form that its kind of example has. No tokenizer here."""
+"""Converts a raw row of any known format to the normal form of its task. No tokenizer here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NormalForm = Conversation | Text | Pair | Judged | Steps
 
 
 def normal_form(columns: Mapping[str, Any], config: ExampleDataConfig) -> NormalForm:
-    """The example in a row, as its config says to read it. Raises `BadRow` for a row that holds none."""
+    """The example in a row, by the config's format. Raises `BadRow` for a row without one."""
     if isinstance(config, SftDataConfig):
         return conversation_or_text(columns, config)
     if isinstance(config, PairDataConfig):
@@ -34,7 +34,7 @@ def normal_form(columns: Mapping[str, Any], config: ExampleDataConfig) -> Normal
 
 
 def id_of(columns: Mapping[str, Any], config: ExampleDataConfig) -> str:
-    """What tells the row apart from others; empty where nothing is compared."""
+    """The row's id, for duplicate detection; empty if duplicates are not checked."""
     if config.id_key is None:
         return ""
     value = column_of(columns, config.id_key, "data.id_key")

@@ -1,4 +1,4 @@
-"""JSON that a column or a field holds as a text."""
+"""Parses JSON text in a column or field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rayrlhf.data.rows.row import BadRow
 
 
 def parsed(text: str, where: str) -> Any:
-    """The value of a text that must be JSON. Raises `BadRow` where it is none."""
+    """The value of a text that must be JSON. Raises `BadRow` if it is not."""
     try:
         return json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -17,8 +17,8 @@ def parsed(text: str, where: str) -> Any:
 
 
 def parsed_or_none(text: str) -> Any:
-    """The value of a text that may be JSON; None where it is none."""
-    if not text.lstrip().startswith(("[", "{")):  # only lists and objects are asked for
+    """The value of a text that may be JSON; None if it is not."""
+    if not text.lstrip().startswith(("[", "{")):  # only lists and objects are of interest
         return None
     try:
         return json.loads(text, parse_constant=_no_number)
@@ -27,4 +27,4 @@ def parsed_or_none(text: str) -> Any:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,4 +1,4 @@
-"""Conversations as data sets write them, brought into one form: {role, content} messages in order."""
+"""Normalises conversations of different data set formats to a list of {role, content} messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayrlhf.data.rows.tools import tool_calls_of, tools_from
 
 Message = dict[str, Any]
 
-# What roles are called; others stay as they are, for the chat template to take or to reject.
+# Aliases of roles; other roles are kept, for the chat template to accept or reject.
 ROLES = {
     "user": "user",
     "human": "user",
@@ -39,9 +39,9 @@ ROLES = {
     "tool_result": "tool",
     "ipython": "tool",
 }
-CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's messages that are a call and nothing else
+CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's messages that consist of a call only
 TEXT_PARTS = (None, "text", "input_text", "output_text")
-# Which roles may come after which; "" stands before the first message.
+# Which roles may follow which; "" is the start of the conversation.
 FOLLOWERS = {
     "": ("system", "user"),
     "system": ("user",),
@@ -53,10 +53,10 @@ HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def conversation_of(value: Any, where: str) -> list[Message]:
-    """A list of {role, content} or of ShareGPT's {from, value}, also as JSON text (which CSV files hold).
+    """A list of {role, content} or of ShareGPT's {from, value}, also as JSON text (as in CSV files).
 
-    Each message comes out with a role of ROLES, a content that is a text, tool calls in one form, and the key
-    `weight`, 0, where it is not to be learnt.
+    Each returned message has a role of ROLES, a text as content, tool calls in one form, and the key
+    `weight`, 0, if it is excluded from the loss.
     """
     if isinstance(value, str):
         value = parsed(value, where)
@@ -69,8 +69,8 @@ def conversation_of(value: Any, where: str) -> list[Message]:
 
 
 def text_or_messages(value: Any, where: str) -> str | list[Message]:
-    """A text, or messages. A text is read as messages only where all of it is JSON for messages, as CSV files
-    hold them: how a text begins says nothing.
+    """A text, or messages. A text is read as messages only if it is completely JSON for messages, as in CSV
+    files; its beginning alone is not enough.
     """
     if not isinstance(value, str):
         return conversation_of(value, where)
@@ -92,7 +92,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _in_one_form(message: Any, where: str) -> Iterator[Message]:
-    """The message; several where one of Anthropic's holds results of several tools."""
+    """The normalised message; several if one of Anthropic's messages has results of several tools."""
     if not isinstance(message, Mapping):
         raise BadRow(f"{where} is {type_name(message)}; wanted {{role, content}}")
     present = {key: item for key, item in message.items() if item is not None}
@@ -116,7 +116,7 @@ def _in_one_form(message: Any, where: str) -> Iterator[Message]:
     taken = (*FLAGS, "role", "from", "content", "value", "tool_calls", "function_call")
     found = {"role": role, **{key: item for key, item in present.items() if key not in taken}}
     text = "" if content is None else _text(content, role, where)
-    if text or not calls:  # templates ask whether a message that calls tools has a content as well
+    if text or not calls:  # templates test whether a message with tool calls also has a content
         found["content"] = text
     if calls:
         found["tool_calls"] = calls
@@ -129,7 +129,7 @@ def _role(present: Mapping[str, Any], where: str) -> str:
         raise BadRow(f"{where} has no role; its keys are: {quoted(present)}")
     check_unicode(role, f"the role of {where}")
     if "role" not in present and role.lower() not in ROLES:
-        raise BadRow(f"{where} is a message from {role!r}; known are: {quoted(ROLES)}")
+        raise BadRow(f"{where} is a message from {role!r}; known roles: {quoted(ROLES)}")
     return ROLES.get(role.lower(), role)
 
 
@@ -149,7 +149,7 @@ def _result(part: Mapping[str, Any], where: str) -> Message:
 
 
 def _text(content: Any, role: str, where: str) -> str:
-    """The text of a content: a text, OpenAI's parts, or what a tool has answered."""
+    """The text of a content: a text, OpenAI's parts, or a tool's result."""
     if isinstance(content, Mapping) and content.get("type") == "text":
         content = [content]
     if isinstance(content, list) and (role != "tool" or all(_is_text_part(part) for part in content)):
@@ -172,7 +172,7 @@ def _is_text_part(part: Any) -> bool:
 
 
 def _joined(parts: Sequence[Any], where: str) -> str:
-    """The text of OpenAI's content parts."""
+    """The concatenated text of OpenAI's content parts."""
     for part in parts:
         if not _is_text_part(part):
             kind = f"type {_kind(part)!r}" if isinstance(part, Mapping) else type_name(part)
@@ -181,21 +181,21 @@ def _joined(parts: Sequence[Any], where: str) -> str:
 
 
 def _weight(present: Mapping[str, Any], role: str, where: str) -> Message:
-    learnt = is_trained(present, where)
-    if learnt and role != "assistant":
+    trained = is_trained(present, where)
+    if trained and role != "assistant":
         flag = next(key for key in FLAGS if present.get(key) is not None)
         raise BadRow(
-            f"{where} ({role}) has {flag}: {present[flag]!r}, but only the assistant's turns are learnt; "
+            f"{where} ({role}) has {flag}: {present[flag]!r}, but only assistant turns are trained on; "
             "remove the flag, or set data.learn=all without flags"
         )
-    return {} if learnt is None or learnt or role != "assistant" else {"weight": 0}
+    return {} if trained is None or trained or role != "assistant" else {"weight": 0}
 
 
 def check_turns(messages: Sequence[Message], where: str) -> None:
-    """Raises `BadRow` for roles that are unknown or out of order, and for turns that say nothing.
+    """Raises `BadRow` for unknown or out-of-order roles, and for empty turns.
 
-    After an optional system message the user begins, user and assistant take turns, and tools answer between
-    two messages of the assistant.
+    After an optional system message, user and assistant messages alternate, starting with the user; tool
+    messages are between two messages of the assistant.
     """
     before = ""
     for number, message in enumerate(messages, start=1):
@@ -216,13 +216,13 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
 
 
 def prompt_messages(value: Any, where: str) -> list[Message]:
-    """A prompt that is a text or a conversation, as messages."""
+    """Messages of a prompt that is a text or a conversation."""
     found = text_or_messages(value, where)
     return [{"role": "user", "content": found}] if isinstance(found, str) else found
 
 
 def answer_message(value: Any, where: str) -> Message:
-    """An answer that is a text, one message, or a list of one message. It is what is learnt."""
+    """The message of an answer that is a text, one message, or a list of one message."""
     found = text_or_messages([value] if isinstance(value, Mapping) else value, where)
     if isinstance(found, str):
         return {"role": "assistant", "content": found}
@@ -233,13 +233,13 @@ def answer_message(value: Any, where: str) -> Message:
 
 
 def check_trained(answer: Message, where: str) -> None:
-    """Raises `BadRow` for the answer of a pair, or a judged one, that a flag takes out of the loss."""
+    """Raises `BadRow` for the answer of a pair, or a judged one, that a flag excludes from the loss."""
     if answer.get("weight") == 0:
-        raise BadRow(f"{where} is marked as not to be learnt (weight: 0 or alike), but it is all that is")
+        raise BadRow(f"{where} is excluded from the loss (weight: 0 or similar), which leaves no loss tokens")
 
 
 def with_system(messages: list[Message], columns: Mapping[str, Any], config: DataConfig) -> list[Message]:
-    """Puts the row's system message before a conversation, or else the config's, where it has none."""
+    """Prepends the row's system message, or else the config's, to a conversation without one."""
     key = config.system_key or "system"
     own = columns.get(key)
     if config.system_key is not None and config.system_key not in columns:
@@ -265,7 +265,7 @@ def tools_of(columns: Mapping[str, Any], config: DataConfig) -> list[dict[str, A
         raise BadRow(f"no column {key!r} (data.tools_key); the columns are: {quoted(columns)}")
     tools = tools_from(columns.get(key), f"column {key!r}")
     if tools and not config.apply_chat_template:
-        raise BadRow(f"column {key!r} holds tools, but data.apply_chat_template is false: nothing shows them")
+        raise BadRow(f"column {key!r} holds tools, which need data.apply_chat_template=true")
     return tools or tools_from(config.tools, "data.tools")
 
 

@@ -1,8 +1,8 @@
-"""Mismatched responses of KTO: prompts with the responses to other prompts.
+"""Mismatched responses for KTO: prompts paired with the responses to other prompts.
 
 The loss measures how far the policy has moved from the reference by a KL term over such pairs (arXiv
-2402.01306, section 4.1). They are made once, when the data is prepared, so that the term depends neither on
-which rows share a batch nor on how many workers there are.
+2402.01306, section 4.1). They are created once, when the data is prepared, so that the term depends neither
+on the composition of batches nor on the number of workers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from rayrlhf.data.store import STORE_BATCH_ROWS, ArrowRows
 
 
 def mismatched(rows: ArrowRows, order: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """For every row in `order` [rows] the place in `order` of the row whose response it is given.
+    """For every row in `order` [rows] the index in `order` of the row whose response it gets.
 
-    A permutation without a fixed point, random by the seed, of rows with different prompts. Where more than
-    half of the rows have the same prompt there is none: their responses then come from the other rows, some
-    more than once; and where all have the same prompt, from rows of that prompt. Raises `DataError` for a
-    single row.
+    A seeded random permutation without fixed points that pairs rows with different prompts. If more than half
+    of the rows have the same prompt, none exists: their responses then come from the other rows, some more
+    than once; if all have the same prompt, from rows of that prompt. Raises `DataError` for a single row.
     """
     return derangement(_prompts(rows, order), np.random.default_rng(list(seed)))
 
@@ -41,9 +40,9 @@ def _prompts(rows: ArrowRows, order: np.ndarray) -> np.ndarray:
 
 
 def derangement(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For every item [n] another one, of another group where there is one.
+    """For every item [n] another one, from another group if there is one.
 
-    With the items laid out group by group, a shift by the size of the largest group leaves every group.
+    With the items sorted by group, a shift by the largest group's size moves every item to another group.
     """
     count = len(groups)
     if count < 2:
@@ -62,15 +61,15 @@ def derangement(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     partner[laid_out] = np.roll(laid_out, -(largest if largest < count else 1))
     same = np.flatnonzero(groups[partner] == groups)
     if largest < count:
-        for item in same.tolist():  # of a group that is more than half of all
+        for item in same.tolist():  # of a group with more than half of all items
             partner[item] = rng.choice(np.flatnonzero(groups != groups[item]))
     return partner
 
 
 def with_mismatched(table: pa.Table, partners: pa.Table, max_tokens: int) -> pa.Table:
-    """Gives every row of `table` a second sequence: its prompt and the response of its partner.
+    """Adds a second sequence to every row of `table`: its prompt and the response of its partner.
 
-    What is longer than `max_tokens` loses the end of the response; one token of it remains at least.
+    Sequences longer than `max_tokens` lose the end of the response; at least one token of it remains.
     """
     own = zip(
         *(table.column(name).to_pylist() for name in ("input_ids", "loss_mask", "prompt_tokens")), strict=True

@@ -1,4 +1,4 @@
-"""Nulls that a columnar file puts where a row has nothing."""
+"""Removes nulls that a columnar file adds where a row has no value."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def without_padding(columns: Mapping[str, Any], padded: Collection[str]) -> dict[str, Any]:
-    """The columns of a row, in those of `padded` each object with its own keys only.
+    """The columns of a row; in those of `padded`, objects keep only their own keys.
 
-    Arrow has one type per column: all objects at a place share the keys of all of them, and a key that an
-    object lacks is null in it. A null that a row had itself looks the same, so that JSON text is the form for
-    objects whose nulls mean something. Columns, and nulls in lists, are never padding and stay.
+    Arrow has one type per column: all objects at a position have the union of their keys, and a key that an
+    object lacks is null. A null in the original row looks the same, so objects whose nulls are meaningful
+    should be stored as JSON text. Columns, and nulls in lists, are never padding and are kept.
 
     >>> without_padding({"tools": [{"name": "add", "city": None}], "label": None}, ["tools", "label"])
     {'tools': [{'name': 'add'}], 'label': None}

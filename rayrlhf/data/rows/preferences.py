@@ -1,4 +1,4 @@
-"""Rows of preference learning: a prompt with a better and a worse answer, or with one that was judged."""
+"""Rows for preference learning: a prompt with a chosen and a rejected answer, or with a judged answer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCORE_NAMES = ("score_chosen", "score_rejected")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt. They differ."""
+    """Two different answers to one prompt."""
 
     prompt: list[Message]
     chosen: Message
@@ -48,7 +48,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer, and whether it is a good one."""
+    """An answer labelled as desirable or not."""
 
     prompt: list[Message]
     response: Message
@@ -57,7 +57,7 @@ class Judged:
 
 
 def pair_of(columns: Mapping[str, Any], config: PairDataConfig) -> Pair:
-    """The pair in a row. Raises `BadRow`, also where the two answers are to different prompts or equal."""
+    """The pair in a row. Raises `BadRow`, also if the two answers have different prompts or are equal."""
     chosen = column_of(columns, config.chosen_key, "data.chosen_key")
     rejected = column_of(columns, config.rejected_key, "data.rejected_key")
     for key, answer in ((config.chosen_key, chosen), (config.rejected_key, rejected)):
@@ -113,18 +113,18 @@ def _read(answer: Any, where: str) -> str | list[Message]:
 
 def _split(messages: list[Message], where: str) -> tuple[list[Message], Message]:
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise BadRow(f"{where} does not end with an answer of the assistant to something")
+        raise BadRow(f"{where} does not end with an assistant message after a prompt")
     return messages[:-1], messages[-1]
 
 
 def _raw_transcript_of(text: Any, where: str) -> list[Message]:
-    """For a model without a chat template the transcript itself is the prompt, up to its last answer."""
-    transcript_of(text, where)  # raises for what is none
+    """For a model without a chat template, the transcript up to its last answer is the prompt."""
+    transcript_of(text, where)  # raises if it is not a transcript
     start = list(HH_TURN.finditer(text))[-1]
     answer = text[start.end() :]
     check_text(answer, f"the last answer in {where}")
     if start[1] != "Assistant":
-        raise BadRow(f"{where} does not end with an answer of the assistant to something")
+        raise BadRow(f"{where} does not end with an assistant message after a prompt")
     return [
         {"role": "user", "content": text[: start.end()]},
         {"role": "assistant", "content": answer},
@@ -144,7 +144,7 @@ def _margin(columns: Mapping[str, Any], config: PairDataConfig) -> float:
 
 
 def _finite(value: Any, where: str) -> float:
-    if isinstance(value, str):  # as CSV files hold numbers
+    if isinstance(value, str):  # numbers in CSV files
         try:
             value = float(value)
         except ValueError:
@@ -187,7 +187,7 @@ def _recognised_judged(columns: Mapping[str, Any], config: KtoDataConfig) -> str
 
 
 def _truth(value: Any, key: str) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):  # as CSV files hold truth values
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # booleans in CSV files
         return value.lower() == "true"
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)

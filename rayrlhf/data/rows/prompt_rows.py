@@ -1,4 +1,4 @@
-"""Rows of prompts: what PPO, GRPO, `generate` and evaluations ask, read as every other job reads its rows."""
+"""Prompt rows for PPO, GRPO, `generate` and evaluations, parsed like the rows of all other jobs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from rayrlhf.data.rows.row import BadRow, check_text, column_of, type_name
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that ends where the model is to speak."""
+    """A conversation that ends before the assistant's turn."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
 
 
 def prompt_columns(config: PromptDataConfig) -> tuple[str, ...]:
-    """The columns that become a prompt, where a row has them."""
+    """The columns that form a prompt, if a row has them."""
     return config.prompt_key, config.system_key or "system", config.tools_key or "tools"
 
 
 def prompt_of(columns: Mapping[str, Any], config: PromptDataConfig) -> Question | str:
-    """The row's prompt; a text where `apply_chat_template` is false.
+    """The row's prompt; a text if `apply_chat_template` is false.
 
-    Raises `BadRow` for a column that is missing, a prompt that is neither text nor messages, an empty one, a
-    message without role or content, a conversation that already ends with an answer, text that is not
-    Unicode, and for a system message or tools that nothing would show.
+    Raises `BadRow` for a missing column, a prompt that is neither text nor messages, an empty one, a message
+    without role or content, a conversation that already ends with an answer, text that is not Unicode, and
+    for a system message or tools without a chat template to render them.
     """
     key = config.prompt_key
     where = f"column {key!r}"
@@ -47,9 +47,9 @@ def prompt_of(columns: Mapping[str, Any], config: PromptDataConfig) -> Question 
     if last["role"] == "assistant":
         raise BadRow(
             f"the messages in {where} end with the assistant's answer; "
-            "a prompt ends where the model is to speak, so leave the answer out"
+            "a prompt must end before the assistant's turn, so remove the answer"
         )
-    if last["role"] != "tool":  # a tool may have nothing to say
+    if last["role"] != "tool":  # a tool's result may be empty
         check_text(last.get("content", ""), f"the last message in {where}")
     return Question(with_system(messages, columns, config), tools_of(columns, config))
 
@@ -63,8 +63,6 @@ def _text(prompt: Any, columns: Mapping[str, Any], config: PromptDataConfig, whe
         )
     key = config.system_key or "system"
     if columns.get(key):
-        raise BadRow(
-            f"column {key!r} holds a system message, but data.apply_chat_template is false: nothing shows it"
-        )
-    tools_of(columns, config)  # raises for tools that nothing would show
+        raise BadRow(f"column {key!r} holds a system message, which needs data.apply_chat_template=true")
+    tools_of(columns, config)  # raises for tools without a chat template
     return found

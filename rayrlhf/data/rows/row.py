@@ -1,4 +1,4 @@
-"""One row of a data file: what makes it unusable, said so that a person can mend the file."""
+"""Raw rows of data files, their checks, and error messages that say how to fix the file."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-MAX_SHOWN = 5  # problems listed one by one in a message; the rest is a count
+MAX_SHOWN = 5  # problems listed individually in a message; the rest is a count
 
 
 class DataError(ValueError):
-    """The data cannot be used. The message names the file, the row, what is wrong and what would mend it."""
+    """The data cannot be used. The message names the file, the row, the problem and the fix."""
 
 
 class BadRow(ValueError):
-    """One row cannot be used. The message says why and what was wanted; who catches it adds file and row."""
+    """One row cannot be used. The message says why and what was wanted; the caller adds file and row."""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as its file holds it."""
+    """A row as read from its file."""
 
     file: str
     row: int  # 1-based: the line in text files, the item or row in the others
-    columns: dict[str, Any]  # empty when the row could not be read
+    columns: dict[str, Any]  # empty if the row could not be read
     problem: str = ""  # why it could not be read
     padded: tuple[str, ...] = ()  # columns with nulls as padding: see `data.rows.padding`
     left_out: tuple[str, ...] = ()  # columns that were not read, such as "'image' (an image)"
@@ -37,49 +37,49 @@ class RawRow:
 
 
 def column_of(columns: Mapping[str, Any], key: str, key_path: str) -> Any:
-    """The value of a column. Raises `BadRow` where there is none."""
+    """The value of a column. Raises `BadRow` if the column is missing."""
     if key not in columns:
         raise BadRow(f"no column {key!r} ({key_path}); the columns are: {quoted(columns)}")
     return columns[key]
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises `BadRow` for a text of nothing but blanks, and for one that is not Unicode."""
+    """Raises `BadRow` for a blank text, and for one that is not valid Unicode."""
     if not text.strip():
         raise BadRow(f"{where} is empty")
     check_unicode(text, where)
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Raises `BadRow` for a text that no tokenizer and no file takes."""
+    """Raises `BadRow` for invalid Unicode, which neither tokenizers nor files accept."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell as \ud800
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can write as \ud800
         raise BadRow(
-            f"{where} is not valid Unicode text (character {error.start + 1} is half a pair)"
+            f"{where} is not valid Unicode text (character {error.start + 1} is a lone surrogate)"
         ) from error
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Names in a list for people."""
-    return ", ".join(map(repr, names)) or "none"  # quotes show a stray blank, and escapes what is unprintable
+    """Names as a list for messages."""
+    return ", ".join(map(repr, names)) or "none"  # repr shows stray blanks and escapes unprintable characters
 
 
 def type_name(value: Any) -> str:
-    """What a value is, for people."""
+    """The type of a value, for messages."""
     names = {type(None): "null", dict: "an object", list: "a list", bool: "a boolean", str: "a text"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def columns_to_json(columns: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The columns as one JSON object, in which form a row travels: rows of one file need not share a schema.
+    """The columns as one JSON object, since rows of one file need not share a schema.
 
-    Also those that JSON cannot hold, such as the bytes of an image, each with the reason: they are left out.
+    Also returns the dropped columns, which JSON cannot represent (such as image bytes), each with the reason.
     """
     try:
         return json.dumps(columns, default=_plain), []
     except (TypeError, ValueError, RecursionError):
-        pass  # a column is the reason: which is found below
+        pass  # find the column below
     kept, left_out = {}, []
     for name, value in columns.items():
         try:
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def describe_bad_rows(problems: Sequence[str], total: int | None = None) -> str:
-    """A message for bad rows, each given as `file:row: what is wrong`. `total` where more were counted."""
+    """A message for bad rows, each given as `file:row: problem`. `total`: if more were counted."""
     total = len(problems) if total is None else total
     lines = [f"  {problem}" for problem in problems[:MAX_SHOWN]]
     if total > len(lines):

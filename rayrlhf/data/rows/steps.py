@@ -1,4 +1,4 @@
-"""Rows of process reward models: the steps of a solution, each with a label."""
+"""Rows for process reward models: the steps of a solution, each with a label."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORDS = {"+": 1.0, "-": 0.0, "good": 1.0, "bad": 0.0, "true": 1.0, "false": 0.0}
 
 @dataclass(frozen=True)
 class Steps:
-    """A solution step by step; a label is the share of correct there is in a step, None where unknown."""
+    """A solution split into steps; a label is the correctness of a step from 0 to 1, None if unknown."""
 
     prompt: list[Message]
     steps: list[str]
@@ -51,7 +51,7 @@ def steps_of(columns: Mapping[str, Any], config: PrmDataConfig) -> Steps:
     _check_steps(steps, labels, config.step_token)
     read = [_label(label, number, scale, config) for number, label in enumerate(labels, start=1)]
     if all(label is None for label in read):
-        raise BadRow("no step has a label to learn")
+        raise BadRow("no step has a label")
     return Steps(prompt, list(steps), read, tools_of(columns, config))
 
 
@@ -87,15 +87,15 @@ def _check_steps(steps: Sequence[Any], labels: Sequence[Any], step_token: str) -
         check_text(step, f"step {number}")
         if step_token in step:
             raise BadRow(
-                f"step {number} holds data.step_token={step_token!r}, which would end it too early; "
-                "take it out of the data, or choose another"
+                f"step {number} contains data.step_token={step_token!r}, which would end it too early; "
+                "remove it from the data, or choose another token"
             )
 
 
 def _label(value: Any, number: int, scale: str, config: PrmDataConfig) -> float | None:
     if scale == "rating":
         neutral = {"positive": 1.0, "negative": 0.0, "half": 0.5, "ignore": None}[config.neutral]
-        if value is None:  # PRM800K's labellers left some steps out
+        if value is None:  # PRM800K's labellers skipped some steps
             return None
         if not isinstance(value, bool) and value in (-1, 0, 1):
             return {-1: 0.0, 0: neutral, 1: 1.0}[int(value)]
@@ -112,9 +112,9 @@ def _label(value: Any, number: int, scale: str, config: PrmDataConfig) -> float 
 
 
 def _prm800k(columns: Mapping[str, Any]) -> tuple[Any, list[Any], list[Any]]:
-    """The path of steps that the labellers followed (arXiv 2305.20050): of each step the chosen completion.
+    """The path of steps that the labellers followed (arXiv 2305.20050): the chosen completion of each step.
 
-    Where none was chosen, which ends most solutions, it is the completion written by hand, else the first.
+    If none was chosen, which ends most solutions, it is the completion written by hand, else the first.
     """
     question = column_of(columns, "question", "data.format=prm800k")
     label = column_of(columns, "label", "data.format=prm800k")
@@ -124,7 +124,7 @@ def _prm800k(columns: Mapping[str, Any]) -> tuple[Any, list[Any], list[Any]]:
         return problem, [each["text"] for each in path], [each["rating"] for each in path]
     except (KeyError, TypeError, IndexError) as error:
         raise BadRow(
-            f"it is not as PRM800K's rows are ({error!r}); wanted question.problem and "
+            f"it is not in PRM800K's format ({error!r}); wanted question.problem and "
             "label.steps[].completions[] with text and rating"
         ) from error
 
@@ -140,7 +140,7 @@ def _followed(step: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _math_shepherd(columns: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
-    """`input` with a mark after every step, and `label`, the same text with + or - in the place of marks."""
+    """`input` with a mark after every step, and `label`, the same text with + or - instead of the marks."""
     text = column_of(columns, "input", "data.format=math_shepherd")
     labelled = column_of(columns, "label", "data.format=math_shepherd")
     if not isinstance(text, str) or not isinstance(labelled, str):
@@ -159,8 +159,8 @@ def _math_shepherd(columns: Mapping[str, Any]) -> tuple[str, list[str], list[str
     if not steps:
         raise BadRow(f"column 'input' has no step that ends with {SHEPHERD_MARK!r}")
     if rest.strip():
-        raise BadRow(f"column 'input' goes on after its last mark {SHEPHERD_MARK!r}")
+        raise BadRow(f"column 'input' has text after its last mark {SHEPHERD_MARK!r}")
     problem, found, first = steps[0].partition("Step 1:")
     if not found:
-        raise BadRow("column 'input' has no 'Step 1:', where the solution would begin")
+        raise BadRow("column 'input' has no 'Step 1:', which begins the solution")
     return problem.strip(), [found + first, *steps[1:]], labels

@@ -1,7 +1,8 @@
-"""Tool calls and tool definitions as data sets write them, brought into the form that chat templates read.
+"""Normalises tool calls and tool definitions of different data set formats for chat templates.
 
-That form is Hugging Face's: `{"type": "function", "function": {"name": …, "arguments": {…}}}` for a call, its
-arguments an object, and `{"type": "function", "function": {"name": …, "parameters": {…}}}` for a definition.
+The normal form is Hugging Face's: `{"type": "function", "function": {"name": …, "arguments": {…}}}` for a
+call, its arguments an object, and `{"type": "function", "function": {"name": …, "parameters": {…}}}` for a
+definition.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ Tool = dict[str, Any]
 
 
 def tool_calls_of(value: Any, where: str) -> list[Tool]:
-    """The calls of a message: a list or one of them, also as JSON text; empty for null and [].
+    """The calls of a message: a list or a single one, also as JSON text; empty for null and [].
 
-    Raises `BadRow` for a call without a name, and for arguments that are no object.
+    Raises `BadRow` for a call without a name, and for arguments that are not an object.
     """
     calls = _listed(value, f"the tool calls of {where}")
     return [_call(call, f"tool call {number} of {where}") for number, call in enumerate(calls, start=1)]
@@ -32,7 +33,7 @@ def _call(call: Any, where: str) -> Tool:
     if not isinstance(call, Mapping):
         raise BadRow(f"{where} is {type_name(call)}; wanted {{name, arguments}}")
     inner = call.get("function")
-    if isinstance(inner, str) and inner.lstrip().startswith("{"):  # no function is named so
+    if isinstance(inner, str) and inner.lstrip().startswith("{"):  # JSON text, not a function name
         inner = parsed(inner, f"the function of {where}")
     named = inner if isinstance(inner, Mapping) else call
     name = inner if isinstance(inner, str) else named.get("name")
@@ -46,7 +47,7 @@ def _call(call: Any, where: str) -> Tool:
 
 
 def _object(arguments: Any, where: str) -> dict[str, Any]:
-    """Arguments as an object; those of a function that takes none may be null or an empty text."""
+    """Arguments as an object; those of a function without parameters may be null or an empty text."""
     if isinstance(arguments, str):
         arguments = parsed(arguments, f"the arguments of {where}") if arguments.strip() else None
     if arguments is None:
@@ -57,9 +58,9 @@ def _object(arguments: Any, where: str) -> dict[str, Any]:
 
 
 def tools_from(value: Any, where: str) -> list[Tool] | None:
-    """Tool definitions: a list or one of them, also as JSON text, or a list of JSON texts; None for none.
+    """Tool definitions: a list or a single one, also as JSON text, or a list of JSON texts; None for none.
 
-    A definition without OpenAI's envelope gets it. One of a kind that is no function stays as it is.
+    A definition without OpenAI's envelope gets it. Tools of other types than functions are kept unchanged.
     """
     tools = _listed(value, where, "tool definitions (objects)")
     return [_tool(tool, f"tool {number} in {where}") for number, tool in enumerate(tools, start=1)] or None
@@ -112,5 +113,5 @@ def _listed(value: Any, where: str, wanted: str = "calls (objects)") -> list[Any
 
 
 def names_of(tools_or_calls: list[Tool]) -> list[str]:
-    """The names of functions that are defined or called."""
+    """Names of the functions that are defined or called."""
     return [tool["function"]["name"] for tool in tools_or_calls if isinstance(tool.get("function"), Mapping)]

@@ -1,4 +1,4 @@
-"""Which files a source of the config means: `type@path`, a bare path, a folder with splits, a glob."""
+"""Resolves a source of the config to files: `type@path`, a bare path, a folder with splits, a glob."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayrlhf.data.rows.row import DataError
 
 Split = Literal["train", "eval"]
 
-# Suffixes that a type reads, its own first. `json` takes JSON lines too, as many data sets name them .json.
+# Suffixes of each type, its own first. `json` includes JSON Lines, since many data sets name them .json.
 SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson"),
     "json": (".json", ".jsonl", ".ndjson"),
@@ -26,11 +26,11 @@ SUFFIXES = {
 }
 TYPES = (*SUFFIXES, "dataset", "hub")
 
-# In a folder that holds named splits, which names serve which purpose, best first.
+# Split names used for each purpose in a folder with named splits, in order of preference.
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("test", "eval", "validation")}
-SAVED_DATASET = "state.json"  # what `datasets.Dataset.save_to_disk` leaves in its folder
-SAVED_DATASET_DICT = "dataset_dict.json"  # … and `datasets.DatasetDict.save_to_disk`
-# owner/name, owner/name/configuration, each perhaps with @revision and :split.
+SAVED_DATASET = "state.json"  # written by `datasets.Dataset.save_to_disk`
+SAVED_DATASET_DICT = "dataset_dict.json"  # written by `datasets.DatasetDict.save_to_disk`
+# owner/name, owner/name/configuration, each optionally with @revision and :split.
 HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<configuration>[\w.-]+))?"
     r"(@(?P<revision>\w[\w./-]*))?(:(?P<split>[\w.\[\]%|-]+))?"
@@ -48,13 +48,13 @@ class DataFile:
 
 
 def resolve_source(source: str, split: Split, split_name: str | None = None) -> list[DataFile]:
-    """The files of `type@path`, or of a bare path whose suffix tells the type, sorted by name.
+    """The files of `type@path`, or of a bare path whose suffix determines the type, sorted by name.
 
-    The path may be a file, a glob, or a folder. A folder is read whole unless its files are named after
-    splits: then `train` takes train.* and `eval` takes test.*, else eval.*, else validation.*; or what
-    `split_name` names. `owner/name`, also with /configuration and :split, is a data set of the Hugging Face
-    hub where there is no such path; whether it can be had is known when it is read. Raises `DataError` naming
-    what is there instead when nothing fits.
+    The path may be a file, a glob, or a folder. All files of a folder are read unless they are named after
+    splits: then `train` uses train.* and `eval` uses test.*, else eval.*, else validation.*; or the split
+    `split_name`. `owner/name`, also with /configuration and :split, is a data set of the Hugging Face hub if
+    there is no such path; its availability is checked when it is read. Raises `DataError` if nothing matches,
+    listing what exists instead.
     """
     names = SPLIT_NAMES[split] if split_name is None else (split_name,)
     if source.startswith("hub@"):
@@ -74,7 +74,7 @@ def resolve_source(source: str, split: Split, split_name: str | None = None) -> 
 
 
 def hub_id_of(source: str) -> str | None:
-    """The id, with what follows it, where a source is a data set of the hub."""
+    """The id with its suffixes, if a source is a data set of the hub, else None."""
     if source.startswith("hub@"):
         return source[4:] if HUB_ID.fullmatch(source[4:]) else None
     type_, path = _type_and_path(source)
@@ -82,7 +82,7 @@ def hub_id_of(source: str) -> str | None:
 
 
 def _is_hub_id(source: str) -> bool:
-    """Whether it looks like an id and not like a path: nothing local begins as it does."""
+    """Whether it looks like an id and not like a path: no local path begins with it."""
     return (
         HUB_ID.fullmatch(source) is not None
         and _type_of(source) is None
@@ -115,7 +115,7 @@ def _resolve(source: str, type_: str | None, path: str, split: Split, names: Seq
 
 
 def _type_and_path(source: str) -> tuple[str | None, str]:
-    """Splits off the type. An "@" after a slash or a dot belongs to the path."""
+    """Splits off the type. An "@" after a slash or a dot is part of the path."""
     head, at, tail = source.partition("@")
     if not at or re.search(r"[/.\\]", head):
         type_, path = None, source
@@ -138,7 +138,7 @@ def _files(source: str, type_: str | None, paths: Sequence[str], what: str) -> l
     if type_ == "dataset":
         raise DataError(f"{source}: dataset@ wants a folder made by save_to_disk, not a file")
     if type_ is not None:
-        # A single file is read as the type says, whatever its suffix; many are picked by suffix.
+        # A single file is read as the given type, whatever its suffix; of several, those with its suffixes.
         matching = paths if len(paths) == 1 else [p for p in paths if p.endswith(SUFFIXES[type_])]
         if not matching:
             raise DataError(
@@ -216,7 +216,7 @@ def _saved_dataset(source: str, folder: str, split: Split, names: Sequence[str])
 
 
 def _nearest_existing(path: str) -> str:
-    """Where the path stops existing, which is what a typo looks like."""
+    """The deepest existing parent of the path, with close matches, to hint at typos."""
     parent = Path(path).parent
     while not parent.exists():
         parent = parent.parent

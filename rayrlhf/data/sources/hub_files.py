@@ -1,7 +1,6 @@
 """Data sets of the Hugging Face hub, or of its cache on a machine without a network.
 
-The driver alone fetches them; for the tasks that read, on whichever node, it puts a copy into the run's
-folder.
+Only the driver fetches them; for the reading tasks on all nodes it writes a copy to the run's folder.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from rayrlhf.hub.ids import COMMIT
 
 
 def load_hub_dataset(path: str) -> Any:
-    """The `datasets.Dataset` of `owner/name[/configuration][@revision]:split`; of `:a|b` the first split that
-    exists.
+    """The `datasets.Dataset` of `owner/name[/configuration][@revision]:split`; with `:a|b` the first existing
+    split.
 
-    Raises `DataError` saying what was tried.
+    Raises `DataError` that says what was tried.
     """
     hub_id, _, split = path.partition(":")
     splits = load_splits(hub_id)
@@ -48,19 +47,19 @@ def load_splits(hub_id: str) -> Any:
     asked = f"datasets.load_dataset({', '.join([*shown, *(f'{k}={v!r}' for k, v in options.items())])})"
     try:
         return datasets.load_dataset(repo, configuration, **options)
-    except Exception as error:  # the hub, the network, the cache and foreign formats raise what they like
+    except Exception as error:  # hub, network, cache and file formats may raise anything
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
         raise DataError(
-            f"{hub_id} is no file or folder here, and no data set that can be had from the Hugging Face hub"
-            f"{' (HF_HUB_OFFLINE is set: only its cache was looked at)' if offline else ''}: "
+            f"{hub_id} is no local file or folder, and no data set available from the Hugging Face hub"
+            f"{' (HF_HUB_OFFLINE is set: only the cache was searched)' if offline else ''}: "
             f"{asked} raised {type(error).__name__}: {_first_line(error)}; "
-            "check the path or the id, or put the data set into the cache first"
+            "check the path or the id, or download the data set to the cache first"
         ) from error
 
 
 def shared_copy(path: str, folder: Path) -> str:
-    """The rows of `load_hub_dataset(path)` in a folder below `folder`, which all nodes see: they need neither
-    a network nor a token for it. A copy of a pinned data set is made once. Raises `DataError`.
+    """Writes the rows of `load_hub_dataset(path)` to a folder below `folder`, which all nodes share: they
+    need neither a network nor a token. A pinned data set is copied once. Raises `DataError`.
     """
     copy = folder / re.sub(r"[^\w.@-]+", "-", path)
     is_pinned = COMMIT.fullmatch(path.partition(":")[0].partition("@")[2]) is not None
@@ -73,7 +72,7 @@ def shared_copy(path: str, folder: Path) -> str:
         shutil.rmtree(copy, ignore_errors=True)
         partial.rename(copy)
     except OSError as error:
-        raise DataError(f"{path} cannot be copied to {copy}: {error}; make room there") from error
+        raise DataError(f"{path} cannot be copied to {copy}: {error}; free space there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return str(copy)

@@ -1,4 +1,4 @@
-"""Ids of data sets become commits, once, and their files are fetched: on the driver, before Ray starts."""
+"""Pins hub data sets to commits, once, and fetches their files: on the driver, before Ray starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 def data_sources(data: Any) -> Iterator[tuple[str, SourceConfig]]:
-    """(key below `data`, source) of every source of a section `data`."""
+    """(key below `data`, source) of every source in a section `data`."""
     for split in ("train", "eval"):
         for index, source in enumerate(getattr(data, split)):
             yield f"{split}.{index}", source
@@ -32,9 +32,8 @@ def data_sources(data: Any) -> Iterator[tuple[str, SourceConfig]]:
 
 
 def pin_data(data: C, began_with: Any, say: Say, problems: list[str]) -> C:
-    """The section `data` with its data sets of the hub pinned to commits, and fetched. `began_with`: the same
-    section in the run's config.yaml of an earlier start, whose commits are kept. What cannot be had is added
-    to `problems`.
+    """The section `data` with its hub data sets pinned to commits and fetched. `began_with`: the same section
+    in the run's config.yaml of an earlier start, whose commits are kept. Failures are added to `problems`.
     """
     earlier = {HUB_ID.fullmatch(path) for path in _earlier_ids(began_with)}
     kept = {found["repo"]: found["revision"] for found in earlier if found is not None}
@@ -52,8 +51,8 @@ def pin_data(data: C, began_with: Any, say: Say, problems: list[str]) -> C:
 
 
 def _pinned(parts: Any, kept: dict[str, str], say: Say) -> str:
-    """The source with a commit; as it is where the hub may not be asked and only the cache of the library
-    `datasets` has it. Raises `HubError` and `DataError`.
+    """The source with a commit; unchanged in offline mode if only the cache of the library `datasets` has it.
+    Raises `HubError` and `DataError`.
     """
     access, cache = access_from_env(), cache_folder(os.environ)
     repo, revision = parts["repo"], parts["revision"]
@@ -68,7 +67,7 @@ def _pinned(parts: Any, kept: dict[str, str], say: Say) -> str:
         load_splits(where)
         return f"hub@{where}{split}"
     pinned = hub_id.at(commit)
-    listed(cache, pinned, access)  # says clearly where access is refused, which `datasets` does not
+    listed(cache, pinned, access)  # gives a clear error if access is denied, unlike `datasets`
     try:
         run_with_progress(
             lambda: load_splits(f"{where}@{commit}"),
@@ -84,7 +83,7 @@ def _pinned(parts: Any, kept: dict[str, str], say: Say) -> str:
 
 
 def _converted(repo: str) -> int:
-    """Bytes of this data set that the library `datasets` has put into files of its own."""
+    """Bytes of this data set that the library `datasets` has written to its own cache files."""
     from datasets import config
 
     folder = Path(config.HF_DATASETS_CACHE) / repo.replace("/", "___").lower()
@@ -92,7 +91,7 @@ def _converted(repo: str) -> int:
 
 
 def _earlier_ids(section: Any) -> Iterator[str]:
-    """Pinned ones."""
+    """Pinned ids of an earlier start."""
     if not isinstance(section, dict):
         return
     ptx = section.get("ptx")

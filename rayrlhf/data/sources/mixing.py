@@ -1,4 +1,4 @@
-"""Mixing sources by probability. Pure: counts in, an order of rows out."""
+"""Mixes sources by probability. Pure: counts in, an order of rows out."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 
 from rayrlhf.data.rows.row import DataError
 
-MAX_REPEATS = 1000  # a mixture that is longer than its rows by this is a mistake
+MAX_REPEATS = 1000  # a mixture longer than its rows by this factor is considered a mistake
 MixingStops = Literal["first_exhausted", "all_exhausted"]
 
 
 def mixing_order(
     counts: Sequence[int], probabilities: Sequence[float], seed: int, stops: MixingStops = "first_exhausted"
 ) -> np.ndarray:
-    """Which row comes at which place when sources are mixed: indices into their concatenation, [rows] int64.
+    """Order of the rows of mixed sources: indices into their concatenation, [rows] int64.
 
-    Each place draws its source with the given probabilities (they need not sum to 1) from
-    `default_rng(seed)`, and takes that source's next row. With `first_exhausted` the mixture ends where a
-    source has no row left to give, so that the proportions hold and nothing repeats; what the others had left
-    is not used. With `all_exhausted` a source begins again when it is through, and the mixture ends with the
-    last row that comes for the first time; the proportions hold and every row is used. Raises `DataError`
-    where that would take more than `MAX_REPEATS` times the rows.
+    The source of each position is sampled with the given probabilities (they need not sum to 1) from
+    `default_rng(seed)`, and its next row is used. With `first_exhausted` the mixture ends when a source has
+    no row left, so that the proportions hold and nothing repeats; the other sources' rest is not used.
+    With `all_exhausted` a source restarts when it is exhausted, and the mixture ends with the last row that
+    occurs for the first time; the proportions hold and every row is used. Raises `DataError` if that would
+    take more than `MAX_REPEATS` times the rows.
     """
     weights = np.asarray(probabilities, dtype=np.float64)
     rng = np.random.default_rng(seed)
@@ -47,7 +47,7 @@ def mixing_order(
 
 
 def _check_length(counts: Sequence[int], shares: np.ndarray) -> None:
-    """A source of n rows and share p is through after n/p rows of the mixture, on average."""
+    """A source of n rows and probability p is exhausted after n/p rows of the mixture, on average."""
     expected = max(count / share for count, share in zip(counts, shares.tolist(), strict=True))
     if expected <= MAX_REPEATS * sum(counts):
         return

@@ -1,4 +1,4 @@
-"""Reads data files piece by piece. A row that cannot be read is a row with a problem, not an exception."""
+"""Reads data files in chunks. An unreadable row is returned with its problem instead of an exception."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rayrlhf.data.sources.hub_files import load_hub_dataset
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CHUNK_BYTES = 4 << 20  # of text; small enough that a data set of some size keeps all CPUs busy tokenising
+CHUNK_BYTES = 4 << 20  # of text; small enough that a medium-sized data set keeps all CPUs busy tokenising
 CHUNK_ROWS = 10_000  # of a saved data set
-BATCH_ROWS = 1024  # rows of a columnar file that are turned into Python objects at a time
-# What text files begin with that are none, or not in UTF-8.
+BATCH_ROWS = 1024  # rows of a columnar file that are converted to Python objects at a time
+# First bytes of files that are not text, or not in UTF-8.
 FOREIGN_STARTS = (
     (b"\xff\xfe", "it is text in UTF-16; save it as UTF-8"),
     (b"\xfe\xff", "it is text in UTF-16; save it as UTF-8"),
@@ -30,12 +30,12 @@ FOREIGN_STARTS = (
     (b"PAR1", "it is a Parquet file; name it so, or write parquet@path"),
     (b"version https://git-lfs", "it is a pointer of Git LFS, not the file itself; git lfs pull gets it"),
 )
-CSV_FIELD_LIMIT = 2**31 - 1  # csv's own limit, 128 kB, is shorter than some conversations
+CSV_FIELD_LIMIT = 2**31 - 1  # csv's default limit, 128 kB, is shorter than some conversations
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one task reads, from `start` up to `stop`: bytes, row groups, record batches or rows, by type."""
+    """The part that one task reads, `start` to `stop`: bytes, row groups, record batches or rows, by type."""
 
     type: str
     path: str
@@ -45,10 +45,11 @@ class Chunk:
 
 
 def plan_chunks(file: DataFile, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Cuts a file into pieces that can be read apart, in order. An empty file gives none or an empty one.
+    """Splits a file into chunks that can be read independently, in order. An empty file yields none or an
+    empty one.
 
-    Lazy: text is looked through, to count its lines, only as far as chunks are asked for. Raises `DataError`
-    for a file that cannot be opened as its type.
+    Lazy: text is scanned, to count its lines, only as far as chunks are requested. Raises `DataError` for a
+    file that cannot be opened as its type.
     """
     with _readable(file):
         if file.type in ("jsonl", "json", "csv"):
@@ -66,7 +67,7 @@ def plan_chunks(file: DataFile, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
 
 
 def read_chunk(chunk: Chunk) -> Iterator[RawRow]:
-    """The rows of a chunk in file order. Raises `DataError` where the file as a whole is broken."""
+    """The rows of a chunk in file order. Raises `DataError` if the file as a whole is broken."""
     readers = {
         "jsonl": _read_lines,
         "json": _read_json_array,
@@ -93,17 +94,17 @@ def _readable(file: DataFile) -> Iterator[None]:
 def _refuse_foreign(file: DataFile) -> None:
     with open(file.path, "rb") as stream:
         head = stream.read(32)
-    for start, told in FOREIGN_STARTS:
+    for start, reason in FOREIGN_STARTS:
         if head.startswith(start):
-            raise DataError(f"{file.path} cannot be read as {file.type}: {told}")
+            raise DataError(f"{file.path} cannot be read as {file.type}: {reason}")
 
 
 def _line_chunks(path: str, chunk_bytes: int) -> Iterator[Chunk]:
-    """Cuts at line ends, counting the lines before each cut so that every row knows its line number."""
+    """Splits at line ends, counting the lines before each split so that every row has its line number."""
     start, first_row, size = 0, 1, os.path.getsize(path)
     with open(path, "rb") as stream:
         while start < size:
-            if size - start <= chunk_bytes:  # the last piece: nobody needs its line count
+            if size - start <= chunk_bytes:  # the last chunk: its line count is not needed
                 yield Chunk("jsonl", path, start, size, first_row)
                 return
             body = stream.read(chunk_bytes)
@@ -146,12 +147,12 @@ def _row_of_line(path: str, number: int, line: bytes) -> RawRow:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python would silently take the last of two values. Raises `ValueError`."""
+    """Rejects duplicate keys, of which Python would silently use the last. Raises `ValueError`."""
     columns = dict(pairs)
     if len(columns) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in columns if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object; wanted every key once")
+        raise ValueError(f"duplicate key {twice!r} in an object; wanted every key once")
     return columns
 
 
@@ -177,7 +178,7 @@ def _read_json_array(chunk: Chunk) -> Iterator[RawRow]:
 
 
 def _read_csv(chunk: Chunk) -> Iterator[RawRow]:
-    """Row numbers are the lines on which the records begin. Bytes that are not UTF-8 are found per record."""
+    """Row numbers are the lines on which the records begin. Invalid UTF-8 is reported per record."""
     csv.field_size_limit(CSV_FIELD_LIMIT)
     with open(chunk.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, strict=True)
@@ -238,9 +239,9 @@ def _record_batch_chunks(path: str) -> list[Chunk]:
     with pa.memory_map(path) as source:
         if (
             source.read(6) != b"ARROW1"
-        ):  # the streaming format, which `datasets` writes, can only be read through
+        ):  # the streaming format, which `datasets` writes, can only be read sequentially
             source.seek(0)
-            pa.ipc.open_stream(source).schema  # noqa: B018  (raises for what is no Arrow at all)
+            pa.ipc.open_stream(source).schema  # noqa: B018  (raises if the file is not Arrow)
             return [Chunk("arrow", path)]
         source.seek(0)
         reader = pa.ipc.open_file(source)
@@ -272,7 +273,7 @@ def _rows_of_batch(path: str, first_row: int, batch: pa.RecordBatch) -> Iterator
         raise DataError(f"{path} has two columns {twice!r}; give every column its own name")
     try:
         rows = batch.to_pylist(maps_as_pydicts="strict")
-    except (UnicodeDecodeError, KeyError) as error:  # find the row that it was
+    except (UnicodeDecodeError, KeyError) as error:  # find the bad row
         if batch.num_rows == 1:
             is_text = isinstance(error, UnicodeDecodeError)
             problem = "holds text that is not UTF-8" if is_text else "holds a map with a key twice"
@@ -301,7 +302,7 @@ def _load_dataset(type_: str, path: str) -> Any:
 
 
 def _read_dataset(chunk: Chunk) -> Iterator[RawRow]:
-    """Without columns of images and the like: to decode them takes libraries of their own, and time."""
+    """Skips columns of images and other media: decoding them needs additional libraries, and time."""
     import datasets
 
     rows = _load_dataset(chunk.type, chunk.path).select(range(chunk.start, chunk.stop))
@@ -318,11 +319,11 @@ def _read_dataset(chunk: Chunk) -> Iterator[RawRow]:
 
 
 def _kinds_of(feature: Any) -> Iterator[type]:
-    """The types of a feature of `datasets` and of all that it is made of."""
+    """The types of a feature of `datasets` and of all nested features."""
     if isinstance(feature, dict | list):
         for part in feature.values() if isinstance(feature, dict) else feature:
             yield from _kinds_of(part)
     else:
         yield type(feature)
-        if hasattr(feature, "feature"):  # a list's
+        if hasattr(feature, "feature"):  # of a list
             yield from _kinds_of(feature.feature)

@@ -1,4 +1,4 @@
-"""Ray Data over the sources of the config."""
+"""Reads the sources of the config with Ray Data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rayrlhf.data.sources.files import DataFile, Split, resolve_source
 from rayrlhf.data.sources.hub_files import shared_copy
 from rayrlhf.data.sources.readers import Chunk, plan_chunks, read_chunk
 
-# A share of a CPU, so that reading goes on where the CPUs are few and partly taken.
+# A fraction of a CPU, so that reading continues on clusters with few and partly occupied CPUs.
 READ_TASK_CPUS = 0.5
 
 
@@ -32,9 +32,9 @@ def read_sources(
     whole), `columns_json` (the row as one JSON object: rows of one file need not share a schema, so Arrow
     columns cannot hold them), `problem` (why the row could not be read; empty for a good one), `padded` and
     `left_out` (JSON lists of what `RawRow` has). Lazy, and one task per few megabytes. `split_name` is what
-    the split is called where a source holds several; `copies` is a folder that all nodes see, into which data
-    sets of the hub are put. Raises `DataError` for files that do not exist or cannot be opened; call it
-    inside `ordered_and_quiet`.
+    the split is called if a source has several; `copies` is a folder that all nodes share, to which data sets
+    of the hub are copied. Raises `DataError` for files that do not exist or cannot be opened; call it inside
+    `ordered_and_quiet`.
     """
     chunks: list[dict[str, Any]] = []
     for index, source in enumerate(sources):
@@ -58,7 +58,7 @@ def _rows_of_chunk(described: dict[str, Any]) -> Iterator[dict[str, Any]]:
             columns_json, left_out = columns_to_json(row.columns)
             row = replace(row, left_out=(*row.left_out, *left_out))
             yield _described(source, row, "" if row.problem else columns_json)
-    except DataError as error:  # Ray would bury it in its own; as a row it arrives as it is
+    except DataError as error:  # Ray would wrap it in its own error; as a row it arrives unchanged
         yield _described(source, RawRow(chunk.path, 0, {}, str(error)), "")
 
 
@@ -76,7 +76,7 @@ def _described(source: int, row: RawRow, columns_json: str) -> dict[str, Any]:
 
 @contextmanager
 def ordered_and_quiet() -> Iterator[None]:
-    """Data sets made in here yield their blocks in order; nothing but errors is printed while they run."""
+    """Data sets created inside yield their blocks in order; only errors are printed while they run."""
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

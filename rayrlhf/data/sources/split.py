@@ -1,4 +1,4 @@
-"""Which rows are held out for evaluation."""
+"""Hash-based split of rows into training and evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rayrlhf.data.sources.files import Split
 def in_split(columns_json: str, split: Split, eval_share: float, seed: int) -> bool:
     """Whether a row belongs to a split, by a hash of its contents; an unreadable one is a training row.
 
-    Equal rows go to the same side, and a row stays on its side whatever is added to the data.
+    Equal rows are in the same split, and a row stays in its split when rows are added to the data.
     """
     if not eval_share:
         return True

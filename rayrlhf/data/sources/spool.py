@@ -1,4 +1,4 @@
-"""Runs a stage of Ray Data over the rows of the sources, into a file from which rows can then be picked."""
+"""Runs a Ray Data stage over the rows of the sources, and writes a temporary file with random access."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def spooled(
     tally: Tally,
     out_path: Path,
 ) -> Iterator[ArrowRows]:
-    """The rows of `read()` that `stage` makes (with `schema`) and `tally` keeps, in the order of reading.
+    """The rows of `read()` that `stage` outputs (with `schema`) and `tally` keeps, in reading order.
 
-    They lie in a file beside `out_path`, which is removed at the end; the folder is made where there is none.
+    They are in a temporary file next to `out_path`, which is removed at the end; the folder is created if
+    missing.
     """
     out_path.parent.mkdir(parents=True, exist_ok=True)
     spool_path = out_path.with_name(out_path.name + ".rendered")

@@ -139,7 +139,7 @@ def test_19_rewards_get_their_columns_as_they_are_and_bytes_are_left_out(tmp_pat
     tally = Tally(policy, [0], ("prompt_ids",))
     assert tally.usable_rows(rendered).num_rows == 3
     [(note, places)] = tally.notes.items()
-    assert note == "column 'image' (bytes) left out, which JSON cannot hold"
+    assert note == "column 'image' (bytes) dropped, which JSON cannot represent"
     assert (places.count, places.first) == (3, [f"{file.path}:{number}" for number in (1, 2, 3)])
 
 
@@ -149,7 +149,7 @@ def test_19_a_needed_column_that_was_left_out_is_named(tmp_path: Path) -> None:
     config = PromptDataConfig.model_validate({"train": file.path})
     rendered = prompts._Renderer(config, "", False, None, False)(stage_rows(file))
     [problem] = rendered.column("problem").to_pylist()
-    assert problem.startswith("no column 'prompt'") and problem.endswith("columns left out: 'prompt' (bytes)")
+    assert problem.startswith("no column 'prompt'") and problem.endswith("columns dropped: 'prompt' (bytes)")
 
 
 def test_19_maps_are_objects(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_conversations_are_recognised(row: dict[str, Any], messages: list[dict[s
 
 def test_a_format_and_keys_may_be_named() -> None:
     row = {"text": "x", "instruction": "hi", "output": "be"}
-    with pytest.raises(BadRow, match=r"'text', 'instruction', 'output' fit several formats: alpaca, text"):
+    with pytest.raises(BadRow, match=r"'text', 'instruction', 'output' match several formats: alpaca, text"):
         sft(row, learn="all")
     assert sft(row, format="alpaca") == Conversation([USER, ASSISTANT])
     assert sft(row, text_key="text", learn="all") == Text("x")
@@ -89,7 +89,7 @@ def test_a_format_and_keys_may_be_named() -> None:
     )
     with pytest.raises(BadRow, match=r"no column 'messages' or 'conversations' \(data.messages_key\)"):
         sft({"prompt": "hi", "response": "be"}, format="messages")
-    with pytest.raises(BadRow, match=r"'a', 'b' fit no format; tried: messages .*; alpaca .*; text"):
+    with pytest.raises(BadRow, match=r"'a', 'b' match no format; tried: messages .*; alpaca .*; text"):
         sft({"a": 1, "b": 2})
 
 

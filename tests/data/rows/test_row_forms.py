@@ -192,12 +192,12 @@ def test_19_calls_are_learnt_as_the_template_writes_them(template: str, learnt: 
 
 
 def test_19_calls_and_tools_that_a_template_does_not_show() -> None:
-    with pytest.raises(BadRow, match="tool calls, which the chat template does not show"):
+    with pytest.raises(BadRow, match="tool calls, which the chat template does not render"):
         shown([USER, call(tool_calls=[OSLO])], "chatml")
     _, learnt, example = shown({"messages": [USER, ANSWER], "tools": [WEATHER]}, "chatml")
     assert (learnt, example.notes) == (
         "be<|im_end|>",
-        ("tools left out, which the chat template does not show",),
+        ("tools left out, which the chat template does not render",),
     )
 
 
@@ -253,7 +253,7 @@ def test_19_flags_take_a_turn_out_of_the_loss(flag: dict[str, Any]) -> None:
         ({**BAD, "weight": 0, "train": True}, {}, "flags that contradict each other .weight: 0, train: True"),
         ({**BAD, "train_detail": [{"begin_offset": 0}]}, {}, "'train_detail', which is not supported"),
         ({**BAD, "loss_scale": 2.0}, {}, "'loss_scale', which is not supported"),
-        ({**BAD, "weight": 0}, {"learn": "all"}, "learn=all learns everything"),
+        ({**BAD, "weight": 0}, {"learn": "all"}, "learn=all trains on everything"),
         ({**BAD, "train": False}, {"apply_chat_template": False}, "weight 0"),
     ],
 )
@@ -264,12 +264,12 @@ def test_19_flags_that_cannot_be_followed(message: Any, fields: dict[str, Any], 
 
 def test_19_flags_where_they_mean_nothing_or_everything() -> None:
     assert sft([{**USER, "train": False}, ANSWER]).messages == [USER, ANSWER]
-    with pytest.raises(BadRow, match=r"message 1 .* \(user\) has train: True, but only the assistant's"):
+    with pytest.raises(BadRow, match=r"message 1 .* \(user\) has train: True, but only assistant turns"):
         sft([{**USER, "train": True}, ANSWER])
     with pytest.raises(BadRow, match="the last message of the assistant has the weight 0"):
         shown([*TWO[:3], {**ANSWER, "weight": 0}], "chatml", learn="last_response")
     pair = PairDataConfig.model_validate({"train": "a.jsonl"})
-    with pytest.raises(BadRow, match="the answer in column 'chosen' is marked as not to be learnt"):
+    with pytest.raises(BadRow, match="the answer in column 'chosen' is excluded from the loss"):
         normal_form({"prompt": "hi", "chosen": [{**ANSWER, "weight": 0}], "rejected": "no"}, pair)
 
 
@@ -469,8 +469,10 @@ def test_19_every_job_reads_a_prompt_alike(row: dict[str, Any], fields: dict[str
 
 def test_19_what_nothing_would_show_is_refused() -> None:
     config = PromptDataConfig.model_validate({"train": "a.jsonl", "apply_chat_template": False})
-    with pytest.raises(BadRow, match=r"column 'system' holds a system message, .* nothing shows it"):
+    with pytest.raises(
+        BadRow, match=r"column 'system' holds a system message, which needs data.apply_chat_template=true"
+    ):
         prompt_of({"prompt": "hi", "system": "S"}, config)
-    with pytest.raises(BadRow, match=r"column 'tools' holds tools, .* nothing shows them"):
+    with pytest.raises(BadRow, match=r"column 'tools' holds tools, which need data.apply_chat_template=true"):
         prompt_of({"prompt": "hi", "tools": [WEATHER]}, config)
     assert prompt_of({"prompt": "hi", "system": "", "tools": []}, config) == "hi"

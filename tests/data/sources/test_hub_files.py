@@ -82,7 +82,7 @@ def test_what_is_not_there_says_what_was_tried(
     with pytest.raises(DataError) as caught:
         load_hub_dataset("owner/none:train")
     told = str(caught.value)
-    assert "only its cache was looked at" in told
+    assert "only the cache was searched" in told
     assert "datasets.load_dataset('owner/none') raised ConnectionError: no network;" in told
 
 
@@ -95,7 +95,7 @@ def test_a_hub_data_set_is_checked_as_files_are(
             {"train": "owner/chats", "train_split": "train_sft", "eval": "owner/chats"}
         )
     )
-    with pytest.raises(DataError, match=r"data.train\[0\]: owner/none is no file or folder here"):
+    with pytest.raises(DataError, match=r"data.train\[0\]: owner/none is no local file or folder"):
         check_example_sources(SftDataConfig.model_validate({"train": "owner/none"}))
     with pytest.raises(DataError, match=r"owner/chats:train_sft:1: .*no column 'question'"):
         config = {"train": "owner/chats:train_sft", "prompt_key": "question", "format": "prompt_response"}

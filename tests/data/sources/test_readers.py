@@ -198,10 +198,10 @@ def test_a_key_twice_in_a_row_is_a_bad_row(tmp_path, line):
     path.write_text(f'{{"prompt": "x"}}\n{line}\n')
     [(_, good), (number, problem)] = read("jsonl", path)
     assert good == {"prompt": "x"} and number == 2
-    assert "stands twice in one object" in problem
+    assert "duplicate key" in problem
     array = tmp_path / "a.json"
     array.write_text(f"[{line}]")
-    with pytest.raises(DataError, match="stands twice in one object"):
+    with pytest.raises(DataError, match="duplicate key"):
         read("json", array)
 
 
