@@ -16,7 +16,7 @@ from rayrlhf.runtime.fingerprint import write_atomically
 from rayrlhf.samples import Prompt, Sample
 
 PROMPT_TOKENS, RESPONSE_TOKENS = "prompt_tokens", "response_tokens"
-# Columns written per row; with several samples all but the first three are lists.
+# Columns that are added to a row; with several samples all but the first three are lists.
 NEW_COLUMNS = (
     "row_id",
     PROMPT_TOKENS,

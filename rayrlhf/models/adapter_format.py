@@ -1,4 +1,4 @@
-"""PEFT adapters as files: what names them, and what of a merge can be known without a model."""
+"""File format of PEFT adapters, and checks of a merge without loading a model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rayrlhf.hub.resolve import base_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_PREFIX = "base_model.model."  # of the base's names in it
+ADAPTER_PREFIX = "base_model.model."  # prefix of the base's parameter names in it
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 
 
 class MergeProblem(ValueError):
-    """Why there is nothing to merge; the message says what was wanted and what to do."""
+    """A merge that is not possible; the message says what was wanted and the fix."""
 
 
 @dataclass(frozen=True)
 class Plan:
     adapter: Path
     out: Path
-    base: str  # folder or hub id, as the adapter or the command says
+    base: str  # folder or hub id, from the adapter's config or the command line
     task: str  # one of TASKS
-    base_folder: str = ""  # of an id; the base itself where left out
+    base_folder: str = ""  # local folder of a hub id; empty: `base` is a folder
 
     @property
     def loaded_base(self) -> str:
@@ -34,14 +34,14 @@ class Plan:
 
 
 def make_plan(adapter: str, out: str, base: str | None) -> Plan:
-    """What can be known without a model. Raises `MergeProblem`."""
+    """Check what is possible without a model. Raises `MergeProblem`."""
     folder, target = Path(adapter), Path(out)
     if not (folder / ADAPTER_CONFIG).is_file():
         found = "no such folder" if not folder.is_dir() else f"the folder has no {ADAPTER_CONFIG}"
         whole = " (it is a whole checkpoint already)" if (folder / "config.json").is_file() else ""
         raise MergeProblem(f"ADAPTER={adapter}: {found}{whole}; wanted the folder of a PEFT adapter")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise MergeProblem(f"ADAPTER={adapter}: the folder has no {ADAPTER_WEIGHTS}; save the adapter anew")
+        raise MergeProblem(f"ADAPTER={adapter}: the folder has no {ADAPTER_WEIGHTS}; save the adapter again")
     if target.exists():
         raise MergeProblem(f"OUT={out} exists; give another folder, or remove it")
     config = _read_json(folder / ADAPTER_CONFIG)
@@ -58,7 +58,7 @@ def make_plan(adapter: str, out: str, base: str | None) -> Plan:
 
 
 def check_base(base: str) -> None:
-    """A folder must hold a checkpoint whose weights are numbers; anything else must look like a hub id."""
+    """A folder must hold an unquantized checkpoint; anything else must be a valid hub id."""
     folder = Path(base)
     if not folder.is_dir():
         if isinstance(reason := parse_id(base), str):
@@ -71,7 +71,7 @@ def check_base(base: str) -> None:
         raise MergeProblem(f"the base {base} has no config.json; wanted a Hugging Face checkpoint folder")
     if "quantization_config" in _read_json(folder / "config.json"):
         raise MergeProblem(
-            f"the base {base} is quantized, and merging would round what was learnt to its few levels; "
+            f"the base {base} is quantized, and merging would round the trained update to its few levels; "
             "give the checkpoint that it was quantized from with --base"
         )
 

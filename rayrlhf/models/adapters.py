@@ -1,7 +1,7 @@
-"""A model that may have low-rank adapters, as those see it who read its weights or switch adapters off.
+"""Reads, merges or disables the LoRA adapters of a model.
 
-An adapted layer (PEFT's) computes W x + scaling · B A x. `models.lora` makes them, with PEFT, whose import
-all others are spared.
+An adapted layer (PEFT's) computes W x + scaling · B A x. `models.lora` creates them, with PEFT, which this
+module does not import.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from rayrlhf.config.model import LoraConfig
 
-ADAPTER = "default"  # PEFT's name of the only one
-BASE = ".base_layer."  # between the name of an adapted layer and that of its own weight
+ADAPTER = "default"  # PEFT's name of the only adapter
+BASE = ".base_layer."  # between the name of an adapted layer and that of its weight
 
 
 class Weight(NamedTuple):
-    """A parameter or buffer under its name in the model, and what its layer's adapter adds to it."""
+    """A parameter or buffer with its name in the model, and its layer's adapter."""
 
     name: str
     parameter: Tensor
-    layer: Any = None  # PEFT's, where it is adapted
+    layer: Any = None  # PEFT's layer, if adapted
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor, of which ZeRO-3 may hold a part, and whose 4-bit form has another."""
+        """Shape of the full tensor, which differs from a ZeRO-3 partition and from the 4-bit form."""
         quantized = getattr(self.parameter, "quant_state", None)
         return tuple(
             quantized.shape if quantized else getattr(self.parameter, "ds_shape", self.parameter.shape)
@@ -41,7 +41,7 @@ class Weight(NamedTuple):
 
     @property
     def parts(self) -> list[Tensor]:
-        """All that `merged` reads; under ZeRO-3 they must be gathered before."""
+        """All tensors that `merged` reads; under ZeRO-3 they must be gathered first."""
         return [self.parameter, *adapter_parameters(self.layer)]
 
     def merged(self) -> Tensor:
@@ -60,7 +60,7 @@ class Weight(NamedTuple):
     def _dense(self) -> Tensor:
         if not hasattr(self.parameter, "quant_state"):
             return self.parameter.detach()
-        from rayrlhf.models.quantize import dense  # and with it bitsandbytes
+        from rayrlhf.models.quantize import dense  # imports bitsandbytes
 
         return dense(self.parameter)
 
@@ -73,7 +73,7 @@ def _update(layer: Any) -> Tensor:
 
 
 def weights_of(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Weight]:
-    """The model's parameters as its checkpoint names them: adapters are part of what they adapt."""
+    """The model's parameters with their checkpoint names; adapters belong to the weights they adapt."""
     layers = adapted_layers(model)
     own = {id(parameter) for layer in layers.values() for parameter in adapter_parameters(layer)}
     for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
@@ -87,19 +87,19 @@ def weights_of(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[W
 
 
 class TrainedAdapter(NamedTuple):
-    """Adapters as they are written; `state` has the names of `adapter_weights`."""
+    """Trained adapters to be saved; `state` has the names of `adapter_weights`."""
 
     lora: LoraConfig
-    base: str  # folder or hub id of the model that they belong to
+    base: str  # folder or hub id of the base model
     state: dict[str, Tensor]
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what it did before it had adapters.
+    """Inside the context, the model computes the outputs of its base.
 
-    By a scaling of 0 rather than by leaving the adapters out: ZeRO-3 then meets the same modules in the same
-    order as in training, and need not learn a second one.
+    Sets the scaling to 0 instead of skipping the adapters: ZeRO-3 then sees the same modules in the same
+    order as in training, and need not trace a second one.
     """
     layers = adapted_layers(model).values()
     kept = [layer.scaling[ADAPTER] for layer in layers]
@@ -113,17 +113,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's layers by name."""
+    """PEFT layers by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def adapter_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The adapters alone, by the names that PEFT's files have for them, but for a prefix."""
+    """The adapter parameters, with their names in PEFT's files without the prefix."""
     for name, layer in adapted_layers(model).items():
         for matrix in ("lora_A", "lora_B"):
             yield f"{name}.{matrix}.weight", getattr(layer, matrix)[ADAPTER].weight
 
 
 def adapter_parameters(layer: Any) -> list[nn.Parameter]:
-    """A [r, in] and B [out, r]; nothing of a layer that has none."""
+    """A [r, in] and B [out, r]; empty for a layer without adapter."""
     return [] if layer is None else [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]

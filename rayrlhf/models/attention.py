@@ -1,8 +1,8 @@
-"""Attention over packed sequences: FlashAttention's varlen kernel where there is one, else SDPA per sequence.
+"""Attention over packed sequences: FlashAttention's varlen kernel if available, else SDPA per sequence.
 
-Both take the same arguments, so a model is called the same way on every device. A packed stream must never go
-through a plain dense mask: transformers derives a block-diagonal mask from restarting `position_ids` only
-under conditions that are easy to miss, and otherwise lets sequences attend to each other without a word.
+Both take the same arguments, so a model is called the same way on every device. A packed stream must never
+use a plain dense mask: transformers derives a block-diagonal mask from restarting `position_ids` only under
+conditions that are easy to miss, and otherwise silently lets sequences attend to each other.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def varlen_sdpa(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal SDPA of each sequence by itself, without a [T, T] mask; [1, T, heads, head_dim].
+    """Causal SDPA per sequence, without a [T, T] mask; returns [1, T, heads, head_dim].
 
-    With a `sequence_share` (rayrlhf.models.parallel), of this rank's tokens only.
+    With a `sequence_share` (rayrlhf.models.parallel), for this rank's tokens only.
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         raise ValueError("varlen_sdpa needs cu_seq_lens_q: call the model through packed_inputs()")
     if kwargs.get("s_aux") is not None:
-        raise ValueError("this model's attention has sinks, which varlen_sdpa does not know")
+        raise ValueError("this model's attention has sinks, which varlen_sdpa does not support")
     seen = _seen.get()
     if seen is not None:
         seen.add(module)
@@ -70,7 +70,7 @@ def varlen_sdpa(
 def _of_share(
     query: Tensor, key: Tensor, value: Tensor, share: Share, reach: Reach, options: dict[str, Any]
 ) -> list[Tensor]:
-    """Each run of held tokens attends to its sequence, from where that starts to itself."""
+    """Each run of held tokens attends to its sequence, from the sequence's start to itself."""
     share.num_attended += 1
     keys, values = share.gathered(key, value)
     outputs = []
@@ -81,7 +81,7 @@ def _of_share(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, reach: Reach, options: dict[str, Any]) -> Tensor:
-    """The last tokens of a sequence, as many as there are queries, to all of it that they reach."""
+    """The queries, which are the last tokens of a sequence, attend to its tokens within their reach."""
     stop, outputs = key.size(2), []
     first = stop - query.size(2)
     for block in reach.blocks(first, stop):
@@ -106,7 +106,7 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: 
 
 
 def _band(q: Tensor, k: Tensor, window: int | None) -> Tensor:
-    """Which keys each query attends to, [queries, keys]; the last query is at the last key."""
+    """Mask of the keys that each query attends to, [queries, keys]; the last query is at the last key."""
     ahead = k.size(2) - q.size(2)
     mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(ahead)
     return mask if window is None else mask.triu(ahead - window + 1)
@@ -123,7 +123,7 @@ def _capped(
     dropout_p: float,
     enable_gqa: bool,
 ) -> Tensor:
-    """Attention whose scores are softcap · tanh(score / softcap), which SDPA's kernels have not (Gemma 2)."""
+    """Attention with scores softcap · tanh(score / softcap), which SDPA's kernels lack (Gemma 2)."""
     if enable_gqa:
         k, v = (each.repeat_interleave(q.size(1) // k.size(1), 1) for each in (k, v))
     scores = q @ k.transpose(-1, -2) * (scale if scale is not None else q.size(-1) ** -0.5)
@@ -133,7 +133,7 @@ def _capped(
 
 
 class Block(NamedTuple):
-    """A run of queries, and where the keys begin that the first of them reaches."""
+    """A run of queries, and the first key within reach of the first of them."""
 
     first: int
     stop: int
@@ -141,13 +141,13 @@ class Block(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """How far back a layer's tokens attend: `window` tokens with themselves, or the start of their chunk."""
+    """How far back a layer's tokens attend: `window` tokens with themselves, or to the start of the chunk."""
 
     window: int | None = None
     chunk: int | None = None
 
     def blocks(self, first: int, stop: int) -> list[Block]:
-        """The queries at `first` .. `stop` - 1 of a sequence, in blocks that need few keys."""
+        """The queries at `first` .. `stop` - 1 of a sequence, split into blocks that need few keys."""
         size = self.chunk or self.window
         if size is None or stop <= size:
             return [Block(first, stop, 0)]
@@ -158,7 +158,7 @@ class Reach(NamedTuple):
 
 
 def chunk_size(module: Any) -> int | None:
-    """Of a layer with chunked attention (Llama 4), which transformers knows by its mask alone."""
+    """Chunk size of a layer with chunked attention (Llama 4), which transformers implements by its mask."""
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None or layer is None or kinds[layer] != "chunked_attention":
@@ -173,7 +173,7 @@ def has_chunks(config: Any) -> bool:
 
 @contextmanager
 def attending_layers() -> Iterator[set[nn.Module]]:
-    """The modules that attend through `varlen_sdpa` meanwhile."""
+    """Records the modules that call `varlen_sdpa` inside the context."""
     seen: set[nn.Module] = set()
     token = _seen.set(seen)
     try:
@@ -186,7 +186,7 @@ _seen: ContextVar[set[nn.Module] | None] = ContextVar("seen", default=None)
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """The sequence boundaries travel as cu_seqlens; nothing may build a mask beside them."""
+    """The sequence boundaries are passed as cu_seqlens; no mask may be built in addition."""
 
 
 AttentionInterface.register(VARLEN_SDPA, varlen_sdpa)
@@ -194,7 +194,7 @@ AttentionMaskInterface.register(VARLEN_SDPA, _no_mask)
 
 
 def attention_implementation(requested: str, device: torch.device) -> str:
-    """The name transformers knows for `model.attention` on this device."""
+    """transformers' name for `model.attention` on this device."""
     has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     if requested == "flash_attention_2" and not has_flash:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""A model's weights as its checkpoint has them: the names and layouts of its files, not those in memory.
+"""A model's weights in checkpoint format: the names and layouts of its files, not those in memory.
 
-transformers keeps some weights in another form than the files: the experts of a layer as one tensor, under
-another name. `save_pretrained` undoes that for whole models; here it is undone for a few parameters at a
-time, as many as must be together, so that partitioned ones are never gathered all at once.
+transformers stores some weights differently in memory: the experts of a layer as one tensor, under another
+name. `save_pretrained` reverts that for whole models; this module reverts it for a few parameters at a time,
+as many as are converted together, so that partitioned ones are never gathered all at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rayrlhf.models.adapters import Weight, weights_of
 
 
 class TensorSpec(NamedTuple):
-    """A tensor of the checkpoint, without its values."""
+    """Name, shape and dtype of a checkpoint tensor."""
 
     name: str
     dtype: torch.dtype
@@ -39,24 +39,24 @@ class TensorSpec(NamedTuple):
 
 
 class CheckpointTensors(NamedTuple):
-    """Tensors of the checkpoint that are made together, and what they are made from.
+    """Tensors of the checkpoint that are converted together, and the weights that they are converted from.
 
-    Of Mixtral's experts, 4 of them: weights `model.layers.0.mlp.experts.gate_up_proj` [4, 2I, H]; specs
+    Example, Mixtral with 4 experts: weights `model.layers.0.mlp.experts.gate_up_proj` [4, 2I, H]; specs
     `model.layers.0.block_sparse_moe.experts.0.w1.weight` [I, H] to `….3.w3.weight`, 8 in all.
     """
 
     weights: tuple[Weight, ...]
     specs: tuple[TensorSpec, ...]
-    model: PreTrainedModel | None = None  # whose conversions make them; None: each weight is its tensor
+    model: PreTrainedModel | None = None  # whose conversions apply; None: each weight equals its tensor
 
     @classmethod
     def of(cls, weight: Weight, name: str | None = None) -> CheckpointTensors:
-        """A weight that is a tensor of the checkpoint, under its own or another name."""
+        """A weight that equals a checkpoint tensor, under the same or another name."""
         return cls((weight,), (TensorSpec(name or weight.name, weight.dtype, weight.shape),))
 
     @property
     def parts(self) -> list[Tensor]:
-        """All that `tensors` reads; under ZeRO-3 they must be gathered before."""
+        """All tensors that `tensors` reads; under ZeRO-3 they must be gathered first."""
         return [part for weight in self.weights for part in weight.parts]
 
     @property
@@ -64,7 +64,7 @@ class CheckpointTensors(NamedTuple):
         return sum(spec.num_bytes for spec in self.specs)
 
     def tensors(self) -> list[Tensor]:
-        """As the specs say, in their order; adapters are merged."""
+        """The tensors of `specs`, in order; adapters are merged."""
         merged = [weight.merged() for weight in self.weights]
         if self.model is None:
             return merged
@@ -76,7 +76,7 @@ class CheckpointTensors(NamedTuple):
 def checkpoint_tensors(model: PreTrainedModel) -> Iterator[CheckpointTensors]:
     """All parameters and saved buffers of the model, in the parameters' order; tied ones once.
 
-    transformers' mapping for the way back is the one that the checkpoint was read with, or the
+    The reverse mapping is the one of transformers with which the checkpoint was loaded, or the
     architecture's.
     """
     weights = {weight.name: weight for weight in [*weights_of(model), *_saved_buffers(model)]}
@@ -93,15 +93,15 @@ def checkpoint_tensors(model: PreTrainedModel) -> Iterator[CheckpointTensors]:
 
 
 def _saved_buffers(model: PreTrainedModel) -> Iterator[Weight]:
-    """Such as the biases by which DeepSeek's router balances experts: in the files, and not trained."""
-    saved = model.state_dict().keys()  # leaves out buffers that are recomputed on loading
+    """Such as the biases with which DeepSeek's router balances experts: saved, but not trained."""
+    saved = model.state_dict().keys()  # excludes buffers that are recomputed on loading
     for name, buffer in model.named_buffers():
         if name in saved:
             yield Weight(name, buffer)
 
 
 def _groups(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tuple[list[str], str | None]]:
-    """Names of parameters that are converted together; the checkpoint's name of one that is only renamed."""
+    """Names of parameters that are converted together; the checkpoint's name if one is only renamed."""
     ways_back = [conversion.reverse_transform() for conversion in reversed(_conversions(model))]
     renamings: Any = [way for way in ways_back if isinstance(way, WeightRenaming)]
     converters: Any = [way for way in ways_back if isinstance(way, WeightConverter)]

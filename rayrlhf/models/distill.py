@@ -1,12 +1,11 @@
-"""A student that is compared with its teacher at every learnt token, without a [tokens, vocab] tensor.
+"""Distillation: student and teacher models, compared at every loss token without a [tokens, vocab] tensor.
 
-What a teacher knows of N tokens travels as its hidden states, from which its logits are made a chunk of rows
-at a time (a teacher in the same worker), or as the log-probabilities of its k likeliest tokens (a teacher
-behind a network). Both have one vocabulary; where their projections are padded to other sizes, as those of
-Qwen2.5 are, they are compared over the rows that both have. The student's logits are made by chunks too, once
-in the forward and once in the backward pass; what is computed from them is plain autograd code. While a chunk
-is at work there are about ten tensors [chunk, V], so a chunk wants to be smaller than for log-probabilities
-alone.
+The teacher's output for N tokens is passed as its hidden states, from which its logits are computed in
+chunks of rows (a teacher in the same worker), or as the log-probabilities of its k likeliest tokens (a
+teacher behind a network). Both must have the same vocabulary; if their projections are padded to different
+sizes, as those of Qwen2.5, they are compared over the common rows. The student's logits are computed in
+chunks too, once in the forward and once in the backward pass; everything computed from them is plain autograd
+code. A chunk needs about ten tensors [chunk, V], so it should be smaller than for log-probabilities alone.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ OfLogits: TypeAlias = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 class TeacherHidden(NamedTuple):
-    """All that the teacher knows of N tokens, to be multiplied out."""
+    """Hidden states and output projection of the teacher, from which its logits are computed."""
 
     hidden: Tensor  # [N, H_t] in front of each token
     weight: Tensor  # [V, H_t] of the teacher's output projection
@@ -40,7 +39,7 @@ class TeacherHidden(NamedTuple):
 
 
 class TeacherTopK(NamedTuple):
-    """The k tokens that the teacher finds likeliest in the place of each of N tokens."""
+    """The teacher's k likeliest tokens at each of N positions."""
 
     ids: Tensor  # [N, k] int64, different within a row
     logprobs: Tensor  # [N, k] fp32
@@ -55,17 +54,17 @@ class DistillLogprobs(NamedTuple):
 
 
 class ChunkedLogits(torch.autograd.Function):
-    """first, second = f(hidden, weight, bias, scaling, chunk_tokens, of_logits), `of_logits` by chunks.
+    """first, second = f(hidden, weight, bias, scaling, chunk_tokens, of_logits), applied in chunks.
 
     | argument | shape | |
     |---|---|---|
     | hidden | [N, H] | any floating dtype |
     | weight | [V, H] | the dtype of `hidden`: that of the matrix products |
     | bias | [V] or None | the same |
-    | first, second | [N] | fp32 (fp64 if `hidden` is): what `of_logits` makes of the logits |
+    | first, second | [N] | fp32 (fp64 if `hidden` is): the result of `of_logits` |
 
-    No chunk's logits are kept: the backward pass computes them again and differentiates `of_logits` there.
-    The very parameters are saved and all chunks are added to one gradient of the weight: see `FusedLogprobs`.
+    Logits are not stored: the backward pass recomputes them and differentiates `of_logits` there. The
+    parameters themselves are saved, and all chunks accumulate into one weight gradient: see `FusedLogprobs`.
     """
 
     @staticmethod
@@ -132,9 +131,9 @@ class DistillHead(OutputHead):
 
 
 class DistillModel(TrainedModule):
-    """A causal language model that answers as `PolicyModel` does, with the divergence from its teacher.
+    """A causal language model with the outputs of `PolicyModel`, plus the divergence from its teacher.
 
-    The names of its parameters are those of `PolicyModel`.
+    Its parameter names are those of `PolicyModel`.
     """
 
     streams = Streams()
@@ -165,11 +164,11 @@ class DistillModel(TrainedModule):
         loss_mask: Tensor,  # [T]
         *,
         # By keyword: ZeRO-3 replaces tensors among positional arguments, the teacher's weight too.
-        teacher: Teacher,  # rows: the tokens in the mask in their order, first tokens of sequences left out
+        teacher: Teacher,  # rows: the tokens in the mask, in order, without first tokens of sequences
     ) -> DistillLogprobs:
-        """Log-probability of each token in the mask and the divergence where it stands.
+        """Log-probability of each token in the mask, and the divergence at its position.
 
-        Raises `ValueError` for a teacher that has answered for another number of tokens.
+        Raises `ValueError` if the teacher's output is for a different number of tokens.
         """
         where, weight = loss_tokens(position_ids, loss_mask)
         teacher = self._checked(teacher, int(weight.sum()))
@@ -182,10 +181,10 @@ class DistillModel(TrainedModule):
         )
 
     def _checked(self, teacher: Teacher, count: int) -> Teacher:
-        """With a row for the token that the head looks at where there is none to learn."""
+        """Adds a row for the dummy token that the head runs on if there are no loss tokens."""
         if teacher[0].size(0) != count:
             raise ValueError(
-                f"the teacher answered for {teacher[0].size(0)} tokens; {count} are to be learnt"
+                f"the teacher's output is for {teacher[0].size(0)} tokens; there are {count} loss tokens"
             )
         if count:
             return teacher
@@ -214,9 +213,9 @@ class TopKHead(OutputHead):
 
 
 class TeacherModel(nn.Module):
-    """A causal language model that says what it would have said in the place of each learnt token.
+    """A causal language model that returns its prediction at the position of each loss token.
 
-    Frozen, and in eval mode whatever `train()` asks for.
+    Frozen, and always in eval mode, also after `train()`.
     """
 
     streams = Streams()
@@ -246,10 +245,10 @@ class TeacherModel(nn.Module):
         top_k: int | None = None,
         student_size: int | None = None,
     ) -> Teacher:
-        """What `DistillModel` needs for the same batch: hidden states, or the `top_k` likeliest tokens, of
-        those that a student with so many logits has.
+        """Teacher output for `DistillModel` on the same batch: hidden states, or the `top_k` likeliest tokens
+        among those that a student with `student_size` logits has.
 
-        An engine with ZeRO-3 gives back hidden states beside an emptied weight; see `bound`.
+        An engine with ZeRO-3 returns hidden states together with an emptied weight; see `bound`.
         """
         where, weight = loss_tokens(position_ids, loss_mask)
         count = int(weight.sum())
@@ -273,15 +272,15 @@ class TeacherModel(nn.Module):
         k: int,
         student_size: int | None = None,
     ) -> TeacherTopK:
-        """The k likeliest tokens in the place of each learnt one, made chunk by chunk."""
+        """The k likeliest tokens at the position of each loss token, computed in chunks."""
         answer = self(input_ids, position_ids, cu_seqlens, loss_mask, k, student_size)
         assert isinstance(answer, TeacherTopK)
         return answer
 
     def bound(self, hidden: Tensor) -> TeacherHidden:
-        """Hidden states [N, H_t] together with this model's own output projection.
+        """Hidden states [N, H_t] with this model's output projection.
 
-        Under ZeRO-3, that has to be gathered while the student's forward and backward pass run.
+        Under ZeRO-3, the projection must be gathered during the student's forward and backward pass.
         """
         return TeacherHidden(hidden, self.head.weight, self.head.bias, self.head.scaling)
 
@@ -289,9 +288,9 @@ class TeacherModel(nn.Module):
 def check_same_vocabulary(
     student: Mapping[str, int], teacher: Mapping[str, int], *, student_size: int, teacher_size: int
 ) -> None:
-    """Raises `ValueError` where the two cannot be compared token by token: where a token has another id with
-    the other, or none, or where a head has no logit for one. The sizes are those of the heads, which may be
-    padded.
+    """Raises `ValueError` if the two cannot be compared token by token: if a token has a different id in the
+    other vocabulary, or none, or if a head has no logit for it. The sizes are those of the heads, which may
+    be padded.
     """
     strange = sorted(
         token for token in student.keys() | teacher.keys() if student.get(token) != teacher.get(token)
@@ -302,7 +301,7 @@ def check_same_vocabulary(
             f"the student's vocabulary of {len(student)} tokens and the teacher's of {len(teacher)} differ "
             f"in {len(strange)} tokens, such as {first!r} with the id {student.get(first)} and "
             f"{teacher.get(first)}; distillation compares them token by token, so both need the same. "
-            "Fix: take a teacher of the student's family"
+            "Fix: use a teacher of the student's model family"
         )
     largest = max(student.values(), default=-1)
     for whose, size in (("student", student_size), ("teacher", teacher_size)):
@@ -312,13 +311,13 @@ def check_same_vocabulary(
 
 @torch.no_grad()
 def _logits(teacher: TeacherHidden, rows: slice) -> Tensor:
-    """Of a chunk, [n, V]."""
+    """Teacher logits of a chunk, [n, V]."""
     projected = F.linear(teacher.hidden[rows], teacher.weight, teacher.bias)
     return teacher.scaling.apply_(projected.to(torch.promote_types(projected.dtype, torch.float32)))
 
 
 def _gradient_of(of_logits: OfLogits, logits: Tensor, rows: slice, grads: list[Tensor]) -> Tensor:
-    """Of both outputs together, weighed by `grads`, with respect to the logits; [n, V]."""
+    """Gradient of both outputs, weighted by `grads`, with respect to the logits; [n, V]."""
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
         outputs = of_logits(leaf, rows)
@@ -327,6 +326,6 @@ def _gradient_of(of_logits: OfLogits, logits: Tensor, rows: slice, grads: list[T
 
 
 def _block(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
-    """Room for the logits of any chunk, [chunk, V]."""
+    """Buffer for the logits of any chunk, [chunk, V]."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(min(chunk_tokens, hidden.size(0)), weight.size(0), dtype=wide)

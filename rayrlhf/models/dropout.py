@@ -1,8 +1,8 @@
-"""Log-probabilities, scores and values that are compared come from a model without chance in it.
+"""Deterministic training mode: compared log-probabilities, scores and values must not depend on dropout.
 
-Dropout, dropped layers, jitter of routers and Phi-MoE's sampled experts all hang on `module.training`, under
-many names, some read from the config in each forward pass. So the layers stay in evaluation mode while they
-are trained, whatever their architecture. Adapters have a dropout of their own (`model.lora.dropout`).
+Dropout, layerdrop, router jitter and Phi-MoE's sampled experts all depend on `module.training`, under many
+names, some read from the config in each forward pass. Therefore the layers stay in evaluation mode while they
+are trained, whatever the architecture. Adapters have a separate dropout (`model.lora.dropout`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-LORA_DROPOUT = "lora_dropout"  # PEFT's module
+LORA_DROPOUT = "lora_dropout"  # name of PEFT's dropout module
 
 
 class TrainedModule(nn.Module):
     """A decoder and a head. In training mode it is deterministic unless `drops` is set."""
 
-    # The model's own dropout in training: of its config.json, where it has some. See `keep_dropout`.
+    # Whether the dropout of the model's config.json is active in training. See `keep_dropout`.
     drops: bool = False
 
     def train(self, mode: bool = True) -> Self:
@@ -32,18 +32,18 @@ class TrainedModule(nn.Module):
 
 
 def keep_dropout(module: TrainedModule) -> None:
-    """Train with the model's own dropout, but with every layer: ranks that dropped different ones would wait
-    for each other under ZeRO-3 and sequence parallelism.
+    """Train with the model's own dropout, but without layerdrop: ranks that drop different layers would
+    deadlock under ZeRO-3 and sequence parallelism.
     """
     module.drops = True
     for layer in module.modules():
         if hasattr(layer, "layerdrop"):
-            setattr(layer, "layerdrop", 0.0)  # noqa: B010  # of no type that is known
+            setattr(layer, "layerdrop", 0.0)  # noqa: B010  # the layer's type is unknown
     module.train(module.training)
 
 
 def _settle(module: nn.Module) -> None:
-    """Put what is in `module` into evaluation mode, but for the dropout of adapters."""
+    """Put the submodules of `module` into evaluation mode, except the dropout of adapters."""
     inside = [
         (name, child)
         for name, child in module.named_modules()
@@ -54,10 +54,10 @@ def _settle(module: nn.Module) -> None:
     recomputed: list[Any] = [child for _, child in inside if getattr(child, "gradient_checkpointing", False)]
     layers: list[Any] = [child for child in recomputed if isinstance(child, GradientCheckpointingLayer)]
     for layer in layers:
-        # transformers computes activations again in layers that are in training mode only.
+        # transformers recomputes activations only in layers that are in training mode.
         layer.training = True
         layer._gradient_checkpointing_func = partial(_recomputed, layer)
-    for decoder in recomputed if not layers else ():  # of models with code of their own: it asks itself
+    for decoder in recomputed if not layers else ():  # models with custom code check it in the decoder
         decoder.training = True
         own = [name for name, value in vars(decoder).items() if type(value) is float and "drop" in name]
         for name in own:
@@ -65,7 +65,7 @@ def _settle(module: nn.Module) -> None:
 
 
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Tensor) -> Any:
-    """The layer's outputs, in evaluation mode; its activations are computed again in the backward pass."""
+    """The layer's outputs, in evaluation mode; its activations are recomputed in the backward pass."""
 
     def settled(*inputs: Tensor) -> Any:
         layer.training = False

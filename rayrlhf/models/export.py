@@ -1,7 +1,7 @@
-"""What users load: a Hugging Face folder with safetensors, tokenizer and chat template.
+"""Model export: a Hugging Face folder with safetensors, tokenizer and chat template.
 
-Written by rank 0 from whole tensors, as `full_state_dict` gathers them, and through transformers' own
-classes: what opens the folder needs nothing of ours.
+Written by rank 0 from full tensors, as gathered by `full_state_dict`, with transformers' own classes: loading
+the folder does not need rayrlhf.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from rayrlhf.models.heads import ScoreModel, StepModel
 from rayrlhf.models.modes import honour_umask
 
 STEP_LABELS = {0: "bad", 1: "good"}
-HEAD = "score"  # of transformers' decoder-style classifiers
-ADAPTER_FOLDER = "adapter"  # in an export, where adapters were trained
+HEAD = "score"  # head name of transformers' decoder-style classifiers
+ADAPTER_FOLDER = "adapter"  # subfolder of an export, if adapters were trained
 
 
 def export_causal_lm(
@@ -43,12 +43,12 @@ def export_causal_lm(
 ) -> None:
     """Write an `AutoModelForCausalLM`; `state_dict` has the names of `causal_lm`'s parameters.
 
-    With an `adapter`, which is merged in the `state_dict`, the folder `adapter` in it has that alone.
+    With an `adapter`, which is already merged in `state_dict`, the subfolder `adapter` has the adapter alone.
     """
 
     def save(folder: Path) -> None:
         with _generating_as(causal_lm, tokenizer):
-            causal_lm.save_pretrained(folder, state_dict=dict(state_dict))  # which it empties of tied weights
+            causal_lm.save_pretrained(folder, state_dict=dict(state_dict))  # it removes tied weights from it
         if adapter is not None:
             _write_adapter(folder / ADAPTER_FOLDER, adapter, task="CAUSAL_LM")
 
@@ -57,9 +57,9 @@ def export_causal_lm(
 
 @contextmanager
 def _generating_as(causal_lm: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Inside, the model's generation config is the one to export."""
+    """Inside the context, the model's generation config is the one to export."""
     own = getattr(causal_lm, "generation_config", None)
-    if own is None:  # code of the model's own, that does not generate
+    if own is None:  # custom model code that cannot generate
         yield
         return
     causal_lm.generation_config = exported_config(own, tokenizer)
@@ -82,9 +82,9 @@ def export_reward_model(
 ) -> None:
     """Write an `AutoModelForSequenceClassification` with one label, from `model`'s own `state_dict`.
 
-    `mean` and `std` of the scores go into the config, for whoever wants to normalise them; the logits are
-    never normalised. `reading` goes there too: what `reward.reading` has to know. Raises `ValueError` for a
-    tokenizer without a token to pad with (see `padding_token`).
+    `mean` and `std` of the scores are saved in the config, for users who want to normalise them; the logits
+    are never normalised. `reading` is saved there too, for `reward.reading`. Raises `ValueError` for a
+    tokenizer without a usable padding token (see `padding_token`).
     """
     padded = with_padding(tokenizer)
     extras = {name: value for name, value in {"mean": mean, "std": std}.items() if value is not None}
@@ -104,8 +104,8 @@ def export_step_model(
 ) -> None:
     """Write an `AutoModelForTokenClassification` with the labels bad and good, from `model`'s `state_dict`.
 
-    A step is judged at the `step_token` that ends it; the config keeps it under that name. Raises as
-    `export_reward_model` does.
+    A step is scored at the `step_token` that ends it; the config has it under that name. Raises like
+    `export_reward_model`.
     """
     padded = with_padding(tokenizer)
     label_ids = {label: index for index, label in STEP_LABELS.items()}
@@ -115,11 +115,11 @@ def export_step_model(
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token that may pad sequences for a classifier: any special one but the end of a sequence.
+    """A token to pad sequences for a classifier: any special one except the end of a sequence.
 
     transformers reads a sequence's score at its last token that is not padding. If the end-of-sequence token
-    padded, as many tokenizers without padding are told to do, it would read the score one token too early.
-    Raises `ValueError` for a tokenizer that has no other.
+    is also the padding token, a common setting for tokenizers without padding, the score would be read one
+    token too early. Raises `ValueError` for a tokenizer that has no other.
     """
     named = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
     for token in [*named, *tokenizer.all_special_tokens]:
@@ -148,7 +148,7 @@ def _config_of(model: ScoreModel | StepModel, tokenizer: PreTrainedTokenizerBase
 
 class _Classifier(NamedTuple):
     auto: Any  # transformers' Auto class
-    task: str  # PEFT's name of it
+    task: str  # PEFT's task type
 
 
 def _save_classifier(
@@ -158,7 +158,7 @@ def _save_classifier(
     adapter: TrainedAdapter | None,
     folder: Path,
 ) -> None:
-    """Save `decoder.*` and `head.*` as the architecture's own classifier, which must have just these."""
+    """Save `decoder.*` and `head.*` as the architecture's classifier, which must have exactly these."""
     with torch.device("meta"):
         model = kind.auto.from_config(config)
     ours = {"decoder": model.base_model_prefix, "head": HEAD}
@@ -176,13 +176,13 @@ def _save_classifier(
 
 
 def _write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str | None = None) -> None:
-    from rayrlhf.models.lora import write_adapter  # and with it PEFT: a second
+    from rayrlhf.models.lora import write_adapter  # imports PEFT, which takes a second
 
     write_adapter(folder, adapter, task=task, head=head)
 
 
 def _write(save_model: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Write the folder in one move: a reader sees the old export or the whole new one, never half of it."""
+    """Write the folder atomically: a reader sees the old export or the complete new one."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What is wrong with the folder of a checkpoint, as far as files and headers show it, before any is loaded.
+"""Checks a checkpoint folder by its files and headers, before anything is loaded.
 
-Pure, and quick: it reads JSON and the headers of weights. Models of families that `capacity.model_shape`
-knows are compared tensor by tensor with their config.json.
+Pure and fast: it reads JSON and the headers of weights. Models of families known to `capacity.model_shape`
+are compared tensor by tensor with their config.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rayrlhf.capacity.model_shape import FAMILIES, ModelShape, shape_of
 from rayrlhf.config.base import Problem
 from rayrlhf.models.weight_files import BrokenFile, TensorHead, read_json, read_weight_heads
 
-Kind = Literal["policy", "start", "scorer"]  # a language model; that or a scorer to start from; a scorer
+Kind = Literal["policy", "start", "scorer"]  # language model; initial language model or scorer; scorer
 FIX = "get the checkpoint again, or name another"
 WANTED = "a whole Hugging Face checkpoint"
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -30,7 +30,7 @@ MAX_NAMED = 3  # tensors in a message
 def folder_problems(
     key: str, path: str, kind: Kind, *, trust_remote_code: bool = False, needs_tokenizer: bool = True
 ) -> list[Problem]:
-    """Of a local checkpoint; `key` names it in the messages. Stops at the first file that cannot be read."""
+    """Problems of a local checkpoint; `key` names it in messages. Stops at the first unreadable file."""
     folder = Path(path)
 
     def problem(got: str, wanted: str = WANTED, fix: str = FIX) -> Problem:
@@ -43,23 +43,23 @@ def folder_problems(
                 return [problem("a PEFT adapter without the model under it", fix=fix)]
             return [problem("the folder has no config.json", "a Hugging Face checkpoint folder")]
         config = read_json(folder / "config.json")
-        found = [problem(*told) for told in _config_problems(config, kind, trust_remote_code)]
+        found = [problem(*parts) for parts in _config_problems(config, kind, trust_remote_code)]
         if found:
             return found
         heads = read_weight_heads(folder)
         shape = _known_shape(config, path)
         if heads is not None and shape is not None and "quantization_config" not in config:
-            found += [problem(told) for told in _tensor_problems(heads, shape, config, kind)]
+            found += [problem(got) for got in _tensor_problems(heads, shape, config, kind)]
         if needs_tokenizer:
             rows = _embedding_rows(heads, config)
-            found += [problem(*told) for told in _tokenizer_problems(folder, rows, trust_remote_code)]
+            found += [problem(*parts) for parts in _tokenizer_problems(folder, rows, trust_remote_code)]
     except BrokenFile as error:
         return [problem(str(error))]
     return found
 
 
 def has_chat_template(path: str) -> bool:
-    """Whether the tokenizer in this folder brings one."""
+    """Whether the tokenizer in this folder has a chat template."""
     folder = Path(path)
     if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
         return True
@@ -93,7 +93,7 @@ def _config_problems(
     if not isinstance(text, Mapping):
         yield "text_config in config.json is no object", WANTED, FIX
         return
-    yield from ((told, WANTED, FIX) for told in _count_problems(text))
+    yield from ((got, WANTED, FIX) for got in _count_problems(text))
 
 
 def _scorer_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -132,7 +132,7 @@ def _count_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def _auto_classes() -> str:
-    """The source of transformers' tables of model types, which would take seconds to import."""
+    """Source text of transformers' tables of model types, which would take seconds to import."""
     spec = find_spec("transformers")
     assert spec is not None and spec.submodule_search_locations is not None
     folder = Path(next(iter(spec.submodule_search_locations))) / "models" / "auto"
@@ -166,11 +166,11 @@ def _tensor_problems(
         expected["lm_head.weight"] = (shape.vocabulary, shape.hidden)
     missing = [name for name in expected if name not in heads]
     if missing:
-        yield f"its weights lack {_some(missing)}; transformers would make them up at random"
+        yield f"its weights lack {_some(missing)}; transformers would initialise them randomly"
     wrong = [name for name, wanted in expected.items() if name in heads and heads[name].shape != wanted]
     if wrong:
-        told = [f"{n} {list(heads[n].shape)} (by config.json {list(expected[n])})" for n in wrong]
-        yield f"its weights do not fit config.json: {_some(told)}"
+        mismatches = [f"{n} {list(heads[n].shape)} (by config.json {list(expected[n])})" for n in wrong]
+        yield f"its weights do not fit config.json: {_some(mismatches)}"
     whole = [
         name
         for name in expected
@@ -181,7 +181,7 @@ def _tensor_problems(
 
 
 def _expected(shape: ModelShape, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What every family has."""
+    """Names and shapes of the tensors that every family has."""
     yield f"{prefix}embed_tokens.weight", (shape.vocabulary, shape.hidden)
     yield f"{prefix}norm.weight", (shape.hidden,)
     for layer in range(shape.layers):
@@ -217,7 +217,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # which bring no special tokens of their own
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # which define no special tokens themselves
 
 
 def _tokenizer_problems(
@@ -243,7 +243,7 @@ def _tokenizer_problems(
 
 
 def reader_problems(key: str, path: str, tokenizer_path: str) -> list[Problem]:
-    """Of a model that reads the tokens of another one's tokenizer, whose every id must have a row in it."""
+    """Problems of a model that reads another model's tokens: its embedding needs a row for every id."""
     folder = Path(path)
     config = read_json(folder / "config.json")
     rows, size = _embedding_rows(read_weight_heads(folder), config), _num_ids(Path(tokenizer_path))
@@ -254,7 +254,7 @@ def reader_problems(key: str, path: str, tokenizer_path: str) -> list[Problem]:
 
 
 def _num_ids(folder: Path) -> int | None:
-    """One more than the largest id of a tokenizer; None where no file tells. Raises `BrokenFile`."""
+    """One more than the largest id of a tokenizer; None if no file has it. Raises `BrokenFile`."""
     found = []
     if (folder / "tokenizer.json").is_file():
         found.append(_vocabulary(read_json(folder / "tokenizer.json")))

@@ -1,9 +1,9 @@
-"""The output projection, log-softmax and entropy as one autograd function over chunks of rows.
+"""Fused output projection, log-softmax and entropy: one autograd function over chunks of rows.
 
-Plain autograd makes several [rows, V] tensors (logits, probabilities, their gradients) and a [V, H] gradient
-per chunk. Here each chunk's logits are computed again in the backward pass and turned into their own gradient
-in place, in buffers that all chunks share: one block [chunk, V], a quarter of another, and one gradient of
-the weight that every chunk is added to.
+Plain autograd creates several [rows, V] tensors (logits, probabilities, their gradients) and a [V, H]
+gradient per chunk. Here each chunk's logits are recomputed in the backward pass and converted in place to
+their gradient, in buffers shared by all chunks: one block [chunk, V], a quarter of another, and one weight
+gradient to which every chunk is added.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Rows of the weight whose gradient is one matrix product, where that must be widened before it is added.
+# Weight rows per matrix product of the gradient, if it must be cast to a wider dtype before it is added.
 VOCABULARY_BLOCK = 8192
-# Matrix products want many rows; what follows them element by element is as fast with few, and then needs
-# only this part of a second block.
+# Matrix products are efficient with many rows; the element-wise operations after them are as fast with few,
+# and then need only this fraction of a second block.
 SPARE_SHARE = 4
 
 
 @dataclass(frozen=True)
 class LogitScaling:
-    """From the projection's output u to logits z = softcap · tanh(u / divisor / softcap) / temperature."""
+    """Maps the projection's output u to logits z = softcap · tanh(u / divisor / softcap) / temperature."""
 
     divisor: float = 1.0
     softcap: float | None = None  # None: no tanh
@@ -34,18 +34,18 @@ class LogitScaling:
 
     @property
     def slope(self) -> float:
-        """dz/du where nothing is capped."""
+        """dz/du without softcap."""
         return 1.0 / (self.divisor * self.temperature)
 
     def apply_(self, projected: Tensor) -> Tensor:
-        """z, written over u."""
+        """z, overwriting u."""
         if self.softcap is not None:
             projected.mul_(1.0 / (self.divisor * self.softcap)).tanh_()
             return projected.mul_(self.softcap / self.temperature)
         return projected if self.slope == 1.0 else projected.mul_(self.slope)
 
     def gradient_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """The gradient of u, written over that of z = `logits`."""
+        """The gradient of u, overwriting that of z = `logits`."""
         if self.softcap is not None:
             tanh = logits * (self.temperature / self.softcap)
             grad.mul_(tanh.square_().neg_().add_(1.0))
@@ -64,8 +64,8 @@ class FusedLogprobs(torch.autograd.Function):
     | logprobs, entropy | [N] | fp32 (fp64 if `hidden` is): z_target − logΣexp(z) and −Σ p·log p |
 
     With p = softmax(z): d logprob / dz = onehot − p and d entropy / dz = −p · (log p + entropy).
-    The very parameters are saved, neither copies nor views: ZeRO-3 empties them after the forward pass and
-    fills them again before the backward pass.
+    The parameters themselves are saved, neither copies nor views: ZeRO-3 releases them after the forward pass
+    and gathers them again before the backward pass.
     """
 
     @staticmethod
@@ -86,7 +86,7 @@ class FusedLogprobs(torch.autograd.Function):
                 scaling.apply_(logits)
                 largest = logits.amax(-1)
                 shifted = logits.sub_(largest[:, None])
-                weights = torch.exp(shifted, out=spare[: len(shifted)])  # of the softmax, not normalised
+                weights = torch.exp(shifted, out=spare[: len(shifted)])  # softmax numerators
                 total = weights.sum(-1)
                 log_total = total.log()
                 logprobs[part] = shifted.gather(-1, targets[part, None]).squeeze(-1) - log_total
@@ -94,7 +94,7 @@ class FusedLogprobs(torch.autograd.Function):
                 log_normaliser[part] = largest + log_total
         ctx.save_for_backward(hidden, weight, bias, targets, logprobs, entropy, log_normaliser)
         ctx.scaling, ctx.chunk_tokens = scaling, chunk_tokens
-        ctx.set_materialize_grads(False)  # an entropy that nobody uses costs nothing
+        ctx.set_materialize_grads(False)  # an unused entropy costs nothing
         return logprobs, entropy
 
     @staticmethod
@@ -125,15 +125,15 @@ class FusedLogprobs(torch.autograd.Function):
 
 
 class ProjectionGradients:
-    """Those of a projection's three inputs, where they are needed, to which chunks of rows are added."""
+    """Gradients of a projection's three inputs, where needed, accumulated over chunks of rows."""
 
     def __init__(
         self,
-        needed: Sequence[bool],  # of hidden, weight and bias
+        needed: Sequence[bool],  # for hidden, weight and bias
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
-        dtype: torch.dtype,  # that sums are kept in
+        dtype: torch.dtype,  # of the sums
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.of_hidden = torch.empty_like(hidden) if needed[0] else None
@@ -141,7 +141,7 @@ class ProjectionGradients:
         self.of_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
 
     def add(self, rows: slice, grad: Tensor) -> None:
-        """`grad` [n, V] is that of the projection's output at `rows`."""
+        """`grad` [n, V]: gradient of the projection's output at `rows`."""
         if self.of_bias is not None:
             self.of_bias += grad.sum(0)
         grad = grad.to(self.weight.dtype)
@@ -151,7 +151,7 @@ class ProjectionGradients:
             add_product_(self.of_weight, grad.T, self.hidden[rows])
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In the dtypes of the inputs."""
+        """The gradients in the dtypes of the inputs."""
         return (
             self.of_hidden,
             None if self.of_weight is None else self.of_weight.to(self.weight.dtype),
@@ -161,7 +161,7 @@ class ProjectionGradients:
 
 def _to_gradient_(
     logits: Tensor,  # [n, V], overwritten
-    targets: Tensor,  # [n], as all that follow
+    targets: Tensor,  # [n], like the following
     logprobs: Tensor,
     entropy: Tensor,
     log_normaliser: Tensor,
@@ -171,7 +171,7 @@ def _to_gradient_(
     scaling: LogitScaling,
     spare: Tensor,  # [>= n, V]
 ) -> None:
-    """Write over the logits the gradient of the projection's output that they were made of.
+    """Overwrite the logits with the gradient of the projection's output.
 
     g_logprob · (onehot − p) − g_entropy · p · (log p + entropy), times dz/du.
     """
@@ -182,7 +182,7 @@ def _to_gradient_(
     else:
         probs = torch.sub(logits, log_normaliser[:, None], out=spare[: len(logits)]).exp_()
         if scaling.softcap is not None:
-            # p · (1 − tanh²) as p · (1 − tanh) · (1 + tanh): this needs no third block.
+            # p · (1 − tanh²) as p · (1 − tanh) · (1 + tanh): avoids a third block.
             factor = scaling.temperature / scaling.softcap  # tanh = factor · z
             probs.addcmul_(probs, logits, value=-factor).addcmul_(probs, logits, value=factor)
             at_target = grad_logprobs * (1 - (factor * (logprobs + log_normaliser)) ** 2)
@@ -197,7 +197,7 @@ def _to_gradient_(
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
-    """hidden · weightᵀ + bias in the parameters' dtype, written to the first rows of `out` in its own."""
+    """hidden · weightᵀ + bias in the parameters' dtype, written to the first rows of `out` in its dtype."""
     out = out[: len(hidden)]
     if out.dtype != weight.dtype:
         return out.copy_(F.linear(hidden, weight, bias))
@@ -207,7 +207,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor)
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [V, H] += left [V, n] · right [n, H], without a second [V, H] tensor if `total` is the wider."""
+    """total [V, H] += left [V, n] · right [n, H], without a second [V, H] tensor if `total` is wider."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
@@ -216,7 +216,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _buffers(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    """A block [chunk, V] and a part of one, for all chunks: on a CPU, touching fresh pages is slow."""
+    """A block [chunk, V] and a fraction of one, shared by all chunks: new pages are slow on a CPU."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rows = min(chunk_tokens, hidden.size(0))
     block = hidden.new_empty(rows, weight.size(0), dtype=wide)
@@ -224,7 +224,7 @@ def _buffers(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[Tensor,
 
 
 def _parts(block: Tensor, rows: slice, spare: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The block of these rows in parts no longer than `spare`: (which rows, [n, V])."""
+    """The block of these rows in parts of at most the length of `spare`: (row slice, [n, V])."""
     return zip(slices(rows.start, rows.stop, len(spare)), block.split(len(spare)), strict=True)
 
 

@@ -1,4 +1,4 @@
-"""The generation config of a checkpoint: what ends its answers, and that it can be written."""
+"""Generation config of a checkpoint: end tokens, and repair so that it can be saved."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_i
 
 
 def ending_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: those of the config, the tokenizer's and the chat template's."""
+    """Tokens that end an answer: those of the config, the tokenizer and the chat template."""
     own: Any = config.eos_token_id
     found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
     return [token for token in dict.fromkeys(found) if token is not None]
 
 
 def exported_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """A copy that ends where the template does, and that `save_pretrained` accepts."""
+    """A copy with the template's end tokens that `save_pretrained` accepts."""
     repaired, _ = repair(config)
     ends = ending_ids(repaired, tokenizer)
     if ends:
@@ -29,10 +29,10 @@ def exported_config(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def repair(config: GenerationConfig) -> tuple[GenerationConfig, str]:
-    """A copy that `save_pretrained` accepts, and what was wrong with the original; empty where nothing was.
+    """A copy that `save_pretrained` accepts, and the problem of the original; empty if it had none.
 
-    Many published files have a temperature and no `do_sample`. They mean to sample, as engines do with them.
-    What cannot be repaired like that keeps its tokens alone: a finished training is worth more.
+    Many published files have a temperature but no `do_sample`. They are meant to sample, as engines do with
+    them. If that does not repair it, only the token ids are kept: an export must not fail after training.
     """
     repaired: GenerationConfig = copy.deepcopy(config)
     problem = _problem(repaired)

@@ -1,5 +1,5 @@
 """Heads over packed streams: the critic's value per token, the reward model's score per sequence, and the
-process reward model's verdict per step.
+process reward model's logits per step.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from rayrlhf.models.parallel import PackedModel
 
 
 class ScalarHead(nn.Module):
-    """A linear head whose output is fp32 whatever the weights are.
+    """A linear head with fp32 output, whatever the dtype of the weights.
 
-    In bfloat16 values near 5 are 1/32 apart, and a difference of two of them, as in GAE, is mostly rounding.
-    It owns the very parameters of the layer that it is made from, under the same names.
+    In bfloat16 the spacing of values near 5 is 1/32, and a difference of two of them, as in GAE, is mostly
+    rounding. It owns the parameters of the layer that it is made from, under the same names.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,7 +32,7 @@ class ScalarHead(nn.Module):
 class ValueModel(PackedModel):
     """A decoder with one number per token: the value of the state *before* that token.
 
-    `values[t]` is read off the hidden state of token t-1, in line with `logprobs[t]` (see rayrlhf.batch); it
+    `values[t]` is computed from the hidden state of token t-1, like `logprobs[t]` (see rayrlhf.batch); it
     is 0 at the first token of every sequence, which is never a policy token.
     """
 
@@ -49,7 +49,7 @@ class ValueModel(PackedModel):
 
 
 class ScoreModel(PackedModel):
-    """A sequence classifier with one label, read at each sequence's last token (decoder checkpoints)."""
+    """A sequence classifier with one label, evaluated at each sequence's last token (decoder checkpoints)."""
 
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class ScoreModel(PackedModel):
 
 
 class StepModel(PackedModel):
-    """A token classifier with the labels (bad, good), read at the tokens that end a step (PRM)."""
+    """A token classifier with the labels (bad, good), evaluated at the tokens that end a step (PRM)."""
 
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -79,10 +79,10 @@ class StepModel(PackedModel):
         cu_seqlens: Tensor,  # [S+1]
         loss_mask: Tensor,  # [T]
     ) -> Tensor:
-        """Logits [N, 2] in fp32 at the N tokens in the mask, in their order.
+        """Logits [N, 2] in fp32 at the N tokens in the mask, in order.
 
-        Without any, the head still runs on one token, which then is cut off: under ZeRO-3 every rank must run
-        it, and the sum of no logits still has a (zero) gradient for every parameter.
+        If N is 0, the head still runs on one token, which is then sliced off: under ZeRO-3 every rank must
+        run it, and the sum of no logits still has a (zero) gradient for every parameter.
         """
         hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
         where = (loss_mask > 0).nonzero().squeeze(-1)

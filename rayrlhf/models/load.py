@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a module: policy, critic, reward models, tokenizer."""
+"""Loads policy, critic, reward models and tokenizer from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rayrlhf.models.streams import Streams, with_streams
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is the slower of the two."""
+    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -60,7 +60,7 @@ def load_student(
     divergence: str,
     beta: float = 0.5,
 ) -> DistillModel:
-    """A language model to be distilled into, in training mode; `divergence` is one of `DISTILL_LOSSES`."""
+    """A language model to distil into, in training mode; `divergence` is one of `DISTILL_LOSSES`."""
     streams, options = _streams_and_options(config, path, device)
     causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
     student = DistillModel(causal_lm, chunk_tokens=chunk_tokens, divergence=divergence, beta=beta)
@@ -89,7 +89,7 @@ def load_scorer(config: ModelConfig, path: str, *, device: torch.device) -> Scor
 def load_reward_model(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
     """A reward model to train, from a language model (a new head, all scores 0) or from a reward model.
 
-    Raises `ValueError` where transformers has no classifier to export it as.
+    Raises `ValueError` if transformers has no classifier for the export.
     """
     if not has_packed_scorer(path, trust_remote_code=config.trust_remote_code):
         raise ValueError(
@@ -105,10 +105,10 @@ def load_step_model(
 ) -> StepModel:
     """A process reward model to train, from a language model or from a token classifier with two labels.
 
-    From a language model with `reward_token_ids` (bad, good), its logits start as the language model's logits
-    of these two tokens; without them, all are 0. A classifier keeps its head. Raises `ValueError` where
-    transformers has no token classifier to export it as, for another number of labels, and for logits that
-    no linear head can give.
+    From a language model with `reward_token_ids` (bad, good), its initial logits are the language model's
+    logits of these two tokens; without them, all are 0. A classifier keeps its head. Raises `ValueError` if
+    transformers has no token classifier for the export, for another number of labels, and for logits that are
+    not a linear function of the hidden states.
     """
     found = AutoConfig.from_pretrained(
         local_folder(path, weights=False), trust_remote_code=config.trust_remote_code
@@ -137,15 +137,15 @@ def load_step_model(
 
 
 def adapt(config: TrainedModelConfig, model: Any, *, device: torch.device, seed: int) -> None:
-    """Add the adapters that the config wants to a decoder or language model, which is frozen then, and may
-    go to 4 bits on the `device`.
+    """Add the configured adapters to a decoder or language model, which is then frozen, and optionally
+    quantized to 4 bits on the `device`.
     """
     if config.quantization is not None:
-        from rayrlhf.models.quantize import quantize  # and with it bitsandbytes
+        from rayrlhf.models.quantize import quantize  # imports bitsandbytes
 
         quantize(model, device)
     if config.lora is not None:
-        from rayrlhf.models.lora import add_adapters  # and with it PEFT: a second
+        from rayrlhf.models.lora import add_adapters  # imports PEFT, which takes a second
 
         add_adapters(model, config.lora, seed=seed)
 
@@ -155,12 +155,12 @@ def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> boo
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Keep only each layer's input in the forward pass and compute the rest again in the backward pass."""
+    """Activation checkpointing: store only each layer's input, recompute the rest in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether this checkpoint's classifier is a decoder with a `score` head: it can read packed sequences."""
+    """Whether this checkpoint's classifier is a decoder with a `score` head, which supports packing."""
     config = AutoConfig.from_pretrained(
         local_folder(path, weights=False), trust_remote_code=trust_remote_code
     )
@@ -186,7 +186,7 @@ def _decoder_and_head(
 
 
 def _zero_step_head(decoder: Any) -> nn.Linear:
-    """With a bias, as transformers' token classifiers have one unless their config says otherwise."""
+    """A zero head with a bias, which transformers' token classifiers have by default."""
     bias = getattr(decoder.config, "token_classification_bias", True)
     head = nn.Linear(decoder.config.get_text_config().hidden_size, 2, bias=bias, dtype=decoder.dtype)
     for parameter in head.parameters():
@@ -208,8 +208,8 @@ def step_head_of(causal_lm: Any, reward_token_ids: tuple[int, int]) -> nn.Linear
     head = _zero_step_head(causal_lm)
     if scaling.softcap is not None or (projection.bias is not None and head.bias is None):
         raise ValueError(
-            "this language model's logits are not a linear function that a token classifier could start "
-            "from; leave the reward tokens out"
+            "this language model's logits are not a linear function of its hidden states, so a token "
+            "classifier cannot be initialised from them; omit the reward tokens"
         )
     head.weight.copy_(projection.weight[rows] * scaling.slope)
     if projection.bias is not None:
@@ -230,11 +230,11 @@ def _is_made_for(path: str, suffix: str, *, trust_remote_code: bool) -> bool:
 def _streams_and_options(
     config: ModelConfig, path: str, device: torch.device, *, head: Head = "policy"
 ) -> tuple[Streams, dict[str, Any]]:
-    """In which streams the model is right, and how it is loaded for that. Raises `ValueError` if in none."""
+    """The streams with which the model is correct, and its load options. Raises `ValueError` if none."""
     found = AutoConfig.from_pretrained(
         local_folder(path, weights=False), trust_remote_code=config.trust_remote_code
     )
-    # Of any length: the driver has looked at the run's own (runtime.architecture_checks).
+    # For any length: the driver has checked the run's lengths (runtime.architecture_checks).
     verdict = verdict_of(found, longest=0, head=head, trust_remote_code=config.trust_remote_code)
     if verdict.streams is None:
         raise ValueError(f"{path}: {verdict.reason}; choose another model")
@@ -243,7 +243,7 @@ def _streams_and_options(
     if streams.is_packed and limits:
         streams = Streams(longest_packed=min(limits))
     kernel = config.attention_kernel
-    if has_chunks(found):  # FlashAttention's kernels know no chunks
+    if has_chunks(found):  # FlashAttention's kernels do not support chunks
         kernel = "sdpa"
     return streams, {
         "dtype": resolve_dtype(config.dtype, device),

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens without ever holding a [tokens, vocab] tensor.
+"""Log-probabilities of given tokens without materialising a [tokens, vocab] tensor.
 
-The language-model head runs only where the loss mask is set, a chunk of rows at a time, in fp32 whatever the
-model's dtype (rayrlhf.models.fused_head).
+The language-model head runs only where the loss mask is set, in chunks of rows, in fp32 whatever the model's
+dtype (rayrlhf.models.fused_head).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def logit_scaling(config: PreTrainedConfig) -> LogitScaling:
-    """What this model does to its projection's output."""
+    """The model's scaling of its projection's output."""
     text = config.get_text_config()
 
     def factor(name: str) -> float:
@@ -39,17 +39,17 @@ def logit_scaling(config: PreTrainedConfig) -> LogitScaling:
 
 
 class OutputHead(nn.Module):
-    """The model's own output projection, for a forward pass that goes over chunks of rows.
+    """The model's output projection, for a forward pass over chunks of rows.
 
-    It owns the projection's very parameters (tied or not) instead of calling the projection, so that ZeRO-3
-    gathers them once per forward and once per backward, on every rank alike, however many chunks a rank has.
+    It owns the projection's parameters (tied or not) instead of calling the projection, so that ZeRO-3
+    gathers them once per forward and once per backward on every rank, however many chunks a rank has.
     """
 
     def __init__(self, projection: nn.Linear, *, chunk_tokens: int, scaling: LogitScaling) -> None:
         super().__init__()
         self.weight = projection.weight  # [V, H]
         self.bias = projection.bias
-        self.vocabulary_size = projection.out_features  # the weight has no rows while ZeRO-3 holds them
+        self.vocabulary_size = projection.out_features  # the weight has no rows while ZeRO-3 partitions it
         self.chunk_tokens = chunk_tokens
         self.scaling = scaling
 
@@ -64,7 +64,7 @@ class LogprobHead(OutputHead):
 
 
 class PolicyModel(PackedModel):
-    """A causal language model that answers with log-probabilities of the tokens it is shown."""
+    """A causal language model that returns log-probabilities of its input tokens."""
 
     def __init__(self, causal_lm: PreTrainedModel, *, chunk_tokens: int) -> None:
         super().__init__()
@@ -95,13 +95,12 @@ class PolicyModel(PackedModel):
 
 
 def loss_tokens(position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the tokens are that the head has to look at, and what each weighs; [N] both.
+    """Positions of the loss tokens, on which the head runs, and their weights; both [N].
 
-    A batch without learnt tokens still runs the head, on one token that weighs 0: under ZeRO-3 every rank
-    must.
+    A batch without loss tokens still runs the head, on one token with weight 0: under ZeRO-3 every rank must.
     """
-    learnt = (loss_mask > 0) & (position_ids > 0)
-    where = learnt.nonzero().squeeze(-1)
+    in_loss = (loss_mask > 0) & (position_ids > 0)
+    where = in_loss.nonzero().squeeze(-1)
     if where.numel() == 0:
         where = torch.ones(1, dtype=torch.long, device=where.device)
-    return where, learnt[where].float()
+    return where, in_loss[where].float()

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): added to a frozen model, and written as PEFT reads them."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): adds them to a frozen model, saves them in PEFT's format."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rayrlhf.models.quiet_peft import inject_adapter_in_model
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
-    """Freeze `model` and give its linear layers adapters, the same on every rank; the model computes what it
-    did, as B is 0.
+    """Freeze `model` and add adapters to its linear layers, the same on every rank; the model's outputs are
+    unchanged, as B is 0.
 
-    Raises `ValueError` as `check_targets` does.
+    Raises `ValueError` like `check_targets`.
     """
     check_targets(model, lora)
     with torch.random.fork_rng(devices=[]):
@@ -32,8 +32,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None
 
 
 def check_targets(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Raises `ValueError` for target modules that are no linear layers of the model, or are its output head,
-    whose weight is read as it is.
+    """Raises `ValueError` for target modules that are not linear layers of the model, or are its output head,
+    whose weight is read directly.
     """
     head = model.get_output_embeddings()
     found = {
@@ -45,13 +45,13 @@ def check_targets(model: PreTrainedModel, lora: LoraConfig) -> None:
     if unknown := [name for name in wanted if name not in found]:
         raise ValueError(
             f"got {', '.join(unknown)}, wanted some of the linear layers, {', '.join(sorted(found))}. "
-            "Fix: name them by their last names, or leave the key out to adapt all"
+            "Fix: use the last parts of their names, or omit the key to adapt all"
         )
 
 
 def write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str | None = None) -> None:
-    """Write `adapter_config.json` and the weights. `task` is PEFT's name of the model's kind, and `head` a
-    module that was trained as a whole, whose weights are in the state too.
+    """Write `adapter_config.json` and the weights. `task` is PEFT's task type, and `head` a fully trained
+    module, whose weights are in the state too.
     """
     pinned = pinned_id(adapter.base)
     config = _peft_config(

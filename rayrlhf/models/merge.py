@@ -1,4 +1,4 @@
-"""Merging a PEFT adapter into its base: W + scale · B·A for every adapted weight, on the CPU."""
+"""Merges a PEFT adapter into its base: W + scale · B·A for every adapted weight, on the CPU."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ MAX_SHOWN = 3  # names in a message
 
 
 def merge(plan: Plan) -> str:
-    """Write `plan.out`, and return a sentence about it. The weights keep the base's dtype.
+    """Write `plan.out`, and return a summary sentence. The weights keep the base's dtype.
 
-    Raises `MergeProblem` where the adapter does not fit the base to the last weight: peft itself would leave
-    out what it cannot place.
+    Raises `MergeProblem` unless every weight of the adapter fits the base: peft itself would ignore those
+    that do not.
     """
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it reports new heads, which the adapter brings
+    logging.set_verbosity_error()  # transformers warns about new heads, whose weights are in the adapter
     tensors = load_file(plan.adapter / ADAPTER_WEIGHTS)
     base = _load_base(plan, tensors)
     adapted = _adapt(plan, base, tensors)
@@ -62,14 +62,14 @@ def merge(plan: Plan) -> str:
 
 
 def _load_base(plan: Plan, tensors: dict[str, Tensor]) -> Any:
-    """The base as the adapter's task sees it. Raises `MergeProblem`."""
+    """The base model for the adapter's task. Raises `MergeProblem`."""
     heads = [tensor for name, tensor in tensors.items() if HEAD.search(name)]
     options = {"num_labels": heads[-1].shape[0]} if heads and plan.task != "CAUSAL_LM" else {}
     try:
         model, loading = CLASSES[plan.task].from_pretrained(
             plan.loaded_base, dtype="auto", output_loading_info=True, **options
         )
-    except Exception as error:  # what a broken or foreign checkpoint raises is not specified
+    except Exception as error:  # a broken or custom checkpoint may raise anything
         raise MergeProblem(f"the base {plan.base} cannot be loaded for {plan.task}: {error}") from error
     absent = sorted(name for name in loading["missing_keys"] if ADAPTER_PREFIX + name not in tensors)
     if absent:
@@ -85,7 +85,7 @@ def _adapt(plan: Plan, base: Any, tensors: dict[str, Tensor]) -> PeftModel:
     config = PeftConfig.from_pretrained(str(plan.adapter))
     if config.is_prompt_learning:
         raise MergeProblem(
-            f"ADAPTER={plan.adapter}: peft_type={config.peft_type} learns prompts; wanted an adapter of "
+            f"ADAPTER={plan.adapter}: peft_type={config.peft_type} trains prompts; wanted an adapter of "
             "weights, such as LORA"
         )
     config.base_model_name_or_path = plan.loaded_base  # it may have moved
@@ -120,7 +120,7 @@ def _some(names: list[str]) -> str:
 
 
 def _tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """The adapter's own, which may have another chat template, else that of the base."""
+    """The adapter's tokenizer, which may have a different chat template, else the base's."""
     own = (plan.adapter / "tokenizer_config.json").is_file()
     return AutoTokenizer.from_pretrained(str(plan.adapter) if own else plan.loaded_base)
 
@@ -133,7 +133,7 @@ def _padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _write(plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """In one move: the folder is there when it is whole."""
+    """Write the folder atomically."""
     partial = plan.out.with_name(f".{plan.out.name}.partial-{os.getpid()}")
     if plan.task == "CAUSAL_LM":
         model.generation_config = exported_config(model.generation_config, tokenizer)

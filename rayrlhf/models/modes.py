@@ -1,4 +1,4 @@
-"""Who may read what a run leaves: whom the umask lets, as for every other file."""
+"""File modes of a run's output: as given by the umask."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ READABLE, EXECUTABLE = 0o444, 0o111
 
 
 def honour_umask(folder: Path) -> None:
-    """Give every file and folder below `folder`, and itself, the modes of ones that are made there now.
+    """Set the modes of `folder` and everything below it to those of newly created files and folders.
 
-    safetensors makes its files with 0600 and `tempfile.mkdtemp` its folders with 0700, whatever the umask.
-    The modes are those of a file and a folder that are made for it: where a folder has an access list, or a
-    mount modes of its own, these count and not the umask. Where modes cannot be changed, it warns.
+    safetensors creates its files with 0600 and `tempfile.mkdtemp` its folders with 0700, whatever the umask.
+    The modes are taken from a file and a folder created for this purpose: if a folder has an access list, or
+    a mount has fixed modes, these apply instead of the umask. If modes cannot be changed, it warns.
     """
     probe = folder / f".mode-{os.getpid()}"
     probe.mkdir()
@@ -37,6 +37,6 @@ def honour_umask(folder: Path) -> None:
         if mode != wanted:
             try:
                 path.chmod(wanted)
-            except OSError as error:  # a mount that has no modes, or whose owner is somebody else
+            except OSError as error:  # a mount without modes, or with another owner
                 logger.warning("%s keeps mode %o (%s): others may be unable to read it", path, mode, error)
                 return

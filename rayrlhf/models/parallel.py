@@ -1,12 +1,12 @@
-"""Sequence parallelism: one packed stream on several ranks, which meet in every attention layer.
+"""Sequence parallelism: one packed stream sharded over several ranks, which communicate in attention layers.
 
-Each rank holds the hidden states of its share of the tokens. A layer's keys and values, of which there are
-few under grouped-query attention, are gathered from the group, and each rank's queries attend to them: the
-context parallelism of Llama 3 (arXiv 2407.21783, section 3.3.2), which asks nothing of the number of heads.
-A rank holds the i-th block of tokens from the front and the i-th from the back, as a token near the end
-attends to more than one near the start.
+Each rank holds the hidden states of its share of the tokens. A layer's keys and values, which are small with
+grouped-query attention, are all-gathered in the group, and each rank's queries attend to them: the context
+parallelism of Llama 3 (arXiv 2407.21783, section 3.3.2), which works for any number of heads. A rank holds
+the i-th block of tokens from the front and the i-th from the back, as a token near the end attends to more
+tokens than one near the start.
 
-Beside the legend of `rayrlhf.batch`: P  ranks of the group      n  tokens that each of them holds
+In addition to the legend of `rayrlhf.batch`: P  ranks of the group      n  tokens held by each of them
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from rayrlhf.models.streams import Streams, hidden_states
 
 @dataclass
 class Share:
-    """Which tokens of a stream this rank holds. Without a group: all of them."""
+    """The tokens of a stream that this rank holds. Without a group: all of them."""
 
     num_tokens: int  # T
-    num_padded: int  # with filler after the last token, which makes all shares equally long
+    num_padded: int  # tokens with padding at the end, which makes all shares equally long
     positions: Tensor  # [n] in the padded stream
     group: dist.ProcessGroup | None = None
-    pieces: list[Piece] = field(default_factory=list)  # of the held tokens, in their order; with a group
-    num_attended: int = 0  # attention layers that have seen this share
+    pieces: list[Piece] = field(default_factory=list)  # of the held tokens, in order; only with a group
+    num_attended: int = 0  # attention layers that have processed this share
 
     @staticmethod
     def of(cu_seqlens: Tensor, num_tokens: int, group: dist.ProcessGroup | None) -> Share:
@@ -48,40 +48,40 @@ class Share:
         num_padded = 2 * size * block
         blocks = [range(block * i, block * (i + 1)) for i in (rank, 2 * size - 1 - rank)]
         positions = torch.cat([torch.arange(b.start, b.stop) for b in blocks]).to(cu_seqlens.device)
-        # The filler is a sequence of its own: every rank attends in every layer, so all go back through them.
+        # The padding is a separate sequence: every rank attends in every layer, so all take part in backward.
         bounds = [*cu_seqlens.tolist(), num_padded]
         pieces = [piece for b in blocks for piece in _pieces(b, bounds)]
         return Share(num_tokens, num_padded, positions, pieces=pieces)
 
     def take(self, tokens: Tensor) -> Tensor:
-        """This rank's [n] of a tensor [T]; any in the place of filler."""
+        """This rank's [n] of a tensor [T]; arbitrary values at padding positions."""
         return tokens if self.group is None else tokens[self.positions.clamp(max=self.num_tokens - 1)]
 
     def holds(self) -> Tensor:
-        """Of each token whether it is held here, [T]."""
+        """Whether each token is held by this rank, [T]."""
         return self._rows() >= 0
 
     def rows_of(self, where: Tensor) -> Tensor:
-        """In which of this rank's rows the tokens at `where` are; any for those that others hold."""
+        """This rank's row of each token at `where`; arbitrary for tokens of other ranks."""
         return self._rows()[where].clamp(min=0)
 
     def summed(self, part: Tensor) -> Tensor:
-        """The sum over the group of what each rank has made of the tokens that it holds."""
+        """All-reduce: the sum over the group of each rank's part."""
         return part if self.group is None else _SumOverGroup.apply(part, self.group)
 
     def placed(self, values: Tensor) -> Tensor:
-        """Of one value per held token, [n], those of the whole stream, [T], on every rank."""
+        """All-gather per-token values: local [n] → full stream [T], on every rank."""
         stream = values.new_zeros(self.num_padded).index_put((self.positions,), values)
         return self.summed(stream[: self.num_tokens])
 
     def _rows(self) -> Tensor:
-        """[T], -1 for tokens that others hold."""
+        """Local row of each token, [T]; -1 for tokens of other ranks."""
         rows = self.positions.new_full((self.num_padded,), -1)
         rows[self.positions] = torch.arange(len(self.positions), device=rows.device)
         return rows[: self.num_tokens]
 
     def gathered(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, kv_heads, P·n, head_dim] of the stream from this rank's [1, kv_heads, n, head_dim]."""
+        """All-gather keys and values: [1, kv_heads, n, head_dim] → [1, kv_heads, P·n, head_dim]."""
         assert self.group is not None
         keys_and_values = _GatherBlocks.apply(torch.stack([keys[0], values[0]]), self.group)
         return keys_and_values[:1], keys_and_values[1:]
@@ -92,7 +92,7 @@ class Piece(NamedTuple):
 
     first: int
     stop: int
-    start: int  # of the sequence
+    start: int  # first position of the sequence
 
 
 def _pieces(block: range, bounds: list[int]) -> list[Piece]:
@@ -105,13 +105,13 @@ class PackedModel(TrainedModule):
     """A decoder over packed streams, and a head."""
 
     streams = Streams()
-    # The ranks that compute each stream together; each of them must call the model on the same one.
+    # Ranks that compute each stream together; all must call the model with the same stream.
     sequence_group: dist.ProcessGroup | None = None
 
     def decode(
         self, decoder: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, Share]:
-        """Hidden states [n, H] of the tokens that this rank holds, and which they are."""
+        """Hidden states [n, H] of the tokens that this rank holds, and its share."""
         share = Share.of(cu_seqlens, input_ids.numel(), self.sequence_group)
         if share.group is None:
             return hidden_states(decoder, input_ids, position_ids, cu_seqlens, self.streams), share
@@ -133,8 +133,8 @@ def needs_streams_of_one(cu_seqlens: Tensor, streams: Streams) -> bool:
 
 
 def check_layers(layers: int, share: Share) -> None:
-    """Raises `ValueError` where layers mix tokens without our attention: they would see a part of each
-    sequence, without a word.
+    """Raises `ValueError` if layers mix tokens without our attention: they would silently see only a part of
+    each sequence.
     """
     if share.num_attended != layers:
         raise ValueError(
@@ -144,7 +144,7 @@ def check_layers(layers: int, share: Share) -> None:
 
 
 class _SumOverGroup(torch.autograd.Function):
-    """All ranks go on with the same sum to the same loss, so each part's gradient is the sum's."""
+    """All ranks compute the same loss from the same sum, so each part's gradient is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -158,7 +158,7 @@ class _SumOverGroup(torch.autograd.Function):
 
 
 class _GatherBlocks(torch.autograd.Function):
-    """From [2, kv_heads, n, head_dim] of each rank to [2, kv_heads, P·n, head_dim] in the stream's order."""
+    """All-gather [2, kv_heads, n, head_dim] → [2, kv_heads, P·n, head_dim] in the stream's order."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,11 +1,11 @@
-"""How long a sequence a model can read, by its config.json."""
+"""Maximum sequence length of a model, from its config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-# Positions are rows of a table here: the first one beyond it ends in "index out of range in self".
+# Models with a table of positions: a position beyond it fails with "index out of range in self".
 TABLES = ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_bigcode", "openai-gpt", "imagegpt", "opt", "biogpt")
 TABLES += ("bert", "distilbert", "albert", "electra", "ernie", "nezha", "deberta", "deberta-v2", "mpnet")
 OFFSET_TABLES = (
@@ -18,17 +18,17 @@ OFFSET_TABLES = (
 TABLES += OFFSET_TABLES
 RELATIVE = ("deberta", "deberta-v2")  # unless position_biased_input
 KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
-# Whose config.json has the number of positions after scaling: as vLLM takes it.
+# Rope types whose config.json has the number of positions after scaling, as vLLM interprets it.
 SCALED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
 
 class Positions(NamedTuple):
-    limit: int | None  # None: as many as one likes
-    is_table: bool  # one more cannot be read; else it was not trained for more
+    limit: int | None  # None: unlimited
+    is_table: bool  # a hard limit; otherwise the model was only trained up to it
 
 
 def positions_of(config: Mapping[str, Any]) -> Positions:
-    """Of a config.json."""
+    """The position limit of a config.json."""
     text = config.get("text_config") or config
     kind = str(text.get("model_type"))
     counts = [text[key] for key in KEYS if type(text.get(key)) is int and text[key] > 0]
@@ -54,7 +54,7 @@ def _scale(text: Mapping[str, Any]) -> float:
 
 
 def _ropes(text: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Also those of config.json's with one per kind of layer."""
+    """All rope configs, also if there is one per layer type."""
     for key in ("rope_scaling", "rope_parameters"):
         rope = text.get(key)
         if isinstance(rope, Mapping):

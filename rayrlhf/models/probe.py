@@ -1,8 +1,9 @@
-"""Is a model's architecture computed rightly here? A small copy of it, with random weights, tells.
+"""Architecture probe: tests with a small randomly initialised copy whether a model is computed correctly.
 
-Its log-probabilities of three sequences in one packed stream, by the functions that training uses, are
-compared with those of the model's own forward pass on each sequence alone. What is right only with streams of
-one sequence gets those; what never is right is refused. Takes seconds, reads no weights.
+The copy's log-probabilities of three sequences in one packed stream, computed by the training code, are
+compared with those of the model's own forward pass on each sequence alone. An architecture that is only
+correct with one sequence per stream gets such streams; one that is never correct is rejected. Takes seconds,
+reads no weights.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from rayrlhf.models.streams import Streams, hidden_states
 
 TOLERANCE = 1e-4  # of log-probabilities, in fp32
 SEED = 5
-MAX_PARAMETERS = 20_000_000  # of a copy: a config whose widths are not known stays large
-Head = Literal["policy", "values"]  # a language model; a decoder under a head of values or scores
+MAX_PARAMETERS = 20_000_000  # limit of a copy: a config with unknown width names stays large
+Head = Literal["policy", "values"]  # language model; decoder with a head for values or scores
 OWN_KERNELS = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of an architecture, e.g. Verdict(Streams(), 1.9e-06, attending=2, layers=2) of Llama."""
+    """Result of the probe, e.g. Verdict(Streams(), 1.9e-06, attending=2, layers=2) for Llama."""
 
-    streams: Streams | None  # None: refused
+    streams: Streams | None  # None: rejected
     deviation: float  # largest difference of a log-probability (or hidden state) with these streams
-    attending: int = 0  # layers of the copy that attend through our kernel
-    layers: int = 0  # of the copy
+    attending: int = 0  # layers of the copy that use our attention kernel
+    layers: int = 0  # layers of the copy
     reason: str = ""  # why not packed
-    packed_deviation: float = float("nan")  # had all sequences shared a stream
+    packed_deviation: float = float("nan")  # the deviation with all sequences in one stream
 
     @property
     def name(self) -> str:
@@ -51,7 +52,7 @@ class Verdict:
 
     @property
     def shares_sequences(self) -> bool:
-        """Whether ranks can share a sequence (model.sequence_parallel)."""
+        """Whether sequences can be sharded over ranks (model.sequence_parallel)."""
         return self.streams is not None and self.streams.is_packed and self.attending == self.layers
 
 
@@ -62,7 +63,7 @@ class Refusal(Exception):
 def verdict_of(
     config: PreTrainedConfig, *, longest: int | None, head: Head = "policy", trust_remote_code: bool = False
 ) -> Verdict:
-    """Of a model with this config in a run whose longest sequence has `longest` tokens (None: any length)."""
+    """Probe a model with this config for a run whose longest sequence has `longest` tokens (None: any)."""
     key = (config.to_json_string(use_diff=False), longest_kind(config, longest), head)
     if key not in _known:
         with _silent(), torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -75,7 +76,7 @@ _known: dict[Any, Verdict] = {}
 
 
 def longest_kind(config: PreTrainedConfig, longest: int | None) -> tuple[bool, ...]:
-    """Which of the model's limits the longest sequence exceeds: all that its length is good for."""
+    """Which of the model's limits the longest sequence exceeds; the probe depends on nothing else of it."""
     text: Any = config.get_text_config()
     names = (
         "sliding_window",
@@ -90,7 +91,7 @@ def longest_kind(config: PreTrainedConfig, longest: int | None) -> tuple[bool, .
 
 
 def rope_limits(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
-    """(type, tokens) of rotary embeddings whose frequencies are others for longer sequences."""
+    """(type, tokens) of rotary embeddings whose frequencies change for longer sequences."""
     text: Any = config.get_text_config()
     found = getattr(text, "rope_parameters", None) or {}
     for rope in [found, *(each for each in found.values() if isinstance(each, dict))]:
@@ -114,14 +115,14 @@ def _judge(config: PreTrainedConfig, longest: int | None, head: Head, trust_remo
 
 
 def _best(probe: Any, expected: list[Tensor], limits: list[int], config: PreTrainedConfig) -> Verdict:
-    """The fastest streams that are right. Raises `Refusal`."""
+    """The fastest streams that are correct. Raises `Refusal`."""
     choices = [Streams(), *(Streams(limit) for limit in limits), Streams(0)]
     choices += [Streams(0, kernel) for kernel in OWN_KERNELS]
     tried: list[tuple[Streams, float, str]] = []
     for streams in choices:
         try:
             found, attending = probe.ours(streams)
-        except Exception as error:  # transformers' own code, whatever it says to an unusual call
+        except Exception as error:  # transformers' code may raise anything on an unusual call
             tried.append((streams, float("nan"), _message(error)))
             continue
         deviation = _distance(found, expected)
@@ -139,14 +140,14 @@ def _best(probe: Any, expected: list[Tensor], limits: list[int], config: PreTrai
 
 
 def _as_in_the_model(streams: Streams, config: PreTrainedConfig) -> Streams:
-    """With the model's own limit instead of the small copy's."""
+    """The streams with the model's limit instead of the small copy's."""
     if not streams.longest_packed:
         return streams
     return streams._replace(longest_packed=min(limit for _, limit in rope_limits(config)))
 
 
 def _why_not_packed(tried: list[tuple[Streams, float, str]]) -> str:
-    """Of the choices before the last one, which is right."""
+    """Why the choices before the last one, which is correct, failed."""
     streams, deviation, failure = tried[-1][0], *tried[0][1:]
     if streams.is_packed:
         return ""
@@ -167,7 +168,7 @@ def _why_never(tried: list[tuple[Streams, float, str]], probe: Any) -> str:
 
 
 class _Subject:
-    """A small copy, and the sequences that it is shown."""
+    """A small copy and its test sequences."""
 
     make: Any
 
@@ -180,7 +181,7 @@ class _Subject:
         self.weights = self.module.state_dict()
 
     def _first(self) -> tuple[str, Any]:
-        """With a kernel of transformers' own; eager is what every model has."""
+        """With a kernel of transformers; every model supports eager."""
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in self._build("eager").parameters())
         if size > MAX_PARAMETERS:
@@ -190,7 +191,7 @@ class _Subject:
         return "eager", module
 
     def _build(self, kernel: str) -> Any:
-        config = copy.deepcopy(self.small)  # it keeps the kernel's name
+        config = copy.deepcopy(self.small)  # the model writes the kernel's name to it
         with _whole():
             module = self.make(config, attn_implementation=kernel, trust_remote_code=self.trust_remote_code)
         return module.eval()
@@ -203,14 +204,14 @@ class _Subject:
         return module
 
     def own(self) -> list[Tensor]:
-        """[t, …] of each sequence alone, by the model's own forward pass."""
+        """Outputs [t, …] of each sequence alone, by the model's own forward pass."""
         return _attempt("its small copy cannot be run", lambda: [self.plain(ids) for ids in self.sequences])
 
     def plain(self, ids: Tensor) -> Tensor:
         raise NotImplementedError
 
     def check_own(self, expected: list[Tensor]) -> None:
-        """That a token's output depends on those before it, and on nothing else. Raises `Refusal`."""
+        """Check that a token's output depends only on the preceding tokens. Raises `Refusal`."""
         index = LENGTHS.index(max(LENGTHS))
         changed = self.sequences[index].clone()
         changed[-1] = (changed[-1] - 2) % (VOCABULARY - 3) + 3
@@ -232,7 +233,7 @@ class _Policy(_Subject):
     make = staticmethod(AutoModelForCausalLM.from_config)
 
     def plain(self, ids: Tensor) -> Tensor:
-        """Log-probabilities of all tokens of the vocabulary, [t, V]."""
+        """Log-probabilities over the vocabulary, [t, V]."""
         return self.module(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
 
     def comparable(self, own: list[Tensor]) -> list[Tensor]:
@@ -249,7 +250,7 @@ class _Policy(_Subject):
         return list(torch.stack(output).split(LENGTHS, 1)), len(seen)
 
     def fault_of_its_head(self) -> str | None:
-        """Where the logits are some other function of the output projection than we know."""
+        """The difference, if the logits are an unsupported function of the output projection."""
         projection, seen = self.module.get_output_embeddings(), []
         if not isinstance(projection, nn.Linear):
             return f"its output projection is a {type(projection).__name__}, not a linear layer"
@@ -288,12 +289,12 @@ class _Decoder(_Subject):
 
 
 def _of_tokens(logprobs: Tensor, ids: Tensor) -> Tensor:
-    """[t] of [t, V]: those of the tokens that there are."""
+    """Log-probabilities of the given tokens, [t] from [t, V]."""
     return torch.cat([torch.zeros(1), logprobs[:-1].gather(-1, ids[1:, None]).squeeze(-1)])
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    """[t] of [t, V]: in front of each token."""
+    """Entropy before each token, [t] from [t, V]."""
     return torch.cat([torch.zeros(1), -(logprobs.exp() * logprobs).sum(-1)[:-1]])
 
 
@@ -304,7 +305,7 @@ def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
 def _attempt(what: str, function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
-    except Exception as error:  # code of transformers or of the checkpoint
+    except Exception as error:  # from transformers' or the checkpoint's code
         raise Refusal(f"{what}: {_message(error)}") from error
 
 
@@ -314,7 +315,7 @@ def _message(error: Exception) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """transformers warns of what it is given meanwhile, which is nobody's model."""
+    """Silences transformers' warnings, which are about the copy and not a real model."""
     kept = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
@@ -325,7 +326,7 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _whole() -> Iterator[None]:
-    """Models are made whole meanwhile, in a process too that loads others in parts (ZeRO-3)."""
+    """Models are created unpartitioned inside, also in a process that loads others partitioned (ZeRO-3)."""
     reference = zero3._hf_deepspeed_config_weak_ref
     kept = reference() if reference is not None else None
     zero3.unset_hf_deepspeed_config()

@@ -12,20 +12,20 @@ from transformers import PreTrainedModel
 
 
 class Nf4Linear(Linear4bit):
-    """bitsandbytes' layer, made from a dense one. A state dict has the packed weight without the constants
-    that unpack it: nobody loads it, for the model's folder has the dense one.
+    """bitsandbytes' layer, created from a dense one. Its state dict has the packed weight without the
+    constants to unpack it: it is never loaded, since the model's folder has the dense weight.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
-        with torch.device("meta"):  # a random weight that nobody needs
+        with torch.device("meta"):  # the random weight is not needed
             super().__init__(
                 linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype, quant_type="nf4"
             )
-        parameter: Any = Params4bit  # whose type is that of any parameter
+        parameter: Any = Params4bit  # its type annotation is that of a plain parameter
         weight = parameter(linear.weight.data, requires_grad=False, quant_type="nf4", module=self)
         self.weight = weight.to(device)  # which quantises
         self.bias = linear.bias
-        # In evaluation mode some CPUs would lay weights out anew, and gradients behind them become 0.
+        # In evaluation mode the weights would be re-laid out on some CPUs, and gradients behind them be 0.
         self.support_avx512bf16_for_cpu = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -33,8 +33,8 @@ class Nf4Linear(Linear4bit):
 
 
 def quantize(model: PreTrainedModel, device: torch.device) -> None:
-    """Replace all linear layers but the output head, one by one; `device` keeps the 4-bit weights. Raises
-    `ValueError` as `layers_to_quantize` does.
+    """Replace all linear layers except the output head, one by one; the 4-bit weights are on `device`. Raises
+    `ValueError` like `layers_to_quantize`.
     """
     for name, linear in layers_to_quantize(model).items():
         owner, _, last = name.rpartition(".")
@@ -42,7 +42,7 @@ def quantize(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def layers_to_quantize(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """By name. Raises `ValueError` for a model that has none (GPT-2's layers are convolutions)."""
+    """Linear layers by name. Raises `ValueError` for a model without any (GPT-2 has Conv1D layers)."""
     head = model.get_output_embeddings()
     layers = {
         name: module
@@ -57,6 +57,6 @@ def layers_to_quantize(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def dense(parameter: Tensor) -> Tensor:
-    """The weight that a 4-bit parameter stands for, in the dtype that it had."""
+    """The dequantized weight of a 4-bit parameter, in its original dtype."""
     state: Any = parameter.quant_state  # pyright: ignore[reportAttributeAccessIssue]  # Params4bit's
     return dequantize_4bit(parameter.data, state)

@@ -1,4 +1,4 @@
-"""PEFT, without the warning about kernels that bitsandbytes logs when PEFT imports it."""
+"""Imports PEFT without the warning about kernels that bitsandbytes logs when PEFT imports it."""
 
 from __future__ import annotations
 

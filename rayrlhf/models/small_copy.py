@@ -1,8 +1,9 @@
-"""A small copy of a model, from its config alone: few layers, but every kind that the model has.
+"""Small copy of a model, from its config alone: few layers, but one of every type that the model has.
 
-What decides how tokens mix stays as it is: the kinds of layers and their order, the type of rotary embedding,
-multipliers, the share of key-value heads. Widths, experts and the vocabulary shrink. Windows and position
-limits shrink such that the test's longest sequence is to them what the run's longest is to the model's.
+Everything that determines how tokens mix is kept: the layer types and their order, the type of rotary
+embedding, multipliers, the ratio of key-value heads. Widths, experts and the vocabulary are reduced. Windows
+and position limits are reduced such that the test's longest sequence relates to them as the run's longest
+sequence does to the model's.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-LENGTHS = (9, 45, 30)  # tokens of the test's sequences: two beyond the narrow limits
+LENGTHS = (9, 45, 30)  # tokens of the test sequences: two exceed the narrow limits
 NARROW, WIDE = 24, 96  # a window or limit that the longest of them exceeds, and one that it does not
 VOCABULARY = 96
 HEADS, HEAD_SIZE = 4, 16
 HIDDEN = HEADS * HEAD_SIZE
-CAP = 2.0  # of soft caps, which then matter to scores of about 1
-GAIN = 1.2  # of weights: scores and logits that differ
+CAP = 2.0  # soft caps, so that they affect scores of about 1
+GAIN = 1.2  # gain of weights, so that scores and logits differ
 
-# What is set where the model has it: every other width follows from these.
+# Values that are set if the config has them: every other width follows from these.
 SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_dim"), HIDDEN),
@@ -74,24 +75,23 @@ TOKENS = re.compile(
 PERIOD = re.compile(
     r"(period|interval|pattern|every_n_layers|_step|replace|num_dense_layers|start_index|offset)$"
 )
-# Lists of the numbers of layers.
+# Lists of layer indices.
 NUMBERS = re.compile(r"(_idxs|_layer_ids|moe_layers|mlp_only_layers|cross_attention_layers)$")
 
 
 def small_config(config: PreTrainedConfig, longest: int | None) -> PreTrainedConfig:
-    """The config of the small copy, for a run whose longest sequence has `longest` tokens; None: as long as
-    may be.
+    """The config of the small copy, for a run whose longest sequence has `longest` tokens; None: any length.
     """
     small = copy.deepcopy(config)
     for section in _sections(small):
         _shrink(section, longest)
-    vars(small).pop("quantization_config", None)  # the copy's weights are random ones of full precision
+    vars(small).pop("quantization_config", None)  # the copy has random weights in full precision
     small.dtype = torch.float32
     return small
 
 
 def _sections(config: Any) -> list[Any]:
-    """The config and those in it, the innermost first."""
+    """The config and its nested configs, innermost first."""
     names = getattr(config, "sub_configs", {})
     inner = [each for name in names if isinstance(each := getattr(config, name, None), PreTrainedConfig)]
     return [*(section for each in inner for section in _sections(each)), config]
@@ -108,14 +108,14 @@ def _shrink(config: Any, longest: int | None) -> None:
 
 
 def _smaller(name: str, value: Any, values: dict[str, Any], longest: int | None) -> Any:
-    """A value of the config in the small copy's."""
+    """The value for the small copy's config."""
     if isinstance(value, bool) or value is None:
         return value
     if TOKENS.search(name):
         return min(value, 2) if isinstance(value, int) else 2
     if name in CAPS:
         return CAP if value else value
-    if isinstance(value, list | tuple) and name in SIZES:  # one for each layer
+    if isinstance(value, list | tuple) and name in SIZES:  # one per layer
         return [SIZES[name]] * len(value)
     if not isinstance(value, int) or value <= 0:
         return value
@@ -146,7 +146,7 @@ def _smaller(name: str, value: Any, values: dict[str, Any], longest: int | None)
 
 
 def _fewer_layers(config: Any) -> None:
-    """As many layers from the first on as it takes to have one of every kind."""
+    """As many of the first layers as needed to have one of every type."""
     values = dict(vars(config))
     name = next((name for name in LAYERS if isinstance(values.get(name), int)), None)
     if name is None:
@@ -167,7 +167,7 @@ def _fewer_layers(config: Any) -> None:
     count = max([count, 2, *(period + 1 for period in periods)])
     num_kinds = len(set(kinds))
     shares = bool(values.get("num_kv_shared_layers"))
-    if shares:  # the last layers; one of each kind before them has keys of its own
+    if shares:  # the last layers; one of each type before them has its own keys
         count = min(count + num_kinds, total)
         config.num_kv_shared_layers = num_kinds
     count = min(count, total)
@@ -181,7 +181,7 @@ def _fewer_layers(config: Any) -> None:
 
 
 def _shrink_rope(config: Any, longest: int | None) -> None:
-    """Frequencies of narrower heads; the limit below which they are those of short sequences."""
+    """Adapt the rope config: frequencies of narrower heads; the limit of those for short sequences."""
     found = vars(config).get("rope_parameters")
     if not isinstance(found, dict):
         return
@@ -198,7 +198,7 @@ def _shrink_rope(config: Any, longest: int | None) -> None:
             limit = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
             small = NARROW if longest is None or longest > limit else WIDE
             rope["original_max_position_embeddings"] = small
-            if "original_max_position_embeddings" in vars(config):  # which some write over that
+            if "original_max_position_embeddings" in vars(config):  # some models overwrite it with this
                 config.original_max_position_embeddings = small
         if rope.get("rope_type") == "dynamic":
             limit = config.max_position_embeddings
@@ -211,7 +211,7 @@ def _first(values: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Weights under which every layer matters: those of fresh models hardly let tokens see each other."""
+    """Weights with which every layer matters: by default initialisation, tokens hardly affect each other."""
     for parameter in model.parameters():
         if parameter.dim() < 2:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

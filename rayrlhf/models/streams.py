@@ -1,9 +1,9 @@
-"""How sequences go through a decoder: packed into one stream, or each in a stream of its own.
+"""Streams of a decoder: sequences packed into one stream, or one sequence per stream.
 
-A model is right in a packed stream only if no layer carries anything from one sequence into the next: state
+A model is correct with packed streams only if no layer carries state from one sequence to the next: state
 space, linear-attention and short-convolution layers do, and some rotary embeddings choose their frequencies
-by the longest sequence that they see. Such models get streams of one sequence (rayrlhf.models.probe finds out
-which), and all that is made of hidden states stays as it is.
+by the longest sequence in the batch. Such models get one sequence per stream (as determined by
+rayrlhf.models.probe); the code that uses the hidden states is the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rayrlhf.models.attention import packed_inputs
 class Streams(NamedTuple):
     """Which sequences may share a stream, e.g. Streams() for Llama, Streams(longest_packed=0) for LFM2."""
 
-    longest_packed: int | None = None  # tokens; longer sequences go alone. None: all share one
-    attention: str | None = None  # transformers' own kernel, for models that cannot use ours; always alone
+    longest_packed: int | None = None  # tokens; longer sequences get their own stream. None: all share one
+    attention: str | None = None  # transformers' kernel, for models that cannot use ours; never packed
 
     @property
     def is_packed(self) -> bool:
@@ -33,13 +33,13 @@ M = TypeVar("M", bound=Any)
 
 
 def with_streams(model: M, streams: Streams) -> M:
-    """The model, whose sequences go through its decoder so from here on."""
+    """Set the model's streams; returns the model."""
     model.streams = streams
     return model
 
 
 def decoder_of(causal_lm: Any) -> Any:
-    """The part of a language model that ends in hidden states. Raises `ValueError` where there is none."""
+    """The part of a language model that outputs hidden states. Raises `ValueError` if there is none."""
     for found in (causal_lm.get_decoder(), getattr(causal_lm, "model", None), causal_lm.base_model):
         if isinstance(found, nn.Module) and found is not causal_lm and not isinstance(found, nn.Linear):
             return found
@@ -53,8 +53,8 @@ def hidden_states(
     cu_seqlens: Tensor,  # [S+1]
     streams: Streams,
 ) -> Tensor:
-    """[T, H] of sequences laid end to end, whatever streams they go through the decoder in."""
-    if streams.is_packed:  # with no word to the host about the sequences
+    """Hidden states [T, H] of concatenated sequences, whatever the division into streams."""
+    if streams.is_packed:  # no device-to-host synchronisation for the sequence lengths
         return decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]
     bounds = cu_seqlens.tolist()
     groups = _groups(bounds, streams)
@@ -72,20 +72,20 @@ def hidden_states(
     for _ in range(num_passes - len(groups)):
         ends = torch.tensor([0, 1]).to(cu_seqlens)
         empty = _one_stream(decoder, input_ids[:1], position_ids[:1], ends, streams)
-        hidden = hidden + 0.0 * empty.sum()  # it goes back through the layers, too
+        hidden = hidden + 0.0 * empty.sum()  # takes part in the backward pass, too
     return hidden
 
 
 def _one_stream(
     decoder: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, streams: Streams
 ) -> Tensor:
-    if streams.attention is not None:  # as transformers calls it: its own causal mask, its own positions
+    if streams.attention is not None:  # like transformers: its own causal mask and positions
         return decoder(input_ids=input_ids[None], use_cache=False).last_hidden_state[0]
     return decoder(**packed_inputs(input_ids, position_ids, cu_seqlens)).last_hidden_state[0]
 
 
 def _groups(bounds: list[int], streams: Streams) -> list[list[int]]:
-    """The sequences of each stream: those that may share one, then each other one."""
+    """The sequences of each stream: those that may share one, then each other one alone."""
     lengths = [stop - start for start, stop in pairwise(bounds)]
     limit = 0 if streams.longest_packed is None else streams.longest_packed
     if streams.attention is not None:
@@ -95,7 +95,7 @@ def _groups(bounds: list[int], streams: Streams) -> list[list[int]]:
 
 
 def _most_passes(decoder: nn.Module, count: int, device: torch.device) -> int:
-    """Of any rank where ZeRO-3 makes ranks gather each layer's weights together, else `count`."""
+    """The maximum over ranks if ZeRO-3 makes ranks gather each layer's weights together, else `count`."""
     is_partitioned = any(hasattr(parameter, "ds_id") for parameter in decoder.parameters())
     if not (is_partitioned and dist.is_initialized() and dist.get_world_size() > 1):
         return count

@@ -1,4 +1,4 @@
-"""What the weight files of a checkpoint hold, from their headers: milliseconds for any size. Pure.
+"""Reads the tensor names and shapes of weight files from their headers: milliseconds for any size. Pure.
 
 The format of safetensors: 8 bytes with the length of a JSON header, the header (name -> dtype, shape, data
 offsets), then the data, without a gap. https://github.com/huggingface/safetensors#format
@@ -16,7 +16,7 @@ from typing import Any
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 100_000_000  # limit of the format
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8)
 BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16)
@@ -26,7 +26,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 class BrokenFile(ValueError):
-    """A file that cannot be what its name says; the message names it."""
+    """A file that is not valid for its name; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TensorHead:
 
 
 def read_weight_heads(folder: Path) -> dict[str, TensorHead] | None:
-    """Every tensor of the folder's safetensors; None where the weights are pickled, which have no header.
+    """All tensors of the folder's safetensors files; None for pickled weights, which have no header.
 
     Raises `BrokenFile`.
     """
@@ -85,7 +85,7 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
 
 
 def read_heads(file: Path) -> dict[str, TensorHead]:
-    """The tensors of one safetensors file. Raises `BrokenFile` where it is cut short, or not one at all."""
+    """The tensors of one safetensors file. Raises `BrokenFile` if it is truncated or not safetensors."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -158,7 +158,7 @@ def _refuse_pointer(file: Path, start: bytes) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises `BrokenFile` for anything but an object."""
+    """The JSON object in a file. Raises `BrokenFile` for anything else."""
     try:
         content = file.read_bytes()
     except OSError as error:

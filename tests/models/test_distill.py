@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_refused(tiny_model: str, other_model: str) -> None
     mask = mask_with_holes(COUNT)
     answer = answer_of(teacher, "hidden", mask)
     assert isinstance(answer, TeacherHidden)
-    with pytest.raises(ValueError, match=r"answered for \d+ tokens; 29 are to be learnt"):
+    with pytest.raises(ValueError, match=r"output is for \d+ tokens; there are 29 loss tokens"):
         student(*packed(), torch.ones(COUNT), teacher=answer)
     with pytest.raises(ValueError, match=r"top_k=265 must be in 1 \.\. 264"):
         teacher.top_k(*packed(), mask, 265)
