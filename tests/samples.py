@@ -28,7 +28,7 @@ def make_sample(
     policy_version: int = 0,
     score: float | None = 0.0,
 ) -> Sample:
-    """Every response token is the policy's, at log-probability -1, unless told otherwise."""
+    """Every response token is the policy's, at log-probability -1, by default."""
     return Sample(
         group_id=group_id,
         sample_index=sample_index,

@@ -18,8 +18,8 @@ from rayrlhf.terminal import SafeConsole
 from rayrlhf.untrusted_text import one_line, printable, traceback_text, visible, write_line
 from tests.hostile_text import HOSTILE, assert_harmless
 
-# Arabic, Syriac and Kaithi signs of category Cf that are drawn.
-DRAWN = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
+# Arabic, Syriac and Kaithi signs of category Cf that are visible.
+VISIBLE = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_steers_a_terminal_or_hides_is_an_escape(text: str, shown: str) -> 
 def test_every_character_of_unicode_that_controls_or_formats() -> None:
     for code in range(sys.maxunicode + 1):
         category = unicodedata.category(chr(code))
-        if category in ("Cc", "Cf", "Cs", "Zl", "Zp") and code not in DRAWN and chr(code) not in "\n\t":
+        if category in ("Cc", "Cf", "Cs", "Zl", "Zp") and code not in VISIBLE and chr(code) not in "\n\t":
             assert visible(chr(code)).startswith("\\"), hex(code)
         elif category[0] in "LNPSZ" and chr(code) not in "\u115f\u1160\u3164\uffa0":
             assert visible(chr(code)) == chr(code), hex(code)
@@ -85,18 +85,18 @@ def test_a_console_prints_nothing_else(tmp_path: Path) -> None:
     console.out(HOSTILE)
     console.print("[red]r[/] [/] :smile: [link=file:///x]y[/link]")
     stream.seek(0)
-    told = stream.read()
-    assert_harmless(told)
-    assert "[red]r[/] [/] :smile: [link=file:///x]y[/link]" in told
+    text = stream.read()
+    assert_harmless(text)
+    assert "[red]r[/] [/] :smile: [link=file:///x]y[/link]" in text
 
 
 def test_a_traceback_that_quotes_a_response() -> None:
     try:
         raise ValueError(HOSTILE)
     except ValueError as error:
-        told = traceback_text(error)
-    assert_harmless(told)
-    assert told.startswith("Traceback") and told.count("\n") >= 3
+        text = traceback_text(error)
+    assert_harmless(text)
+    assert text.startswith("Traceback") and text.count("\n") >= 3
 
 
 PROGRAM = """
@@ -117,9 +117,9 @@ def test_errors_that_nobody_caught_and_warnings_without_a_handler(locale: str) -
     """Before: Python wrote all three raw."""
     environment = {"LC_ALL": locale, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUTF8": "0"}
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, env=environment, timeout=120)
-    told = ended.stderr.decode(errors="surrogateescape")
-    assert ended.returncode == 1 and len(re.findall(r"\\x1b\]0;pwned\\x07", told)) == 3
-    assert_harmless(told)
+    text = ended.stderr.decode(errors="surrogateescape")
+    assert ended.returncode == 1 and len(re.findall(r"\\x1b\]0;pwned\\x07", text)) == 3
+    assert_harmless(text)
 
 
 def test_the_guard_leaves_other_loggers_alone() -> None:

@@ -61,7 +61,7 @@ def score(*codes: UserCode) -> list[Any]:
     return asyncio.run(main())
 
 
-def test_a_file_imports_those_beside_it(tmp_path: Path) -> None:
+def test_a_file_imports_those_next_to_it(tmp_path: Path) -> None:
     assert score(find_user_code(make_folder(tmp_path, 1.0), "function")) == [[111.5]]
 
 
@@ -85,7 +85,7 @@ def test_a_run_keeps_the_code_that_it_began_with(tmp_path: Path) -> None:
     assert score(code) == [[111.5]], "a replica that restarts scores as before"
 
 
-def test_data_beside_a_file_is_found(tmp_path: Path) -> None:
+def test_data_next_to_a_file_is_found(tmp_path: Path) -> None:
     text = write(
         tmp_path,
         {
@@ -101,7 +101,7 @@ def test_data_beside_a_file_is_found(tmp_path: Path) -> None:
     assert score(find_user_code(text, "function")) == [[3.0]]
 
 
-def test_an_error_in_a_file_beside_it_names_the_line(tmp_path: Path) -> None:
+def test_an_error_in_a_file_next_to_it_names_the_line(tmp_path: Path) -> None:
     text = write(
         tmp_path,
         {

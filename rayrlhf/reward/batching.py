@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Requests that are sent together arrive a few milliseconds apart.
+# Requests that are sent together arrive within a few milliseconds of each other.
 GATHER_SECONDS = 0.005
 
 

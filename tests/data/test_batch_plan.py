@@ -30,14 +30,14 @@ def test_another_seed_has_another_order_and_no_shuffle_that_of_the_file() -> Non
 
 
 def test_hand_made_step() -> None:
-    # Rows 0..4 of 6, 5, 4, 3, 2 tokens for two ranks with room for 8: the heaviest go apart.
+    # Rows 0..4 of 6, 5, 4, 3, 2 tokens for two ranks with room for 8: the heaviest go to different ranks.
     plan = plan_step([0, 1, 2, 3, 4], np.array([6, 5, 4, 3, 2]), world_size=2, budget_tokens=8)
     tokens = [sum([6, 5, 4, 3, 2][row] for pack in rank for row in pack) for rank in plan.ranks]
     assert sorted(tokens) in ([9, 11], [10, 10])
     assert len(plan.ranks[0]) == len(plan.ranks[1])
 
 
-def test_a_rank_without_rows_gets_fillers() -> None:
+def test_a_rank_without_rows_gets_padding_batches() -> None:
     plan = plan_step([3], np.array([1, 1, 1, 7]), world_size=3, budget_tokens=8)
     assert sorted(plan.ranks) == [[[]], [[]], [[3]]]
 

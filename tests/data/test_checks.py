@@ -41,28 +41,28 @@ def test_good_sources_pass(tmp_path: Path) -> None:
     )
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD + '{"prompt": \n' + "[1]\n")
     (tmp_path / "empty.jsonl").write_text("\n")
-    told = message(
+    error = message(
         [f"{tmp_path}/a.jsonl", f"{tmp_path}/empty.jsonl"],
         eval=f"{tmp_path}/none.csv",
         chat_template=f"{tmp_path}/none.jinja",
     )
-    assert f"{tmp_path}/a.jsonl:2: not valid JSON" in told
-    assert f"{tmp_path}/a.jsonl:3: an array, not an object" in told
-    assert "data.on_bad_row=skip" in told
-    assert f"data.train[1]: {tmp_path}/empty.jsonl holds no rows" in told
-    assert f"data.eval[0]: {tmp_path}/none.csv: no such file" in told
-    assert f"data.chat_template={tmp_path}/none.jinja: no such file" in told
+    assert f"{tmp_path}/a.jsonl:2: not valid JSON" in error
+    assert f"{tmp_path}/a.jsonl:3: an array, not an object" in error
+    assert "data.on_bad_row=skip" in error
+    assert f"data.train[1]: {tmp_path}/empty.jsonl holds no rows" in error
+    assert f"data.eval[0]: {tmp_path}/none.csv: no such file" in error
+    assert f"data.chat_template={tmp_path}/none.jinja: no such file" in error
 
 
 def test_missing_columns_are_named_with_those_that_exist(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     path = f"{tmp_path}/a.jsonl"
     assert f"{path}:1: no column 'question' (data.prompt_key)" in message(path, prompt_key="question")
-    told = message(path, label_key="answer")
-    assert "no column 'answer' (data.label_key); the columns are: 'prompt', 'label'" in told
+    error = message(path, label_key="answer")
+    assert "no column 'answer' (data.label_key); the columns are: 'prompt', 'label'" in error
 
 
 def test_skipping_bad_rows_needs_one_good_row(tmp_path: Path) -> None:

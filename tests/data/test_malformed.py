@@ -170,7 +170,7 @@ def write(path: Path, kind: str, line: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize("kind, line, problem", MALFORMED)
-def test_it_is_told_with_file_and_row(tmp_path: Path, kind: str, line: str | bytes, problem: str) -> None:
+def test_it_is_reported_with_file_and_row(tmp_path: Path, kind: str, line: str | bytes, problem: str) -> None:
     path = write(tmp_path / "rows.jsonl", kind, line)
     with pytest.raises(DataError, match=rf"{path}:2: .*{problem}") as caught:
         check_example_sources(config_of(kind, path))

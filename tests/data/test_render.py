@@ -1,4 +1,4 @@
-"""What is learnt of an example: token ids and masks derived by hand.
+"""Token ids and loss masks of an example derived by hand.
 
 The tokenizer of tests/tiny_model.py: <pad> 0, <s> 1, </s> 2, <|system|> 3, <|user|> 4, <|assistant|> 5,
 <|tool|> 6, <|extra|> 7, and byte b of printable ASCII is b - 25. A newline (byte 10) and a blank (32) are
@@ -65,12 +65,12 @@ def sft(messages: Any, template: str | None = CHAT_TEMPLATE, **fields: Any) -> t
     return sequence.input_ids, sequence.loss_mask
 
 
-def learnt(found: tuple[list[int], list[int]]) -> list[int]:
+def loss_ids(found: tuple[list[int], list[int]]) -> list[int]:
     return [token for token, mask in zip(*found, strict=True) if mask]
 
 
 def masked(*parts: tuple[str, int]) -> tuple[list[int], list[int]]:
-    """Ids and mask of texts that are learnt (1) or not (0)."""
+    """Ids and mask of texts with loss (1) or without (0)."""
     pieces = [(ids(text), mask) for text, mask in parts]
     return [i for piece, _ in pieces for i in piece], [m for piece, m in pieces for _ in piece]
 
@@ -80,7 +80,7 @@ def test_a_prompt_and_an_answer_by_hand() -> None:
     assert sft(turns("hi", "be")) == ([1, 4, 79, 80, 2, 5, 73, 76, 2], [0, 0, 0, 0, 0, 0, 1, 1, 1])
 
 
-def test_every_answer_and_nothing_else_is_learnt_with_chatml() -> None:
+def test_every_answer_and_nothing_else_is_trained_on_with_chatml() -> None:
     found = sft(turns("hi", "be", "so", "no"), CHATML)
     assert found == masked(
         ("<|extra|>user\nhi</s>\n<|extra|>assistant\n", 0),
@@ -128,8 +128,8 @@ def test_generation_tags_agree_with_those_of_transformers() -> None:
     )
     found = sft(messages, TAGGED)
     assert found == (wanted["input_ids"], wanted["assistant_masks"])
-    assert learnt(found) == ids("be</s>no</s>")
-    assert learnt(sft(messages, TAGGED, learn="last_response")) == ids("no</s>")
+    assert loss_ids(found) == ids("be</s>no</s>")
+    assert loss_ids(sft(messages, TAGGED, learn="last_response")) == ids("no</s>")
 
 
 def test_generation_tags_that_leave_out_the_beginning_or_the_ending_token() -> None:
@@ -147,7 +147,7 @@ def test_generation_tags_that_leave_out_the_beginning_or_the_ending_token() -> N
 def test_generation_tags_that_include_what_comes_after_the_ending_token() -> None:
     template = TAGGED.replace("</s>{% endgeneration %}", "</s>\n{% endgeneration %}")
     found = sft(turns("hi", "be", "so", "no"), template)
-    assert learnt(found) == ids("be</s>no</s>")
+    assert loss_ids(found) == ids("be</s>no</s>")
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
@@ -156,12 +156,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         DataError, match=r"renders an earlier assistant turn differently .*learn=last_response"
     ):
         sft(thinking, FORGETFUL)
-    found = sft(thinking, FORGETFUL, learn="last_response")  # what inference sees is what is learnt after
+    found = sft(
+        thinking, FORGETFUL, learn="last_response"
+    )  # the context in training equals that of inference
     assert found == masked(
         ("<|user|>hi</s><|assistant|>be</s><|user|>so</s><|assistant|>", 0), ("<think>y</think>no</s>", 1)
     )
-    assert learnt(sft(thinking[:2], FORGETFUL)) == ids("<think>x</think>be</s>")
-    assert learnt(sft(turns("hi", "be", "so", "no"), FORGETFUL)) == ids("be</s>no</s>"), "nothing to forget"
+    assert loss_ids(sft(thinking[:2], FORGETFUL)) == ids("<think>x</think>be</s>")
+    assert loss_ids(sft(turns("hi", "be", "so", "no"), FORGETFUL)) == ids("be</s>no</s>"), "nothing to forget"
 
 
 def test_a_template_that_opens_otherwise_than_it_goes_on_is_refused() -> None:
@@ -179,13 +181,13 @@ def test_a_template_that_never_stops_is_refused() -> None:
 def test_what_follows_the_last_answer_is_cut() -> None:
     assert sft(turns("hi", "be", "so")) == sft(turns("hi", "be"))
     found = sft(turns("hi", "be", "so"), learn="all")
-    assert learnt(found) == ids("<|user|>hi</s><|assistant|>be</s><|user|>so</s>")
+    assert loss_ids(found) == ids("<|user|>hi</s><|assistant|>be</s><|user|>so</s>")
 
 
 def test_a_weight_of_0_leaves_a_turn_out() -> None:
     messages: list[dict[str, Any]] = turns("hi", "be", "so", "no")
     messages[1]["weight"] = 0
-    assert learnt(sft(messages)) == ids("no</s>")
+    assert loss_ids(sft(messages)) == ids("no</s>")
     messages[3]["weight"] = 0
     with pytest.raises(BadRow, match="weight 0"):
         sft(messages)
@@ -240,7 +242,7 @@ def test_plain_prompt_and_response_end_with_one_eos() -> None:
         plain_sft({**row, "system": "x"})
 
 
-def test_plain_texts_are_learnt_whole() -> None:
+def test_plain_texts_are_trained_on_whole() -> None:
     assert plain_sft({"text": "hi"}, learn="all") == ([1, 79, 80, 2], [0, 1, 1, 1])
 
 
@@ -305,9 +307,9 @@ def test_what_is_not_to_be_cut_comes_whole(on_long: str) -> None:
     assert (len(rendered.sequences[0]), rendered.num_tokens) == (14, 14)
 
 
-def test_the_first_token_of_a_sequence_is_never_learnt() -> None:
+def test_the_first_token_of_a_sequence_never_has_a_loss() -> None:
     found = sft(turns("hi", "be", "so", "no"), max_tokens=9, on_long="truncate_head")
-    # … be</s> <|user|>so</s><|assistant|>no</s> has 11 tokens; the last 9 begin with </s>, which was learnt
+    # … be</s> <|user|>so</s><|assistant|>no</s> has 11 tokens; the last 9 begin with </s>, a loss token
     assert found[0] == ids("</s><|user|>so</s><|assistant|>no</s>")
     assert found[1] == [0, 0, 0, 0, 0, 0, 1, 1, 1]
 
@@ -325,7 +327,7 @@ def test_steps_are_labelled_at_their_step_token() -> None:
     assert sequence.targets == [0.0] * 6 + [0.0, 1.0, 0.0, 0.0, 0.25]
 
 
-def test_steps_without_a_label_are_read_and_not_learnt() -> None:
+def test_steps_without_a_label_are_read_without_loss() -> None:
     row = {"prompt": "hi", "steps": ["a", "b", "c"], "labels": [1, 0, -1]}
     [sequence] = steps(row, label_scale="rating", neutral="ignore").sequences
     assert sequence.loss_mask == [0] * 6 + [0, 1, 0, 0, 0, 1]

@@ -77,12 +77,12 @@ def test_the_summary_has_a_line_per_round(tmp_path: Path) -> None:
     stages = stages_of(config, nothing)
     for number, stage in enumerate(stages):
         stage.folder.mkdir(parents=True)
-        told = {
+        summaries = {
             "generate": {"score_mean": float(number), "score_ci": [0.0, 9.0]},
             "choose": {"counts": {"pairs": number}},
             "train": {"export": f"export{number}"},
         }
-        (stage.folder / "summary.json").write_text(json.dumps(told[stage.name]))
+        (stage.folder / "summary.json").write_text(json.dumps(summaries[stage.name]))
     assert chain_summary(config, stages) == {
         "job": "iterative_dpo",
         "rounds": [

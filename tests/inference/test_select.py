@@ -44,7 +44,7 @@ def test_a_pair_is_best_and_worst() -> None:
         row(0, ("a", 1.0), ("b", 3.0), ("c", -1.0), ("d", 3.0), ("e", -1.0)),
         row(1, ("a", 1.0), ("b", 1.0)),  # a tie
         row(2, ("same", 1.0), ("same", 0.0)),  # a source that contradicts itself
-        row(3, ("a", 1.0), ("", 0.0)),  # an empty response cannot be learnt
+        row(3, ("a", 1.0), ("", 0.0)),  # an empty response cannot be trained on
         row(4, ("a", 1.0), ("b", None)),
         FAILED,
     ]

@@ -39,7 +39,7 @@ def test_every_row_is_in_one_shard_in_order(num_rows: int, rows_per_shard: int) 
     assert len(shards) == -(-num_rows // rows_per_shard)
 
 
-def test_rows_past_the_last_begin_anew() -> None:
+def test_rows_wrap_around_after_the_last() -> None:
     [shard] = plan_shards(4, 10)
     assert rows_of(shard, 8, 10) == [8, 9, 0, 1]
     assert rows_of(shard, 12, 10) == [2, 3, 4, 5]  # a later round of a chain

@@ -47,7 +47,7 @@ def test_17a_a_model_that_was_never_loaded_has_its_architectures_names(tmp_path:
     assert sent(made).keys() == sent(model).keys()
 
 
-def test_17a_merged_adapters_beside_experts(tmp_path: Path) -> None:
+def test_17a_merged_adapters_with_experts(tmp_path: Path) -> None:
     """What is sent is what an export of the same model holds."""
     model = loaded(make_family(tmp_path, "mixtral"))
     before = sent(model)

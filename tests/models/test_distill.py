@@ -134,7 +134,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_model: str, nam
 def test_an_empty_mask_still_gives_every_parameter_a_gradient(
     tiny_model: str, other_model: str, kind: str
 ) -> None:
-    # Under ZeRO-3 a rank without learnt tokens must take part in the backward pass of the others.
+    # Under ZeRO-3 a rank without loss tokens must take part in the backward pass of the others.
     for name in DISTILL_LOSSES:
         student = student_of(tiny_model, name)
         answer = answer_of(teacher_of(other_model), kind, torch.zeros(COUNT))
@@ -263,7 +263,7 @@ def test_only_what_wants_a_gradient_gets_one() -> None:
 
 
 def largest_tensor(student: DistillModel, teacher: TeacherModel, kind: str, lengths: list[int]) -> int:
-    """Of the teacher's forward and the student's forward and backward pass with every token learnt."""
+    """Of the teacher's forward and the student's forward and backward pass with every token in the loss."""
     mask = torch.ones(sum(lengths))
     with LargestTensor() as seen:
         found = student(*packed(lengths), mask, teacher=answer_of(teacher, kind, mask, lengths))
@@ -273,12 +273,12 @@ def largest_tensor(student: DistillModel, teacher: TeacherModel, kind: str, leng
 
 @pytest.mark.parametrize("kind", ["hidden", "top_k"])
 def test_no_tensor_over_tokens_and_vocabulary(tiny_model: str, other_model: str, kind: str) -> None:
-    lengths = [100, 100, 100]  # 297 learnt tokens: more logits than any weight has elements
-    learnt_logits = 297 * VOCABULARY
+    lengths = [100, 100, 100]  # 297 loss tokens: more logits than any weight has elements
+    loss_logits = 297 * VOCABULARY
     for chunk_tokens, fits in ((50, True), (1000, False)):
         student = student_of(tiny_model, chunk_tokens=chunk_tokens)
         teacher = teacher_of(other_model, chunk_tokens=chunk_tokens)
-        assert (largest_tensor(student, teacher, kind, lengths) < learnt_logits) is fits
+        assert (largest_tensor(student, teacher, kind, lengths) < loss_logits) is fits
 
 
 def test_what_does_not_fit_is_refused(tiny_model: str, other_model: str) -> None:
@@ -315,7 +315,7 @@ def test_13_heads_that_are_padded_to_other_sizes(
     plain = student_of(tiny_model)(*packed(), mask, teacher=answer_of(teacher_of(other_model), kind, mask))
     student, teacher = student_of(tiny_model), teacher_of(other_model)
     model = student if padded == "student" else teacher
-    # The same logits, and 8 more. Of the student's padding a model has learnt that it never comes.
+    # The same logits, and 8 more. Of the student's padding a trained model never predicts any.
     with torch.no_grad():
         more = model.head.weight.new_zeros(8, model.head.weight.size(1))
         model.head.weight = nn.Parameter(torch.cat([model.head.weight, more]))

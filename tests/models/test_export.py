@@ -126,7 +126,7 @@ def test_an_export_replaces_the_old_one_whole(tiny_model: str, tmp_path: Path) -
     export_causal_lm(policy.causal_lm, gathered(policy.causal_lm), load_tokenizer(tiny_model), export)
     assert not (export / "of-an-older-run.safetensors").exists()
     assert (export / "model.safetensors").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["export"], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"], "no other files are left"
 
 
 def test_a_failed_export_leaves_the_old_one_alone(

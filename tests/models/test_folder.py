@@ -147,14 +147,14 @@ CASES: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_spoilt_checkpoint_is_named_by_its_headers(case: str, tmp_path: Path) -> None:
-    spoil, told = CASES[case]
+    spoil, message = CASES[case]
     spoil(write_checkpoint(tmp_path))
     (problem,) = folder_problems("model.path", str(tmp_path), "policy")
-    assert problem.path == "model.path" and told in problem.got and str(tmp_path) in problem.got
+    assert problem.path == "model.path" and message in problem.got and str(tmp_path) in problem.got
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (remove("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors is missing"),
         (remove("model.safetensors.index.json"), "model.safetensors.index.json is missing"),
@@ -170,10 +170,10 @@ def test_a_spoilt_checkpoint_is_named_by_its_headers(case: str, tmp_path: Path) 
         ),
     ],
 )
-def test_a_spoilt_shard_is_named(spoil: Spoil, told: str, tmp_path: Path) -> None:
+def test_a_spoilt_shard_is_named(spoil: Spoil, message: str, tmp_path: Path) -> None:
     spoil(write_shards(tmp_path))
     (problem,) = folder_problems("model.path", str(tmp_path), "policy")
-    assert told in problem.got
+    assert message in problem.got
 
 
 def test_good_checkpoints_have_no_problem(tmp_path: Path) -> None:

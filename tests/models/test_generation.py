@@ -55,7 +55,7 @@ def test_17c_an_invalid_generation_config_loses_no_training(
     assert repair(GenerationConfig(**found))[1] == ""
 
 
-def test_17c_it_is_told_before_the_start(tmp_path: Path) -> None:
+def test_17c_it_is_reported_before_the_start(tmp_path: Path) -> None:
     path = Path(make_tiny_model(tmp_path))
     said: list[str] = []
     tell_generation_config(ModelConfig(path=str(path)), said.append)
@@ -64,7 +64,7 @@ def test_17c_it_is_told_before_the_start(tmp_path: Path) -> None:
     tell_generation_config(ModelConfig(path=str(path)), said.append)
     [line] = said
     assert "is invalid, the export repairs it" in line and "temperature" in line
-    for broken in ("{", json.dumps({"num_beams": 2, "num_return_sequences": 4})):  # no model loads beside it
+    for broken in ("{", json.dumps({"num_beams": 2, "num_return_sequences": 4})):  # no model loads with it
         (path / "generation_config.json").write_text(broken)
         with pytest.raises(InputError, match=r"generation_config.json cannot be read: .*repair the file"):
             tell_generation_config(ModelConfig(path=str(path)), said.append)

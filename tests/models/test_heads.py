@@ -67,7 +67,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def token_classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("token_classifier")
-    model: Any = LlamaForTokenClassification(LlamaConfig(**SMALL))  # two labels, unless told otherwise
+    model: Any = LlamaForTokenClassification(LlamaConfig(**SMALL))  # two labels by default
     nn.init.normal_(model.score.bias)
     model.save_pretrained(path)
     return str(path)
@@ -155,7 +155,7 @@ def test_several_labels_are_refused(tmp_path: Path) -> None:
         load_scorer(fp32(str(tmp_path)), str(tmp_path), device=CPU)
 
 
-def test_kinds_of_checkpoints_are_told_apart(tiny_model: str, classifier: str, tmp_path: Path) -> None:
+def test_kinds_of_checkpoints_are_distinguished(tiny_model: str, classifier: str, tmp_path: Path) -> None:
     BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
     encoder = str(tmp_path)
     found = {
@@ -229,8 +229,8 @@ def test_every_parameter_of_a_step_model_has_a_gradient(tiny_model: str, mask: T
     logits = model(*packed(tokens(6), [4, 2]), mask)
     assert logits.shape == (int(mask.sum()), 2)
     logits[:, 1].sum().backward()
-    learnt = bool(mask.any())
-    assert all(p.grad is not None and bool(p.grad.any()) is learnt for p in model.parameters())
+    has_loss = bool(mask.any())
+    assert all(p.grad is not None and bool(p.grad.any()) is has_loss for p in model.parameters())
 
 
 def test_a_step_head_takes_over_scaled_logits() -> None:

@@ -122,14 +122,14 @@ def test_checkpointed_activations_change_no_gradient(tiny_model: str) -> None:
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_the_first_token_of_a_sequence_is_never_learnt(tiny_model: str) -> None:
+def test_the_first_token_of_a_sequence_never_has_a_loss(tiny_model: str) -> None:
     output = run(load(tiny_model), tokens(6), [4, 2], torch.ones(6))
     assert (output.logprobs != 0).tolist() == [False, True, True, True, False, True]
     assert (output.entropy != 0).tolist() == [False, True, True, True, False, True]
 
 
 def test_an_empty_mask_still_gives_every_parameter_a_gradient(tiny_model: str) -> None:
-    # Under ZeRO-3 a rank without learnt tokens must take part in the backward pass of the others.
+    # Under ZeRO-3 a rank without loss tokens must take part in the backward pass of the others.
     policy = load(tiny_model)
     output = run(policy, tokens(7), [4, 3], torch.zeros(7))
     assert output.logprobs.tolist() == output.entropy.tolist() == [0.0] * 7
@@ -155,7 +155,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest_tensor(policy: PolicyModel, lengths: list[int]) -> int:
-    """Of a forward and a backward pass with every token learnt."""
+    """Of a forward and a backward pass with every token in the loss."""
     count = sum(lengths)
     with LargestTensor() as seen:
         output = run(policy, tokens(count), lengths, torch.ones(count), 0.7)
@@ -164,10 +164,10 @@ def largest_tensor(policy: PolicyModel, lengths: list[int]) -> int:
 
 
 def test_no_tensor_over_tokens_and_vocabulary(tiny_model: str) -> None:
-    lengths = [100, 100, 100]  # 297 learnt tokens: more logits than any weight has elements
-    learnt_logits = 297 * VOCABULARY
-    assert largest_tensor(load(tiny_model, chunk_tokens=50), lengths) < learnt_logits
-    assert largest_tensor(load(tiny_model, chunk_tokens=1000), lengths) >= learnt_logits, (
+    lengths = [100, 100, 100]  # 297 loss tokens: more logits than any weight has elements
+    loss_logits = 297 * VOCABULARY
+    assert largest_tensor(load(tiny_model, chunk_tokens=50), lengths) < loss_logits
+    assert largest_tensor(load(tiny_model, chunk_tokens=1000), lengths) >= loss_logits, (
         "the probe sees nothing"
     )
 

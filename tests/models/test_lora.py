@@ -39,10 +39,10 @@ def plain(tiny_model: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
 
-def adapted(model: Any, lora: LoraConfig = LORA, *, learnt: bool = True) -> Any:
-    """With adapters that have learnt something, which is random here."""
+def adapted(model: Any, lora: LoraConfig = LORA, *, trained: bool = True) -> Any:
+    """With adapters that have been trained (random values here)."""
     add_adapters(model, lora, seed=0)
-    if learnt:
+    if trained:
         generator = torch.Generator().manual_seed(1)
         for _, parameter in adapter_weights(model):
             nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -57,7 +57,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_new_adapters_change_nothing_and_train_alone(tiny_model: str) -> None:
     model = plain(tiny_model)
     before, names = logits(model), [name for name, _ in model.named_parameters()]
-    adapted(model, learnt=False)
+    adapted(model, trained=False)
     assert torch.equal(logits(model), before)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 7 * 2 and all(".lora_" in name for name in trained)
@@ -97,7 +97,7 @@ def test_7_merged_in_bf16_they_are_as_near_to_the_truth_as_the_trainer(size: flo
     """
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=512, num_hidden_layers=1, intermediate_size=64, vocab_size=8)
-    model = adapted(LlamaForCausalLM(config).bfloat16(), learnt=False)
+    model = adapted(LlamaForCausalLM(config).bfloat16(), trained=False)
     layer = adapted_layers(model)["model.layers.0.self_attn.q_proj"]
     nn.init.normal_(layer.lora_B["default"].weight, std=size)
     weights = {weight.name: weight for weight in weights_of(model)}
@@ -142,12 +142,12 @@ def test_layers_that_keep_their_weight_transposed_are_merged_too() -> None:
 def test_adapters_go_and_come_back(tiny_model: str) -> None:
     start = logits(plain(tiny_model))
     model = adapted(plain(tiny_model))
-    learnt = logits(model)
-    assert not torch.allclose(learnt, start, atol=1e-2)
+    trained = logits(model)
+    assert not torch.allclose(trained, start, atol=1e-2)
     with pytest.raises(RuntimeError, match="halfway"), adapters_off(model):
         assert torch.equal(logits(model), start)
         raise RuntimeError("halfway")
-    assert torch.equal(logits(model), learnt)
+    assert torch.equal(logits(model), trained)
     assert sum(p.requires_grad for p in model.parameters()) == 28
 
 

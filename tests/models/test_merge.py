@@ -137,7 +137,7 @@ def test_what_cannot_be_merged_is_refused_in_words(
     wider = other_base(tmp_path / "wider", intermediate_size=320)
     deeper = other_base(tmp_path / "deeper", num_hidden_layers=3)
     shallower = other_base(tmp_path / "shallower", num_hidden_layers=1)
-    for words, told in (
+    for words, message in (
         ([str(tmp_path / "none"), str(out)], "no such folder; wanted the folder of a PEFT adapter"),
         ([base, str(out)], "no adapter_config.json (it is a whole checkpoint already)"),
         ([adapter, base], f"OUT={base} exists"),
@@ -145,7 +145,7 @@ def test_what_cannot_be_merged_is_refused_in_words(
         ([adapter, str(out), "--base", str(tmp_path)], "has no config.json"),
         ([adapter, str(out), "--base", quantized], "is quantized"),
         ([str(strange), str(out)], "task_type=None in adapter_config.json; wanted one of CAUSAL_LM, SEQ_CLS"),
-        ([str(prompts), str(out)], "learns prompts"),
+        ([str(prompts), str(out)], "trains prompts"),
         ([adapter, str(out), "--base", wider], "is [4, 256] in the adapter and [4, 320] in the base"),
         (
             [adapter, str(out), "--base", deeper],
@@ -156,9 +156,9 @@ def test_what_cannot_be_merged_is_refused_in_words(
             "no place for base_model.model.model.layers.1",
         ),
     ):
-        assert main(words) == 2, told
+        assert main(words) == 2, message
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and told in error, error
+        assert error.startswith("error: ") and message in error, error
         assert not out.exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -169,4 +169,4 @@ def test_a_head_that_nobody_brings_is_not_made_up(tmp_path: Path, capsys: pytest
     kept = {name: tensor for name, tensor in load_file(weights).items() if "score" not in name}
     save_file(kept, weights)
     assert main([str(adapter), str(tmp_path / "out")]) == 2
-    assert "neither the base" in (told := capsys.readouterr().err) and "score.weight" in told
+    assert "neither the base" in (error := capsys.readouterr().err) and "score.weight" in error

@@ -101,12 +101,12 @@ def test_ranks_compute_what_one_process_does(
     module = load(kind, tiny_model)
     for lengths in STREAMS:
         wanted, gradients = outputs_and_gradients(module, kind, lengths)
-        told = [of_ranks[rank][size, kind, str(lengths)] for rank in range(size)]
-        for outputs, _ in told:
+        results = [of_ranks[rank][size, kind, str(lengths)] for rank in range(size)]
+        for outputs, _ in results:
             for output, expected in zip(outputs, wanted, strict=True):
                 torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
         for name, expected in gradients.items():
-            parts = [of_rank[name] for _, of_rank in told if name in of_rank]
+            parts = [of_rank[name] for _, of_rank in results if name in of_rank]
             distance = (sum(parts) - expected).norm()
             assert distance <= 1e-5 * expected.norm().clamp(min=1e-3), (lengths, name, distance)
 
@@ -116,7 +116,7 @@ def test_shares_cover_a_stream_once_and_are_equally_heavy() -> None:
         return Share.of_rank(cu_seqlens_of(lengths), sum(lengths), rank, size)
 
     held = [share(rank, 3, [7, 1, 12, 5]).positions.tolist() for rank in range(3)]
-    # 25 tokens in six blocks of five: the first with the last, which is filler.
+    # 25 tokens in six blocks of five: the first with the last, which is padding.
     assert held[0] == [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]
     assert sorted(position for positions in held for position in positions) == list(range(30))
     # Pairs of a token and one that it attends to, of one long sequence: nearly as many for each rank.

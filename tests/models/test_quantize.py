@@ -25,7 +25,7 @@ IDS = torch.arange(8, 20)
 
 
 def quantized(path: str) -> PolicyModel:
-    """With adapters that have learnt something, which is random here."""
+    """With adapters that have been trained (random values here)."""
     config = TrainedModelConfig(path=path, lora=LoraConfig(rank=4, alpha=8), quantization="nf4")
     policy = load_policy(config, path, device=CPU, chunk_tokens=64)
     adapt(config, policy.causal_lm, device=CPU, seed=0)

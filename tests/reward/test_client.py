@@ -217,7 +217,7 @@ def test_a_run_stops_when_too_many_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer, told",
+    "answer, message",
     [
         ([None], "source0: returned None, which is not a number"),
         ([math.nan], "source0: returned nan, which is not finite"),
@@ -227,12 +227,12 @@ def test_a_run_stops_when_too_many_fail() -> None:
         (ValueError(), "source0: ValueError()"),
     ],
 )
-def test_the_last_error_says_what_came_back(answer: Any, told: str) -> None:
+def test_the_last_error_says_what_came_back(answer: Any, message: str) -> None:
     rewards = client(Handle(answer), retries=0)
     rewards_of(rewards, samples(1))
     with pytest.raises(RewardFailure, match=r"Last error: ") as caught:
         rewards.check(1, 1)
-    assert str(caught.value).endswith(f"Last error: {told}")
+    assert str(caught.value).endswith(f"Last error: {message}")
 
 
 def test_another_ranks_failures_stop_this_one_too() -> None:

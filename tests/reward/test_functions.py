@@ -87,7 +87,7 @@ def test_a_function_of_a_file_travels_as_text(reward_file: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["file", "module"])
-def test_a_missing_function_is_told_with_those_that_exist(
+def test_a_missing_function_is_reported_with_those_that_exist(
     where: str, reward_file: Path, reward_module: Callable[[str], str]
 ) -> None:
     place = str(reward_file) if where == "file" else reward_module(SOURCE)
@@ -184,7 +184,7 @@ def test_what_counts_as_rewards(returned: Any, rewards: list[float | None]) -> N
 
 
 @pytest.mark.parametrize("returned", [0.5, None, ["good", "bad"], [[1.0], [2.0]], [{"score": 1}, 2.0]])
-def test_what_is_no_list_of_floats_is_told(returned: Any) -> None:
+def test_what_is_no_list_of_floats_is_reported(returned: Any) -> None:
     with pytest.raises(RewardError, match="wanted a list of 2 floats") as caught:
         call(returned)
     assert str(caught.value).startswith(f"returned {returned!r}")
@@ -252,7 +252,7 @@ def score(prompts, responses, labels, answer, topic):
         ("(responses): return [None, float('nan')]", r"score returned only NaN or None"),
     ],
 )
-def test_a_trial_tells_what_is_wrong(body: str, message: str, tmp_path: Path) -> None:
+def test_a_trial_reports_what_is_wrong(body: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RewardError, match=message) as caught:
         tried(f"def score{body}", tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "tried.py"))

@@ -31,9 +31,9 @@ def test_21_a_reward_that_raises_a_response(answer: Any) -> None:
     with pytest.raises(RewardFailure) as failed:
         client.check(1, 1)
     assert_harmless(str(failed.value))
-    [told] = client.drain_failures().values()
-    assert_harmless(told)
-    assert ":smile:" in told and "ValueError: " in told
+    [reason] = client.drain_failures().values()
+    assert_harmless(reason)
+    assert ":smile:" in reason and "ValueError: " in reason
 
 
 def test_21_an_environment_that_raises_a_response() -> None:

@@ -104,10 +104,10 @@ def test_24_a_redirect_takes_neither_headers_nor_samples_to_another_origin(statu
     with serving(response("200 OK")) as other:
         target = f"http://127.0.0.1:{other.port}/steal?token={TOKEN}&a=1"
         with serving(response(status, {"Location": target})) as server:
-            told = reason(server.url, headers={"X-Judge": "judge-secret-1"})
+            error = reason(server.url, headers={"X-Judge": "judge-secret-1"})
         assert other.requests == []
-        assert f"HTTP status {status[:3]}, a redirect to" in told and "urls" in told
-        assert f"127.0.0.1:{other.port}/steal?token=***&a=1" in told and TOKEN not in told
+        assert f"HTTP status {status[:3]}, a redirect to" in error and "urls" in error
+        assert f"127.0.0.1:{other.port}/steal?token=***&a=1" in error and TOKEN not in error
 
 
 def test_24_a_redirect_to_nowhere_is_an_error_too() -> None:
@@ -125,8 +125,8 @@ def flood(connection: socket.socket) -> None:
 def test_24_a_body_of_10_gb_never_lies_in_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with serving(flood) as server:
-        told = reason(server.url, timeout_seconds=120, max_response_bytes=1_000_000)
-    assert "an answer of more than 1000000 bytes" in told and "max_response_bytes=1000000" in told
+        error = reason(server.url, timeout_seconds=120, max_response_bytes=1_000_000)
+    assert "an answer of more than 1000000 bytes" in error and "max_response_bytes=1000000" in error
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB"
 
 
@@ -146,8 +146,8 @@ def test_24_a_gzip_bomb_is_unpacked_up_to_the_limit() -> None:
     assert len(packed) < 400_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with serving(response("200 OK", {"Content-Encoding": "gzip"}, packed)) as server:
-        told = reason(server.url, timeout_seconds=60)
-    assert "more than 4194304 bytes after decompression" in told
+        error = reason(server.url, timeout_seconds=60)
+    assert "more than 4194304 bytes after decompression" in error
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB"
 
 
@@ -198,21 +198,21 @@ def test_24_a_server_that_quotes_our_headers_does_not_have_them_printed(
     monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
     page = f"bad header Authorization: Bearer {TOKEN}, key literal-key-77, \x1b]0;pwned\x07".encode()
     with serving(response("401 Unauthorized", {}, page)) as server:
-        told = reason(
+        error = reason(
             f"{server.url}?api_key=${{JUDGE_TOKEN}}",
             headers={"Authorization": "Bearer ${JUDGE_TOKEN}", "X-Own": "literal-key-77"},
         )
         asked = server.requests[0].decode()
     assert f"/score?api_key={TOKEN} " in asked and f"Authorization: Bearer {TOKEN}\r\n" in asked
-    assert TOKEN not in told and "literal-key-77" not in told and "\x1b" not in told and "***" in told
-    assert told.startswith(f"http://127.0.0.1:{server.port}/score?api_key=${{JUDGE_TOKEN}}: HTTP status 401")
+    assert TOKEN not in error and "literal-key-77" not in error and "\x1b" not in error and "***" in error
+    assert error.startswith(f"http://127.0.0.1:{server.port}/score?api_key=${{JUDGE_TOKEN}}: HTTP status 401")
 
 
-def test_24_a_dead_address_is_told_without_its_secrets() -> None:
+def test_24_a_dead_address_is_reported_without_its_secrets() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        told = reason(f"http://user:pa55word@127.0.0.1:{unused.getsockname()[1]}/?signature=abcdef123")
-    assert "pa55word" not in told and "abcdef123" not in told and "ClientConnectorError" in told
+        error = reason(f"http://user:pa55word@127.0.0.1:{unused.getsockname()[1]}/?signature=abcdef123")
+    assert "pa55word" not in error and "abcdef123" not in error and "ClientConnectorError" in error
 
 
 def test_24_a_variable_with_a_newline_is_refused_before_anything_starts(

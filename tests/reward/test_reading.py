@@ -1,4 +1,4 @@
-"""A reward model is read at the token at which it was trained, whoever asks, whatever tokens a policy has."""
+"""A reward model is scored at the token at which it was trained, whatever the policy's vocabulary."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_17d_without_a_template_the_plain_words_are_read(reward_model: str, tiny
     assert isinstance(model.score([item([])])[0], Failure)
 
 
-def test_17d_it_is_told_before_the_start(reward_model: str, tiny_model: str) -> None:
+def test_17d_it_is_reported_before_the_start(reward_model: str, tiny_model: str) -> None:
     without_template(reward_model)
     from rayrlhf.config.reward import RewardConfig
 

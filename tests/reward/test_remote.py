@@ -151,7 +151,7 @@ def test_a_slow_server(server: Server) -> None:
     assert time.monotonic() - started < 4.5
 
 
-def test_an_error_of_the_server_is_told_with_its_words(server: Server) -> None:
+def test_an_error_of_the_server_is_reported_with_its_text(server: Server) -> None:
     server.answer = lambda _: (500, "out of\n  memory")
     assert reasons(server.url) == {f"{server.url}: HTTP status 500: 'out of memory'"}
 

@@ -51,7 +51,7 @@ def test_a_token_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("server.token=mysecret", "server.token"),
         ("server.token=env:", "server.token"),
@@ -62,8 +62,8 @@ def test_a_token_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.
         ("server.max_connections=100", "server.max_connections"),
     ],
 )
-def test_limits_that_cannot_be_are_refused(override: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told) as caught:
+def test_limits_that_cannot_be_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_config(ServeRewardConfig, ["jobs/configs/serve_reward-cpu.yaml", override])
     assert len(caught.value.problems) == 1
 

@@ -30,8 +30,8 @@ def letters(text: str) -> list[int]:
 def test_a_request_of_our_own_client() -> None:
     queries = read_queries(body(query=["ab", "cd"], prompts=["a", "c"], labels=[1, None], more="ignored"))
     assert queries.query == ["ab", "cd"]
-    told = [(item.prompt.prompt, item.response, item.prompt.columns) for item in queries.items]
-    assert told == [("a", "b", {"label": 1}), ("c", "d", {"label": None})]
+    items = [(item.prompt.prompt, item.response, item.prompt.columns) for item in queries.items]
+    assert items == [("a", "b", {"label": 1}), ("c", "d", {"label": None})]
 
 
 def test_a_model_needs_neither_prompts_nor_labels() -> None:
@@ -42,7 +42,7 @@ def test_a_model_needs_neither_prompts_nor_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         (b"[1", "not JSON"),
         (b"\xff", "not JSON"),
@@ -57,13 +57,13 @@ def test_a_model_needs_neither_prompts_nor_labels() -> None:
         (body(query=["a"], labels={"a": 1}), "'labels' is a dict"),
     ],
 )
-def test_what_is_wrong_with_a_request_is_said(asked: bytes, told: str) -> None:
-    with pytest.raises(BadRequest, match=told) as caught:
+def test_what_is_wrong_with_a_request_is_said(asked: bytes, message: str) -> None:
+    with pytest.raises(BadRequest, match=message) as caught:
         read_queries(asked)
     assert caught.value.status == 400
 
 
-def test_a_response_must_be_told_from_its_prompt() -> None:
+def test_a_response_must_be_separable_from_its_prompt() -> None:
     with pytest.raises(BadRequest, match=r"query 1 does not begin with prompts\[1\]"):
         _ = read_queries(body(query=["ab", "cd"], prompts=["a", "d"])).items
 
@@ -116,7 +116,7 @@ def test_a_number_of_queries_is_refused_with_the_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         (b'{"query": ["a"], "query": ["b"]}', r"duplicate key 'query' in"),
         (b'{"query": ["a"], "labels": [{"a": {"x": 1, "x": 1}}]}', r"duplicate key 'x' in"),
@@ -126,8 +126,8 @@ def test_a_number_of_queries_is_refused_with_the_limit() -> None:
         ('{"query": ["a"]}'.encode("utf-16"), "utf-8"),
     ],
 )
-def test_json_that_others_would_take_is_refused(asked: bytes, told: str) -> None:
-    with pytest.raises(BadRequest, match=told) as caught:
+def test_json_that_others_would_take_is_refused(asked: bytes, message: str) -> None:
+    with pytest.raises(BadRequest, match=message) as caught:
         read_queries(asked)
     assert caught.value.status == 400
 

@@ -27,17 +27,17 @@ def mixing_order(
     """
     weights = np.asarray(probabilities, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    drawn = rng.choice(len(counts), size=sum(counts) + 1, p=weights / weights.sum())
+    sampled = rng.choice(len(counts), size=sum(counts) + 1, p=weights / weights.sum())
     if stops == "all_exhausted":
         _check_length(counts, weights / weights.sum())
-        while np.any(np.bincount(drawn, minlength=len(counts)) < counts):
-            more = rng.choice(len(counts), size=len(drawn), p=weights / weights.sum())
-            drawn = np.concatenate([drawn, more])
+        while np.any(np.bincount(sampled, minlength=len(counts)) < counts):
+            more = rng.choice(len(counts), size=len(sampled), p=weights / weights.sum())
+            sampled = np.concatenate([sampled, more])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    order = np.empty(len(drawn), dtype=np.int64)
-    first_empty, all_through = len(drawn), 0
+    order = np.empty(len(sampled), dtype=np.int64)
+    first_empty, all_through = len(sampled), 0
     for source, count in enumerate(counts):
-        places = np.flatnonzero(drawn == source)
+        places = np.flatnonzero(sampled == source)
         order[places] = starts[source] + np.arange(len(places)) % max(count, 1)
         if len(places) > count:
             first_empty = min(first_empty, int(places[count]))

@@ -224,7 +224,7 @@ def test_prm800k_follows_what_was_chosen() -> None:
     assert steps(row, neutral="ignore").labels == [1.0, 1.0, None, 0.0]
 
 
-def test_math_shepherd_is_taken_apart_at_its_marks() -> None:
+def test_math_shepherd_is_split_at_its_marks() -> None:
     row = {
         "input": "1+1, then +1? Step 1: 1+1=2 ки\nStep 2: 2+1=4. The answer is: 4 ки",
         "label": "1+1, then +1? Step 1: 1+1=2 +\nStep 2: 2+1=4. The answer is: 4 -",

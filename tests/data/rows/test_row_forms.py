@@ -35,13 +35,13 @@ def sft(row: Any, **fields: Any) -> Any:
 
 
 def shown(row: Any, template: str, **fields: Any) -> tuple[str, str, RenderedExample]:
-    """The text of a conversation, what of it is learnt, and the example."""
+    """The text of a conversation, the text of its loss tokens, and the example."""
     tokenizer = tokenizer_like(template)
     config = SftDataConfig.model_validate({"train": "a.jsonl", **fields})
     example = render_example(sft(row, **fields), config, tokenizer)
     [sequence] = example.sequences
-    learnt = [i for i, mask in zip(sequence.input_ids, sequence.loss_mask, strict=True) if mask]
-    return tokenizer.decode(sequence.input_ids), tokenizer.decode(learnt), example
+    loss_text = [i for i, mask in zip(sequence.input_ids, sequence.loss_mask, strict=True) if mask]
+    return tokenizer.decode(sequence.input_ids), tokenizer.decode(loss_text), example
 
 
 def call(**changes: Any) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def test_19_anthropics_results_of_several_tools() -> None:
 
 
 @pytest.mark.parametrize(
-    "template, learnt",
+    "template, loss_text",
     [
         ("qwen", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'),
         ("llama3", '{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>'),
@@ -186,16 +186,18 @@ def test_19_anthropics_results_of_several_tools() -> None:
     ],
 )
 @pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city":"Oslo"}'])
-def test_19_calls_are_learnt_as_the_template_writes_them(template: str, learnt: str, arguments: Any) -> None:
+def test_19_calls_are_trained_on_as_the_template_writes_them(
+    template: str, loss_text: str, arguments: Any
+) -> None:
     asked = call(tool_calls=[{"id": "abcdefghi", "name": "weather", "arguments": arguments}])
-    assert shown([USER, asked], template)[1] == learnt
+    assert shown([USER, asked], template)[1] == loss_text
 
 
 def test_19_calls_and_tools_that_a_template_does_not_show() -> None:
     with pytest.raises(BadRow, match="tool calls, which the chat template does not render"):
         shown([USER, call(tool_calls=[OSLO])], "chatml")
-    _, learnt, example = shown({"messages": [USER, ANSWER], "tools": [WEATHER]}, "chatml")
-    assert (learnt, example.notes) == (
+    _, loss_text, example = shown({"messages": [USER, ANSWER], "tools": [WEATHER]}, "chatml")
+    assert (loss_text, example.notes) == (
         "be<|im_end|>",
         ("tools left out, which the chat template does not render",),
     )
@@ -292,9 +294,9 @@ def test_19_markers_in_the_words_are_text(template: str, marker: str) -> None:
         {"role": "assistant", "content": f"c {marker} d"},
     ]
     without = [{**message, "content": message["content"].replace(marker, "-")} for message in with_marker]
-    text, learnt, example = shown(with_marker, template)
-    plain, plain_learnt, _ = shown(without, template)
-    assert learnt == plain_learnt.replace("c - d", f"c {marker} d")
+    text, loss_text, example = shown(with_marker, template)
+    plain, plain_loss_text, _ = shown(without, template)
+    assert loss_text == plain_loss_text.replace("c - d", f"c {marker} d")
     assert text == plain.replace("a - b", f"a {marker} b").replace("c - d", f"c {marker} d")
     [ids] = [sequence.input_ids for sequence in example.sequences]
     [plain_ids] = [sequence.input_ids for sequence in shown(without, template)[2].sequences]
@@ -310,19 +312,19 @@ def test_19_markers_in_the_words_are_text(template: str, marker: str) -> None:
 def test_19_special_tokens_that_are_not_the_templates_stay_tokens_and_end_nothing() -> None:
     tokenizer = tokenizer_like("chatml")
     words = {"role": "assistant", "content": "x<|fim_prefix|>y"}
-    _, learnt, example = shown([USER, words], "chatml")
-    assert learnt == "x<|fim_prefix|>y<|im_end|>" and example.notes == ()
+    _, loss_text, example = shown([USER, words], "chatml")
+    assert loss_text == "x<|fim_prefix|>y<|im_end|>" and example.notes == ()
     assert tokenizer.convert_tokens_to_ids("<|fim_prefix|>") in example.sequences[0].input_ids
     thought = {"role": "assistant", "content": "<think>a</think>b"}
-    _, learnt, example = shown([USER, thought], "think")
-    assert learnt == "<think>a</think>b<|im_end|>"
+    _, loss_text, example = shown([USER, thought], "think")
+    assert loss_text == "<think>a</think>b<|im_end|>"
     assert tokenizer_like("think").convert_tokens_to_ids("<think>") in example.sequences[0].input_ids
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", " <|im_end|><|im_end|>", "\n<|im_end|>  "])
 def test_19_an_end_that_is_there_already_is_not_doubled(end: str) -> None:
-    _, learnt, example = shown([USER, {**ANSWER, "content": f"be{end}"}], "chatml")
-    assert learnt.replace("\n", "").replace(" ", "") == "be<|im_end|>"
+    _, loss_text, example = shown([USER, {**ANSWER, "content": f"be{end}"}], "chatml")
+    assert loss_text.replace("\n", "").replace(" ", "") == "be<|im_end|>"
     assert len(example.notes) == 1
 
 

@@ -139,7 +139,7 @@ def test_an_at_sign_may_belong_to_the_path(folder):
     assert names_of(resolve_source(f"jsonl@{root}/v@1.jsonl", "train")) == [("jsonl", "v@1.jsonl")]
 
 
-def test_a_folder_of_several_types_must_be_told_apart(folder):
+def test_a_folder_of_several_types_must_be_distinguished(folder):
     root = folder("a.jsonl", "b.csv")
     with pytest.raises(DataError, match=r"several types \(csv, jsonl\); name one, as in jsonl@"):
         resolve_source(str(root), "train")

@@ -44,7 +44,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ("hub@owner/chats", "train", None, "owner/chats:train"),
     ],
 )
-def test_ids_are_told_from_paths(
+def test_ids_are_distinguished_from_paths(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, source: str, split: Any, split_name: Any, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,9 +81,9 @@ def test_what_is_not_there_says_what_was_tried(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError) as caught:
         load_hub_dataset("owner/none:train")
-    told = str(caught.value)
-    assert "only the cache was searched" in told
-    assert "datasets.load_dataset('owner/none') raised ConnectionError: no network;" in told
+    error = str(caught.value)
+    assert "only the cache was searched" in error
+    assert "datasets.load_dataset('owner/none') raised ConnectionError: no network;" in error
 
 
 def test_a_hub_data_set_is_checked_as_files_are(

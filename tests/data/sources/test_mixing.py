@@ -38,7 +38,7 @@ def test_a_single_source_is_taken_whole():
 @pytest.mark.parametrize("weights", [[0.2, 0.8], [1, 4]])
 def test_the_shares_are_those_asked_for(weights):
     order = mixing_order([20_000, 20_000], weights, 7)
-    # The second source runs out after about 20000 / 0.8 draws; 4 standard deviations of a share are 0.0101.
+    # The second source runs out after about 20000 / 0.8 samples; 4 standard deviations of a share are 0.0101.
     assert len(order) == pytest.approx(25_000, rel=0.02)
     assert np.mean(order < 20_000) == pytest.approx(0.2, abs=0.0101)
 

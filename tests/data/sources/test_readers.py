@@ -219,7 +219,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 
 @pytest.mark.parametrize("type_", ["jsonl", "json", "csv"])
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
         ('{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
         (gzip.compress(b'{"prompt": "a"}'), "gzip"),
@@ -228,8 +228,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
     ],
 )
-def test_a_text_file_that_is_none_says_what_it_is(tmp_path, type_, content, told):
+def test_a_text_file_that_is_none_says_what_it_is(tmp_path, type_, content, reason):
     path = tmp_path / f"a.{type_}"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reason):
         read(type_, path)
