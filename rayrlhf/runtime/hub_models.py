@@ -131,13 +131,13 @@ def lent_access(config: Any) -> Iterator[None]:
         yield
         return
     name = f"{ACTOR_PREFIX}{uuid.uuid4().hex[:12]}"
-    actor: Any = ray.remote(HubSettingsActor).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
-    settings = HubSettings(access_from_env(), str(cache_folder(os.environ)), names_a_cache(os.environ))
-    ray.get(actor.set.remote(settings, ids), timeout=ANSWER_SECONDS)
+    keeper: Any = ray.remote(HubSettingsActor).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
+    lent = HubSettings(access_from_env(), str(cache_folder(os.environ)), names_a_cache(os.environ))
+    ray.get(keeper.set.remote(lent, ids), timeout=ANSWER_SECONDS)
     try:
         yield
     finally:
-        ray.kill(actor)
+        ray.kill(keeper)
 
 
 def fetch_on_nodes(config: Any, slots: Slots, say: Say) -> None:
