@@ -116,7 +116,7 @@ def as_text(
     notes = []
     if tools and tokenizer.chat_template is not None and tool_form(tokenizer) == "nothing":
         tools = None
-        notes.append("tools left out, which the chat template does not show")
+        notes.append("tools left out, which the chat template does not render")
     markers = markers_of(tokenizer)
     ended = [_without_end(message, markers.closing) for message in messages]
     if ended != list(messages):

@@ -271,7 +271,7 @@ CASES: dict[str, tuple[str | None, Change, str]] = {
     "empty data": (None, rows(""), "holds no rows"),
     "a row that is no JSON": (None, rows(ROW + "{"), "rows.jsonl:2: not valid JSON"),
     "a row that is a list": (None, rows(ROW + "[1]\n"), "rows.jsonl:2: an array, not an object"),
-    "a row with a key twice": (None, rows(ROW + '{"prompt": "a", "prompt": "b"}\n'), "stands twice"),
+    "a row with a key twice": (None, rows(ROW + '{"prompt": "a", "prompt": "b"}\n'), "duplicate key"),
     "a row without a prompt": (None, rows(ROW + '{"question": "a"}\n'), MISSING_COLUMN),
     "a prompt of blanks": (None, rows(ROW + '{"prompt": "  "}\n'), "is empty"),
     "a prompt that is a number": (None, rows(ROW + '{"prompt": 3}\n'), "rows.jsonl:2"),
