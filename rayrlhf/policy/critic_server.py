@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rayrlhf.batch import ValueBatch, pack_values, padding_tokens
 from rayrlhf.data.balance import balanced_partition
-from rayrlhf.placement.reaper import NAMESPACE
+from rayrlhf.placement.reaper import NAMESPACE, register_worker
 from rayrlhf.policy.actor_critic import LocalCritic, make_critic
 from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Part, Request
 from rayrlhf.policy.critic_client import critic_folder

@@ -14,6 +14,7 @@ import torch
 
 from rayrlhf.config.common import JobConfig
 from rayrlhf.observe.metrics import Timer
+from rayrlhf.placement.reaper import register_worker
 from rayrlhf.reward.client import RewardFailure
 from rayrlhf.runtime.reporting import Reporter
 from rayrlhf.runtime.results import RunResult, Stopped

@@ -56,7 +56,7 @@ class Engines:
         self.slots = create_slots(plan_placement(config), gpus_per_slot=0, run_id="sync", timeout_seconds=60)
         self.hub: Any = (
             ray.remote(WeightStore)
-            .options(name=self.job.weight_hub, namespace=NAMESPACE, num_cpus=0)
+            .options(name=self.job.weight_store, namespace=NAMESPACE, num_cpus=0)
             .remote()
         )
         settings = engine_settings(
@@ -64,7 +64,7 @@ class Engines:
             config.rollout,
             seed=config.run.seed,
             max_model_tokens=max_model_tokens(config),
-            weight_store=self.job.weight_hub,
+            weight_store=self.job.weight_store,
             on_gpu=False,
             threads=1,
         )
