@@ -282,7 +282,7 @@ def engine(device: str) -> dict[str, Any]:
 
 def ppo(device: str) -> dict[str, Any]:
     """A PPO run of a tiny model: Ray, Serve, vLLM and DeepSpeed, engines and trainers by turns."""
-    from rayrlhf.config.load import dump_resolved
+    from rayrlhf.config.parse import dump_resolved
     from tests.integration.policy_runs import tiny_run
     from tests.tiny_model import make_tiny_model
 

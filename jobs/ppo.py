@@ -6,7 +6,7 @@ import sys
 
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.runtime.file_checks import load_job
-from rayrlhf.runtime.process import set_process_environment
+from rayrlhf.runtime.process_environment import set_process_environment
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import sys
 
 from rayrlhf.config.chains import RejectionSamplingConfig
 from rayrlhf.runtime.file_checks import load_job
-from rayrlhf.runtime.process import set_process_environment
+from rayrlhf.runtime.process_environment import set_process_environment
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import sys
 
 from rayrlhf.config.supervised import SftRunConfig
 from rayrlhf.runtime.file_checks import load_job
-from rayrlhf.runtime.process import set_process_environment
+from rayrlhf.runtime.process_environment import set_process_environment
 
 
 def main() -> int:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from rayrlhf import secrets
-from rayrlhf.commands.render.command import TARGETS
+from rayrlhf.commands.render.render import TARGETS
 from rayrlhf.commands.render.rendering import rendering_of
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.load import dump_resolved, load_config, load_or_exit
+from rayrlhf.config.parse import dump_resolved, load_config, load_or_exit
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console

@@ -111,7 +111,7 @@ Metric = Sum | Mean | Max | ExplainedVariance
 
 
 class Metrics(dict[str, Metric]):
-    """Metrics by their key in `rayrlhf.observe.metrics.METRICS`. `a + b` measures both together:
+    """Metrics by their key in `rayrlhf.observe.metric_keys.METRICS`. `a + b` measures both together:
 
     >>> once = Metrics({"loss/entropy": Mean(total=6.0, weight=4.0), "rollout/logprob_diff_max": Max(0.2)})
     >>> again = Metrics({"loss/entropy": Mean(total=2.0, weight=4.0), "loss/actor_bad_steps": Sum(1.0)})

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rayrlhf.config.base import ConfigError, Problem
-from rayrlhf.config.examples import ExampleDataConfig, KtoDataConfig
-from rayrlhf.config.load import load_or_exit
+from rayrlhf.config.example_data import ExampleDataConfig, KtoDataConfig
+from rayrlhf.config.parse import load_or_exit
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.config.yaml_tree import COMMAND_LINE, read_tree
 from rayrlhf.data.batch_plan import RowOrder, fill_of, plan_steps
@@ -27,7 +27,7 @@ from rayrlhf.data.rows.row import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.sources.files import Split, resolve_source
 from rayrlhf.data.sources.hub_pins import pin_data
 from rayrlhf.data.sources.split import in_split
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.resolve import folder_of
 from rayrlhf.migration.other_keys import option_problem
 from rayrlhf.untrusted_text import write_line

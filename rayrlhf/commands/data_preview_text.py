@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from rayrlhf.config.examples import ExampleDataConfig, PairDataConfig, PrmDataConfig
+from rayrlhf.config.example_data import ExampleDataConfig, PairDataConfig, PrmDataConfig
 from rayrlhf.data.chat import decode_prompt
 from rayrlhf.data.render import RenderedExample, RenderedSequence
 from rayrlhf.data.rows.row import describe_bad_rows

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.ids import parse_id
 from rayrlhf.hub.resolve import folder_of
 from rayrlhf.models.adapter_format import MergeProblem, check_base, make_plan

@@ -18,8 +18,8 @@ from rayrlhf.capacity.micro_batch import sized_for_gpu
 from rayrlhf.capacity.model_shape import ShapeUnknown
 from rayrlhf.capacity.throughput import step_time_of
 from rayrlhf.config.base import ConfigError
+from rayrlhf.config.job_kinds import load_any
 from rayrlhf.config.policy import PolicyRunConfig
-from rayrlhf.config.registry import load_any
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.placement.plan import plan_job, slots_in_words
 from rayrlhf.placement.preset import with_preset

@@ -19,7 +19,7 @@ from rayrlhf.config.base import (
     Section,
 )
 from rayrlhf.config.common import ObserveConfig, RunSection
-from rayrlhf.config.examples import RewardTemplate, Share
+from rayrlhf.config.example_data import RewardTemplate, Share
 from rayrlhf.config.generate import GenerateDataConfig, GenerateRunConfig, SampledConfig
 from rayrlhf.config.launch import LaunchConfig
 from rayrlhf.config.learning_rates import PreferenceTrainConfig, SftTrainConfig

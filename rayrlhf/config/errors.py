@@ -12,17 +12,16 @@ from pydantic_core import ErrorDetails
 
 from rayrlhf.config.base import ConfigError, Problem, Section
 from rayrlhf.config.help import (
-    INDEX,
     default_of,
     describe,
     item_of,
-    keys_of,
     node_of,
     number,
     sections_in,
     show,
     tags_of,
 )
+from rayrlhf.config.key_suggestions import numbered, parent, siblings, suggest
 from rayrlhf.migration.other_keys import answer, known_paths, leaf_problems, meant_by
 
 S = TypeVar("S", bound=Section)
@@ -213,7 +212,7 @@ def _meant(schema: type[Section], path: str, value: Any) -> list[str]:
 
 
 def _unknown_key(schema: type[Section], path: str, detail: ErrorDetails) -> Problem:
-    if _numbered(path) not in known_paths(schema) and (foreign := answer(schema, path)):
+    if numbered(path) not in known_paths(schema) and (foreign := answer(schema, path)):
         return Problem(path, _shorten(detail["input"]), "no such key", foreign)
     suggestions = suggest(schema, path)
     if suggestions == [path]:
@@ -221,40 +220,6 @@ def _unknown_key(schema: type[Section], path: str, detail: ErrorDetails) -> Prob
     elif suggestions:
         fix = f"did you mean {' or '.join(suggestions)}?"
     else:
-        section = _parent(path)
-        fix = f"remove it; {section or 'the top level'} has the keys {', '.join(_siblings(schema, section))}"
+        section = parent(path)
+        fix = f"remove it; {section or 'the top level'} has the keys {', '.join(siblings(schema, section))}"
     return Problem(path, _shorten(detail["input"]), "no such key", fix)
-
-
-def suggest(schema: type[Section], path: str) -> list[str]:
-    """Existing key paths that are probably meant by `path`: similar in its section, or the same elsewhere."""
-    paths = [key.path for key in keys_of(schema)]
-    section, leaf = _parent(path), _leaf(path)
-    if _numbered(path) in paths:
-        return [path]  # written with dots inside a YAML file
-    siblings = _siblings(schema, section)
-    for cutoff in (0.75, 0.6):
-        if close := get_close_matches(leaf, siblings, n=1, cutoff=cutoff):
-            return [f"{section}.{close[0]}" if section else close[0]]
-        if same := [p for p in paths if _leaf(p) == leaf]:
-            return [p for p in same if p.startswith(_numbered(section) + ".")] or same[:2]
-    far = get_close_matches(leaf, {_leaf(p) for p in paths}, n=1, cutoff=0.8)
-    others = [p for p in paths if not _numbered(path).startswith(f"{p}.")]  # not the section it is in
-    return [p for p in paths if _leaf(p) in far][:2] or get_close_matches(path, others, n=1, cutoff=0.8)
-
-
-def _siblings(schema: type[Section], section: str) -> list[str]:
-    return [_leaf(key.path) for key in keys_of(schema) if _parent(key.path) == _numbered(section)]
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _numbered(path: str) -> str:
-    """`reward.sources.0.weight` as it is in the key reference, `reward.sources.N.weight`."""
-    return ".".join(INDEX if part.isdecimal() else part for part in path.split("."))

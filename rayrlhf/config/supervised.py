@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from rayrlhf.config.base import Count, Fraction, NonNegativeNumber, PositiveNumber, Problem, Section, Wanted
 from rayrlhf.config.common import ObserveConfig, TrainedRunSection
-from rayrlhf.config.examples import (
+from rayrlhf.config.example_data import (
     KtoDataConfig,
     PairDataConfig,
     PrmDataConfig,

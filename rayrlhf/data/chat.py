@@ -13,7 +13,7 @@ from rayrlhf.data.rows.messages import Message
 from rayrlhf.data.rows.prompt_rows import prompt_of
 from rayrlhf.data.rows.row import BadRow, DataError, check_text, check_unicode, column_of, quoted, type_name
 from rayrlhf.data.template import apply_template, tool_form
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.local import local_folder
 
 if TYPE_CHECKING:

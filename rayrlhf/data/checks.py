@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 from rayrlhf.config.data import DataConfig, PromptDataConfig, SourceConfig
-from rayrlhf.config.examples import ExampleDataConfig
+from rayrlhf.config.example_data import ExampleDataConfig
 from rayrlhf.data.rows.formats import id_of, normal_form
 from rayrlhf.data.rows.padding import without_padding
 from rayrlhf.data.rows.prompt_rows import prompt_of

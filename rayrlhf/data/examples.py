@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayrlhf.config.data import SourceConfig
-from rayrlhf.config.examples import ExampleDataConfig, KtoDataConfig, PrmDataConfig
+from rayrlhf.config.example_data import ExampleDataConfig, KtoDataConfig, PrmDataConfig
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.example_store import EXAMPLE_SCHEMA, SEQUENCE_FIELDS, ExampleStore
 from rayrlhf.data.render import RenderedExample, render_example, step_token_id

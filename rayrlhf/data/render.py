@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from rayrlhf.config.examples import ExampleDataConfig, PrmDataConfig, SftDataConfig
+from rayrlhf.config.example_data import ExampleDataConfig, PrmDataConfig, SftDataConfig
 from rayrlhf.data.assistant_mask import MaskedConversation, assistant_turns, join, mask_turns
 from rayrlhf.data.chat import as_text, decode_prompt, encode_plain
 from rayrlhf.data.markers import cut, encode, markers_of

@@ -18,8 +18,7 @@ from typing import Any
 from ray import serve
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.environment import EnvironmentConfig
-from rayrlhf.config.rollout import RolloutConfig
+from rayrlhf.config.rollout import EnvironmentConfig, RolloutConfig
 from rayrlhf.data.chat import prompt_tokenizer
 from rayrlhf.environments.chat_tokens import Message, Observation, Turns
 from rayrlhf.environments.environment_host import MAX_EPISODES

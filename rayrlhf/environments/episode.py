@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rayrlhf.config.environment import EnvironmentConfig
+from rayrlhf.config.rollout import EnvironmentConfig
 from rayrlhf.data.rows.row import BadRow
 from rayrlhf.environments.chat_tokens import Turns
 from rayrlhf.environments.user_environment import EnvironmentFailure

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.hub.access import Access, access_from_env
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.ids import HubId, cache_folder, names_a_cache, pinned_id
 from rayrlhf.hub.snapshots import (
     STALLED_SECONDS,

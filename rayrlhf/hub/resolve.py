@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rayrlhf.hub.access import Access, access_from_env
-from rayrlhf.hub.errors import HubError, explained, host_of
+from rayrlhf.hub.hub_errors import HubError, explained, host_of
 from rayrlhf.hub.ids import HubId, cache_folder, parse_id
 from rayrlhf.hub.snapshots import (
     ADAPTER_CONFIG,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rayrlhf.hub.access import Access
-from rayrlhf.hub.errors import HubError, explained
+from rayrlhf.hub.hub_errors import HubError, explained
 from rayrlhf.hub.ids import HubId, snapshot_folder
 
 SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # everything except weights

@@ -8,6 +8,7 @@ from typing import Any
 
 from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.help import INDEX, keys_of, show
+from rayrlhf.config.key_suggestions import suggest
 from rayrlhf.migration.table import PROJECTS, Word
 
 MAX_LEAVES = 60  # of a foreign section, each of which is answered separately
@@ -94,8 +95,6 @@ def option_problem(schema: type[Section] | None, option: str, value: str | None,
 
 
 def _option_fix(schema: type[Section] | None, key: str, value: str | None) -> str:
-    from rayrlhf.config.errors import suggest  # which imports this module
-
     override = key if value is None else f"{key}={value}"
     known = known_paths(schema) if schema is not None else frozenset()
     numbered = ".".join(INDEX if part.isdecimal() else part for part in key.split("."))

@@ -25,8 +25,8 @@ from rayrlhf.policy.losses import (
     value_forward,
 )
 from rayrlhf.train import collectives
+from rayrlhf.train.deepspeed_engine import loading
 from rayrlhf.train.ema import ExponentialMovingAverage
-from rayrlhf.train.engine import loading
 from rayrlhf.train.learner import Learner, Term
 from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
 from rayrlhf.train.sequence_parallel import share_sequences

@@ -29,11 +29,11 @@ from rayrlhf.policy.actor_critic import (
     make_kl_controller,
     make_reference,
 )
+from rayrlhf.policy.actor_export import export_actor
 from rayrlhf.policy.batches import Packing, TextStream
 from rayrlhf.policy.colocation import Colocation
 from rayrlhf.policy.critic_client import RemoteCritic, critic_folder
 from rayrlhf.policy.evaluate import evaluate
-from rayrlhf.policy.export import export_actor
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.policy.prompt_queue import PromptQueue
 from rayrlhf.policy.push_check import PushCheck
@@ -48,7 +48,7 @@ from rayrlhf.runtime.results import RunResult
 from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train.checkpoint import Saved
 from rayrlhf.train.collectives import Ranks
-from rayrlhf.train.engine import gathered
+from rayrlhf.train.deepspeed_engine import gathered
 from rayrlhf.train.random_states import RandomStates
 from rayrlhf.train.reference import ServedReference
 from rayrlhf.weights.sync import WeightSync

@@ -25,10 +25,10 @@ from rayrlhf.placement.serve_status import app_statuses
 from rayrlhf.placement.slots import PlacementError, Slots, create_slots, resolve_gpus_per_slot
 from rayrlhf.reward_server.deployment import Served, server_app
 from rayrlhf.reward_server.http import answers, authorization, check_own_port, read_token, url_of
-from rayrlhf.reward_server.preflight import check_sources
+from rayrlhf.reward_server.source_checks import check_sources
 from rayrlhf.runtime.file_checks import check_files
 from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
-from rayrlhf.runtime.process import set_process_environment
+from rayrlhf.runtime.process_environment import set_process_environment
 from rayrlhf.runtime.ray_session import DeploymentFailed, ray_session, start_serve, wait_for_apps
 from rayrlhf.runtime.run import INPUT_ERRORS, named_actor
 from rayrlhf.untrusted_text import guard_terminal

@@ -18,8 +18,8 @@ from rayrlhf.capacity.attention_heads import split_problems
 from rayrlhf.capacity.model_shape import ShapeUnknown, read_shape
 from rayrlhf.config.base import ConfigError, Problem, Section
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.examples import ExampleDataConfig
-from rayrlhf.config.load import load_or_exit
+from rayrlhf.config.example_data import ExampleDataConfig
+from rayrlhf.config.parse import load_or_exit
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.data.checks import check_example_sources, check_sources
 from rayrlhf.data.rows.row import DataError

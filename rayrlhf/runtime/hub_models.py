@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayrlhf.config.model_paths import model_paths
 from rayrlhf.data.sources.hub_pins import pin_data
 from rayrlhf.hub.access import access_from_env
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.ids import cache_folder, names_a_cache, parse_id, pinned_id
 from rayrlhf.hub.local import ACTOR_PREFIX, HubSettings, HubSettingsActor, local_folder
 from rayrlhf.hub.resolve import no_folder, resolve

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rayrlhf.config.base import Problem
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.examples import ExampleDataConfig
+from rayrlhf.config.example_data import ExampleDataConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.models.positions import positions_of
 from rayrlhf.models.weight_files import read_json

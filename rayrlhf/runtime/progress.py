@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from rayrlhf.config.common import JobConfig
-from rayrlhf.observe.metrics import Timer
+from rayrlhf.observe.metric_keys import Timer
 from rayrlhf.placement.reaper import register_worker
 from rayrlhf.reward.client import RewardFailure
 from rayrlhf.runtime.reporting import Reporter

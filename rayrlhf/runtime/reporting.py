@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from rayrlhf.observe.board import Posted, Poster, Receipt, Report
-from rayrlhf.observe.metrics import check_keys
+from rayrlhf.observe.metric_keys import check_keys
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.samples import Sample
 

@@ -26,10 +26,10 @@ from rayrlhf.capacity.gpu_types import Gpu
 from rayrlhf.capacity.micro_batch import keys_sized_by_plan, sized_for_gpu, sized_for_host
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.common import DrivenConfig, JobConfig
-from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.parse import dump_resolved
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.hub.access import offline_variable
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.wandb_access import check_wandb
@@ -51,7 +51,7 @@ from rayrlhf.runtime.file_checks import check_files
 from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
 from rayrlhf.runtime.interrupted import what_goes_on
 from rayrlhf.runtime.preflight import InputError, check_precision
-from rayrlhf.runtime.process import set_process_environment
+from rayrlhf.runtime.process_environment import set_process_environment
 from rayrlhf.runtime.ray_messages import RAY_LOG, ray_messages_in
 from rayrlhf.runtime.ray_session import DeploymentFailed, last_line, ray_session
 from rayrlhf.runtime.results import RunResult, Stopped

@@ -18,7 +18,7 @@ from rayrlhf.models.load import adapt, checkpoint_activations, resolve_dtype
 from rayrlhf.samples import Example
 from rayrlhf.supervised.reference_table import FrozenReference
 from rayrlhf.train.collectives import Ranks
-from rayrlhf.train.engine import loading
+from rayrlhf.train.deepspeed_engine import loading
 from rayrlhf.train.learner import Learner, Term
 from rayrlhf.train.sequence_parallel import share_sequences
 

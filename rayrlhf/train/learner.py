@@ -17,7 +17,7 @@ from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.adapters import TrainedAdapter
 from rayrlhf.train import collectives
 from rayrlhf.train import frozen_checksums as frozen
-from rayrlhf.train.engine import adapter_state_dict, full_state_dict, make_engine
+from rayrlhf.train.deepspeed_engine import adapter_state_dict, full_state_dict, make_engine
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 from rayrlhf.train.safe_load import only_tensors
 from rayrlhf.train.sequence_parallel import own_outputs, together

@@ -14,7 +14,7 @@ from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.adapters import adapters_off
 from rayrlhf.models.load import load_policy, resolve_dtype
 from rayrlhf.train import collectives
-from rayrlhf.train.engine import loading, make_engine
+from rayrlhf.train.deepspeed_engine import loading, make_engine
 from rayrlhf.train.frozen_server import ask_all, logprobs_of
 from rayrlhf.train.learner import Learner
 from rayrlhf.train.sequence_parallel import own_outputs, share_sequences

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rayrlhf.weights.buckets import Group, fill, size_of
-from rayrlhf.weights.failures import TransferFailed
 from rayrlhf.weights.shared_memory import device_key
 from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.transfer_failure import TransferFailed
 from rayrlhf.weights.transfer_group import Backend, DirectPush, Link, Receiver, TransferGroup, join
 from rayrlhf.weights.transfer_store import LOOPBACK, TransferStore
 

@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from rayrlhf.weights.failures import TransferFailed
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
 from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.transfer_failure import TransferFailed
 from rayrlhf.weights.transfer_store import Address, Member
 
 Backend = Literal["gloo", "nccl", "ipc"]

@@ -28,7 +28,7 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from rayrlhf.weights.failures import TransferFailed
+from rayrlhf.weights.transfer_failure import TransferFailed
 
 LOOPBACK = "127.0.0.1"
 SENDER_GONE = "the sender, rank 0 of the trainers, is gone"

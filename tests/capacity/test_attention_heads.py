@@ -16,7 +16,7 @@ from rayrlhf.capacity.gpu_types import parse_gpus
 from rayrlhf.capacity.model_shape import ModelShape
 from rayrlhf.commands.plan import main
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.registry import load_any
+from rayrlhf.config.job_kinds import load_any
 from rayrlhf.runtime.file_checks import check_files
 from tests.checkpoint_files import write_checkpoint
 

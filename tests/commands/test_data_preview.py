@@ -16,7 +16,7 @@ from rich.console import Console
 from rayrlhf.commands.cli import main
 from rayrlhf.commands.data_preview import look_at, packing_fill
 from rayrlhf.commands.data_preview_text import histogram, show
-from rayrlhf.config.load import load_config
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.supervised import JOBS
 from tests.hostile_text import HOSTILE, assert_harmless
 from tests.tiny_model import make_tokenizer

@@ -14,7 +14,7 @@ import yaml
 from rayrlhf.capacity.budget import budget_of
 from rayrlhf.capacity.gpu_types import parse_gpus
 from rayrlhf.commands.plan import main
-from rayrlhf.config.registry import load_any
+from rayrlhf.config.job_kinds import load_any
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.config.base import ConfigError, Problem
-from rayrlhf.config.load import load_config
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.policy import PolicyRunConfig
 
 SMALL = """\

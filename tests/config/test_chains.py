@@ -10,7 +10,7 @@ import pytest
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.chains import ConditionalSftConfig, IterativeDpoConfig, RejectionSamplingConfig
 from rayrlhf.config.generate import GenerateRunConfig
-from rayrlhf.config.load import load_config
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.supervised import DpoRunConfig, SftRunConfig
 from rayrlhf.config.yaml_tree import write_tree
 

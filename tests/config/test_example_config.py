@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rayrlhf.config.base import Problem
 from rayrlhf.config.errors import explain
-from rayrlhf.config.examples import (
+from rayrlhf.config.example_data import (
     ExampleDataConfig,
     KtoDataConfig,
     PairDataConfig,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayrlhf.config.load import dump_resolved, load_config
+from rayrlhf.config.parse import dump_resolved, load_config
 from rayrlhf.config.policy import PolicyRunConfig
 from tests.config.conftest import SMALL, Load, Problems
 

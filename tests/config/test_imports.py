@@ -31,7 +31,7 @@ def test_the_configuration_imports_nothing_heavy() -> None:
     done = run_python("-c", IMPORT_ALL)
     assert done.returncode == 0, done.stderr
     modules = set(json.loads(done.stdout))
-    assert "rayrlhf.config.policy" in modules and "rayrlhf.config.load" in modules
+    assert "rayrlhf.config.policy" in modules and "rayrlhf.config.parse" in modules
     assert not {name.partition(".")[0] for name in modules} & HEAVY
 
 

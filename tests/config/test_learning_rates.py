@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.chains import IterativeDpoConfig, RejectionSamplingConfig
-from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.job_kinds import load_any
+from rayrlhf.config.parse import dump_resolved
 from rayrlhf.config.policy import PolicyRunConfig
-from rayrlhf.config.registry import load_any
 from rayrlhf.config.supervised import JOBS
 
 TREE: dict[str, Any] = {"run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": "rows.jsonl"}}

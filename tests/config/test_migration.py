@@ -8,9 +8,9 @@ import pytest
 
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.help import keys_of
-from rayrlhf.config.load import load_config
+from rayrlhf.config.job_kinds import SCHEMAS, load_any
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.policy import PolicyRunConfig
-from rayrlhf.config.registry import SCHEMAS, load_any
 from rayrlhf.config.supervised import SftRunConfig
 from rayrlhf.migration.other_keys import find_words
 from rayrlhf.migration.page import page

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.load import load_config
+from rayrlhf.config.job_kinds import SCHEMAS
 from rayrlhf.config.other_job import NAMED_JOBS, script_of_job
-from rayrlhf.config.registry import SCHEMAS
+from rayrlhf.config.parse import load_config
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = {"generate": "generate-cpu", "serve_reward": "serve_reward-cpu", None: "grpo-cpu"} | {

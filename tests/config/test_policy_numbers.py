@@ -7,7 +7,7 @@ import pytest
 from rayrlhf.config.cautions import cautions
 from rayrlhf.config.chains import RejectionSamplingConfig
 from rayrlhf.config.generate import GenerateRunConfig
-from rayrlhf.config.load import dump_resolved, load_config
+from rayrlhf.config.parse import dump_resolved, load_config
 from rayrlhf.config.policy import PolicyRunConfig
 from tests.config.conftest import Load, Problems
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config.load import dump_resolved
-from rayrlhf.config.registry import SCHEMAS, load_any, script_of
+from rayrlhf.config.job_kinds import SCHEMAS, load_any, script_of
+from rayrlhf.config.parse import dump_resolved
 from rayrlhf.config.reward import FunctionSource
 
 REPOSITORY = Path(__file__).parents[2]

@@ -109,7 +109,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
 def test_examples_are_checked_without_heavy_imports(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     script = (
-        "import sys; from rayrlhf.config.examples import SftDataConfig; "
+        "import sys; from rayrlhf.config.example_data import SftDataConfig; "
         "from rayrlhf.data.checks import check_example_sources; "
         "check_example_sources(SftDataConfig.model_validate({'train': sys.argv[1]})); "
         "print(sorted({'ray', 'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayrlhf.config.examples import (
+from rayrlhf.config.example_data import (
     ExampleDataConfig,
     KtoDataConfig,
     PairDataConfig,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config.examples import (
+from rayrlhf.config.example_data import (
     ExampleDataConfig,
     KtoDataConfig,
     PairDataConfig,

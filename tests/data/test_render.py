@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config.examples import KtoDataConfig, PairDataConfig, PrmDataConfig, SftDataConfig
+from rayrlhf.config.example_data import KtoDataConfig, PairDataConfig, PrmDataConfig, SftDataConfig
 from rayrlhf.data.render import RenderedExample, render_example, step_token_id
 from rayrlhf.data.rows.formats import normal_form
 from rayrlhf.data.rows.row import BadRow, DataError

@@ -14,8 +14,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.environment import EnvironmentConfig
-from rayrlhf.config.rollout import RolloutConfig
+from rayrlhf.config.rollout import EnvironmentConfig, RolloutConfig
 from rayrlhf.environments import deployment as environments
 from rayrlhf.environments.chat_tokens import Turns
 from rayrlhf.environments.deployment import (

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.environment import EnvironmentConfig
+from rayrlhf.config.rollout import EnvironmentConfig
 from rayrlhf.environments.chat_tokens import Turns
 from rayrlhf.environments.episode import Episode, play
 from rayrlhf.environments.user_environment import UserEnvironment

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from rayrlhf.hub.access import Access, access_from_env
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.ids import cache_folder, parse_id
 from rayrlhf.hub.local import local_folder
 from rayrlhf.hub.resolve import base_of, folder_of, resolve

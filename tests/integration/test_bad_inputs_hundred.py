@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rayrlhf.config.registry import SCHEMAS
+from rayrlhf.config.job_kinds import SCHEMAS
 from rayrlhf.runtime.file_checks import load_job
 from tests.checkpoint_files import write_checkpoint, write_shards
 

@@ -33,8 +33,8 @@ def make_module() -> nn.Module:
 def train(arguments: dict[str, Any]) -> dict[Any, Any]:
     """On each worker: per engine the weights of every step, the averages, and what they left behind."""
     from rayrlhf.train import collectives
+    from rayrlhf.train.deepspeed_engine import full_state_dict, make_engine
     from rayrlhf.train.ema import ExponentialMovingAverage
-    from rayrlhf.train.engine import full_state_dict, make_engine
 
     torch.set_num_threads(1)
 

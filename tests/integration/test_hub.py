@@ -14,7 +14,7 @@ import pytest
 import ray
 import yaml
 
-from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.parse import dump_resolved
 from rayrlhf.hub.access import Access
 from rayrlhf.hub.ids import cache_folder
 from rayrlhf.hub.local import ACTOR_PREFIX, HubSettings, HubSettingsActor, local_folder

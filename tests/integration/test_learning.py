@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.environments.calculator import make_rows, write_rows
-from rayrlhf.config.load import load_config
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.policy.driver import run_policy
 from tests.integration.policy_runs import write_prompts

@@ -12,7 +12,7 @@ import torch
 from jobs.demo.data import ensure_data as ensure_prompts
 from jobs.pipeline.run import Stage, outcome, stages
 from jobs.tasks.sentences import ensure_data as ensure_sentences
-from rayrlhf.config.load import load_config
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.policy.driver import run_policy

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.parse import dump_resolved
 from rayrlhf.config.policy import PolicyRunConfig
 from tests.integration.fake_cluster import FakeCluster, fake_cluster
 from tests.integration.policy_runs import tiny_run

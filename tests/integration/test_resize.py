@@ -31,8 +31,8 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
     """Per variant the gradient norms of the last steps, the weights and their averages after them."""
     from rayrlhf.train import collectives
     from rayrlhf.train import frozen_checksums as frozen
+    from rayrlhf.train.deepspeed_engine import full_state_dict
     from rayrlhf.train.ema import ExponentialMovingAverage
-    from rayrlhf.train.engine import full_state_dict
     from rayrlhf.train.learner import Learner, Term
 
     torch.set_num_threads(1)

@@ -106,7 +106,7 @@ def global_tokens(step: int) -> float:
 
 def load(model_path: str, kind: str, chunk_tokens: int, train: TrainConfig | None = None) -> PolicyModel:
     """`kind` of `MODELS`, as `train` would have it."""
-    from rayrlhf.train.engine import loading
+    from rayrlhf.train.deepspeed_engine import loading
 
     model = TrainedModelConfig(path=model_path, **MODELS[kind])
     cpu = torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console as PlainConsole
 
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.load import load_or_exit
+from rayrlhf.config.parse import load_or_exit
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.observe.board import Report

@@ -255,7 +255,7 @@ def test_rounding_is_no_shortfall() -> None:
 
 
 def test_planning_imports_nothing_heavy() -> None:
-    imports = "import json, sys, rayrlhf.placement.plan, rayrlhf.config.load"
+    imports = "import json, sys, rayrlhf.placement.plan, rayrlhf.config.parse"
     code = f"{imports}; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60

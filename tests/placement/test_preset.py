@@ -12,8 +12,8 @@ from rayrlhf.capacity.budget import budget_of
 from rayrlhf.capacity.gpu_types import GIB, parse_gpus
 from rayrlhf.capacity.micro_batch import longest_sample, sized_for_gpu, sized_for_host
 from rayrlhf.commands.plan import main
+from rayrlhf.config.job_kinds import load_any
 from rayrlhf.config.policy import PolicyRunConfig
-from rayrlhf.config.registry import load_any
 from rayrlhf.config.supervised import SftRunConfig
 from rayrlhf.placement.plan import DATA_CPUS, plan_placement, shortfall
 from rayrlhf.placement.preset import with_preset

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from rayrlhf.policy.critic import NoCritic
 from torch import Tensor
 
 from rayrlhf.algorithms.kl import AdaptiveKL
 from rayrlhf.batch import PackedBatch, pack_samples
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.models.logprobs import TokenLogprobs
-from rayrlhf.observe.metrics import check_keys
+from rayrlhf.observe.metric_keys import check_keys
 from rayrlhf.policy import actor_critic as learners_module
 from rayrlhf.policy.actor_critic import Learners
-from rayrlhf.policy.critic import NoCritic
 from rayrlhf.samples import Sample
 from rayrlhf.train.learner import Term
 from tests.samples import make_config, make_prompt, make_sample

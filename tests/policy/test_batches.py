@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.observe.metrics import METRICS
+from rayrlhf.observe.metric_keys import METRICS
 from rayrlhf.policy import batches as share
 from rayrlhf.policy.batches import MiniBatch, Shared, share_out
 from rayrlhf.samples import Sample

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.observe.metrics import check_keys
+from rayrlhf.observe.metric_keys import check_keys
 from rayrlhf.policy import evaluate as evaluate_module
 from rayrlhf.policy.evaluate import FIRST_GROUP_ID, Evaluation, eval_plan, evaluate
 from rayrlhf.policy.rollouts import Collector

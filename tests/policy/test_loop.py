@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from rayrlhf.observe.metrics import check_keys
+from rayrlhf.observe.metric_keys import check_keys
 
 GRPO = {"advantage": "grpo", "kl_coef": 0.0}
 RUNS: dict[str, dict[str, Any]] = {

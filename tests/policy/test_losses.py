@@ -11,7 +11,7 @@ from torch import Tensor
 from rayrlhf.batch import PackedBatch, pack_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.models.logprobs import TokenLogprobs
-from rayrlhf.observe.metrics import METRICS
+from rayrlhf.observe.metric_keys import METRICS
 from rayrlhf.policy.losses import (
     StepCounts,
     language_model_objective,

@@ -9,10 +9,10 @@ from operator import add
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from rayrlhf.observe.metrics import check_keys
-from rayrlhf.policy.losses import StepCounts
 from rayrlhf.policy.step_metrics import UpdateMetrics, update_metrics
+
+from rayrlhf.observe.metric_keys import check_keys
+from rayrlhf.policy.losses import StepCounts
 
 
 def actor(measured: dict[str, float], counts: StepCounts, aggregation: str = "token_mean") -> UpdateMetrics:

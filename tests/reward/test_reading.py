@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.examples import PairDataConfig
+from rayrlhf.config.example_data import PairDataConfig
 from rayrlhf.config.reward_sources import ModelSource
 from rayrlhf.config.serve_reward import ServedModel
 from rayrlhf.data.render import render_example

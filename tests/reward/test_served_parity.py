@@ -9,8 +9,8 @@ import pytest
 from rayrlhf.config.serve_reward import ServedModel, ServedRewardConfig, ServeRewardConfig
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.reward.model_deployment import ScoreActor
-from rayrlhf.reward_server.preflight import check_sources
 from rayrlhf.reward_server.requests import TextTokens, token_item
+from rayrlhf.reward_server.source_checks import check_sources
 from tests.reward_export import TEXTS, make_reward_export, plain_scores
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.load import load_config
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.serve_reward import ServerConfig, ServeRewardConfig
 from rayrlhf.reward_server.http import authorization, check_own_port, read_token
 from rayrlhf.runtime.preflight import InputError

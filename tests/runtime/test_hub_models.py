@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from rayrlhf.config.load import dump_resolved
+from rayrlhf.config.parse import dump_resolved
 from rayrlhf.runtime import hub_models
 from rayrlhf.runtime.hub_models import _Fetcher, fetch_here, pin
 from rayrlhf.runtime.preflight import InputError

@@ -16,8 +16,8 @@ from torch import nn
 
 from rayrlhf.config.train import TrainConfig
 from rayrlhf.train import world_size as resize
+from rayrlhf.train.deepspeed_engine import make_engine
 from rayrlhf.train.ema import ExponentialMovingAverage
-from rayrlhf.train.engine import make_engine
 from rayrlhf.train.learner import Learner, Term
 from rayrlhf.train.safe_load import FORCE, UnsafeCheckpoint, only_tensors
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrlhf.weights.failures import TransferFailed
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
+from rayrlhf.weights.transfer_failure import TransferFailed
 from rayrlhf.weights.transfer_group import Backend, Link, Receiver, TransferGroup, abort_transfer, join
 from rayrlhf.weights.transfer_store import Address, TransferStore
 

@@ -25,9 +25,9 @@ import zmq
 from torch._C._distributed_c10d import TCPStore
 
 from rayrlhf.weights.buckets import check
-from rayrlhf.weights.failures import TransferFailed
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
 from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.transfer_failure import TransferFailed
 from rayrlhf.weights.transfer_group import Receiver, TransferGroup, join
 from rayrlhf.weights.transfer_store import LOOPBACK, SENDER_GONE, Member, TransferStore
 

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from rayrlhf.commands.chat.conversation import Answer, ChatProblem, Message, Sampling
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.resolve import base_of, folder_of
 from rayrlhf.hub.snapshots import ADAPTER_CONFIG
 from rayrlhf.models.generation import ending_ids

@@ -11,8 +11,8 @@ import yaml
 
 from rayrlhf.commands.render.sizing import Nodes, nodes_of
 from rayrlhf.config.base import ConfigError, Problem
-from rayrlhf.config.load import dump_resolved
-from rayrlhf.config.registry import script_of
+from rayrlhf.config.job_kinds import script_of
+from rayrlhf.config.parse import dump_resolved
 from rayrlhf.config.yaml_tree import read_tree
 from rayrlhf.placement.plan import slots_in_words
 from rayrlhf.secrets import is_secret_name, secrets_in

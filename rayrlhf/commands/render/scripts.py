@@ -7,7 +7,7 @@ import math
 import shlex
 
 from rayrlhf.commands.render.rendering import EXCLUDED, Rendering, commented, paths_of
-from rayrlhf.config.registry import script_of
+from rayrlhf.config.job_kinds import script_of
 from rayrlhf.placement.plan import DATA_CPUS
 
 START = "#!/usr/bin/env bash\n"

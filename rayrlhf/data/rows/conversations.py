@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rayrlhf.config.examples import SftDataConfig
+from rayrlhf.config.example_data import SftDataConfig
 from rayrlhf.data.rows.columns import (
     MESSAGES_NAMES,
     PROMPT_NAMES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rayrlhf.config.examples import (
+from rayrlhf.config.example_data import (
     ExampleDataConfig,
     KtoDataConfig,
     PairDataConfig,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayrlhf.config.examples import PrmDataConfig
+from rayrlhf.config.example_data import PrmDataConfig
 from rayrlhf.data.rows.columns import PROMPT_NAMES, Shape, pick, pick_or_fail, recognise
 from rayrlhf.data.rows.messages import Message, check_turns, prompt_messages, tools_of, with_system
 from rayrlhf.data.rows.row import BadRow, check_text, column_of, type_name

@@ -12,7 +12,7 @@ from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.sources.files import HUB_ID, hub_id_of
 from rayrlhf.data.sources.hub_files import load_splits
 from rayrlhf.hub.access import access_from_env
-from rayrlhf.hub.errors import HubError, recognised
+from rayrlhf.hub.hub_errors import HubError, recognised
 from rayrlhf.hub.ids import COMMIT, HubId, cache_folder
 from rayrlhf.hub.resolve import commit_of
 from rayrlhf.hub.snapshots import UpdateCounter, bytes_fetched, listed, run_with_progress

@@ -10,7 +10,7 @@ import pytest
 
 from rayrlhf.commands.render.rendering import rendering_of
 from rayrlhf.commands.render.scripts import render_slurm
-from rayrlhf.config.registry import load_any
+from rayrlhf.config.job_kinds import load_any
 
 REPOSITORY = Path(__file__).parents[3]
 SHIMS = {

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.examples import SftDataConfig
+from rayrlhf.config.example_data import SftDataConfig
 from rayrlhf.data import examples, prompts
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.row_filter import Tally

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config.examples import KtoDataConfig, PairDataConfig, PrmDataConfig, SftDataConfig
+from rayrlhf.config.example_data import KtoDataConfig, PairDataConfig, PrmDataConfig, SftDataConfig
 from rayrlhf.data.rows.conversations import Conversation, Text
 from rayrlhf.data.rows.formats import id_of, normal_form
 from rayrlhf.data.rows.preferences import Judged, Pair

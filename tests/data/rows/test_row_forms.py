@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.config.examples import KtoDataConfig, PairDataConfig, PrmDataConfig, SftDataConfig
+from rayrlhf.config.example_data import KtoDataConfig, PairDataConfig, PrmDataConfig, SftDataConfig
 from rayrlhf.data.chat import encode_plain, render_prompt, render_text, tokens_put_first
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows.formats import normal_form

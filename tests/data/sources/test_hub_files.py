@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config.examples import SftDataConfig
+from rayrlhf.config.example_data import SftDataConfig
 from rayrlhf.data.checks import check_example_sources
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.sources.files import DataFile, resolve_source

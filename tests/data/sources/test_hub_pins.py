@@ -16,7 +16,7 @@ from tests.local_hub import TOKEN, LocalHub, local_hub
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from rayrlhf.config.examples import SftDataConfig
+from rayrlhf.config.example_data import SftDataConfig
 from rayrlhf.data.sources.hub_files import load_hub_dataset, shared_copy
 from rayrlhf.data.sources.hub_pins import pin_data
 

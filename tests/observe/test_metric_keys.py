@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from rayrlhf.observe import metrics as metrics_module
-from rayrlhf.observe.metrics import METRICS, Timer, check_keys
+from rayrlhf.observe import metric_keys as metrics_module
+from rayrlhf.observe.metric_keys import METRICS, Timer, check_keys
 
 
 class Clock:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.config.base import ConfigError, Section
-from rayrlhf.config.load import dump_resolved, load_config, load_or_exit
+from rayrlhf.config.parse import dump_resolved, load_config, load_or_exit
 from rayrlhf.config.policy import PolicyRunConfig
 from tests.config.conftest import SMALL, Load, Problems
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.load import load_config
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.serve_reward import ServeRewardConfig
 from rayrlhf.reward.items import RewardError
-from rayrlhf.reward_server.preflight import check_sources
 from rayrlhf.reward_server.requests import ModelFacts
+from rayrlhf.reward_server.source_checks import check_sources
 from rayrlhf.runtime.preflight import InputError
 from tests.reward_export import MEAN, STD, make_reward_export
 

@@ -8,8 +8,8 @@ from typing import Any
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.chains import CHAINS
 from rayrlhf.config.generate import GenerateRunConfig
-from rayrlhf.config.load import load_config
 from rayrlhf.config.other_job import script_of_job
+from rayrlhf.config.parse import load_config
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.serve_reward import ServeRewardConfig
 from rayrlhf.config.supervised import JOBS

@@ -12,7 +12,7 @@ from rayrlhf.commands.render.kuberay import render_kuberay
 from rayrlhf.commands.render.rendering import Rendering, rendering_of
 from rayrlhf.commands.render.scripts import render_local, render_ray_job, render_slurm
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.registry import load_any
+from rayrlhf.config.job_kinds import load_any
 from rayrlhf.untrusted_text import write_line
 
 TARGETS: dict[str, Callable[[Rendering], str]] = {

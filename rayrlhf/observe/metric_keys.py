@@ -137,4 +137,4 @@ def check_keys(metrics: dict[str, float]) -> None:
     families = tuple(METRIC_FAMILIES)
     unknown = sorted(key for key in metrics if key not in METRICS and not key.startswith(families))
     if unknown:
-        raise KeyError(f"metrics not listed in rayrlhf.observe.metrics.METRICS: {unknown}")
+        raise KeyError(f"metrics not listed in rayrlhf.observe.metric_keys.METRICS: {unknown}")

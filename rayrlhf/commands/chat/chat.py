@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayrlhf.commands.chat.conversation import HELP, ChatProblem, Conversation, Sampling, Screen
-from rayrlhf.hub.errors import HubError
+from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.ids import parse_id
 from rayrlhf.hub.resolve import base_of, folder_of, no_folder
 from rayrlhf.hub.snapshots import ADAPTER_CONFIG
