@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rayrlhf import secrets
-from rayrlhf.commands.render.render import TARGETS
 from rayrlhf.commands.render.rendering import rendering_of
+from rayrlhf.commands.render.targets import TARGETS
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.parse import dump_resolved, load_config, load_or_exit
 from rayrlhf.config.policy import PolicyRunConfig

@@ -25,7 +25,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "chat": Command(
-        "rayrlhf.commands.chat.chat:main",
+        "rayrlhf.commands.chat.main:main",
         "MODEL [--base BASE] [--system TEXT] [--temperature X] [--top-p P] [--top-k K] [--max-new-tokens N] "
         "[--seed N] [--dtype D] [--chat-template FILE]",
         "chat with a checkpoint, with --base with two side by side; from a pipe, every line is one message",
@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
         explains_itself=True,
     ),
     "render": Command(
-        "rayrlhf.commands.render.render:main",
+        "rayrlhf.commands.render.targets:main",
         "--target local|ray-job|kuberay|anyscale|slurm CONFIG.yaml [key.path=value ...] [--out FILE]",
         "the script or manifest with which a launcher runs a job, from the job's config",
         explains_itself=True,

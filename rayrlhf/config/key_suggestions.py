@@ -20,7 +20,7 @@ def suggest(schema: type[Section], path: str) -> list[str]:
             return [f"{section}.{close[0]}" if section else close[0]]
         if same := [p for p in paths if leaf(p) == name]:
             return [p for p in same if p.startswith(numbered(section) + ".")] or same[:2]
-    far = get_close_matches(leaf, {leaf(p) for p in paths}, n=1, cutoff=0.8)
+    far = get_close_matches(name, {leaf(p) for p in paths}, n=1, cutoff=0.8)
     others = [p for p in paths if not numbered(path).startswith(f"{p}.")]  # not the section it is in
     return [p for p in paths if leaf(p) in far][:2] or get_close_matches(path, others, n=1, cutoff=0.8)
 

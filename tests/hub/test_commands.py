@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rayrlhf.capacity.model_shape import ShapeUnknown, read_shape
-from rayrlhf.commands.chat.chat import main as chat
+from rayrlhf.commands.chat.main import main as chat
 from rayrlhf.commands.merge_lora import main as merge_lora
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.models.adapters import TrainedAdapter, adapter_weights

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rayrlhf.commands.merge_lora import main as merge_lora
-from rayrlhf.commands.render.render import main as render
+from rayrlhf.commands.render.targets import main as render
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.models.adapters import TrainedAdapter, adapter_weights
 from rayrlhf.models.export import export_causal_lm, export_reward_model, export_step_model

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrlhf.commands.chat.chat import main
+from rayrlhf.commands.chat.main import main
 
 REPOSITORY = Path(__file__).parents[3]
 WAIT_SECONDS = 120  # 8 s on an idle machine
@@ -57,7 +57,7 @@ class Typist:
 
     def __init__(self, *words: str) -> None:
         self.terminal, other = pty.openpty()
-        code = "import sys; from rayrlhf.commands.chat.chat import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from rayrlhf.commands.chat.main import main; sys.exit(main(sys.argv[1:]))"
         environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *words],

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from rayrlhf.commands.render.kuberay_rules import broken_rules
-from rayrlhf.commands.render.render import TARGETS, main
 from rayrlhf.commands.render.rendering import rendering_of
 from rayrlhf.commands.render.sizing import nodes_of
+from rayrlhf.commands.render.targets import TARGETS, main
 from rayrlhf.config.job_kinds import load_any
 
 REPOSITORY = Path(__file__).parents[3]
