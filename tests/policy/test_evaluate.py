@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.observe.metric_keys import check_keys
-from rayrlhf.policy import evaluate as evaluate_module
+from rayrlhf.observe.metrics import check_keys
+from rayrlhf.policy import rollouts as rollouts_module
 from rayrlhf.policy.evaluate import FIRST_GROUP_ID, Evaluation, eval_plan, evaluate
 from rayrlhf.policy.rollouts import Collector
 from rayrlhf.reward.client import RewardFailure
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.samples import Prompt, Sample
+from rayrlhf.train.collectives import Ranks
 from tests.samples import make_config, make_prompt, make_sample
 
 
@@ -85,6 +86,7 @@ def run(
     rewards: Any,
     num_prompts: int,
     *,
+    ranks: Ranks | None = None,
     reward: dict[str, Any] | None = None,
     **evaluation: Any,
 ) -> Evaluation:
@@ -96,7 +98,15 @@ def run(
     prompts = [make_prompt(row_id=row, prompt=f"rendered {row}", question=f"q{row}") for row in rows]
     combiner = RewardCombiner(config.reward, response_limit=100)
     collector = Collector(rollouts, rewards)
-    return evaluate(prompts, collector, combiner, config, num_prompts=num_prompts, version=7)
+    return evaluate(
+        prompts,
+        collector,
+        rollouts_module.Rewards(rewards, combiner),
+        config,
+        ranks or Ranks(),
+        num_prompts=num_prompts,
+        version=7,
+    )
 
 
 def test_an_evaluation_by_hand() -> None:
@@ -147,7 +157,21 @@ def test_repeats_are_left_out() -> None:
     assert found.metrics["eval/reward_mean"] == 1.0
 
 
-def test_all_ranks_results_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+class RankOne(Ranks):
+    """Of two; rank 0 has these samples."""
+
+    def __init__(self, of_rank_0: list[Sample]) -> None:
+        self.of_rank_0 = of_rank_0
+
+    @property
+    def rank(self) -> int:
+        return 1
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        return [*self.of_rank_0, *items]
+
+
+def test_all_ranks_results_are_put_together() -> None:
     """As rank 1 of two: prompts 3, 4 and a repeat of 0 are its own; 0, 1 and 2 come from rank 0."""
     theirs = [
         replace(
@@ -158,10 +182,8 @@ def test_all_ranks_results_are_put_together(monkeypatch: pytest.MonkeyPatch) -> 
         )
         for i in range(3)
     ]
-    monkeypatch.setattr(evaluate_module.collectives, "rank", lambda: 1)
-    monkeypatch.setattr(evaluate_module.collectives, "gather_lists", lambda mine: [*theirs, *mine])
     rollouts = Rollouts()
-    found = run([3, 4, 0], rollouts, Rewards(), num_prompts=5)
+    found = run([3, 4, 0], rollouts, Rewards(), num_prompts=5, ranks=RankOne(theirs))
     assert [call["group_id"] - FIRST_GROUP_ID for call in rollouts.calls] == [3, 4, 5]
     assert [row["prompt"] for row in found.rows] == ["q0", "q1", "q2", "q3", "q4"]
     assert found.metrics["eval/reward_mean"] == 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +18,14 @@ from tests.samples import make_prompt
 
 
 def stream(rank: int, per_rank: int, world_size: int, start: int = 0) -> Iterator[tuple[int, list[Prompt]]]:
-    """Five draws; a prompt's row id is its place in the stream."""
-    for draw in range(start, 5):
-        first = draw * per_rank * world_size + rank * per_rank
-        yield draw, [make_prompt(row_id=first + i, topic=f"t{first + i}") for i in range(per_rank)]
+    """Five prompt batches; a prompt's row id is its place in the stream."""
+    for batch in range(start, 5):
+        first = batch * per_rank * world_size + rank * per_rank
+        yield batch, [make_prompt(row_id=first + i, topic=f"t{first + i}") for i in range(per_rank)]
 
 
 def queue(rank: int = 0, per_rank: int = 2, world_size: int = 2, start: int = 0) -> PromptQueue:
-    made = PromptQueue(rank=rank, per_rank=per_rank, prompts_per_draw=per_rank * world_size)
+    made = PromptQueue(rank=rank, per_rank=per_rank, prompts_per_batch=per_rank * world_size)
     made.connect(stream(rank, per_rank, world_size, start))
     return made
 
@@ -52,13 +53,28 @@ def test_a_checkpoint_brings_back_what_was_not_finished(tmp_path: Path) -> None:
     taken = ids(prompts.take(5))
     prompts.finish(taken[:2])
     prompts.save(tmp_path)
-    assert prompts.next_draw == 3
-    resumed = PromptQueue(rank=0, per_rank=2, prompts_per_draw=4)
+    assert prompts.next_batch == 3
+    resumed = PromptQueue(rank=0, per_rank=2, prompts_per_batch=4)
     resumed.load(tmp_path)
     resumed.connect(stream(0, 2, 2, start=1))  # another rank is not as far: the stream begins earlier
     again = resumed.take(6)
     assert ids(again) == [4, 5, 8, 9, 12, 13]
     assert again[0][1].columns == {"topic": "t4"}
+
+
+def test_a_checkpoint_made_before_batches_were_called_so_still_loads(tmp_path: Path) -> None:
+    """As rayrlhf 0.1 has written it: `next_draw`."""
+    old = {
+        "per_rank": 2,
+        "next_draw": 3,
+        "prompts": [{"group_id": 4, "row_id": 4, "prompt_ids": [5, 6], "prompt": "ab", "columns": {}}],
+    }
+    (tmp_path / "prompts-rank-0000.json").write_text(json.dumps(old))
+    resumed = PromptQueue(rank=0, per_rank=2, prompts_per_batch=4)
+    resumed.load(tmp_path)
+    assert resumed.next_batch == 3
+    resumed.connect(stream(0, 2, 2))
+    assert ids(resumed.take(3)) == [4, 12, 13]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -71,7 +87,7 @@ def test_a_checkpoint_brings_back_what_was_not_finished(tmp_path: Path) -> None:
 def test_another_number_of_workers_loses_no_prompt_and_repeats_none(
     before: int, after: int, taken: list[int], finished: set[int]
 ) -> None:
-    """30 prompts in draws of 6; ranks have come differently far, and finished what they liked."""
+    """30 prompts in batches of 6; ranks have come differently far, and finished what they liked."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         done: set[int] = set()
@@ -81,12 +97,12 @@ def test_another_number_of_workers_loses_no_prompt_and_repeats_none(
             prompts.finish(mine)
             prompts.save(folder)
             done |= mine
-        first_draw = min(prompts.next_draw for prompts in queues)
+        first_batch = min(prompts.next_batch for prompts in queues)
         again: list[int] = []
         for rank in range(after):
-            resumed = PromptQueue(rank=rank, per_rank=6 // after, prompts_per_draw=6)
+            resumed = PromptQueue(rank=rank, per_rank=6 // after, prompts_per_batch=6)
             resumed.load(folder)
-            resumed.connect(stream(rank, 6 // after, after, start=first_draw))
+            resumed.connect(stream(rank, 6 // after, after, start=first_batch))
             with contextlib.suppress(AssertionError):  # the stream is over
                 while True:
                     again += ids(resumed.take(1))
@@ -94,5 +110,5 @@ def test_another_number_of_workers_loses_no_prompt_and_repeats_none(
 
 
 def test_a_stream_that_is_too_short_is_our_mistake() -> None:
-    with pytest.raises(AssertionError, match="fewer draws than the run needs"):
+    with pytest.raises(AssertionError, match="fewer batches than the run needs"):
         queue().take(11)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rayrlhf.policy.step_metrics import UpdateMetrics, update_metrics
 
-from rayrlhf.observe.metric_keys import check_keys
+from rayrlhf.observe.metrics import check_keys
 from rayrlhf.policy.losses import StepCounts
 
 
