@@ -258,9 +258,10 @@ def test_counts_of_a_step() -> None:
 def test_models_are_called_with_the_fields_of_the_batch() -> None:
     batch = five_tokens()
 
-    def module(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         return arguments
 
+    module: Any = call
     inputs = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
     policy_call, value_call = policy_forward(0.7)(module, batch), value_forward(module, batch)
     assert all(a is b for a, b in zip(policy_call[:4], (*inputs, batch.loss_mask), strict=True))
