@@ -172,7 +172,7 @@ def test_10_any_split_and_order_gives_the_mean_over_all_tokens(
 
 def test_a_key_is_one_kind_of_metric() -> None:
     with pytest.raises(TypeError, match="metric kl/mean is a Mean and a Sum"):
-        Metrics({"kl/mean": Mean(1.0, 1.0)}) + Metrics({"kl/mean": Sum(1.0)})
+        _ = Metrics({"kl/mean": Mean(1.0, 1.0)}) + Metrics({"kl/mean": Sum(1.0)})
 
 
 def test_adding_up_changes_neither_summand() -> None:

@@ -1,4 +1,4 @@
-"""Calls between actor ranks and critic ranks arrive in one order for all, whoever restarts."""
+"""Calls between actor ranks and critic ranks arrive in one order for all, whichever side restarts."""
 
 from __future__ import annotations
 

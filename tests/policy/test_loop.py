@@ -64,7 +64,7 @@ class Bias(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, input_ids: Tensor, *_: Any) -> Tensor:
-        return self.bias.expand(len(input_ids))
+        return self.bias + torch.zeros(len(input_ids))
 
 
 class Uniform:
@@ -380,3 +380,23 @@ def test_the_actor_waits_during_the_critics_warm_up() -> None:
         assert metrics["loss/critic"] == pytest.approx(0.25)  # ½·(0 - R)²
         assert metrics["loss/value"] == 0.0 and metrics["loss/return"] == pytest.approx(0.5)
         assert metrics["loss/explained_variance"] == pytest.approx(0.0), "no better than a constant"
+
+
+@pytest.mark.parametrize("aggregation, mean", [("token_mean", 1 / 8), ("sequence_mean", 1 / 3)])
+def test_10_objectives_weigh_what_they_are_a_mean_over(aggregation: str, mean: float) -> None:
+    """Responses of 1, 2 and 5 tokens in mini-batches of their own, of which the first has a return of 1 and
+    the others 0, with values of 0 and weights that stay.
+    """
+    config = config_of(
+        3, advantage="gae", lam=1.0, aggregation=aggregation, mini_batches=3, updates_per_batch=2
+    )
+    critic = PlainLearner(Bias(), config.train, name="critic", is_frozen=True)
+    samples = [
+        make_sample([1] * length, prompt=make_prompt([0]), group_id=i, score=score)
+        for i, (length, score) in enumerate([(1, 1.0), (2, 0.0), (5, 0.0)])
+    ]
+    actor = actor_of(config, is_frozen=True)
+    [metrics] = run_loop(config, actor, scored(samples), critic=LocalCritic(critic)).metrics
+    assert metrics["loss/actor"] == pytest.approx(-mean)
+    assert metrics["loss/critic"] == pytest.approx(0.5 * mean)
+    assert metrics["loss/return"] == pytest.approx(1 / 8), "a mean over tokens, whatever the objective's is"

@@ -40,7 +40,7 @@ def test_17a_a_jump_at_a_push_stops_the_run(differences: list[float]) -> None:
         ([1e-6, 1e-5, 9e-2], False),  # over tenfold, and too little to matter
         ([0.02, 0.09, 0.3, 0.9], False),  # bf16, and a policy that grows sharper
         ([0.3, 2.9], False),
-        ([1e-6, 0.4, 0.02, 0.7], True),  # tokens of older weights: the difference is what was learnt
+        ([1e-6, 0.4, 0.02, 0.7], True),  # tokens of older weights: the difference is what the updates changed
     ],
 )
 def test_17a_precision_and_staleness_do_not(differences: list[float], is_stale: bool) -> None:
