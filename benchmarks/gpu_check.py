@@ -125,7 +125,7 @@ def update(device: str) -> dict[str, Any]:
                     if step == 1:
                         _synchronize(device)
                         started = time.perf_counter()
-                    losses[offloading].append(learner.update(term, step=step)["loss/actor"])
+                    losses[offloading].append(learner.update(term, step=step).results()["loss/actor"])
                     if offloading:
                         results[f"zero{stage}_offloaded_bytes"] = learner.offload()
                         learner.reload()
@@ -348,22 +348,28 @@ def _policy(layers: int, hidden: int, dtype: Any, device: str) -> Any:
 def _term(tokens: int, device: str) -> Any:
     import torch
 
-    from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
+    from rayrlhf.batch import PolicyBatch, cu_seqlens_of, position_ids_of
     from rayrlhf.config.algorithm import AlgorithmConfig
-    from rayrlhf.policy.losses import StepCounts, policy_forward, policy_objective
+    from rayrlhf.policy.losses import PolicyObjective, loss_counts, policy_forward
+    from rayrlhf.train.collectives import Ranks
     from rayrlhf.train.learner import Term
 
     generator = torch.Generator().manual_seed(1)
     lengths = [256] * (tokens // 256)
     positions = position_ids_of(lengths)
-    batch = PackedBatch(
+    batch = PolicyBatch(
         input_ids=torch.randint(1000, (tokens,), generator=generator),
         position_ids=positions,
         cu_seqlens=cu_seqlens_of(lengths),
         loss_mask=(positions > 0).float(),
+        scores=torch.zeros(len(lengths)),
+        group_ids=torch.arange(len(lengths)),
+        group_advantages=torch.zeros(len(lengths)),
+        rollout_logprobs=torch.zeros(tokens),
         advantages=torch.randn(tokens, generator=generator),
     ).to(device)
-    loss = policy_objective(AlgorithmConfig(), StepCounts.of([batch]), kl_coef=0.0, constant_length=256.0)
+    counts = loss_counts([batch], Ranks())
+    loss = PolicyObjective(AlgorithmConfig(), counts, kl_coef=0.0, constant_length=256.0)
     return Term([batch], policy_forward(1.0), loss)
 
 

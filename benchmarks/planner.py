@@ -129,14 +129,15 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from benchmarks import update_memory
-    from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
+    from rayrlhf.batch import PolicyBatch, cu_seqlens_of, position_ids_of
     from rayrlhf.config.algorithm import AlgorithmConfig
     from rayrlhf.config.model import LoraConfig, TrainedModelConfig
     from rayrlhf.models.adapters import adapter_weights, weights_of
     from rayrlhf.models.attention import VARLEN_SDPA
     from rayrlhf.models.load import adapt, checkpoint_activations
     from rayrlhf.models.logprobs import PolicyModel
-    from rayrlhf.policy.losses import StepCounts, policy_forward, policy_objective
+    from rayrlhf.policy.losses import PolicyObjective, loss_counts, policy_forward
+    from rayrlhf.train.collectives import Ranks
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.sequence_parallel import share_sequences
 
@@ -163,17 +164,20 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     learner = Learner(module.train(), train, lr=1e-5, dtype=torch.float32, name="actor")
     lengths = [LENGTH] * (train.max_tokens_per_micro_batch // LENGTH)
     position_ids = position_ids_of(lengths)
-    batch = PackedBatch(
+    batch = PolicyBatch(
         input_ids=torch.randint(config.vocab_size, (sum(lengths),)),
         position_ids=position_ids,
         cu_seqlens=cu_seqlens_of(lengths),
         loss_mask=(position_ids > 0).float(),
+        scores=torch.zeros(len(lengths)),
+        group_ids=torch.arange(len(lengths)),
+        group_advantages=torch.zeros(len(lengths)),
+        rollout_logprobs=torch.zeros(sum(lengths)),
         advantages=torch.randn(sum(lengths)),
     )
     batches = [batch, batch]
-    loss = policy_objective(
-        AlgorithmConfig(), StepCounts.of(batches), kl_coef=0.0, constant_length=float(LENGTH)
-    )
+    counts = loss_counts(batches, Ranks())
+    loss = PolicyObjective(AlgorithmConfig(), counts, kl_coef=0.0, constant_length=float(LENGTH))
     term = Term(batches, policy_forward(1.0), loss)
     learner.update(term, step=0)  # makes the moments
     learner.engine.zero_grad()

@@ -42,13 +42,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
+from rayrlhf.batch import PolicyBatch, cu_seqlens_of, position_ids_of
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.config.train import TrainConfig
 from rayrlhf.models.attention import VARLEN_SDPA, packed_inputs
 from rayrlhf.models.load import checkpoint_activations
 from rayrlhf.models.logprobs import PolicyModel, TokenLogprobs
-from rayrlhf.policy.losses import StepCounts, policy_forward, policy_objective
+from rayrlhf.policy.losses import PolicyObjective, loss_counts, policy_forward
+from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.learner import Learner, Term
 
 LENGTHS = [256] * 16
@@ -112,17 +113,21 @@ def _mark_head(*_: Any) -> None:
 
 
 def make_term(path: str) -> Term:
-    """Every token but each sequence's first is learnt: the most that a head can be asked for."""
+    """Every token but each sequence's first is a loss token: the most that a head can be asked for."""
     position_ids = position_ids_of(LENGTHS)
-    batch = PackedBatch(
+    batch = PolicyBatch(
         input_ids=torch.randint(VOCABULARY, (NUM_TOKENS,)),
         position_ids=position_ids,
         cu_seqlens=cu_seqlens_of(LENGTHS),
         loss_mask=(position_ids > 0).float(),
+        scores=torch.zeros(len(LENGTHS)),
+        group_ids=torch.arange(len(LENGTHS)),
+        group_advantages=torch.zeros(len(LENGTHS)),
+        rollout_logprobs=torch.zeros(NUM_TOKENS),
         advantages=torch.randn(NUM_TOKENS),
     )
     algorithm = AlgorithmConfig(entropy_coef=0.01 if path == "fused + bonus" else 0.0)
-    loss = policy_objective(algorithm, StepCounts.of([batch]), kl_coef=0.0, constant_length=256.0)
+    loss = PolicyObjective(algorithm, loss_counts([batch], Ranks()), kl_coef=0.0, constant_length=256.0)
     return Term([batch], policy_forward(0.9), loss)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,16 +14,24 @@ from hypothesis import strategies as st
 from rayrlhf.batch import (
     PackedBatch,
     cu_seqlens_of,
+    pack_examples,
     pack_samples,
+    pack_values,
+    padding_examples,
     padding_samples,
     position_ids_of,
     sequence_ids_of,
 )
+from rayrlhf.samples import Example, TokenSequence
 from tests.samples import make_prompt, make_sample
 
 
 def set_fields(batch: PackedBatch) -> set[str]:
     return {f.name for f in fields(batch) if getattr(batch, f.name) is not None}
+
+
+def make_example(row_id: int) -> Example:
+    return Example(row_id, (TokenSequence([5, 6], [0, 1], [0.0, 1.0]), TokenSequence([5], [0])), value=0.5)
 
 
 def test_two_samples_by_hand() -> None:
@@ -36,9 +44,8 @@ def test_two_samples_by_hand() -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 5, 7]
     assert batch.loss_mask.tolist() == [0, 0, 1, 0, 1, 0, 1]
-    assert batch.scores is not None and batch.scores.tolist() == [2.0, -1.0]
-    assert batch.group_ids is not None and batch.group_ids.tolist() == [3, 0]
-    assert batch.rollout_logprobs is not None
+    assert batch.scores.tolist() == [2.0, -1.0]
+    assert batch.group_ids.tolist() == [3, 0]
     assert batch.rollout_logprobs.tolist() == [0, 0, -0.5, 0, -0.25, 0, -1.5]
     assert (batch.num_tokens, batch.num_sequences) == (7, 2)
 
@@ -60,7 +67,6 @@ def test_dtypes_are_those_of_the_legend() -> None:
 @pytest.mark.parametrize("unknown", [float("nan"), float("-inf")])
 def test_what_a_tool_token_has_for_a_logprob_does_not_matter(unknown: float) -> None:
     batch = pack_samples([make_sample([7, 8], loss_mask=[0, 1], rollout_logprobs=[unknown, -1.0])])
-    assert batch.rollout_logprobs is not None
     assert batch.rollout_logprobs.tolist() == [0.0, 0.0, 0.0, -1.0]
 
 
@@ -103,21 +109,42 @@ def test_a_batch_that_weighs_nothing() -> None:
     assert batch.input_ids.tolist() == [9, 9] and batch.position_ids.tolist() == [0, 1]
     assert batch.cu_seqlens.tolist() == [0, 2]
     assert not batch.loss_mask.any()
-    assert batch.group_ids is not None and (batch.group_ids < 0).all()
+    assert (batch.group_ids < 0).all()
 
 
 def test_a_batch_that_weighs_nothing_has_the_fields_of_a_real_one() -> None:
-    # A field that only the filling has makes metrics that only its rank has, and the sum over ranks hangs.
-    real, filling = pack_samples([make_sample()]), padding_samples(token_id=0)
-    assert set_fields(filling) == set_fields(real)
-    for name in set_fields(real):
-        assert getattr(filling, name).dtype == getattr(real, name).dtype, name
+    # A field that only the padding has makes metrics that only its rank has, and the sum over ranks hangs.
+    pairs: list[tuple[PackedBatch, PackedBatch]] = [
+        (pack_samples([make_sample()]), padding_samples(token_id=0)),
+        (pack_examples([make_example(0)]), padding_examples(2)),
+    ]
+    for real, padding in pairs:
+        assert type(padding) is type(real)
+        assert set_fields(padding) == set_fields(real)
+        for name in set_fields(real):
+            assert getattr(padding, name).dtype == getattr(real, name).dtype, name
+
+
+def test_examples_by_hand() -> None:
+    batch = pack_examples([make_example(3), make_example(9)])
+    assert batch.input_ids.tolist() == [5, 6, 5, 5, 6, 5]
+    assert batch.row_ids.tolist() == [3, 3, 9, 9]
+    assert batch.targets.tolist() == [0, 1, 0, 0, 1, 0]
+    assert batch.example_values.tolist() == [0.5] * 4
+
+
+def test_what_a_critic_reads() -> None:
+    batch = pack_samples([make_sample([7, 8])])
+    values, returns = torch.ones(batch.num_tokens), torch.zeros(batch.num_tokens)
+    read = pack_values(batch, values, returns)
+    assert set_fields(read) == {"input_ids", "position_ids", "cu_seqlens", "loss_mask", "values", "returns"}
+    assert read.values is values and read.returns is returns and read.loss_mask is batch.loss_mask
 
 
 def test_fields_are_added_to_a_copy() -> None:
     batch = pack_samples([make_sample()])
     values = torch.ones(batch.num_tokens)
-    assert batch.with_fields(values=values).values is values
+    assert replace(batch, values=values).values is values
     assert batch.values is None
     changed: Any = batch
     with pytest.raises(FrozenInstanceError):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.train import collectives
+from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.safe_load import only_tensors
 
 
@@ -26,10 +26,11 @@ class ExponentialMovingAverage:
     fp32 copy of them. Raises `ValueError` unless 0 < beta < 1.
     """
 
-    def __init__(self, module: nn.Module, beta: float) -> None:
+    def __init__(self, module: nn.Module, beta: float, ranks: Ranks | None = None) -> None:
         if not 0 < beta < 1:
             raise ValueError(f"ema beta={beta} must be > 0 (which keeps nothing) and < 1 (which never moves)")
         self.beta = beta
+        self.ranks = ranks or Ranks()
         self._module = module
         self._averages = {
             name: weight.to("cpu", torch.float32, copy=True) for name, weight in self._weights()
@@ -66,7 +67,7 @@ class ExponentialMovingAverage:
     def save(self, folder: Path) -> None:
         """This rank's averages, if it has any."""
         if self._averages:
-            torch.save(self._averages, _file(folder, collectives.rank()))
+            torch.save(self._averages, _file(folder, self.ranks.rank))
 
     def load(self, folder: Path) -> None:
         """Raises `FileNotFoundError` if the folder has none, `ValueError` if they are of other weights."""
@@ -91,8 +92,8 @@ class ExponentialMovingAverage:
     def _read(self, folder: Path) -> dict[str, Tensor]:
         """This rank's part, of what as many workers have saved or another number of them."""
         files = sorted(folder.glob("ema-rank-*.pt"))
-        if not self._is_partitioned() or len(files) == collectives.world_size():
-            return _load(_file(folder, collectives.rank()))
+        if not self._is_partitioned() or len(files) == self.ranks.world_size:
+            return _load(_file(folder, self.ranks.rank))
         parts = [_load(file) for file in files]
         return {
             name: self._cut(name, torch.cat([part[name] for part in parts]), mine.numel())
@@ -105,7 +106,7 @@ class ExponentialMovingAverage:
     def _cut(self, name: str, flat: Tensor, size: int) -> Tensor:
         """This rank's `size` numbers of a weight that lies flat over all ranks, padded at its end."""
         parameter: Any = self._module.get_parameter(name)
-        start = collectives.rank() * size
+        start = self.ranks.rank * size
         mine = flat[: parameter.ds_numel][start : start + size]
         return torch.cat([mine, mine.new_zeros(size - mine.numel())])
 
@@ -117,7 +118,7 @@ class ExponentialMovingAverage:
             if hasattr(parameter, "ds_tensor"):
                 partitioned: Any = parameter
                 yield name, partitioned.ds_tensor.data
-            elif collectives.rank() == 0:
+            elif self.ranks.rank == 0:
                 yield name, parameter.data
 
     def _forget_gathered(self) -> None:

@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.algorithms.advantages import (
-    ADVANTAGES,
-    GROUP_ADVANTAGES,
     gae,
     group_advantages,
     masked_moments,
@@ -22,9 +20,11 @@ from rayrlhf.algorithms.advantages import (
     token_rewards,
     whiten,
 )
+from rayrlhf.algorithms.registry import ESTIMATORS
 from rayrlhf.batch import cu_seqlens_of
 
 NAN, INF = math.nan, math.inf
+GROUP_ADVANTAGES = [name for name, estimator in ESTIMATORS.items() if estimator.needs_group]
 
 # Four sequences: A ordinary; B with a tool token between its policy tokens and another behind them; C a
 # padded row; D with a single policy token. Outside the mask stands garbage throughout.
@@ -297,7 +297,17 @@ def test_whitening_matches_numpy_however_it_is_split(
 
 
 def test_the_table_agrees_with_the_functions() -> None:
-    assert {name for name, traits in ADVANTAGES.items() if traits.needs_group} == GROUP_ADVANTAGES.keys()
-    assert [name for name, traits in ADVANTAGES.items() if traits.needs_critic] == ["gae"]
-    whitened = {name for name, traits in ADVANTAGES.items() if traits.whitened}
+    assert {name for name, estimator in ESTIMATORS.items() if estimator.needs_group} == BY_HAND.keys()
+    assert [name for name, estimator in ESTIMATORS.items() if estimator.needs_critic] == ["gae"]
+    whitened = {name for name, estimator in ESTIMATORS.items() if estimator.whitened}
     assert whitened == {"gae", "reinforce_pp", "reinforce_pp_baseline"}
+    for_one = {name for name, estimator in ESTIMATORS.items() if estimator.defined_for_one}
+    assert for_one == {"dr_grpo", "reinforce_pp_baseline"}
+
+
+def test_reinforce_pp_is_the_return_to_go_without_returns() -> None:
+    function = ESTIMATORS["reinforce_pp"].function
+    advantages, returns = function(REWARDS, None, MASK, CU_SEQLENS, gamma=0.5, lam=0.3)
+    # As test_return_to_go_by_hand: λ has no part in it, and there is no critic to regress on returns.
+    assert advantages.tolist() == [0, 0, 2.0, 2.0, 0, 1.5, 0, 3.0, 0, 0, 0, 0, 0.5]
+    assert returns is None

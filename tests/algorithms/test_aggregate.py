@@ -11,13 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rayrlhf.algorithms.aggregate import (
-    AGGREGATIONS,
-    aggregate,
-    learnt_sequences,
-    sequence_counts,
-    sequence_sums,
-)
+from rayrlhf.algorithms.aggregate import aggregate, loss_sequences, sequence_counts, sequence_sums
+from rayrlhf.algorithms.registry import AGGREGATIONS
 from rayrlhf.batch import cu_seqlens_of
 
 NAN, INF = math.nan, math.inf
@@ -53,10 +48,10 @@ def test_every_aggregation_has_an_expected_value() -> None:
     assert EXPECTED.keys() == AGGREGATIONS.keys()
 
 
-def test_sequence_sums_counts_and_learnt_sequences() -> None:
+def test_sequence_sums_counts_and_loss_sequences() -> None:
     assert sequence_sums(LOSS, MASK, CU_SEQLENS).tolist() == [4.0, 12.0, 0.0, 10.0]
     assert sequence_counts(MASK, CU_SEQLENS).tolist() == [2.0, 3.0, 0.0, 1.0]
-    assert learnt_sequences(MASK, CU_SEQLENS).item() == 3  # the padded row is not counted
+    assert loss_sequences(MASK, CU_SEQLENS).item() == 3  # the padded row is not counted
 
 
 def test_gradients_by_hand() -> None:
@@ -78,7 +73,7 @@ def test_gradients_by_hand() -> None:
 @pytest.mark.parametrize("name", AGGREGATIONS)
 @pytest.mark.parametrize(("tokens", "sequences"), [(6.0, 3.0), (0.0, 0.0)])
 def test_empty_mask_is_zero_and_keeps_the_graph(name: str, tokens: float, sequences: float) -> None:
-    # An empty micro-batch of a full step, and a step in which nothing is learnt at all (counts 0).
+    # An empty micro-batch of a full step, and a step without any loss token (counts 0).
     loss = torch.full((12,), NAN, requires_grad=True)
     total = share(name, loss, torch.zeros(12), CU_SEQLENS, tokens, sequences)
     total.backward()
@@ -101,7 +96,7 @@ def test_errors_name_the_problem() -> None:
     with pytest.raises(ValueError, match=r"\(12, 1\).*must be \[T\]"):
         share("token_mean", LOSS[:, None], MASK, CU_SEQLENS, 6, 3)
     with pytest.raises(ValueError, match="constant_length=0"):
-        AGGREGATIONS["sequence_sum_norm"](
+        AGGREGATIONS["sequence_sum_norm"].function(
             LOSS, MASK, CU_SEQLENS, global_tokens=6, global_sequences=3, constant_length=0
         )
 
@@ -110,14 +105,12 @@ def reference(name: str, losses: list[np.ndarray], masks: list[np.ndarray]) -> f
     """Unpacked, one sequence and one token at a time, in float64."""
     tokens, sequences, total = 0, 0, 0.0
     for loss, mask in zip(losses, masks, strict=True):
-        learnt = [float(x) for x, keep in zip(loss, mask, strict=True) if keep]
-        tokens += len(learnt)
-        if not learnt:
+        kept = [float(x) for x, keep in zip(loss, mask, strict=True) if keep]
+        tokens += len(kept)
+        if not kept:
             continue
         sequences += 1
-        total += {"token_mean": sum(learnt), "sequence_mean": sum(learnt) / len(learnt)}.get(
-            name, sum(learnt) / 8
-        )
+        total += {"token_mean": sum(kept), "sequence_mean": sum(kept) / len(kept)}.get(name, sum(kept) / 8)
     return total / max(1, tokens if name == "token_mean" else sequences)
 
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.kl import KL_ESTIMATORS, AdaptiveKL, FixedKL, KLController, token_kl
+from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController, token_kl
+from rayrlhf.algorithms.registry import KL_ESTIMATORS
 
 LN2 = math.log(2.0)
 
@@ -31,19 +32,19 @@ LN2 = math.log(2.0)
 )
 def test_hand_derived(name: str, delta: float, expected: float) -> None:
     ref = torch.tensor([-1.5, -3.0])  # two tokens: the reference alone must not matter
-    result = KL_ESTIMATORS[name](ref + delta, ref)
+    result = KL_ESTIMATORS[name].function(ref + delta, ref)
     assert result.tolist() == pytest.approx([expected, expected], rel=1e-5, abs=1e-6)
 
 
 def test_k3_keeps_its_digits_near_zero() -> None:
     # Δ = 1e-4: Δ²/2 - Δ³/6 = 5e-9 - 1.7e-13. exp(-Δ) - 1 in fp32 may be off by 6e-8, ten times the value.
-    result = KL_ESTIMATORS["k3"](torch.tensor([1e-4]), torch.zeros(1))
+    result = KL_ESTIMATORS["k3"].function(torch.tensor([1e-4]), torch.zeros(1))
     assert result.item() == pytest.approx(4.99983e-9, rel=1e-2)
 
 
 def test_low_precision_is_cast_up() -> None:
     for estimator in KL_ESTIMATORS.values():
-        assert estimator(torch.zeros(2, dtype=torch.bfloat16), torch.ones(2)).dtype == torch.float32
+        assert estimator.function(torch.zeros(2, dtype=torch.bfloat16), torch.ones(2)).dtype == torch.float32
 
 
 def test_expectations_over_a_small_vocabulary() -> None:
@@ -55,9 +56,11 @@ def test_expectations_over_a_small_vocabulary() -> None:
     kl = (probs * (logprobs - ref)).sum()
     (kl_gradient,) = torch.autograd.grad(kl, logits, retain_graph=True)
     for name in ("k1", "k3"):
-        expectation = (probs * KL_ESTIMATORS[name](logprobs, ref)).sum()
+        expectation = (probs * KL_ESTIMATORS[name].function(logprobs, ref)).sum()
         assert expectation.item() == pytest.approx(kl.item(), rel=1e-5)
-    (k2_gradient,) = torch.autograd.grad((probs.detach() * KL_ESTIMATORS["k2"](logprobs, ref)).sum(), logits)
+    (k2_gradient,) = torch.autograd.grad(
+        (probs.detach() * KL_ESTIMATORS["k2"].function(logprobs, ref)).sum(), logits
+    )
     torch.testing.assert_close(k2_gradient, kl_gradient, rtol=1e-4, atol=1e-6)
 
 
@@ -98,10 +101,10 @@ def test_estimators_match_float64_loops(pairs: list[tuple[float, float]]) -> Non
         k3 = math.exp(min(max(-delta, -10.0), 10.0)) - 1.0 + delta
         expected = {"k1": delta, "k2": delta * delta / 2, "k3": k3}
         for name, value in expected.items():
-            assert KL_ESTIMATORS[name](logprobs, ref)[index].item() == pytest.approx(
+            assert KL_ESTIMATORS[name].function(logprobs, ref)[index].item() == pytest.approx(
                 value, rel=1e-5, abs=1e-5
             )
-    assert (KL_ESTIMATORS["k3"](logprobs, ref) >= -1e-6).all()
+    assert (KL_ESTIMATORS["k3"].function(logprobs, ref) >= -1e-6).all()
 
 
 def test_adaptive_controller_by_hand() -> None:

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rayrlhf.algorithms.aggregate import AGGREGATIONS, aggregate
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES
+from rayrlhf.algorithms.aggregate import aggregate
+from rayrlhf.algorithms.metrics import Metrics
+from rayrlhf.algorithms.registry import AGGREGATIONS, POLICY_LOSSES
 from rayrlhf.batch import cu_seqlens_of
+from tests.algorithms.measured import numbers, policy_loss, totals
 
 NAN, INF = math.nan, math.inf
 
@@ -25,7 +27,8 @@ def run(
     lengths: list[int],
     dual_clip: float | None = None,
 ) -> tuple[list[float], dict[str, float], list[float]]:
-    """Loss, metrics and gradient of the summed loss, with clip 0.2/0.3, for tokens that have these ratios.
+    """Loss, metrics (as sums) and gradient of the summed loss, with clip 0.2/0.3, for tokens that have these
+    ratios.
 
     A ratio of NaN makes a token that is not the policy's: masked, with garbage in every field.
     """
@@ -35,7 +38,8 @@ def run(
     old[mask == 0] = INF
     advantage = torch.tensor(advantages)
     advantage[mask == 0] = NAN
-    loss, metrics = POLICY_LOSSES[name](
+    loss, metrics = policy_loss(
+        name,
         logprobs,
         old,
         advantage,
@@ -47,8 +51,7 @@ def run(
     )
     loss.sum().backward()
     assert logprobs.grad is not None
-    assert not any(value.requires_grad for value in metrics.values())
-    return loss.tolist(), {key: value.item() for key, value in metrics.items()}, logprobs.grad.tolist()
+    return loss.tolist(), totals(metrics, float(mask.sum())), logprobs.grad.tolist()
 
 
 def test_ppo_by_hand() -> None:
@@ -136,7 +139,7 @@ def test_14_with_one_advantage_per_sequence_it_is_gspo(lengths: list[int], drift
     ours = start.float().requires_grad_()
     mask = torch.ones(sum(lengths))
     spread = torch.tensor(np.repeat(advantages, lengths), dtype=torch.float32)
-    loss, _ = POLICY_LOSSES["gspo"](ours, old, spread, mask, cu_seqlens, clip_low=0.2, clip_high=0.3)
+    loss, _ = policy_loss("gspo", ours, old, spread, mask, cu_seqlens, clip_low=0.2, clip_high=0.3)
     counts = {"global_tokens": sum(lengths), "global_sequences": len(lengths), "constant_length": 1.0}
     total = aggregate("sequence_mean", loss, mask, cu_seqlens, **counts)
     total.backward()
@@ -178,7 +181,8 @@ def test_on_policy_every_loss_is_the_policy_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["ppo", "gspo"])
 def test_the_log_ratio_is_clamped(name: str) -> None:
     logprobs = torch.tensor([0.0, -1.0], requires_grad=True)
-    loss, _ = POLICY_LOSSES[name](
+    loss, _ = policy_loss(
+        name,
         logprobs,
         torch.tensor([0.0, -26.0]),
         torch.tensor([0.0, -1.0]),
@@ -203,16 +207,20 @@ def test_empty_mask(name: str) -> None:
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_low_precision_is_cast_up(name: str) -> None:
     half = torch.zeros(2, dtype=torch.bfloat16)
-    loss, metrics = POLICY_LOSSES[name](
-        half, half, half, torch.ones(2), cu_seqlens_of([2]), clip_low=0.2, clip_high=0.2
+    loss, metrics = policy_loss(
+        name, half, half, half, torch.ones(2), cu_seqlens_of([2]), clip_low=0.2, clip_high=0.2
     )
-    assert {loss.dtype, *(value.dtype for value in metrics.values())} == {torch.float32}
+    assert {loss.dtype, *(number.dtype for number in numbers(metrics))} == {torch.float32}
 
 
 def test_errors() -> None:
-    for name in ("cispo", "reinforce"):
-        with pytest.raises(ValueError, match=rf"dual_clip=3.0 has no effect on policy_loss={name}"):
-            run(name, [1.0], [1.0], [1], dual_clip=3.0)
+    one = torch.ones(1)
+    for name in ("cispo", "reinforce"):  # that it has no effect there is the config's to say
+        entry = POLICY_LOSSES[name]
+        assert "dual_clip" not in entry.reads
+        with pytest.raises(TypeError, match="dual_clip"):
+            clips = dict.fromkeys(entry.reads, 0.2)
+            entry.function(one, one, one, one, cu_seqlens_of([1]), **clips, dual_clip=3.0)
     for name in ("ppo", "gspo"):
         with pytest.raises(ValueError, match=r"dual_clip=1\.0 must be > 1"):
             run(name, [1.0], [1.0], [1], dual_clip=1.0)
@@ -286,7 +294,8 @@ def test_losses_match_float64_loops(
         torch.tensor(np.where(mask, x, np.float32(garbage))) for x in (logprobs, old, advantages)
     )
     leaf.requires_grad_()
-    loss, metrics = POLICY_LOSSES[name](
+    loss, metrics = policy_loss(
+        name,
         leaf,
         t_old,
         t_advantages,
@@ -300,8 +309,8 @@ def test_losses_match_float64_loops(
     np.testing.assert_allclose(loss.detach(), losses, atol=1e-5, rtol=1e-5)
     assert leaf.grad is not None
     np.testing.assert_allclose(leaf.grad, gradients, atol=1e-5, rtol=1e-5)
-    for key, value in metrics.items():
-        assert value.item() == pytest.approx(sums.get(key, 0.0), rel=1e-5, abs=1e-5)
+    for key, value in totals(metrics, float(mask.sum())).items():
+        assert value == pytest.approx(sums.get(key, 0.0), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -325,11 +334,11 @@ def test_any_packing_gives_the_same_objective_and_gradients(
 
     def objective(parts: list[list[int]]) -> tuple[float, dict[str, float], list[Tensor]]:
         leaves = [x.clone().requires_grad_() for x in new]
-        total, sums = 0.0, dict[str, float]()
+        total, measured = 0.0, Metrics()
         for part in filter(None, parts):
             mask, cu_seqlens = torch.cat([masks[i] for i in part]), cu_seqlens_of([lengths[i] for i in part])
             columns = (torch.cat([column[i] for i in part]) for column in (leaves, old, advantages))
-            loss, metrics = POLICY_LOSSES[name](*columns, mask, cu_seqlens, clip_low=0.2, clip_high=0.3)
+            loss, metrics = policy_loss(name, *columns, mask, cu_seqlens, clip_low=0.2, clip_high=0.3)
             piece = aggregate(
                 aggregation,
                 loss,
@@ -341,8 +350,8 @@ def test_any_packing_gives_the_same_objective_and_gradients(
             )
             piece.backward()
             total += piece.item()
-            sums = {key: sums.get(key, 0.0) + value.item() for key, value in metrics.items()}
-        return total, sums, [leaf.grad for leaf in leaves if leaf.grad is not None]
+            measured += metrics
+        return total, totals(measured, tokens), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     cuts = np.array_split(rng.permutation(len(lengths)), num_micro_batches)
     whole, whole_sums, whole_gradients = objective([list(range(len(lengths)))])

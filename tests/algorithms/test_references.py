@@ -15,24 +15,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayrlhf.algorithms.advantages import (
-    ADVANTAGES,
-    GROUP_ADVANTAGES,
-    UNDEFINED_FOR_ONE,
-    gae,
     group_advantages,
     masked_moments,
-    return_to_go,
     spread,
     token_rewards,
     whiten,
 )
-from rayrlhf.algorithms.aggregate import AGGREGATIONS, aggregate
-from rayrlhf.algorithms.kl import KL_ESTIMATORS, AdaptiveKL, FixedKL, KLController, token_kl
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES
-from rayrlhf.algorithms.rollout_correction import ROLLOUT_CORRECTIONS, WEIGHT_LEVELS, rollout_weights
+from rayrlhf.algorithms.aggregate import aggregate
+from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController, token_kl
+from rayrlhf.algorithms.registry import (
+    AGGREGATIONS,
+    ESTIMATORS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    ROLLOUT_CORRECTIONS,
+    WEIGHT_LEVELS,
+)
+from rayrlhf.algorithms.rollout_correction import rollout_weights
 from rayrlhf.algorithms.value_loss import value_loss
 from rayrlhf.batch import cu_seqlens_of
 from tests.algorithms import references
+from tests.algorithms.measured import policy_loss, totals
 from tests.algorithms.references import Array, Batch
 
 CONSTANT_LENGTH = 7.0
@@ -45,8 +48,8 @@ properties = settings(max_examples=40, deadline=None, derandomize=True)
 @pytest.mark.parametrize(
     ("table", "referenced"),
     [
-        (ADVANTAGES, {*references.TOKEN_ADVANTAGES, *references.GROUP_ADVANTAGES}),
-        (GROUP_ADVANTAGES, references.GROUP_ADVANTAGES),
+        (ESTIMATORS, {*references.TOKEN_ADVANTAGES, *references.GROUP_ADVANTAGES}),
+        ([name for name, entry in ESTIMATORS.items() if entry.needs_group], references.GROUP_ADVANTAGES),
         (POLICY_LOSSES, references.POLICY_LOSSES),
         (AGGREGATIONS, references.AGGREGATIONS),
         (KL_ESTIMATORS, references.KL_ESTIMATORS),
@@ -146,11 +149,13 @@ def test_token_advantages(
     t_scores = torch.tensor(scores, dtype=torch.float32)
     got = token_rewards(t_scores, stream.lay_out(kl), kl_coef, mask, cu_seqlens)
     stream.agrees(got, rewards)
-    if ADVANTAGES[name].needs_critic:
-        advantages, returns = gae(got, stream.lay_out(values), mask, cu_seqlens, gamma=gamma, lam=lam)
+    estimator = ESTIMATORS[name]
+    t_values = stream.lay_out(values) if estimator.needs_critic else None
+    advantages, returns = estimator.function(got, t_values, mask, cu_seqlens, gamma=gamma, lam=lam)
+    if estimator.needs_critic:
         stream.agrees(returns, [a + v for a, v in zip(expected, values, strict=True)])
     else:
-        advantages = return_to_go(got, mask, cu_seqlens, gamma=gamma)
+        assert returns is None
     stream.agrees(advantages, expected)
 
 
@@ -158,7 +163,7 @@ def test_token_advantages(
 @properties
 @given(data=st.data(), seed=seeds)
 def test_group_advantages(name: str, data: st.DataObject, seed: int) -> None:
-    smallest = 2 if name in UNDEFINED_FOR_ONE else 1
+    smallest = 1 if ESTIMATORS[name].defined_for_one else 2
     sizes = data.draw(st.lists(st.integers(smallest, 5), min_size=2, max_size=4))
     rng = np.random.default_rng(seed)
     groups = draw(sizes, rng)
@@ -178,7 +183,7 @@ def test_group_advantages(name: str, data: st.DataObject, seed: int) -> None:
 @properties
 @given(counts=token_counts, mean=st.floats(-10, 10), std=st.floats(0.1, 10), seed=seeds)
 def test_whitening(counts: list[int], mean: float, std: float, seed: int) -> None:
-    assert {name for name, traits in ADVANTAGES.items() if traits.whitened} == references.WHITENED
+    assert {name for name, estimator in ESTIMATORS.items() if estimator.whitened} == references.WHITENED
     rng = np.random.default_rng(seed)
     stream = Stream.around(counts, rng)
     batch = draw(counts, rng, mean, std)
@@ -220,7 +225,7 @@ def test_policy_losses_and_their_gradients(
 
     leaf = stream.lay_out(new).requires_grad_()
     columns = leaf, stream.lay_out(old), stream.lay_out(advantages), stream.mask, stream.cu_seqlens
-    per_token, _ = POLICY_LOSSES[name](*columns, clip_low=low, clip_high=high, dual_clip=dual)
+    per_token, _ = policy_loss(name, *columns, clip_low=low, clip_high=high, dual_clip=dual)
     stream.agrees(per_token, losses(new))
     total = stream.objective(aggregation, per_token)
     assert total.item() == pytest.approx(objective(new), rel=1e-5, abs=1e-5)
@@ -297,9 +302,10 @@ def test_rollout_correction(
     )
     stream.agrees(weights, expected)
     every = np.concatenate(raw)
-    assert metrics["loss/is_weight_mean"].item() == pytest.approx(every.sum(), rel=1e-5)
+    sums = totals(metrics, sum(counts))
+    assert sums["loss/is_weight_mean"] == pytest.approx(every.sum(), rel=1e-5)
     changed = every != np.concatenate(expected)
-    assert metrics["loss/is_masked_fraction"].item() == changed.sum()
+    assert sums["loss/is_masked_fraction"] == changed.sum()
 
 
 @pytest.mark.parametrize("controller", get_args(KLController))

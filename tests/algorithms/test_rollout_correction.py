@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rayrlhf.algorithms.rollout_correction import ROLLOUT_CORRECTIONS, WEIGHT_LEVELS, rollout_weights
+from rayrlhf.algorithms.metrics import Metrics
+from rayrlhf.algorithms.registry import ROLLOUT_CORRECTIONS, WEIGHT_LEVELS
+from rayrlhf.algorithms.rollout_correction import rollout_weights
 from rayrlhf.batch import cu_seqlens_of
+from tests.algorithms.measured import numbers, totals
 
 NAN, INF = math.nan, math.inf
 
@@ -41,9 +46,10 @@ BOUNDS = {None: (0.0, 1.0), "truncate": (0.0, 1.75), "mask": (0.75, 2.5)}
 def weights_of(
     old: Tensor = OLD, rollout: Tensor = ROLLOUT, mask: Tensor = MASK, **overrides: Any
 ) -> tuple[Tensor, dict[str, float]]:
+    """Weights, and metrics as sums."""
     chosen: dict[str, Any] = {"mode": "truncate", "level": "token", "low": 0.0, "high": 2.0} | overrides
     weights, metrics = rollout_weights(old, rollout, mask, cu_seqlens_of(LENGTHS), **chosen)
-    return weights, {key: value.item() for key, value in metrics.items()}
+    return weights, totals(metrics, float(mask.sum()))
 
 
 @pytest.mark.parametrize(("mode", "level"), BY_HAND)
@@ -115,8 +121,8 @@ def test_weights_are_fp32_constants() -> None:
     weights, metrics = rollout_weights(
         old, ROLLOUT, MASK, cu_seqlens_of(LENGTHS), mode="truncate", level="token", low=0.0, high=2.0
     )
-    assert {weights.dtype, *(value.dtype for value in metrics.values())} == {torch.float32}
-    assert not weights.requires_grad and not any(value.requires_grad for value in metrics.values())
+    assert {weights.dtype, *(number.dtype for number in numbers(metrics))} == {torch.float32}
+    assert not weights.requires_grad and not any(number.requires_grad for number in numbers(metrics))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_weights_match_float64_loops_under_any_packing(
     t_old, t_rollout = (torch.tensor(np.where(mask, x, garbage)) for x in (old, rollout))
     t_mask = torch.tensor(mask).float()
 
-    def run(part: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(part: list[int]) -> tuple[Tensor, Metrics]:
         picks = torch.cat([torch.arange(total).split(lengths)[i] for i in part])
         cu_seqlens = cu_seqlens_of([lengths[i] for i in part])
         return rollout_weights(
@@ -221,12 +227,10 @@ def test_weights_match_float64_loops_under_any_packing(
 
     weights, metrics = run(list(range(len(lengths))))
     np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-5)
-    assert {key: value.item() for key, value in metrics.items()} == pytest.approx(sums, rel=1e-5, abs=1e-5)
+    assert totals(metrics, float(mask.sum())) == pytest.approx(sums, rel=1e-5, abs=1e-5)
 
     # One sequence at a time: the same weights, and the metrics add up (the maxima are the largest).
     alone = [run([i]) for i in range(len(lengths))]
     torch.testing.assert_close(torch.cat([w for w, _ in alone]), weights, rtol=1e-6, atol=1e-6)
-    for key, value in metrics.items():
-        parts = [part[key].item() for _, part in alone]
-        together = max(parts) if key.endswith("_max") else sum(parts)
-        assert together == pytest.approx(value.item(), rel=1e-5, abs=1e-5)
+    added = reduce(add, [part for _, part in alone], Metrics())
+    assert totals(added, float(mask.sum())) == pytest.approx(sums, rel=1e-5, abs=1e-5)

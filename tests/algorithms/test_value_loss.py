@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayrlhf.algorithms.aggregate import aggregate
-from rayrlhf.algorithms.value_loss import explained_variance, explained_variance_sums, value_loss
+from rayrlhf.algorithms.metrics import ExplainedVariance
+from rayrlhf.algorithms.value_loss import explained_variance, value_loss
 from rayrlhf.batch import cu_seqlens_of
+from tests.algorithms.measured import totals
 
 NAN, INF = math.nan, math.inf
 
@@ -37,8 +39,7 @@ def test_clipped_by_hand() -> None:
     assert values.grad.tolist() == pytest.approx([0, 2.0, 0, 1.2, 0, 0, 0, 0], rel=1e-5)
     # Sums: two clipped; values 3+3+2.2+1; returns 1+3.2+1+0.5
     by_hand = {"loss/value_clip_fraction": 2.0, "loss/value": 9.2, "loss/return": 5.7}
-    assert {key: value.item() for key, value in metrics.items()} == pytest.approx(by_hand, rel=1e-6)
-    assert not any(value.requires_grad for value in metrics.values())
+    assert totals(metrics, 4) == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_unclipped_by_hand() -> None:
@@ -48,7 +49,7 @@ def test_unclipped_by_hand() -> None:
     assert loss.tolist() == pytest.approx([0, 2.0, 0.02, 0.72, 0, 0, 0, 0.125], rel=1e-5)
     assert values.grad is not None
     assert values.grad.tolist() == pytest.approx([0, 2.0, -0.2, 1.2, 0, 0, 0, 0.5], rel=1e-5)
-    assert metrics["loss/value_clip_fraction"].item() == 0.0
+    assert totals(metrics, 4)["loss/value_clip_fraction"] == 0.0
 
 
 def test_empty_mask() -> None:
@@ -57,8 +58,9 @@ def test_empty_mask() -> None:
     loss.sum().backward()
     assert values.grad is not None
     assert loss.tolist() == values.grad.tolist() == [0.0] * 8
-    assert {value.item() for value in metrics.values()} == {0.0}
-    assert explained_variance_sums(VALUES, RETURNS, torch.zeros(8)).tolist() == [0.0] * 5
+    assert set(totals(metrics, 0).values()) == {0.0}
+    assert metrics.results() == {}, "a mean over nothing is no 0"
+    assert explained_variance(VALUES, RETURNS, torch.zeros(8)).sums == (0.0,) * 5
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -92,7 +94,7 @@ def test_matches_float64_loops_under_any_packing(lengths: list[int], clip: float
     np.testing.assert_allclose(loss.detach(), losses, atol=1e-5, rtol=1e-5)
     assert leaf.grad is not None
     np.testing.assert_allclose(leaf.grad, gradients, atol=1e-5, rtol=1e-5)
-    assert metrics["loss/value_clip_fraction"].item() == num_clipped
+    assert totals(metrics, float(mask.sum()))["loss/value_clip_fraction"] == num_clipped
 
     # The objective of any split of the sequences over micro-batches is the mean of the loops' losses.
     def share(positions: Tensor, part: list[int]) -> float:
@@ -118,7 +120,7 @@ def test_matches_float64_loops_under_any_packing(lengths: list[int], clip: float
 
 def explained(values: list[float], returns: list[float]) -> float:
     tensors = torch.tensor(values), torch.tensor(returns)
-    return explained_variance(explained_variance_sums(*tensors, torch.ones(len(values))))
+    return explained_variance(*tensors, torch.ones(len(values))).result()
 
 
 def test_explained_variance_by_hand() -> None:
@@ -136,22 +138,20 @@ def test_explained_variance_by_hand() -> None:
 
 def test_explained_variance_sums_by_hand_add_up_over_ranks() -> None:
     # R = 1, 3 | 4 (singleton); V = 0, 3 | 2: R-V = 1, 0 | 2
-    here = explained_variance_sums(
+    here = explained_variance(
         torch.tensor([NAN, 0.0, 3.0]), torch.tensor([INF, 1.0, 3.0]), torch.tensor([0.0, 1.0, 1.0])
     )
-    there = explained_variance_sums(
-        torch.tensor([NAN, 2.0]), torch.tensor([NAN, 4.0]), torch.tensor([0.0, 1.0])
-    )
-    assert here.tolist() == [2.0, 4.0, 10.0, 1.0, 1.0]
-    assert there.tolist() == [1.0, 4.0, 16.0, 2.0, 4.0]
+    there = explained_variance(torch.tensor([NAN, 2.0]), torch.tensor([NAN, 4.0]), torch.tensor([0.0, 1.0]))
+    assert here.sums == (2.0, 4.0, 10.0, 1.0, 1.0)
+    assert there.sums == (1.0, 4.0, 16.0, 2.0, 4.0)
     # Var(R) = 26/3 - (8/3)² = 14/9, Var(R-V) = 5/3 - 1 = 2/3: 1 - (2/3)/(14/9) = 4/7
-    assert explained_variance(here + there) == pytest.approx(4 / 7)
+    assert here.merged(there).result() == pytest.approx(4 / 7)
 
 
 def test_explained_variance_is_nan_where_undefined() -> None:
     assert math.isnan(explained([1.0, 2.0], [0.1, 0.1]))  # constant returns, up to rounding
     assert math.isnan(explained([1.0], [3.0]))
-    assert math.isnan(explained_variance(torch.zeros(5, dtype=torch.float64)))
+    assert math.isnan(ExplainedVariance((0.0,) * 5).result())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

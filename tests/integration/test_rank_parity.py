@@ -51,8 +51,9 @@ def samples_of(step: int) -> list[Sample]:
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    from rayrlhf.policy.actor_critic import Learners
     from rayrlhf.policy.advantages import with_group_advantages
+
+    from rayrlhf.policy.actor_critic import Learners
     from rayrlhf.train import collectives
 
     torch.set_num_threads(1)

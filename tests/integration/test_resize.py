@@ -12,6 +12,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
+from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.config.train import TrainConfig
 
 # (ZeRO stage, dtype of the weights, of the masters, of sums of gradients)
@@ -68,13 +69,13 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
             rows = torch.randn(ROWS, 331, generator=torch.Generator().manual_seed(step)).to(dtype)
             mine: Any = rows.chunk(world)[rank]
 
-            def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Metrics]:
                 del batch
-                return output.float().square().sum() / ROWS, {}
+                return output.float().square().sum() / ROWS, Metrics()
 
-            told = learner.update(Term([mine], lambda engine, batch: engine(batch), loss), step=step)
+            metrics = learner.update(Term([mine], lambda engine, batch: engine(batch), loss), step=step)
             average.update()
-            norms.append(told["loss/actor_grad_norm"])
+            norms.append(metrics.results()["loss/actor_grad_norm"])
         states = learner.engine.optimizer.optimizer.state if stage else {}
         moments = [s["exp_avg"].dtype for s in states.values()]
         assert not stage or set(moments) == {getattr(torch, masters)}

@@ -91,15 +91,16 @@ def make_config(
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """All tasks one after the other, in one group of workers."""
-    from rayrlhf.supervised.task import TaskSetting
-    from rayrlhf.supervised.worker import TASKS as TASKS_OF_JOBS
-    from rayrlhf.train import collectives
+    from rayrlhf.supervised.setup import TASKS as TASKS_OF_JOBS
+    from rayrlhf.supervised.task import Objective, TaskSetting, total_weight
+    from rayrlhf.train.collectives import Ranks
 
     torch.set_num_threads(1)
+    ranks = Ranks()
     results: dict[str, Any] = {}
     for name, config in arguments["configs"].items():
         torch.manual_seed(0)
-        task = TASKS_OF_JOBS[config.job](TaskSetting(config))
+        task = TASKS_OF_JOBS[config.job](TaskSetting(config, ranks))
         history = []
         for step in range(NUM_STEPS):
             examples = examples_of(name, step)
@@ -107,12 +108,14 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             plan = plan_step(
                 range(len(examples)),
                 lengths,
-                world_size=collectives.world_size(),
+                world_size=ranks.world_size,
                 budget_tokens=config.train.max_tokens_per_micro_batch,
             )
-            mine = [[examples[row] for row in pack] for pack in plan.ranks[collectives.rank()]]
-            history.append(task.update(mine, step=step))
-        state = task.learner.state_dict(task.learner.module, on_this_rank=collectives.rank() == 0)
+            mine = [[examples[row] for row in pack] for pack in plan.ranks[ranks.rank]]
+            batches = task.prepare(mine, "train")
+            objective = Objective(task, total_weight(task, batches, ranks))
+            history.append(task.learner.update(objective.term(batches), step=step).results())
+        state = task.learner.state_dict(task.learner.module, on_this_rank=ranks.rank == 0)
         results[name] = {
             "history": history,
             "weights": {key: tensor.numpy() for key, tensor in state.items()},

@@ -14,6 +14,7 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.batch import PackedBatch, cu_seqlens_of, padding_samples, position_ids_of
 from rayrlhf.config.model import LoraConfig, TrainedModelConfig
 from rayrlhf.config.train import TrainConfig
@@ -145,7 +146,7 @@ def plain_adamw(model_path: str, kind: str) -> tuple[list[float], list[float], d
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    """On each of two workers: the same steps through the learner, in two micro-batches and a filler."""
+    """On each of two workers: the same steps through the learner, in two micro-batches and a padding batch."""
     from rayrlhf.train import collectives
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.offload import offload_states, reload_states
@@ -178,8 +179,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             parts = sequences(step, collectives.rank())
             batches = [packed(parts[:2]), packed(parts[2:]), padding_samples(token_id=0)]
             tokens = global_tokens(step)
-            term = Term(batches, forward, lambda logprobs, _, n=tokens: (-logprobs.sum() / n, {}))
-            metrics = learner.update(term, step=step)
+            term = Term(batches, forward, lambda logprobs, _, n=tokens: (-logprobs.sum() / n, Metrics()))
+            metrics = learner.update(term, step=step).results()
             losses.append(metrics["loss/actor"])
             norms.append(metrics["loss/actor_grad_norm"])
             if step == 2:  # engines take their turn
@@ -192,8 +193,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         off = AdaptersOff(learner).logprobs([packed(sequences(0, 0))], 1.0)
         assert torch.equal(off[0], before[0]) == has_adapters
         # A gradient that is not finite must leave the weights alone and be counted.
-        bad_term = Term(batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), {}))
-        bad = learner.update(bad_term, step=4)
+        bad_term = Term(batches, forward, lambda logprobs, _: (logprobs.sum() * float("nan"), Metrics()))
+        bad = learner.update(bad_term, step=4).results()
         after = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
         unchanged = all(torch.equal(weights[name], after[name]) for name in weights)
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}

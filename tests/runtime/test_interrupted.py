@@ -21,7 +21,7 @@ def config_in(folder: Path, **changes: Any) -> PolicyRunConfig:
 def save_step(folder: Path, step: int) -> None:
     checkpoints = folder / "demo" / "checkpoints"
     (checkpoints / f"step_{step:06d}").mkdir(parents=True)
-    newest = {"checkpoint_dir_name": f"step_{step:06d}", "metrics": {"step": step, "first_draw": 0}}
+    newest = {"checkpoint_dir_name": f"step_{step:06d}", "metrics": {"step": step, "first_prompt_batch": 0}}
     (checkpoints / "checkpoint_manager_snapshot.json").write_text(
         json.dumps({"latest_checkpoint_result": newest})
     )

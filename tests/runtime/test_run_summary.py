@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rayrlhf.runtime.results import RunResult
 from rayrlhf.runtime.run_summary import write_summary
 
 
@@ -25,19 +26,19 @@ def evaluation(mean: float, rows: list[tuple[Any, str, float]]) -> dict[str, Any
     }
 
 
-def result(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "before": before,
-        "after": after,
-        "best": {"step": 2, "reward": 0.8},
-        "steps": 4,
-        "seconds_total": 61.26,
-        "seconds_per_phase": {"rollout": 30.04, "update_actor": 20.0},
-        "export": "runs/x/export",
-    }
+def result(before: dict[str, Any], after: dict[str, Any]) -> RunResult:
+    return RunResult(
+        before=before,
+        after=after,
+        best={"step": 2, "reward": 0.8},
+        steps=4,
+        seconds_total=61.26,
+        seconds_per_phase={"rollout": 30.04, "update_actor": 20.0},
+        export="runs/x/export",
+    )
 
 
-def written(result: dict[str, Any], run_path: Path, num_samples: int = 5) -> dict[str, Any]:
+def written(result: RunResult, run_path: Path, num_samples: int = 5) -> dict[str, Any]:
     write_summary(result, run_path, num_samples=num_samples)
     return json.loads((run_path / "summary.json").read_text(encoding="utf-8"))
 

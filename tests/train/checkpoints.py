@@ -14,15 +14,24 @@ from rayrlhf.train.checkpoint import ELSEWHERE, STATE_FILE, LoopState, checkpoin
 from rayrlhf.train.find import search, write_record
 
 
-def leave_checkpoint(storage: Path, step: int, fixed: Any = None, *, elsewhere: tuple[str, ...] = ()) -> Path:
-    """A whole one, and Ray Train's record of all that are there."""
+def leave_checkpoint(
+    storage: Path,
+    step: int,
+    fixed: Any = None,
+    *,
+    elsewhere: tuple[str, ...] = (),
+    first: str = "first_prompt_batch",
+) -> Path:
+    """A whole one, and Ray Train's record of all that are there. `first`: what its version calls this."""
     own = storage.parent / "scratch" / "rank-0"
     engine = own / "actor" / "engine"
     engine.mkdir(parents=True)
-    (own / STATE_FILE).write_text(json.dumps(asdict(LoopState(step=step, first_draw=step))))
+    state = asdict(LoopState(step=step, first_prompt_batch=step))
+    state[first] = state.pop("first_prompt_batch")
+    (own / STATE_FILE).write_text(json.dumps(state))
     (own / "actor" / "layout.json").write_text(json.dumps({"workers": 1, "zero_stage": 0, "frozen": {}}))
     torch.save({"module": {"weight": torch.full((400_000,), float(step))}}, engine / "model_states.pt")
-    metrics = {"step": step, "first_draw": step, "fixed": fixed if fixed is not None else {}}
+    metrics = {"step": step, first: step, "fixed": fixed if fixed is not None else {}}
     folder = storage / checkpoint_name(step)
     manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: list(elsewhere)})
     write_record(storage, search(storage))

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 
-from rayrlhf.train.checkpoint import LoopState, checkpoint_name, newest_step
+from rayrlhf.train.checkpoint import (
+    LoopState,
+    checkpoint_name,
+    newest_first_prompt_batch,
+    newest_step,
+    restore,
+)
+from tests.train.checkpoints import leave_checkpoint
 
 
 def snapshot(folder: Path, **fields: Any) -> None:
@@ -69,6 +77,7 @@ def test_names_sort_by_step() -> None:
 def test_the_state_survives_json() -> None:
     state = LoopState(
         step=3,
+        first_prompt_batch=7,
         kl_controller={"coef": 0.05},
         eval_before={"metrics": {"eval/reward_mean": 0.5}, "rows": [{"prompt": "é"}]},
         seconds_per_phase={"rollout": 1.5},
@@ -76,3 +85,16 @@ def test_the_state_survives_json() -> None:
     )
     assert LoopState(**json.loads(json.dumps(asdict(state)))) == state
     assert LoopState().step == 0, "a fresh run starts at the first step"
+
+
+@pytest.mark.parametrize("first", ["first_prompt_batch", "first_draw"])
+def test_a_run_goes_on_from_checkpoints_of_both_versions(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before November 2026 the first prompt batch was saved as `first_draw`."""
+    folder = leave_checkpoint(tmp_path / "checkpoints", 5, first=first)
+    assert first in json.loads((folder / "state.json").read_text())
+    checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: checkpoint)
+    assert restore([]) == LoopState(step=5, first_prompt_batch=5)
+    assert newest_first_prompt_batch(tmp_path / "checkpoints") == 5

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rayrlhf.train import collectives
+from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.ema import ExponentialMovingAverage
 
 
@@ -145,10 +145,19 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
         ExponentialMovingAverage(tiny(), beta=0.5).load(tmp_path)
 
 
-def test_other_ranks_keep_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "rank", lambda: 1)
+class SecondOfTwo(Ranks):
+    @property
+    def rank(self) -> int:
+        return 1
+
+    @property
+    def world_size(self) -> int:
+        return 2
+
+
+def test_other_ranks_keep_nothing(tmp_path: Path) -> None:
     module = tiny()
-    ema = ExponentialMovingAverage(module, beta=0.5)
+    ema = ExponentialMovingAverage(module, beta=0.5, ranks=SecondOfTwo())
     step(module, 1.0)
     ema.update()
     before = weights_of(module)

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from rayrlhf.train import manifest
-from rayrlhf.train.checkpoint import RECORD, newest_first_draw, newest_step
+from rayrlhf.train.checkpoint import RECORD, newest_first_prompt_batch, newest_step
 from rayrlhf.train.find import search, write_record
 from tests.train.checkpoints import cut, leave_checkpoint
 
@@ -48,7 +48,7 @@ def test_whole_ones_are_found_newest_first(storage: Path) -> None:
     found = search(storage, full=True)
     assert [whole.step for whole in found.whole] == [4, 2] and not found.damaged
     assert found.record_problem is None
-    assert newest_step(storage) == newest_first_draw(storage) == 4
+    assert newest_step(storage) == newest_first_prompt_batch(storage) == 4
     assert search(storage / "missing") == search(storage.parent / "scratch") and steps(storage / "none") == []
 
 
@@ -153,7 +153,7 @@ def test_checkpoints_of_a_version_without_manifests(storage: Path) -> None:
     (storage / "step_000006").mkdir()
     found = search(storage, full=True)
     assert [(whole.step, whole.has_manifest) for whole in found.whole] == [(4, False), (2, False)]
-    assert found.whole[0].metrics == {"step": 4, "first_draw": 4, "fixed": {}} and not found.damaged
+    assert found.whole[0].metrics == {"step": 4, "first_prompt_batch": 4, "fixed": {}} and not found.damaged
     cut(storage / "step_000004" / "actor" / "engine" / "model_states.pt")
     assert search(storage).damaged == {
         "step_000004": "actor/engine/model_states.pt is cut off, or no tensors' file"
@@ -161,9 +161,21 @@ def test_checkpoints_of_a_version_without_manifests(storage: Path) -> None:
     # Without Ray Train's record nobody knows what was finished, nor what a checkpoint was trained with.
     (storage / RECORD).unlink()
     found = search(storage)
-    assert [whole.metrics for whole in found.whole] == [{"step": 2, "first_draw": 2}]
+    assert [whole.metrics for whole in found.whole] == [{"step": 2, "first_prompt_batch": 2}]
     assert found.damaged.keys() == {"step_000004", "step_000006"}
     assert "state.json cannot be read" in found.damaged["step_000006"]
+
+
+def test_checkpoints_of_a_version_that_says_first_draw(storage: Path) -> None:
+    leave_checkpoint(storage, 6, first="first_draw")
+    assert newest_step(storage) == newest_first_prompt_batch(storage) == 6
+    assert steps(storage) == [6, 4, 2]
+    # Without Ray Train's record the checkpoint's own state says it.
+    (storage / RECORD).unlink()
+    found = search(storage)
+    assert [whole.metrics["first_prompt_batch"] for whole in found.whole] == [6, 4, 2]
+    write_record(storage, found)
+    assert newest_step(storage) == newest_first_prompt_batch(storage) == 6
 
 
 def test_the_record_of_another_ray_is_made_again(storage: Path) -> None:

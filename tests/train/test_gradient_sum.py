@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.train import TrainConfig
@@ -45,7 +46,7 @@ def forward(module: Any, batch: PackedBatch) -> torch.Tensor:
 
 
 def loss(weight: float) -> Loss:
-    return lambda logprobs, _: (-weight * logprobs.sum(), {})
+    return lambda logprobs, _: (-weight * logprobs.sum(), Metrics())
 
 
 def norms(_: int, model_path: str, folder: str) -> None:
@@ -59,7 +60,7 @@ def norms(_: int, model_path: str, folder: str) -> None:
         learner = Learner(load(model_path), train, lr=0.0, dtype=torch.bfloat16, name="actor")
         large, small = Term([BATCH], forward, loss(LARGE)), Term([BATCH] * TIMES, forward, loss(1.0))
         metrics = learner.update(large, small, step=0)
-        found[name] = metrics["loss/actor_grad_norm"]
+        found[name] = metrics.results()["loss/actor_grad_norm"]
     (Path(folder) / "norms.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

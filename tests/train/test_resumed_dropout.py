@@ -14,6 +14,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.batch import PackedBatch, cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.train import TrainConfig
@@ -34,12 +35,12 @@ def forward(module: Any, batch: PackedBatch) -> torch.Tensor:
     return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask).logprobs
 
 
-def loss(logprobs: torch.Tensor, _: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return -logprobs.mean(), {}
+def loss(logprobs: torch.Tensor, _: PackedBatch) -> tuple[torch.Tensor, Metrics]:
+    return -logprobs.mean(), Metrics()
 
 
-def not_finite(logprobs: torch.Tensor, _: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return logprobs.mean() * torch.inf, {}
+def not_finite(logprobs: torch.Tensor, _: PackedBatch) -> tuple[torch.Tensor, Metrics]:
+    return logprobs.mean() * torch.inf, Metrics()
 
 
 def train(_: int, model_path: str, folder: str) -> None:
@@ -62,7 +63,7 @@ def train(_: int, model_path: str, folder: str) -> None:
         return learner, RandomStates(0, rank=0, world_size=1)
 
     def steps(learner: Learner, *numbers: int) -> list[float]:
-        return [learner.update(Term([BATCH], forward, loss), step=n)["loss/model"] for n in numbers]
+        return [learner.update(Term([BATCH], forward, loss), step=n).results()["loss/model"] for n in numbers]
 
     learner, states = begin()
     first = steps(learner, 0)

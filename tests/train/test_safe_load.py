@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.config.train import TrainConfig
 from rayrlhf.train import world_size as resize
 from rayrlhf.train.deepspeed_engine import make_engine
@@ -60,9 +61,9 @@ class Trained:
     def step(self) -> None:
         rows: Any = torch.ones(4, 7)
 
-        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Metrics]:
             del batch
-            return output.square().sum(), {}
+            return output.square().sum(), Metrics()
 
         self.learner.update(Term([rows], lambda engine, batch: engine(batch), loss), step=0)
         self.average.update()
