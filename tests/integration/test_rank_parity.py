@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,10 @@ from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.samples import Sample
 from tests.integration.policy_runs import tiny_run
 from tests.samples import make_prompt, make_sample
+
+if TYPE_CHECKING:
+    from rayrlhf.algorithms.metrics import Metrics
+    from rayrlhf.policy.setup import Run
 
 NUM_STEPS = 3
 NUM_GROUPS, GROUP_SIZE = 5, 4
@@ -50,32 +56,102 @@ def samples_of(step: int) -> list[Sample]:
     return samples
 
 
-def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    from rayrlhf.policy.advantages import with_group_advantages
+def scripted_run(config: PolicyRunConfig) -> Run:
+    """A run with the models of `config`, whose rollouts are `samples_of` and which starts no engine."""
+    from rayrlhf.policy.actor_critic import Ref, make_actor, make_critic, make_kl_controller, make_reference
+    from rayrlhf.policy.push_check import PushCheck
+    from rayrlhf.policy.rollouts import Rewards, StepGroups
+    from rayrlhf.policy.setup import Run
+    from rayrlhf.train.collectives import Ranks
 
-    from rayrlhf.policy.actor_critic import Learners
-    from rayrlhf.train import collectives
+    class Scripted(Run):
+        """Steps without engines, reports and checkpoints."""
+
+        history: list[dict[str, float]]
+
+        def restore(self) -> None: ...
+
+        def evaluate(self, when: Any) -> Any: ...
+
+        def steps(self) -> Iterator[int]:
+            yield from range(NUM_STEPS)
+
+        def push_weights(self, version: int) -> None: ...
+
+        def end_step(self, groups: StepGroups, samples: Sequence[Sample], metrics: Metrics) -> None:
+            self.history.append(self.step_metrics | metrics.results())
+            self.step_metrics = {}
+
+        def finish(self) -> Any:
+            return self.history
+
+    class Collected:
+        """Rank 0 has collected one group, the last rank all others."""
+
+        def next(self, step: int) -> list[Sample]:
+            everything = samples_of(step)
+            if ranks.world_size == 1:
+                return everything
+            return [s for s in everything if (s.group_id % 100 > 0) == (ranks.rank > 0)]
+
+        def drain_restarted(self) -> int:
+            return 0
+
+        def close(self) -> None: ...
+
+    ranks = Ranks()
+    actor = make_actor(config)
+    temperature = config.rollout.sampling.temperature
+    client: Any = SimpleNamespace(drain_unverified=lambda: 0, check=lambda failed, total: None)
+    combiner: Any = SimpleNamespace(combine=lambda samples, sum_over_ranks: samples)
+    phases: Any = SimpleNamespace(phase=lambda name: nullcontext())
+    nothing: Any = None
+    run = Scripted(
+        config=config,
+        ranks=ranks,
+        progress=phases,
+        streams=nothing,
+        prompts=nothing,
+        collector=nothing,
+        rollouts=Collected(),
+        rewards=Rewards(client, combiner),
+        actor=actor,
+        critic=make_critic(config) if config.needs_critic else None,
+        ref=Ref(make_reference(config, actor), temperature) if config.needs_ref else None,
+        kl=make_kl_controller(config.algorithm),
+        weights=nothing,
+        weight_route="",
+        colocation=nothing,
+        push_check=PushCheck(config.model.path, limit=None),  # these log-probabilities are no engine's
+        random_states=nothing,
+    )
+    run.history = []
+    return run
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    from rayrlhf.policy.loop import policy_loop
 
     torch.set_num_threads(1)
     config: PolicyRunConfig = arguments["config"]
-    learners = Learners(config)
-    rank, world_size = collectives.rank(), collectives.world_size()
-    history, ranks_of_group = [], []
-    for step in range(NUM_STEPS):
-        # Rank 0 has collected one group, the last rank all others.
-        mine = [s for s in samples_of(step) if (s.group_id % 100 > 0) == (rank > 0) or world_size == 1]
-        mine = with_group_advantages(mine, config.algorithm.advantage)
-        learners.learn(mine, step, lambda _: nullcontext())
-        learnt = learners.metrics.items()
-        history.append({key: value for key, value in learnt if key.startswith(("loss", "kl"))})
-        ranks_of_group.append(learners.metrics["data/imbalance"])
-    actor = learners.actor.state_dict(learners.actor.module.causal_lm, on_this_rank=rank == 0)
-    weights = {f"actor.{name}": tensor.numpy() for name, tensor in actor.items()}
+    run = scripted_run(config)
+    steps: Any = policy_loop(run)
+    actor = run.actor.learner
+    on_this_rank = run.ranks.rank == 0
+    state = actor.state_dict(actor.module.causal_lm, on_this_rank=on_this_rank)
+    weights = {f"actor.{name}": tensor.numpy() for name, tensor in state.items()}
     if config.needs_critic:
-        learner: Any = learners.critic
-        critic = learner.learner.state_dict(learner.learner.module, on_this_rank=rank == 0)
-        weights |= {f"critic.{name}": tensor.numpy() for name, tensor in critic.items()}
-    return {"history": history, "imbalance": ranks_of_group, "weights": weights}
+        critic: Any = run.critic
+        state = critic.learner.state_dict(critic.learner.module, on_this_rank=on_this_rank)
+        weights |= {f"critic.{name}": tensor.numpy() for name, tensor in state.items()}
+    history = [
+        {key: value for key, value in metrics.items() if key.startswith(("loss", "kl"))} for metrics in steps
+    ]
+    return {
+        "history": history,
+        "imbalance": [metrics["data/imbalance"] for metrics in steps],
+        "weights": weights,
+    }
 
 
 def run_on(num_workers: int, folder: Path, config: PolicyRunConfig) -> dict[str, Any]:

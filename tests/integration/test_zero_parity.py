@@ -146,7 +146,7 @@ def plain_adamw(model_path: str, kind: str) -> tuple[list[float], list[float], d
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    """On each of two workers: the same steps through the learner, in two micro-batches and a padding batch."""
+    """On each of two workers: the same steps through the learner, in three micro-batches, one of padding."""
     from rayrlhf.train import collectives
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.offload import offload_states, reload_states

@@ -12,10 +12,10 @@ import pytest
 import ray
 import torch
 from ray.exceptions import ActorUnavailableError
-from rayrlhf.policy.step_metrics import UpdateMetrics
 
 from rayrlhf.policy.critic_channel import Answer, CriticFailed, Kind, Mailbox, Part, Request
 from rayrlhf.policy.critic_client import RemoteCritic
+from rayrlhf.policy.step_metrics import UpdateMetrics
 
 
 def part(name: str) -> Part:
