@@ -12,9 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.config.algorithm import DynamicSamplingConfig
+from rayrlhf.config.algorithm import AlgorithmConfig, DynamicSamplingConfig
 from rayrlhf.config.rollout import SamplingConfig
-from rayrlhf.policy.rollouts import Collector, count_groups, first_groups, informative, scored_groups
+from rayrlhf.policy.rollouts import (
+    Collector,
+    StepGroups,
+    collect_groups,
+    count_groups,
+    first_groups,
+    informative,
+    scored_groups,
+)
+from rayrlhf.policy.rollouts import Rewards as GradedBy
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train.collectives import Ranks
@@ -231,3 +240,63 @@ def test_groups_are_counted_once() -> None:
     assert count_groups(samples, Ranks()) == 2
     assert count_groups([], Ranks()) == 0
     assert count_groups(samples, ThreeGroupsElsewhere()) == 5
+
+
+class Batches:
+    """Prompt batches of two groups each: all wrong, half right, half right, all right."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def next(self, step: int) -> list[Sample]:
+        number = len(self.steps)
+        self.steps.append(step)
+        rights = [(0.0, 0.0), (1.0, 0.0), (1.0, 0.0), (1.0, 1.0)][number % 4]
+        return [
+            replace(make_sample(group_id=2 * number + i, sample_index=j), source_rewards=(right,), score=None)
+            for i in range(2)
+            for j, right in enumerate(rights)
+        ]
+
+    def drain_restarted(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+def step_groups(batches: Batches, ranks: Ranks, num_groups: int, **algorithm: Any) -> StepGroups:
+    config = make_config(reward={"sources": SOURCES})
+    client: Any = SimpleNamespace(drain_unverified=lambda: 1, check=lambda failed, total: None)
+    rewards = GradedBy(client, RewardCombiner(config.reward, response_limit=256))
+    chosen = AlgorithmConfig.model_validate({"advantage": "grpo", **algorithm})
+    return collect_groups(batches, rewards, chosen, ranks, step=7, num_groups=num_groups)
+
+
+def test_without_a_filter_a_step_has_one_prompt_batch() -> None:
+    batches = Batches()
+    groups = step_groups(batches, Ranks(), 3)
+    assert batches.steps == [7] and groups.num_groups == 2
+    assert [sample.score for sample in groups.samples] == [0.0] * 4 and groups.sampled == groups.samples
+    assert groups.metrics == {"reward/failed": 0.0, "reward/unverified": 1.0}
+
+
+def test_prompt_batches_are_asked_for_until_there_are_enough_informative_groups() -> None:
+    batches = Batches()
+    groups = step_groups(batches, Ranks(), 3, dynamic_sampling={})
+    assert batches.steps == [7, 7, 7]
+    assert sorted({sample.group_id for sample in groups.samples}) == [2, 3, 4], "the fourth is one too many"
+    assert groups.num_groups == 3 and len(groups.sampled) == 12
+    assert groups.metrics == {
+        "reward/failed": 0.0,
+        "reward/unverified": 1.0,
+        "rollout/draws": 3.0,
+        "rollout/groups_in_range": 4.0,
+    }
+
+
+def test_prompt_batches_end_at_max_draws() -> None:
+    batches = Batches()
+    groups = step_groups(batches, Ranks(), 3, dynamic_sampling={"max_draws": 1})
+    assert batches.steps == [7] and groups.num_groups == 0 and groups.samples == []
+    # With three groups elsewhere there are enough before the first.
+    assert step_groups(Batches(), ThreeGroupsElsewhere(), 3, dynamic_sampling={}).sampled == []
