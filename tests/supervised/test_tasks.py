@@ -83,7 +83,8 @@ def test_an_objective_is_a_mean_over_the_examples_of_all_ranks() -> None:
     assert share.item() == pytest.approx(3.0)
     assert value.grad is not None and value.grad.item() == pytest.approx(2.0)
     assert metrics == {"loss/nll": Mean(18.0, 2.0)}
-    assert not torch.as_tensor(metrics["loss/nll"].addends()[0]).requires_grad
+    nll = metrics["loss/nll"]
+    assert isinstance(nll, Mean) and not torch.as_tensor(nll.total).requires_grad
     assert total_weight(Squares(), [padding_examples(1)], Ranks()) == 1.0, "nothing to divide by"
 
 
