@@ -10,7 +10,7 @@ import pytest
 
 from rayrlhf.config.chains import ConditionalSftConfig, IterativeDpoConfig
 from rayrlhf.inference.rounds import Stage, chain_summary, run_stages, stages_of
-from rayrlhf.runtime.run import PartFailed
+from rayrlhf.runtime.run import StageFailed
 from tests.config.test_chains import chain
 
 
@@ -35,7 +35,7 @@ class Plan:
 
 def test_a_killed_chain_goes_on_with_the_stage_that_it_was_in(tmp_path: Path) -> None:
     first, said = Plan(tmp_path, b=143), []
-    with pytest.raises(PartFailed) as failed:
+    with pytest.raises(StageFailed) as failed:
         run_stages(first.stages, said.append)
     assert failed.value.code == 143 and first.ran == ["a", "b"]
 

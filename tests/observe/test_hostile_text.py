@@ -20,7 +20,7 @@ from rayrlhf.observe.console import Console
 from rayrlhf.observe.rows import RowsProgress
 from rayrlhf.observe.summary import show_summary
 from rayrlhf.runtime import run as driver
-from rayrlhf.runtime.run import RunFailed, drive
+from rayrlhf.runtime.run import DriverRun, RunFailed
 from rayrlhf.terminal import SafeConsole
 from tests.hostile_text import HOSTILE, assert_harmless
 from tests.samples import make_config
@@ -123,10 +123,10 @@ def test_21_the_error_of_a_row_and_the_log_that_one_would_cat(
     config = make_config(run={"dir": str(tmp_path), "name": "r"})
     (tmp_path / "r").mkdir()
 
-    def check(_: object) -> None:
+    with DriverRun(config) as run:
+        run.pinned(config)
         raise error(f"rows.jsonl:1: prompt is {HOSTILE}")
-
-    assert drive(config, check) == code  # pyright: ignore[reportArgumentType]
+    assert run.exit_code == code
     output = capsys.readouterr()
     assert r"\x1b]0;pwned\x07" in output.err
     assert_harmless(output.err + output.out)

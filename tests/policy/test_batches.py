@@ -1,21 +1,21 @@
-"""Samples into balanced, packed mini-batches with advantages, in one process and as several ranks would."""
+"""Samples into balanced, packed mini-batches with advantages, in one process and on simulated ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rayrlhf.observe.metrics import METRICS
 from torch import Tensor
 
 from rayrlhf.batch import PolicyBatch, pack_samples, padding_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
-from rayrlhf.observe.metrics import METRICS
 from rayrlhf.policy.batches import (
     MiniBatch,
     Packing,
@@ -28,10 +28,12 @@ from rayrlhf.samples import Sample
 from rayrlhf.train.collectives import Ranks
 from tests.samples import make_prompt, make_sample
 
+GROUP_ESTIMATORS = ["rloo", "grpo", "dr_grpo", "reinforce_pp_baseline"]
 
-class Packed(NamedTuple):
-    mini_batches: list[MiniBatch]
-    metrics: dict[str, float]
+Balanced = tuple[list[MiniBatch], dict[str, float]]
+
+
+# Balance and pack
 
 
 def numbered(lengths: Sequence[int]) -> list[Sample]:
@@ -43,7 +45,7 @@ def numbered(lengths: Sequence[int]) -> list[Sample]:
 
 
 def members(batches: MiniBatch) -> list[list[int]]:
-    """The numbers of the samples in each micro-batch; none for one that weighs nothing."""
+    """The numbers of the samples in each micro-batch; none for padding."""
     return [[group for group in batch.group_ids.tolist() if group >= 0] for batch in batches]
 
 
@@ -52,14 +54,13 @@ def made(
     parts: int,
     budget: int,
     *,
-    full_batch: int | None = None,
     seed: int = 0,
     step: int = 0,
+    full_batch: int | None = None,
     ranks: Ranks | None = None,
-) -> Packed:
-    full_batch = max(1, len(lengths)) if full_batch is None else full_batch
-    packing = Packing(parts, full_batch, budget_tokens=budget, seed=seed)
-    return Packed(*balance_and_pack(numbered(lengths), packing, ranks or Ranks(), step=step))
+) -> Balanced:
+    packing = Packing(parts, full_batch or max(1, len(lengths)), budget, seed)
+    return balance_and_pack(numbered(lengths), packing, ranks or Ranks(), step=step)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -69,28 +70,28 @@ def made(
     seed=st.integers(0, 9),
 )
 def test_every_sample_once_and_never_over_the_budget(lengths: list[int], parts: int, seed: int) -> None:
-    shared = made(lengths, parts, 15, seed=seed, step=3)
-    assert len(shared.mini_batches) == shared.metrics["data/mini_batches"] == parts
-    found = [members(batches) for batches in shared.mini_batches]
+    mini_batches, metrics = made(lengths, parts, 15, seed=seed, step=3)
+    assert len(mini_batches) == metrics["data/mini_batches"] == parts
+    found = [members(batches) for batches in mini_batches]
     assert sorted(i for batches in found for batch in batches for i in batch) == list(range(len(lengths)))
     sizes = [sum(map(len, batches)) for batches in found]
     assert max(sizes) - min(sizes) <= 1
-    for batch in (batch for batches in shared.mini_batches for batch in batches):
+    for batch in (batch for batches in mini_batches for batch in batches):
         assert batch.num_tokens <= 15
         for i, (start, end) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
             number = int(batch.group_ids[i])
             if number >= 0:
                 assert batch.input_ids[start:end].tolist() == [7] + [100 + number] * (lengths[number] - 1)
                 assert batch.scores[i] == number
-    again = made(lengths, parts, 15, seed=seed, step=3)
-    assert [members(batches) for batches in again.mini_batches] == found, "the same after a restart"
-    assert set(shared.metrics) <= set(METRICS)
-    assert shared.metrics["data/tokens"] == sum(lengths) and shared.metrics["data/samples"] == len(lengths)
+    again, _ = made(lengths, parts, 15, seed=seed, step=3)
+    assert [members(batches) for batches in again] == found, "the same after a restart"
+    assert set(metrics) <= set(METRICS)
+    assert metrics["data/tokens"] == sum(lengths) and metrics["data/samples"] == len(lengths)
 
 
 def test_the_mini_batches_change_with_seed_and_step() -> None:
     def first(seed: int, step: int) -> list[list[int]]:
-        return members(made([2] * 30, 2, 100, seed=seed, step=step).mini_batches[0])
+        return members(made([2] * 30, 2, 100, seed=seed, step=step)[0][0])
 
     assert first(0, 0) == first(0, 0)
     assert first(0, 0) != first(0, 1) and first(0, 0) != first(1, 0)
@@ -101,28 +102,25 @@ def test_a_sample_over_the_budget_is_named() -> None:
         made([9], 1, 8)
 
 
-class AnotherHasThree(Ranks):
-    """Another rank has three micro-batches."""
-
-    def max(self, value: float) -> float:
-        return max(value, 3.0)
-
-
 def test_ranks_with_less_to_do_fill_up() -> None:
-    shared = made([8, 8, 8], 2, 10, ranks=AnotherHasThree())
-    assert [[len(batch) for batch in members(batches)] for batches in shared.mini_batches] == [
+    class OneOfSeveral(Ranks):
+        """Some other rank has three micro-batches in each mini-batch."""
+
+        def max(self, value: float) -> float:
+            return max(value, 3)
+
+    mini_batches, metrics = made([8, 8, 8], 2, 10, ranks=OneOfSeveral())
+    assert [[len(batch) for batch in members(batches)] for batches in mini_batches] == [
         [1, 1, 0],
         [1, 0, 0],
     ]
-    assert all(
-        not batch.loss_mask.any() for batch in (shared.mini_batches[0][2], *shared.mini_batches[1][1:])
-    )
-    assert shared.metrics["data/filler_fraction"] == 0.5
-    assert shared.metrics["data/fill"] == 0.8  # 24 tokens in three micro-batches of 10
+    assert all(not batch.loss_mask.any() for batch in (mini_batches[0][2], *mini_batches[1][1:]))
+    assert metrics["data/filler_fraction"] == 0.5
+    assert metrics["data/fill"] == 0.8  # 24 tokens in three micro-batches of 10
 
 
 def test_without_samples_there_is_still_a_micro_batch() -> None:
-    assert [members(batches) for batches in made([], 2, 10).mini_batches] == [[[]]]
+    assert [members(batches) for batches in made([], 2, 10)[0]] == [[[]]]
 
 
 @pytest.mark.parametrize(
@@ -137,87 +135,89 @@ def test_without_samples_there_is_still_a_micro_batch() -> None:
     ],
 )
 def test_11_fewer_samples_make_up_fewer_mini_batches(num_samples: int, sizes: list[int]) -> None:
-    shared = made([3] * num_samples, 8, 64, full_batch=64)
-    assert [sum(map(len, members(batches))) for batches in shared.mini_batches] == sizes
-    assert shared.metrics["data/mini_batches"] == len(sizes)
+    mini_batches, metrics = made([3] * num_samples, 8, 64, full_batch=64)
+    assert [sum(map(len, members(batches))) for batches in mini_batches] == sizes
+    assert metrics["data/mini_batches"] == len(sizes)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 40))
 def test_11_no_mini_batch_is_empty_or_over_its_size(full: int, parts: int, num_samples: int) -> None:
     parts, num_samples = min(parts, full), min(num_samples, full)
-    shared = made([2] * num_samples, parts, 64, full_batch=full)
-    sizes = [sum(map(len, members(batches))) for batches in shared.mini_batches]
+    mini_batches, _ = made([2] * num_samples, parts, 64, full_batch=full)
+    sizes = [sum(map(len, members(batches))) for batches in mini_batches]
     assert sum(sizes) == num_samples and len(sizes) <= parts
     assert all(1 <= size <= -(-full // parts) for size in sizes) or num_samples == 0
 
 
-class SimulatedRanks(Ranks):
-    """Plays one rank of several whose samples are known; what the others send is worked out alike."""
+class OneOf(Ranks):
+    """One rank of several whose samples are known; what it sends is kept for the others."""
 
-    def __init__(self, by_rank: Sequence[Sequence[Sample]]) -> None:
+    def __init__(
+        self, rank: int, by_rank: Sequence[Sequence[Sample]], sent: dict[int, list[list[Any]]]
+    ) -> None:
         self.by_rank = by_rank
-        self.sent: dict[int, list[list[Sample]]] = {}
-        self.current = 0
+        self.sent = sent  # by the sender's rank, then by the receiver's
+        self._rank = rank
 
     @property
     def rank(self) -> int:
-        return self.current
+        return self._rank
 
     @property
     def world_size(self) -> int:
         return len(self.by_rank)
 
     def gather(self, items: list[Any]) -> list[Any]:
-        return [[((s.group_id, s.sample_index), s.num_tokens) for s in samples] for samples in self.by_rank]
+        everyone = [
+            [((s.group_id, s.sample_index), s.num_tokens) for s in samples] for samples in self.by_rank
+        ]
+        assert items == [everyone[self.rank]]
+        return everyone
 
     def exchange(self, outgoing: list[list[Any]]) -> list[Any]:
         self.sent[self.rank] = outgoing
-        return [sample for sender in sorted(self.sent) for sample in self.sent[sender][self.rank]]
+        return [item for sender in sorted(self.sent) for item in self.sent[sender][self.rank]]
 
-    def share(self, parts: int) -> list[list[list[list[int]]]]:
-        """Per rank, mini-batch and micro-batch: sample numbers. Two rounds: in the first all have sent."""
-        found: list[list[list[list[int]]]] = []
-        for _ in range(2):
-            found = []
-            for rank, samples in enumerate(self.by_rank):
-                self.current = rank
-                packing = Packing(parts, full_batch=12, budget_tokens=64, seed=0)
-                mini_batches, self.metrics = balance_and_pack(samples, packing, self, step=0)
-                found.append([members(batches) for batches in mini_batches])
-        return found
+
+def balanced_over(by_rank: Sequence[Sequence[Sample]], packing: Packing) -> list[Balanced]:
+    """By rank. Two rounds: in the first all have sent."""
+    sent: dict[int, list[list[Any]]] = {}
+    found: list[Balanced] = []
+    for _ in range(2):
+        found = [
+            balance_and_pack(samples, packing, OneOf(rank, by_rank, sent), step=0)
+            for rank, samples in enumerate(by_rank)
+        ]
+    return found
 
 
 def test_ranks_get_equal_work_and_the_mini_batches_of_a_single_rank() -> None:
     lengths = [40, 38, 4, 5, 6, 30, 28, 3, 2, 33, 31, 7]
-    alone = made(lengths, 2, 64)
-    one_rank = [sorted(i for batch in members(batches) for i in batch) for batches in alone.mini_batches]
+    alone, _ = made(lengths, 2, 64)
+    one_rank = [sorted(i for batch in members(batches) for i in batch) for batches in alone]
     samples = numbered(lengths)
-    ranks = SimulatedRanks([samples[:2], samples[2:]])  # the first has collected two, the other ten
-    found = ranks.share(parts=2)
+    # The first has collected two, the other ten.
+    balanced = balanced_over([samples[:2], samples[2:]], Packing(2, 12, 64, seed=0))
+    found = [[members(batches) for batches in mini_batches] for mini_batches, _ in balanced]
     together = [sorted(i for rank in found for batch in rank[part] for i in batch) for part in range(2)]
     assert together == one_rank
     work = [sum(lengths[i] for part in rank for batch in part for i in batch) for rank in found]
     assert max(work) <= 1.1 * min(work)
-    assert ranks.metrics["data/imbalance"] < 0.05 < ranks.metrics["data/imbalance_before"]
+    for _, metrics in balanced:
+        assert metrics["data/imbalance"] < 0.05 < metrics["data/imbalance_before"]
 
 
-# Advantages
-
-GROUP_ESTIMATORS = ["rloo", "grpo", "dr_grpo", "reinforce_pp_baseline"]
-
-
-# One-token prompts, so that position 0 of each sequence is masked and the rest is the policy's.
-
+# Advantages. One-token prompts, so that position 0 of each sequence is masked and the rest is the policy's.
 
 Row = tuple[int, float, int]  # group, score, response tokens
 
 
 def packed(*rows: Row) -> PolicyBatch:
-    [batch] = packed_separately("gae", rows)
+    [batch] = packed_as("gae", rows)
     return batch
 
 
-def packed_separately(advantage: str, *batches: Sequence[Row]) -> list[PolicyBatch]:
+def packed_as(advantage: str, *batches: Sequence[Row]) -> list[PolicyBatch]:
     """Samples whose groups were whole before they were packed into these batches."""
     samples = [
         make_sample(range(tokens), prompt=make_prompt([7]), group_id=group, score=score)
@@ -243,12 +243,6 @@ def approximately(rows: list[list[float]]) -> list[Any]:
     return [pytest.approx(row, abs=1e-5) for row in rows]
 
 
-def estimated(
-    batches: Sequence[PolicyBatch], algorithm: AlgorithmConfig, ranks: Ranks | None = None
-) -> list[PolicyBatch]:
-    return add_advantages(batches, algorithm, ranks or Ranks(), kl_coef=0.1)
-
-
 def algorithm(advantage: str, **fields: Any) -> AlgorithmConfig:
     return AlgorithmConfig.model_validate({"advantage": advantage, **fields})
 
@@ -269,14 +263,14 @@ WHITE = [0.0, 0.5080010, 0.8890017, 0.0, -1.3970027]
 @pytest.mark.parametrize("whiten, expected", [(False, RAW), (True, WHITE)])
 def test_gae_by_hand(whiten: bool, expected: list[float]) -> None:
     gae = algorithm("gae", lam=0.5, whiten_advantages=whiten)
-    [batch] = estimated([critics_batch()], gae)
+    [batch] = add_advantages([critics_batch()], gae, Ranks(), kl_coef=0.1)
     assert advantages_of([batch]) == approximately([expected])
     assert batch.returns is not None and batch.returns.tolist() == pytest.approx(RETURNS, abs=1e-6)
 
 
 def test_a_kl_in_the_loss_is_not_in_the_reward() -> None:
     gae = algorithm("gae", lam=0.5, whiten_advantages=False, kl_in="loss", kl_estimator="k2")
-    [batch] = estimated([critics_batch()], gae)
+    [batch] = add_advantages([critics_batch()], gae, Ranks(), kl_coef=0.1)
     # r = (0, 1): δ = (0.4 - 0.2, 1 - 0.4), A = (0.2 + 0.3, 0.6)
     assert advantages_of([batch]) == approximately([[0.0, 0.5, 0.6, 0.0, -0.5]])
 
@@ -293,13 +287,13 @@ def test_a_kl_in_the_loss_is_not_in_the_reward() -> None:
 def test_reinforce_pp_by_hand(whiten: bool, expected: list[float]) -> None:
     batch = with_kl(packed((0, 1.0, 2), (1, -1.0, 1)), [9.0, 0.5, -1.0, 9.0, 0.0])
     reinforce_pp = algorithm("reinforce_pp", gamma=0.5, whiten_advantages=whiten)
-    done = estimated([batch], reinforce_pp)
+    done = add_advantages([batch], reinforce_pp, Ranks(), kl_coef=0.1)
     assert advantages_of(done) == approximately([expected])
     assert done[0].returns is None
 
 
-# Two groups whose members are in different batches: 1 and 3 in group 0, twice 2 in group 1.
-SEPARATE = ((0, 1.0, 2), (1, 2.0, 1)), ((1, 2.0, 1), (0, 3.0, 1))
+# Two groups whose members are in different micro-batches: 1 and 3 in group 0, twice 2 in group 1.
+SPLIT = ((0, 1.0, 2), (1, 2.0, 1)), ((1, 2.0, 1), (0, 3.0, 1))
 ROOT_HALF = 0.7071063  # 1/(√2 + 1e-6)
 
 
@@ -314,17 +308,21 @@ ROOT_HALF = 0.7071063  # 1/(√2 + 1e-6)
     ],
 )
 def test_groups_by_hand(advantage: str, expected: list[list[float]]) -> None:
-    batches = packed_separately(advantage, *SEPARATE)
-    assert advantages_of(estimated(batches, algorithm(advantage))) == approximately(expected)
+    batches = packed_as(advantage, *SPLIT)
+    assert advantages_of(
+        add_advantages(batches, algorithm(advantage), Ranks(), kl_coef=0.1)
+    ) == approximately(expected)
 
 
 def test_a_kl_in_the_reward_comes_off_every_token_of_a_group_estimate() -> None:
-    first, second = packed_separately("rloo", *SEPARATE)
+    first, second = packed_as("rloo", *SPLIT)
     batches = [with_kl(first, [9.0, 0.5, -1.0, 9.0, 0.0]), with_kl(second, [9.0, 0.0, 9.0, 2.0])]
     # -β·KL = (-0.05, 0.1), 0, 0 and -0.2; its return-to-go with γ = 0.5 is (-0.05 + 0.05, 0.1), 0, 0, -0.2.
-    rloo = estimated(batches, algorithm("rloo", gamma=0.5))
+    rloo = add_advantages(batches, algorithm("rloo", gamma=0.5), Ranks(), kl_coef=0.1)
     assert advantages_of(rloo) == approximately([[0, -2.0, -1.9, 0, 0], [0, 0, 0, 1.8]])
-    in_loss = estimated(batches, algorithm("rloo", gamma=0.5, kl_in="loss", kl_estimator="k2"))
+    in_loss = add_advantages(
+        batches, algorithm("rloo", gamma=0.5, kl_in="loss", kl_estimator="k2"), Ranks(), kl_coef=0.1
+    )
     assert advantages_of(in_loss) == approximately([[0, -2, -2, 0, 0], [0, 0, 0, 2]])
 
 
@@ -340,26 +338,28 @@ def concatenated(batches: Sequence[PolicyBatch]) -> Tensor:
 
 
 @pytest.mark.parametrize("advantage", ["gae", "reinforce_pp", *GROUP_ESTIMATORS])
-def test_packing_and_padding_change_nothing(advantage: str) -> None:
+def test_packing_and_padding_change_no_advantage(advantage: str) -> None:
     samples = [(0, 1.0, 2), (1, 2.0, 1), (0, 3.0, 3), (1, -1.0, 2), (0, 0.5, 1)]
 
     def prepared(batch: PolicyBatch) -> PolicyBatch:
         batch = with_kl(batch, [0.0] * batch.num_tokens)
         return replace(batch, values=torch.zeros(batch.num_tokens)) if advantage == "gae" else batch
 
-    whole = [prepared(batch) for batch in packed_separately(advantage, samples)]
-    padding = padding_samples(0)
-    last, middle, first = packed_separately(advantage, samples[3:], samples[2:3], samples[:2])
+    whole = [prepared(batch) for batch in packed_as(advantage, samples)]
+    padding = padding_samples()
+    last, middle, first = packed_as(advantage, samples[3:], samples[2:3], samples[:2])
     parts = [last, padding, middle, first, padding]
-    expected = concatenated(estimated(whole, algorithm(advantage)))
-    found = concatenated(estimated([prepared(part) for part in parts], algorithm(advantage)))
+    expected = concatenated(add_advantages(whole, algorithm(advantage), Ranks(), kl_coef=0.1))
+    found = concatenated(
+        add_advantages([prepared(part) for part in parts], algorithm(advantage), Ranks(), kl_coef=0.1)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert expected.any()
 
 
 @pytest.mark.parametrize("advantage", ["reinforce_pp", *GROUP_ESTIMATORS])
 def test_a_rank_without_samples(advantage: str) -> None:
-    done = estimated([padding_samples(0), padding_samples(0)], algorithm(advantage))
+    done = add_advantages([padding_samples(), padding_samples()], algorithm(advantage), Ranks(), kl_coef=0.1)
     assert advantages_of(done) == [[0.0, 0.0]] * 2
 
 
@@ -371,26 +371,30 @@ def test_nobody_is_compared_without_need(advantage: str) -> None:
 
 
 def test_a_sample_that_was_never_compared_spoils_the_loss_for_all_to_see() -> None:
-    [batch] = estimated([packed((0, 1.0, 2))], algorithm("grpo"))
+    [batch] = add_advantages([packed((0, 1.0, 2))], algorithm("grpo"), Ranks(), kl_coef=0.1)
     assert batch.advantages is not None and batch.advantages[1:].isnan().all()
-
-
-class TwoTokensElsewhere(Ranks):
-    def sum_tensor(self, values: Tensor) -> Tensor:
-        return values + torch.tensor([2.0, 10.0, 50.0], dtype=torch.float64)  # count, sum, sum of squares
 
 
 def test_whitening_reaches_over_ranks() -> None:
     """Returns here are 1, 1 and -1; another rank brings two tokens of return 5."""
+
+    class WithAnother(Ranks):
+        def sum_tensor(self, values: Tensor) -> Tensor:
+            return values + torch.tensor([2.0, 10.0, 50.0], dtype=torch.float64)  # count, sum, sum of squares
+
     batches = [packed((0, 1.0, 2), (1, -1.0, 1))]
-    [batch] = estimated(batches, algorithm("reinforce_pp"), TwoTokensElsewhere())
+    [batch] = add_advantages(batches, algorithm("reinforce_pp"), WithAnother(), kl_coef=0.1)
     # Over 1, 1, -1, 5, 5: mean 2.2, variance 53/5 - 4.84 = 5.76, deviation 2.4
     assert advantages_of([batch]) == approximately([[0.0, -0.5, -0.5, 0.0, -1.3333333]])
 
 
-def test_whitening_is_over_all_mini_batches_of_the_step() -> None:
-    """And the mini-batches are cut where they were."""
-    mini_batches = [[packed((0, 1.0, 2))], [padding_samples(), packed((1, -1.0, 1))]]
-    done = with_token_advantages(mini_batches, algorithm("reinforce_pp"), TwoTokensElsewhere(), kl_coef=0.1)
-    expected = [[[0.0, -0.5, -0.5]], [[0.0, 0.0], [0.0, -1.3333333]]]
-    assert [advantages_of(batches) for batches in done] == [approximately(rows) for rows in expected]
+def test_whitening_is_over_the_mini_batches_of_the_step_together() -> None:
+    """The same five tokens, in two mini-batches of which the second has a padding batch."""
+    first = packed((0, 1.0, 2), (1, -1.0, 1))
+    second = packed((2, 5.0, 2))
+    mini_batches = [[first], [second, padding_samples()]]
+    found = with_token_advantages(mini_batches, algorithm("reinforce_pp"), Ranks(), kl_coef=0.1)
+    assert [len(batches) for batches in found] == [1, 2]
+    # (5 - 2.2)/2.4 = 1.1666667
+    assert advantages_of(found[0]) == approximately([[0.0, -0.5, -0.5, 0.0, -1.3333333]])
+    assert advantages_of(found[1]) == approximately([[0.0, 1.1666667, 1.1666667], [0.0, 0.0]])

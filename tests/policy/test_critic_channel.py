@@ -1,4 +1,4 @@
-"""Calls between actor ranks and critic ranks arrive in one order for all, whoever restarts."""
+"""Calls between actor ranks and critic ranks arrive in one order for all, whichever side restarts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import ray
 import torch
 from ray.exceptions import ActorUnavailableError
 
-from rayrlhf.policy.critic_channel import Answer, CriticFailed, Kind, Mailbox, Part, Request
+from rayrlhf.algorithms.metrics import Metrics, Sum
+from rayrlhf.policy.critic_channel import Answer, CriticChannel, CriticFailed, Kind, Part, Request
 from rayrlhf.policy.critic_client import RemoteCritic
-from rayrlhf.policy.step_metrics import UpdateMetrics
+
+OF_RANK_0 = Metrics({"loss/critic_bad_steps": Sum(4.0)})
 
 
 def part(name: str) -> Part:
@@ -26,20 +28,20 @@ def part(name: str) -> Part:
 class Actor:
     """An incarnation of the actor's workers."""
 
-    def __init__(self, mailbox: Mailbox, started: int, size: int = 1) -> None:
-        self.mailbox, self.started, self.size = mailbox, started, size
+    def __init__(self, channel: CriticChannel, started: int, size: int = 1) -> None:
+        self.channel, self.started, self.size = channel, started, size
         self.numbers = [0] * size
 
     def ask(self, rank: int, kind: Kind, *parts: str) -> asyncio.Task[Answer]:
         number, self.numbers[rank] = self.numbers[rank], self.numbers[rank] + 1
-        asked = self.mailbox.ask(
+        asked = self.channel.ask(
             self.started, self.size, number, rank, Request(kind), [part(name) for name in parts]
         )
         return asyncio.ensure_future(asked)
 
 
-async def fetch(mailbox: Mailbox, started: int, rank: int) -> tuple[str, list[Any]]:
-    call = await asyncio.wait_for(mailbox.next(started, rank), 5)
+async def fetch(channel: CriticChannel, started: int, rank: int) -> tuple[str, list[Any]]:
+    call = await asyncio.wait_for(channel.next(started, rank), 5)
     assert call is not None
     request, parts = call
     return request.kind, [p.batch for p in parts]
@@ -53,43 +55,37 @@ async def refused(asked: asyncio.Task[Answer]) -> str:
 
 def test_a_call_is_delivered_when_all_actor_ranks_have_posted_and_to_all_critic_ranks() -> None:
     async def body() -> None:
-        mailbox = Mailbox()
-        await mailbox.join(10, 2)
-        actor = Actor(mailbox, started=1, size=2)
+        channel = CriticChannel()
+        await channel.join(10, 2)
+        actor = Actor(channel, started=1, size=2)
         late = actor.ask(1, "values", "c")
-        waiting = asyncio.ensure_future(fetch(mailbox, 10, 0))
+        waiting = asyncio.ensure_future(fetch(channel, 10, 0))
         await asyncio.sleep(0.01)
         assert not waiting.done(), "rank 0 of the actor has not posted"
         first = actor.ask(0, "values", "a", "b")
         assert await waiting == ("values", ["a", "b", "c"])
-        assert await fetch(mailbox, 10, 1) == ("values", ["a", "b", "c"])
+        assert await fetch(channel, 10, 1) == ("values", ["a", "b", "c"])
         # Critic rank 0 has worked on parts 0 and 2, rank 1 on part 1.
         numbers = [torch.tensor([float(i)]) for i in range(3)]
-        await mailbox.answer(
-            10, 0, Answer({0: numbers[0], 2: numbers[2]}, UpdateMetrics(sums={"loss/critic_bad_steps": 4.0}))
-        )
+        await channel.answer(10, 0, Answer({0: numbers[0], 2: numbers[2]}, OF_RANK_0))
         assert not first.done()
-        await mailbox.answer(
-            10, 1, Answer({1: numbers[1]}, UpdateMetrics(sums={"loss/critic_bad_steps": 5.0}))
-        )
-        assert await first == Answer(
-            {0: numbers[0], 1: numbers[1]}, UpdateMetrics(sums={"loss/critic_bad_steps": 4.0})
-        )
-        assert await late == Answer({0: numbers[2]}, UpdateMetrics(sums={"loss/critic_bad_steps": 4.0}))
+        await channel.answer(10, 1, Answer({1: numbers[1]}, Metrics({"loss/critic_bad_steps": Sum(5.0)})))
+        assert await first == Answer({0: numbers[0], 1: numbers[1]}, OF_RANK_0)
+        assert await late == Answer({0: numbers[2]}, OF_RANK_0)
 
     asyncio.run(body())
 
 
 def test_calls_come_in_the_order_in_which_they_were_made() -> None:
     async def body() -> None:
-        mailbox = Mailbox()
-        actor = Actor(mailbox, started=1)
+        channel = CriticChannel()
+        actor = Actor(channel, started=1)
         asked = [actor.ask(0, "values"), actor.ask(0, "update")]
         await asyncio.sleep(0)
-        await mailbox.join(10, 1)  # a critic that comes up later finds them
+        await channel.join(10, 1)  # a critic that comes up later finds them
         for kind in ("values", "update"):
-            assert (await fetch(mailbox, 10, 0))[0] == kind
-            await mailbox.answer(10, 0, Answer())
+            assert (await fetch(channel, 10, 0))[0] == kind
+            await channel.answer(10, 0, Answer())
         assert [await ask for ask in asked] == [Answer(), Answer()]
 
     asyncio.run(body())
@@ -97,60 +93,61 @@ def test_calls_come_in_the_order_in_which_they_were_made() -> None:
 
 def test_a_restart_of_the_critic_breaks_the_session_and_the_next_one_goes_on() -> None:
     async def body() -> None:
-        mailbox = Mailbox()
-        await mailbox.join(10, 1)
-        actor = Actor(mailbox, started=1)
+        channel = CriticChannel()
+        await channel.join(10, 1)
+        actor = Actor(channel, started=1)
         begun = actor.ask(0, "begin")
-        await fetch(mailbox, 10, 0)
-        await mailbox.answer(10, 0, Answer())
+        await fetch(channel, 10, 0)
+        await channel.answer(10, 0, Answer())
         await begun
         unanswered = actor.ask(0, "update")
         await asyncio.sleep(0)
-        await mailbox.join(20, 1)
+        await channel.join(20, 1)
         assert "workers were restarted" in await refused(unanswered)
         assert "workers were restarted" in await refused(actor.ask(0, "update")), "and so does the rest"
         with pytest.raises(CriticFailed):
-            await mailbox.next(10, 0)  # a straggler of the old incarnation
-        restarted = Actor(mailbox, started=2).ask(0, "begin")
-        assert await fetch(mailbox, 20, 0) == ("begin", [])
-        await mailbox.answer(20, 0, Answer())
+            await channel.next(10, 0)  # a straggler of the old incarnation
+        restarted = Actor(channel, started=2).ask(0, "begin")
+        assert await fetch(channel, 20, 0) == ("begin", [])
+        await channel.answer(20, 0, Answer())
         assert await restarted == Answer()
 
     asyncio.run(body())
 
 
 def test_28_when_its_process_dies_both_sides_restart_and_go_on() -> None:
-    """A new mailbox knows neither side. Nobody may go on with it as if nothing had been lost: the critic's
+    """A new channel knows neither side. Nobody may go on with it as if nothing had been lost: the critic's
     workers may have died too. What begins with it is served.
     """
 
     async def body() -> None:
-        mailbox = Mailbox()  # after the death of another one, with which actor 1 and critic 10 had begun
-        actor = Actor(mailbox, started=1)
+        # After the death of another one, with which actor 1 and critic 10 had begun.
+        channel = CriticChannel()
+        actor = Actor(channel, started=1)
         actor.numbers = [7]
         assert "between actor and critic died" in await refused(actor.ask(0, "update"))
         with pytest.raises(CriticFailed, match="between actor and critic died"):
-            await mailbox.next(10, 0)
-        await mailbox.answer(10, 0, Answer())  # to nobody
-        restarted = Actor(mailbox, started=2).ask(0, "begin")
-        await mailbox.join(20, 1)
-        assert await fetch(mailbox, 20, 0) == ("begin", [])
-        await mailbox.answer(20, 0, Answer())
+            await channel.next(10, 0)
+        await channel.answer(10, 0, Answer())  # to nobody
+        restarted = Actor(channel, started=2).ask(0, "begin")
+        await channel.join(20, 1)
+        assert await fetch(channel, 20, 0) == ("begin", [])
+        await channel.answer(20, 0, Answer())
         assert await restarted == Answer()
 
     asyncio.run(body())
 
 
-def test_a_restart_of_the_critic_is_told_even_when_nothing_waits() -> None:
+def test_a_restart_of_the_critic_is_reported_even_when_nothing_waits() -> None:
     async def body() -> None:
-        mailbox = Mailbox()
-        await mailbox.join(10, 1)
-        actor = Actor(mailbox, started=1)
+        channel = CriticChannel()
+        await channel.join(10, 1)
+        actor = Actor(channel, started=1)
         begun = actor.ask(0, "begin")
-        await fetch(mailbox, 10, 0)
-        await mailbox.answer(10, 0, Answer())
+        await fetch(channel, 10, 0)
+        await channel.answer(10, 0, Answer())
         await begun
-        await mailbox.join(20, 1)
+        await channel.join(20, 1)
         assert "workers were restarted" in await refused(actor.ask(0, "values"))
 
     asyncio.run(body())
@@ -158,13 +155,13 @@ def test_a_restart_of_the_critic_is_told_even_when_nothing_waits() -> None:
 
 def test_a_critic_that_restarts_before_it_was_asked_breaks_nothing() -> None:
     async def body() -> None:
-        mailbox = Mailbox()
-        await mailbox.join(10, 1)
-        begun = Actor(mailbox, started=1).ask(0, "begin")
+        channel = CriticChannel()
+        await channel.join(10, 1)
+        begun = Actor(channel, started=1).ask(0, "begin")
         await asyncio.sleep(0)
-        await mailbox.join(20, 1)
-        assert await fetch(mailbox, 20, 0) == ("begin", [])
-        await mailbox.answer(20, 0, Answer())
+        await channel.join(20, 1)
+        assert await fetch(channel, 20, 0) == ("begin", [])
+        await channel.answer(20, 0, Answer())
         assert await begun == Answer()
 
     asyncio.run(body())
@@ -174,70 +171,70 @@ def test_a_call_that_one_critic_rank_has_fetched_reaches_the_other_after_a_resta
     """They run collectives in it: one alone would wait for ever."""
 
     async def body() -> None:
-        mailbox = Mailbox()
-        await mailbox.join(10, 2)
-        Actor(mailbox, started=1).ask(0, "update", "a")
+        channel = CriticChannel()
+        await channel.join(10, 2)
+        Actor(channel, started=1).ask(0, "update", "a")
         await asyncio.sleep(0)
-        assert await fetch(mailbox, 10, 0) == ("update", ["a"])
-        incomplete = Actor(mailbox, started=2, size=2)
+        assert await fetch(channel, 10, 0) == ("update", ["a"])
+        incomplete = Actor(channel, started=2, size=2)
         incomplete.ask(0, "begin")
         lost = incomplete.ask(0, "values")
         await asyncio.sleep(0)
-        begun = Actor(mailbox, started=3).ask(0, "begin")
+        begun = Actor(channel, started=3).ask(0, "begin")
         await asyncio.sleep(0)
-        assert await fetch(mailbox, 10, 1) == ("update", ["a"])
+        assert await fetch(channel, 10, 1) == ("update", ["a"])
         for rank in (0, 1):
-            await mailbox.answer(10, rank, Answer())
+            await channel.answer(10, rank, Answer())
         assert "taken over" in await refused(lost), "half a call goes with the workers that made it"
         for rank in (0, 1):
-            assert await fetch(mailbox, 10, rank) == ("begin", [])
-            await mailbox.answer(10, rank, Answer())
+            assert await fetch(channel, 10, rank) == ("begin", [])
+            await channel.answer(10, rank, Answer())
         assert await begun == Answer()
 
     asyncio.run(body())
 
 
-def test_a_failure_reaches_whoever_asks() -> None:
+def test_a_failure_reaches_every_rank_that_asks() -> None:
     async def body() -> None:
-        mailbox = Mailbox()
-        await mailbox.join(10, 2)
-        asked = Actor(mailbox, started=1).ask(0, "update")
-        await fetch(mailbox, 10, 0)
-        mailbox.fail("FloatingPointError", "the critic's gradient was not finite")
-        await mailbox.answer(10, 1, Answer())  # the other rank may still be at it
+        channel = CriticChannel()
+        await channel.join(10, 2)
+        asked = Actor(channel, started=1).ask(0, "update")
+        await fetch(channel, 10, 0)
+        channel.fail("FloatingPointError", "the critic's gradient was not finite")
+        await channel.answer(10, 1, Answer())  # the other rank may still be at it
         assert await refused(asked) == "FloatingPointError: the critic's gradient was not finite"
-        late = Actor(mailbox, started=0).ask(0, "begin")
+        late = Actor(channel, started=0).ask(0, "begin")
         assert "newer actor workers have taken over" in await refused(late)
 
     asyncio.run(body())
 
 
 @pytest.mark.ray
-def test_28_a_killed_mailbox_fails_what_waits_in_one_line(ray_session: None) -> None:
+def test_28_a_killed_channel_fails_what_waits_in_one_line(ray_session: None) -> None:
     """By SIGKILL of its process, while an actor rank waits for an answer; the next session is served."""
-    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1).remote()
-    ray.get(mailbox.join.remote(10, 1))
+    channel: Any = ray.remote(CriticChannel).options(num_cpus=0, max_restarts=-1).remote()
+    ray.get(channel.join.remote(10, 1))
     critic = RemoteCritic.__new__(RemoteCritic)
     critic.timeout_seconds = 120
-    waiting = mailbox.ask.remote(1, 1, 0, 0, Request("begin"), [])
-    pid: Any = ray.get(mailbox.__ray_call__.remote(lambda self: os.getpid()))
+    waiting = channel.ask.remote(1, 1, 0, 0, Request("begin"), [])
+    pid: Any = ray.get(channel.__ray_call__.remote(lambda self: os.getpid()))
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(CriticFailed, match="between actor and critic died"):
-        critic._wait(waiting, "begin")
+        critic.wait(waiting, "begin")
     deadline = time.monotonic() + 120
     while True:
         try:
-            ray.get(mailbox.join.remote(20, 1), timeout=120)
+            ray.get(channel.join.remote(20, 1), timeout=120)
             break
         except ActorUnavailableError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-    late = mailbox.ask.remote(1, 1, 3, 0, Request("update"), [])
+    late = channel.ask.remote(1, 1, 3, 0, Request("update"), [])
     with pytest.raises(CriticFailed, match="between actor and critic died"):
-        critic._wait(late, "update")
-    begun = mailbox.ask.remote(2, 1, 0, 0, Request("begin"), [])
-    request, _ = ray.get(mailbox.next.remote(20, 0), timeout=120)
+        critic.wait(late, "update")
+    begun = channel.ask.remote(2, 1, 0, 0, Request("begin"), [])
+    request, _ = ray.get(channel.next.remote(20, 0), timeout=120)
     assert request.kind == "begin"
-    ray.get(mailbox.answer.remote(20, 0, Answer()))
-    assert critic._wait(begun, "begin") == Answer()
-    ray.kill(mailbox)
+    ray.get(channel.answer.remote(20, 0, Answer()))
+    assert critic.wait(begun, "begin") == Answer()
+    ray.kill(channel)

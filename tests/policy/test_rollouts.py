@@ -1,19 +1,20 @@
-"""From prompts to whole groups of scored samples, with engines, rewards and other ranks of plain Python."""
+"""From prompts to the groups of a step, with engines and rewards of plain Python."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rayrlhf.observe.metrics import check_keys
 
 from rayrlhf.config.algorithm import AlgorithmConfig, DynamicSamplingConfig
 from rayrlhf.config.rollout import SamplingConfig
+from rayrlhf.policy import rollouts as rollouts_module
 from rayrlhf.policy.rollouts import (
     Collector,
     StepGroups,
@@ -23,13 +24,14 @@ from rayrlhf.policy.rollouts import (
     informative,
     scored_groups,
 )
-from rayrlhf.policy.rollouts import Rewards as GradedBy
+from rayrlhf.reward.client import RewardFailure
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train.collectives import Ranks
 from tests.samples import make_config, make_prompt, make_sample
 
 SAMPLING = SamplingConfig(temperature=0.5)
+SOURCES = [{"type": "function", "function": "rewards:right", "name": "right"}]
 
 
 class Rollouts:
@@ -109,13 +111,19 @@ def test_a_request_that_fails_for_good_ends_the_step() -> None:
         collected(NoEngines(), Rewards())
 
 
-# Which groups are worth training on (dynamic sampling)
-
-SOURCES = [{"type": "function", "function": "rewards:right", "name": "right"}]
+# Which samples are trained on; other ranks' groups are put in by hand
 
 
 def groups_and_scores(*pairs: tuple[int, float | None]) -> list[Sample]:
-    return [make_sample(group_id=group, score=score) for group, score in pairs]
+    """Of one reward source, whose reward is the score."""
+    return [
+        replace(make_sample(group_id=group, score=score), source_rewards=(score,)) for group, score in pairs
+    ]
+
+
+def combiner_of(*sources: dict[str, Any]) -> RewardCombiner:
+    config = make_config(reward={"sources": list(sources)})
+    return RewardCombiner(config.reward, response_limit=256)
 
 
 def test_unscored_samples_are_dropped() -> None:
@@ -131,12 +139,7 @@ def test_the_last_of_a_group_has_nothing_to_be_compared_with() -> None:
 
 
 def judged(samples: list[Sample], *, low: float | None = None, high: float | None = None) -> list[Sample]:
-    def reward(sample: Sample) -> float:
-        assert sample.score is not None
-        return sample.score
-
-    combiner: Any = SimpleNamespace(raw_reward=lambda sample, source=None: reward(sample))
-    return informative(samples, DynamicSamplingConfig(low=low, high=high), combiner)
+    return informative(samples, DynamicSamplingConfig(low=low, high=high), combiner_of(*SOURCES))
 
 
 def test_groups_that_teach_nothing_are_left_out() -> None:
@@ -207,8 +210,7 @@ def test_6_scale_and_offset_of_the_rewards_change_nothing(
 
 def test_6_a_named_source_judges_alone() -> None:
     """Two right answers, of which one has the wrong form: their rewards for form differ."""
-    config = make_config(reward={"sources": [*SOURCES, {**SOURCES[0], "name": "form", "weight": 0.5}]})
-    combiner = RewardCombiner(config.reward, response_limit=256)
+    combiner = combiner_of(*SOURCES, {**SOURCES[0], "name": "form", "weight": 0.5})
     samples = [
         replace(make_sample(group_id=0, sample_index=i), source_rewards=rewards)
         for i, rewards in enumerate([(1.0, 1.0), (1.0, 0.0)])
@@ -219,16 +221,23 @@ def test_6_a_named_source_judges_alone() -> None:
         assert len(informative(samples, DynamicSamplingConfig(source=source), combiner)) == kept
 
 
-class ThreeGroupsElsewhere(Ranks):
+class WithGroupsElsewhere(Ranks):
+    """Another rank has these groups."""
+
+    def __init__(self, *group_ids: int) -> None:
+        self.group_ids = list(group_ids)
+
     def gather(self, items: list[Any]) -> list[Any]:
-        return [*items, 1, 2, 9]
+        return [*items, *self.group_ids]
 
     def sum_numbers(self, numbers: dict[str, float]) -> dict[str, float]:
-        return {key: number + 3.0 for key, number in numbers.items()}
+        return {
+            key: value + len(self.group_ids) if key == "groups" else value for key, value in numbers.items()
+        }
 
 
 def test_surplus_groups_are_the_last_of_all_ranks() -> None:
-    ranks = ThreeGroupsElsewhere()
+    ranks = WithGroupsElsewhere(1, 2, 9)
     samples = groups_and_scores((4, 1.0), (4, 0.0), (0, 1.0), (0, 0.0), (7, 1.0), (7, 0.0))
     assert first_groups(samples, 4, ranks) == samples[:4]  # 0, 1, 2 and 4
     assert first_groups(samples, 3, ranks) == samples[2:4]
@@ -238,25 +247,20 @@ def test_surplus_groups_are_the_last_of_all_ranks() -> None:
 def test_groups_are_counted_once() -> None:
     samples = groups_and_scores((4, 1.0), (4, 0.0), (0, 1.0))
     assert count_groups(samples, Ranks()) == 2
+    assert count_groups(samples, WithGroupsElsewhere(1, 2, 9)) == 5
     assert count_groups([], Ranks()) == 0
-    assert count_groups(samples, ThreeGroupsElsewhere()) == 5
 
 
-class Batches:
-    """Prompt batches of two groups each: all wrong, half right, half right, all right."""
+class PromptBatches:
+    """A source of groups that has these prompt batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, *batches: list[Sample]) -> None:
+        self.batches = list(batches)
         self.steps: list[int] = []
 
     def next(self, step: int) -> list[Sample]:
-        number = len(self.steps)
         self.steps.append(step)
-        rights = [(0.0, 0.0), (1.0, 0.0), (1.0, 0.0), (1.0, 1.0)][number % 4]
-        return [
-            replace(make_sample(group_id=2 * number + i, sample_index=j), source_rewards=(right,), score=None)
-            for i in range(2)
-            for j, right in enumerate(rights)
-        ]
+        return self.batches.pop(0)
 
     def drain_restarted(self) -> int:
         return 0
@@ -264,39 +268,93 @@ class Batches:
     def close(self) -> None: ...
 
 
-def step_groups(batches: Batches, ranks: Ranks, num_groups: int, **algorithm: Any) -> StepGroups:
-    config = make_config(reward={"sources": SOURCES})
-    client: Any = SimpleNamespace(drain_unverified=lambda: 1, check=lambda failed, total: None)
-    rewards = GradedBy(client, RewardCombiner(config.reward, response_limit=256))
-    chosen = AlgorithmConfig.model_validate({"advantage": "grpo", **algorithm})
-    return collect_groups(batches, rewards, chosen, ranks, step=7, num_groups=num_groups)
+class RewardCounts:
+    """What a step asks of the reward client once rewards are there."""
+
+    def __init__(self, unverified: int = 0) -> None:
+        self.unverified = unverified
+        self.checked: list[tuple[int, int]] = []
+
+    def drain_unverified(self) -> int:
+        return self.unverified
+
+    def check(self, num_failed: int, num_samples: int) -> None:
+        self.checked.append((num_failed, num_samples))
+        if num_failed > 0.5 * num_samples:
+            raise RewardFailure(f"{num_failed} of {num_samples}")
 
 
-def test_without_a_filter_a_step_has_one_prompt_batch() -> None:
-    batches = Batches()
-    groups = step_groups(batches, Ranks(), 3)
-    assert batches.steps == [7] and groups.num_groups == 2
-    assert [sample.score for sample in groups.samples] == [0.0] * 4 and groups.sampled == groups.samples
-    assert groups.metrics == {"reward/failed": 0.0, "reward/unverified": 1.0}
+def collected_groups(
+    source: PromptBatches, counts: Any, *, num_groups: int, ranks: Ranks | None = None, **algorithm: Any
+) -> StepGroups:
+    found = collect_groups(
+        source,
+        rollouts_module.Rewards(counts, combiner_of(*SOURCES)),
+        AlgorithmConfig.model_validate({"advantage": "grpo", **algorithm}),
+        ranks or Ranks(),
+        step=5,
+        num_groups=num_groups,
+    )
+    check_keys(found.metrics)
+    return found
 
 
-def test_prompt_batches_are_asked_for_until_there_are_enough_informative_groups() -> None:
-    batches = Batches()
-    groups = step_groups(batches, Ranks(), 3, dynamic_sampling={})
-    assert batches.steps == [7, 7, 7]
-    assert sorted({sample.group_id for sample in groups.samples}) == [2, 3, 4], "the fourth is one too many"
-    assert groups.num_groups == 3 and len(groups.sampled) == 12
-    assert groups.metrics == {
+def ids(samples: list[Sample]) -> list[int]:
+    return [sample.group_id for sample in samples]
+
+
+def test_without_dynamic_sampling_a_step_has_one_prompt_batch() -> None:
+    """Group 1 has lost a sample, and for a group estimator the other one with it."""
+    source = PromptBatches(groups_and_scores((0, 1.0), (0, 1.0), (1, None), (1, 0.0)), [])
+    counts = RewardCounts(unverified=3)
+    found = collected_groups(source, counts, num_groups=2)
+    assert source.steps == [5] and ids(found.samples) == [0, 0] and ids(found.sampled) == [0, 0, 1, 1]
+    assert found.num_groups == 1
+    assert found.metrics == {"reward/failed": 2.0, "reward/unverified": 3.0}
+    assert counts.checked == [(1, 4)], "the one that could not be scored, not the one that is dropped with it"
+
+
+def test_too_many_samples_without_a_score_end_the_run() -> None:
+    source = PromptBatches(groups_and_scores((0, None), (0, None), (1, None), (1, 0.0)))
+    with pytest.raises(RewardFailure, match="3 of 4"):
+        collected_groups(source, RewardCounts(), num_groups=2)
+
+
+def test_dynamic_sampling_takes_prompt_batches_until_there_are_enough_groups() -> None:
+    """Two groups are wanted: the first batch has one whose rewards differ, the second has none and the third
+    two, of which the last is left over. A fourth is not asked for.
+    """
+    source = PromptBatches(
+        groups_and_scores((0, 1.0), (0, 1.0), (1, 1.0), (1, 0.0)),
+        groups_and_scores((2, 0.0), (2, 0.0)),
+        groups_and_scores((4, 1.0), (4, 0.0), (5, 0.0), (5, 1.0)),
+        groups_and_scores((6, 1.0), (6, 0.0)),
+    )
+    found = collected_groups(source, RewardCounts(), num_groups=2, dynamic_sampling={"max_draws": 9})
+    assert source.steps == [5, 5, 5]
+    assert ids(found.samples) == [1, 1, 4, 4] and found.num_groups == 2
+    assert ids(found.sampled) == [0, 0, 1, 1, 2, 2, 4, 4, 5, 5], "dropped ones included"
+    assert found.metrics == {
         "reward/failed": 0.0,
-        "reward/unverified": 1.0,
+        "reward/unverified": 0.0,
         "rollout/draws": 3.0,
-        "rollout/groups_in_range": 4.0,
+        "rollout/groups_in_range": 3.0,
     }
 
 
-def test_prompt_batches_end_at_max_draws() -> None:
-    batches = Batches()
-    groups = step_groups(batches, Ranks(), 3, dynamic_sampling={"max_draws": 1})
-    assert batches.steps == [7] and groups.num_groups == 0 and groups.samples == []
-    # With three groups elsewhere there are enough before the first.
-    assert step_groups(Batches(), ThreeGroupsElsewhere(), 3, dynamic_sampling={}).sampled == []
+def test_dynamic_sampling_ends_with_max_draws_and_counts_the_groups_of_all_ranks() -> None:
+    def equal() -> list[Sample]:
+        return groups_and_scores((0, 1.0), (0, 1.0))
+
+    source = PromptBatches(equal(), equal(), equal())
+    found = collected_groups(source, RewardCounts(), num_groups=2, dynamic_sampling={"max_draws": 2})
+    assert source.steps == [5, 5] and found.samples == [] and found.num_groups == 0
+    source = PromptBatches(equal(), equal())
+    found = collected_groups(
+        source,
+        RewardCounts(),
+        num_groups=2,
+        ranks=WithGroupsElsewhere(7),
+        dynamic_sampling={"max_draws": 2},
+    )
+    assert source.steps == [5, 5] and found.num_groups == 1, "one group is on another rank"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rayrlhf.observe.metrics import check_keys
 from torch import Tensor
 
 from rayrlhf.algorithms.kl import AdaptiveKL
@@ -18,7 +19,6 @@ from rayrlhf.algorithms.metrics import Mean, Metrics
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.models.logprobs import TokenLogprobs
-from rayrlhf.observe.metrics import check_keys
 from rayrlhf.policy.actor_critic import Actor, LocalCritic, Ref, make_kl_controller
 from rayrlhf.policy.colocation import Colocation
 from rayrlhf.policy.loop import policy_loop

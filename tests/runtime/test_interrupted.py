@@ -43,10 +43,11 @@ def test_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
 def test_ctrl_c_is_an_exit_code_and_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(_: PolicyRunConfig) -> Any:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(driver, "pin", lambda config, _: config)  # its model is nowhere
-    assert driver.drive(config_in(tmp_path), interrupt) == 130
+    config = config_in(tmp_path)
+    with driver.DriverRun(config) as run:
+        run.pinned(config)
+        raise KeyboardInterrupt
+    assert run.exit_code == 130
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("error interrupted; nothing is saved yet (checkpoint.every_steps=auto)")
