@@ -53,7 +53,7 @@ class RankZeroSaysYes(Ranks):
 
 def progress(ranks: Ranks | None = None, checkpoints: Any = None, **sections: Any) -> Progress:
     reporter: Any = Log()
-    kept = checkpoints if checkpoints is not None else Kept()
+    kept: Any = checkpoints if checkpoints is not None else Kept()
     return Progress(make_config(**sections), ranks or Ranks(), reporter, kept)
 
 
