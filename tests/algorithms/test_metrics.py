@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rayrlhf.observe.metrics import check_keys
+from rayrlhf.observe.metric_keys import check_keys
 from torch import Tensor, nn
 
 from rayrlhf.algorithms.metrics import ExplainedVariance, Max, Mean, Metrics, Sum, step_mean, token_mean

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rayrlhf.observe.metrics import METRICS
+from rayrlhf.observe.metric_keys import METRICS
 from torch import Tensor
 
 from rayrlhf.batch import PolicyBatch, pack_samples, padding_samples

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rayrlhf.observe.metrics import METRICS
+from rayrlhf.observe.metric_keys import METRICS
 from torch import Tensor
 
 from rayrlhf.algorithms.metrics import Max, Mean, Metrics, Sum

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rayrlhf.observe.metrics import check_keys
+from rayrlhf.observe.metric_keys import check_keys
 
 from rayrlhf.config.algorithm import AlgorithmConfig, DynamicSamplingConfig
 from rayrlhf.config.rollout import SamplingConfig

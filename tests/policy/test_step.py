@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from rayrlhf.observe.metrics import check_keys
+from rayrlhf.observe.metric_keys import check_keys
 from torch import Tensor
 
 from rayrlhf.algorithms.kl import AdaptiveKL
