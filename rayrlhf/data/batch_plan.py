@@ -1,20 +1,133 @@
-"""Batch plan of supervised training: samples of every micro-batch, step and worker. Pure, known in advance.
+"""Which rows make up which step, and which micro-batch of which worker. Pure, and known from the start.
 
-Lengths are known once the data are prepared, so samples are packed and balanced before training, and the
-result of a step depends neither on the number of workers nor on the packing of its samples.
+A plan depends on the number of rows, the rows per step and the seed, not on how many workers there are or
+when the run was interrupted. Lengths of examples are known once the data are prepared, so these are packed
+and balanced before anything is trained.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import overload
 
 import numpy as np
 
-from rayrlhf.data.balance import balanced_partition
-from rayrlhf.data.packing import micro_batches
-from rayrlhf.data.stream import PromptPlan
+from rayrlhf.data.packing import balanced_partition, micro_batches
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    if not shuffle:
+        return np.arange(num_rows)
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """The rows of every step. Computed on access, not stored.
+
+    Every epoch is a permutation of all rows from `default_rng([seed, epoch])`, or the order of the store
+    without `shuffle`; steps continue across its end. If a step spans two epochs, rows that it already
+    contains are deferred to later in the new epoch, so that no row occurs twice within a step (unless the
+    store has fewer rows than a step). Rank r has the slots r·n … r·n + n - 1 of a step, so the steps are the
+    same for any number of workers, and a longer run begins with the steps of a shorter one. Raises
+    `ValueError` for an empty store and a step size that is not divisible by the number of workers.
+    """
+
+    num_rows: int
+    prompts_per_step: int
+    num_steps: int
+    world_size: int
+    seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1:
+            raise ValueError("a plan needs at least one row")
+        if self.prompts_per_step < 1 or self.prompts_per_step % self.world_size:
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} is not divisible by {self.world_size} workers"
+            )
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Row ids of the steps start … stop - 1, [steps, world_size, prompts_per_step / world_size]."""
+        per_step = self.prompts_per_step
+        first, last = start * per_step, stop * per_step
+        found = np.empty(last - first, dtype=np.int64)
+        filled, epoch = first, first // self.num_rows
+        order = self._order(epoch)
+        while filled < last:
+            offset = filled - epoch * self.num_rows
+            count = min(self.num_rows - offset, last - filled)
+            found[filled - first : filled - first + count] = order[offset : offset + count]
+            filled += count
+            if filled < last:
+                epoch += 1
+                order = self._following(order, epoch)
+        return found.reshape(stop - start, self.world_size, per_step // self.world_size)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch, computed from the last one before it that is independent of its predecessor.
+
+        The end of an epoch equals its permutation's if the store has twice the rows of a step: at most a
+        step's rows at its beginning are moved. Otherwise an epoch that begins with a step is near.
+        """
+        if self.num_rows >= 2 * self.prompts_per_step:
+            known = max(0, epoch - 1)
+        else:
+            every = self.prompts_per_step // math.gcd(self.num_rows, self.prompts_per_step)
+            known = epoch - epoch % every
+        order = _epoch_order(self.num_rows, self.seed, known, self.shuffle)
+        for later in range(known + 1, epoch + 1):
+            order = self._following(order, later)
+        return order
+
+    def _following(self, before: np.ndarray, epoch: int) -> np.ndarray:
+        """The order of an epoch, given the order of the previous one."""
+        order = _epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
+        carried = epoch * self.num_rows % self.prompts_per_step  # of the step that spans both
+        if not carried or self.num_rows < self.prompts_per_step:
+            return order
+        return _defer(order, before[-carried:], self.prompts_per_step - carried)
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """An explicit plan: row ids [num_steps, world_size, prompts per rank]."""
+
+    row_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def world_size(self) -> int:
+        return self.row_ids.shape[1]
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.row_ids.shape[1] * self.row_ids.shape[2]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.row_ids[start:stop]
+
+
+def _defer(rows: np.ndarray, taken: np.ndarray, needed: int) -> np.ndarray:
+    """Moves the rows in `taken` after the first `needed` others; the order is unchanged otherwise.
+
+    The affected rows are among the first `needed + len(taken)`: the rest is not moved.
+    """
+    head = rows[: needed + len(taken)]
+    is_taken = np.isin(head, taken)
+    first = np.flatnonzero(~is_taken)[:needed]
+    return np.concatenate([head[first], np.delete(head, first), rows[len(head) :]])
+
 
 MicroBatches = list[list[int]]  # row ids; an empty micro-batch is a padding batch
 

@@ -11,9 +11,9 @@ from rayrlhf.config.example_data import ExampleDataConfig, PrmDataConfig, SftDat
 from rayrlhf.data.assistant_mask import MaskedConversation, assistant_turns, join, mask_turns
 from rayrlhf.data.chat import as_text, decode_prompt, encode_plain
 from rayrlhf.data.markers import cut, encode, markers_of
-from rayrlhf.data.rows.conversations import Conversation, Text
+from rayrlhf.data.rows.conversations import Text
 from rayrlhf.data.rows.formats import NormalForm
-from rayrlhf.data.rows.messages import Message, check_trained
+from rayrlhf.data.rows.messages import Conversation, Message, check_trained
 from rayrlhf.data.rows.preferences import Judged, Pair
 from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.data.rows.steps import Steps

@@ -1,10 +1,11 @@
-"""Store of a run's prepared data: one Arrow file, memory-mapped by its readers."""
+"""The prepared rows of a run, prompts or examples: one memory-mapped Arrow file, read by all workers."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,14 +13,30 @@ import numpy as np
 import pyarrow as pa
 
 from rayrlhf.data.rows.row import DataError
-from rayrlhf.samples import Prompt
+from rayrlhf.samples import Example, Prompt, TokenSequence
 
 PROMPT_FIELDS = [
     pa.field("prompt_ids", pa.list_(pa.int32())),
     pa.field("prompt", pa.string()),
     pa.field("columns_json", pa.string()),
 ]
-STORE_SCHEMA = pa.schema([pa.field("row_id", pa.int64()), *PROMPT_FIELDS])
+PROMPT_SCHEMA = pa.schema([pa.field("row_id", pa.int64()), *PROMPT_FIELDS])
+
+# A row holds one or two sequences; the inner lists have one entry per token.
+SEQUENCE_FIELDS = [
+    pa.field("input_ids", pa.list_(pa.list_(pa.int32()))),
+    pa.field("loss_mask", pa.list_(pa.list_(pa.uint8()))),
+    pa.field("targets", pa.list_(pa.list_(pa.float32()))),  # inner lists are empty if no token is labelled
+    pa.field("value", pa.float64()),
+]
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.int64()),
+        pa.field("num_tokens", pa.int64()),  # of all sequences of the row
+        *SEQUENCE_FIELDS,
+    ]
+)
+
 STORE_BATCH_ROWS = 1024
 COUNTS_KEY, FINGERPRINT_KEY = b"rayrlhf.counts", b"rayrlhf.fingerprint"
 
@@ -97,7 +114,7 @@ class RowStore:
 
 
 class PromptStore(RowStore):
-    """Prepared prompts, with the columns of `STORE_SCHEMA`."""
+    """Prepared prompts, with the columns of `PROMPT_SCHEMA`."""
 
     KIND = "a prompt"
 
@@ -110,22 +127,46 @@ class PromptStore(RowStore):
 
 
 def prompts_of(table: pa.Table) -> list[Prompt]:
-    """The rows of a table with the columns of `STORE_SCHEMA`."""
-    columns = [table.column(name).to_pylist() for name in STORE_SCHEMA.names]
+    """The rows of a table with the columns of `PROMPT_SCHEMA`."""
+    columns = [table.column(name).to_pylist() for name in PROMPT_SCHEMA.names]
     return [
         Prompt(row_id=row_id, prompt_ids=prompt_ids, prompt=prompt, columns=json.loads(columns_json))
         for row_id, prompt_ids, prompt, columns_json in zip(*columns, strict=True)
     ]
 
 
-def write_store(
-    rows: ArrowRows, order: np.ndarray, counts: Mapping[str, int], fingerprint: str, path: Path
-) -> None:
-    """Writes prompts with `PROMPT_FIELDS` in the given order [rows]."""
-    tables = (
-        rows.take(order[start : start + STORE_BATCH_ROWS]) for start in range(0, len(order), STORE_BATCH_ROWS)
-    )
-    write_tables(tables, STORE_SCHEMA, counts, fingerprint, path)
+class ExampleStore(RowStore):
+    """Prepared examples, with the columns of `EXAMPLE_SCHEMA`."""
+
+    KIND = "an example"
+
+    @cached_property
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of every example, [rows] int64. Reads only this column."""
+        return self._rows.numbers("num_tokens")
+
+    def __getitem__(self, row_id: int) -> Example:
+        return examples_of(self.take([row_id]))[0]
+
+    def __iter__(self) -> Iterator[Example]:
+        for row_id in range(len(self)):
+            yield self[row_id]
+
+
+def examples_of(table: pa.Table) -> list[Example]:
+    """The rows of a table with the columns of `EXAMPLE_SCHEMA`."""
+    names = ("row_id", "input_ids", "loss_mask", "targets", "value")
+    columns = [table.column(name).to_pylist() for name in names]
+    return [
+        Example(row_id, tuple(map(TokenSequence, input_ids, loss_mask, targets)), value)
+        for row_id, input_ids, loss_mask, targets, value in zip(*columns, strict=True)
+    ]
+
+
+def in_order(rows: ArrowRows, order: np.ndarray) -> Iterator[pa.Table]:
+    """The rows in the order of their indices [rows], in tables of a bounded size."""
+    for start in range(0, len(order), STORE_BATCH_ROWS):
+        yield rows.take(order[start : start + STORE_BATCH_ROWS])
 
 
 def write_tables(

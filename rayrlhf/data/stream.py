@@ -1,24 +1,23 @@
-"""Assignment of prompts to workers and steps, and the Ray Data stream that delivers them.
+"""Ray Data streams that bring the rows of a plan (`batch_plan`) to the workers, step by step.
 
-The plan is pure and known in advance: it depends on the number of rows, the batch size and the seed, not on
-the number of workers or on interruptions of the run. Ray Data executes it, and the workers verify that.
+Two kinds of rows: prompts, of which a rank gets its slots of each step, and examples, of which it gets its
+packed micro-batches. Ray Data carries the plan out, and the workers check that it did.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from rayrlhf.data.batch_plan import FixedPlan, PromptPlan, plan_steps
 from rayrlhf.data.rows.row import DataError
-from rayrlhf.data.store import PromptStore, prompts_of
-from rayrlhf.samples import Prompt
+from rayrlhf.data.store import ExampleStore, PromptStore, examples_of, prompts_of
+from rayrlhf.samples import Example, Prompt
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -30,117 +29,6 @@ MAX_BLOCKS = 4096  # each is a separate object in the cluster, so a long run has
 BLOCK_ROWS = 16_384  # … unless they would have more rows than this each: then there are more blocks
 MAX_LONG_BLOCKS = 65_536
 MAX_BLOCK_ROWS = 65_536  # of such a run
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    if not shuffle:
-        return np.arange(num_rows)
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
-
-
-@dataclass(frozen=True)
-class PromptPlan:
-    """The rows of every step. Computed on access, not stored.
-
-    Every epoch is a permutation of all rows from `default_rng([seed, epoch])`, or the order of the store
-    without `shuffle`; steps continue across its end. If a step spans two epochs, rows that it already
-    contains are deferred to later in the new epoch, so that no row occurs twice within a step (unless the
-    store has fewer rows than a step). Rank r has the slots r·n … r·n + n - 1 of a step, so the steps are the
-    same for any number of workers, and a longer run begins with the steps of a shorter one. Raises
-    `ValueError` for an empty store and a step size that is not divisible by the number of workers.
-    """
-
-    num_rows: int
-    prompts_per_step: int
-    num_steps: int
-    world_size: int
-    seed: int
-    shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        if self.num_rows < 1:
-            raise ValueError("a plan needs at least one row")
-        if self.prompts_per_step < 1 or self.prompts_per_step % self.world_size:
-            raise ValueError(
-                f"prompts_per_step={self.prompts_per_step} is not divisible by {self.world_size} workers"
-            )
-
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Row ids of the steps start … stop - 1, [steps, world_size, prompts_per_step / world_size]."""
-        per_step = self.prompts_per_step
-        first, last = start * per_step, stop * per_step
-        found = np.empty(last - first, dtype=np.int64)
-        filled, epoch = first, first // self.num_rows
-        order = self._order(epoch)
-        while filled < last:
-            offset = filled - epoch * self.num_rows
-            count = min(self.num_rows - offset, last - filled)
-            found[filled - first : filled - first + count] = order[offset : offset + count]
-            filled += count
-            if filled < last:
-                epoch += 1
-                order = self._following(order, epoch)
-        return found.reshape(stop - start, self.world_size, per_step // self.world_size)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch, computed from the last one before it that is independent of its predecessor.
-
-        The end of an epoch equals its permutation's if the store has twice the rows of a step: at most a
-        step's rows at its beginning are moved. Otherwise an epoch that begins with a step is near.
-        """
-        if self.num_rows >= 2 * self.prompts_per_step:
-            known = max(0, epoch - 1)
-        else:
-            every = self.prompts_per_step // math.gcd(self.num_rows, self.prompts_per_step)
-            known = epoch - epoch % every
-        order = _epoch_order(self.num_rows, self.seed, known, self.shuffle)
-        for later in range(known + 1, epoch + 1):
-            order = self._following(order, later)
-        return order
-
-    def _following(self, before: np.ndarray, epoch: int) -> np.ndarray:
-        """The order of an epoch, given the order of the previous one."""
-        order = _epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
-        carried = epoch * self.num_rows % self.prompts_per_step  # of the step that spans both
-        if not carried or self.num_rows < self.prompts_per_step:
-            return order
-        return _defer(order, before[-carried:], self.prompts_per_step - carried)
-
-
-@dataclass(frozen=True)
-class FixedPlan:
-    """An explicit plan: row ids [num_steps, world_size, prompts per rank]."""
-
-    row_ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.row_ids)
-
-    @property
-    def world_size(self) -> int:
-        return self.row_ids.shape[1]
-
-    @property
-    def prompts_per_step(self) -> int:
-        return self.row_ids.shape[1] * self.row_ids.shape[2]
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.row_ids[start:stop]
-
-
-def _defer(rows: np.ndarray, taken: np.ndarray, needed: int) -> np.ndarray:
-    """Moves the rows in `taken` after the first `needed` others; the order is unchanged otherwise.
-
-    The affected rows are among the first `needed + len(taken)`: the rest is not moved.
-    """
-    head = rows[: needed + len(taken)]
-    is_taken = np.isin(head, taken)
-    first = np.flatnonzero(~is_taken)[:needed]
-    return np.concatenate([head[first], np.delete(head, first), rows[len(head) :]])
 
 
 def prompt_dataset(
@@ -157,7 +45,7 @@ def prompt_dataset(
     if not 0 <= start_step < len(plan):
         raise ValueError(f"start_step={start_step} of a plan with {len(plan)} steps")
     blocks = step_ranges(start_step, len(plan), plan.world_size, plan.prompts_per_step)
-    return fetched(blocks, partial(_fetch, os.path.abspath(store_path), plan))
+    return fetched(blocks, partial(_fetch_prompts, os.path.abspath(store_path), plan))
 
 
 def step_ranges(start: int, stop: int, world_size: int, rows_per_step: int) -> list[pa.Table]:
@@ -198,7 +86,7 @@ def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Da
         )
 
 
-def _fetch(store_path: str, plan: PromptPlan | FixedPlan, block: pa.Table) -> pa.Table:
+def _fetch_prompts(store_path: str, plan: PromptPlan | FixedPlan, block: pa.Table) -> pa.Table:
     """The store's rows for the slots of a rank in the steps of a block."""
     [(first, last, rank)] = zip(*block.to_pydict().values(), strict=True)
     row_ids = plan.rows(first, last)[:, rank]
@@ -234,3 +122,88 @@ def iter_prompts(
                 f"rank {rank} at step {step}: planned {name} {values}, got {found[name]}"
             )
         yield step, prompts_of(batch)
+
+
+# One row holds everything that a rank trains on in a step: ranks then have the same number of rows, and Ray
+# Data never splits within a step.
+
+
+def example_dataset(
+    store_path: str | os.PathLike[str],
+    order: Sequence[np.ndarray],
+    start_step: int = 0,
+    *,
+    world_size: int,
+    budget_tokens: int,
+) -> Dataset:
+    """The steps from `start_step`, packed and distributed, as a data set whose rows `streaming_split` assigns
+    to the ranks round-robin. A step is planned when it is fetched, identically for each rank.
+
+    Columns: `step`, `rank`, `sizes` (examples per micro-batch) and one list per column of the store. The
+    notes on `prompt_dataset` apply here too. Raises `ValueError` if no step is left.
+    """
+    if not 0 <= start_step < len(order):
+        raise ValueError(f"no step from start_step={start_step}")
+    blocks = step_ranges(start_step, len(order), world_size, len(order[0]))
+    fetch = partial(
+        _fetch_examples,
+        os.path.abspath(store_path),
+        order,
+        world_size=world_size,
+        budget_tokens=budget_tokens,
+    )
+    return fetched(blocks, fetch)
+
+
+def _fetch_examples(
+    store_path: str, order: Sequence[np.ndarray], block: pa.Table, *, world_size: int, budget_tokens: int
+) -> pa.Table:
+    """The rows of a rank for the steps of a block: each column of the store becomes a list per step."""
+    [(first, last, rank)] = zip(*block.to_pydict().values(), strict=True)
+    store = ExampleStore.open(store_path)
+    plans = plan_steps(
+        order, store.num_tokens, world_size=world_size, budget_tokens=budget_tokens, start=first, stop=last
+    )
+    packs = [plan.ranks[rank] for plan in plans]
+    row_ids = pa.array([[row for pack in step for row in pack] for step in packs], pa.list_(pa.int64()))
+    rows = store.take(row_ids.flatten().to_pylist())
+    table = pa.table(
+        {
+            "step": pa.array(range(first, last), pa.int64()),
+            "rank": pa.array([rank] * (last - first), pa.int64()),
+            "sizes": pa.array([[len(pack) for pack in step] for step in packs], pa.list_(pa.int32())),
+        }
+    )
+    for name in rows.column_names:
+        values = rows.column(name).combine_chunks()
+        table = table.append_column(name, pa.ListArray.from_arrays(_offsets(row_ids), values))
+    return table
+
+
+def _offsets(lists: pa.ListArray) -> pa.Array:
+    lengths = lists.value_lengths().to_pylist()
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return pa.array(ends, pa.int32())
+
+
+def iter_examples(
+    shard: DataIterator, rank: int, start_step: int = 0
+) -> Iterator[tuple[int, list[list[Example]]]]:
+    """On a worker: its micro-batches of each step, as (step, examples per micro-batch); a padding batch is
+    empty.
+
+    Raises `AssertionError` if Ray Data has not followed the plan.
+    """
+    batches: Iterable[Any] = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2)
+    for step, batch in enumerate(batches, start=start_step):
+        found = batch.column("step").to_pylist(), batch.column("rank").to_pylist()
+        assert found == ([step], [rank]), f"rank {rank} at step {step}: got (step, rank) {found}"
+        sizes = batch.column("sizes").to_pylist()[0]
+        examples = iter(examples_of(_unnested(batch.drop_columns(["step", "rank", "sizes"]))))
+        yield step, [[next(examples) for _ in range(size)] for size in sizes]
+
+
+def _unnested(row: pa.Table) -> pa.Table:
+    return pa.table({name: row.column(name).combine_chunks().flatten() for name in row.column_names})

@@ -18,9 +18,10 @@ from ray.exceptions import RayError
 
 from rayrlhf.config.generate import GenerateRunConfig
 from rayrlhf.data.checks import check_sources
-from rayrlhf.data.prompts import PromptStore, prepare_prompts
+from rayrlhf.data.prepare import prepare_prompts
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.sources.source import ordered_and_quiet
+from rayrlhf.data.store import PromptStore
 from rayrlhf.inference.shards import (
     NEW_COLUMNS,
     Shard,

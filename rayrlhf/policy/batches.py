@@ -22,8 +22,7 @@ from rayrlhf.algorithms.kl import token_kl
 from rayrlhf.algorithms.registry import ESTIMATORS
 from rayrlhf.batch import PolicyBatch, pack_samples, padding_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
-from rayrlhf.data.balance import balanced_partition
-from rayrlhf.data.packing import micro_batches, split_even
+from rayrlhf.data.packing import balanced_partition, micro_batches, split_even
 from rayrlhf.policy.losses import TextObjective, loss_counts, policy_forward
 from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train.collectives import Ranks

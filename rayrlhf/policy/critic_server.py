@@ -14,7 +14,7 @@ from ray.exceptions import ActorUnavailableError
 from torch import Tensor
 
 from rayrlhf.batch import ValueBatch, pack_values, padding_tokens
-from rayrlhf.data.balance import balanced_partition
+from rayrlhf.data.packing import balanced_partition
 from rayrlhf.placement.reaper import NAMESPACE, register_worker
 from rayrlhf.policy.actor_critic import LocalCritic, make_critic
 from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Part, Request

@@ -10,9 +10,11 @@ from typing import Any
 
 from rayrlhf.config.data import PromptDataConfig, SourceConfig
 from rayrlhf.config.policy import PolicyRunConfig
-from rayrlhf.data.prompts import PromptStore, prepare_prompts
+from rayrlhf.data.batch_plan import FixedPlan, PromptPlan
+from rayrlhf.data.prepare import prepare_prompts
 from rayrlhf.data.sources.files import Split
-from rayrlhf.data.stream import FixedPlan, PromptPlan, prompt_dataset, step_ranges
+from rayrlhf.data.store import PromptStore
+from rayrlhf.data.stream import prompt_dataset, step_ranges
 from rayrlhf.policy.evaluate import eval_plan
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.train.checkpoint import newest_first_prompt_batch, newest_step

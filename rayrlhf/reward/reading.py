@@ -17,8 +17,8 @@ from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.data.assistant_mask import ending_tokens, mask_turns
 from rayrlhf.data.chat import as_text, encode_plain
 from rayrlhf.data.markers import encode
-from rayrlhf.data.rows.messages import Message
-from rayrlhf.data.rows.prompt_rows import Question, prompt_of
+from rayrlhf.data.rows.messages import Conversation, Message
+from rayrlhf.data.rows.prompt_rows import prompt_of
 from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.data.template import apply_template
 
@@ -101,7 +101,11 @@ class Reading:
     def of_conversation(self, columns: Mapping[str, Any], data: PromptDataConfig, response: str) -> list[int]:
         """Ids for a data row and its response, rendered with this tokenizer. Raises `BadRow`."""
         prompt = prompt_of(columns, data)
-        question = prompt if isinstance(prompt, Question) else Question([{"role": "user", "content": prompt}])
+        question = (
+            prompt
+            if isinstance(prompt, Conversation)
+            else Conversation([{"role": "user", "content": prompt}])
+        )
         if self.is_plain:
             return self._plain(question.messages, response)
         messages: list[Message] = [*question.messages, {"role": "assistant", "content": response}]

@@ -17,8 +17,8 @@ from rayrlhf.config.reward_sources import ModelSource
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.ends import ends_of
-from rayrlhf.data.prompts import PromptStore
 from rayrlhf.data.rows.row import BadRow, DataError
+from rayrlhf.data.store import PromptStore
 from rayrlhf.environments.chat_tokens import Turns
 from rayrlhf.environments.deployment import (
     NAME,

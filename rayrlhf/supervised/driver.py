@@ -14,11 +14,10 @@ import numpy as np
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.data.batch_plan import RowOrder, each_once
 from rayrlhf.data.checks import check_example_sources
-from rayrlhf.data.example_store import ExampleStore
-from rayrlhf.data.example_stream import example_dataset
-from rayrlhf.data.examples import prepare_examples
+from rayrlhf.data.prepare import prepare_examples
 from rayrlhf.data.sources.files import Split
-from rayrlhf.data.stream import step_ranges
+from rayrlhf.data.store import ExampleStore
+from rayrlhf.data.stream import example_dataset, step_ranges
 from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks

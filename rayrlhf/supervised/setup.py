@@ -11,7 +11,7 @@ import ray.train
 
 from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.config.supervised import SupervisedConfig
-from rayrlhf.data.example_stream import iter_examples
+from rayrlhf.data.stream import iter_examples
 from rayrlhf.runtime.progress import Progress, start_worker
 from rayrlhf.runtime.results import RunResult
 from rayrlhf.samples import Example

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rayrlhf.observe.metric_keys import check_keys
 from torch import Tensor, nn
 
 from rayrlhf.algorithms.metrics import ExplainedVariance, Max, Mean, Metrics, Sum, step_mean, token_mean
 from rayrlhf.algorithms.value_loss import explained_variance
 from rayrlhf.batch import padding_tokens
 from rayrlhf.config.train import TrainConfig
+from rayrlhf.observe.metric_keys import check_keys
 from rayrlhf.policy.losses import LossCounts
 from rayrlhf.train.collectives import add_up
 from rayrlhf.train.learner import Term

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.data.balance import balanced_partition
+from rayrlhf.data.packing import balanced_partition
 
 
 def sums_of(sizes: list[int], partition: list[list[int]]) -> list[int]:

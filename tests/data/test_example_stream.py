@@ -10,10 +10,8 @@ import pyarrow as pa
 import pytest
 
 from rayrlhf.data.batch_plan import RowOrder, plan_steps
-from rayrlhf.data.example_store import EXAMPLE_SCHEMA, ExampleStore
-from rayrlhf.data.example_stream import _fetch, iter_examples
-from rayrlhf.data.store import write_tables
-from rayrlhf.data.stream import step_ranges
+from rayrlhf.data.store import EXAMPLE_SCHEMA, ExampleStore, write_tables
+from rayrlhf.data.stream import _fetch_examples, iter_examples, step_ranges
 
 LENGTHS = [3, 9, 1, 4, 7, 2, 5]
 
@@ -52,7 +50,7 @@ def test_19_ranks_get_their_part_of_a_plan_that_nobody_has_kept(
     blocks = step_ranges(start, len(order), world_size, 3)
     for rank in range(world_size):
         mine = [block for block in blocks if block["rank"][0].as_py() == rank]
-        shard = FakeShard([_fetch(str(store.path), order, block, **pack) for block in mine])
+        shard = FakeShard([_fetch_examples(str(store.path), order, block, **pack) for block in mine])
         found = list(iter_examples(cast(Any, shard), rank, start))
         assert [step for step, _ in found] == list(range(start, 8))
         rows = [[[example.row_id for example in batch] for batch in batches] for _, batches in found]

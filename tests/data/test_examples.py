@@ -20,9 +20,9 @@ from rayrlhf.config.example_data import (
     PrmDataConfig,
     SftDataConfig,
 )
-from rayrlhf.data.example_store import EXAMPLE_SCHEMA, ExampleStore, examples_of
-from rayrlhf.data.examples import prepare_examples
+from rayrlhf.data.prepare import prepare_examples
 from rayrlhf.data.rows.row import DataError
+from rayrlhf.data.store import EXAMPLE_SCHEMA, ExampleStore, examples_of
 from rayrlhf.samples import Example, TokenSequence
 from tests.tiny_model import make_tokenizer
 
@@ -116,7 +116,7 @@ def test_rows_with_an_id_seen_before(tmp_path: Path, tokenizer_path: str) -> Non
     rows = [{"id": n % 2, "prompt": "a", "response": "b" * (n + 1)} for n in range(4)]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     config = SftDataConfig.model_validate({"train": path, "id_key": "id"})
-    with pytest.raises(DataError, match=f"{path}:3: the id 0 is also that of {path}:1"):
+    with pytest.raises(DataError, match=f"{path}:3: the id 0 is already used by {path}:1"):
         prepare(config, tmp_path, tokenizer_path)
     skipping = config.model_copy(update={"on_duplicate_id": "skip"})
     store = prepare(skipping, tmp_path, tokenizer_path)

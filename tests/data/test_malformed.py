@@ -16,7 +16,7 @@ from rayrlhf.config.example_data import (
     SftDataConfig,
 )
 from rayrlhf.data.checks import check_example_sources
-from rayrlhf.data.examples import prepare_examples
+from rayrlhf.data.prepare import prepare_examples
 from rayrlhf.data.rows.row import DataError
 from tests.tiny_model import make_tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.data.prompts import prepare_prompts
+from rayrlhf.data.prepare import prepare_prompts
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.store import PromptStore
 from rayrlhf.samples import Prompt

@@ -11,7 +11,15 @@ import pyarrow as pa
 import pytest
 
 from rayrlhf.data.rows.row import DataError
-from rayrlhf.data.store import PROMPT_FIELDS, STORE_BATCH_ROWS, ArrowRows, PromptStore, write_store
+from rayrlhf.data.store import (
+    PROMPT_FIELDS,
+    PROMPT_SCHEMA,
+    STORE_BATCH_ROWS,
+    ArrowRows,
+    PromptStore,
+    in_order,
+    write_tables,
+)
 from rayrlhf.samples import Prompt
 
 
@@ -26,7 +34,8 @@ def make_store(path: Path, order: list[int]) -> PromptStore:
     spool = path.with_name("spool.arrow")
     with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=3)
-    write_store(ArrowRows(spool), np.array(order), {"rows": len(order)}, "f00d", path)
+    tables = in_order(ArrowRows(spool), np.array(order))
+    write_tables(tables, PROMPT_SCHEMA, {"rows": len(order)}, "f00d", path)
     return PromptStore.open(path)
 
 

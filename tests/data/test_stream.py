@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.data.store import PROMPT_FIELDS, ArrowRows, PromptStore, write_store
-from rayrlhf.data.stream import PromptPlan, iter_prompts, prompt_dataset, step_ranges
+from rayrlhf.data.batch_plan import PromptPlan
+from rayrlhf.data.store import PROMPT_FIELDS, PROMPT_SCHEMA, ArrowRows, PromptStore, in_order, write_tables
+from rayrlhf.data.stream import iter_prompts, prompt_dataset, step_ranges
 
 
 def prompt_plan(
@@ -135,7 +136,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> PromptStore:
     table = pa.Table.from_pylist(rows, pa.schema(PROMPT_FIELDS))
     with pa.OSFile(str(folder / "spool"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    write_store(ArrowRows(folder / "spool"), np.arange(50), {"rows": 50}, "", folder / "store.arrow")
+    tables = in_order(ArrowRows(folder / "spool"), np.arange(50))
+    write_tables(tables, PROMPT_SCHEMA, {"rows": 50}, "", folder / "store.arrow")
     return PromptStore.open(folder / "store.arrow")
 
 

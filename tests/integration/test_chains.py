@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from rayrlhf.config.chains import ConditionalSftConfig, IterativeDpoConfig, RejectionSamplingConfig
-from rayrlhf.data.example_store import ExampleStore
 from rayrlhf.data.rows.prompt_rows import prompt_columns
+from rayrlhf.data.store import ExampleStore
 from rayrlhf.inference import rounds as chain
 from rayrlhf.inference.rounds import run_chain
 from rayrlhf.inference.select import best_and_worst, best_of_n, labelled

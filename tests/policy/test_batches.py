@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rayrlhf.observe.metric_keys import METRICS
 from torch import Tensor
 
 from rayrlhf.batch import PolicyBatch, pack_samples, padding_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
+from rayrlhf.observe.metric_keys import METRICS
 from rayrlhf.policy.batches import (
     MiniBatch,
     Packing,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rayrlhf.observe.metric_keys import check_keys
 
+from rayrlhf.observe.metric_keys import check_keys
 from rayrlhf.policy import rollouts as rollouts_module
 from rayrlhf.policy.evaluate import FIRST_GROUP_ID, Evaluation, eval_plan, evaluate
 from rayrlhf.policy.rollouts import Collector

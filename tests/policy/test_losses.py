@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from rayrlhf.observe.metric_keys import METRICS
 from torch import Tensor
 
 from rayrlhf.algorithms.metrics import Max, Mean, Metrics, Sum
 from rayrlhf.batch import PolicyBatch, pack_samples, pack_values
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.models.logprobs import TokenLogprobs
+from rayrlhf.observe.metric_keys import METRICS
 from rayrlhf.policy.losses import (
     LossCounts,
     PolicyObjective,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rayrlhf.observe.metric_keys import check_keys
 
 from rayrlhf.config.algorithm import AlgorithmConfig, DynamicSamplingConfig
 from rayrlhf.config.rollout import SamplingConfig
+from rayrlhf.observe.metric_keys import check_keys
 from rayrlhf.policy import rollouts as rollouts_module
 from rayrlhf.policy.rollouts import (
     Collector,

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from rayrlhf.observe.metric_keys import check_keys
 from torch import Tensor
 
 from rayrlhf.algorithms.kl import AdaptiveKL
@@ -19,6 +18,7 @@ from rayrlhf.algorithms.metrics import Mean, Metrics
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.models.logprobs import TokenLogprobs
+from rayrlhf.observe.metric_keys import check_keys
 from rayrlhf.policy.actor_critic import Actor, LocalCritic, Ref, make_kl_controller
 from rayrlhf.policy.colocation import Colocation
 from rayrlhf.policy.loop import policy_loop

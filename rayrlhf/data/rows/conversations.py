@@ -18,24 +18,16 @@ from rayrlhf.data.rows.columns import (
     recognise,
 )
 from rayrlhf.data.rows.messages import (
+    Conversation,
     Message,
     answer_message,
     check_turns,
     conversation_of,
+    conversation_with,
     prompt_messages,
     text_or_messages,
-    tools_of,
-    with_system,
 )
 from rayrlhf.data.rows.row import BadRow, check_text, column_of, type_name
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages up to the last answer, at least one of them by the assistant."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +56,10 @@ def conversation_or_text(columns: Mapping[str, Any], config: SftDataConfig) -> C
             *prompt_messages(columns[prompt_key], f"column {prompt_key!r}"),
             *_answer_messages(columns[response_key], f"column {response_key!r}"),
         ]
-    messages = with_system(messages, columns, config)
-    check_turns(messages, where)
-    messages = _up_to_last_answer(messages, where, config)
-    return Conversation(_conditioned(messages, columns, config), tools_of(columns, config))
+    conversation = conversation_with(messages, columns, config)
+    check_turns(conversation.messages, where)
+    messages = _up_to_last_answer(conversation.messages, where, config)
+    return Conversation(_conditioned(messages, columns, config), conversation.tools)
 
 
 def _recognised(columns: Mapping[str, Any], config: SftDataConfig) -> str:

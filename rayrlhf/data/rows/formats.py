@@ -12,7 +12,8 @@ from rayrlhf.config.example_data import (
     PrmDataConfig,
     SftDataConfig,
 )
-from rayrlhf.data.rows.conversations import Conversation, Text, conversation_or_text
+from rayrlhf.data.rows.conversations import Text, conversation_or_text
+from rayrlhf.data.rows.messages import Conversation
 from rayrlhf.data.rows.preferences import Judged, Pair, judged_of, pair_of
 from rayrlhf.data.rows.row import BadRow, column_of
 from rayrlhf.data.rows.steps import Steps, steps_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rayrlhf.config.data import DataConfig
@@ -238,7 +239,24 @@ def check_trained(answer: Message, where: str) -> None:
         raise BadRow(f"{where} is excluded from the loss (weight: 0 or similar), which leaves no loss tokens")
 
 
-def with_system(messages: list[Message], columns: Mapping[str, Any], config: DataConfig) -> list[Message]:
+@dataclass(frozen=True)
+class Conversation:
+    """Messages and tools as the chat template is to be given them."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+def conversation_with(
+    messages: list[Message], columns: Mapping[str, Any], config: DataConfig
+) -> Conversation:
+    """A row's messages with its system prompt and its tools, or the config's: of every kind of row alike, so
+    that the same row is rendered the same by SFT, a reward model and a policy run. Raises `BadRow`.
+    """
+    return Conversation(_with_system(messages, columns, config), tools_of(columns, config))
+
+
+def _with_system(messages: list[Message], columns: Mapping[str, Any], config: DataConfig) -> list[Message]:
     """Prepends the row's system message, or else the config's, to a conversation without one."""
     key = config.system_key or "system"
     own = columns.get(key)

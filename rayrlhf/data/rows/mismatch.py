@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from rayrlhf.data.example_store import SEQUENCE_FIELDS
 from rayrlhf.data.rows.row import DataError
-from rayrlhf.data.store import STORE_BATCH_ROWS, ArrowRows
+from rayrlhf.data.store import SEQUENCE_FIELDS, STORE_BATCH_ROWS, ArrowRows
 
 
 def mismatched(rows: ArrowRows, order: np.ndarray, seed: Sequence[int]) -> np.ndarray:

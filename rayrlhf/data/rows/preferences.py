@@ -24,11 +24,10 @@ from rayrlhf.data.rows.messages import (
     check_trained,
     check_turns,
     conversation_of,
+    conversation_with,
     prompt_messages,
     text_or_messages,
-    tools_of,
     transcript_of,
-    with_system,
 )
 from rayrlhf.data.rows.row import BadRow, check_text, column_of, quoted, type_name
 
@@ -82,14 +81,15 @@ def pair_of(columns: Mapping[str, Any], config: PairDataConfig) -> Pair:
                 "before their last answers; wanted two answers to one prompt"
             )
         prompt, better, worse = first[0], first[1], second[1]
-    prompt = with_system(prompt, columns, config)
+    conversation = conversation_with(prompt, columns, config)
+    prompt = conversation.messages
     check_turns([*prompt, better], f"the conversation with column {config.chosen_key!r}")
     check_turns([*prompt, worse], f"the conversation with column {config.rejected_key!r}")
     check_trained(better, f"the answer in column {config.chosen_key!r}")
     check_trained(worse, f"the answer in column {config.rejected_key!r}")
     if better == worse:
         raise BadRow(f"columns {quoted((config.chosen_key, config.rejected_key))} hold the same answer")
-    return Pair(prompt, better, worse, _margin(columns, config), tools_of(columns, config))
+    return Pair(prompt, better, worse, _margin(columns, config), conversation.tools)
 
 
 def _recognised_pair(columns: Mapping[str, Any], config: PairDataConfig) -> str:
@@ -167,10 +167,11 @@ def judged_of(columns: Mapping[str, Any], config: KtoDataConfig) -> Judged:
         response_key = pick_or_fail(columns, config.response_key, RESPONSE_NAMES, "data.response_key")
         prompt = prompt_messages(columns[prompt_key], f"column {prompt_key!r}")
         response = answer_message(columns[response_key], f"column {response_key!r}")
-    prompt = with_system(prompt, columns, config)
+    conversation = conversation_with(prompt, columns, config)
+    prompt = conversation.messages
     check_turns([*prompt, response], "the conversation")
     check_trained(response, "the judged answer")
-    return Judged(prompt, response, desirable, tools_of(columns, config))
+    return Judged(prompt, response, desirable, conversation.tools)
 
 
 def _recognised_judged(columns: Mapping[str, Any], config: KtoDataConfig) -> str:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from rayrlhf.config.data import PromptDataConfig
-from rayrlhf.data.rows.messages import Message, prompt_messages, text_or_messages, tools_of, with_system
+from rayrlhf.data.rows.messages import (
+    Conversation,
+    conversation_with,
+    prompt_messages,
+    text_or_messages,
+    tools_of,
+)
 from rayrlhf.data.rows.row import BadRow, check_text, column_of, type_name
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation that ends before the assistant's turn."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
 
 
 def prompt_columns(config: PromptDataConfig) -> tuple[str, ...]:
@@ -24,7 +21,7 @@ def prompt_columns(config: PromptDataConfig) -> tuple[str, ...]:
     return config.prompt_key, config.system_key or "system", config.tools_key or "tools"
 
 
-def prompt_of(columns: Mapping[str, Any], config: PromptDataConfig) -> Question | str:
+def prompt_of(columns: Mapping[str, Any], config: PromptDataConfig) -> Conversation | str:
     """The row's prompt; a text if `apply_chat_template` is false.
 
     Raises `BadRow` for a missing column, a prompt that is neither text nor messages, an empty one, a message
@@ -51,7 +48,7 @@ def prompt_of(columns: Mapping[str, Any], config: PromptDataConfig) -> Question 
         )
     if last["role"] != "tool":  # a tool's result may be empty
         check_text(last.get("content", ""), f"the last message in {where}")
-    return Question(with_system(messages, columns, config), tools_of(columns, config))
+    return conversation_with(messages, columns, config)
 
 
 def _text(prompt: Any, columns: Mapping[str, Any], config: PromptDataConfig, where: str) -> str:

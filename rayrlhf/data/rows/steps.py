@@ -9,7 +9,7 @@ from typing import Any
 
 from rayrlhf.config.example_data import PrmDataConfig
 from rayrlhf.data.rows.columns import PROMPT_NAMES, Shape, pick, pick_or_fail, recognise
-from rayrlhf.data.rows.messages import Message, check_turns, prompt_messages, tools_of, with_system
+from rayrlhf.data.rows.messages import Message, check_turns, conversation_with, prompt_messages
 from rayrlhf.data.rows.row import BadRow, check_text, column_of, type_name
 
 PROBLEM_NAMES = (*PROMPT_NAMES, "problem")
@@ -46,13 +46,14 @@ def steps_of(columns: Mapping[str, Any], config: PrmDataConfig) -> Steps:
         for key, value in ((steps_key, steps), (labels_key, labels)):
             if not isinstance(value, list):
                 raise BadRow(f"column {key!r} holds {type_name(value)}; wanted a list, one entry per step")
-    prompt = with_system(prompt_messages(problem, "the problem"), columns, config)
+    conversation = conversation_with(prompt_messages(problem, "the problem"), columns, config)
+    prompt = conversation.messages
     check_turns([*prompt, {"role": "assistant", "content": "steps"}], "the problem")
     _check_steps(steps, labels, config.step_token)
     read = [_label(label, number, scale, config) for number, label in enumerate(labels, start=1)]
     if all(label is None for label in read):
         raise BadRow("no step has a label")
-    return Steps(prompt, list(steps), read, tools_of(columns, config))
+    return Steps(prompt, list(steps), read, conversation.tools)
 
 
 def _recognised(columns: Mapping[str, Any], config: PrmDataConfig) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.example_data import SftDataConfig
-from rayrlhf.data import examples, prompts
+from rayrlhf.data import prepare
 from rayrlhf.data.checks import check_sources
 from rayrlhf.data.row_filter import Tally
 from rayrlhf.data.rows.row import RawRow, columns_to_json
@@ -85,8 +85,11 @@ def stage_rows(file: DataFile) -> pa.Table:
 
 @pytest.fixture
 def _qwen(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (examples, prompts):
-        monkeypatch.setattr(module, "prompt_tokenizer", lambda *_: tokenizer_like("qwen"))
+    monkeypatch.setattr(prepare, "prompt_tokenizer", lambda *_: tokenizer_like("qwen"))
+
+
+def rendered_as(rows: prepare.PromptRows | prepare.ExampleRows, file: Any) -> pa.Table:
+    return prepare.RenderStage(rows, "", trust_remote_code=False, chat_template=None)(stage_rows(file))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "dataset", "jsonl"])
@@ -94,7 +97,7 @@ def _qwen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_19_every_row_has_its_own_keys_whatever_file_it_comes_from(tmp_path: Path, kind: str) -> None:
     file = written(tmp_path, kind, [conversation(row) for row in ROWS])
     config = SftDataConfig.model_validate({"train": "a"})
-    rendered = examples.RenderStage(config, "", False, None, "train", 0)(stage_rows(file))
+    rendered = rendered_as(prepare.ExampleRows(config, "train", 0), file)
     assert rendered.column("problem").to_pylist() == [""] * 3
     decode = tokenizer_like("qwen").decode
     for [ids], row in zip(rendered.column("input_ids").to_pylist(), ROWS, strict=True):
@@ -109,7 +112,7 @@ def test_19_json_lines_keep_their_nulls(tmp_path: Path) -> None:
     row = {"q": "now?", "call": called("now", zone=None), "tools": [tool("now", zone={"default": None})]}
     file = written(tmp_path, "jsonl", [conversation(row)])
     config = SftDataConfig.model_validate({"train": "a"})
-    rendered = examples.RenderStage(config, "", False, None, "train", 0)(stage_rows(file))
+    rendered = rendered_as(prepare.ExampleRows(config, "train", 0), file)
     text = tokenizer_like("qwen").decode(rendered.column("input_ids").to_pylist()[0][0])
     assert '"zone": {"default": null}' in text and '"arguments": {"zone": null}' in text
 
@@ -129,14 +132,13 @@ def test_19_rewards_get_their_columns_as_they_are_and_bytes_are_left_out(tmp_pat
     file = written(tmp_path, "parquet", rows)
     config = PromptDataConfig.model_validate({"train": file.path, "label_key": "answer"})
     check_sources(config)
-    rendered = prompts._Renderer(config, "", False, None, False)(stage_rows(file))
+    rendered = rendered_as(prepare.PromptRows(config), file)
     assert rendered.column("problem").to_pylist() == [""] * 3
     for index, columns in enumerate(map(json.loads, rendered.column("columns_json").to_pylist())):
         assert columns["answer"] == {"value": index, "unit": None}, "a null of a reward's own"
         assert columns["tools"] == ROWS[index]["tools"] and columns["level"] is None
         assert "image" not in columns
-    policy = prompts.Policy("prompts", "fail", "fail", 1000, "data.max_prompt_tokens", "")
-    tally = Tally(policy, [0], ("prompt_ids",))
+    tally = Tally(prepare.PromptRows(config).policy, [0], ("prompt_ids",))
     assert tally.usable_rows(rendered).num_rows == 3
     [(note, places)] = tally.notes.items()
     assert note == "column 'image' (bytes) dropped, which JSON cannot represent"
@@ -147,7 +149,7 @@ def test_19_rewards_get_their_columns_as_they_are_and_bytes_are_left_out(tmp_pat
 def test_19_a_needed_column_that_was_left_out_is_named(tmp_path: Path) -> None:
     file = written(tmp_path, "parquet", [{"prompt": b"hi", "n": 1}])
     config = PromptDataConfig.model_validate({"train": file.path})
-    rendered = prompts._Renderer(config, "", False, None, False)(stage_rows(file))
+    rendered = rendered_as(prepare.PromptRows(config), file)
     [problem] = rendered.column("problem").to_pylist()
     assert problem.startswith("no column 'prompt'") and problem.endswith("columns dropped: 'prompt' (bytes)")
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.example_data import KtoDataConfig, PairDataConfig, PrmDataConfig, SftDataConfig
-from rayrlhf.data.rows.conversations import Conversation, Text
+from rayrlhf.data.rows.conversations import Text
 from rayrlhf.data.rows.formats import id_of, normal_form
+from rayrlhf.data.rows.messages import Conversation
 from rayrlhf.data.rows.preferences import Judged, Pair
 from rayrlhf.data.rows.row import BadRow
 from rayrlhf.data.rows.steps import Steps

@@ -11,6 +11,7 @@ import pytest
 
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.data.rows import prompt_rows
+from rayrlhf.data.rows.messages import Conversation
 from rayrlhf.data.rows.row import BadRow, columns_to_json, describe_bad_rows
 
 USER = {"role": "user", "content": "hi"}
@@ -19,7 +20,7 @@ USER = {"role": "user", "content": "hi"}
 def prompt_of(columns: dict[str, Any], prompt_key: str, label_key: str | None = None) -> Any:
     keys = {"prompt_key": prompt_key, "label_key": label_key}
     found = prompt_rows.prompt_of(columns, PromptDataConfig.model_validate({"train": "a.jsonl", **keys}))
-    assert isinstance(found, prompt_rows.Question)
+    assert isinstance(found, Conversation)
     return found.messages
 
 

@@ -12,8 +12,9 @@ from rayrlhf.config.example_data import KtoDataConfig, PairDataConfig, PrmDataCo
 from rayrlhf.data.chat import encode_plain, render_prompt, render_text, tokens_put_first
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.rows.formats import normal_form
+from rayrlhf.data.rows.messages import Conversation
 from rayrlhf.data.rows.padding import without_padding
-from rayrlhf.data.rows.prompt_rows import Question, prompt_of
+from rayrlhf.data.rows.prompt_rows import prompt_of
 from rayrlhf.data.rows.row import BadRow
 from tests.data.templates import tokenizer_like
 
@@ -398,7 +399,7 @@ def test_19_how_a_text_begins_says_nothing(text: str) -> None:
     assert sft({"instruction": text, "input": "", "output": text}).messages[1]["content"] == text
     assert sft([{**USER, "content": text}, {**ANSWER, "content": text}]).messages[1]["content"] == text
     asked = prompt_of({"prompt": text}, PromptDataConfig.model_validate(base))
-    assert asked == Question([{"role": "user", "content": text}])
+    assert asked == Conversation([{"role": "user", "content": text}])
 
 
 ROLES = ("user", "system", "developer", "assistant", "tool")
