@@ -209,3 +209,42 @@ def test_numbers_per_example_are_summed_without_gradient() -> None:
     summed = Mean(margins * torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0])).summed()
     assert isinstance(summed.total, Tensor) and not summed.total.requires_grad
     assert summed.result() == 2.0
+
+
+def test_kinds_do_not_mix() -> None:
+    with pytest.raises(TypeError, match="metric kl/mean is a Mean and a Sum"):
+        add(Metrics({"kl/mean": Mean(1.0, 1.0)}), Metrics({"kl/mean": Sum(1.0)}))
+
+
+def test_adding_leaves_both_addends_alone() -> None:
+    total = first = Metrics({"kl/mean": Mean(1.0, 1.0)})
+    total += Metrics({"kl/mean": Mean(3.0, 1.0), "loss/entropy": Mean(1.0, 1.0)})
+    assert total.results() == {"kl/mean": 2.0, "loss/entropy": 1.0}
+    assert first == {"kl/mean": Mean(1.0, 1.0)}
+
+
+def test_on_the_host_there_are_plain_numbers() -> None:
+    measured = Metrics(
+        {
+            "kl/mean": Mean(torch.tensor(3.0), torch.tensor(2.0)),
+            "rollout/logprob_diff_max": Max(torch.tensor(0.5)),
+            "data/empty_mini_batches": Sum(torch.tensor(2.0)),
+            "loss/explained_variance": ExplainedVariance((1.0, 4.0, 16.0, 0.0, 0.0)),
+        }
+    )
+    assert measured.on_host() == {
+        "kl/mean": Mean(3.0, 2.0),
+        "rollout/logprob_diff_max": Max(0.5),
+        "data/empty_mini_batches": Sum(2.0),
+        "loss/explained_variance": ExplainedVariance((1.0, 4.0, 16.0, 0.0, 0.0)),
+    }
+    on_host = measured.on_host()["kl/mean"]
+    assert isinstance(on_host, Mean) and type(on_host.total) is type(on_host.weight) is float
+
+
+def test_a_mean_over_loss_tokens() -> None:
+    per_token = torch.tensor([math.nan, 1.0, 2.0, math.inf], requires_grad=True)
+    mean = token_mean(per_token, torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    assert mean == Mean(3.0, 2.0) and mean.result() == 1.5
+    assert not torch.as_tensor(mean.total).requires_grad
+    assert step_mean(4.0).merged(step_mean(1.0)).result() == 2.5

@@ -76,6 +76,8 @@ def scripted_run(config: PolicyRunConfig) -> Run:
         def steps(self) -> Iterator[int]:
             yield from range(NUM_STEPS)
 
+        def start_training(self) -> None: ...
+
         def push_weights(self, version: int) -> None: ...
 
         def end_step(self, groups: StepGroups, samples: Sequence[Sample], metrics: Metrics) -> None:
