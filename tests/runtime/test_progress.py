@@ -53,11 +53,7 @@ class RankZeroSaysYes(Ranks):
 
 def progress(ranks: Ranks | None = None, checkpoints: Any = None, **sections: Any) -> Progress:
     reporter: Any = Log()
-<<<<<<< HEAD
     kept: Any = checkpoints if checkpoints is not None else Kept()
-=======
-    kept: Any = Kept() if checkpoints is None else checkpoints
->>>>>>> 4b4a227 (The parity of ranks is that of the policy loop itself)
     return Progress(make_config(**sections), ranks or Ranks(), reporter, kept)
 
 
