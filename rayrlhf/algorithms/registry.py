@@ -125,8 +125,8 @@ KL_ESTIMATORS: dict[str, Entry] = {
 
 # algorithm.rollout_correction: how a weight is bounded, and over what it is taken
 ROLLOUT_CORRECTIONS: dict[str, Entry] = {
-    "truncate": Entry("rollout_correction:truncate", "Yao et al. 2025 (TIS)", "cut to high"),
-    "mask": Entry("rollout_correction:mask_outside", "arXiv 2510.18855 (IcePop)", "0 outside [low, high]"),
+    "truncate": Entry("rollout_correction:truncate", "TIS, Yao et al. 2025", "cut to high"),
+    "mask": Entry("rollout_correction:mask_outside", "IcePop, arXiv 2510.18855", "0 outside [low, high]"),
 }
 WEIGHT_LEVELS: dict[str, Entry] = {
     "token": Entry("rollout_correction:token_log_weights", "Yao et al. 2025", "the token's own"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,28 +14,37 @@ from rayrlhf.algorithms.registry import (
     POLICY_LOSSES,
     ROLLOUT_CORRECTIONS,
     WEIGHT_LEVELS,
+    Entry,
     Estimator,
     PolicyLoss,
 )
 from rayrlhf.config.base import (
     Count,
     Fraction,
+    Meanings,
     NaturalNumber,
     NonNegativeNumber,
     PositiveNumber,
     Problem,
     Section,
+    Wanted,
 )
 
 if TYPE_CHECKING:
     AdvantageName = LossName = AggregationName = KLEstimatorName = CorrectionMode = WeightLevel = str
 else:
-    AdvantageName = Literal[tuple(ESTIMATORS)]
-    LossName = Literal[tuple(POLICY_LOSSES)]
-    AggregationName = Literal[tuple(AGGREGATIONS)]
-    KLEstimatorName = Literal[tuple(KL_ESTIMATORS)]
-    CorrectionMode = Literal[tuple(ROLLOUT_CORRECTIONS)]
-    WeightLevel = Literal[tuple(WEIGHT_LEVELS)]
+
+    def _names(table: dict[str, Entry]) -> Any:
+        """The names of a table, with their meanings for `--help`."""
+        meanings = {name: f"{entry.summary} ({entry.paper})" for name, entry in table.items()}
+        return Annotated[Literal[tuple(table)], Meanings(meanings)]
+
+    AdvantageName = _names(ESTIMATORS)
+    LossName = _names(POLICY_LOSSES)
+    AggregationName = _names(AGGREGATIONS)
+    KLEstimatorName = _names(KL_ESTIMATORS)
+    CorrectionMode = _names(ROLLOUT_CORRECTIONS)
+    WeightLevel = _names(WEIGHT_LEVELS)
 
 
 def _adaptive_kl_has_a_target(algorithm: AlgorithmConfig) -> Problem | None:
@@ -108,12 +118,24 @@ def _loss_options_are_the_loss_s(algorithm: AlgorithmConfig) -> Problem | None:
     known = algorithm.loss.options
     unknown = sorted(algorithm.loss_options.keys() - known.keys())
     if not unknown:
-        return None
+        return _loss_options_are_positive(algorithm)
     return Problem(
         f"loss_options.{unknown[0]}",
         got=f"{algorithm.loss_options[unknown[0]]:g} with policy_loss={algorithm.policy_loss}",
         wanted=f"one of {', '.join(known)}" if known else "nothing: this loss has no options",
         fix=f"remove algorithm.loss_options.{unknown[0]}",
+    )
+
+
+def _loss_options_are_positive(algorithm: AlgorithmConfig) -> Problem | None:
+    bad = next((key for key, value in algorithm.loss_options.items() if not 0 < value < math.inf), None)
+    if bad is None:
+        return None
+    return Problem(
+        f"loss_options.{bad}",
+        got=f"{algorithm.loss_options[bad]:g}",
+        wanted="a finite number > 0",
+        fix=f"raise algorithm.loss_options.{bad}, or remove it ({algorithm.loss.options[bad]:g} then)",
     )
 
 
@@ -165,9 +187,9 @@ def _truncation_has_no_low_end(correction: RolloutCorrectionConfig) -> Problem |
 
 class RolloutCorrectionConfig(Section):
     mode: CorrectionMode = "truncate"
-    """Weights above high are cut to it (TIS), or tokens whose weight is outside [low, high] are left out."""
+    """How weights are bounded."""
     level: WeightLevel = "token"
-    """One weight per token, or one per sequence: the product over its tokens."""
+    """What an importance weight is of."""
     low: Fraction = 0.0
     """Smallest weight that is kept (mode: mask)."""
     high: Annotated[float, Field(ge=1)] = 2.0
@@ -202,9 +224,9 @@ class DynamicSamplingConfig(Section):
 
 class AlgorithmConfig(Section):
     advantage: AdvantageName = "gae"
-    """Advantage estimator: gae is PPO with a critic, reinforce_pp has no baseline, others compare groups."""
+    """Advantage estimator."""
     policy_loss: LossName = "ppo"
-    """Policy objective: clipped ratio per token (ppo) or sequence (gspo), clipped weight, or no ratio."""
+    """Policy objective."""
     aggregation: AggregationName = "token_mean"
     """Reduction of the per-token losses; left out, sequence_mean with policy_loss=gspo."""
     gamma: Fraction = 1.0
@@ -217,7 +239,9 @@ class AlgorithmConfig(Section):
     """The ratio is clipped above 1 + clip_high; left out, 4e-4 with policy_loss=gspo."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on the loss of tokens with a negative advantage (> 1); null switches it off."""
-    loss_options: dict[str, float] = Field(default_factory=dict)
+    loss_options: Annotated[dict[str, float], Wanted("a mapping of names to numbers")] = Field(
+        default_factory=dict
+    )
     """Numbers that only this policy_loss has, by name; left out, those of its paper."""
     rollout_correction: RolloutCorrectionConfig | None = None
     """Importance weights for the mismatch of engine and trainer, or of old and new weights; null is off."""
@@ -226,7 +250,7 @@ class AlgorithmConfig(Section):
     kl_coef: NonNegativeNumber = 0.01
     """Coefficient of the KL to the reference; 0 runs without a reference."""
     kl_estimator: KLEstimatorName = "k1"
-    """Per-token KL estimator: k1 = Δ, k2 = Δ²/2, k3 = exp(−Δ) − 1 + Δ, with Δ = logp − ref_logp."""
+    """Per-token KL estimator, of Δ = logp − ref_logp."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL goes: subtracted from each token's reward, or added to the loss."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -42,6 +42,13 @@ class ConfigError(ValueError):
 
 # Takes a section without its invalid fields: reading one raises AttributeError, which skips the check.
 Check = Callable[[Any], Problem | None]
+
+
+@dataclass(frozen=True)
+class Meanings:
+    """What each choice of a key is, for `--help`."""
+
+    of_choice: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rayrlhf.config.base import Section, Wanted
+from rayrlhf.config.base import Meanings, Section, Wanted
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -27,6 +27,7 @@ class Key:
     default: str  # as it is written in YAML; empty for sections and required keys
     doc: str
     is_section: bool
+    meanings: Mapping[str, str] = field(default_factory=dict)  # of its choices
 
 
 def keys_of(schema: type[Section], at: str = "", defaults: Section | None = None) -> Iterator[Key]:
@@ -42,7 +43,8 @@ def keys_of(schema: type[Section], at: str = "", defaults: Section | None = None
             default = default_of(info)
         required = defaults is None and info.is_required()
         text = "" if required or sections else show(default)
-        yield Key(path, describe(node), text, info.description or "", bool(sections))
+        meanings = next((m.of_choice for m in info.metadata if isinstance(m, Meanings)), {})
+        yield Key(path, describe(node), text, info.description or "", bool(sections), meanings)
         if sections:
             yield from keys_of(sections[0], path, default if isinstance(default, Section) else None)
             continue
@@ -158,4 +160,5 @@ def help_text(schema: type[Section], program: str) -> str:
         default = f"default {key.default}" if key.default else "required"
         lines.append(f"  {key.path}  [{key.wanted}; {default}]")
         lines += textwrap.wrap(key.doc, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [f"        {choice}: {meaning}" for choice, meaning in key.meanings.items()]
     return "\n".join(lines)
