@@ -30,6 +30,8 @@ from rayrlhf.config.base import (
     Wanted,
 )
 
+LossOptions = Annotated[dict[str, float], Wanted("a mapping of names to numbers")]
+
 if TYPE_CHECKING:
     AdvantageName = LossName = AggregationName = KLEstimatorName = CorrectionMode = WeightLevel = str
 else:

@@ -141,17 +141,17 @@ class Pushes:
         self.module = module
         self.versions: dict[int, Tensor] = {}
 
-    def is_news(self, version: int) -> bool:
+    def needs_push(self, version: int) -> bool:
         return False
 
     def push(self, weights: Any, version: int) -> str | None:
         self.versions[version] = self.module.logits.detach().clone()
         return None
 
-    def strangers(self) -> int:
+    def num_refused_connections(self) -> int:
         return 0
 
-    def drain_hub_deaths(self) -> int:
+    def drain_store_restarts(self) -> int:
         return 0
 
     def close(self) -> None: ...
