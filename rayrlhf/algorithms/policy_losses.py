@@ -92,6 +92,30 @@ def cispo(
     return loss, metrics + _drift(logprobs, old_logprobs, ratio, loss_mask)
 
 
+def sapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    tau_pos: float,
+    tau_neg: float,
+) -> tuple[Tensor, Metrics]:
+    """-(4/τ)·σ(τ·(ratio - 1))·A, τ = `tau_pos` where A > 0 and `tau_neg` elsewhere (arXiv 2511.20347).
+
+    A soft gate in place of the clip: the gradient is the policy gradient at ratio 1 and fades smoothly as the
+    ratio leaves it, the faster the larger τ. No token is clipped.
+    """
+    logprobs, old_logprobs = masked(logprobs, loss_mask), masked(old_logprobs, loss_mask)
+    advantages = masked(advantages, loss_mask)
+    ratio = _ratio(logprobs - old_logprobs)
+    tau = torch.where(advantages > 0, tau_pos, tau_neg)
+    gate = torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
+    metrics = Metrics({"loss/clip_fraction": token_mean(torch.zeros_like(logprobs), loss_mask)})
+    return masked(-gate * advantages, loss_mask), metrics + _drift(logprobs, old_logprobs, ratio, loss_mask)
+
+
 def reinforce(
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -106,6 +106,13 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
         one_ratio_per_sequence=True,
     ),
     "cispo": PolicyLoss("policy_losses:cispo", "arXiv 2506.13585", "clipped ratio as a weight", reads=CLIP),
+    "sapo": PolicyLoss(
+        "policy_losses:sapo",
+        "arXiv 2511.20347",
+        "a soft gate on the ratio per token",
+        options={"tau_pos": 1.0, "tau_neg": 1.05},  # as in the paper
+        defaults={"aggregation": "sequence_mean"},
+    ),
     "reinforce": PolicyLoss("policy_losses:reinforce", "Williams 1992", "no ratio", has_ratio=False),
 }
 

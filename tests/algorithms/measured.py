@@ -36,4 +36,5 @@ def totals(metrics: Metrics, num_tokens: float) -> dict[str, float]:
 def policy_loss(name: str, *columns: Tensor, **settings: Any) -> tuple[Tensor, Metrics]:
     """Loss and metrics of the loss called `name`, given those of `settings` that it reads."""
     entry = POLICY_LOSSES[name]
-    return entry.function(*columns, **{key: settings[key] for key in entry.reads if key in settings})
+    read = {key: settings[key] for key in entry.reads if key in settings}
+    return entry.function(*columns, **read, **entry.options)

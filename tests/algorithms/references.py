@@ -95,6 +95,12 @@ def cispo(
     return -np.minimum(np.maximum(ratios(held, old), 1 - low), 1 + high) * a * new
 
 
+def sapo(new: Array, held: Array, old: Array, a: Array, low: float, high: float, dual: float | None) -> Array:
+    """By the temperatures of the paper: 1.0 for good tokens, 1.05 for bad ones."""
+    tau = np.where(a > 0, 1.0, 1.05)
+    return -4 / tau / (1 + np.exp(-tau * (ratios(new, old) - 1))) * a
+
+
 def reinforce(
     new: Array, held: Array, old: Array, a: Array, low: float, high: float, dual: float | None
 ) -> Array:
@@ -105,6 +111,7 @@ POLICY_LOSSES: dict[str, Callable[[Array, Array, Array, Array, float, float, flo
     "ppo": ppo,
     "gspo": gspo,
     "cispo": cispo,
+    "sapo": sapo,
     "reinforce": reinforce,
 }
 

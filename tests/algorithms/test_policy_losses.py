@@ -170,9 +170,22 @@ def test_reinforce_by_hand() -> None:
     assert metrics["loss/ratio"] == pytest.approx(4.0)
 
 
+def test_sapo_by_hand() -> None:
+    """τ = 1 for the good tokens: σ(±½) = 0.622459 and 0.377541; τ = 1.05 for the bad one:
+    σ(-0.525) = 0.371683.
+    Gradients: 4·σ·(1-σ)·ratio·-A.
+    """
+    loss, metrics, gradient = run("sapo", [NAN, 1.5, 0.5, 0.5], [0, 2.0, 2.0, -1.0], [4])
+    assert loss == pytest.approx([0, -8 * 0.622459, -8 * 0.377541, 4 / 1.05 * 0.371683], rel=1e-5)
+    assert gradient == pytest.approx(
+        [0, -2 * 4 * 0.235004 * 1.5, -2 * 4 * 0.235004 * 0.5, 4 * 0.233535 * 0.5], rel=1e-5
+    )
+    assert metrics["loss/ratio"] == pytest.approx(2.5)
+
+
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_on_policy_every_loss_is_the_policy_gradient(name: str) -> None:
-    # At ratio 1 with one advantage per sequence, all four have the gradient -A at every token.
+    # At ratio 1 with one advantage per sequence, all have the gradient -A at every token.
     _, metrics, gradient = run(name, [NAN, 1.0, 1.0, NAN, 1.0], [0, 2.0, 2.0, 0, -3.0], [3, 2])
     assert gradient == pytest.approx([0, -2.0, -2.0, 0, 3.0])
     assert metrics == {"loss/approx_kl": 0.0, "loss/clip_fraction": 0.0, "loss/ratio": 3.0}
@@ -245,6 +258,11 @@ def reference_sequence(
         if name == "reinforce":
             losses.append(-advantage * logprob)
             slopes.append(-advantage)
+        elif name == "sapo":
+            tau = 1.0 if advantage > 0 else 1.05
+            gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+            losses.append(-4 / tau * gate * advantage)
+            slopes.append(-4 * gate * (1 - gate) * ratio * advantage)
         elif name == "cispo":
             losses.append(-near * advantage * logprob)
             slopes.append(-near * advantage)
