@@ -140,4 +140,9 @@ WEIGHT_LEVELS: dict[str, Entry] = {
     "sequence": Entry(
         "rollout_correction:sequence_log_weights", "Yao et al. 2025", "the product over the sequence's tokens"
     ),
+    "geometric": Entry(
+        "rollout_correction:geometric_log_weights",
+        "Liu, Li et al. 2025, When Speed Kills Stability",
+        "the geometric mean over the sequence's tokens",
+    ),
 }

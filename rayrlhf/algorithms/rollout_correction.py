@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.aggregate import masked, sequence_sums
+from rayrlhf.algorithms.aggregate import masked, sequence_counts, sequence_sums
 from rayrlhf.algorithms.metrics import Max, Metrics, token_mean
 from rayrlhf.algorithms.registry import ROLLOUT_CORRECTIONS, WEIGHT_LEVELS
 from rayrlhf.batch import sequence_ids_of
@@ -49,6 +49,16 @@ def token_log_weights(log_ratios: Tensor, loss_mask: Tensor, cu_seqlens: Tensor)
 def sequence_log_weights(log_ratios: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The log-ratio of the whole sequence, Σ over its masked tokens, on each of its tokens, [T]: unbiased."""
     return sequence_sums(log_ratios, loss_mask, cu_seqlens)[sequence_ids_of(cu_seqlens)]
+
+
+def geometric_log_weights(log_ratios: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The mean log-ratio over the sequence's masked tokens, on each of its tokens, [T].
+
+    Its exponential is the geometric mean of the tokens' weights, which does not grow with the length: with
+    `mask`, whole sequences are left out by how far engine and trainer differ per token.
+    """
+    counts = sequence_counts(loss_mask, cu_seqlens).clamp_min(1.0)
+    return (sequence_sums(log_ratios, loss_mask, cu_seqlens) / counts)[sequence_ids_of(cu_seqlens)]
 
 
 @torch.no_grad()

@@ -148,6 +148,9 @@ ROLLOUT_CORRECTIONS: dict[str, Callable[[Array, float, float], Array]] = {  # of
 WEIGHT_LEVELS: dict[str, Callable[[Array, Array], Array]] = {
     "token": lambda old, rollout: np.exp(old) / np.exp(rollout),
     "sequence": lambda old, rollout: np.full(old.size, np.prod(np.exp(old)) / np.prod(np.exp(rollout))),
+    "geometric": lambda old, rollout: np.full(
+        old.size, np.prod(np.exp(old) / np.exp(rollout)) ** (1 / max(1, old.size))
+    ),
 }
 
 # The coefficient after a run: (coefficient, target, horizon, KL of each step [n], samples of each step [n])

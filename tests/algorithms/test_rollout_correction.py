@@ -30,11 +30,20 @@ MASK = torch.tensor(~np.isnan(RATIOS)).float()
 OLD = torch.where(MASK > 0, -2.0, INF)
 ROLLOUT = torch.where(MASK > 0, -2.0 - torch.tensor(RATIOS).log().float(), NAN)
 
-# On the policy tokens, in order: A, A, C, D, D, D. Sequences: A 2·8 = 16, C 1.5, D ½·½·2 = ½.
-RAW = {"token": [2, 8, 1.5, 0.5, 0.5, 2], "sequence": [16, 16, 1.5, 0.5, 0.5, 0.5]}
+# On the policy tokens, in order: A, A, C, D, D, D. Sequences: A 2·8 = 16, C 1.5, D ½·½·2 = ½; geometric
+# means: A 4, C 1.5, D ½^⅓.
+ROOT = 0.7937005
+RAW = {
+    "token": [2, 8, 1.5, 0.5, 0.5, 2],
+    "sequence": [16, 16, 1.5, 0.5, 0.5, 0.5],
+    "geometric": [4, 4, 1.5, ROOT, ROOT, ROOT],
+}
 BY_HAND: dict[tuple[str | None, str], tuple[list[float], float]] = {  # weights, tokens that were changed
     (None, "token"): ([1] * 6, 0),
     (None, "sequence"): ([1] * 6, 0),
+    (None, "geometric"): ([1] * 6, 0),
+    ("truncate", "geometric"): ([1.75, 1.75, 1.5, ROOT, ROOT, ROOT], 2),
+    ("mask", "geometric"): ([0, 0, 1.5, ROOT, ROOT, ROOT], 2),
     ("truncate", "token"): ([1.75, 1.75, 1.5, 0.5, 0.5, 1.75], 3),  # at most 1.75
     ("truncate", "sequence"): ([1.75, 1.75, 1.5, 0.5, 0.5, 0.5], 2),
     ("mask", "token"): ([2, 0, 1.5, 0, 0, 2], 3),  # 0.75 .. 2.5; the weight itself stays inside
@@ -129,7 +138,7 @@ def test_weights_are_fp32_constants() -> None:
     ("overrides", "message"),
     [
         ({"mode": "clip"}, "mode='clip' is not one of truncate, mask, or None"),
-        ({"level": "word"}, "level='word' is not one of token, sequence"),
+        ({"level": "word"}, "level='word' is not one of token, sequence, geometric"),
         ({"low": 0.5}, r"low=0\.5 has no effect with mode=truncate"),
         ({"high": 0.5}, r"high=0\.5, but wanted 0 <= low <= 1 <= high"),
         ({"mode": "mask", "low": 1.5, "high": 2.0}, r"low=1\.5"),
@@ -159,7 +168,9 @@ def loops(
         policy = [t for t in range(start, start + length) if mask[t]]
         ratios = [math.exp(old[t]) / math.exp(rollout[t]) for t in policy]
         for t, ratio in zip(policy, ratios, strict=True):
-            raw = math.prod(ratios) if level == "sequence" else ratio
+            product = math.prod(ratios)
+            mean = product ** (1 / len(ratios))
+            raw = {"token": ratio, "sequence": product, "geometric": mean}[level]
             raw = min(max(raw, math.exp(-20)), math.exp(20))
             weights[t] = raw
             if mode is None:
