@@ -31,14 +31,14 @@ def test_good_sources_pass(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(GOOD * 3)
     (tmp_path / "test.jsonl").write_text(GOOD)
     (tmp_path / "chat.jinja").write_text("{{ messages }}")
-    check_sources(
-        config_of(
-            f"jsonl@{tmp_path}",
-            eval=str(tmp_path),
-            label_key="label",
-            chat_template=str(tmp_path / "chat.jinja"),
-        )
-    )
+    given: dict[str, Any] = {
+        "eval": str(tmp_path),
+        "label_key": "label",
+        "chat_template": str(tmp_path / "chat.jinja"),
+    }
+    check_sources(config_of(f"jsonl@{tmp_path}", **given))
+    (tmp_path / "test.jsonl").write_text(GOOD + "[1]\n")
+    assert "test.jsonl:2" in message(f"jsonl@{tmp_path}", **given), "it has read the second file too"
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:

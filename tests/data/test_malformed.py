@@ -228,6 +228,9 @@ def test_rows_of_several_shapes_in_one_file_are_fine(tmp_path: Path) -> None:
     rows = [GOOD["sft"], '{"prompt": "hi", "response": "be"}', '{"instruction": "hi", "output": "be"}']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     check_example_sources(config_of("sft", tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"topic": "none of the shapes"}']))
+    with pytest.raises(DataError, match=r"rows.jsonl:4"):
+        check_example_sources(config_of("sft", tmp_path / "rows.jsonl"))
 
 
 def test_a_file_of_nothing_but_bad_rows_is_not_skipped(tmp_path: Path) -> None:

@@ -211,7 +211,10 @@ class Greeter:
         self.greeting = greeting
 
     def reset(self, row):
-        return f"{self.greeting} {row['name']}"
+        greeting = f"{self.greeting} {row['name']}"
+        if "log" in row:
+            print(greeting, file=open(row["log"], "a"))
+        return greeting
 
     def step(self, response):
         return {"role": "tool", "content": "1"}, 0.0, False
@@ -238,12 +241,15 @@ def tried(text: str, rows: list[dict[str, Any]], **config: Any) -> None:
     try_environment(hosted, OutputLog("environment"), settings, rows, TURNS)
 
 
-def test_a_trial_uses_real_rows(greeter: str) -> None:
+def test_a_trial_uses_real_rows(greeter: str, tmp_path: Path) -> None:
     code = find_environment(f"{greeter}:Greeter")
     Path(greeter).unlink()  # as on another node
     config = EnvironmentConfig(environment=code.text, arguments={"greeting": "Hi"})
     hosted = hosted_environment(code, config)
-    try_environment(hosted, OutputLog("environment"), config, [{"name": "A"}, {"name": "B"}], TURNS)
+    log = tmp_path / "greetings"
+    rows = [{"name": name, "log": str(log)} for name in ("A", "B")]
+    try_environment(hosted, OutputLog("environment"), config, rows, TURNS)
+    assert log.read_text().splitlines() == ["Hi A", "Hi B"]
 
 
 @pytest.mark.parametrize(

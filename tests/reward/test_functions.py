@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -225,15 +226,17 @@ def tried(source: str, tmp_path: Path) -> None:
 
 
 def test_a_trial_sees_what_training_will_show(tmp_path: Path) -> None:
+    seen = tmp_path / "seen.json"
     tried(
-        """
+        f"""
+import json
 def score(prompts, responses, labels, answer, topic):
-    assert prompts == ["a", "b"] and labels == answer == ["1", "2"] and topic == ["x", None]
-    assert len(responses) == 2 and all(responses)
+    json.dump([prompts, labels, answer, topic, len(responses), all(responses)], open({str(seen)!r}, "w"))
     return [0.0, None]  # one failure is no reason to stop
 """,
         tmp_path,
     )
+    assert json.loads(seen.read_text()) == [["a", "b"], ["1", "2"], ["1", "2"], ["x", None], 2, True]
 
 
 @pytest.mark.parametrize(
