@@ -218,7 +218,7 @@ class DynamicSamplingConfig(Section):
     """Groups whose mean raw reward is this or less are dropped too; null: only those of equal rewards."""
     high: float | None = None
     """Groups whose mean raw reward is this or more are dropped too; null: only those of equal rewards."""
-    max_draws: Count = 4
+    max_prompt_batches: Count = 4
     """Prompt batches of rollout.prompts_per_step per step at most; then the step uses the groups it has."""
 
     checks = (_reward_range_is_a_range,)

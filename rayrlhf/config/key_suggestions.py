@@ -7,10 +7,15 @@ from difflib import get_close_matches
 from rayrlhf.config.base import Section
 from rayrlhf.config.help import INDEX, keys_of
 
+# Keys of earlier versions of rayrlhf whose new name is not similar enough to be found.
+RENAMED = {"algorithm.dynamic_sampling.max_draws": "algorithm.dynamic_sampling.max_prompt_batches"}
+
 
 def suggest(schema: type[Section], path: str) -> list[str]:
-    """Existing key paths that are probably meant by `path`: similar in its section, or the same elsewhere."""
+    """Existing key paths that `path` probably means: its new name, a similar one, or the same elsewhere."""
     paths = [key.path for key in keys_of(schema)]
+    if RENAMED.get(path) in paths:
+        return [RENAMED[path]]
     section, name = parent(path), leaf(path)
     if numbered(path) in paths:
         return [path]  # written with dots inside a YAML file

@@ -402,7 +402,7 @@ VERL = _words(
     ("algorithm.kl_ctrl.target_kl", "algorithm.kl_target"),
     ("algorithm.filter_groups.enable", "algorithm.dynamic_sampling", "give the section"),
     ("algorithm.filter_groups.metric", "algorithm.dynamic_sampling.source", "name of the reward source"),
-    ("algorithm.filter_groups.max_num_gen_batches", "algorithm.dynamic_sampling.max_draws"),
+    ("algorithm.filter_groups.max_num_gen_batches", "algorithm.dynamic_sampling.max_prompt_batches"),
     ("trainer.total_epochs", "train.num_epochs train.num_steps", EPOCHS_IN_STEPS),
     ("trainer.total_training_steps", "train.num_steps"),
     ("trainer.project_name", "observe.wandb.project"),

@@ -81,7 +81,7 @@ def balance_and_pack(
     return mini_batches, metrics | {
         "data/mini_batches": float(len(mini_batches)),
         "data/micro_batches": total / ranks.world_size,
-        "data/filler_fraction": padding / total,
+        "data/padding_fraction": padding / total,
         "data/fill": metrics["data/tokens"] / room,
     }
 

@@ -90,7 +90,7 @@ def text_config(data: PromptDataConfig) -> PromptDataConfig:
 def num_prompt_batches(config: PolicyRunConfig) -> int:
     """Prompt batches a run needs at most: dynamic sampling takes several per step, the pool some ahead."""
     dynamic = config.algorithm.dynamic_sampling
-    per_step = dynamic.max_draws if dynamic else 1
+    per_step = dynamic.max_prompt_batches if dynamic else 1
     ahead = 0
     if config.rollout.max_staleness is not None:
         ahead = math.ceil(config.rollout.max_staleness + config.rollout.oversampling)

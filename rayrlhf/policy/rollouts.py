@@ -165,7 +165,10 @@ def collect_groups(
     kept: list[Sample] = []
     sampled: list[Sample] = []
     num_scored, num_batches = 0, 0
-    while num_batches < (dynamic.max_draws if dynamic else 1) and count_groups(kept, ranks) < num_groups:
+    while (
+        num_batches < (dynamic.max_prompt_batches if dynamic else 1)
+        and count_groups(kept, ranks) < num_groups
+    ):
         samples = rewards.combiner.combine(source.next(step), ranks.sum_tensor)
         scored = scored_groups(samples, needs_group=algorithm.estimator.needs_group)
         kept += informative(scored, dynamic, rewards.combiner) if dynamic else scored
@@ -174,7 +177,7 @@ def collect_groups(
         num_batches += 1
     metrics = _count_failures(sampled, num_scored, rewards.client, ranks)
     if dynamic is not None:
-        metrics["rollout/draws"] = float(num_batches)
+        metrics["rollout/prompt_batches"] = float(num_batches)
         metrics["rollout/groups_in_range"] = float(count_groups(kept, ranks))
         kept = first_groups(kept, num_groups, ranks)
     return StepGroups(kept, sampled, count_groups(kept, ranks), metrics)

@@ -105,7 +105,7 @@ class SupervisedRun:
             "data/samples": totals["samples"],
             "data/micro_batches": float(len(micro_batches)),
             "data/fill": totals["tokens"] / max(1.0, totals["full"] * budget),
-            "data/filler_fraction": totals["padding"] / (totals["full"] + totals["padding"]),
+            "data/padding_fraction": totals["padding"] / (totals["full"] + totals["padding"]),
             "data/imbalance": self.ranks.max(tokens) / max(1.0, mean) - 1.0,
         }
 

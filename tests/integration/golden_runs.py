@@ -50,7 +50,7 @@ POLICY: dict[str, dict[str, Any]] = {
             "clip_high": 0.28,
             "kl_coef": 0.0,
             "mini_batches": 2,
-            "dynamic_sampling": {"max_draws": 3},
+            "dynamic_sampling": {"max_prompt_batches": 3},
         },
         # Vowels are rare at first: groups without any are dropped.
         "rollout": {"group_size": 2, "prompts_per_step": 4, "sampling": {"max_new_tokens": 4}},

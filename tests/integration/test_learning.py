@@ -90,7 +90,7 @@ def test_the_reward_rises(tmp_path: Path, tiny_model: str, name: str, seed: int)
 
 
 OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "dapo": (["reward.overlong=null"], {"rollout/draws": 1.0}),
+    "dapo": (["reward.overlong=null"], {"rollout/prompt_batches": 1.0}),
     "gspo": ([], {}),
 }
 
@@ -147,7 +147,7 @@ def test_dynamic_sampling_draws_more_prompts_and_resumes_where_it_stopped(
         "rollout.group_size=2",
         "rollout.sampling={max_new_tokens: 4}",
         "reward.overlong=null",
-        "algorithm.dynamic_sampling.max_draws=3",
+        "algorithm.dynamic_sampling.max_prompt_batches=3",
         "observe.rollouts_per_step=100",
         "train.lr=0",  # the same policy throughout: what is drawn depends on the prompts alone
     ]
@@ -160,6 +160,7 @@ def test_dynamic_sampling_draws_more_prompts_and_resumes_where_it_stopped(
     rows = [
         json.loads(line) for line in (tmp_path / "whole/runs/tiny/metrics.jsonl").read_text().splitlines()
     ]
-    draws = [row["rollout/draws"] for row in rows if "rollout/draws" in row]
-    assert len(draws) == 6 and max(draws) > 1, "a draw of four groups must have held some without a vowel"
-    assert all(row["rollout/samples"] == 8 * row["rollout/draws"] for row in rows if "rollout/draws" in row)
+    sampled = [row for row in rows if "rollout/prompt_batches" in row]
+    counts = [row["rollout/prompt_batches"] for row in sampled]
+    assert len(counts) == 6 and max(counts) > 1, "a batch of four groups must have held some without a vowel"
+    assert all(row["rollout/samples"] == 8 * row["rollout/prompt_batches"] for row in sampled)

@@ -115,7 +115,7 @@ def test_ranks_with_less_to_do_fill_up() -> None:
         [1, 0, 0],
     ]
     assert all(not batch.loss_mask.any() for batch in (mini_batches[0][2], *mini_batches[1][1:]))
-    assert metrics["data/filler_fraction"] == 0.5
+    assert metrics["data/padding_fraction"] == 0.5
     assert metrics["data/fill"] == 0.8  # 24 tokens in three micro-batches of 10
 
 

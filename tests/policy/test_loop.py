@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "synchronous": {"algorithm": GRPO},
     "asynchronous, staleness 1": {"algorithm": GRPO, "rollout": {"max_staleness": 1}},
     "ppo": {"algorithm": {"kl_coef": 0.01, "critic_warmup_steps": 1}},
-    "constant rewards at step 1": {"algorithm": {**GRPO, "dynamic_sampling": {"max_draws": 1}}},
+    "constant rewards at step 1": {"algorithm": {**GRPO, "dynamic_sampling": {"max_prompt_batches": 1}}},
 }
 
 

@@ -330,24 +330,24 @@ def test_dynamic_sampling_takes_prompt_batches_until_there_are_enough_groups() -
         groups_and_scores((4, 1.0), (4, 0.0), (5, 0.0), (5, 1.0)),
         groups_and_scores((6, 1.0), (6, 0.0)),
     )
-    found = collected_groups(source, RewardCounts(), num_groups=2, dynamic_sampling={"max_draws": 9})
+    found = collected_groups(source, RewardCounts(), num_groups=2, dynamic_sampling={"max_prompt_batches": 9})
     assert source.steps == [5, 5, 5]
     assert ids(found.samples) == [1, 1, 4, 4] and found.num_groups == 2
     assert ids(found.sampled) == [0, 0, 1, 1, 2, 2, 4, 4, 5, 5], "dropped ones included"
     assert found.metrics == {
         "reward/failed": 0.0,
         "reward/unverified": 0.0,
-        "rollout/draws": 3.0,
+        "rollout/prompt_batches": 3.0,
         "rollout/groups_in_range": 3.0,
     }
 
 
-def test_dynamic_sampling_ends_with_max_draws_and_counts_the_groups_of_all_ranks() -> None:
+def test_dynamic_sampling_ends_with_max_prompt_batches_and_counts_the_groups_of_all_ranks() -> None:
     def equal() -> list[Sample]:
         return groups_and_scores((0, 1.0), (0, 1.0))
 
     source = PromptBatches(equal(), equal(), equal())
-    found = collected_groups(source, RewardCounts(), num_groups=2, dynamic_sampling={"max_draws": 2})
+    found = collected_groups(source, RewardCounts(), num_groups=2, dynamic_sampling={"max_prompt_batches": 2})
     assert source.steps == [5, 5] and found.samples == [] and found.num_groups == 0
     source = PromptBatches(equal(), equal())
     found = collected_groups(
@@ -355,6 +355,6 @@ def test_dynamic_sampling_ends_with_max_draws_and_counts_the_groups_of_all_ranks
         RewardCounts(),
         num_groups=2,
         ranks=WithGroupsElsewhere(7),
-        dynamic_sampling={"max_draws": 2},
+        dynamic_sampling={"max_prompt_batches": 2},
     )
     assert source.steps == [5, 5] and found.num_groups == 1, "one group is on another rank"
