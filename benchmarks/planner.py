@@ -139,7 +139,7 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     from rayrlhf.policy.losses import PolicyObjective, loss_counts, policy_forward
     from rayrlhf.train.collectives import Ranks
     from rayrlhf.train.learner import Learner, Term
-    from rayrlhf.train.sequence_parallel import share_sequences
+    from rayrlhf.train.sequence_parallel import set_sequence_group
 
     torch.manual_seed(0)
     values = dict(SHAPES.get(name, {}))
@@ -160,7 +160,7 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
         checkpoint_activations(causal_lm)
     module = PolicyModel(causal_lm, chunk_tokens=train.logprob_chunk_tokens)
     module.head.register_forward_pre_hook(update_memory._mark_head)
-    share_sequences(module, model, train)
+    set_sequence_group(module, model, train)
     learner = Learner(module.train(), train, lr=1e-5, dtype=torch.float32, name="actor")
     lengths = [LENGTH] * (train.max_tokens_per_micro_batch // LENGTH)
     position_ids = position_ids_of(lengths)

@@ -51,7 +51,7 @@ class Stage:
 
 def stages(model: str | Path, runs: Path) -> list[Stage]:
     sft, rm = runs / "sft" / "export", runs / "rm" / "export"
-    reward_sources = json.dumps([{"type": "model", "path": str(rm), "name": "learnt"}])
+    reward_sources = json.dumps([{"type": "model", "path": str(rm), "name": "trained"}])
     return [
         Stage("sft", "sft", "sft-cpu", {"model.path": model}),
         Stage("rm", "rm", "rm-cpu", {"model.path": sft}),

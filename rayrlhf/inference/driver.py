@@ -43,7 +43,7 @@ from rayrlhf.reward.deployments import reward_app_names, reward_apps
 from rayrlhf.reward.reading import PromptFormat
 from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.rollout.engine_settings import engine_settings
-from rayrlhf.runtime.fingerprint import check_identity, what_results_depend_on, write_atomically
+from rayrlhf.runtime.fingerprint import check_identity, without_operational_keys, write_atomically
 from rayrlhf.runtime.preflight import (
     InputError,
     absolute,
@@ -183,7 +183,7 @@ def _identity(config: GenerateRunConfig, store: PromptStore) -> dict[str, Any]:
         "generate": config.generate.model_dump(
             mode="json", include={"first_row", "num_rows", "rows_per_shard", "output"}
         ),
-        "reward": what_results_depend_on(reward),
+        "reward": without_operational_keys(reward),
     }
 
 
@@ -234,7 +234,7 @@ def _answer_all(
         stack.enter_context(drain_in_background(board, Sinks([console])))
         console.say(f"starting {len(apps)} apps")
         deploy(apps)
-        wait_for_apps(set(apps), timeout_seconds=config.rollout.start_timeout_seconds, tell=console.say)
+        wait_for_apps(set(apps), timeout_seconds=config.rollout.start_timeout_seconds, say=console.say)
         total = sum(map(len, shards))
         done = total - sum(map(len, pending))
         if done:

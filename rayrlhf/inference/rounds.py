@@ -17,7 +17,7 @@ from rayrlhf.inference.driver import GENERATIONS, SUMMARY, run_generate
 from rayrlhf.inference.select import Chosen
 from rayrlhf.inference.shards import json_line, read_rows
 from rayrlhf.observe.console import Console
-from rayrlhf.runtime.fingerprint import check_identity, what_results_depend_on, write_atomically
+from rayrlhf.runtime.fingerprint import check_identity, without_operational_keys, write_atomically
 from rayrlhf.runtime.model_checks import check_adapters
 from rayrlhf.runtime.preflight import (
     absolute,
@@ -150,7 +150,7 @@ def _identity(config: AnyChain) -> dict[str, Any]:
         mode="json", exclude={"observe", "placement", "launch", "num_rounds", "score_last"}
     )
     tree["run"] = {"seed": config.run.seed}
-    return what_results_depend_on(tree)
+    return without_operational_keys(tree)
 
 
 def chain_summary(config: AnyChain, stages: Sequence[Stage]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ METRICS: dict[str, str] = {
     "rollout/failed_episodes": "episodes whose environment failed or ran out of time",
     "rollout/staleness_mean": "mean age of the trained tokens, in policy versions",
     "rollout/staleness_max": "age of the oldest trained token, in policy versions",
-    "rollout/prompt_batches": "prompt batches of rollout.prompts_per_step that the step took (dynamic sampling)",
+    "rollout/prompt_batches": "prompt batches of rollout.prompts_per_step per step (dynamic sampling)",
     "rollout/groups_in_range": "groups that algorithm.dynamic_sampling keeps, surplus ones included",
     "rollout/empty_steps": "1 for a step without any group to train on",
     "rollout/restarted_groups": "groups started again because they had become too old (oversampling)",

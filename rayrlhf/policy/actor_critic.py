@@ -29,7 +29,7 @@ from rayrlhf.train.deepspeed_engine import loading
 from rayrlhf.train.ema import ExponentialMovingAverage
 from rayrlhf.train.learner import Learner, Term
 from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
-from rayrlhf.train.sequence_parallel import share_sequences
+from rayrlhf.train.sequence_parallel import set_sequence_group
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -214,7 +214,7 @@ def make_actor(config: PolicyRunConfig) -> Actor:
     adapt(config.model, policy.causal_lm, device=device, seed=config.run.seed)
     if config.train.gradient_checkpointing:
         checkpoint_activations(policy.causal_lm)
-    share_sequences(policy, config.model, config.train)
+    set_sequence_group(policy, config.model, config.train)
     learner = Learner(
         policy,
         config.train,
@@ -239,7 +239,7 @@ def make_critic(config: PolicyRunConfig) -> LocalCritic:
     adapt(config.model, model.decoder, device=device, seed=config.run.seed)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model.decoder)
-    share_sequences(model, config.model, config.train)
+    set_sequence_group(model, config.model, config.train)
     return LocalCritic(Learner(model, config.train, lr=critic.lr, dtype=dtype, name="critic"))
 
 

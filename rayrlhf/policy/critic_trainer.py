@@ -13,7 +13,9 @@ JOIN_SECONDS = 60.0  # for a trainer whose loop was asked to end
 
 
 @contextmanager
-def trained_beside(trainer: SlotTorchTrainer, *, role: str, give_up: Callable[[], None]) -> Iterator[None]:
+def train_concurrently(
+    trainer: SlotTorchTrainer, *, role: str, give_up: Callable[[], None]
+) -> Iterator[None]:
     """While the body trains, so does `trainer`. Whichever fails for good ends the other: `give_up` must end
     the body. Raises `RunFailed` with the reason of the one that failed first.
     """

@@ -23,13 +23,13 @@ from rayrlhf.placement.trainer import SlotTorchTrainer
 from rayrlhf.policy.apps import run_apps
 from rayrlhf.policy.critic_channel import CriticChannel
 from rayrlhf.policy.critic_server import critic_loop
-from rayrlhf.policy.critic_trainer import trained_beside
+from rayrlhf.policy.critic_trainer import train_concurrently
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.policy.loop import policy_worker
 from rayrlhf.policy.prompt_streams import Stores, prepare_stores, training_streams
 from rayrlhf.reward.deployments import reward_app_names
 from rayrlhf.reward.reading import PromptFormat
-from rayrlhf.runtime.model_checks import check_adapters, tell_generation_config
+from rayrlhf.runtime.model_checks import check_adapters, warn_invalid_generation_config
 from rayrlhf.runtime.node_monitor import nodes_watched
 from rayrlhf.runtime.preflight import (
     Prepared,
@@ -40,7 +40,7 @@ from rayrlhf.runtime.preflight import (
     with_absolute_paths,
 )
 from rayrlhf.runtime.ray_session import deploy, watched
-from rayrlhf.runtime.resume import check_resume, still_the_same, take_up
+from rayrlhf.runtime.resume import check_resume, check_unchanged, select_checkpoint
 from rayrlhf.runtime.run import (
     TRAIN_FOLDER,
     DriverRun,
@@ -80,11 +80,11 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
         console.say(f"warning: {caution}")
     config = fitted(config, plan_placement, console)
     run_path = start_folder(config)
-    newest = take_up(config, console.say)
+    newest = select_checkpoint(config, console.say)
     spec = plan_placement(config)
     weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
     check_placement(spec, config, console)
-    tell_generation_config(config.model, console.say)
+    warn_invalid_generation_config(config.model, console.say)
     stores = prepare_stores(config, run_path, console.say)
     sampled = {"rollout": config.rollout.sampling, "eval": config.eval_sampling}
     stops = {f"{key}.sampling.stop": sampling.stop for key, sampling in sampled.items()}
@@ -98,7 +98,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
         console.say,
         asked=PromptFormat(config.model.path, config.data, config.model.trust_remote_code),
     )
-    fixed = still_the_same(config, newest, stores.fingerprints(), console.say)
+    fixed = check_unchanged(config, newest, stores.fingerprints(), console.say)
     try_out_environment(prepared.environment, config, stores.train, console.say)
     with (
         placed(spec, config, console) as (run_id, slots, board),
@@ -132,7 +132,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             watched(
                 apps,
                 timeout_seconds=config.rollout.start_timeout_seconds,
-                tell=console.say,
+                say=console.say,
                 failed=lambda what, then: sinks.write(Report("failure", 0, what, then=then)),
                 give_up=trainer.abort,
             ),
@@ -148,7 +148,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
         if config.critic_is_separate:
             _own_actor(stack, CriticChannel, job.critic_channel)
             critic = _critic_trainer(job, slots)
-            stack.enter_context(trained_beside(critic, role="critic", give_up=trainer.abort))
+            stack.enter_context(train_concurrently(critic, role="critic", give_up=trainer.abort))
         result = fit(trainer)
         if config.engines_sleep:
             _write_trace(job, run_path)

@@ -27,7 +27,7 @@ from rayrlhf.reward_server.deployment import Served, server_app
 from rayrlhf.reward_server.http import answers, authorization, check_own_port, read_token, url_of
 from rayrlhf.reward_server.source_checks import check_sources
 from rayrlhf.runtime.file_checks import check_files
-from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
+from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, pin, shared_access
 from rayrlhf.runtime.process_environment import set_process_environment
 from rayrlhf.runtime.ray_session import DeploymentFailed, ray_session, start_serve, wait_for_apps
 from rayrlhf.runtime.run import INPUT_ERRORS, named_actor
@@ -65,7 +65,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
         fetch_here(config, console.say)
         if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
             check_own_port(config.server)
-        with ray_session(NAMESPACE) as where, lent_access(config):
+        with ray_session(NAMESPACE) as where, shared_access(config):
             signal.signal(signal.SIGTERM, stop)  # after ray.init, which installs its own
             console.say(where)
             _serve(config, sources, token, console, stop)
@@ -94,7 +94,7 @@ def _serve(
         target = RunTarget(server_app(sources, config.server, slots, token), name=app, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         console.say(f"loading {', '.join(served.name for served in sources)}")
-        wait_for_apps({app}, timeout_seconds=config.server.start_timeout_seconds, tell=lambda _: None)
+        wait_for_apps({app}, timeout_seconds=config.server.start_timeout_seconds, say=lambda _: None)
         if not answers(f"{url}/health"):
             raise DeploymentFailed(f"the application runs, but {url}/health does not respond")
         if token is None and config.server.host not in OWN_MACHINE:

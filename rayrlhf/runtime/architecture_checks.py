@@ -1,4 +1,4 @@
-"""Which of a job's models are computed rightly here, and how: their verdicts, before Ray starts."""
+"""Checks before Ray starts whether the architectures of a job's models are computed correctly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Judged(NamedTuple):
 
 
 def check_architectures(config: Any, say: Callable[[str], None]) -> None:
-    """Of a training job, or a chain's first round. Raises `ConfigError` with every model that is refused."""
+    """Check the models of a training job, or of a chain's first round. Raises `ConfigError` with every model
+    that is refused.
+    """
     if isinstance(config, AnyChain):
         config = config.training_config(1, config.model.path)
     if not hasattr(config, "train"):
@@ -50,7 +52,7 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
                 Problem(
                     judged.key,
                     got=f"a {judged.kind}: {judged.verdict.reason}",
-                    wanted="an architecture that is computed rightly here",
+                    wanted="an architecture that is computed correctly here",
                     fix="choose another model: docs/architectures.md lists those that were tried",
                 )
             )
@@ -63,7 +65,7 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
 
 
 def _shared(config: Any, judged: Judged) -> Iterator[Problem]:
-    """Ranks share sequences only where every layer attends through our kernel."""
+    """Sequence parallelism requires that every layer attends through our kernel."""
     verdict, size = judged.verdict, config.model.sequence_parallel
     if size > 1 and verdict.streams is not None and not verdict.shares_sequences:
         why = (
@@ -79,8 +81,9 @@ def _shared(config: Any, judged: Judged) -> Iterator[Problem]:
 
 
 def _rotated_otherwise(config: Any, judged: Judged) -> Iterator[Problem]:
-    """vLLM chooses frequencies once for all sequences of an engine, transformers for each by its length: tiny
-    Phi-3 with longrope differs by 7.7 nats where longer sequences are allowed, by 6e-6 where they are not.
+    """Sequences that engines and trainer would rotate differently: vLLM selects RoPE frequencies once for all
+    sequences of an engine, transformers per sequence length. Tiny Phi-3 with longrope differs by 7.7 nats if
+    longer sequences are allowed, by 6e-6 if not.
     """
     if not hasattr(config, "rollout") or judged.verdict.streams is None:
         return
@@ -101,7 +104,7 @@ def _fetched(path: str) -> str:
 
 
 def judge(config: Any, folder_of: Callable[[str], str] = _fetched) -> Iterator[Judged]:
-    """Every model that the job computes itself, whose config.json is in `folder_of` its path."""
+    """Verdicts of all models that the job's trainers compute; `folder_of(path)` has a model's config.json."""
     trust = config.model.trust_remote_code
     ref = getattr(config, "ref", None)
     for key, named in model_paths(config):
@@ -109,7 +112,7 @@ def judge(config: Any, folder_of: Callable[[str], str] = _fetched) -> Iterator[J
         if key == "ref.path" and ref is not None and getattr(ref, "engine", "packed") == "vllm":
             continue
         if key.startswith("reward.") and not has_packed_scorer(path):
-            continue  # it reads padded batches by transformers' own forward pass
+            continue  # it runs on padded batches with transformers' own forward pass
         found = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         heads: list[Head] = [_head(config, key)]
         if key == "model.path" and getattr(config, "critic", None) is not None and config.critic.path is None:
@@ -129,11 +132,11 @@ def _head(config: Any, key: str) -> Head:
 
 
 def longest_sequence(config: Any) -> int:
-    """Tokens of the longest sequence that the job allows."""
+    """Number of tokens of the longest sequence that the job allows."""
     return max(longest.tokens for longest in longest_sequences(config))
 
 
 def architecture_lines(config: Any) -> Iterator[str]:
-    """A line per model whose config.json is on this machine, for a plan."""
+    """One line per model whose config.json is on this machine, for `rayrlhf plan`."""
     for judged in judge(config, config_folder):
         yield judged.line()

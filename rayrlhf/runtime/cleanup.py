@@ -1,9 +1,8 @@
-"""Ends what a killed driver leaves of the local Ray that it had started.
+"""Watchdog that ends the processes of a local Ray when the driver that started it is killed.
 
-Ray's own processes notice the death of their driver, but some of them only after minutes. The watchdog is a
-child of the driver with a pipe to it; while the driver lives it remembers the driver's descendants, and when
-the pipe closes it ends those that are still there. It never touches a process that the driver has not
-started.
+Ray's processes notice the death of their driver, but some of them only after minutes. The watchdog is a child
+process of the driver with a pipe to it. While the driver runs it records the driver's descendants, and when
+the pipe closes it ends those that still run. It never ends a process that the driver has not started.
 """
 
 from __future__ import annotations
@@ -17,27 +16,27 @@ import time
 import psutil
 
 LOOK_SECONDS = 2.0
-GRACE_SECONDS = 5.0  # for processes to leave by themselves
+GRACE_SECONDS = 5.0  # for processes to exit by themselves
 
 
 def start_watchdog() -> subprocess.Popen[bytes]:
-    """Watch this process; tell it Ray's session with `name_session`, `terminate()` it after an orderly
-    end.
+    """Start a watchdog of this process. Pass it Ray's session with `name_session`, and `terminate()` it after
+    an orderly end.
     """
     command = [sys.executable, "-m", "rayrlhf.runtime.cleanup", str(os.getpid())]
-    # A session of its own: Ctrl-C in the terminal must not end the watchdog before its driver.
+    # In a separate session: Ctrl-C in the terminal must not end the watchdog before its driver.
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def name_session(watchdog: subprocess.Popen[bytes], session_name: str) -> None:
-    """Ray names the session on the command line of processes that are still starting."""
-    assert watchdog.stdin is not None  # it was started with a pipe
+    """Pass Ray's session name, which identifies starting processes by their command line."""
+    assert watchdog.stdin is not None  # started with a pipe
     watchdog.stdin.write(f"{session_name}\n".encode())
     watchdog.stdin.flush()
 
 
 def watch(driver_pid: int) -> None:
-    """Return when the driver is gone and so is everything it had started."""
+    """Return when the driver and everything that it started have ended."""
     seen: set[psutil.Process] = set()  # compares pid and start time: a reused pid is another process
     session_name = ""
     while True:
@@ -61,7 +60,7 @@ def watch(driver_pid: int) -> None:
 
 
 def _left(seen: set[psutil.Process], session_name: str) -> set[psutil.Process]:
-    """Those of `seen` that still run, and processes of the session that came after the last look."""
+    """Processes of `seen` that still run, and those of the session that started after the last poll."""
     late = {
         process
         for process in psutil.process_iter(["cmdline"])

@@ -1,7 +1,7 @@
-"""What of a job can be known to be wrong before anything heavy is imported: files and folders.
+"""Checks of a job's files and folders, before heavy imports.
 
-A job's script loads its config with `load_job`; whoever calls a driver with a config of his own gets the same
-checks from the driver.
+A job's script loads its config with `load_job`. Drivers repeat the checks, for callers that build their
+config in Python.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from rayrlhf.models.weight_files import BrokenFile
 from rayrlhf.runtime.length_checks import length_problems, length_warnings
 
 S = TypeVar("S", bound=Section)
-MIN_FREE_BYTES = 64 * 2**20  # for logs and metrics; an export takes as much as the model in addition
-ROOM_FOR_NAMES = 512  # of what lies in a run's folder, in bytes
-NEW_HEADS = ("rm", "prm")  # jobs that start from a language model or from a scorer
+MIN_FREE_BYTES = 64 * 2**20  # for logs and metrics; an export needs the model's size in addition
+ROOM_FOR_NAMES = 512  # in a run's folder, in bytes
+NEW_HEADS = ("rm", "prm")  # jobs that start from a language model or a reward model
 
 
 def load_job(schema: type[S], argv: Sequence[str]) -> S:
-    """The configuration, whose files have been looked at; problems go to stderr and the exit code is 2."""
+    """Load the config and check its files; on problems, print them to stderr and exit with code 2."""
     config = load_or_exit(schema, argv)
     try:
         check_files(config)
@@ -49,11 +49,11 @@ def load_job(schema: type[S], argv: Sequence[str]) -> S:
 
 
 def check_files(config: Any) -> None:
-    """The run's folder, and the checkpoints on this machine. Raises `ConfigError` with all problems."""
+    """Check the run's folder and the models on this machine. Raises `ConfigError` with all problems."""
     problems = list(_run_folder(config))
     trust = getattr(getattr(config, "model", None), "trust_remote_code", False)
     for key, path, kind in model_folders(config):
-        if Path(path).is_dir():  # a hub id is another check's
+        if Path(path).is_dir():  # hub ids are checked by `hub_models.pin`
             tokenizer = key in ("model.path", "teacher.path") or kind == "scorer"
             problems += folder_problems(key, path, kind, trust_remote_code=trust, needs_tokenizer=tokenizer)
         elif (
@@ -65,13 +65,13 @@ def check_files(config: Any) -> None:
             )
     if not problems:
         problems += [*_chat_template(config), *_heads(config), *length_problems(config, _readers(config))]
-        problems += _strange_tokens(config)
+        problems += _unknown_tokens(config)
     if problems:
         raise ConfigError(problems)
 
 
 def _check_data(config: Any) -> None:
-    """The heads of the data's files, unless the hub would have to be asked. Raises `DataError`."""
+    """Check the first rows of the data files, unless that needs the hub. Raises `DataError`."""
     data: Any = getattr(config, "data", None)
     if not isinstance(data, PromptDataConfig | ExampleDataConfig) or _needs_datasets(data):
         return
@@ -82,21 +82,23 @@ def _check_data(config: Any) -> None:
 
 
 def _needs_datasets(data: PromptDataConfig | ExampleDataConfig) -> bool:
-    """Whether a source is a saved or a hub's data set: those take a library of seconds."""
+    """Whether a source is a saved data set or one of the hub: these need a library that takes seconds to
+    import.
+    """
     splits: list[tuple[Split, Any]] = [("train", data.train), ("eval", data.eval)]
     for split, sources in splits:
         for source in sources:
             try:
                 files = resolve_source(source.path, split, getattr(data, f"{split}_split", None))
             except DataError:
-                continue  # which the check itself finds
+                continue  # reported by the check itself
             if any(file.type in ("hub", "dataset") for file in files):
                 return True
     return False
 
 
 def model_folders(config: Any) -> Iterator[tuple[str, str, Kind]]:
-    """(key, path, what it has to be) of every checkpoint that a job names, for whatever kind of job."""
+    """(key, path, required kind) of every model that a job names, for any kind of job."""
     if (model := getattr(config, "model", None)) is not None:
         yield "model.path", model.path, "start" if getattr(config, "job", None) in NEW_HEADS else "policy"
     others: tuple[tuple[str, Kind], ...] = (("critic", "start"), ("ref", "policy"), ("teacher", "policy"))
@@ -110,8 +112,8 @@ def model_folders(config: Any) -> Iterator[tuple[str, str, Kind]]:
             yield f"reward.sources.{index}.path", source.path, "scorer"
 
 
-def _strange_tokens(config: Any) -> Iterator[Problem]:
-    """Of the models that read the tokens of model.path's tokenizer."""
+def _unknown_tokens(config: Any) -> Iterator[Problem]:
+    """Problems of models that must read the tokens of model.path's tokenizer."""
     policy = getattr(getattr(config, "model", None), "path", "")
     if Path(policy).is_dir():
         for key, path in _readers(config):
@@ -125,7 +127,7 @@ def _readers(config: Any) -> list[tuple[str, str]]:
 
 
 def _chat_template(config: Any) -> Iterator[Problem]:
-    """Of jobs whose prompts are always rendered with one, where data.apply_chat_template is true."""
+    """Missing chat template of a job that renders all its prompts with one (data.apply_chat_template)."""
     is_rendered = isinstance(config, PolicyRunConfig) or hasattr(config, "rollout")
     data = getattr(config, "data", None)
     if not is_rendered or data is None or not data.apply_chat_template or data.chat_template is not None:
@@ -147,15 +149,15 @@ def _chat_template(config: Any) -> Iterator[Problem]:
 
 
 def _heads(config: Any) -> list[Problem]:
-    """Engines of several GPUs, where the model's shape is known without asking anybody."""
+    """Attention heads that do not divide over an engine's GPUs, if the model's shape is known locally."""
     try:
         return list(split_problems(config, read_shape))
     except ShapeUnknown:
-        return []  # as the plan says, too
+        return []  # reported by the plan
 
 
 def _run_folder(config: Any) -> Iterator[Problem]:
-    """Whether the run's folder is one, or can be made and written to."""
+    """Problems of the run's folder: not a folder, not writable, name too long, disk full."""
     run = getattr(config, "run", None)
     if run is None:
         return
@@ -170,7 +172,7 @@ def _run_folder(config: Any) -> Iterator[Problem]:
     path = Path(run.path).absolute()
     try:
         existing = path
-        while not os.path.exists(existing):  # False for a name that is too long
+        while not os.path.exists(existing):  # False if a name is too long
             existing = existing.parent
         if not existing.is_dir():
             wanted = "a folder, or a path where one can be made"

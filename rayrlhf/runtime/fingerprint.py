@@ -1,4 +1,4 @@
-"""What a run's results depend on, kept beside them: work that was begun goes on only where it is the same."""
+"""Fingerprint of config and data, stored with the results; resuming is refused when it differs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rayrlhf.runtime.preflight import InputError
 
 MISSING = "nothing"
-# What may change from one start to the next: it changes no row.
+# Keys that may change between starts, because they do not affect the rows.
 OPERATIONAL_KEYS = {
     *("num_replicas", "num_processes", "max_batch", "max_concurrent", "max_tokens_per_batch"),
     *("timeout_seconds", "retries", "max_failed_fraction", "urls", "headers", "max_response_bytes"),
@@ -19,9 +19,10 @@ OPERATIONAL_KEYS = {
 
 
 def check_identity(file: Path, identity: Mapping[str, Any], *, resume: str) -> None:
-    """Write `identity` (a tree of plain values) into `file`, or compare it with what an earlier start left.
+    """Write `identity` (a tree of plain values) to `file`, or compare it with that of an earlier start.
 
-    Raises `InputError` that names every difference, and with `resume` "never" for any earlier start.
+    Raises:
+        InputError: naming every difference; with `resume` "never", for any earlier start.
     """
     identity = json.loads(json.dumps(identity))
     if not file.is_file():
@@ -30,15 +31,15 @@ def check_identity(file: Path, identity: Mapping[str, Any], *, resume: str) -> N
         return
     if resume == "never":
         raise InputError(
-            f"run.resume=never but {file.parent} holds what an earlier start has done; choose another "
+            f"run.resume=never but {file.parent} holds results of an earlier start; choose another "
             "run.name, delete the folder, or set run.resume=auto"
         )
     differing = differences(_read(file), identity)
     if differing:
         raise InputError(
-            f"{file.parent} holds work that was begun with another configuration or other data:\n"
+            f"{file.parent} holds results of another configuration or other data:\n"
             + "\n".join(f"  {line}" for line in differing)
-            + "\nTake them back to go on, or choose another run.name, or delete the folder"
+            + "\nRestore these values to resume, or choose another run.name, or delete the folder"
         )
 
 
@@ -46,17 +47,17 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
         if not isinstance(found, dict):
-            raise ValueError(f"it holds {json.dumps(found):.40}")
+            raise ValueError(f"it contains {json.dumps(found):.40}")
     except (ValueError, OSError) as error:
         raise InputError(
-            f"{file} cannot be read ({error}): what the work in {file.parent} depends on is not known. "
+            f"{file} cannot be read ({error}): the configuration of the results in {file.parent} is unknown. "
             "Fix: choose another run.name, or delete the folder"
         ) from error
     return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line per key path whose value is another one now."""
+    """One line per key path whose value has changed."""
     old, new = _leaves(before), _leaves(now)
     return [
         f"{key}: was {_show(old, key)}, is {_show(new, key)}"
@@ -65,12 +66,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def what_results_depend_on(tree: Any) -> Any:
-    """The tree without the keys that change no result."""
+def without_operational_keys(tree: Any) -> Any:
+    """The tree without the keys that do not affect results."""
     if isinstance(tree, list):
-        return [what_results_depend_on(item) for item in tree]
+        return [without_operational_keys(item) for item in tree]
     if isinstance(tree, dict):
-        return {k: what_results_depend_on(v) for k, v in tree.items() if k not in OPERATIONAL_KEYS}
+        return {k: without_operational_keys(v) for k, v in tree.items() if k not in OPERATIONAL_KEYS}
     return tree
 
 
@@ -93,7 +94,7 @@ def _show(leaves: Mapping[str, Any], key: str) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file appears under its name when it is complete, whoever else writes the same one."""
+    """Write a file under a temporary name and rename it once complete; safe with concurrent writers."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""The driver's part with models of the hub: pin their ids, have them fetched, lend the token to workers."""
+"""Models of the Hugging Face hub, on the driver: pin ids, fetch models, share the token with workers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ ANSWER_SECONDS = 300.0  # for an actor to start and answer
 
 
 def pin(config: C, say: Say) -> C:
-    """The config with every id pinned to a commit, and what is small of these models in this node's cache:
-    the checks that follow read it. A run that goes on keeps the commits that it began with, except where an
-    id names a revision.
+    """Pin every hub id of the config to a commit, and fetch the models' small files, which later checks read,
+    into this node's cache. A resumed run keeps the commits that it started with, except for ids that name a
+    revision.
 
-    Raises `InputError` that names every key with a path that is neither a folder nor an id, or with an id
-    that cannot be had.
+    Raises:
+        InputError: naming every key whose path is neither a folder nor an id, or whose id is unavailable.
     """
-    began_with = _began_with(config)
+    started_with = _started_with(config)
     pins: dict[str, str] = {}
     problems: list[str] = []
     for key, path in model_paths(config):
@@ -50,7 +50,7 @@ def pin(config: C, say: Say) -> C:
         if isinstance(hub_id, str):
             problems.append(no_folder(key, path, hub_id))
             continue
-        earlier = pinned_id(_earlier_path(began_with, key))
+        earlier = pinned_id(_earlier_path(started_with, key))
         if earlier is not None and earlier.repo != hub_id.repo:
             earlier = None
         if earlier is not None and hub_id.revision is None:
@@ -64,19 +64,19 @@ def pin(config: C, say: Say) -> C:
             problems.append(f"{key}={path}: {error}")
             continue
         if earlier is not None and pinned != earlier:
-            say(f"warning: {key} is {pinned}, but the run began with {earlier}")
+            say(f"warning: {key} is {pinned}, but the run started with {earlier}")
         pins[key] = str(pinned)
     config = with_paths(config, pins)
     if getattr(config, "data", None) is not None:
-        data = pin_data(config.data, began_with.get("data"), say, problems)
+        data = pin_data(config.data, started_with.get("data"), say, problems)
         config = config.model_copy(update={"data": data})
     if problems:
         raise InputError("\n".join(problems))
     return config
 
 
-def _began_with(config: Any) -> dict[str, Any]:
-    """This run's config.yaml, from an earlier start."""
+def _started_with(config: Any) -> dict[str, Any]:
+    """The config.yaml that an earlier start of this run wrote; empty if there is none."""
     run = getattr(config, "run", None)
     file = None if run is None else Path(run.path) / "config.yaml"
     if file is None or not file.is_file():
@@ -84,7 +84,7 @@ def _began_with(config: Any) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return {}  # it is written again
+        return {}  # it will be rewritten
     return tree if isinstance(tree, dict) else {}
 
 
@@ -99,7 +99,7 @@ def _earlier_path(tree: dict[str, Any], key: str) -> str:
 
 
 def with_paths(config: C, paths: dict[str, str]) -> C:
-    """The config with other values at these keys."""
+    """The config with these model paths, by key."""
     changes: dict[str, Any] = {}
     sources = list(config.reward.sources) if getattr(config, "reward", None) is not None else []
     for key, path in paths.items():
@@ -114,8 +114,8 @@ def with_paths(config: C, paths: dict[str, str]) -> C:
 
 
 def fetch_here(config: Any, say: Say) -> None:
-    """Everything that the pinned models need, into this node's cache, unless the job goes to a cluster: the
-    nodes that load a model fetch it there, and the driver's need not be one of them. Raises `HubError`.
+    """Fetch the pinned models completely into this node's cache, except for a job on a cluster: there the
+    nodes that load a model fetch it, and the driver's node may not be one of them. Raises `HubError`.
     """
     if os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         return
@@ -124,25 +124,27 @@ def fetch_here(config: Any, say: Say) -> None:
 
 
 @contextmanager
-def lent_access(config: Any) -> Iterator[None]:
-    """While the body runs, processes of this cluster can fetch the pinned models as the driver can."""
+def shared_access(config: Any) -> Iterator[None]:
+    """While the body runs, processes of this cluster can fetch the pinned models with the driver's access."""
     ids = frozenset(path for _, path in model_paths(config) if pinned_id(path) is not None)
     if not ids:
         yield
         return
     name = f"{ACTOR_PREFIX}{uuid.uuid4().hex[:12]}"
-    keeper: Any = ray.remote(HubSettingsActor).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
-    lent = HubSettings(access_from_env(), str(cache_folder(os.environ)), names_a_cache(os.environ))
-    ray.get(keeper.set.remote(lent, ids), timeout=ANSWER_SECONDS)
+    settings_actor: Any = (
+        ray.remote(HubSettingsActor).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
+    )
+    settings = HubSettings(access_from_env(), str(cache_folder(os.environ)), names_a_cache(os.environ))
+    ray.get(settings_actor.set.remote(settings, ids), timeout=ANSWER_SECONDS)
     try:
         yield
     finally:
-        ray.kill(keeper)
+        ray.kill(settings_actor)
 
 
 def fetch_on_nodes(config: Any, slots: Slots, say: Say) -> None:
-    """Have on every node what its slots will load, before deadlines of what loads it begin. Raises
-    `PlacementError` for a node that cannot.
+    """Fetch on every node the models that its slots will load, before the start deadlines of their roles
+    begin. Raises `PlacementError` for a node that cannot.
     """
     paths = {key: path for key, path in model_paths(config) if pinned_id(path) is not None}
     wanted: dict[str, set[str]] = {}
@@ -160,8 +162,8 @@ def fetch_on_nodes(config: Any, slots: Slots, say: Say) -> None:
     try:
         while fetching:
             ready, _ = ray.wait(list(fetching), timeout=POLL_SECONDS)
-            for node, actor in fetching.values():  # after the wait: who is ready has no more to say then
-                for line in ray.get(actor.news.remote(), timeout=ANSWER_SECONDS):
+            for node, actor in fetching.values():  # after the wait: finished ones add no lines
+                for line in ray.get(actor.take_lines.remote(), timeout=ANSWER_SECONDS):
                     say(f"{line} on node {node[:6]}")
             for ref in ready:
                 node, actor = fetching.pop(ref)
@@ -185,13 +187,13 @@ def _is_loaded_by(role: str, key: str) -> bool:
 
 
 class _Fetcher:
-    """On a node; tells meanwhile how far it is."""
+    """Actor that fetches models on its node; its progress lines can be read meanwhile."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def fetch(self, paths: list[str]) -> str:
-        """The reason why it cannot, or nothing."""
+        """Fetch these models; returns the error message, or an empty string."""
         try:
             for path in paths:
                 local_folder(path, say=lambda line: self.lines.append(line))
@@ -199,6 +201,7 @@ class _Fetcher:
             return str(error)
         return ""
 
-    def news(self) -> list[str]:
+    def take_lines(self) -> list[str]:
+        """The progress lines since the last call."""
         lines, self.lines = self.lines, []
         return lines

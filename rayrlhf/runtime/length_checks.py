@@ -1,4 +1,4 @@
-"""Whether the sequences of a job fit the positions of its models: known from the config and config.json."""
+"""Checks sequence lengths against the models' maximum positions, from the config and config.json."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Longest(NamedTuple):
     """The longest sequence that a setting allows."""
 
     key: str
-    limit: int  # what the key is set to, in tokens
-    prompt: int = 0  # data.max_prompt_tokens, where a response follows one
+    limit: int  # value of the key, in tokens
+    prompt: int = 0  # data.max_prompt_tokens, if the sequence is a prompt and a response
     in_engine: bool = False
 
     @property
@@ -28,7 +28,9 @@ class Longest(NamedTuple):
 
 
 def longest_sequences(config: Any) -> list[Longest]:
-    """Of any job; an engine's apart, for engines take no token beyond what a model was made for."""
+    """The longest sequences of any job. Those of engines are marked, because engines refuse sequences beyond
+    a model's positions.
+    """
     data, rollout = getattr(config, "data", None), getattr(config, "rollout", None)
     found = []
     if isinstance(data, ExampleDataConfig):
@@ -55,7 +57,9 @@ def _rollout(data: PromptDataConfig, name: str, response: int) -> Longest:
 
 
 def length_problems(config: Any, models: Sequence[tuple[str, str]]) -> Iterator[Problem]:
-    """`models` are the keys and local folders of those that read the sequences."""
+    """Settings that allow sequences which a model cannot read. `models`: (key, local folder) of the models
+    that read the sequences.
+    """
     for key, path, longest, positions, is_table in _too_long(config, models):
         if is_table or (longest.in_engine and key == "model.path"):
             reader = "the model" if is_table else "an engine"
@@ -70,12 +74,12 @@ def length_problems(config: Any, models: Sequence[tuple[str, str]]) -> Iterator[
 
 
 def length_warnings(config: Any, models: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Of sequences that rotary positions allow and a model has not been trained for."""
+    """Warnings for sequences that rotary positions allow but a model was not trained for."""
     for key, path, longest, positions, is_table in _too_long(config, models):
         if not is_table and not (longest.in_engine and key == "model.path"):
             yield (
-                f"{longest.key} allows sequences of {longest.tokens} tokens; {key}={path} was made for "
-                f"{positions}, and guesses beyond"
+                f"{longest.key} allows sequences of {longest.tokens} tokens; {key}={path} was trained for "
+                f"{positions}, and extrapolates beyond"
             )
 
 

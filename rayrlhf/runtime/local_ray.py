@@ -1,7 +1,7 @@
-"""A Ray that this process starts for itself: no other machine reaches it, and no other user of this one.
+"""Starts a local Ray that is not reachable from other machines or by other users of this machine.
 
 By default Ray's services listen on every interface, and Ray makes its token file readable by all users of the
-machine. Who reaches those ports with the token runs code with the rights of this process.
+machine. Any process that reaches those ports with the token can run code with the rights of this process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR, _enable_token_auth
 from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
 
-# With 0 the node's address is 127.0.0.1, and then every service of Ray 2.60 listens there alone; an argument
+# With 0 the node's address is 127.0.0.1, and then every service of Ray 2.60 listens only there; an argument
 # of `ray.init` is replaced by the address of an interface (services.resolve_ip_for_localhost).
 LOOPBACK_SETTING = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -26,7 +26,7 @@ TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 @contextmanager
 def private_ray() -> Iterator[list[str]]:
-    """`ray.init` in the body starts a Ray on loopback, with a token. Yields what its user should know."""
+    """In this context `ray.init` starts a Ray on loopback, with a token. Yields warnings for the user."""
     constants: Any = ray_constants
     setting, allowed = os.environ.get(LOOPBACK_SETTING), constants.ENABLE_RAY_CLUSTER
     os.environ[LOOPBACK_SETTING], constants.ENABLE_RAY_CLUSTER = "0", False
@@ -52,14 +52,16 @@ def _authenticate() -> list[str]:
     if not given and not path.exists():
         try:
             make_token_file(path)
-        except OSError:  # a home that cannot be written: the token lives as long as this process
+        except OSError:  # the home is not writable: the token exists only in this process
             os.environ[TOKEN] = secrets.token_hex(32)
     AuthenticationTokenLoader.instance().reset_cache()
-    return who_else_reads(path) if path.exists() else []
+    return token_file_warnings(path) if path.exists() else []
 
 
 def make_token_file(path: Path) -> None:
-    """A new token that only its owner can read. Of two who make one at once, the first one's stays."""
+    """Write a new token that only its owner can read. If two processes do so at once, the first token is
+    kept.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -72,7 +74,7 @@ def make_token_file(path: Path) -> None:
         draft.unlink()
 
 
-def who_else_reads(path: Path) -> list[str]:
+def token_file_warnings(path: Path) -> list[str]:
     """A warning for a token file that others can read or replace."""
     found = path.stat()
     if found.st_uid not in (os.geteuid(), 0):

@@ -1,4 +1,5 @@
-"""What a job needs of its models' folders, found out before it begins."""
+"""Checks of a job's model folders before it starts: adapters, tokenizers, vocabularies, generation configs.
+"""
 
 from __future__ import annotations
 
@@ -21,30 +22,35 @@ from rayrlhf.runtime.preflight import InputError
 
 
 def check_models(config: Any) -> None:
-    """Of a supervised job. Raises `InputError` for adapters of layers that do not exist, for a tokenizer that
-    no classifier can be exported with, for reward words that are not one token, and for a teacher of another
-    vocabulary.
+    """Check the models of a supervised job.
+
+    Raises:
+        InputError: for LoRA target modules that do not exist, a tokenizer with which no classifier can be
+            exported, reward tokens that are not a single token, or a teacher with another vocabulary.
     """
     check_adapters(config)
     if isinstance(config, RmRunConfig | PrmRunConfig):
         model = config.model
         tokenizer = prompt_tokenizer(model.path, model.trust_remote_code, read_chat_template(config.data))
-        _ask("model.path", padding_token, tokenizer)
+        _check("model.path", padding_token, tokenizer)
         if isinstance(config, PrmRunConfig):
             for word in config.algorithm.reward_tokens or ():
-                _ask("algorithm.reward_tokens", single_token, word, tokenizer)
+                _check("algorithm.reward_tokens", single_token, word, tokenizer)
     if isinstance(config, KdRunConfig):
         _check_teacher(config)
 
 
 def check_adapters(config: Any) -> None:
-    """Of any job that trains. Raises `InputError` for adapters of layers that a model does not have, and
-    where it has none to put into 4 bits. Reads no weights.
+    """Check LoRA and quantization settings of any training job, without reading weights.
+
+    Raises:
+        InputError: for target modules that a model does not have, or if it has no layer to quantize to 4
+        bits.
     """
     model = config.model
     if model.lora is None:
         return
-    from rayrlhf.models.lora import check_targets  # and with it PEFT: a second
+    from rayrlhf.models.lora import check_targets  # imports PEFT, which takes a second
 
     critic = getattr(config, "critic", None)
     for path in dict.fromkeys([model.path, critic.path if critic is not None else None]):
@@ -55,21 +61,21 @@ def check_adapters(config: Any) -> None:
         )
         with torch.device("meta"):
             decoder = AutoModel.from_config(found, trust_remote_code=model.trust_remote_code)
-        _ask("model.lora.target_modules", check_targets, decoder, model.lora)
+        _check("model.lora.target_modules", check_targets, decoder, model.lora)
         if model.quantization is not None:
-            from rayrlhf.models.quantize import layers_to_quantize  # and with it bitsandbytes
+            from rayrlhf.models.quantize import layers_to_quantize  # imports bitsandbytes
 
-            _ask("model.quantization", layers_to_quantize, decoder)
+            _check("model.quantization", layers_to_quantize, decoder)
 
 
-def tell_generation_config(model: ModelConfig, say: Callable[[str], None]) -> None:
-    """Warn of a generation_config.json that transformers would not write again: an export repairs it."""
+def warn_invalid_generation_config(model: ModelConfig, say: Callable[[str], None]) -> None:
+    """Warn of a generation_config.json that transformers would refuse to save; an export repairs it."""
     folder = local_folder(model.path, weights=False)
     if not Path(folder, GENERATION_CONFIG_NAME).is_file():
         return
     try:
         _, problem = repair(GenerationConfig.from_pretrained(folder))
-    except (ValueError, TypeError, OSError) as error:  # no JSON, or no object
+    except (ValueError, TypeError, OSError) as error:  # invalid JSON, or not an object
         raise InputError(
             f"model.path={model.path}: its {GENERATION_CONFIG_NAME} cannot be read: {error}; "
             "repair the file, or remove it"
@@ -78,7 +84,7 @@ def tell_generation_config(model: ModelConfig, say: Callable[[str], None]) -> No
         say(f"warning: {GENERATION_CONFIG_NAME} of {model.path} is invalid, the export repairs it: {problem}")
 
 
-def _ask(key: str, check: Any, *arguments: Any) -> None:
+def _check(key: str, check: Any, *arguments: Any) -> None:
     try:
         check(*arguments)
     except ValueError as error:
@@ -91,7 +97,7 @@ def _check_teacher(config: KdRunConfig) -> None:
         prompt_tokenizer(path, trust).get_vocab() for path in (config.model.path, config.teacher.path)
     )
     sizes = [_head_size(path, config) for path in (config.model.path, config.teacher.path)]
-    _ask(
+    _check(
         "teacher.path",
         lambda: check_same_vocabulary(student, teacher, student_size=sizes[0], teacher_size=sizes[1]),
     )
@@ -100,7 +106,7 @@ def _check_teacher(config: KdRunConfig) -> None:
 
 
 def _head_size(path: str, config: KdRunConfig) -> int:
-    """Rows of the output projection, padding among them."""
+    """Number of rows of the output projection, including padding."""
     found = AutoConfig.from_pretrained(
         local_folder(path, weights=False), trust_remote_code=config.model.trust_remote_code
     )

@@ -1,4 +1,4 @@
-"""Watches the nodes of a run from the driver, and keeps `placement.json` true."""
+"""Node monitor: watches a run's nodes from the driver and keeps `placement.json` up to date."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ LOOK_SECONDS = 1.0
 def nodes_watched(
     slots: Slots, console: Console, run_path: Path, *, timeout_seconds: float, give_up: Callable[[], None]
 ) -> Iterator[None]:
-    """While the body runs, keep `placement.json` true: when a node of this run dies, its slots move to a
-    spare one, which is told.
+    """While the body runs, keep `placement.json` up to date. When a node of this run dies, its slots move to
+    a spare node, with a line on the console.
 
-    Ends the body by `give_up` and raises `PlacementError` when no node takes them before the deadline.
+    Raises:
+        PlacementError: when no node takes the slots before the deadline; `give_up` ends the body first.
     """
-    book = _PlacementBook(slots, run_path / "placement.json")
-    book.write()
+    record = _PlacementRecord(slots, run_path / "placement.json")
+    record.write()
     failure: list[PlacementError] = []
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(LOOK_SECONDS):
-            book.write()
-            lost = book.lost_nodes()
+            record.write()
+            lost = record.lost_nodes()
             if not lost:
                 continue
             console.say(f"warning: node {', '.join(lost)} died; waiting for a spare")
             try:
-                book.slots = refresh_slots(book.slots, timeout_seconds=timeout_seconds)
+                record.slots = refresh_slots(record.slots, timeout_seconds=timeout_seconds)
             except PlacementError as error:
                 failure.append(error)
                 give_up()
                 return
-            console.placement(book.slots)
+            console.placement(record.slots)
 
     thread = threading.Thread(target=watch, daemon=True, name="nodes")
     thread.start()
@@ -61,11 +62,11 @@ def nodes_watched(
     finally:
         stop.set()
         thread.join(JOIN_SECONDS)
-        book.write()
+        record.write()
 
 
-class _PlacementBook:
-    """The file that says which slots there are, what the plan puts on them, and who really sits where."""
+class _PlacementRecord:
+    """Writes `placement.json`: the slots, the planned roles, and the actual worker locations."""
 
     def __init__(self, slots: Slots, path: Path) -> None:
         self.slots = slots
@@ -77,14 +78,14 @@ class _PlacementBook:
         return sorted(node[:6] for node in {slot.node for slot in self.slots.table} - alive)
 
     def write(self) -> None:
-        text = json.dumps(self._told(), indent=2) + "\n"
+        text = json.dumps(self._contents(), indent=2) + "\n"
         if text != self.written:
             write_atomically(self.path, text)
             self.written = text
 
-    def _told(self) -> dict[str, Any]:
+    def _contents(self) -> dict[str, Any]:
         slots = self.slots
         table = [asdict(slot) | {"slot": index} for index, slot in enumerate(slots.table)]
         roles = {plan.role: plan.units for plan in slots.spec.roles}
-        seats = [seat._asdict() for seat in worker_locations(slots.run_id)]
-        return {"preset": slots.spec.preset, "slots": table, "roles": roles, "seats": seats}
+        locations = [location._asdict() for location in worker_locations(slots.run_id)]
+        return {"preset": slots.spec.preset, "slots": table, "roles": roles, "seats": locations}

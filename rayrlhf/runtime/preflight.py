@@ -1,4 +1,4 @@
-"""What can be known to be wrong before Ray starts: paths, data, reward functions. Seconds, not minutes."""
+"""Checks before Ray starts, in seconds rather than minutes: paths, data, reward functions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TRIED_LABELS = 32
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message names the key, what it got and the fix."""
+    """Unusable user input; the message names the key, the value and the fix."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Prepared:
 
 
 def check_before_ray(config: PolicyRunConfig) -> Prepared:
-    """Raises `InputError`, `DataError` or `RewardError`."""
+    """Check models, data sources and rewards. Raises `InputError`, `DataError` or `RewardError`."""
     for key, path in _model_paths(config):
         check_model(key, path)
     check_sources(config.data)
@@ -61,7 +61,7 @@ def check_before_ray(config: PolicyRunConfig) -> Prepared:
 
 
 def check_stops(model: ModelConfig, data: DataConfig, stops: Mapping[str, Sequence[str]]) -> None:
-    """`stops`: key -> its strings. Raises `InputError` for those that no engine could find."""
+    """Raise `InputError` for stop strings that no engine could find. `stops`: config key -> stop strings."""
     ends = ends_of(model, data)
     for key, stop in stops.items():
         try:
@@ -71,7 +71,8 @@ def check_stops(model: ModelConfig, data: DataConfig, stops: Mapping[str, Sequen
 
 
 def find_rewards(reward: RewardConfig) -> dict[int, UserCode]:
-    """The reward functions, and that other sources have what they need on this machine."""
+    """Load the reward functions by source index, and check that this machine has what other sources require.
+    """
     functions: dict[int, UserCode] = {}
     for index, source in enumerate(reward.sources):
         with _named(index, source.type):
@@ -86,7 +87,7 @@ def find_rewards(reward: RewardConfig) -> dict[int, UserCode]:
 
 @contextmanager
 def _named(index: int, kind: str) -> Iterator[None]:
-    """A `RewardError` from inside tells which source it is about."""
+    """Prefix a `RewardError` of the body with its source's key."""
     key = f"reward.sources.{index}" + (".function" if kind == "function" else f" ({kind})")
     try:
         yield
@@ -106,9 +107,14 @@ def _find_environment(config: PolicyRunConfig) -> UserCode | None:
 def try_out_environment(
     code: UserCode | None, config: PolicyRunConfig, prompts: PromptStore, say: Callable[[str], None]
 ) -> None:
-    """Play the beginning of an episode on real rows, before any model is loaded; `say` takes the first lines
-    that it prints. Raises `InputError` and `DataError` (for a chat template that cannot continue a
-    conversation).
+    """Play the beginning of an episode on real rows, before any model is loaded.
+
+    Args:
+        say: receives the first lines that the environment prints.
+
+    Raises:
+        InputError: if the environment fails.
+        DataError: if the chat template cannot continue a conversation.
     """
     environment = config.rollout.environment
     if code is None or environment is None:
@@ -139,9 +145,15 @@ def try_rewards(
     *,
     asked: PromptFormat | None = None,
 ) -> None:
-    """Try every reward source that can be tried before any model is loaded: functions are called once on real
-    prompts, labels are read, servers must answer, reward models must know how to read what is `asked`. What
-    functions print goes into the run's folder, its first lines to `say`. Raises `RewardError`.
+    """Try every reward source that can be tried before any model is loaded: call functions once on real
+    prompts, read labels, connect to servers, and render prompts for reward models.
+
+    Args:
+        asked: format of the policy's prompts, which reward models must be able to read.
+        say: receives the first lines that functions print; all their output goes into the run's folder.
+
+    Raises:
+        RewardError: for a source that does not work.
     """
     for index, (source, name) in enumerate(zip(reward.sources, reward.source_names, strict=True)):
         with _named(index, source.type):
@@ -159,7 +171,7 @@ def try_rewards(
 
 
 def _try_reading(source: ModelSource, asked: PromptFormat, prompts: list[Prompt]) -> None:
-    """Raises `RewardError` for prompts that a model with other tokens than the policy's cannot read."""
+    """Raise `RewardError` if a model with another vocabulary than the policy's cannot read the prompts."""
     tokenizer = prompt_tokenizer(source.path)
     policy = prompt_tokenizer(asked.tokenizer_path, asked.trust_remote_code)
     config = read_json(Path(local_folder(source.path, weights=False)) / "config.json")
@@ -178,8 +190,8 @@ def _first(prompts: PromptStore, count: int) -> list[Prompt]:
 
 
 def with_absolute_paths(config: PolicyRunConfig) -> PolicyRunConfig:
-    """The config with the run's and the models' folders made absolute: workers run in folders of their
-    own.
+    """The config with absolute paths of the run's and the models' folders, because workers have other working
+    directories.
     """
     changes: dict[str, Any] = {
         "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
@@ -193,7 +205,7 @@ def with_absolute_paths(config: PolicyRunConfig) -> PolicyRunConfig:
 
 
 def absolute_rewards(reward: RewardConfig) -> RewardConfig:
-    """The same with the folders of its reward models made absolute."""
+    """The section with absolute paths of the reward models' folders."""
     sources = [
         source.model_copy(update={"path": absolute(source.path)}) if source.type == "model" else source
         for source in reward.sources
@@ -202,7 +214,7 @@ def absolute_rewards(reward: RewardConfig) -> RewardConfig:
 
 
 def absolute(path: str) -> str:
-    """A folder's absolute path; a hub id stays as it is."""
+    """A folder's absolute path; a hub id is returned unchanged."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
@@ -241,7 +253,8 @@ def check_model(key: str, path: str) -> None:
 
 
 def check_precision(config: Any, *, on_gpu: bool) -> None:
-    """What depends on the weights' dtype, which is known with the devices. Raises `ConfigError`."""
+    """Check settings that depend on the weights' dtype, which depends on the devices. Raises `ConfigError`.
+    """
     train = getattr(config, "train", None)
     if train is None:
         return

@@ -1,4 +1,4 @@
-"""The environment of a driver's process, which Ray and DeepSpeed read."""
+"""Environment variables of the driver process for Ray and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 
 def set_process_environment() -> None:
-    """What a job's script calls first: transformers imports DeepSpeed, which looks for its accelerator then.
+    """Set the defaults; to be called first in a job's script. Variables that are already set are kept.
 
-    What is set already stays. Ray reads its variables when it starts.
+    Ray reads its variables when it starts. DeepSpeed, which transformers imports, selects its accelerator at
+    import.
     """
     # Reports are polled; at the default interval each costs two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A run has more processes than a small machine has cores, and Ray would warn of it at every start.
+    # A run has more processes than a small machine has cores; Ray would print a warning at every start.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     # DeepSpeed would log that it has found no accelerator.
     if not Path("/dev/nvidiactl").exists():

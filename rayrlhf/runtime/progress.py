@@ -1,4 +1,4 @@
-"""One rank's place in a run: its step, its clocks, what it reports, and its checkpoints."""
+"""Progress of one rank in a run: current step, timers, reports and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from rayrlhf.train.checkpoint import LoopState, Saved, restore, save
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.manifest import DamagedCheckpoint
 
-# Failures that a restart of the workers would only repeat: the run ends and says why.
+# Failures that would recur after a restart of the workers: the run ends with the reason.
 FINAL_FAILURES = (RewardFailure, FloatingPointError, DamagedCheckpoint)
 
-AUTO_CHECKPOINT_SECONDS = 15 * 60.0  # what checkpoint.every_steps=auto risks to lose
+AUTO_CHECKPOINT_SECONDS = 15 * 60.0  # of training lost at most with checkpoint.every_steps=auto
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -35,8 +35,8 @@ Result = TypeVar("Result")
 def stops_cleanly(
     loop: Callable[Arguments, Result],
 ) -> Callable[Arguments, Result | Stopped]:
-    """Turn a final failure into a result, so that Ray Train does not restart the workers for it. Every other
-    one is reported by `worker_failures`.
+    """Decorator: turn a final failure into a result, so that Ray Train does not restart the workers. All
+    other failures are reported by `worker_failures`.
     """
 
     @functools.wraps(loop)
@@ -51,10 +51,10 @@ def stops_cleanly(
 
 @dataclass
 class Checkpoints:
-    """Where this rank's checkpoints go and come from, under Ray Train."""
+    """Saves and restores this rank's checkpoints under Ray Train."""
 
     scratch: Path  # of this start of the run
-    fixed: dict[str, Any] = field(default_factory=dict)  # what the run can only be resumed with
+    fixed: dict[str, Any] = field(default_factory=dict)  # config values required for resuming
 
     def restore(self, saved: Sequence[Saved]) -> LoopState:
         return restore(saved)
@@ -64,7 +64,7 @@ class Checkpoints:
 
 
 class Progress:
-    """Counts steps, measures phases, reports, and says what is due."""
+    """Counts steps, times phases, reports, and decides when checkpoints and evaluations are due."""
 
     def __init__(self, config: JobConfig, ranks: Ranks, reporter: Reporter, checkpoints: Checkpoints) -> None:
         self.config = config
@@ -76,7 +76,7 @@ class Progress:
         self.started = self.step_started = self.saved_at = time.perf_counter()
 
     def steps(self) -> Iterator[int]:
-        """The steps from where the run is to its end."""
+        """Iterate over the remaining steps."""
         for step in range(self.state.step, self.config.train.total_steps):
             self.step_started = time.perf_counter()
             yield step
@@ -88,7 +88,7 @@ class Progress:
         return self.state.step >= self.config.train.total_steps
 
     def checkpoint_is_due(self) -> bool:
-        """By `checkpoint.every_steps`. With "auto" rank 0's clock decides for all ranks. Collective."""
+        """According to `checkpoint.every_steps`; with "auto", by rank 0's clock for all ranks. Collective."""
         every_steps = self.config.checkpoint.every_steps
         if every_steps != "auto":
             return self.is_due(every_steps)
@@ -102,7 +102,7 @@ class Progress:
             self.announce(f"resuming after step {self.state.step}")
 
     def save(self, saved: Sequence[Saved], elsewhere: Sequence[Path] = ()) -> None:
-        """Collective. `elsewhere`: folders that belong to the checkpoint."""
+        """Save a checkpoint. Collective. `elsewhere`: folders outside it that belong to it."""
         self.keep_time()
         self.checkpoints.save(self.state, saved, elsewhere)
         self.saved_at = time.perf_counter()
@@ -127,7 +127,7 @@ class Progress:
         self.reporter.say(self.state.step, text)
 
     def announce(self, text: str) -> None:
-        """What must be in every log, whatever else the console leaves out."""
+        """Report an event, which appears in every log even when the console shows less."""
         self.reporter.event(self.state.step, text)
 
     @contextmanager
@@ -137,14 +137,14 @@ class Progress:
             yield
 
     def step_seconds(self) -> dict[str, float]:
-        """`time/<phase>` of the step that ends here."""
+        """`time/<phase>` of the step that ends now."""
         self.timer.seconds["step"] += time.perf_counter() - self.step_started
         seconds = self.timer.drain()
         self.state.add_seconds(seconds)
         return seconds
 
     def keep_time(self) -> None:
-        """Move what the clocks hold into the state that a resumed run goes on from."""
+        """Add the timers' readings to the state that a resumed run continues from."""
         self.state.add_seconds(self.timer.drain())
         now = time.perf_counter()
         self.state.seconds_total += now - self.started
@@ -154,12 +154,12 @@ class Progress:
 def start_worker(
     config: JobConfig, *, run_id: str, board: str, threads: int, fixed: dict[str, Any]
 ) -> Progress:
-    """What every training worker does first: register where it runs, threads, the seed for models that begin
-    at random.
+    """First call of every training worker: register its location, set the number of threads, and seed the
+    initialisation of models.
     """
     ranks = Ranks()
     register_worker(run_id, "actor", ranks.rank)
     torch.set_num_threads(threads)
-    torch.manual_seed(config.run.seed)  # as on all ranks
+    torch.manual_seed(config.run.seed)  # the same on all ranks
     checkpoints = Checkpoints(scratch_of(Path(config.run.path), run_id), fixed)
     return Progress(config, ranks, Reporter(board, ranks.rank), checkpoints)

@@ -1,9 +1,9 @@
-"""What Ray says to a driver goes to a log, not on the terminal.
+"""Redirects Ray's messages to the driver into a log file instead of the terminal.
 
-Ray prints the messages of its node processes on the driver's standard output, a paragraph in colour for each
-worker that dies. The console says the same in one line; the log keeps the paragraph. Ray 2.60 has no setting
-for it: its listener looks up `print_to_stdstream` by name at each message (tests/runtime/test_ray_messages.py
-fails when that changes).
+Ray prints the messages of its node processes to the driver's standard output, a coloured paragraph for each
+worker that dies. The console reports the same in one line; the log keeps the paragraph. Ray 2.60 has no
+setting for it: its listener looks up `print_to_stdstream` by name at each message
+(tests/runtime/test_ray_messages.py fails when that changes).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RAY_LOG = "ray.log"  # in the run's folder
 
 @contextmanager
 def ray_messages_in(log: Path) -> Iterator[None]:
-    """While the body runs. A log that cannot be written loses the messages, not the run."""
+    """Redirect while the body runs. If the log cannot be written, messages are lost and the run continues."""
     original = worker.print_to_stdstream
 
     def keep(data: dict[str, Any], ignore_prefix: bool = False) -> None:

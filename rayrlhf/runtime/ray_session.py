@@ -1,4 +1,4 @@
-"""The driver's end of Ray: a cluster of its own or the one it was started on, and the run's Serve apps."""
+"""The driver's Ray session, on an existing cluster or a local Ray, and deployment of the run's Serve apps."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from rayrlhf.runtime.local_ray import private_ray
 
 POLL_SECONDS = 0.25
 HEALTH_SECONDS = 2.0
-SERVE_START_SECONDS = 30.0  # for Serve to be found by a job that came second
+SERVE_START_SECONDS = 30.0  # to find the Serve that a concurrent job has started
 
 
 class DeploymentFailed(RuntimeError):
-    """A Serve app did not come up; the message has the deployment's own words."""
+    """A Serve app did not start; the message is the deployment's."""
 
 
 @contextmanager
 def ray_session(namespace: str) -> Iterator[str]:
-    """Join the cluster that RAY_ADDRESS names (a submitted job has it set), or start a local one, which only
-    this user can reach, and stop it.
+    """Join the cluster of RAY_ADDRESS (set for a submitted job), or start a local Ray that only this user can
+    reach, and stop it afterwards.
 
-    A process that has Ray running already (a notebook, a test) keeps it. Yields a sentence for the console.
+    In a process where Ray already runs (a notebook, a test), that Ray is used and kept. Yields text for the
+    console.
     """
     if ray.is_initialized():
         yield "using the Ray of this process"
@@ -65,10 +66,10 @@ def ray_session(namespace: str) -> Iterator[str]:
 
 
 def start_serve(**options: Any) -> None:
-    """`serve.start`, or the Serve that this cluster has.
+    """`serve.start`, or connect to the Serve of this cluster.
 
-    Jobs that start in the same moment all find none. To those that come too late Ray says only that its
-    controller exists; they then find it.
+    Jobs that start at the same time all find none. For all but the first, Ray raises that the controller
+    exists; they retry until they find it.
     """
     deadline = time.monotonic() + SERVE_START_SECONDS
     while True:
@@ -82,7 +83,7 @@ def start_serve(**options: Any) -> None:
 
 
 def deploy(apps: dict[str, Any]) -> None:
-    """Ask Serve to start these apps (name -> bound deployment); returns while they are coming up."""
+    """Deploy these apps (name -> bound deployment); returns before they run."""
     start_serve(proxy_location="Disabled")
     targets = [RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
     serve.run_many(targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
@@ -93,22 +94,27 @@ def watched(
     apps: Iterable[str],
     *,
     timeout_seconds: float,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
     failed: Callable[[str, str], None],
     give_up: Callable[[], None],
 ) -> Iterator[None]:
-    """While the body runs, wait for the apps to come up; call `give_up`, which must end the body, if one does
-    not. After that, report replicas that die to `failed` (what died, what is done about it).
+    """While the body runs, wait for the apps to start, then monitor their health.
 
-    Raises `DeploymentFailed` with the app's own reason, whatever the body raised when it was ended.
+    Args:
+        say: receives console lines.
+        failed: called when a replica dies, with what died and how Serve reacts.
+        give_up: called when an app does not start; must end the body.
+
+    Raises:
+        DeploymentFailed: with the app's own reason, whatever the body raised when it was ended.
     """
     failure: list[DeploymentFailed] = []
     stop = threading.Event()
 
     def watch() -> None:
         try:
-            wait_for_apps(set(apps), timeout_seconds=timeout_seconds, tell=tell, stop=stop)
-            _report_health(set(apps), tell=tell, failed=failed, stop=stop)
+            wait_for_apps(set(apps), timeout_seconds=timeout_seconds, say=say, stop=stop)
+            _report_health(set(apps), say=say, failed=failed, stop=stop)
         except DeploymentFailed as error:
             failure.append(error)
             give_up()
@@ -130,10 +136,10 @@ def wait_for_apps(
     waiting: set[str],
     *,
     timeout_seconds: float,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
     stop: threading.Event | None = None,
 ) -> None:
-    """Return when all are up, or `stop` is set. Raises `DeploymentFailed` with an app's own reason."""
+    """Return when all apps run, or `stop` is set. Raises `DeploymentFailed` with an app's own reason."""
     stop = stop or threading.Event()
     deadline = time.monotonic() + timeout_seconds
     while waiting and not stop.wait(POLL_SECONDS):
@@ -142,7 +148,7 @@ def wait_for_apps(
             app = statuses[name].app_status
             if app.status == ApplicationStatus.RUNNING:
                 waiting.discard(name)
-                tell(f"{name.rpartition('-')[2]} is up")
+                say(f"{name.rpartition('-')[2]} is up")
             elif app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 deployments = statuses[name].deployment_statuses
                 reasons = [d.message for d in deployments if d.message] or [app.message]
@@ -156,26 +162,28 @@ def wait_for_apps(
 def _report_health(
     apps: set[str],
     *,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
     failed: Callable[[str, str], None],
     stop: threading.Event,
 ) -> None:
-    """Until `stop` is set. Serve replaces a dead replica by itself, but a person should know of the wait."""
-    unwell: set[str] = set()
+    """Poll until `stop` is set. Serve replaces a dead replica by itself, but the user should know why it
+    waits.
+    """
+    unhealthy: set[str] = set()
     while not stop.wait(HEALTH_SECONDS):
         statuses = app_statuses()
         for name in sorted(apps & set(statuses)):
             status = statuses[name].app_status.status
             role = name.rpartition("-")[2]
-            if status == ApplicationStatus.UNHEALTHY and name not in unwell:
-                unwell.add(name)
+            if status == ApplicationStatus.UNHEALTHY and name not in unhealthy:
+                unhealthy.add(name)
                 failed(f"a replica of {role} died", "Serve starts another")
-            elif status == ApplicationStatus.RUNNING and name in unwell:
-                unwell.discard(name)
-                tell(f"{role} is complete again")
+            elif status == ApplicationStatus.RUNNING and name in unhealthy:
+                unhealthy.discard(name)
+                say(f"{role} is complete again")
 
 
 def last_line(text: str) -> str:
-    """The sentence a traceback ends with."""
+    """The last line of a traceback: its message."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"

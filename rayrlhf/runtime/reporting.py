@@ -1,4 +1,4 @@
-"""From rank 0 to the board, which the driver's sinks read: phases, steps, evaluations."""
+"""Reports phases, steps and evaluations from rank 0 to the board actor, which the driver's sinks read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RETRY_SECONDS = 0.2
 
 
 class Reporter:
-    """Posts and does not wait: a slow console must not hold up training."""
+    """Posts reports asynchronously, so that a slow console does not delay training."""
 
     def __init__(self, board: str, rank: int) -> None:
         self.board = ray.get_actor(board, namespace=NAMESPACE) if rank == 0 else None
         self._poster = Poster()
-        self._receipts: list[Any] = []  # on their way
+        self._receipts: list[Any] = []  # in flight
         self._deaths_reported = 0
 
     def say(self, step: int, text: str) -> None:
@@ -57,7 +57,7 @@ class Reporter:
         self._receipts.append(self.board.post.remote(self._poster.number(report)))
 
     def flush(self) -> None:
-        """Wait until the board has everything; what it lost with its process it is given again."""
+        """Wait until the board has received every report; those lost with its process are posted again."""
         deadline = time.monotonic() + FLUSH_SECONDS
         while self._receipts and time.monotonic() < deadline:
             self._post_again(timeout_seconds=1.0)
@@ -71,19 +71,19 @@ class Reporter:
         ) if self._receipts else ([], [])  # fmt: skip
         try:
             lost = self._poster.handle_receipts([_receipt(ref) for ref in ready])
-        except ActorDiedError:  # with its run
+        except ActorDiedError:  # killed at the end of its run
             self.board, self._receipts = None, []
             return
         if self._poster.num_deaths > self._deaths_reported:
             self._deaths_reported = self._poster.num_deaths
-            text = "the board's process died; what it had not passed on was posted again"
+            text = "the board's process died; reports that it had not passed on were posted again"
             step = lost[-1].report.step if lost else 0
             lost.append(self._poster.number(Report("warning", step, text)))
         self._receipts += [self.board.post.remote(posted) for posted in lost]
 
 
 def _receipt(ref: Any) -> Receipt | None:
-    """None when the board's process died before it had answered."""
+    """The board's receipt; None if its process died before answering."""
     try:
         return ray.get(ref)
     except ActorUnavailableError:
@@ -91,8 +91,8 @@ def _receipt(ref: Any) -> Receipt | None:
 
 
 class ToBoard:
-    """Takes lines for the console, in whatever process of the run it is called. What dies with the board's
-    process is not posted again: it stands in a log, too.
+    """Posts console lines from any process of the run. Lines that are lost with the board's process are not
+    posted again, because they are also in a log.
     """
 
     def __init__(self, board: str) -> None:
@@ -102,7 +102,7 @@ class ToBoard:
         self._number = 0
 
     def __call__(self, text: str) -> None:
-        if self._actor is None:  # in the process that it has been sent to
+        if self._actor is None:  # looked up in the process that this object was sent to
             self._actor = ray.get_actor(self.board, namespace=NAMESPACE)
             self._name = uuid.uuid4().hex
         self._number += 1

@@ -1,4 +1,4 @@
-"""What a training loop returns to its driver."""
+"""Return values of a training loop, for the driver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a loop returns, for the summary. Evaluations are empty without held-out rows."""
+    """Result of a completed loop, for the summary. Evaluations are empty without held-out rows."""
 
     before: dict[str, Any]  # the evaluation before the first step: metrics, rows
     after: dict[str, Any]
@@ -21,6 +21,6 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The loop ended by a failure that a restart would only repeat."""
+    """The loop ended by a failure that would recur after a restart."""
 
     reason: str

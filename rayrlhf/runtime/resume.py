@@ -1,4 +1,4 @@
-"""What a run goes on from, and whether it is still the same run."""
+"""Selects the checkpoint to resume from, and refuses to resume with changed data, model, reward or batch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import xxhash
 
 from rayrlhf.config.common import JobConfig
-from rayrlhf.runtime.fingerprint import what_results_depend_on
+from rayrlhf.runtime.fingerprint import without_operational_keys
 from rayrlhf.runtime.preflight import InputError
 from rayrlhf.train.find import Found, Search, search, write_record
 
-CHECKPOINTS = "checkpoints"  # folder of the run, Ray Train's
-SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a big file, that its fingerprint is made from
+CHECKPOINTS = "checkpoints"  # Ray Train's folder in the run's folder
+SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a large file, for its fingerprint
 Say = Callable[[str], None]
 
-# What a resumed run has in common with the one that it goes on from, and what in run.allow_changes permits
-# another value; None: nothing does, for a checkpoint's states and its count of the data are of it. Anything
-# else may change freely: the learning rate and its schedule, the number of steps and of workers, loss
-# coefficients, sampling, micro-batches, evaluation, checkpoints, placement, what is observed.
+# Config keys that must not change when a run is resumed, and the entry of run.allow_changes that permits a
+# change. None: never, because the checkpoint's states and its position in the data depend on the key. All
+# other keys may change: the learning rate and its schedule, the number of steps and of workers, loss
+# coefficients, sampling, micro-batches, evaluation, checkpoints, placement, observation.
 FIXED: dict[str, str | None] = {
     "job": None,
     "train.zero_stage": None,
@@ -35,7 +35,7 @@ FIXED: dict[str, str | None] = {
     "rollout.group_size": "batch",
     "train.samples_per_step": "batch",
     "run.seed": "seed",
-    "data.train": "data",  # rows as they were prepared, in their order
+    "data.train": "data",  # the prepared rows, in order
     "data.ptx": "data",
     "data.shuffle": "data",
     "model.path": "model",
@@ -60,7 +60,7 @@ def fixed_values(config: JobConfig, prepared: Mapping[str, str] | None = None) -
         section, _, name = key.rpartition(".")
         value = _value(config, key.split("."))
         if key == "reward.sources" and value is not None:
-            value = [what_results_depend_on(source.model_dump(mode="json")) for source in value]
+            value = [without_operational_keys(source.model_dump(mode="json")) for source in value]
         elif key in PATHS and value is not None:
             value = {"name": value, "contents": model_fingerprint(value)}
         elif key in PREPARED:
@@ -86,9 +86,9 @@ def _prepared(config: Any, section: str, name: str, prepared: Mapping[str, str])
 
 
 def model_fingerprint(path: str) -> str | None:
-    """Of a folder's configuration and weights, whatever the folder is called; None for what is no folder.
+    """Fingerprint of a folder's config and weights, independent of its name; None if `path` is not a folder.
 
-    From samples of the weights: two models differ nearly everywhere.
+    Only samples of the weights are read: two models differ nearly everywhere.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -113,8 +113,10 @@ def _add_samples(file: Path, digest: Any) -> None:
 
 
 def check_resume(config: JobConfig) -> None:
-    """`run.resume=never` refuses a folder that holds a checkpoint, and every run one that it cannot go on
-    from. Raises `InputError`.
+    """Check `run.resume` and whether the newest checkpoint can be resumed with this config.
+
+    Raises:
+        InputError: for a checkpoint that cannot be resumed, or any checkpoint with `run.resume=never`.
     """
     found = search(_storage(config))
     _check_policy(config, found)
@@ -122,35 +124,45 @@ def check_resume(config: JobConfig) -> None:
         check_same(config, found.newest)
 
 
-def take_up(config: JobConfig, say: Say) -> Found | None:
-    """The newest checkpoint of which every byte is as it was saved; what is damaged is named, and Ray Train
-    will resume from the same. Raises `InputError` when there are some and none is whole.
+def select_checkpoint(config: JobConfig, say: Say) -> Found | None:
+    """Find the newest intact checkpoint, with every file verified; None if there are no checkpoints.
+
+    Prints a warning for each newer one that is damaged, removes older damaged ones, and rewrites Ray Train's
+    record so that it resumes from the same checkpoint.
+
+    Raises:
+        InputError: when there are checkpoints and none is intact.
     """
     storage = _storage(config)
-    found = search(storage, full=True, tell=say)
+    found = search(storage, full=True, say=say)
     _check_policy(config, found)
     newest = found.newest
     later = {name: why for name, why in found.damaged.items() if newest is None or name > newest.folder.name}
     for name, why in later.items():
         say(f"warning: checkpoint {name} is damaged: {why}")
     if found.record_problem:
-        say(f"warning: Ray Train's {found.record_problem}; it is made again from the checkpoints")
+        say(f"warning: Ray Train's {found.record_problem}; it is rewritten from the checkpoints")
     if newest is not None and not newest.has_manifest:
-        say(f"warning: checkpoint {newest.folder.name} has no checksums: what it holds cannot be checked")
+        say(f"warning: checkpoint {newest.folder.name} has no checksums: its contents cannot be checked")
     if newest is not None and (later or found.record_problem):
-        say(f"going on from step {newest.step}, the newest whole checkpoint")
-    for name in found.damaged.keys() - later.keys():  # a newer one has taken its place
+        say(f"resuming from step {newest.step}, the newest intact checkpoint")
+    for name in found.damaged.keys() - later.keys():  # superseded by a newer one
         shutil.rmtree(storage / name, ignore_errors=True)
     if storage.is_dir():
         write_record(storage, found)
     return newest
 
 
-def still_the_same(
+def check_unchanged(
     config: JobConfig, newest: Found | None, prepared: Mapping[str, str], say: Say
 ) -> dict[str, Any]:
-    """What the run can only be resumed with from now on. Raises `InputError` for what has changed since the
-    `newest` checkpoint and was not allowed to.
+    """Compare the config and data with those of the `newest` checkpoint; print the changes that are allowed.
+
+    Returns:
+        The values by key with which alone the run can be resumed from now on.
+
+    Raises:
+        InputError: for changes that `run.allow_changes` does not permit.
     """
     if newest is not None:
         for changed in (*check_same(config, newest), *check_same(config, newest, prepared)):
@@ -159,16 +171,16 @@ def still_the_same(
 
 
 def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | None = None) -> list[str]:
-    """What has changed since the checkpoint was saved and was allowed to. Raises `InputError` naming the
-    rest. With `prepared` data only these are compared.
+    """The permitted changes since the checkpoint was saved. Raises `InputError` naming the others. With
+    `prepared`, compares only the data.
     """
     saved = found.metrics.get("fixed")
     if saved is None:
         if any(found.folder.glob("*/layout.json")):
-            return [f"what {found.folder.name} was trained with is not known, and not compared"]
+            return [f"the settings of {found.folder.name} are not recorded, so they are not compared"]
         raise InputError(
             f"the checkpoint of step {found.step} in {config.run.path} was saved by an earlier version, "
-            "which this one cannot go on from. Fix: choose another run.name, and start from that run's export"
+            "which this one cannot resume. Fix: choose another run.name, and start from that run's export"
         )
     now = fixed_values(config, prepared)
     keys = FIXED if found.has_manifest else [key for key in FIXED if key in saved or key in FIRST_KEYS]
@@ -180,16 +192,16 @@ def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | No
     refused = [key for key in changed if FIXED[key] not in config.run.allow_changes]
     if refused:
         raise InputError(
-            f"{config.run.path} holds a checkpoint of step {found.step} that was trained with something "
-            "else:\n" + "\n".join(f"  {changed[key]}. Fix: {_fix(key)}" for key in refused)
+            f"{config.run.path} holds a checkpoint of step {found.step} that was trained with other "
+            "settings:\n" + "\n".join(f"  {changed[key]}. Fix: {_fix(key)}" for key in refused)
         )
     return list(changed.values())
 
 
 def _fix(key: str) -> str:
     name = FIXED[key]
-    allowed = "" if name is None else f"set run.allow_changes=[{name}] to go on all the same, "
-    return f"take {key} back, {allowed}or choose another run.name"
+    allowed = "" if name is None else f"set run.allow_changes=[{name}] to resume nevertheless, "
+    return f"restore {key}, {allowed}or choose another run.name"
 
 
 def _equal(saved: Any, now: Any) -> bool:
@@ -216,9 +228,9 @@ def _check_policy(config: JobConfig, found: Search) -> None:
         )
     if found.damaged and found.newest is None:
         raise InputError(
-            f"no checkpoint in {_storage(config)} is whole:\n"
+            f"no checkpoint in {_storage(config)} is intact:\n"
             + "\n".join(f"  {name}: {why}" for name, why in found.damaged.items())
-            + "\nFix: put a whole one back, choose another run.name, or delete that folder to begin at step 0"
+            + "\nFix: restore an intact one, choose another run.name, or delete that folder to start over"
         )
 
 

@@ -1,5 +1,5 @@
-"""What the driver of every job does: errors to exit codes, signals, placement, the trainer, tearing down. No
-training data passes through here.
+"""Driver of every job: exit codes, signals, placement, the trainer and teardown. No training data passes
+here.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.items import RewardError
 from rayrlhf.runtime.architecture_checks import check_architectures
 from rayrlhf.runtime.file_checks import check_files
-from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, lent_access, pin
-from rayrlhf.runtime.interrupted import what_goes_on
+from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, pin, shared_access
+from rayrlhf.runtime.interrupted import resume_message
 from rayrlhf.runtime.preflight import InputError, check_precision
 from rayrlhf.runtime.process_environment import set_process_environment
 from rayrlhf.runtime.ray_messages import RAY_LOG, ray_messages_in
@@ -66,11 +66,11 @@ C = TypeVar("C", bound=DrivenConfig)
 
 
 class RunFailed(RuntimeError):
-    """The run stopped by itself; the message is the whole story."""
+    """The run ended by a failure; the message is complete without a traceback."""
 
 
 class StageFailed(RuntimeError):
-    """A job within this one ended with an exit code, and has said why."""
+    """A job within this one ended with an exit code and has printed the reason."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -78,7 +78,7 @@ class StageFailed(RuntimeError):
 
 
 class DriverRun:
-    """A job on its driver, from the first check to its exit code. Errors of the body become one message.
+    """Context of a job on its driver, from the first check to the exit code. Errors become one message.
 
     >>> with DriverRun(config) as run:
     ...     config = run.pinned(config)
@@ -101,27 +101,27 @@ class DriverRun:
         self._stop = _StopOnSignal()
 
     def pinned(self, config: C) -> C:
-        """The config with hub ids as commits. Raises one of `INPUT_ERRORS` for files that are unusable."""
+        """The config with hub ids pinned to commits. Raises one of `INPUT_ERRORS` for unusable files."""
         check_files(config)
         check_wandb(config)
         return pin(config, self.console.say)
 
     def check_models(self, config: DrivenConfig) -> None:
-        """Whether their architectures are computed rightly here; then they are fetched."""
+        """Check that the models' architectures are computed correctly, then fetch the models."""
         check_architectures(config, self.console.say)
         fetch_here(config, self.console.say)
 
     @contextmanager
     def ray(self, config: DrivenConfig) -> Iterator[None]:
-        """Inside, Ray is there, and the run's folder is this process's alone."""
+        """In this context Ray is connected and the run's folder is locked for this process."""
         run_path = Path(config.run.path)
         with (
             run_lock(run_path) as warning,
             ray_messages_in(run_path / RAY_LOG),
             ray_session(NAMESPACE) as where,
-            lent_access(config),
+            shared_access(config),
         ):
-            signal.signal(signal.SIGTERM, self._stop)  # after ray.init, which installs its own
+            signal.signal(signal.SIGTERM, self._stop)  # after ray.init, which installs its own handler
             if warning is not None:
                 self.console.say(f"warning: {warning}")
             self.console.say(where)
@@ -146,7 +146,7 @@ class DriverRun:
         return True
 
     def _explain(self, error: BaseException) -> int | None:
-        """Show what ended the body; its exit code, or None for what nothing here foresees."""
+        """Print the error that ended the body; returns its exit code, or None for an unexpected error."""
         if isinstance(error, INPUT_ERRORS):
             self.console.error(str(error))
             return 2
@@ -159,13 +159,13 @@ class DriverRun:
             return error.code
         if isinstance(error, KeyboardInterrupt):
             how, code = ("stopped by SIGTERM", 143) if self._stop.received else ("interrupted", 130)
-            self.console.error(f"{how}; {what_goes_on(self.config)}")
+            self.console.error(f"{how}; {resume_message(self.config)}")
             return code
         return None
 
 
 def start_folder(config: Any) -> Path:
-    """The run's folder, with the resolved config in it."""
+    """Create the run's folder and write the resolved config into it."""
     run_path = Path(config.run.path)
     run_path.mkdir(parents=True, exist_ok=True)
     (run_path / "config.yaml").write_text(dump_resolved(config))
@@ -173,7 +173,7 @@ def start_folder(config: Any) -> Path:
 
 
 def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C:
-    """The config with what it leaves to the cluster: which roles share slots, how large micro-batches are."""
+    """Fill in the settings that depend on the cluster: which roles share slots, and micro-batch sizes."""
     gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     total: Any = ray.cluster_resources()
     found = with_preset(
@@ -196,8 +196,11 @@ def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C
 
 
 def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console) -> None:
-    """Tell what every role will hold. Raises `PlacementError` when the cluster is too small, `ConfigError`
-    for a precision that these devices do not have.
+    """Print the memory budget of every role.
+
+    Raises:
+        PlacementError: if the cluster is too small.
+        ConfigError: for a precision that these devices do not support.
     """
     gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     check_precision(config, on_gpu=gpus > 0)
@@ -208,8 +211,8 @@ def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console)
 
 @contextmanager
 def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Iterator[tuple[str, Slots, Any]]:
-    """The run's id, its slots and its board. Whatever happens, this run's apps, actors and group go again; a
-    kill -9 of the driver leaves that to the reaper.
+    """Create the run's slots and board; yields run id, slots and board. On exit the run's apps, actors and
+    placement group are always removed; after a kill -9 of the driver the reaper does that.
     """
     run_id = f"rayrlhf-{config.run.name}-{uuid.uuid4().hex[:6]}"
     slots = create_slots(
@@ -232,14 +235,15 @@ def placed(spec: PlacementSpec, config: DrivenConfig, console: Console) -> Itera
         delete_apps(run_id)
         slots.remove()
         unregister_workers(run_id)
-        for actor in (reaper, board):  # in a process that keeps its Ray, they would stay as long as it
+        for actor in (reaper, board):  # a process that keeps its Ray would keep them too
             ray.kill(actor)
 
 
 def named_actor(actor_class: type, name: str, **arguments: Any) -> Any:
-    """A light actor that others look up by its name. It lives on the driver's node: it dies with the driver
-    anyway, and no other node can take it along. When its process alone dies, Ray starts it again, and who
-    uses it sees to it that it has its state again.
+    """Create a lightweight actor that other processes look up by name.
+
+    It is placed on the driver's node: it ends with the driver anyway, and so no other node's death can end
+    it. When only its process dies, Ray restarts it, and its clients restore its state.
     """
     here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     options: dict[str, Any] = {"name": name, "num_cpus": 0, "namespace": NAMESPACE, "label_selector": here}
@@ -258,7 +262,7 @@ def make_trainer(
     role: str = "actor",
     folder: str = TRAIN_FOLDER,
 ) -> SlotTorchTrainer:
-    """A trainer whose workers run `worker()` on the slots of `role`. `folder`: Ray Train's in the run's."""
+    """A trainer whose workers run `worker()` on the slots of `role`. `folder`: Ray Train's, in the run's."""
     return SlotTorchTrainer(
         worker,
         scaling_config=slot_scaling(slots, role),
@@ -286,7 +290,7 @@ def make_trainer(
 
 
 def fit(trainer: SlotTorchTrainer) -> Any:
-    """Train, and return what rank 0's loop returned: a `RunResult`, but for a critic. Raises `RunFailed`."""
+    """Train, and return rank 0's result: a `RunResult`, except for a critic. Raises `RunFailed`."""
     try:
         result: Any = trainer.fit().return_value  # rank 0's
     except TrainingFailedError as error:
@@ -298,7 +302,7 @@ def fit(trainer: SlotTorchTrainer) -> Any:
 
 
 def threads_each(processes: int) -> int:
-    """Threads of each of so many processes on a node, if they may use all its cores."""
+    """Threads per process when `processes` processes share all cores of a node."""
     return max(1, (os.cpu_count() or 1) // processes)
 
 
@@ -307,15 +311,15 @@ def _worker_environment(threads: int) -> dict[str, str]:
         **offline_variable(),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
-        "KMP_BLOCKTIME": "1",  # threads of the role that waits must not spin on cores that the other needs
+        "KMP_BLOCKTIME": "1",  # threads of a waiting role must not spin on cores that the other needs
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     }
 
 
 class _StopOnSignal:
-    """`ray job stop` sends SIGTERM: leave through every `finally`.
+    """SIGTERM handler (`ray job stop` sends it) that raises, so that every `finally` runs.
 
-    By KeyboardInterrupt, since Ray's blocking calls let no other exception of a signal handler through.
+    It raises KeyboardInterrupt, the only exception of a signal handler that Ray's blocking calls propagate.
     """
 
     def __init__(self) -> None:

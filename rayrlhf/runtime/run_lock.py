@@ -1,4 +1,4 @@
-"""One run of a name at a time: a lock on the run's folder that goes with the process that holds it."""
+"""Lock on a run's folder, so that only one process at a time runs under a run name."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file syst
 
 @contextmanager
 def run_lock(run_path: Path) -> Iterator[str | None]:
-    """Hold the folder's lock while the body runs. Yields a warning where the file system has no locks.
+    """Hold the folder's lock while the body runs. Yields a warning if the file system has no locks.
 
-    The kernel releases it when the process ends, also by kill -9, so nothing has to be removed by hand. The
-    file says who holds it. Raises `InputError`, with pid and host, while another process does.
+    The kernel releases the lock when the process ends, also by kill -9, so no stale lock has to be removed.
+    The file names the holder.
+
+    Raises:
+        InputError: with pid and host, while another process holds the lock.
     """
     run_path.mkdir(parents=True, exist_ok=True)
     with (run_path / LOCK_FILE).open("a+") as file:
@@ -43,7 +46,7 @@ def run_lock(run_path: Path) -> Iterator[str | None]:
         try:
             yield warning
         finally:
-            file.truncate(0)  # left in place: a removed file's lock and a new file's would both be granted
+            file.truncate(0)  # kept: the locks of a removed file and of a new one would both be granted
 
 
 def _refusal(run_path: Path, path: str) -> str:

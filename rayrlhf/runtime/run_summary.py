@@ -1,4 +1,4 @@
-"""What a run came to, as `summary.json`."""
+"""Writes a run's `summary.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rayrlhf.runtime.results import RunResult
 
 
 def write_summary(result: RunResult, run_path: Path, *, num_samples: int) -> None:
-    """Write the summary of what the loop returned. Rewards are None without evaluation prompts."""
+    """Write the summary of a policy run. Rewards are None without evaluation prompts."""
     before, after = result.before, result.after
     summary = {
         **_reward("before", before),
@@ -23,7 +23,7 @@ def write_summary(result: RunResult, run_path: Path, *, num_samples: int) -> Non
 
 
 def write_supervised_summary(result: RunResult, config: Any, run_path: Path) -> None:
-    """The same for a supervised job: every metric before and after training."""
+    """Write the summary of a supervised job: every metric before and after training."""
     summary = {
         "job": config.job,
         "evaluation": {"before": result.before.get("metrics"), "after": result.after.get("metrics")},
@@ -57,7 +57,7 @@ def _reward(when: str, evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The same prompts before and after, spread evenly over the held-out set."""
+    """Responses to the same prompts before and after training, spread evenly over the held-out set."""
     later = {json.dumps(row["prompt"]): row for row in after}
     both = [(row, later[json.dumps(row["prompt"])]) for row in before if json.dumps(row["prompt"]) in later]
     step = max(1, len(both) // max(1, count))

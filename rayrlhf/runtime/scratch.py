@@ -1,7 +1,7 @@
-"""Where checkpoints are put together before they get their name: a folder of each start of a run.
+"""Scratch folders in which checkpoints are assembled before they are renamed: one per start of a run.
 
-A worker that is killed while it saves leaves a whole checkpoint there. The driver holds a lock while it
-lives, which the kernel lets go whatever kills it: what nobody holds is nobody's.
+A worker that is killed while saving can leave a whole checkpoint there. The driver holds a lock on its
+folder, which the kernel releases however the driver ends: an unlocked folder is abandoned and is removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def scratch_of(run_path: Path, run_id: str) -> Path:
 
 @contextmanager
 def own_scratch(run_path: Path, run_id: str) -> Iterator[None]:
-    """The folder of this start, and nothing that earlier ones have left. Raises `InputError`."""
+    """Lock the scratch folder of this start, after removing abandoned ones; removes it on exit.
+
+    Raises:
+        InputError: if `<run>/scratch` is a symbolic link.
+    """
     root = run_path / FOLDER
     if root.is_symlink():
         raise InputError(
@@ -36,19 +40,19 @@ def own_scratch(run_path: Path, run_id: str) -> Iterator[None]:
     clear_abandoned(root)
     lock = root / (run_id + LOCK)
     with lock.open("w") as held:
-        with contextlib.suppress(OSError):  # a file system without locks: others then leave it alone
-            fcntl.flock(held, fcntl.LOCK_EX)  # at most as long as somebody looks whether it is held
+        with contextlib.suppress(OSError):  # a file system without locks: other starts then keep this folder
+            fcntl.flock(held, fcntl.LOCK_EX)  # waits at most while another start tests the lock
         try:
             yield
         finally:
             shutil.rmtree(scratch_of(run_path, run_id), ignore_errors=True)
             lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another run of this folder is there
+            with contextlib.suppress(OSError):  # another start uses it
                 root.rmdir()
 
 
 def clear_abandoned(root: Path) -> None:
-    """Remove what belongs to no living run; what links lead to stays."""
+    """Remove the folders of runs that have ended; targets of symbolic links are kept."""
     for entry in sorted(root.iterdir()):
         name = entry.name.removesuffix(LOCK)
         if _is_held(root / (name + LOCK)):
@@ -60,7 +64,7 @@ def clear_abandoned(root: Path) -> None:
 
 
 def _is_held(lock: Path) -> bool:
-    """Where locks do not work, every start counts as alive."""
+    """Whether a process holds `lock`; always True on a file system without locks."""
     try:
         with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

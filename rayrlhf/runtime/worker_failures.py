@@ -1,4 +1,4 @@
-"""Says in one line which training worker failed, in which phase, and what Ray Train does about it."""
+"""Reports in one line which training worker failed, in which phase, and how Ray Train reacts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ESCAPE_CODES = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours the tracebacks of ot
 
 
 class WorkerFailures(UserCallback):
-    """Ray Train calls it in its controller: a worker that was killed cannot report that itself."""
+    """Callback in Ray Train's controller, because a killed worker cannot report its own death."""
 
     def __init__(self, board: str, *, role: str, max_failures: int, saved_step: int) -> None:
         self.board = board
@@ -36,8 +36,8 @@ class WorkerFailures(UserCallback):
         reporter.flush()  # the controller may end the run next
 
     def what_failed(self, failures: dict[int, Exception]) -> str:
-        """The workers that died, or, where none did, the first one with an error: when one dies, the others
-        fail for want of it.
+        """The workers that died; if none did, the first one with an error. When a worker dies, the others
+        fail as a consequence.
         """
         died = {rank: error for rank, error in failures.items() if _is_death(error)}
         if died:

@@ -22,10 +22,10 @@ from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.plan import plan_supervised
-from rayrlhf.runtime.model_checks import check_models, tell_generation_config
+from rayrlhf.runtime.model_checks import check_models, warn_invalid_generation_config
 from rayrlhf.runtime.preflight import check_model
 from rayrlhf.runtime.ray_session import deploy, watched
-from rayrlhf.runtime.resume import check_resume, still_the_same, take_up
+from rayrlhf.runtime.resume import check_resume, check_unchanged, select_checkpoint
 from rayrlhf.runtime.run import (
     TRAIN_FOLDER,
     DriverRun,
@@ -78,13 +78,13 @@ def _train(config: Any, console: Console) -> Path:
     """Plan, place and fit; returns the run's folder."""
     config = fitted(config, plan_supervised, console)
     run_path = start_folder(config)
-    newest = take_up(config, console.say)
+    newest = select_checkpoint(config, console.say)
     spec = plan_supervised(config)
     check_placement(spec, config, console)
     check_models(config)
-    tell_generation_config(config.model, console.say)
+    warn_invalid_generation_config(config.model, console.say)
     stores = _prepare_stores(config, run_path, console.say)
-    fixed = still_the_same(config, newest, {"data.train": stores.train.fingerprint}, console.say)
+    fixed = check_unchanged(config, newest, {"data.train": stores.train.fingerprint}, console.say)
     rows_read = config.train.num_rows_read(len(stores.train))
     config = config.model_copy(update={"train": config.train.with_steps(len(stores.train))})
     start_folder(config)  # now with the number of steps
@@ -132,7 +132,7 @@ def _train(config: Any, console: Console) -> Path:
                 watched(
                     [job.teacher_app],
                     timeout_seconds=START_SECONDS,
-                    tell=console.say,
+                    say=console.say,
                     failed=lambda what, then: sinks.write(Report("failure", 0, what, then=then)),
                     give_up=trainer.abort,
                 )

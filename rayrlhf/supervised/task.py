@@ -20,7 +20,7 @@ from rayrlhf.supervised.reference_table import FrozenReference
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.deepspeed_engine import loading
 from rayrlhf.train.learner import Learner, Term
-from rayrlhf.train.sequence_parallel import share_sequences
+from rayrlhf.train.sequence_parallel import set_sequence_group
 
 MicroBatches = Sequence[Sequence[Example]]
 
@@ -62,7 +62,7 @@ class Task:
         adapt(self.config.model, self.decoder_of(module), device=self.device, seed=self.config.run.seed)
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.decoder_of(module))
-        share_sequences(module, self.config.model, self.config.train)
+        set_sequence_group(module, self.config.model, self.config.train)
         self.learner = Learner(
             module, self.config.train, lr=self.config.train.lr, dtype=self.dtype, name="model"
         )

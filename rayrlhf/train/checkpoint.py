@@ -1,4 +1,4 @@
-"""Checkpoints under Ray Train: every rank saves its shard, and a folder per step holds them all."""
+"""Saves and restores training checkpoints under Ray Train: a folder per step with all ranks' shards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from rayrlhf.train import collectives, manifest
 
 STATE_FILE = "state.json"
-TRAIN_FOLDER = "checkpoints"  # Ray Train's, in the run's folder
-RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints that it knows
-ELSEWHERE = "elsewhere"  # in the manifest: what lies elsewhere, as paths from the folder of checkpoints
+TRAIN_FOLDER = "checkpoints"  # Ray Train's storage, in the run's folder
+RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's own list of checkpoints
+ELSEWHERE = "elsewhere"  # manifest key: folders outside the checkpoint, relative to the folder of checkpoints
 
 
 class Saved(Protocol):
-    """Anything with shards of its own: a learner, a critic."""
+    """Anything that saves its own shards: a learner, a critic."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -31,10 +31,10 @@ class Saved(Protocol):
 
 @dataclass
 class LoopState:
-    """What a loop needs beside its learners' shards to go on where it stopped."""
+    """State of a training loop, in addition to its learners' shards, that resuming needs."""
 
     step: int = 0  # optimizer steps done = the policy version = the next step's index
-    first_prompt_batch: int = 0  # of the prompts' stream, that some rank has not fetched
+    first_prompt_batch: int = 0  # of the prompt stream: the first one that some rank has not fetched
     kl_controller: dict[str, float] = field(default_factory=dict)
     reward_normalizers: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)  # step and reward of the best evaluation
@@ -43,7 +43,7 @@ class LoopState:
     seconds_total: float = 0.0
 
     def add_seconds(self, timed: dict[str, float]) -> None:
-        """Add a timer's `time/<phase>` seconds; the whole step's is left out, its phases are in it."""
+        """Add a timer's `time/<phase>` seconds, except the whole step's, which contains its phases."""
         for key, seconds in timed.items():
             phase = key.removeprefix("time/")
             if phase != "step":
@@ -58,10 +58,12 @@ def save(
     fixed: Mapping[str, Any],
     elsewhere: Sequence[Path] = (),
 ) -> None:
-    """Write a checkpoint into the run's storage, whole or not at all. Collective.
+    """Write a checkpoint into the run's storage atomically. Collective.
 
-    `fixed`: what it can only be resumed with. `elsewhere`: folders with a manifest of their own that belong
-    to it. `scratch` is this start's alone; what workers that died have left there goes.
+    Args:
+        fixed: config values with which alone the checkpoint can be resumed.
+        elsewhere: folders outside the checkpoint that belong to it and have their own manifest.
+        scratch: folder used by this start only; files left there by workers that died are removed.
     """
     own = _own_folder(scratch, state.step)
     for item in saved:
@@ -78,27 +80,29 @@ def save(
         metrics,
         checkpoint=Checkpoint.from_directory(str(folder)),
         checkpoint_dir_name=folder.name,
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is there
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is in the storage already
     )
     if collectives.rank() == 0:
         clear(scratch)
 
 
 def _own_folder(scratch: Path, step: int) -> Path:
-    """An empty folder of this rank's."""
+    """Create an empty folder for this rank."""
     if collectives.rank() == 0:
         clear(scratch)
         scratch.mkdir(parents=True, exist_ok=True)
-    collectives.max_over_ranks(0.0)  # nobody writes before that
+    collectives.max_over_ranks(0.0)  # barrier: no rank writes before the folder is cleared
     own = scratch / f"{checkpoint_name(step)}-rank-{collectives.rank():04d}"
     own.mkdir()
     return own
 
 
 def restore(saved: Sequence[Saved]) -> LoopState:
-    """The newest checkpoint's state, its shards loaded; a fresh state when there is none. Collective.
+    """Load the newest checkpoint into `saved` and return its state; a fresh state if there is none.
+    Collective.
 
-    Raises `DamagedCheckpoint`.
+    Raises:
+        DamagedCheckpoint: if a file is missing or changed, or loading it would run code.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -112,35 +116,34 @@ def restore(saved: Sequence[Saved]) -> LoopState:
 
 
 def _loop_state(saved: dict[str, Any]) -> LoopState:
-    """Checkpoints made before November 2026 say `first_draw`."""
+    """`first_draw` is the name of `first_prompt_batch` in checkpoints made before November 2026."""
     if "first_draw" in saved:
         saved["first_prompt_batch"] = saved.pop("first_draw")
     return LoopState(**saved)
 
 
 def _check(folder: Path) -> None:
-    """What may have happened since the driver looked, or since these workers' predecessors saved it, and
-    whether loading would run code. Every rank raises the same. Collective.
+    """Check the checkpoint again, for damage since the driver's check or since it was saved, and for code
+    that loading would run. All ranks raise the same error. Collective.
     """
-    from rayrlhf.train.safe_load import strange_files  # and with it DeepSpeed, which the driver does without
+    from rayrlhf.train.safe_load import unsafe_files  # here, because it imports DeepSpeed: not on the driver
 
     found = manifest.read(folder) if collectives.rank() == 0 else None
     why = found and manifest.damage(folder, found["files"], full=False)
     [why, *_] = collectives.gather_lists([why])
     if why:
-        fix = "Fix: the same command goes on from the newest whole checkpoint"
+        fix = "Fix: the same command resumes from the newest intact checkpoint"
         raise manifest.DamagedCheckpoint(f"{folder}: {why}. {fix}")
     mine = sorted(folder.rglob("*.pt"))[collectives.rank() :: collectives.world_size()]
-    if strange := collectives.gather_lists(strange_files(mine)):
+    if unsafe := collectives.gather_lists(unsafe_files(mine)):
         raise manifest.DamagedCheckpoint(
-            f"{'; '.join(strange)}. Nothing of it was run. rayrlhf saves no such thing: somebody has changed "
-            "the checkpoint. Fix: put it back, delete it to go on from the one before, or choose another "
-            "run.name"
+            f"{'; '.join(unsafe)}. None of it was run. rayrlhf saves no such file: the checkpoint was "
+            "modified. Fix: restore it, delete it to resume from the one before, or choose another run.name"
         )
 
 
 def clear(folder: Path) -> None:
-    """Everything in there goes; what links lead to stays."""
+    """Remove everything in `folder`; targets of symbolic links are kept."""
     if folder.is_symlink() or not folder.is_dir():
         return
     for entry in folder.iterdir():
@@ -160,13 +163,13 @@ def newest_step(storage: Path) -> int:
 
 
 def newest_first_prompt_batch(storage: Path) -> int:
-    """Where the stream of prompts goes on after the newest committed checkpoint; 0 when there is none."""
+    """The prompt batch at which the newest committed checkpoint resumes; 0 when there is none."""
     metrics = _newest_metrics(storage)
     return metrics["first_prompt_batch"] if "first_prompt_batch" in metrics else metrics["first_draw"]
 
 
 def _newest_metrics(storage: Path) -> dict[str, Any]:
-    """What was reported with the newest checkpoint, by Ray Train's own record, which the driver has seen to
+    """Metrics reported with the newest checkpoint, from Ray Train's own record, which the driver has repaired
     (`train.find`).
     """
     record = storage / RECORD

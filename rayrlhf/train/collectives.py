@@ -1,6 +1,6 @@
 """Collectives over the process group that Ray Train set up.
 
-`Ranks` is the object that loops pass to what communicates; a test passes simulated ranks in its place.
+Loops pass a `Ranks` object to the code that communicates; tests pass simulated ranks instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rayrlhf.algorithms.metrics import Max, Metrics
 
 
 def device() -> torch.device:
-    """The device this rank's tensors live on: its GPU, or the CPU."""
+    """The device of this rank's tensors: its GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -31,7 +31,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Add up dictionaries of sums over ranks in one call; every rank must bring the same keys."""
+    """Sum dictionaries of numbers over ranks in one all-reduce; every rank must pass the same keys."""
     keys = sorted(sums)
     total = sum_over_ranks(torch.tensor([sums[key] for key in keys], dtype=torch.float64))
     return dict(zip(keys, total.tolist(), strict=True))
@@ -55,7 +55,7 @@ def gather_lists(items: list[Any]) -> list[Any]:
 
 
 def exchange(outgoing: list[list[Any]]) -> list[Any]:
-    """Send `outgoing[r]` to rank r; returns what was sent here, in the order of the senders' ranks."""
+    """Send `outgoing[r]` to rank r (all-to-all); returns the items received, in order of sender rank."""
     if world_size() == 1:
         return outgoing[0]
     packets = [_to_bytes(items) for items in outgoing]
@@ -87,7 +87,7 @@ def world_size() -> int:
 
 
 def add_up(metrics: Metrics) -> Metrics:
-    """Over ranks; every rank must bring the same keys."""
+    """Reduce metrics over ranks; every rank must pass the same keys."""
     in_order = [(key, metrics[key]) for key in sorted(metrics)]
     addends = [number for _, metric in in_order if not isinstance(metric, Max) for number in metric.addends()]
     totals = iter(sum_over_ranks(torch.tensor(addends, dtype=torch.float64)).tolist())
@@ -128,7 +128,7 @@ class Ranks:
         return -max_over_ranks(-value)
 
     def barrier(self) -> None:
-        """Returns when every rank has come."""
+        """Return once every rank has called it."""
         max_over_ranks(0.0)
 
     def gather(self, items: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""DeepSpeed: from `train.*` in the config to an engine, and from an engine back to whole tensors."""
+"""DeepSpeed engines built from the config's `train` section, and full state dicts gathered from them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Which accelerator DeepSpeed drives is decided at its import, and without CUDA it would first look for
-# vendors' tools.
+# DeepSpeed selects its accelerator at import, and without CUDA it would first look for vendors' tools.
 import torch
 
 if not torch.cuda.is_available():
@@ -23,7 +22,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.adapters import Weight, adapter_weights, weights_of
 
-# On a CPU, DeepSpeed compiles a shared-memory collective at first use (about a minute); gloo does that job.
+# On a CPU, DeepSpeed compiles a shared-memory collective at first use (about a minute); use gloo instead.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -34,10 +33,8 @@ MAX_BUCKET_NUMEL = 200_000_000
 def deepspeed_config(
     train: OptimizerConfig, *, lr: float | None, dtype: torch.dtype, num_parameters: int
 ) -> dict[str, Any]:
-    """DeepSpeed's own config. `lr=None` gives an engine without optimizer: a frozen, ZeRO-3 partitioned
-    model.
-    """
-    bucket = min(MAX_BUCKET_NUMEL, num_parameters + num_parameters % 2)  # DeepSpeed wants an even number
+    """DeepSpeed's config. `lr=None` gives an engine without optimizer: a frozen, ZeRO-3 partitioned model."""
+    bucket = min(MAX_BUCKET_NUMEL, num_parameters + num_parameters % 2)  # DeepSpeed requires an even number
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
         "reduce_bucket_size": bucket,
@@ -59,7 +56,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # Stage 0 in fp32 is clipped by the learner, which thereby learns the norm.
+        # Stage 0 in fp32 is clipped by the learner, which needs the norm.
         "gradient_clipping": train.max_grad_norm if train.zero_stage or dtype != torch.float32 else 0.0,
         "zero_optimization": zero,
         "steps_per_print": 10**9,
@@ -104,10 +101,10 @@ def make_engine(module: nn.Module, train: OptimizerConfig, *, lr: float | None, 
 
 @contextmanager
 def loading(train: OptimizerConfig, dtype: torch.dtype, *, in_parts: bool = True) -> Iterator[None]:
-    """Inside, transformers gives each rank its part of every weight under ZeRO-3: nobody holds a whole model.
+    """In this context transformers loads weights partitioned under ZeRO-3: no rank holds a full model.
 
-    Heads that are not the checkpoint's, models below ZeRO-3, and those not wanted `in_parts` come whole.
-    Collective.
+    Heads that are not in the checkpoint, models below ZeRO-3, and models with `in_parts=False` are loaded in
+    full. Collective.
     """
     if train.zero_stage < 3 or not in_parts:
         yield
@@ -122,13 +119,15 @@ def loading(train: OptimizerConfig, dtype: torch.dtype, *, in_parts: bool = True
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    """Of the whole tensor, of which ZeRO-3 may hold a part."""
+    """Number of elements of the full tensor, also when ZeRO-3 partitions it."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, these parameters hold their whole tensors on every rank (a no-op below ZeRO-3). Collective."""
+    """In this context the parameters hold their full tensors on every rank (a no-op below ZeRO-3).
+    Collective.
+    """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield
@@ -138,10 +137,10 @@ def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def full_state_dict(module: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
-    """All weights, with their adapters merged, and buffers on the CPU, gathered one by one. Collective; empty
-    where not `on_this_rank`.
+    """All weights, with adapters merged, and buffers, on the CPU, gathered one by one. Collective; empty
+    unless `on_this_rank`.
     """
-    # Tied tensors are there under each of their names.
+    # Tied tensors appear under each of their names.
     state = _copied(weights_of(module, remove_duplicate=False), on_this_rank=on_this_rank)
     if on_this_rank:
         saved = module.state_dict().keys()  # leaves out buffers that are recomputed on loading
@@ -152,14 +151,14 @@ def full_state_dict(module: nn.Module, *, on_this_rank: bool) -> dict[str, Tenso
 
 
 def adapter_state_dict(module: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:
-    """The same of the adapters alone, as `adapter_weights` names them."""
+    """The adapters' weights only, named as in `adapter_weights`. Collective; empty unless `on_this_rank`."""
     adapters = (Weight(name, parameter) for name, parameter in adapter_weights(module))
     return _copied(adapters, on_this_rank=on_this_rank)
 
 
 def _copied(weights: Iterable[Weight], *, on_this_rank: bool) -> dict[str, Tensor]:
-    """Every rank walks the same names in the same order. Tied weights stay one tensor, which an export saves
-    once.
+    """All ranks iterate over the same names in the same order. Tied weights stay one tensor, so an export
+    saves them once.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}

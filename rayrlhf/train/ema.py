@@ -1,4 +1,4 @@
-"""An exponential moving average of a module's weights, kept on the CPU beside the training."""
+"""Exponential moving average (EMA) of a module's weights, kept on the CPU during training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from rayrlhf.train.safe_load import only_tensors
 class ExponentialMovingAverage:
     """average ← β·average + (1-β)·weight after each optimizer step (Polyak & Juditsky 1992), in fp32.
 
-    It begins with the weights that `module` has when this is made, which must be after its engine (ZeRO-3
-    partitions parameters only then). Only trainable parameters are averaged; the others never change. Under
-    ZeRO-3 each rank averages its own partition. Below, all ranks have the same weights and rank 0 alone keeps
-    averages: on the others this object is empty, and every method does nothing.
+    The averages start at the weights that `module` has at construction, which must come after its engine's
+    (ZeRO-3 partitions the parameters there). Only trainable parameters are averaged; the others never change.
+    Under ZeRO-3 each rank averages its own partition. Below ZeRO-3 all ranks have the same weights and only
+    rank 0 keeps averages: on the other ranks this object is empty and every method is a no-op.
 
-    What is averaged are the weights that the module computes with, in bfloat16 perhaps, not the optimizer's
-    fp32 copy of them. Raises `ValueError` unless 0 < beta < 1.
+    The module's own weights are averaged, possibly bfloat16, not the optimizer's fp32 copy.
+
+    Raises:
+        ValueError: unless 0 < beta < 1.
     """
 
     def __init__(self, module: nn.Module, beta: float, ranks: Ranks | None = None) -> None:
@@ -39,17 +41,17 @@ class ExponentialMovingAverage:
     def update(self) -> None:
         """Move the averages towards the weights, once per optimizer step."""
         for name, weight in self._weights():
-            # Cast after the copy, which is thereby half as long for 16-bit weights.
+            # Cast after the copy: 16-bit weights are half the bytes to copy.
             self._averages[name].lerp_(weight.to("cpu").float(), 1 - self.beta)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the module holds the averages, cast to its dtype; afterwards its own weights, bit for bit.
+        """In this context the module holds the averages, cast to its dtype; on exit its own weights are
+        restored bit for bit.
 
-        For an export, not for a step. All ranks must enter it, whatever they hold: under
-        ZeRO-3 a tensor gathered inside is put together from all ranks' averages. Below ZeRO-3 only rank 0's
-        weights change, which is all that `engine.full_state_dict` reads; a forward pass of all ranks would
-        mix the two.
+        For exports, not for training steps. All ranks must enter it: under ZeRO-3 a tensor gathered inside is
+        assembled from all ranks' averages. Below ZeRO-3 only rank 0's weights change, and
+        `engine.full_state_dict` reads only those; a forward pass on all ranks would mix averages and weights.
         """
         kept: dict[str, Tensor] = {}
         try:
@@ -65,12 +67,14 @@ class ExponentialMovingAverage:
             self._forget_gathered()
 
     def save(self, folder: Path) -> None:
-        """This rank's averages, if it has any."""
+        """Save this rank's averages, if it has any."""
         if self._averages:
             torch.save(self._averages, _file(folder, self.ranks.rank))
 
     def load(self, folder: Path) -> None:
-        """Raises `FileNotFoundError` if the folder has none, `ValueError` if they are of other weights."""
+        """Raises `FileNotFoundError` if the folder has no averages, `ValueError` if they do not fit the
+        module.
+        """
         if not self._averages:
             return
         path = _file(folder, 0)
@@ -90,7 +94,7 @@ class ExponentialMovingAverage:
         self._averages = saved
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
-        """This rank's part, of what as many workers have saved or another number of them."""
+        """This rank's averages by weight name, also from a checkpoint of another number of workers."""
         files = sorted(folder.glob("ema-rank-*.pt"))
         if not self._is_partitioned() or len(files) == self.ranks.world_size:
             return _load(_file(folder, self.ranks.rank))
@@ -104,14 +108,14 @@ class ExponentialMovingAverage:
         return any(hasattr(parameter, "ds_tensor") for parameter in self._module.parameters())
 
     def _cut(self, name: str, flat: Tensor, size: int) -> Tensor:
-        """This rank's `size` numbers of a weight that lies flat over all ranks, padded at its end."""
+        """This rank's `size` elements of a weight that is flattened over all ranks and padded at its end."""
         parameter: Any = self._module.get_parameter(name)
         start = self.ranks.rank * size
         mine = flat[: parameter.ds_numel][start : start + size]
         return torch.cat([mine, mine.new_zeros(size - mine.numel())])
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The trainable weights in this rank's charge, by name: its partitions, or on rank 0 everything."""
+        """The trainable weights that this rank averages, by name: its partitions, on rank 0 all of them."""
         for name, parameter in self._module.named_parameters():
             if not parameter.requires_grad:
                 continue

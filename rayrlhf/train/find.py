@@ -1,8 +1,8 @@
-"""Which checkpoint a run goes on from: the newest whole one, whatever Ray Train's own record says.
+"""Finds the checkpoint to resume from: the newest intact one on disk, regardless of Ray Train's record.
 
-Ray Train resumes from a record of its own, `checkpoint_manager_snapshot.json`. When that is damaged, or names
-folders that are gone, it ends the run although checkpoints are there; so the folders decide, and the record
-is written again from them.
+Ray Train resumes from its own record, `checkpoint_manager_snapshot.json`. When that file is damaged, or names
+missing folders, it ends the run although checkpoints exist. Here the folders decide, and the record is
+rewritten from them.
 """
 
 from __future__ import annotations
@@ -24,27 +24,34 @@ NAME = re.compile(r"step_(\d{6,})")
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint."""
+    """An intact checkpoint."""
 
     step: int
     folder: Path
-    metrics: dict[str, Any]  # that it was reported with: step, first_prompt_batch, and perhaps fixed
+    metrics: dict[str, Any]  # as reported with it: step, first_prompt_batch, and perhaps fixed
     has_manifest: bool
 
 
 @dataclass(frozen=True)
 class Search:
+    """The checkpoints of a run, checked."""
+
     whole: list[Found] = field(default_factory=list)  # newest first
-    damaged: dict[str, str] = field(default_factory=dict)  # name of a folder -> what is wrong with it
-    record_problem: str | None = None  # with Ray Train's own file
+    damaged: dict[str, str] = field(default_factory=dict)  # folder name -> what is wrong with it
+    record_problem: str | None = None  # what is wrong with Ray Train's record
 
     @property
     def newest(self) -> Found | None:
         return self.whole[0] if self.whole else None
 
 
-def search(storage: Path, *, full: bool = False, tell: manifest.Tell | None = None) -> Search:
-    """Look at every checkpoint in Ray Train's folder. With `full`, every byte of the newest whole one."""
+def search(storage: Path, *, full: bool = False, say: manifest.Say | None = None) -> Search:
+    """Check every checkpoint in Ray Train's folder.
+
+    Args:
+        full: also verify the checksum of every file of the newest intact checkpoint.
+        say: receives a progress line when the check takes long.
+    """
     recorded, problem = _recorded(storage)
     found = Search(record_problem=problem)
     names = {path.name: path for path in storage.glob("step_*") if path.is_dir() and _step(path.name)}
@@ -55,7 +62,7 @@ def search(storage: Path, *, full: bool = False, tell: manifest.Tell | None = No
             found.damaged[name] = f"the folder is gone ({RECORD} names it)"
             continue
         try:
-            whole = _look(folder, recorded, full=full and not found.whole, tell=tell)
+            whole = _look(folder, recorded, full=full and not found.whole, say=say)
         except ValueError as error:
             found.damaged[name] = str(error)
             continue
@@ -70,32 +77,32 @@ def _step(name: str) -> int:
 
 
 def _look(
-    folder: Path, recorded: dict[str, dict[str, Any]] | None, *, full: bool, tell: manifest.Tell | None
+    folder: Path, recorded: dict[str, dict[str, Any]] | None, *, full: bool, say: manifest.Say | None
 ) -> Found | None:
-    """None for one that was never finished. Raises `ValueError` saying what is damaged."""
+    """None for a checkpoint that was never finished. Raises `ValueError` saying what is damaged."""
     about = manifest.read(folder)
     step = _step(folder.name)
     if about is None:
         if recorded is not None and folder.name not in recorded:
-            return None  # of a version that had Ray Train copy it: the copy was cut off
+            return None  # by a version that had Ray Train copy checkpoints: the copy was interrupted
         _raise(manifest.damage_without_manifest(folder))
         metrics = _metrics_of_state(folder) | (recorded or {}).get(folder.name, {})
         return Found(step, folder, metrics, has_manifest=False)
-    _raise(manifest.damage(folder, about["files"], full=full, tell=tell))
+    _raise(manifest.damage(folder, about["files"], full=full, say=say))
     for name in about.get(ELSEWHERE, []):
-        _look_elsewhere(folder.parent / name, full=full, tell=tell)
+        _look_elsewhere(folder.parent / name, full=full, say=say)
     return Found(step, folder, about["metrics"], has_manifest=True)
 
 
-def _look_elsewhere(folder: Path, *, full: bool, tell: manifest.Tell | None) -> None:
-    """A folder that belongs to the checkpoint."""
+def _look_elsewhere(folder: Path, *, full: bool, say: manifest.Say | None) -> None:
+    """Check a folder outside the checkpoint that belongs to it. Raises `ValueError`."""
     where = f"{folder.parent.name}/{folder.name}"
     if not folder.is_dir():
         raise ValueError(f"{where}, which belongs to it, is gone")
     about = manifest.read(folder)
     if about is None:
         raise ValueError(f"{where}, which belongs to it, has no {manifest.MANIFEST}")
-    problem = manifest.damage(folder, about["files"], full=full, tell=tell)
+    problem = manifest.damage(folder, about["files"], full=full, say=say)
     _raise(problem and f"{where}: {problem}")
 
 
@@ -114,7 +121,7 @@ def _metrics_of_state(folder: Path) -> dict[str, Any]:
 
 
 def _recorded(storage: Path) -> tuple[dict[str, dict[str, Any]] | None, str | None]:
-    """The metrics of the checkpoints that Ray Train knows, by folder; None and why when that is unknown."""
+    """The metrics of the checkpoints in Ray Train's record, by folder name; or None and what is wrong."""
     path = storage / RECORD
     if not path.is_file():
         return None, f"{RECORD} is missing" if any(storage.glob("step_*")) else None
@@ -129,8 +136,8 @@ def _recorded(storage: Path) -> tuple[dict[str, dict[str, Any]] | None, str | No
 
 
 def write_record(storage: Path, found: Search) -> None:
-    """Ray Train's record, made again from the whole checkpoints where it says anything else. Of those beyond
-    `checkpoint.keep` Ray Train removes the oldest when it saves.
+    """Rewrite Ray Train's record from the intact checkpoints if it differs. When more than `checkpoint.keep`
+    are recorded, Ray Train removes the oldest at its next save.
     """
     names = [checkpoint.folder.name for checkpoint in reversed(found.whole)]
     recorded, problem = _recorded(storage)
@@ -161,5 +168,5 @@ def write_record(storage: Path, found: Search) -> None:
 
 
 def _is_of_this_ray(storage: Path) -> bool:
-    """Ray Train refuses the record of another version."""
+    """Whether the installed Ray wrote the record: Ray Train refuses another version's."""
     return json.loads((storage / RECORD).read_text()).get("ray_version") == ray.__version__

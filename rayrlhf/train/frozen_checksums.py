@@ -1,5 +1,7 @@
-"""Frozen weights stay out of checkpoints: the model's folder has them, and beside adapters they are nearly
-all there is. A sum of each one's bits goes in instead, to tell when a run would go on upon another model.
+"""Checksums of frozen weights, which checkpoints contain instead of the weights.
+
+The model's folder already has the weights, and with adapters they are nearly all there is. A checksum per
+tensor (the sum of its bits) detects a run that is resumed on another base model.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ PIECE = 2**24  # elements that are widened to 8 bytes at a time
 
 
 def bit_sums(module: nn.Module) -> dict[str, int]:
-    """Of every frozen parameter, the same however many ranks hold it or parts of it. Collective."""
+    """Checksum of every frozen parameter, by name; independent of the number of ranks and of partitioning.
+    Collective.
+    """
     frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
     if not frozen:
         return {}
@@ -28,8 +32,8 @@ def bit_sums(module: nn.Module) -> dict[str, int]:
 
 
 def _own_share(parameter: Any) -> int:
-    """This rank's summand: of its part under ZeRO-3, where the last parts are padded with anything; of a
-    parameter that every rank has whole, the first rank's.
+    """This rank's contribution: the sum over its partition under ZeRO-3, without the arbitrary padding of the
+    last partitions. A parameter that every rank holds in full is counted by rank 0.
     """
     part = getattr(parameter, "ds_tensor", None)
     if part is None:
@@ -44,7 +48,7 @@ def _bit_sum(tensor: Tensor) -> int:
 
 
 def check(saved: dict[str, int], module: nn.Module) -> None:
-    """Raises `ValueError` when a frozen parameter is not the one that was saved. Collective."""
+    """Raise `ValueError` when a frozen parameter differs from the saved checksums. Collective."""
     own = bit_sums(module)
     changed = [name for name, total in saved.items() if own.get(name) != total]
     if changed:
@@ -57,7 +61,7 @@ def check(saved: dict[str, int], module: nn.Module) -> None:
 
 @contextmanager
 def left_out(module: nn.Module) -> Iterator[None]:
-    """Inside, `module.state_dict()` has no frozen parameter."""
+    """In this context `module.state_dict()` omits frozen parameters."""
     names = _names(module)
 
     def leave_out(_: nn.Module, state: dict[str, Tensor], prefix: str, __: Any) -> None:
@@ -72,18 +76,18 @@ def left_out(module: nn.Module) -> Iterator[None]:
 
 
 def load(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Into `dst` what `left_out` has let through, as DeepSpeed's `custom_load_fn`. Raises `RuntimeError` for
-    what is missing besides.
+    """DeepSpeed's `custom_load_fn`: load a state dict saved inside `left_out` into `dst`. Raises
+    `RuntimeError` if anything but frozen parameters is missing, or if there are unknown keys.
     """
     result = dst.load_state_dict(src, strict=False)
     missing = set(result.missing_keys) - _names(dst)
     if missing or result.unexpected_keys:
         raise RuntimeError(
-            "the checkpoint is of another module: it lacks "
-            f"{sorted(missing)} and has {sorted(result.unexpected_keys)} besides"
+            f"the checkpoint is of another module: missing {sorted(missing)}, "
+            f"unexpected {sorted(result.unexpected_keys)}"
         )
 
 
 def _names(module: nn.Module) -> set[str]:
-    """Of the frozen parameters; tied ones under each of their names."""
+    """Names of the frozen parameters; tied ones under each of their names."""
     return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}

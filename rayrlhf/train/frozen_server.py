@@ -1,6 +1,6 @@
-"""Frozen models behind Serve, for the reference and the teacher: actors on their slots, and how to ask them.
+"""Serve deployments of frozen models, the reference and the teacher: their actors, and a client for them.
 
-Replicas import this module too and have no model: what takes seconds to import waits for the actors.
+The Serve replicas import this module too but hold no model, so the actors do the imports that take seconds.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from rayrlhf.placement.slots import Slots
 def ask_all(
     handle: Any, method: str, batches: Sequence[PackedBatch], *arguments: Any, timeout_seconds: float
 ) -> list[Any]:
-    """`method(batch, *arguments)` of the actors behind `handle`, for all micro-batches at once. Raises
-    `TimeoutError`.
+    """Call `method(batch, *arguments)` on the actors behind `handle`, for all micro-batches concurrently.
+
+    Raises:
+        TimeoutError: if the answers take longer than `timeout_seconds`.
     """
 
     async def ask(batch: PackedBatch) -> Any:
-        asked = PackedBatch(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
-        return await handle.ask.remote(method, asked.to("cpu"), *arguments)
+        request = PackedBatch(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        return await handle.ask.remote(method, request.to("cpu"), *arguments)
 
     async def ask_for_all() -> list[Any]:
         return list(await asyncio.wait_for(asyncio.gather(*map(ask, batches)), timeout_seconds))
@@ -42,7 +44,7 @@ def logprobs_of(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:
 
 
 class ReferenceActor:
-    """The policy as it was at its start."""
+    """Holds the initial policy."""
 
     def __init__(self, model: ModelConfig, path: str, chunk_tokens: int) -> None:
         from rayrlhf.models.load import load_policy
@@ -56,12 +58,12 @@ class ReferenceActor:
 
     @torch.inference_mode()
     def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
-        """Per token; [T] fp32."""
+        """Per-token log-probabilities, [T] fp32, on the CPU."""
         return logprobs_of(self.policy, batch.to(self.device), temperature).cpu()
 
 
 class TeacherActor:
-    """What a student imitates."""
+    """Holds the teacher of knowledge distillation."""
 
     def __init__(self, model: ModelConfig, path: str, chunk_tokens: int) -> None:
         from rayrlhf.models.load import load_teacher
@@ -76,8 +78,9 @@ class TeacherActor:
     def top_k(self, batch: PackedBatch, k: int, student_size: int) -> tuple[Tensor, Tensor]:
         """The fields of `models.distill.TeacherTopK`."""
         b = batch.to(self.device)
-        told = self.model.top_k(b.input_ids, b.position_ids, b.cu_seqlens, b.loss_mask, k, student_size)
-        ids, logprobs = told
+        ids, logprobs = self.model.top_k(
+            b.input_ids, b.position_ids, b.cu_seqlens, b.loss_mask, k, student_size
+        )
         return ids.cpu(), logprobs.cpu()
 
 

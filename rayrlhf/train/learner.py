@@ -1,4 +1,4 @@
-"""A learner: one module under one DeepSpeed engine, and what it does with a list of packed micro-batches."""
+"""Learner: inference, optimizer steps and checkpoints of one module in one DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Loss = Callable[[Any, Any], tuple[Tensor, Metrics]]
 
 
 class Term(NamedTuple):
-    """A part of the objective with micro-batches of its own; terms add up."""
+    """A summand of the objective with its own micro-batches."""
 
     batches: Sequence[PackedBatch]
     forward: Forward
@@ -52,7 +52,7 @@ class Learner:
         name: str,
         first_step: int = 0,
     ) -> None:
-        """`first_step`: the first of the run in which it learns, where its schedule begins."""
+        """`first_step`: the first step of the run that trains this module; its schedule starts there."""
         self.name = name
         self.first_step = first_step
         self.base_lr = lr
@@ -61,8 +61,8 @@ class Learner:
         self.engine: Any = make_engine(module, train, lr=lr, dtype=dtype)
         self._plain_norm = 0.0
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
-            # Stage 0 in fp32 is torch's own optimizer: it neither reports the norm nor refuses a bad
-            # gradient.
+            # Stage 0 in fp32 uses torch's own optimizer, which neither reports the norm nor skips a step with
+            # a bad gradient.
             self.engine.optimizer.register_step_pre_hook(self._clip_plain_gradients)
 
     @property
@@ -79,8 +79,8 @@ class Learner:
         """One optimizer step over the micro-batches of all terms; `step` sets the learning rate.
 
         Args:
-            weight: what the objective is a mean over, such as loss tokens: how much it weighs in the mean of
-                several optimizer steps.
+            weight: number of items that the objective is a mean over, such as loss tokens; its weight in the
+                mean over several optimizer steps.
 
         Returns:
             The metrics of the losses and `loss/<name>`, over micro-batches and ranks. A step whose gradient
@@ -125,12 +125,12 @@ class Learner:
         self._plain_norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit))
 
     def _gradients_are_finite(self) -> bool:
-        # By the norm: a tensor of truth values per gradient would take memory and time.
+        # By the norm: a boolean tensor per gradient would take memory and time.
         norms = (p.grad.norm() for p in self.engine.module.parameters() if p.grad is not None)
         return collectives.max_over_ranks(sum(not bool(torch.isfinite(norm)) for norm in norms)) == 0
 
     def _step_metrics(self, grad_norm: float, lr: float) -> Metrics:
-        """Of this step; the gradient norm is averaged over the steps that have a finite one."""
+        """Metrics of this step; the gradient norm is averaged over the steps with a finite norm."""
         is_bad = not math.isfinite(grad_norm)
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if is_bad else 0
         if self.bad_steps_in_a_row >= self.train.max_bad_steps:
@@ -148,8 +148,8 @@ class Learner:
         )
 
     def offload(self) -> int:
-        """Keep only the weights on the device until `reload`; returns the bytes that have left it. On a CPU
-        these are the gradients: the rest has nowhere to go.
+        """Keep only the weights on the device until `reload`; returns the bytes freed there. On a CPU only
+        the gradients are freed, because there is nowhere to move the rest.
         """
         on_gpu = collectives.device().type == "cuda"
         return offload_states(self.engine) if on_gpu else free_gradients(self.engine)
@@ -165,14 +165,14 @@ class Learner:
     def trained_adapter(
         self, submodule: nn.Module, model: TrainedModelConfig, *, on_this_rank: bool
     ) -> TrainedAdapter | None:
-        """The adapters alone, where there are some. Collective."""
+        """The trained adapters without their base model; None without LoRA. Collective."""
         if model.lora is None:
             return None
         state = adapter_state_dict(submodule, on_this_rank=on_this_rank)
         return TrainedAdapter(model.lora, model.path, state)
 
     def save(self, folder: Path) -> None:
-        """This rank's shard of what is trained, parameters and optimizer. Collective."""
+        """Save this rank's shard of the trained parameters and optimizer states. Collective."""
         shards = folder / self.name
         with frozen.left_out(self.module):
             self.engine.save_checkpoint(
@@ -183,8 +183,10 @@ class Learner:
             write_layout(shards, self.train.zero_stage, sums, self.bad_steps_in_a_row)
 
     def load(self, folder: Path) -> None:
-        """Also what another number of workers has saved. Collective. Raises `ValueError` when frozen weights
-        are not those beside which it was trained.
+        """Load a checkpoint, also one saved with another world size. Collective.
+
+        Raises:
+            ValueError: if the frozen weights are not those that the checkpoint was trained with.
         """
         shards = folder / self.name
         layout = read_layout(shards)
@@ -201,7 +203,7 @@ class Learner:
 
 
 def _has_shards(folder: Path) -> bool:
-    """Whether workers have saved parts of the optimizer, not each the whole (torch's own, of stage 0)."""
+    """Whether the optimizer states are sharded over workers; torch's own optimizer (stage 0) saves all."""
     return any((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt"))
 
 

@@ -1,8 +1,8 @@
-"""What a checkpoint consists of: a file in it with sizes and checksums, by which a whole one is known.
+"""Checkpoint manifest: a file with the sizes and checksums of all files, to detect damaged checkpoints.
 
-A folder is put together under another name and renamed when all of it is there, so a process that is killed
-leaves no half of one. What happens to it afterwards (a full disk's empty files, a copy that was cut off, a
-bad block) the manifest shows.
+A checkpoint is assembled under another name and renamed once it is complete, so a process that is killed
+leaves no partial one. The manifest detects later damage: empty files of a full disk, an interrupted copy, a
+bad block.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ PIECE_BYTES = 2**22
 READERS = min(8, os.cpu_count() or 1)
 PROGRESS_SECONDS = 10.0
 
-Tell = Callable[[str], None]
+Say = Callable[[str], None]  # prints a console line
 
 
 class DamagedCheckpoint(RuntimeError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 class File(TypedDict):
     bytes: int
-    xxh3: str  # of the contents, 128 bits: against damage, not against an attacker
+    xxh3: str  # of the contents, 128 bits: detects damage, not an attacker
 
 
 def files_of(folder: Path) -> dict[str, File]:
-    """Every file below `folder`, by its path in it."""
+    """Every file below `folder`, by its relative path."""
     return {
         path.relative_to(folder).as_posix(): File(bytes=path.stat().st_size, xxh3=checksum(path))
         for path in sorted(folder.rglob("*"))
@@ -50,20 +50,23 @@ def files_of(folder: Path) -> dict[str, File]:
     }
 
 
-def checksum(path: Path, read: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """`read` hears of every piece's bytes."""
+def checksum(path: Path, on_read: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """Hash of a file's contents; `on_read` is called with the number of bytes of each piece read."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
-            read(count)
+            on_read(count)
     return digest.hexdigest()
 
 
 def commit(own: Path, folder: Path, about: Mapping[str, Any]) -> None:
-    """The files of every rank's `own` folder become `folder`, whole or not at all, with a manifest that also
-    says what it is `about`. Collective; the ranks' folders have one parent, on the file system of `folder`.
+    """Move the files of every rank's `own` folder into `folder`, atomically, with a manifest. Collective.
+
+    Args:
+        own: this rank's folder; those of all ranks have one parent, on the file system of `folder`.
+        about: further fields of the manifest.
     """
     rank = collectives.rank()
     files = files_of(own)
@@ -71,7 +74,7 @@ def commit(own: Path, folder: Path, about: Mapping[str, Any]) -> None:
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-    collectives.max_over_ranks(0.0)  # it is there
+    collectives.max_over_ranks(0.0)  # barrier: the folder exists
     for name in files:
         target = partial / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,11 +82,11 @@ def commit(own: Path, folder: Path, about: Mapping[str, Any]) -> None:
     everything = {name: file for part in collectives.gather_lists([files]) for name, file in part.items()}
     if rank == 0:
         _write(partial, everything, about)
-        if folder.exists():  # damaged, or of workers that died before Ray Train knew of it
+        if folder.exists():  # damaged, or of workers that died before reporting it to Ray Train
             shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         os.rename(partial, folder)
-    collectives.max_over_ranks(0.0)  # it has its name
+    collectives.max_over_ranks(0.0)  # barrier: the folder has its final name
     shutil.rmtree(own, ignore_errors=True)
 
 
@@ -95,9 +98,7 @@ def _write(folder: Path, files: Mapping[str, File], about: Mapping[str, Any]) ->
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest; None in a checkpoint of a version that wrote none. Raises `ValueError` saying what is
-    wrong with it.
-    """
+    """The manifest; None in a checkpoint of a version that wrote none. Raises `ValueError` if invalid."""
     path = folder / MANIFEST
     try:
         found = json.loads(path.read_text())
@@ -117,9 +118,15 @@ def _is_file(entry: Any) -> bool:
     )
 
 
-def damage(folder: Path, files: Mapping[str, File], *, full: bool, tell: Tell | None = None) -> str | None:
-    """Why this is not what the manifest says; None when it is. Sizes and small files are always looked at,
-    with `full` the contents of the big ones too: `tell` hears how far that is, when it takes long.
+def damage(folder: Path, files: Mapping[str, File], *, full: bool, say: Say | None = None) -> str | None:
+    """Compare a checkpoint with its manifest: sizes of all files, and contents of the small ones.
+
+    Args:
+        full: also compare the contents of the large files.
+        say: receives a progress line when that takes long.
+
+    Returns:
+        What is wrong; None if the checkpoint is intact.
     """
     for name, file in files.items():
         path = folder / name
@@ -130,13 +137,13 @@ def damage(folder: Path, files: Mapping[str, File], *, full: bool, tell: Tell | 
             return f"{name} has {size:,} bytes of {file['bytes']:,}"
     small = [name for name, file in files.items() if file["bytes"] <= SMALL_BYTES]
     big = [name for name in files if full and name not in set(small)]
-    return _first_changed(folder, files, small) or _first_changed(folder, files, big, tell)
+    return _first_changed(folder, files, small) or _first_changed(folder, files, big, say)
 
 
 def _first_changed(
-    folder: Path, files: Mapping[str, File], names: list[str], tell: Tell | None = None
+    folder: Path, files: Mapping[str, File], names: list[str], say: Say | None = None
 ) -> str | None:
-    progress = _Progress(folder.name, sum(files[name]["bytes"] for name in names), tell)
+    progress = _Progress(folder.name, sum(files[name]["bytes"] for name in names), say)
 
     def look(name: str) -> str | None:
         try:
@@ -145,7 +152,7 @@ def _first_changed(
             return f"{name} cannot be read ({error.strerror})"
         return None if same else f"{name} has other contents than were saved"
 
-    with ThreadPoolExecutor(READERS) as pool:  # hashing lets go of the interpreter, as reading does
+    with ThreadPoolExecutor(READERS) as pool:  # hashing and reading both release the GIL
         for problem in pool.map(look, names):
             if problem:
                 pool.shutdown(cancel_futures=True)
@@ -154,8 +161,8 @@ def _first_changed(
 
 
 class _Progress:
-    def __init__(self, name: str, total: int, tell: Tell | None) -> None:
-        self.name, self.total, self.tell = name, total, tell
+    def __init__(self, name: str, total: int, say: Say | None) -> None:
+        self.name, self.total, self.say = name, total, say
         self.done = 0
         self.last = time.monotonic()
         self.lock = threading.Lock()
@@ -163,15 +170,15 @@ class _Progress:
     def add(self, num_bytes: int) -> None:
         with self.lock:
             self.done += num_bytes
-            if self.tell is not None and time.monotonic() - self.last > PROGRESS_SECONDS:
+            if self.say is not None and time.monotonic() - self.last > PROGRESS_SECONDS:
                 self.last = time.monotonic()
-                self.tell(f"checking {self.name}: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB")
+                self.say(f"checking {self.name}: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB")
 
 
 def damage_without_manifest(folder: Path) -> str | None:
-    """What can be seen of a checkpoint that has no manifest: JSON that is none, tensors' files that are cut.
+    """Detectable damage of a checkpoint without a manifest: invalid JSON, truncated tensor files.
 
-    An archive's table of contents is at its end.
+    A tensor file is a zip archive, whose table of contents is at its end.
     """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -181,5 +188,5 @@ def damage_without_manifest(folder: Path) -> str | None:
             except (ValueError, OSError) as error:
                 return f"{name} cannot be read ({error})"
         elif path.suffix == ".pt" and not zipfile.is_zipfile(path):
-            return f"{name} is cut off, or no tensors' file"
+            return f"{name} is truncated, or not a tensor file"
     return None

@@ -1,7 +1,8 @@
-"""What a trainer holds beside its weights, to host memory and back, while rollout engines have the GPU.
+"""Offloads gradients, master weights and optimizer states to host memory while rollout engines use the GPU.
 
-Weights stay where they are: the engines are about to be given them. DeepSpeed moves the states of ZeRO 1 and
-2; of ZeRO 3 it does so for its own compiled Adam only, and of ZeRO 0 not at all, so those move here.
+The weights stay on the device, because they are pushed to the engines next. DeepSpeed offloads the states of
+ZeRO 1 and 2; for ZeRO 3 it does so only with its own compiled Adam, and for ZeRO 0 not at all: those are
+offloaded here.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ MASTER_AND_MOMENTS = [OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim
 
 
 def offload_states(engine: Any) -> int:
-    """Free the gradients and move fp32 master weights and optimizer state to the host; twice is as good as
-    once. Returns the bytes that have left the device.
+    """Free the gradients and move fp32 master weights and optimizer states to the host; idempotent. Returns
+    the bytes freed on the device.
     """
     num_bytes = free_gradients(engine)
     on_gpu = torch.cuda.is_available()
@@ -39,7 +40,7 @@ def offload_states(engine: Any) -> int:
 
 
 def reload_states(engine: Any) -> None:
-    """Back to where they were; nothing to do when they are there."""
+    """Move the states back to the device; a no-op if they are there."""
     stage = engine.zero_optimization_stage()
     if stage > 0 and not _weights_are_on_host(engine):
         engine.reload_states()
@@ -49,25 +50,25 @@ def reload_states(engine: Any) -> None:
 
 
 def _weights_are_on_host(engine: Any) -> bool:
-    """Then so are the gradients, and DeepSpeed has nothing that it would move."""
+    """True with parameter offload: the gradients are on the host too, and DeepSpeed has nothing to move."""
     offload = engine.zero_offload_param()
     return offload is not None and offload.device != OffloadDeviceEnum.none
 
 
 def _own_states(engine: Any) -> Iterator[Tensor]:
-    """Moments, and the partitions of ZeRO 3's master weights."""
+    """The states that are offloaded here: the moments, and the partitions of ZeRO 3's master weights."""
     if engine.zero_use_cpu_optimizer():
         return  # on the host already
     if engine.zero_optimization_stage() == 3:
         yield from engine.optimizer.fp32_partitioned_groups_flat
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for state in inner.state.values():
-        # A counter of steps stays on the device that the fused kernel wants it on.
+        # The step counter stays on the device where the fused kernel needs it.
         yield from (value for value in state.values() if torch.is_tensor(value) and value.dim() > 0)
 
 
 def free_gradients(engine: Any) -> int:
-    """Those that autograd has left on the parameters; a step has used them. Returns their bytes."""
+    """Free the gradients on the parameters, which the optimizer step has used. Returns their bytes."""
     freed = 0
     for parameter in engine.module.parameters():
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""The random numbers of a rank: its own masks of dropout, which go on where a checkpoint was saved."""
+"""Random number generator states of a rank, such as for dropout masks, saved and restored."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FOLDER = "random"  # in a checkpoint
 class RandomStates:
     """torch's, Python's and NumPy's generators in this process.
 
-    Models begin alike on all ranks. Then each rank draws numbers of its own: with the same ones on all, every
-    rank would drop the same places of its tokens. Neighbours that share a sequence hold other tokens each, so
-    theirs differ too.
+    Models are initialised identically on all ranks. After that, each rank has its own random numbers: with
+    equal ones, every rank would drop the same positions of its tokens. Ranks that share a sequence (sequence
+    parallelism) hold different tokens, so their numbers differ too.
     """
 
     def __init__(self, seed: int, *, rank: int, world_size: int) -> None:
@@ -35,8 +35,8 @@ class RandomStates:
         torch.save(_states() | {"world_size": self.world_size}, self._file(folder))
 
     def load(self, folder: Path) -> None:
-        """Where another number of ranks has saved, or a version that kept no states, this rank begins with
-        numbers that are of the checkpoint's step.
+        """Restore this rank's states. If another number of ranks saved the checkpoint, or a version that
+        saved no states, seed from the checkpoint's step instead.
         """
         file = self._file(folder)
         if file.is_file():
@@ -48,7 +48,7 @@ class RandomStates:
 
     def _begin(self, step: int) -> None:
         digest = hashlib.sha256(f"{self.seed} {self.rank} {step}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8]))  # of the GPUs too
+        torch.manual_seed(int.from_bytes(digest[:8]))  # seeds the GPUs' generators too
         random.seed(digest)
         np.random.seed(int.from_bytes(digest[:4]))
 
@@ -57,7 +57,7 @@ class RandomStates:
 
 
 def _states() -> dict[str, Any]:
-    """Tensors and plain values: what `torch.load` opens with `weights_only`."""
+    """Tensors and plain values only, as `torch.load(weights_only=True)` requires."""
     name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
     assert isinstance(words, np.ndarray)
     states: dict[str, Any] = {

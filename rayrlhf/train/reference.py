@@ -1,4 +1,4 @@
-"""The frozen reference policy: a copy in the worker, the actor without adapters, or replicas behind Serve."""
+"""Reference policy backends: a frozen copy in the worker, the actor without adapters, or Serve replicas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rayrlhf.train import collectives
 from rayrlhf.train.deepspeed_engine import loading, make_engine
 from rayrlhf.train.frozen_server import ask_all, logprobs_of
 from rayrlhf.train.learner import Learner
-from rayrlhf.train.sequence_parallel import own_outputs, share_sequences
+from rayrlhf.train.sequence_parallel import own_outputs, set_sequence_group
 
 
 class Reference(Protocol):
@@ -27,7 +27,7 @@ class Reference(Protocol):
 
 
 class LocalReference:
-    """A frozen copy beside the actor; partitioned over the ranks when the actor is (ZeRO-3)."""
+    """A frozen copy in the actor's workers; partitioned over the ranks when the actor is (ZeRO-3)."""
 
     def __init__(self, model: TrainedModelConfig, path: str, train: OptimizerConfig) -> None:
         device = collectives.device()
@@ -35,7 +35,7 @@ class LocalReference:
         with loading(train, dtype):
             policy = load_policy(model, path, device=device, chunk_tokens=train.logprob_chunk_tokens).eval()
         policy.requires_grad_(False)
-        share_sequences(policy, model, train)
+        set_sequence_group(policy, model, train)
         self.module = policy
         if train.zero_stage == 3:
             self.policy: Any = make_engine(policy, train, lr=None, dtype=dtype)
@@ -48,7 +48,7 @@ class LocalReference:
 
 
 class AdaptersOff:
-    """A learner without the adapters that it trains: the model that it was at its start, held only once."""
+    """The actor with its LoRA adapters disabled, which is the initial policy: no second copy."""
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
@@ -59,12 +59,14 @@ class AdaptersOff:
 
 
 class ServedReference:
-    """Asks a deployment: `train.frozen_server`'s, or `rollout.logprob_server`'s."""
+    """Client of a reference deployment, from `train.frozen_server` or `rollout.logprob_server`."""
 
     def __init__(self, handle: Any, *, timeout_seconds: float) -> None:
         self.handle = handle
         self.timeout_seconds = timeout_seconds
 
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
-        told = ask_all(self.handle, "logprobs", batches, temperature, timeout_seconds=self.timeout_seconds)
-        return [answer.to(batch.input_ids.device) for answer, batch in zip(told, batches, strict=True)]
+        logprobs = ask_all(
+            self.handle, "logprobs", batches, temperature, timeout_seconds=self.timeout_seconds
+        )
+        return [answer.to(batch.input_ids.device) for answer, batch in zip(logprobs, batches, strict=True)]

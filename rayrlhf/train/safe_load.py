@@ -1,8 +1,8 @@
-"""Checkpoints are read without running what is in them.
+"""Loads checkpoints without executing code that they may contain.
 
-A pickle can call anything when it is opened, and DeepSpeed opens its files with `weights_only=False`. Here
-torch is made to refuse, in DeepSpeed's code as in ours, whatever is not a tensor, a plain value or one of the
-few classes that DeepSpeed's optimizer states hold. These hold numbers: none does anything when it is made.
+Unpickling can call anything, and DeepSpeed loads its files with `weights_only=False`. Here torch is forced to
+refuse, in DeepSpeed's code as in ours, everything that is not a tensor, a plain value or one of the few
+classes in DeepSpeed's optimizer states. Those classes hold numbers; constructing them has no side effects.
 https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only-security
 """
 
@@ -22,17 +22,19 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from rayrlhf.train.manifest import DamagedCheckpoint
 
 ALLOWED: tuple[type, ...] = (LossScaler, ZeroStageEnum, fragment_address)
-FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch reads it at every load, and it wins over the argument
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch reads it at every load; it overrides the argument
 
 
 class UnsafeCheckpoint(DamagedCheckpoint):
-    """A file of a checkpoint holds what would run code when it is opened."""
+    """A file of a checkpoint would run code when it is loaded."""
 
 
 @contextmanager
 def only_tensors(folder: Path) -> Iterator[None]:
-    """Inside, no `torch.load` of this process and of those that it starts runs code. Raises
-    `UnsafeCheckpoint` naming the file below `folder` that would have.
+    """In this context no `torch.load` runs code, in this process and its child processes.
+
+    Raises:
+        UnsafeCheckpoint: naming the file below `folder` that would have run code.
     """
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
@@ -40,7 +42,7 @@ def only_tensors(folder: Path) -> Iterator[None]:
         with torch.serialization.safe_globals(list(ALLOWED)):
             yield
     except pickle.UnpicklingError as error:
-        raise UnsafeCheckpoint(_story(folder, error)) from error
+        raise UnsafeCheckpoint(_message(folder, error)) from error
     finally:
         if before is None:
             del os.environ[FORCE]
@@ -48,22 +50,20 @@ def only_tensors(folder: Path) -> Iterator[None]:
             os.environ[FORCE] = before
 
 
-def _story(folder: Path, error: pickle.UnpicklingError) -> str:
-    where = (
-        "; ".join(strange_files(sorted(folder.rglob("*.pt")))) or f"{folder}: {str(error).splitlines()[0]}"
-    )
+def _message(folder: Path, error: pickle.UnpicklingError) -> str:
+    where = "; ".join(unsafe_files(sorted(folder.rglob("*.pt")))) or f"{folder}: {str(error).splitlines()[0]}"
     return (
-        f"{where}. Nothing of it was run. A checkpoint that rayrlhf has saved has no such thing: "
-        "somebody has changed it. Fix: put the file back, or choose another run.name"
+        f"{where}. None of it was run. rayrlhf saves no such file: the checkpoint was modified. "
+        "Fix: restore the file, or choose another run.name"
     )
 
 
-def strange_files(paths: Sequence[Path]) -> list[str]:
-    """What is in these files and in no checkpoint of ours. They are looked at, not opened."""
-    return [f"{path}: {what}" for path in paths if (what := _strange(path))]
+def unsafe_files(paths: Sequence[Path]) -> list[str]:
+    """A line for each file with contents that rayrlhf never saves. The files are scanned, not unpickled."""
+    return [f"{path}: {problem}" for path in paths if (problem := _unsafe_contents(path))]
 
 
-def _strange(path: Path) -> str | None:
+def _unsafe_contents(path: Path) -> str | None:
     known = {f"{kind.__module__}.{kind.__qualname__}" for kind in ALLOWED}
     try:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))) - known

@@ -1,7 +1,8 @@
-"""Micro-batches whose tokens a group of ranks computes together (sequence parallelism).
+"""Sequence parallelism: a group of ranks computes each micro-batch jointly, every rank a part of its tokens.
 
-Every rank has micro-batches of its own, as without it. A group goes through those of its ranks one after the
-other: all compute the same stream, a part of its tokens each, and the same loss; its owner counts it.
+Every rank has its own micro-batches, as without sequence parallelism. A group processes those of its ranks
+one after the other: all its ranks compute the same stream and the same loss, and only the micro-batch's owner
+counts it.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from rayrlhf.models.parallel import PackedModel
 from rayrlhf.train import collectives
 
 
-def share_sequences(module: nn.Module, model: TrainedModelConfig, train: OptimizerConfig) -> None:
-    """From here on, `model.sequence_parallel` neighbouring ranks compute what `module` is given."""
+def set_sequence_group(module: nn.Module, model: TrainedModelConfig, train: OptimizerConfig) -> None:
+    """Let groups of `model.sequence_parallel` consecutive ranks compute the inputs of `module` jointly."""
     if model.sequence_parallel > 1:
         assert isinstance(module, PackedModel), "the configuration refuses other models"
         module.sequence_group = _neighbours(model.sequence_parallel, train.collective_timeout_seconds)
 
 
 def together(module: Any, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, bool]]:
-    """The micro-batches that this rank takes part in, and whether each is one of its own, `batches`.
+    """Iterate over the micro-batches of all ranks of the group, each with whether it is one of this rank's
+    `batches`.
 
-    Collective over the ranks that share `module`'s sequences: equally many `batches` on each.
+    Collective over the ranks that share `module`'s sequences; every rank must pass equally many `batches`.
     """
     group = getattr(module, "sequence_group", None)
     if group is None:
@@ -39,16 +41,16 @@ def together(module: Any, batches: Iterable[PackedBatch]) -> Iterator[tuple[Pack
         return
     own = dist.get_rank(group)
     for batch in batches:
-        everyone: list[Any] = [None] * group.size()
-        dist.all_gather_object(everyone, batch.to("cpu"), group=group)
-        for owner, shared in enumerate(everyone):
+        gathered: list[Any] = [None] * group.size()
+        dist.all_gather_object(gathered, batch.to("cpu"), group=group)
+        for owner, shared in enumerate(gathered):
             yield (batch, True) if owner == own else (shared.to(collectives.device()), False)
 
 
 def own_outputs(
     module: Any, batches: Iterable[PackedBatch], forward: Callable[[PackedBatch], Any]
 ) -> list[Any]:
-    """What `forward`, which calls `module`, says of this rank's own micro-batches. Collective."""
+    """Outputs of `forward`, which calls `module`, for this rank's own micro-batches. Collective."""
     outputs: list[Any] = []
     for batch, is_own in together(module, batches):
         output = forward(batch)
@@ -59,7 +61,7 @@ def own_outputs(
 
 @functools.cache
 def _neighbours(size: int, timeout_seconds: float) -> dist.ProcessGroup:
-    """This rank's group of `size` ranks that follow one another."""
+    """This rank's group of `size` consecutive ranks."""
     if collectives.world_size() % size:
         raise ValueError(
             f"model.sequence_parallel={size} does not divide the number of workers, "

@@ -1,4 +1,4 @@
-"""The teacher of distillation: a frozen copy in the worker, or replicas behind Serve."""
+"""Teacher backends for knowledge distillation: a frozen copy in the worker, or Serve replicas."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from rayrlhf.train.frozen_server import ask_all
 
 class Teacher(Protocol):
     def answers(self, batches: Sequence[PackedBatch]) -> list[TeacherAnswer]:
-        """What it would have said in the place of each learnt token of each micro-batch."""
+        """The teacher's distribution at every loss token, one answer per micro-batch."""
         ...
 
 
 class LocalTeacher:
-    """A whole copy in every worker, ZeRO or not: its output projection is needed while the student learns."""
+    """A full copy in every worker, whatever the ZeRO stage: its output projection is needed while the student
+    is trained.
+    """
 
     def __init__(self, config: KdRunConfig, device: torch.device) -> None:
         self.model = load_teacher(
@@ -34,7 +36,7 @@ class LocalTeacher:
 
 
 class ServedTeacher:
-    """Asks a deployment for its `top_k` tokens, of those that a student with `student_size` logits has."""
+    """Client of a teacher deployment: the top k among the tokens of a student with `student_size` logits."""
 
     def __init__(self, handle: Any, *, top_k: int, student_size: int, timeout_seconds: float) -> None:
         self.handle = handle
@@ -43,9 +45,9 @@ class ServedTeacher:
         self.timeout_seconds = timeout_seconds
 
     def answers(self, batches: Sequence[PackedBatch]) -> list[TeacherAnswer]:
-        asked = (self.top_k, self.student_size)
-        told = ask_all(self.handle, "top_k", batches, *asked, timeout_seconds=self.timeout_seconds)
+        limits = (self.top_k, self.student_size)
+        answers = ask_all(self.handle, "top_k", batches, *limits, timeout_seconds=self.timeout_seconds)
         return [
             TeacherTopK(*(tensor.to(batch.input_ids.device) for tensor in answer))
-            for answer, batch in zip(told, batches, strict=True)
+            for answer, batch in zip(answers, batches, strict=True)
         ]

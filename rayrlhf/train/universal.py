@@ -1,4 +1,4 @@
-"""DeepSpeed's converter to its universal format, which reads checkpoints without running what is in them.
+"""DeepSpeed's converter to its universal format, without executing code that checkpoints may contain.
 
 python -m rayrlhf.train.universal --input_folder … --output_folder …
 """

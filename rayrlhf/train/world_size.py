@@ -1,4 +1,4 @@
-"""A checkpoint for another number of workers than has saved it, through DeepSpeed's universal format."""
+"""Loads checkpoints that were saved with a different world size (DeepSpeed universal checkpoint)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, NotRequired, TypedDict
 from rayrlhf.train import collectives
 from rayrlhf.train.safe_load import only_tensors
 
-LAYOUT = "layout.json"  # how many workers have saved, how they divide their states, beside what weights
+LAYOUT = "layout.json"  # world size, ZeRO stage and frozen weights' checksums of a saved checkpoint
 TAG = "engine"
 SECONDS = 3600.0
 POLL_SECONDS = 0.2
@@ -29,8 +29,8 @@ DONE, FAILED = "done", "failed"
 class Layout(TypedDict):
     workers: int
     zero_stage: int
-    frozen: dict[str, int]  # bit sums by name
-    bad_steps_in_a_row: NotRequired[int]  # not of earlier versions
+    frozen: dict[str, int]  # checksums by parameter name
+    bad_steps_in_a_row: NotRequired[int]  # absent in earlier versions
 
 
 def write_layout(folder: Path, zero_stage: int, frozen: dict[str, int], bad_steps_in_a_row: int) -> None:
@@ -49,9 +49,11 @@ def read_layout(folder: Path) -> Layout:
 
 @contextmanager
 def resized(folder: Path) -> Iterator[Path]:
-    """The engine's checkpoint `folder` in the universal format, in a scratch folder of this node. Collective.
+    """Convert the engine's checkpoint `folder` to the universal format; yields a temporary folder on this
+    node and removes it afterwards. Collective.
 
-    Raises `RuntimeError` with DeepSpeed's message when the conversion fails.
+    Raises:
+        RuntimeError: with DeepSpeed's message, when the conversion fails.
     """
     node = socket.gethostname()
     [(token, _), *_] = members = collectives.gather_lists([(uuid.uuid4().hex[:8], node)])
@@ -62,14 +64,14 @@ def resized(folder: Path) -> Iterator[Path]:
             _convert(folder / TAG, scratch)
         _wait(scratch)
         yield scratch
-        collectives.max_over_ranks(0.0)  # all have read it
+        collectives.max_over_ranks(0.0)  # barrier: all ranks have read it
     finally:
         if leads:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _convert(source: Path, scratch: Path) -> None:
-    """In a process of its own: it forks, and prints."""
+    """Run the converter in a separate process, because it forks and prints."""
     scratch.mkdir()
     command = [sys.executable, "-m", "rayrlhf.train.universal", "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(scratch / TAG)]
@@ -101,7 +103,7 @@ def _wait(scratch: Path) -> None:
 
 
 def load_universal(engine: Any, folder: Path) -> Any:
-    """What `engine.load_checkpoint` returns, from a folder in the universal format."""
+    """`engine.load_checkpoint` for a folder in the universal format; returns what that returns."""
     config = engine._config
     before, config.load_universal_checkpoint = config.load_universal_checkpoint, True
     try:

@@ -166,7 +166,7 @@ BY_HAND = {
         -1 / 7**0.5,
         2 / 8**0.5,
         3 / 7**0.5,
-    ],  # 1e-6 beside 2.6 is below the tolerance
+    ],  # 1e-6 relative to 2.6 is below the tolerance
     "dr_grpo": [-2.0, -2.0, -1.0, 2.0, 3.0],
     "reinforce_pp_baseline": [-2.0, -2.0, -1.0, 2.0, 3.0],
 }

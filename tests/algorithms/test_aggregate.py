@@ -83,7 +83,7 @@ def test_empty_mask_is_zero_and_keeps_the_graph(name: str, tokens: float, sequen
 
 
 def test_low_precision_is_summed_in_fp32() -> None:
-    # 0.00390625 = 2^-8 is lost beside 1 in bfloat16 (8 significant bits): 1 + 2^-8 = 257/256 in fp32.
+    # 0.00390625 = 2^-8 is lost when added to 1 in bfloat16 (8 significant bits): 1 + 2^-8 = 257/256 in fp32.
     loss = torch.tensor([1.0, 2.0**-8], dtype=torch.bfloat16)
     total = share("token_mean", loss, torch.ones(2), cu_seqlens_of([2]), 1, 1)
     assert total.dtype == torch.float32

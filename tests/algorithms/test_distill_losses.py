@@ -27,7 +27,7 @@ def logs(*probabilities: float) -> Tensor:
     return torch.tensor([probabilities]).log()
 
 
-def draw(seed: int, n: int, vocabulary: int, std: float = 2.0) -> tuple[Tensor, Tensor]:
+def logits_pair(seed: int, n: int, vocabulary: int, std: float = 2.0) -> tuple[Tensor, Tensor]:
     """Student logits and teacher log-probs [n, V]."""
     rng = np.random.default_rng(seed)
     student, teacher = (torch.tensor(rng.normal(0, std, (n, vocabulary)), dtype=torch.float32) for _ in "ab")
@@ -66,7 +66,7 @@ def test_jsd_by_hand() -> None:
 @pytest.mark.parametrize("name", DISTILL_LOSSES)
 @given(seed=seeds, beta=st.floats(0.05, 0.95))
 def test_never_negative_and_zero_only_where_both_agree(name: str, seed: int, beta: float) -> None:
-    student, teacher = draw(seed, 4, 7)
+    student, teacher = logits_pair(seed, 4, 7)
     assert bool((divergence(name, student, teacher, beta=beta) > 1e-4).all())
     agreeing = (teacher + 3.0).requires_grad_()  # logits of the same distribution
     loss = divergence(name, agreeing, teacher, beta=beta)
@@ -78,7 +78,7 @@ def test_never_negative_and_zero_only_where_both_agree(name: str, seed: int, bet
 @given(seed=seeds)
 def test_jsd_is_between_the_two_kls(seed: int) -> None:
     """D/β → forward KL for β → 0 and D/(1-β) → reverse KL for β → 1, both to first order."""
-    student, teacher = draw(seed, 3, 5, std=1.0)
+    student, teacher = logits_pair(seed, 3, 5, std=1.0)
     student, teacher = student.double(), teacher.double()
     beta = 1e-6
     forward, reverse = (divergence(name, student, teacher) for name in ("forward_kl", "reverse_kl"))
@@ -114,7 +114,7 @@ def test_top_k_by_hand() -> None:
 @pytest.mark.parametrize("name", DISTILL_LOSSES)
 @given(seed=seeds, beta=st.sampled_from([0.1, 0.5, 0.9]))
 def test_top_k_is_a_lower_bound_that_grows_with_k(name: str, seed: int, beta: float) -> None:
-    student, teacher = (x.double() for x in draw(seed, 4, 9))
+    student, teacher = (x.double() for x in logits_pair(seed, 4, 9))
     teacher = teacher.log_softmax(-1)  # in fp32 a small rest is mostly rounding
     full = divergence(name, student, teacher, beta=beta)
     bounds = [top_k_divergence(name, student, *top(teacher, k), beta=beta) for k in range(1, 10)]
@@ -126,7 +126,7 @@ def test_top_k_is_a_lower_bound_that_grows_with_k(name: str, seed: int, beta: fl
 @pytest.mark.parametrize("name", DISTILL_LOSSES)
 @given(seed=seeds)
 def test_the_bound_is_attained_where_only_the_rest_as_a_whole_differs(name: str, seed: int) -> None:
-    _, teacher = draw(seed, 4, 9)
+    _, teacher = logits_pair(seed, 4, 9)
     ids, logprobs = top(teacher, 3)
     # Other odds of the three tokens, the same odds among the other six
     student = teacher.scatter_add(-1, ids, torch.tensor([[0.7, -0.4, 1.1]]).expand(4, 3)) + 2.0

@@ -1,4 +1,4 @@
-"""Preference losses: numbers by hand, what each is for, fillers, and the limits of fp32."""
+"""Preference losses: numbers by hand, what each is for, padding, and the limits of fp32."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_length_alone_makes_no_preference_without_a_reference() -> None:
 
 
 def test_chosen_nll_by_hand() -> None:
-    sums = torch.tensor([-6.0, 0.0], requires_grad=True)  # the second is a filler
+    sums = torch.tensor([-6.0, 0.0], requires_grad=True)  # the second is padding
     loss = chosen_nll(sums, torch.tensor([3.0, 0.0]))
     assert loss.tolist() == [2.0, 0.0]
     (gradient,) = torch.autograd.grad(loss[0], sums)
@@ -157,7 +157,7 @@ def test_a_step_down_prefers_the_chosen_response(
 @pytest.mark.parametrize(
     ("chosen", "rejected", "tokens"),
     [
-        pytest.param(0.0, 0.0, (0, 0), id="filler"),
+        pytest.param(0.0, 0.0, (0, 0), id="padding"),
         pytest.param(0.0, 0.0, (1, 1), id="sure of both"),
         pytest.param(-1e4, 0.0, (10, 10), id="sure of the rejected"),
         pytest.param(0.0, -1e4, (10, 10), id="sure of the chosen"),
@@ -251,7 +251,7 @@ def test_kto_mirrors_its_labels_around_the_reference_point(kl: float, h: float) 
         assert metrics["reward/accuracy"].tolist() == [float(h > kl)] * 2
 
 
-def test_kto_keeps_its_digits_where_all_is_learnt() -> None:
+def test_kto_keeps_its_digits_where_every_token_counts() -> None:
     loss, _ = kto_of(torch.tensor([300.0, -300.0]), torch.tensor([1.0, 0.0]), 0.0)
     assert loss.tolist() == pytest.approx([math.exp(-30.0)] * 2, rel=1e-4)  # 1 - σ(30) would be 0 in fp32
 

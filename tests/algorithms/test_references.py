@@ -105,7 +105,9 @@ class Stream:
         )
 
 
-def draw(counts: Sequence[int], rng: np.random.Generator, mean: float = 0.0, std: float = 1.0) -> list[Array]:
+def sample(
+    counts: Sequence[int], rng: np.random.Generator, mean: float = 0.0, std: float = 1.0
+) -> list[Array]:
     """Normal numbers that fp32 holds exactly, so that both implementations start from the same."""
     return [rng.normal(mean, std, count).astype(np.float32).astype(np.float64) for count in counts]
 
@@ -140,8 +142,8 @@ def test_token_advantages(
 ) -> None:
     rng = np.random.default_rng(seed)
     stream = Stream.around(counts, rng)
-    (scores,) = draw([len(counts)], rng)
-    kl, values = draw(counts, rng), draw(counts, rng)
+    (scores,) = sample([len(counts)], rng)
+    kl, values = sample(counts, rng), sample(counts, rng)
     rewards = references.rewards(scores, kl, kl_coef)
     expected = references.TOKEN_ADVANTAGES[name](rewards, values, gamma, lam)
 
@@ -166,7 +168,7 @@ def test_group_advantages(name: str, data: st.DataObject, seed: int) -> None:
     smallest = 1 if ESTIMATORS[name].defined_for_one else 2
     sizes = data.draw(st.lists(st.integers(smallest, 5), min_size=2, max_size=4))
     rng = np.random.default_rng(seed)
-    groups = draw(sizes, rng)
+    groups = sample(sizes, rng)
     expected = np.concatenate([references.GROUP_ADVANTAGES[name](scores) for scores in groups])
     order = rng.permutation(sum(sizes))  # as balancing over ranks leaves them
     ids = np.repeat(np.arange(len(sizes)), sizes)[order]
@@ -186,7 +188,7 @@ def test_whitening(counts: list[int], mean: float, std: float, seed: int) -> Non
     assert {name for name, estimator in ESTIMATORS.items() if estimator.whitened} == references.WHITENED
     rng = np.random.default_rng(seed)
     stream = Stream.around(counts, rng)
-    batch = draw(counts, rng, mean, std)
+    batch = sample(counts, rng, mean, std)
     x = stream.lay_out(batch)
     stream.agrees(whiten(x, stream.mask, masked_moments(x, stream.mask)), references.whitened(batch))
 
@@ -212,7 +214,7 @@ def test_policy_losses_and_their_gradients(
     dual = dual if name in ("ppo", "gspo") else None
     rng = np.random.default_rng(seed)
     stream = Stream.around(counts, rng)
-    old, advantages = draw(counts, rng, mean=-2.0), draw(counts, rng)
+    old, advantages = sample(counts, rng, mean=-2.0), sample(counts, rng)
     new = near(old, rng, drift)
 
     def losses(logprobs: Batch) -> list[Array]:
@@ -240,7 +242,7 @@ def test_policy_losses_and_their_gradients(
 def test_value_loss_and_its_gradient(clip: float | None, counts: list[int], drift: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     stream = Stream.around(counts, rng)
-    old, returns = draw(counts, rng), draw(counts, rng)
+    old, returns = sample(counts, rng), sample(counts, rng)
     values = near(old, rng, drift)
 
     def losses(v: Batch) -> list[Array]:
@@ -260,7 +262,7 @@ def test_value_loss_and_its_gradient(clip: float | None, counts: list[int], drif
 def test_kl_estimators_and_their_gradients(name: str, counts: list[int], drift: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     stream = Stream.around(counts, rng)
-    ref = draw(counts, rng, mean=-2.0)
+    ref = sample(counts, rng, mean=-2.0)
     new = near(ref, rng, drift)
 
     def kl(logprobs: Batch) -> list[Array]:
@@ -286,7 +288,7 @@ def test_rollout_correction(
     low = 0.5 if mode == "mask" else 0.0
     rng = np.random.default_rng(seed)
     stream = Stream.around(counts, rng)
-    rollout = draw(counts, rng, mean=-2.0)
+    rollout = sample(counts, rng, mean=-2.0)
     old = near(rollout, rng, drift)
     raw = [references.WEIGHT_LEVELS[level](*row) for row in zip(old, rollout, strict=True)]
     expected = [references.ROLLOUT_CORRECTIONS[mode](w, low, high) for w in raw]

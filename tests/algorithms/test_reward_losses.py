@@ -69,7 +69,7 @@ def test_prm_by_hand() -> None:
 
 
 @given(target=st.floats(0, 1))
-def test_a_soft_label_is_learnt_as_a_probability(target: float) -> None:
+def test_a_soft_label_is_fitted_as_a_probability(target: float) -> None:
     """At p(good) = target the gradient is 0, and the loss is the label's entropy."""
     target = min(max(target, 1e-3), 1 - 1e-3)
     logits = torch.tensor([[math.log(1 - target), math.log(target)]], requires_grad=True)

@@ -69,7 +69,7 @@ def gradient_agrees(loss: Tensor, leaf: Tensor, function: Callable[[Array], floa
     agree(gradient, differences(function, at))
 
 
-def draw_pairs(count: int, rng: np.random.Generator) -> Array:
+def sample_pairs(count: int, rng: np.random.Generator) -> Array:
     """[P, 6], the columns of `Pair`."""
     tokens = rng.integers(1, 40, (count, 2)).astype(np.float64)
     sums = -tokens * rng.uniform(0.05, 2.0, (count, 2))
@@ -93,7 +93,7 @@ def settings_of(name: str, beta: float, label_smoothing: float, gamma: float) ->
 def test_preference_losses_and_their_gradients(
     name: str, count: int, beta: float, label_smoothing: float, gamma: float, seed: int
 ) -> None:
-    pairs = draw_pairs(count, np.random.default_rng(seed))
+    pairs = sample_pairs(count, np.random.default_rng(seed))
     chosen_with = settings_of(name, beta, label_smoothing, gamma)
 
     def losses(sums: Array) -> list[float]:
@@ -119,7 +119,7 @@ def test_preference_losses_and_their_gradients(
 @properties
 @given(count=st.integers(1, 6), seed=seeds)
 def test_chosen_nll_and_its_gradient(count: int, seed: int) -> None:
-    pairs = draw_pairs(count, np.random.default_rng(seed))
+    pairs = sample_pairs(count, np.random.default_rng(seed))
 
     def losses(sums: Array) -> list[float]:
         rows = np.concatenate([sums[:, None], pairs[:, 1:]], 1)

@@ -67,7 +67,7 @@ async def _differences(
             if index == breaks_off_at:
                 slices = [replace(slices[0], dtype="no dtype")]
             await stepper.load_bucket(slices[:-1] if index == without else slices, flat)
-            flat[:] = 255  # the next bucket comes in the same memory: whoever keeps views of it is wrong
+            flat[:] = 255  # the next bucket reuses the memory: keeping views of it is an error
         await stepper.finish_weight_update(version)
         await stepper.resume()
 

@@ -83,12 +83,12 @@ def serve_commands(nodes: int, cpus: int, gpus: int, environments: list[dict[str
     ray._private.utils.write_ray_address = lambda *_: None
     from ray.cluster_utils import Cluster
 
-    told = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Ray prints is not an answer
 
-    def tell(answer: dict[str, Any]) -> None:
-        told.write(json.dumps(answer) + "\n")
-        told.flush()
+    def answer_with(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
     limits: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES}
     head: dict[str, Any] = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, **limits}
@@ -100,18 +100,18 @@ def serve_commands(nodes: int, cpus: int, gpus: int, environments: list[dict[str
     ]
     try:
         cluster.wait_for_nodes()
-        tell({"address": cluster.address})
+        answer_with({"address": cluster.address})
         for line in sys.stdin:
             verb, *words = line.split()
             if verb == "add":
                 added.append(cluster.add_node(num_cpus=cpus, num_gpus=gpus, **limits))
                 cluster.wait_for_nodes()
-                tell({"node": added[-1].node_id})
+                answer_with({"node": added[-1].node_id})
             else:
                 [node] = [node for node in added if node.node_id == words[0]]
                 cluster.remove_node(node, allow_graceful=False)
                 added.remove(node)
-                tell({})
+                answer_with({})
     finally:
         cluster.shutdown()
 

@@ -23,7 +23,7 @@ GROUPS: dict[str, Any] = {"group_size": 4, "prompts_per_step": 8}
 NO_CRITIC: dict[str, Any] = {"critic": None, "rollout": GROUPS}
 KL_IN_LOSS = {"kl_coef": 0.05, "kl_in": "loss", "kl_estimator": "k3"}
 TWO_UPDATES = {"mini_batches": 2, "updates_per_batch": 2}
-APART: dict[str, Any] = {"placement": {"preset": "disaggregated", "cpus_per_slot": 0.5}}
+DISAGGREGATED: dict[str, Any] = {"placement": {"preset": "disaggregated", "cpus_per_slot": 0.5}}
 
 POLICY: dict[str, dict[str, Any]] = {
     "grpo": {**NO_CRITIC, "algorithm": {"advantage": "grpo", **KL_IN_LOSS, **TWO_UPDATES}},
@@ -33,7 +33,7 @@ POLICY: dict[str, dict[str, Any]] = {
         "train": {"num_workers": 2, "zero_stage": 3},
     },
     "ppo": {"algorithm": {"kl_coef": 0.01, **TWO_UPDATES}},
-    "ppo_remote_critic": {**APART, "algorithm": {"kl_coef": 0.01, **TWO_UPDATES}},
+    "ppo_remote_critic": {**DISAGGREGATED, "algorithm": {"kl_coef": 0.01, **TWO_UPDATES}},
     "reinforce_pp": {
         **NO_CRITIC,
         "algorithm": {

@@ -1,4 +1,4 @@
-"""Both example environments are learnt by GRPO: from under 0.3 to over 0.8 of the best possible reward.
+"""Both example environments are solved by GRPO: from under 0.3 to over 0.8 of the best possible reward.
 
 Everything is real: Data, Train + DeepSpeed, Serve with vLLM and the replicas of the environments. The models
 are made on the spot; they know the form of their task, but mostly guess.
@@ -71,7 +71,7 @@ def check(metrics: list[dict[str, float]], *, steps: int, best: float) -> None:
     rewards = [line["reward/mean"] for line in metrics]
     print(" ".join(f"{reward:.3f}" for reward in rewards))
     assert len(rewards) == steps
-    assert rewards[0] < 0.3 * best, "the first step is sampled before anything is learnt"
+    assert rewards[0] < 0.3 * best, "the first step is sampled before any training"
     assert sum(rewards[-3:]) / 3 > 0.8 * best
     check_episodes(metrics)
 

@@ -329,7 +329,7 @@ def test_what_the_cases_change_is_good(job: str | None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_clear_error_at_once(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job, change, told = CASES[case]
+    job, change, message = CASES[case]
     argv = base(tmp_path, job)
     argv += change(tmp_path)
     before = time.process_time()
@@ -338,12 +338,12 @@ def test_one_clear_error_at_once(case: str, tmp_path: Path, capsys: pytest.Captu
     seconds = time.process_time() - before
     shown = capsys.readouterr()
     assert caught.value.code == 2 and shown.out == ""
-    assert told in shown.err and "Traceback" not in shown.err, shown.err
+    assert message in shown.err and "Traceback" not in shown.err, shown.err
     assert len(re.findall(r"problems? in the configuration|^error ", shown.err, re.M)) == 1, shown.err
     assert seconds < MAX_CPU_SECONDS
     lines = [line.strip() for line in shown.err.splitlines() if line.strip()]
-    told_first = lines[1:3] if "in the configuration" in lines[0] else lines[:1]
-    table.append((case, " ".join(told_first).replace(str(tmp_path), "…")[:110], seconds))
+    first_lines = lines[1:3] if "in the configuration" in lines[0] else lines[:1]
+    table.append((case, " ".join(first_lines).replace(str(tmp_path), "…")[:110], seconds))
 
 
 PROCESSES = (
@@ -363,7 +363,7 @@ PROCESSES = (
 
 @pytest.mark.parametrize("case", PROCESSES)
 def test_a_job_ends_with_the_error_and_leaves_nothing_running(case: str, tmp_path: Path) -> None:
-    job, change, told = CASES[case]
+    job, change, message = CASES[case]
     argv = [*base(tmp_path, job), *change(tmp_path)]
     mark = f"bad-input-{uuid.uuid4().hex}"
     started = time.monotonic()
@@ -377,7 +377,7 @@ def test_a_job_ends_with_the_error_and_leaves_nothing_running(case: str, tmp_pat
     )
     seconds = time.monotonic() - started
     assert done.returncode == 2 and done.stdout == "", done.stderr
-    assert told in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert processes_with(mark) == []
     assert not (tmp_path / "runs" / "bad").is_dir(), "nothing is made for a run that does not begin"
     print(f"\n{seconds:5.2f} s  {case}")

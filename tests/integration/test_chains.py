@@ -86,7 +86,7 @@ def test_iterative_dpo(
     summary = json.loads((run_path / "summary.json").read_text())
     assert [entry["counts"]["pairs"] > 0 for entry in summary["rounds"]] == [True, True]
     assert Path(summary["export"], "config.json").is_file()
-    # 256 responses each: the intervals are far apart when it learns, and overlap when it does not.
+    # 256 responses each: the intervals are well separated when it learns, and overlap when it does not.
     assert summary["last"]["score_ci"][0] > summary["rounds"][0]["score_ci"][1]
 
 

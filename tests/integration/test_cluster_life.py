@@ -1,4 +1,4 @@
-"""Jobs beside each other on one cluster of several nodes, and nodes that die under them."""
+"""Concurrent jobs on one cluster of several nodes, and nodes that die under them."""
 
 from __future__ import annotations
 
@@ -111,14 +111,14 @@ def test_jobs_do_not_disturb_each_other_and_one_too_many_is_refused_at_once(
     refused = next(line for line in third.stdout if "but the cluster has free" in line)
     seconds = time.monotonic() - joined
     # 2.5 s on an idle machine, which another job that is just ending gets to give its slots back.
-    assert seconds < 20, f"a job that does not fit is told so at once, not after {seconds:.1f} s"
+    assert seconds < 20, f"a job that does not fit is refused at once, not after {seconds:.1f} s"
     print(f"refused after {seconds:.1f} s")
     assert third.wait(timeout=60) == 2
     assert "needs 1 GPU (1 slot x 1) but the cluster has free 0" in refused
 
     for job in jobs:
-        told, _ = job.communicate(timeout=RUN_SECONDS)
-        assert job.returncode == 0, told
+        output, _ = job.communicate(timeout=RUN_SECONDS)
+        assert job.returncode == 0, output
     assert len(losses(first)) == 2
     assert losses(first) == pytest.approx(losses(second), rel=1e-5), "same seed, same data, same numbers"
 
@@ -143,8 +143,8 @@ def test_a_critic_that_is_killed_takes_the_actor_back_to_the_checkpoint_with_it(
     wait_until(lambda: len(losses(killed)) >= 2, job)
     os.kill(pid_of(killed, "critic"), signal.SIGKILL)
     for process in (job, other):
-        told, _ = process.communicate(timeout=RUN_SECONDS)
-        assert process.returncode == 0, told
+        output, _ = process.communicate(timeout=RUN_SECONDS)
+        assert process.returncode == 0, output
     by_step = {row["step"]: row for row in metrics_of(killed)}  # repeated steps: the later time
     assert sorted(by_step) == [1, 2, 3, 4]
     for wanted in metrics_of(undisturbed):
@@ -153,8 +153,8 @@ def test_a_critic_that_is_killed_takes_the_actor_back_to_the_checkpoint_with_it(
 
 
 def pid_of(config: PolicyRunConfig, role: str) -> int:
-    seats = json.loads((Path(config.run.path) / "placement.json").read_text())["seats"]
-    return next(seat["pid"] for seat in seats if seat["role"] == role)
+    workers = json.loads((Path(config.run.path) / "placement.json").read_text())["seats"]
+    return next(worker["pid"] for worker in workers if worker["role"] == role)
 
 
 def test_a_spare_takes_the_place_of_a_node_that_died(
@@ -175,14 +175,14 @@ def test_a_spare_takes_the_place_of_a_node_that_died(
     before = [slot["node"] for slot in json.loads(placement.read_text())["slots"]]
     cluster.kill_node(before[1])
     spare = cluster.add_node()
-    told, _ = job.communicate(timeout=RUN_SECONDS)
-    assert job.returncode == 0, told
-    assert "died; waiting for a spare" in told, told
+    output, _ = job.communicate(timeout=RUN_SECONDS)
+    assert job.returncode == 0, output
+    assert "died; waiting for a spare" in output, output
 
     after = json.loads(placement.read_text())
     assert [slot["node"] for slot in after["slots"]] == [before[0], spare]
-    seats = {(seat["role"], seat["unit"]): seat["node"] for seat in after["seats"]}
-    assert seats == {
+    locations = {(worker["role"], worker["unit"]): worker["node"] for worker in after["seats"]}
+    assert locations == {
         ("actor", 0): before[0],
         ("actor", 1): spare,
         ("rollout", 0): before[0],

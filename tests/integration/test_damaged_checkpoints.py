@@ -1,4 +1,4 @@
-"""A run whose newest checkpoint and whose record of checkpoints are damaged goes on from the one before."""
+"""A run whose newest checkpoint and whose record of checkpoints are damaged resumes from the one before."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_29_31_the_newest_whole_one_is_taken_and_nothing_is_left_in_scratch(
     shown = capsys.readouterr().out
     assert "warning: checkpoint step_000003 is damaged: " in shown and "model_states.pt has" in shown
     assert f"Ray Train's {RECORD} cannot be read" in shown
-    assert "going on from step 2, the newest whole checkpoint" in shown and "Traceback" not in shown
+    assert "resuming from step 2, the newest intact checkpoint" in shown and "Traceback" not in shown
     assert logged(sft(4), "loss/model")[:3] == before
-    assert '"step": 3' in (run / "superseded.jsonl").read_text(), "the third step was made again"
+    assert '"step": 3' in (run / "superseded.jsonl").read_text(), "the third step was repeated"
     assert sorted(path.name for path in storage.glob("step_*")) == ["step_000003", "step_000004"]
     assert not (run / "scratch").exists() and (run / "best" / "config.json").is_file()

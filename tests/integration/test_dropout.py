@@ -1,4 +1,4 @@
-"""SFT with the dropout of GPT-2: masks of ranks, and of a run that goes on from a checkpoint.
+"""SFT with the dropout of GPT-2: masks of ranks, and of a run that resumes from a checkpoint.
 
 `tests/train/test_resumed_dropout.py` has the same for one learner, without Ray.
 """

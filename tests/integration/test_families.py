@@ -51,7 +51,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 
 def test_18_log_probs_agree_whatever_sampling_is_allowed(tmp_path: Path) -> None:
-    """What samples to learn from may be drawn with: the rest is refused."""
+    """Sampling settings allowed for training samples; the others are refused."""
     found = probe(make_family(tmp_path / "llama", "llama"), *SAMPLINGS)
     assert len(found) == 4 + len(SAMPLINGS)
     assert max(found) < 1e-4, found

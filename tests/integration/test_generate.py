@@ -40,7 +40,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert run_generate(whole) == 0
     expected = tmp_path / "whole/runs/tiny/generations.jsonl"
 
-    # Also in other shards: many, so that some are left when the first is told.
+    # Also in other shards: many, so that some are left after the first.
     parts = tiny_generation(tmp_path / "parts", tiny_model, generate={"rows_per_shard": 1}, **SCORED)
     run_path = tmp_path / "parts/runs/tiny"
     with monkeypatch.context() as patched:
@@ -121,4 +121,4 @@ def test_columns_that_would_be_lost_are_named(
     (tmp_path / "scored.jsonl").write_text('{"prompt": "say", "score": 3}\n')
     config = tiny_generation(tmp_path, tiny_model, data={"train": str(tmp_path / "scored.jsonl")})
     assert run_generate(config) == 2
-    assert "'score'" in (told := capsys.readouterr().err) and "overwrite_columns" in told
+    assert "'score'" in (shown := capsys.readouterr().err) and "overwrite_columns" in shown

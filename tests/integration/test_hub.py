@@ -128,7 +128,7 @@ def test_ppo_with_models_of_the_hub_on_two_nodes_with_caches_of_their_own(
     assert sent["tiny/scorer/model.safetensors"] == num_scorers
     assert max(sent.values()) <= 1 + len(homes)  # what is small also on the driver's node
 
-    assert set(hub.tokens) == {TOKEN}, "whoever asked had the driver's token"
+    assert set(hub.tokens) == {TOKEN}, "every request had the driver's token"
     assert leaks == [] and files_with(TOKEN, tmp_path) == []
     assert TOKEN not in job.stdout + job.stderr
     assert "fetched tiny/policy: 1." in job.stdout and " on node " in job.stdout

@@ -53,7 +53,7 @@ def test_what_interrupts_a_run_is_one_true_line(tmp_path: Path, tiny_model: str)
 
         until(lines, "score training rows")
         job.send_signal(signal.SIGINT)
-        assert until(lines, "interrupted").endswith("; the same command goes on from step 40 of 40\n")
+        assert until(lines, "interrupted").endswith("; the same command resumes from step 40 of 40\n")
         assert job.wait(120) == 130
     whole = "".join(seen)
     assert "\x1b" not in whole and "Traceback" not in whole and "(raylet)" not in whole

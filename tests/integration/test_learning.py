@@ -138,10 +138,10 @@ def trained_groups(folder: Path) -> list[set[int]]:
 
 
 @pytest.mark.long
-def test_dynamic_sampling_draws_more_prompts_and_resumes_where_it_stopped(
+def test_dynamic_sampling_uses_more_prompts_and_resumes_where_it_stopped(
     tmp_path: Path, tiny_model: str
 ) -> None:
-    """Vowels are rare at first: groups without any are dropped, and further prompts are drawn."""
+    """Vowels are rare at first: groups without any are dropped, and further prompts are sampled."""
     harder = [
         "rollout.prompts_per_step=4",
         "rollout.group_size=2",
@@ -149,7 +149,7 @@ def test_dynamic_sampling_draws_more_prompts_and_resumes_where_it_stopped(
         "reward.overlong=null",
         "algorithm.dynamic_sampling.max_prompt_batches=3",
         "observe.rollouts_per_step=100",
-        "train.lr=0",  # the same policy throughout: what is drawn depends on the prompts alone
+        "train.lr=0",  # the same policy throughout: the number of prompt batches depends on the prompts alone
     ]
     for folder, lengths in (("whole", [6]), ("halves", [3, 6])):
         (tmp_path / folder).mkdir()

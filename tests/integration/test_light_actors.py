@@ -96,7 +96,7 @@ def test_28_hub_board_and_reaper_die_and_the_run_ends_with_the_same_losses(
     whole, hurt = ([step["loss/actor"] for step in steps_of(runs / name)] for name in ("whole", "tiny"))
     assert hurt == whole and len(hurt) == NUM_STEPS
     assert "the weight hub's process died; it has its state again" in shown
-    assert "the board's process died; what it had not passed on was posted again" in shown
+    assert "the board's process died; reports that it had not passed on were posted again" in shown
     assert "failed" not in shown and seconds.keys() == set(ACTORS)
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
 

@@ -58,18 +58,18 @@ def test_each_stage_starts_from_the_exports_of_those_before(
     monkeypatch.chdir(Path(__file__).parents[2])  # the configs' paths are those of the repository
     ensure_prompts()
     ensure_sentences()
-    told = {stage.name: run(stage, tmp_path) for stage in stages(Path(tiny_model), tmp_path)}
-    assert list(told) == ["sft", "rm", "ppo", "dpo"]
-    sft: Any = AutoModelForCausalLM.from_pretrained(told["sft"]["export"])
+    summaries = {stage.name: run(stage, tmp_path) for stage in stages(Path(tiny_model), tmp_path)}
+    assert list(summaries) == ["sft", "rm", "ppo", "dpo"]
+    sft: Any = AutoModelForCausalLM.from_pretrained(summaries["sft"]["export"])
     start: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert not torch.equal(sft.lm_head.weight, start.lm_head.weight)
     # A model that continues where the SFT model was is near it after a few steps, and not the same.
     for stage in ("ppo", "dpo"):
-        later: Any = AutoModelForCausalLM.from_pretrained(told[stage]["export"])
+        later: Any = AutoModelForCausalLM.from_pretrained(summaries[stage]["export"])
         moved = torch.linalg.norm(later.lm_head.weight - sft.lm_head.weight)
         assert 0 < moved < torch.linalg.norm(later.lm_head.weight - start.lm_head.weight)
-    AutoModelForSequenceClassification.from_pretrained(told["rm"]["export"])
+    AutoModelForSequenceClassification.from_pretrained(summaries["rm"]["export"])
     # PPO's rewards are the reward model's scores.
     rows = [json.loads(line) for line in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
-    assert all("reward/source/learnt" in row for row in rows if "reward/mean" in row)
+    assert all("reward/source/trained" in row for row in rows if "reward/mean" in row)
     assert outcome(tmp_path / "dpo").endswith("dpo/export")

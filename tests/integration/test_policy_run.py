@@ -36,7 +36,7 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
     # far.
     assert summary["reward_after_ci"][0] > summary["reward_before_ci"][1]
     assert summary["reward_after"] > summary["reward_before"] + 0.2
-    assert summary["reward_before"] == halfway["reward_before"]  # kept in the checkpoint, not measured anew
+    assert summary["reward_before"] == halfway["reward_before"]  # kept in the checkpoint, not measured again
     metrics = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in metrics if "reward/mean" in line]
     assert steps == list(range(1, 21)), "the second start must go on at step 9"
@@ -55,14 +55,14 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
     )
     answer = model.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
     text = tokenizer.decode(answer, skip_special_tokens=True)
-    assert sum(c in "aeiou" for c in text) > len(text) / 2, f"the export has not learnt: {text!r}"
+    assert sum(c in "aeiou" for c in text) > len(text) / 2, f"the export was not trained: {text!r}"
 
 
 @pytest.mark.long
 def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tiny_model: str) -> None:
     """All but the critic on slots of their own, and a reward model that reads the sample's own tokens.
 
-    The workers share their sequences; then one goes on with what the two have left.
+    The workers share their sequences; then a single worker resumes from their checkpoint.
     """
     reward_model = make_tiny_model(tmp_path / "reward", seed=1, sequence_classification=True)
     config = tiny_run(
@@ -113,7 +113,7 @@ def test_grpo_without_critic_and_adapters_without_a_reference_model(
     assert last["loss/ratio"] == pytest.approx(1.0)  # one update per batch starts at the old policy itself
     assert first["kl/mean"] == 0 and last["kl/mean"] > 1e-4, "the policy starts as its own reference"
     assert first["rollout/logprob_diff_mean"] < 1e-3, "the engines hold what is trained from the start"
-    assert last["rollout/logprob_diff_mean"] < 1e-3, "the engines hold what the adapters have learnt"
+    assert last["rollout/logprob_diff_mean"] < 1e-3, "the engines hold the trained adapters"
 
     export = tmp_path / "runs/tiny/export"
     weights, start = (load_file(folder / "model.safetensors") for folder in (export, Path(tiny_model)))

@@ -151,8 +151,10 @@ def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
         for role, start in first.items()
         for unit in range(1 if role == "ref" else 2)
     }
-    seats = {(seat["role"], seat["unit"]): (seat["node"], seat["gpu"]) for seat in placement["seats"]}
-    assert seats == wanted
+    locations = {
+        (worker["role"], worker["unit"]): (worker["node"], worker["gpu"]) for worker in placement["seats"]
+    }
+    assert locations == wanted
 
     if preset in ("colocate_all", "pools"):  # where the actor shares its slots with the engines
         check_turns(Path(config.run.path) / "turns.jsonl")

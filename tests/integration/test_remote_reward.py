@@ -121,7 +121,7 @@ def test_every_sample_that_a_server_loses_is_counted(
     steps = [line for line in lines_of(tmp_path, "metrics.jsonl") if "reward/failed" in line]
     assert sum(line["reward/failed"] for line in steps) == len(lost)
     assert sum(line["data/samples"] for line in steps) == len(server.rewarded), (
-        "only what has a reward is learnt"
+        "only samples with a reward are trained on"
     )
     assert [line["reward/source/judge"] for line in steps] == [0.5] * NUM_STEPS
     # A lost sample has a name: its row is kept.
@@ -131,7 +131,7 @@ def test_every_sample_that_a_server_loses_is_counted(
 
 
 @pytest.mark.long
-def test_verifiable_answers_beside_a_function(tmp_path: Path, tiny_model: str) -> None:
+def test_verifiable_answers_alongside_a_function(tmp_path: Path, tiny_model: str) -> None:
     """math-verify and reasoning-gym in real replicas, on rows with nested columns."""
     made = import_reasoning_gym().create_dataset("chain_sum", size=16, seed=1, max_terms=2, max_digits=1)
     rows = tmp_path / "sums.jsonl"
@@ -200,13 +200,13 @@ def test_24_a_run_leaves_its_secrets_nowhere_and_is_resumed(
         )
         return run_policy(config), "".join(capfd.readouterr())
 
-    code, told = run(source["urls"], 1)
-    assert code == 2 and "cannot connect to http://127.0.0.1:9/?api_key=***" in told
+    code, output = run(source["urls"], 1)
+    assert code == 2 and "cannot connect to http://127.0.0.1:9/?api_key=***" in output
     for num_steps in (1, 2):
         code, more = run(source["urls"][:1], num_steps)
         assert code == 0
-        told += more
-    assert not any(secret in told for secret in secrets)
+        output += more
+    assert not any(secret in output for secret in secrets)
     run_path = tmp_path / "runs" / "tiny"
     for path in run_path.rglob("*"):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""A checkpoint of two workers goes on with three and with one, as if their number had never changed."""
+"""A checkpoint of two workers is resumed with three and with one, with the results of an unchanged number."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(arguments: dict[str, Any]) -> dict[Any, Any]:
         # A weight that ZeRO-3 lets go after use, and odd ones that no number of ranks divides.
         torch.manual_seed(0)
         made = nn.Sequential(nn.Linear(331, 331), nn.Tanh(), nn.Linear(331, 3, bias=False), nn.Linear(3, 7))
-        made[3].requires_grad_(False)  # as beside adapters
+        made[3].requires_grad_(False)  # as with adapters
         return made
 
     def run(variant: Any) -> dict[str, Any]:

@@ -245,6 +245,6 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         tree = {"server": {"port": port}, "reward": {"sources": [function]}}
         with server_of(tmp_path, tree) as (process, said):
             assert process.wait(GONE_SECONDS) == 2
-    told = "".join(said)
-    assert f"server.port={port}: another program listens at 127.0.0.1:{port}" in told
-    assert "Traceback" not in told
+    output = "".join(said)
+    assert f"server.port={port}: another program listens at 127.0.0.1:{port}" in output
+    assert "Traceback" not in output

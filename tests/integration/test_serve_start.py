@@ -61,9 +61,9 @@ def test_jobs_that_all_find_no_serve_share_the_one_that_comes_up() -> None:
                 job.stdin.write("\n")
                 job.stdin.flush()
             for job in jobs:
-                told, problems = job.communicate(timeout=120)
+                output, problems = job.communicate(timeout=120)
                 assert job.returncode == 0, problems
-                assert told == "0 deployments\n"
+                assert output == "0 deployments\n"
         finally:
             for job in jobs:
                 job.kill()

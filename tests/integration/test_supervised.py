@@ -30,8 +30,8 @@ def run(config: Any) -> dict[str, Any]:
         assert run_supervised(config) == 0
     assert unreadable(Path(config.run.path)) == []
     summary = json.loads((Path(config.run.path) / "summary.json").read_text())
-    told = {key.removeprefix("eval/") for key in summary["evaluation"]["after"]}
-    assert told >= set(config.eval_metrics)  # whatever eval.metric may be set to is measured
+    metrics = {key.removeprefix("eval/") for key in summary["evaluation"]["after"]}
+    assert metrics >= set(config.eval_metrics)  # whatever eval.metric may be set to is measured
     getattr(transformers, OPENED_BY[config.job]).from_pretrained(summary["export"])
     assert transformers.AutoTokenizer.from_pretrained(summary["export"]).chat_template
     return summary

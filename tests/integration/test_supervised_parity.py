@@ -164,8 +164,8 @@ def test_packing_ranks_and_shared_sequences_make_no_difference(
     ):
         for task in other:
             wanted = packed[task]
-            for told, told_packed in zip(other[task]["history"], wanted["history"], strict=True):
-                assert told == pytest.approx(told_packed, rel=1e-5, abs=1e-5), task
+            for losses, losses_packed in zip(other[task]["history"], wanted["history"], strict=True):
+                assert losses == pytest.approx(losses_packed, rel=1e-5, abs=1e-5), task
             for name, weights in wanted["weights"].items():
                 distance = np.linalg.norm(other[task]["weights"][name] - weights)
                 assert distance / max(np.linalg.norm(weights), 1e-3) < 2e-5, f"{task}: {name}"

@@ -72,7 +72,9 @@ def test_the_tricks_of_ppo(tmp_path: Path, tiny_model: str) -> None:
 
     assert ["loss/actor" in row for row in steps] == [False, False, True, True, True, True], "frozen at first"
     assert all("loss/critic" in row for row in steps)
-    assert steps[-1]["loss/ptx"] < steps[2]["loss/ptx"] - 0.5, "the texts are learnt beside the reward"
+    assert steps[-1]["loss/ptx"] < steps[2]["loss/ptx"] - 0.5, (
+        "the texts are trained on in addition to the reward"
+    )
     coefs = [row["kl/coef"] for row in steps]
     assert coefs[:2] == [0.01, 0.01] and len(set(coefs)) > 2, "no KL is measured while the actor is frozen"
     # β changes by at most 20 % · 32/100 a step, also over the restart.

@@ -71,7 +71,7 @@ class Engines:
         app = rollout_deployment(settings, self.slots, num_engines=NUM_ENGINES, max_requests=64)
         deploy({self.job.rollout_app: app})
         with watched(
-            [self.job.rollout_app], timeout_seconds=120, tell=print, failed=print, give_up=lambda: None
+            [self.job.rollout_app], timeout_seconds=120, say=print, failed=print, give_up=lambda: None
         ):
             while app_statuses()[self.job.rollout_app].app_status.status != "RUNNING":
                 time.sleep(0.2)
@@ -112,19 +112,19 @@ class Engines:
 
     def describe(self) -> list[dict[str, Any]]:
         """Those that answer."""
-        told = self.handle.broadcast("describe").results(timeout_s=30, return_exceptions=True)
-        return [answer for answer in told if isinstance(answer, dict)]
+        answers = self.handle.broadcast("describe").results(timeout_s=30, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, dict)]
 
     def wait_until_all_run(self, *, without: int | None = None) -> list[dict[str, Any]]:
-        """What they tell; none of them is the process `without`."""
-        told: list[dict[str, Any]] = []
+        """Descriptions of all engines, once none of them runs in the process `without`."""
+        answers: list[dict[str, Any]] = []
         deadline = time.monotonic() + 180  # an engine starts in 20 s on an idle machine
         while time.monotonic() < deadline:
-            told = [answer for answer in self.describe() if answer["pid"] != without]
-            if len(told) == NUM_ENGINES:
-                return told
+            answers = [answer for answer in self.describe() if answer["pid"] != without]
+            if len(answers) == NUM_ENGINES:
+                return answers
             time.sleep(0.5)
-        raise AssertionError(f"only {told} run")
+        raise AssertionError(f"only {answers} run")
 
     def expected(self, after: list[int] = PROMPT, count: int = NEW_TOKENS) -> list[int]:
         """Greedy continuation by plain transformers."""
@@ -188,7 +188,7 @@ def test_a_response_goes_on_with_new_weights_where_the_old_ones_stopped(engines:
     count = 300
     engines.push()  # the engines have met the trainer
     before = engines.version
-    # A seed, as in training: what the sampler has drawn so far must survive the pause too.
+    # A seed, as in training: the sampler's state must survive the pause too.
     params = GREEDY | {"max_tokens": count, "seed": 7}
     old = engines.expected(count=count)
     answers = [engines.handle.complete.remote(PROMPT, params, 0) for _ in range(6)]
@@ -267,8 +267,8 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
     assert {v for a in answers for v in a.policy_versions} == {engines.version}
     trace: list[Any] = hub_trace(engines.hub.trace.remote())[already:]
     for name in ("engine 0", "engine 1"):
-        told = [event.what.partition(",")[0] for event in trace if event.who == name]
-        assert told == ["asleep", "awake: weights", f"loaded version {engines.version}", "awake: kv_cache"]
+        states = [event.what.partition(",")[0] for event in trace if event.who == name]
+        assert states == ["asleep", "awake: weights", f"loaded version {engines.version}", "awake: kv_cache"]
 
     # One that dies in the trainers' turn comes back in the engines', with the newest weights.
     engines.sync.engines_sleep()
@@ -283,8 +283,8 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
 
 def test_a_version_nobody_published_is_refused(engines: Engines) -> None:
     unknown = engines.version + 7
-    told = f"version {unknown} was requested, but the latest published version is {engines.version}"
-    with pytest.raises(Exception, match=told):
+    message = f"version {unknown} was requested, but the latest published version is {engines.version}"
+    with pytest.raises(Exception, match=message):
         engines.ask_one(unknown)
 
 

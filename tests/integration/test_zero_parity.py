@@ -151,7 +151,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.offload import offload_states, reload_states
     from rayrlhf.train.reference import AdaptersOff
-    from rayrlhf.train.sequence_parallel import share_sequences
+    from rayrlhf.train.sequence_parallel import set_sequence_group
 
     torch.set_num_threads(1)
     results = []
@@ -171,7 +171,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         assert (loaded == 0) == in_parts, "under ZeRO-3 nobody holds a whole tensor"
         if config.gradient_checkpointing:
             checkpoint_activations(policy.causal_lm)
-        share_sequences(policy, TrainedModelConfig(path=arguments["model"], **MODELS[kind]), config)
+        set_sequence_group(policy, TrainedModelConfig(path=arguments["model"], **MODELS[kind]), config)
         learner = Learner(policy, config, lr=LR, dtype=torch.float32, name="actor")
         before = AdaptersOff(learner).logprobs([packed(sequences(0, 0))], 1.0)
         losses, norms, batches = [], [], []
@@ -227,7 +227,7 @@ def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
         for name, wanted in weights.items():
             distance = (torch.from_numpy(got_weights[name].copy()) - wanted).norm()
             assert distance < 1e-5 * wanted.norm(), f"{case} {name}: relative distance {distance:.1e}"
-            if "lora" in MODELS[kind]:  # of what the adapter has learnt, a small part of the weight
+            if "lora" in MODELS[kind]:  # of the adapter's update, a small part of the weight
                 assert distance <= 1e-3 * (wanted - start[kind][name]).norm(), (
                     f"{case} {name}: {distance:.1e}"
                 )

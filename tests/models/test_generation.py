@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.generation import repair
-from rayrlhf.runtime.model_checks import tell_generation_config
+from rayrlhf.runtime.model_checks import warn_invalid_generation_config
 from rayrlhf.runtime.preflight import InputError
 from tests.data.test_ends import CHATML, EOS, EXTRA
 from tests.tiny_model import CHAT_TEMPLATE, make_tiny_model, make_tokenizer
@@ -58,13 +58,13 @@ def test_17c_an_invalid_generation_config_loses_no_training(
 def test_17c_it_is_reported_before_the_start(tmp_path: Path) -> None:
     path = Path(make_tiny_model(tmp_path))
     said: list[str] = []
-    tell_generation_config(ModelConfig(path=str(path)), said.append)
+    warn_invalid_generation_config(ModelConfig(path=str(path)), said.append)
     assert not said
     (path / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
-    tell_generation_config(ModelConfig(path=str(path)), said.append)
+    warn_invalid_generation_config(ModelConfig(path=str(path)), said.append)
     [line] = said
     assert "is invalid, the export repairs it" in line and "temperature" in line
     for broken in ("{", json.dumps({"num_beams": 2, "num_return_sequences": 4})):  # no model loads with it
         (path / "generation_config.json").write_text(broken)
         with pytest.raises(InputError, match=r"generation_config.json cannot be read: .*repair the file"):
-            tell_generation_config(ModelConfig(path=str(path)), said.append)
+            warn_invalid_generation_config(ModelConfig(path=str(path)), said.append)

@@ -155,7 +155,7 @@ class Reports:
 
 
 class NoCheckpoints(Checkpoints):
-    """The run begins anew and leaves nothing."""
+    """Nothing is restored, and nothing is saved."""
 
     def restore(self, saved: Sequence[Saved]) -> LoopState:
         return LoopState()

@@ -123,7 +123,7 @@ class Reports:
 
 
 class InMemory:
-    """Checkpoints: goes on from `state`, and keeps nothing."""
+    """Checkpoints: resumes from `state`, and saves nothing."""
 
     def __init__(self, state: LoopState) -> None:
         self.state = state

@@ -54,9 +54,9 @@ def test_5_every_refused_model_is_named(tiny_model: str, tmp_path: Path) -> None
     config = tiny_run(tmp_path, tiny_model, critic={"path": bert}, ref={"path": bert})
     with pytest.raises(ConfigError) as caught:
         check_architectures(config, print)
-    told = str(caught.value)
-    assert "critic.path" in told and "ref.path" in told and "model.path" not in told
-    assert "bidirectional" in told and "choose another model" in told
+    message = str(caught.value)
+    assert "critic.path" in message and "ref.path" in message and "model.path" not in message
+    assert "bidirectional" in message and "choose another model" in message
 
 
 @pytest.mark.parametrize("schema", CHAINS.values())
@@ -107,8 +107,8 @@ def test_5_a_plan_has_the_verdict(
     tree = {"job": "sft", "run": {"name": "x"}, "model": {"path": tiny_model}, "data": {"train": "x.jsonl"}}
     file.write_text(yaml.safe_dump(tree))
     assert plan([str(file)]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "model.path: llama is supported packed (largest difference measured" in told
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "model.path: llama is supported packed (largest difference measured" in shown
     assert plan([str(file), "--json"]) == 0
     (stage,) = json.loads(capsys.readouterr().out).values()
     assert stage["architectures"][0].startswith("model.path: llama is supported packed")
@@ -127,9 +127,9 @@ def test_5_a_plan_has_the_verdict_where_nothing_is_known_of_memory(
     }
     file.write_text(yaml.safe_dump(tree))
     assert plan([str(file)]) == 2
-    told = capsys.readouterr()
-    assert "mamba is supported one sequence per stream" in " ".join(told.out.split())
-    assert "unknown model_type 'mamba'" in told.err
+    shown = capsys.readouterr()
+    assert "mamba is supported one sequence per stream" in " ".join(shown.out.split())
+    assert "unknown model_type 'mamba'" in shown.err
 
 
 def test_5_a_plan_says_what_it_could_not_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,5 +142,5 @@ def test_5_a_plan_says_what_it_could_not_look_at(tmp_path: Path, capsys: pytest.
     }
     file.write_text(yaml.safe_dump(tree))
     assert plan([str(file)]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "model.path=Qwen/Qwen2.5-7B: no config.json on this machine" in told
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "model.path=Qwen/Qwen2.5-7B: no config.json on this machine" in shown

@@ -1,4 +1,4 @@
-"""Files and folders are looked at before anything heavy is imported, and again by whoever calls a driver."""
+"""Files and folders are checked before heavy imports, and again when a driver is called directly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was begun goes on only with what its results depend on."""
+"""A run resumes only with the config and data that its results depend on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.runtime.fingerprint import check_identity, differences, what_results_depend_on, write_atomically
+from rayrlhf.runtime.fingerprint import (
+    check_identity,
+    differences,
+    without_operational_keys,
+    write_atomically,
+)
 from rayrlhf.runtime.preflight import InputError
 
 IDENTITY: dict[str, Any] = {"run": {"seed": 0}, "reward": None, "stop": [], "sources": [{"weight": 1.0}]}
@@ -47,7 +52,7 @@ def test_a_damaged_identity_is_an_error_that_names_it(content: bytes, tmp_path: 
 
 def test_what_changes_no_result_may_change() -> None:
     tree = {"sources": [{"type": "math", "num_replicas": 2, "weight": 1.0}], "timeout_seconds": 3}
-    assert what_results_depend_on(tree) == {"sources": [{"type": "math", "weight": 1.0}]}
+    assert without_operational_keys(tree) == {"sources": [{"type": "math", "weight": 1.0}]}
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:

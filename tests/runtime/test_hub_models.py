@@ -76,7 +76,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(
     newer = f"tiny/policy@{repo.commit()}"
     asked = len(hub.asked)
     assert pin(tiny_run(tmp_path, "tiny/policy"), print) == began
-    assert len(hub.asked) == asked, "a start that goes on asks the hub for nothing"
+    assert len(hub.asked) == asked, "a resumed run makes no request to the hub"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert pin(tiny_run(tmp_path, "tiny/policy"), print) == began
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -85,10 +85,10 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(
 
     lines: list[str] = []
     assert pin(tiny_run(tmp_path, "tiny/policy@main"), lines.append).model.path == newer
-    assert lines[-1] == f"warning: model.path is {newer}, but the run began with {began.model.path}"
+    assert lines[-1] == f"warning: model.path is {newer}, but the run started with {began.model.path}"
 
 
-def test_all_that_cannot_be_had_is_told_at_once_by_its_key(
+def test_all_unavailable_models_are_reported_at_once_by_key(
     hub: LocalHub,  # noqa: F811
     models: dict[str, str],
     tmp_path: Path,
@@ -110,16 +110,16 @@ def test_folders_alone_ask_nobody(hub: LocalHub, policy: Path, tmp_path: Path) -
 
 
 def test_a_node_that_fetches_loses_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what it says after it was asked for news."""
+    """Also what it says after it was asked for take_lines."""
     fetcher = _Fetcher()
-    told: list[str] = []
+    lines: list[str] = []
 
     def fetch_asking(path: str, say: Callable[[str], None]) -> str:
         say("one")
-        told.extend(fetcher.news())
+        lines.extend(fetcher.take_lines())
         say("two")
         return path
 
     monkeypatch.setattr(hub_models, "local_folder", fetch_asking)
     assert fetcher.fetch(["a"]) == ""
-    assert [*told, *fetcher.news()] == ["one", "two"]
+    assert [*lines, *fetcher.take_lines()] == ["one", "two"]

@@ -1,4 +1,4 @@
-"""Ctrl-C tells the truth about what the next start finds."""
+"""The message after Ctrl-C says where the next start resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.runtime import run as driver
-from rayrlhf.runtime.interrupted import what_goes_on
+from rayrlhf.runtime.interrupted import resume_message
 from tests.samples import make_config
 
 
@@ -30,14 +30,14 @@ def save_step(folder: Path, step: int) -> None:
 @pytest.mark.parametrize(("setting", "said"), [("auto", "auto"), (5, "5"), (None, "null")])
 def test_nothing_is_saved_yet(tmp_path: Path, setting: Any, said: str) -> None:
     config = config_in(tmp_path, checkpoint={"every_steps": setting})
-    assert what_goes_on(config) == (
+    assert resume_message(config) == (
         f"nothing is saved yet (checkpoint.every_steps={said}): the same command starts from the beginning"
     )
 
 
 def test_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     save_step(tmp_path, 6)
-    assert what_goes_on(config_in(tmp_path)) == "the same command goes on from step 6 of 8"
+    assert resume_message(config_in(tmp_path)) == "the same command resumes from step 6 of 8"
 
 
 def test_ctrl_c_is_an_exit_code_and_a_sentence(

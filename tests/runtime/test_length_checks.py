@@ -1,4 +1,4 @@
-"""Sequences that a model cannot read are told of before anything starts."""
+"""Sequences that a model cannot read are reported before anything starts."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.runtime.local_ray import make_token_file, who_else_reads
+from rayrlhf.runtime.local_ray import make_token_file, token_file_warnings
 
 SESSION = """
 import json, os, sys
@@ -34,11 +34,11 @@ with ray_session("test") as where:
             continue
     listening += [c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
     address = ray.get_runtime_context().gcs_address
-    stranger = os.popen(
+    unauthorised = os.popen(
         f"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_MODE=token RAY_AUTH_TOKEN={chr(48) * 64} "
         f"timeout 60 {sys.executable} -c \\"import ray; ray.init(address='{address}')\\" 2>&1; echo done"
     ).read()
-print(json.dumps({"where": where, "listening": listening, "stranger": stranger}))
+print(json.dumps({"where": where, "listening": listening, "unauthorised": unauthorised}))
 """
 
 
@@ -67,7 +67,9 @@ def test_a_local_ray_is_on_loopback_and_its_token_is_its_users_alone(tmp_path: P
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
-    assert "uthenticat" in seen["stranger"] and "Error" in seen["stranger"], "a wrong token is refused"
+    assert "uthenticat" in seen["unauthorised"] and "Error" in seen["unauthorised"], (
+        "a wrong token is refused"
+    )
     assert "warning" not in seen["where"]
 
 
@@ -78,6 +80,8 @@ def test_a_token_file_is_made_once_and_kept(tmp_path: Path) -> None:
     assert len(token) == 64 and set(token) <= set("0123456789abcdef")
     make_token_file(path)
     assert path.read_text() == token, "who comes second takes the first one's"
-    assert who_else_reads(path) == []
+    assert token_file_warnings(path) == []
     path.chmod(0o644)
-    assert who_else_reads(path) == [f"other users can read Ray's token file (mode 644): chmod 600 {path}"]
+    assert token_file_warnings(path) == [
+        f"other users can read Ray's token file (mode 644): chmod 600 {path}"
+    ]

@@ -66,7 +66,7 @@ def test_a_reward_model_can_pad(tiny_model: str, tmp_path: Path) -> None:
 
 
 def test_adapters_are_of_layers_that_the_model_has(tmp_path: Path) -> None:
-    """Told of a critic's checkpoint too."""
+    """Also reported for a critic's checkpoint."""
     config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)
     config.save_pretrained(tmp_path / "critic")
     LlamaConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2).save_pretrained(

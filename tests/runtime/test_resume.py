@@ -1,4 +1,4 @@
-"""What a run can go on from and compute with, told before anything starts."""
+"""What a run can resume from and compute with, reported before anything starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.supervised import SftRunConfig
 from rayrlhf.runtime.preflight import InputError, check_precision
-from rayrlhf.runtime.resume import FIXED, check_resume, fixed_values, still_the_same, take_up
+from rayrlhf.runtime.resume import FIXED, check_resume, check_unchanged, fixed_values, select_checkpoint
 from rayrlhf.train import manifest
 from rayrlhf.train.checkpoint import RECORD
 from tests.integration.policy_runs import tiny_run
@@ -69,7 +69,7 @@ def test_frozen_weights_keep_their_bits(tmp_path: Path) -> None:
         check_resume(run())
 
 
-def test_a_checkpoint_of_an_earlier_version_is_told_as_such(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_is_reported_as_such(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, "model")
     folder = leave_checkpoint(Path(config.run.path))
     (folder / manifest.MANIFEST).unlink()
@@ -90,8 +90,8 @@ def resumed(config: Any, *, data: str = "aaaa") -> list[str]:
     """What a resume says, up to where the trainers would be placed."""
     said: list[str] = []
     check_resume(config)
-    newest = take_up(config, said.append)
-    still_the_same(config, newest, {"data.train": data}, said.append)
+    newest = select_checkpoint(config, said.append)
+    check_unchanged(config, newest, {"data.train": data}, said.append)
     return said
 
 
@@ -119,7 +119,7 @@ def test_35_other_data_are_refused_or_allowed_by_name(tmp_path: Path) -> None:
     assert resumed(sft(tmp_path)) == []
     refusal = (
         r"data\.train: was train\.jsonl \(contents aaaa\), is other\.jsonl \(contents bbbb\)\. "
-        r"Fix: take data\.train back, set run\.allow_changes=\[data\] to go on all the same, or choose"
+        r"Fix: restore data\.train, set run\.allow_changes=\[data\] to resume nevertheless, or choose"
     )
     with pytest.raises(InputError, match=refusal):
         resumed(sft(tmp_path, data={"train": "other.jsonl"}), data="bbbb")
@@ -188,7 +188,7 @@ def test_29_the_damaged_one_is_named_and_the_one_before_taken(tmp_path: Path) ->
     cut(folder / "state.json", 3)
     said = resumed(config)
     assert said[0].startswith("warning: checkpoint step_000004 is damaged: state.json has 3 bytes of ")
-    assert said[1:] == ["going on from step 2, the newest whole checkpoint"]
+    assert said[1:] == ["resuming from step 2, the newest intact checkpoint"]
     assert resumed(config) == said, "until its place is taken"
     left_by(config, step=6)
     assert resumed(config) == [] and not folder.exists()
@@ -200,7 +200,7 @@ def test_29_without_a_whole_one_a_run_does_not_begin_again_silently(tmp_path: Pa
         cut(left_by(config, step=step) / "actor" / "layout.json", 1)
     for resume in ("auto", "never"):
         config = tiny_run(tmp_path, "model", run={"resume": resume})
-        wanted = r"no checkpoint in \S+ is whole:\n  step_000004: actor/layout.json has 1 bytes of \d+\n"
+        wanted = r"no checkpoint in \S+ is intact:\n  step_000004: actor/layout.json has 1 bytes of \d+\n"
         if resume == "never":
             wanted = r"run\.resume=never but \S+ holds damaged checkpoints"
         with pytest.raises(InputError, match=wanted):
@@ -212,7 +212,7 @@ def test_29_a_damaged_record_is_said_and_made_again(tmp_path: Path) -> None:
     (left_by(config).parent / RECORD).write_text("null")
     first, second = resumed(config)
     assert first.startswith(f"warning: Ray Train's {RECORD} cannot be read (TypeError")
-    assert second == "going on from step 4, the newest whole checkpoint"
+    assert second == "resuming from step 4, the newest intact checkpoint"
     assert resumed(config) == []
 
 
@@ -223,7 +223,7 @@ def test_checkpoints_without_checksums_are_taken_with_a_warning(tmp_path: Path) 
     folder = leave_checkpoint(Path(config.run.path), **kept, **{"rollout.prompts_per_step": 32})
     (folder / manifest.MANIFEST).unlink()
     assert resumed(config) == [
-        "warning: checkpoint step_000004 has no checksums: what it holds cannot be checked"
+        "warning: checkpoint step_000004 has no checksums: its contents cannot be checked"
     ]
     with pytest.raises(InputError, match=r"rollout\.prompts_per_step: was 32, is 16"):
         resumed(tiny_run(tmp_path, "model", rollout={"prompts_per_step": 16}))

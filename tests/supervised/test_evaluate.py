@@ -12,7 +12,7 @@ from rayrlhf.supervised.evaluate import evaluation_of, is_better
 
 def test_means_are_ratios_of_sums_over_all_ranks() -> None:
     # Row 1: 4 tokens with a loss of 2 each; rows 0 and 2: one token, losses 5 and 9. Row 2 has no hard label.
-    told = [
+    per_rank = [
         {"row_ids": [1], "eval/loss": [[8.0, 4.0]], "reward/accuracy": [[1.0, 1.0]]},
         {
             "row_ids": [2, 0],
@@ -20,7 +20,7 @@ def test_means_are_ratios_of_sums_over_all_ranks() -> None:
             "reward/accuracy": [[0.0, 0.0], [0.0, 1.0]],
         },
     ]
-    result = evaluation_of(told)
+    result = evaluation_of(per_rank)
     assert result.metrics["eval/loss"] == pytest.approx(22 / 6)
     assert result.metrics["eval/accuracy"] == pytest.approx(1 / 2)
     assert result.metrics["eval/samples"] == 3
@@ -34,14 +34,14 @@ def test_means_are_ratios_of_sums_over_all_ranks() -> None:
 
 
 def test_a_quantity_that_no_sample_has_is_left_out() -> None:
-    told = [{"row_ids": [0], "eval/loss": [[1.0, 1.0]], "reward/accuracy_bad": [[0.0, 0.0]]}]
-    assert "eval/accuracy_bad" not in evaluation_of(told).metrics
+    per_rank = [{"row_ids": [0], "eval/loss": [[1.0, 1.0]], "reward/accuracy_bad": [[0.0, 0.0]]}]
+    assert "eval/accuracy_bad" not in evaluation_of(per_rank).metrics
 
 
 def test_margins_have_a_calibration_error() -> None:
-    told = [{"row_ids": [0], "eval/loss": [[1.0, 1.0]], "reward/margin": [[math.log(3), 1.0]]}]
+    per_rank = [{"row_ids": [0], "eval/loss": [[1.0, 1.0]], "reward/margin": [[math.log(3), 1.0]]}]
     # σ(ln 3) = 3/4 sure, and right.
-    assert evaluation_of(told).metrics["eval/calibration_error"] == pytest.approx(1 / 4)
+    assert evaluation_of(per_rank).metrics["eval/calibration_error"] == pytest.approx(1 / 4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run goes on from its newest whole checkpoint, whatever Ray Train's record says."""
+"""A run resumes from its newest intact checkpoint, regardless of Ray Train's record."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def test_whole_ones_are_found_newest_first(storage: Path) -> None:
     ],
 )
 def test_29_a_damaged_record_of_ray_train_is_made_again(content: bytes | None, storage: Path) -> None:
-    """Each of these ended the run with a traceback, or began it at step 0, beside two whole checkpoints."""
+    """Each of these ended the run with a traceback, or started it at step 0 although two checkpoints were
+    intact.
+    """
     record = storage / RECORD
     record.unlink() if content is None else record.write_bytes(content)
     found = search(storage, full=True)
@@ -132,7 +134,7 @@ def test_one_that_ray_train_has_not_heard_of_counts(storage: Path) -> None:
 
 
 def test_what_lies_elsewhere_belongs_to_it(storage: Path) -> None:
-    """A critic in a trainer of its own saves beside the actor's checkpoints."""
+    """A critic in a separate trainer saves outside the actor's checkpoints."""
     run = storage.parent
     critics = [leave_checkpoint(run / "critic", step) for step in (6, 8)]
     for step in (6, 8):
@@ -156,7 +158,7 @@ def test_checkpoints_of_a_version_without_manifests(storage: Path) -> None:
     assert found.whole[0].metrics == {"step": 4, "first_prompt_batch": 4, "fixed": {}} and not found.damaged
     cut(storage / "step_000004" / "actor" / "engine" / "model_states.pt")
     assert search(storage).damaged == {
-        "step_000004": "actor/engine/model_states.pt is cut off, or no tensors' file"
+        "step_000004": "actor/engine/model_states.pt is truncated, or not a tensor file"
     }
     # Without Ray Train's record nobody knows what was finished, nor what a checkpoint was trained with.
     (storage / RECORD).unlink()

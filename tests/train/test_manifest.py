@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there, and what has happened to it since is seen."""
+"""Checkpoints are written atomically, and later damage is detected."""
 
 from __future__ import annotations
 
@@ -78,20 +78,20 @@ def test_a_damaged_manifest_is_damage(text: str, tmp_path: Path) -> None:
         manifest.read(folder)
 
 
-def test_a_long_check_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_check_reports_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = committed(tmp_path)
     monkeypatch.setattr(manifest, "PROGRESS_SECONDS", -1.0)
-    told: list[str] = []
+    lines: list[str] = []
     files = (manifest.read(folder) or {})["files"]
-    assert manifest.damage(folder, files, full=True, tell=told.append) is None
-    assert told == ["checking step_000004: 0.0 of 0.0 GB"]
+    assert manifest.damage(folder, files, full=True, say=lines.append) is None
+    assert lines == ["checking step_000004: 0.0 of 0.0 GB"]
 
 
-def test_old_checkpoints_are_looked_at_for_what_is_cut(tmp_path: Path) -> None:
+def test_old_checkpoints_are_checked_for_truncated_files(tmp_path: Path) -> None:
     folder = committed(tmp_path)
     (folder / manifest.MANIFEST).unlink()
     assert manifest.read(folder) is None
-    assert manifest.damage_without_manifest(folder) == "actor/big.pt is cut off, or no tensors' file"
+    assert manifest.damage_without_manifest(folder) == "actor/big.pt is truncated, or not a tensor file"
     (folder / "actor" / "big.pt").unlink()
     assert manifest.damage_without_manifest(folder) is None
     (folder / "state.json").write_text(json.dumps({})[:1])

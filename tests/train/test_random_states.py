@@ -1,4 +1,4 @@
-"""Random numbers of ranks, and that a checkpoint goes on with them."""
+"""Random number generators of ranks, and that resuming continues them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from rayrlhf.train.checkpoint import STATE_FILE, LoopState
 from rayrlhf.train.random_states import RandomStates
-from rayrlhf.train.safe_load import strange_files
+from rayrlhf.train.safe_load import unsafe_files
 
 
-def drawn() -> tuple[list[float], float, float]:
+def sample_numbers() -> tuple[list[float], float, float]:
     return torch.rand(4).tolist(), random.random(), float(np.random.normal())
 
 
@@ -31,26 +31,26 @@ def leave(folder: Path, own: RandomStates, step: int = 3) -> None:
 
 def test_17_ranks_drop_other_places() -> None:
     states(rank=0)
-    first = drawn()
+    first = sample_numbers()
     states(rank=1)
-    second = drawn()
+    second = sample_numbers()
     assert all(one != other for one, other in zip(first, second, strict=True))
     states(rank=0)
-    assert drawn() == first
+    assert sample_numbers() == first
     states(rank=0, seed=8)
-    assert drawn()[0] != first[0]
+    assert sample_numbers()[0] != first[0]
 
 
 def test_17_a_checkpoint_goes_on_with_the_numbers_that_come_next(tmp_path: Path) -> None:
     own = states()
-    drawn()
+    sample_numbers()
     np.random.normal()  # of which NumPy makes two and keeps one
     leave(tmp_path, own)
-    expected = [drawn(), drawn()]
+    expected = [sample_numbers(), sample_numbers()]
     again = states()
-    assert drawn() != expected[0]
+    assert sample_numbers() != expected[0]
     again.load(tmp_path)
-    assert [drawn(), drawn()] == expected
+    assert [sample_numbers(), sample_numbers()] == expected
 
 
 def test_17_of_another_number_of_ranks_each_begins_at_the_step(tmp_path: Path) -> None:
@@ -59,23 +59,23 @@ def test_17_of_another_number_of_ranks_each_begins_at_the_step(tmp_path: Path) -
     found = []
     for rank in range(3):
         states(rank=rank, world_size=3).load(tmp_path)
-        found.append(drawn()[0])
+        found.append(sample_numbers()[0])
     assert len(set(map(tuple, found))) == 3
     states(rank=0, world_size=3)
-    assert drawn()[0] != found[0]  # those of step 0
+    assert sample_numbers()[0] != found[0]  # those of step 0
 
 
 def test_17_a_checkpoint_without_states_begins_at_its_step(tmp_path: Path) -> None:
     (tmp_path / STATE_FILE).write_text(json.dumps(asdict(LoopState(step=5))))
     states().load(tmp_path)
-    found = drawn()
+    found = sample_numbers()
     states().load(tmp_path)
-    assert drawn() == found
+    assert sample_numbers() == found
     states()
-    assert drawn() != found
+    assert sample_numbers() != found
 
 
 def test_17_the_states_are_tensors_and_plain_values(tmp_path: Path) -> None:
     leave(tmp_path, states())
     files = sorted(tmp_path.rglob("*.pt"))
-    assert [file.name for file in files] == ["rank_0000.pt"] and strange_files(files) == []
+    assert [file.name for file in files] == ["rank_0000.pt"] and unsafe_files(files) == []

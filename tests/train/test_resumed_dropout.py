@@ -76,36 +76,36 @@ def train(_: int, model_path: str, folder: str) -> None:
     again, states = begin()
     for item in (again, states):
         item.load(kept)
-    told = {
+    results = {
         "first": first,
         "bad_steps": [bad_steps, again.bad_steps_in_a_row],
         "unbroken": unbroken,
         "resumed": steps(again, 2, 3),
         "asked": asked,
     }
-    (Path(folder) / "told.json").write_text(json.dumps(told))
+    (Path(folder) / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("resumed")
     config = GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.5)
     model: nn.Module = GPT2LMHeadModel(config)
     model.save_pretrained(folder / "model")  # pyright: ignore[reportCallIssue]
     spawn(train, (str(folder / "model"), str(folder)), nprocs=1)
-    return json.loads((folder / "told.json").read_text())
+    return json.loads((folder / "results.json").read_text())
 
 
-def test_17_a_resumed_run_drops_what_an_unbroken_one_drops(told: dict[str, Any]) -> None:
-    assert told["resumed"] == told["unbroken"]
-    assert told["first"][0] not in told["resumed"]
+def test_17_a_resumed_run_drops_what_an_unbroken_one_drops(results: dict[str, Any]) -> None:
+    assert results["resumed"] == results["unbroken"]
+    assert results["first"][0] not in results["resumed"]
 
 
-def test_17_bad_steps_in_a_row_are_counted_over_a_restart(told: dict[str, Any]) -> None:
-    assert told["bad_steps"] == [1, 1]
+def test_17_bad_steps_in_a_row_are_counted_over_a_restart(results: dict[str, Any]) -> None:
+    assert results["bad_steps"] == [1, 1]
 
 
-def test_9_what_is_asked_drops_nothing(told: dict[str, Any]) -> None:
-    once, again = told["asked"]
+def test_9_what_is_asked_drops_nothing(results: dict[str, Any]) -> None:
+    once, again = results["asked"]
     assert once == again
