@@ -1,6 +1,6 @@
 """Packed micro-batches.
 
-Legend for shape comments, used all over the code:
+Legend for shape comments, used throughout the code:
   T  tokens of one packed stream      S  sequences packed into it      V  vocabulary      H  hidden size
 
 Every per-token field has the length T of `input_ids`; index t describes token t. `logprobs[t]` is the
@@ -23,7 +23,7 @@ from rayrlhf.samples import Example, Sample, TokenSequence
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences laid end to end in one stream; the unit of one forward and backward pass.
+    """Sequences concatenated into one stream; the unit of one forward and backward pass.
 
     Two sequences of 3 and 2 tokens, of which the last two and the last one are loss tokens:
 
@@ -57,13 +57,15 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PolicyBatch(PackedBatch):
-    """Responses of the policy, and what models say of them before the step's updates, once that is known."""
+    """Responses of the policy, with the models' outputs before the step's updates once these are computed."""
 
     scores: Tensor  # [S] float32
     group_ids: Tensor  # [S] int64, one per prompt; -1 in a padding batch
     group_advantages: Tensor  # [S] float32, `Sample.group_advantage`; NaN where it is None
     rollout_logprobs: Tensor  # [T] float32, 0 outside the loss mask
-    old_logprobs: Tensor | None = None  # [T] the policy's; None where its first forward pass gives them
+    old_logprobs: Tensor | None = (
+        None  # [T] the policy's; None if the first forward pass of the update gives them
+    )
     ref_logprobs: Tensor | None = None  # [T] None without a reference
     values: Tensor | None = None  # [T] the critic's; None without one
     advantages: Tensor | None = None  # [T] given by `policy.batches.with_token_advantages`
@@ -72,7 +74,7 @@ class PolicyBatch(PackedBatch):
 
 @dataclass(frozen=True)
 class ValueBatch(PackedBatch):
-    """What a critic is trained on."""
+    """Training batch of a critic."""
 
     values: Tensor  # [T] the critic's before the step's updates
     returns: Tensor  # [T]
@@ -89,7 +91,7 @@ class ExampleBatch(PackedBatch):
 
 
 def pack_samples(samples: Sequence[Sample]) -> PolicyBatch:
-    """Lay scored samples end to end. Raises `ValueError` for an empty list or an unscored sample."""
+    """Concatenate scored samples. Raises `ValueError` for an empty list or an unscored sample."""
     if not samples:
         raise ValueError("pack_samples needs at least one sample")
     unscored = [s.group_id for s in samples if s.score is None]
@@ -130,10 +132,10 @@ def _or_nan(number: float | None) -> float:
 
 
 def pack_examples(examples: Sequence[Example]) -> ExampleBatch:
-    """Lay the sequences of examples end to end, those of one example next to each other in their order.
+    """Concatenate the sequences of examples, those of one example next to each other in their order.
 
-    Raises `ValueError` for an empty list and for a
-    mask or targets of another length than the tokens.
+    Raises:
+        ValueError: for an empty list, and for a mask or targets of another length than the tokens.
     """
     sequences = [(example, sequence) for example in examples for sequence in example.sequences]
     if not sequences:
@@ -159,13 +161,13 @@ def pack_examples(examples: Sequence[Example]) -> ExampleBatch:
 
 
 def pack_values(batch: PackedBatch, values: Tensor, returns: Tensor) -> ValueBatch:
-    """What a critic reads of a micro-batch, with `values` and `returns` [T]."""
+    """The fields of a micro-batch that a critic reads, with `values` and `returns` [T]."""
     tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
     return ValueBatch(*tokens, values=values, returns=returns)
 
 
-# Padding batches keep a rank in step with ranks that have one more micro-batch: two tokens without a loss.
-# They have the fields of real batches and get what is added to these, so that metrics that depend on a field
+# Padding batches, of two tokens without loss, let a rank run as many micro-batches as the others. They have
+# the fields of real batches, and later fields are added to them too, so that metrics that depend on a field
 # have the same keys on every rank.
 
 

@@ -25,7 +25,7 @@ RUNS_PATH = REPOSITORY / "runs"
 RUN_NAME = "demo"
 CONFIG = "jobs/configs/demo.yaml"
 
-# Slots for the roles of demo.yaml, not cores: its processes take turns, so they may outnumber the cores.
+# Slots for the roles of demo.yaml, not cores: its processes alternate, so they may outnumber the cores.
 NUM_CPUS = 4
 
 

@@ -1,4 +1,4 @@
-"""Advantage estimators: from scores, KL and values to one number per token the policy produced.
+"""Advantage estimators: from scores, KL and values to one advantage per token that the policy produced.
 
 Two families, with their traits in `registry.ESTIMATORS`. Per-token estimators (`gae`, `reinforce_pp`) work on
 one packed stream. Group estimators compare the samples of one prompt, per sample [N], before balancing
@@ -122,7 +122,7 @@ def _discounted_suffix_sums(x: Tensor, sequence: Tensor, discount: float) -> Ten
     return x
 
 
-# Per sample, against the other samples of its prompt
+# Per sample, relative to the other samples of its prompt
 
 
 def rloo(scores: Tensor, group_mean: Tensor, group_std: Tensor, group_size: Tensor) -> Tensor:
@@ -142,11 +142,15 @@ def centred(scores: Tensor, group_mean: Tensor, group_std: Tensor, group_size: T
 
 @torch.no_grad()
 def group_advantages(name: str, scores: Tensor, group_ids: Tensor) -> Tensor:
-    """Advantage of every sample against its group, [N] in fp32; scores [N], group_ids [N] (any integers).
+    """Advantage of every sample relative to its group, [N] in fp32; scores [N], group_ids [N] (any integers).
 
-    The same bits whatever the order of the samples. Whitening, where the estimator has it, comes afterwards
-    over tokens. Raises `ValueError` for an unknown name, a score that is not finite (it would spoil its whole
-    group), or a group of one under rloo and grpo, which have no baseline for it.
+    Bit-identical for any order of the samples. Whitening, if the estimator has it, is done afterwards over
+    tokens.
+
+    Raises:
+        ValueError: for an unknown name, a score that is not finite (it would invalidate its whole group), or
+        a
+            group of one with rloo and grpo, which have no baseline for it.
     """
     estimator = ESTIMATORS.get(name)
     if estimator is None or not estimator.needs_group:
@@ -164,7 +168,7 @@ def group_advantages(name: str, scores: Tensor, group_ids: Tensor) -> Tensor:
             "(a group of one has no baseline): raise rollout.group_size, or drop a sample that lost the "
             "others of its group"
         )
-    # Addition rounds differently in another order; ascending scores make the order the group's own.
+    # Addition rounds differently in another order; ascending scores fix the order within a group.
     order = scores.argsort()
     size = sizes.double()
     zeros = torch.zeros_like(size)
@@ -176,7 +180,7 @@ def group_advantages(name: str, scores: Tensor, group_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(per_sequence: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Each sequence's number [S] on every one of its policy tokens, [T] in fp32."""
+    """Each sequence's value [S] on all of its policy tokens, [T] in fp32."""
     return masked(per_sequence[sequence_ids_of(cu_seqlens)], loss_mask)
 
 
@@ -194,7 +198,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
 def whiten(x: Tensor, mask: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
     """(x - mean)/sqrt(variance + eps) on the mask, [T] in fp32, from the global `moments` [3].
 
-    The variance is the population's. Nothing but zeros when no token is masked.
+    Population variance. All zeros when no token is masked.
     """
     count, total, total_squares = moments.to(x.device).double().unbind()
     mean = total / count.clamp_min(1.0)

@@ -1,8 +1,8 @@
-"""From a per-token loss to this micro-batch's share of the optimizer step's objective.
+"""Aggregation of a per-token loss to this micro-batch's share of the optimizer step's objective.
 
 A share is already divided by a count of the whole step, so shares simply add up over micro-batches and ranks:
 how samples were packed or distributed never changes the objective. Undoing the engine's average over
-data-parallel ranks is the learner's business, not done here.
+data-parallel ranks is done in the learner, not here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Divergences between a teacher's and a student's distribution of the next token.
 
-Shapes: n tokens, V vocabulary, k tokens that the teacher named, B outcomes. Every divergence takes
+Shapes: n tokens, V vocabulary, k top tokens of the teacher, B outcomes. Every divergence takes
 log-probabilities of the same outcomes [n, B] and returns one number per token, [n]; only the student's carry
-a gradient. The outcomes are the vocabulary, or what `top_k_outcomes` makes of it.
+a gradient. The outcomes are the vocabulary, or those of `top_k_outcomes`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# What the top k tokens leave of 1 is a difference in fp32: below this it is rounding.
+# The remaining probability of the other tokens is a difference in fp32: below this it is rounding.
 MIN_TAIL = 1e-7
 LEAST_LOGPROB = -1e30
 
@@ -75,8 +75,8 @@ def top_k_divergence(
 
     A lower bound of `divergence` for each of `DISTILL_LOSSES`: these are f-divergences, and f-divergences
     never grow when outcomes are merged (the data-processing inequality). It is attained where student and
-    teacher are proportional to each other over the merged tokens, thus for k = V; over these tokens there is
-    nothing to learn but their total. A teacher's rest below 1e-7 counts as 1e-7.
+    teacher are proportional to each other over the merged tokens, thus for k = V; over these tokens only
+    their total is constrained. A teacher's rest below 1e-7 counts as 1e-7.
     """
     student, teacher = top_k_outcomes(student_logits, teacher_ids, teacher_logprobs)
     return _named(name)(student, teacher, beta=beta)

@@ -16,7 +16,9 @@ from torch import Tensor
 from rayrlhf.algorithms.aggregate import masked
 from rayrlhf.algorithms.registry import KL_ESTIMATORS
 
-MAX_EXPONENT = 10.0  # e^10 = 22026: beyond it k3 grows linearly, so one absurd token cannot drown the batch
+MAX_EXPONENT = (
+    10.0  # e^10 = 22026: beyond it k3 grows linearly, so that one outlier token cannot dominate the batch
+)
 MAX_RELATIVE_ERROR = 0.2  # of the adaptive controller
 
 
@@ -50,12 +52,12 @@ def token_kl(name: str, logprobs: Tensor, ref_logprobs: Tensor, loss_mask: Tenso
 
 @dataclass
 class FixedKL:
-    """A coefficient β that never changes. A resumed run takes it from its config, not from the checkpoint."""
+    """A constant coefficient β. A resumed run takes it from its config, not from the checkpoint."""
 
     coef: float
 
     def update(self, mean_kl: float, num_samples: int) -> None:
-        """Does nothing; here so that loops need not know which controller they hold."""
+        """No-op, for the interface of `KLController`."""
 
     def state_dict(self) -> dict[str, float]:
         return {"coef": self.coef}
@@ -66,10 +68,11 @@ class FixedKL:
 
 @dataclass
 class AdaptiveKL:
-    """Steers β so that the KL stays near `target` (Ziegler et al. 2019, arXiv 1909.08593).
+    """Adapts β so that the KL stays near `target` (Ziegler et al. 2019, arXiv 1909.08593).
 
     β ← β · (1 + clip(KL/target - 1, ±0.2) · n/horizon), with n the samples (responses) of the step. `target`
-    is in the unit of `mean_kl`, `horizon` in samples. Raises `ValueError` when a setting cannot steer.
+    is in the unit of `mean_kl`, `horizon` in samples. Raises `ValueError` for settings with which β cannot
+    adapt.
     """
 
     coef: float
@@ -84,7 +87,7 @@ class AdaptiveKL:
             )
 
     def update(self, mean_kl: float, num_samples: int) -> None:
-        """Move β after a step. A NaN KL leaves it: that step is counted as bad elsewhere, β must survive it.
+        """Update β after a step. A NaN KL leaves β unchanged: such a step is counted as bad elsewhere.
 
         Raises `ValueError` when one step has so many samples that β could reach 0 or change its sign.
         """

@@ -1,7 +1,7 @@
-"""Metrics as values that know how they add up over micro-batches, optimizer steps and ranks.
+"""Metric values that can be merged over micro-batches, optimizer steps and ranks.
 
-A mean is over what it is a mean of, whatever was measured together: tokens, sequences, examples or optimizer
-steps. The mean of mini-batches' means is another number where these differ in size.
+A mean is taken over all its items (tokens, sequences, examples or optimizer steps), however they were
+batched. The mean of mini-batch means would differ when mini-batches differ in size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Mean:
-    """Σ total / Σ weight; left out of the results where the weight is 0."""
+    """Σ total / Σ weight; omitted from the results if the weight is 0."""
 
     total: Number
     weight: Number
@@ -59,14 +59,14 @@ class Mean:
         return Mean(*addends)
 
     def summed(self) -> Mean:
-        """Of numbers per example [E]: their sums, without gradient."""
+        """Sums of per-example numbers [E], without gradient."""
         total, weight = torch.as_tensor(self.total), torch.as_tensor(self.weight)
         return Mean(total.detach().sum(), weight.detach().sum())
 
 
 @dataclass(frozen=True)
 class Max:
-    """The largest that was seen."""
+    """A maximum."""
 
     value: Number
 
@@ -83,14 +83,14 @@ class ExplainedVariance:
 
     sums: tuple[float, ...]  # count, Σ R, Σ R², Σ (R-V), Σ (R-V)²
 
-    # Returns whose variance is this small beside their mean square differ by rounding only.
+    # Returns whose variance is this small relative to their mean square differ by rounding only.
     CONSTANT_RETURNS = 1e-12
 
     def merged(self, other: ExplainedVariance) -> ExplainedVariance:
         return ExplainedVariance(tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)))
 
     def result(self) -> float:
-        """NaN where it is undefined: no token, or returns without variance."""
+        """NaN if undefined: no token, or returns without variance."""
         count, total, total_squares, residual, residual_squares = self.sums
         if count == 0:
             return float("nan")
@@ -111,7 +111,7 @@ Metric = Sum | Mean | Max | ExplainedVariance
 
 
 class Metrics(dict[str, Metric]):
-    """Metrics by their key in `rayrlhf.observe.metric_keys.METRICS`. `a + b` measures both together:
+    """Metrics by their key in `rayrlhf.observe.metric_keys.METRICS`. `a + b` merges them:
 
     >>> once = Metrics({"loss/entropy": Mean(total=6.0, weight=4.0), "rollout/logprob_diff_max": Max(0.2)})
     >>> again = Metrics({"loss/entropy": Mean(total=2.0, weight=4.0), "loss/actor_bad_steps": Sum(1.0)})
@@ -120,14 +120,14 @@ class Metrics(dict[str, Metric]):
     """
 
     def __add__(self, other: Metrics) -> Metrics:
-        """Raises `TypeError` for a key that is one kind of metric here and another there."""
+        """Merge. Raises `TypeError` for a key with two different kinds of metric."""
         merged = Metrics(self)
         for key, metric in other.items():
             merged[key] = merge(key, merged[key], metric) if key in merged else metric
         return merged
 
     def on_host(self) -> Metrics:
-        """With plain numbers in place of tensors."""
+        """A copy with plain numbers in place of tensors."""
         return Metrics(
             {
                 key: Max(metric.result()) if isinstance(metric, Max) else type(metric).of(metric.addends())
@@ -136,7 +136,7 @@ class Metrics(dict[str, Metric]):
         )
 
     def results(self) -> dict[str, float]:
-        """The numbers to report; a mean over nothing is left out."""
+        """The numbers to report; means without items are omitted."""
         results = {key: metric.result() for key, metric in self.items()}
         return {key: result for key, result in results.items() if result is not None}
 

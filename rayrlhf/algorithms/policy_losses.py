@@ -1,8 +1,8 @@
-"""Policy losses: per-token terms to be minimised, before aggregation.
+"""Policy losses: per-token terms to minimise, before aggregation.
 
 Every function takes the policy's `logprobs` (with gradient), `old_logprobs` of the policy before this step's
 updates, and `advantages`, all [T], and returns `(per_token_loss [T], metrics)`. The losses are fp32 and 0
-outside the mask, whatever stands there; metrics are means over loss tokens.
+outside the mask, whatever the inputs are there; metrics are means over loss tokens.
 
 ratio = exp(logprobs - old_logprobs), the log-ratio clamped at ±20 (no gradient beyond).
 """
@@ -123,7 +123,7 @@ def reinforce(
     loss_mask: Tensor,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Metrics]:
-    """-A·logprobs (Williams 1992): on-policy, so only the first update of a batch is what the theorem says.
+    """-A·logprobs (Williams 1992): on-policy, so the theorem holds only for the first update of a batch.
 
     There is no ratio to clip; `old_logprobs` feed the metrics only.
     """
@@ -163,7 +163,7 @@ def _clipped(
 
 
 def _drift(logprobs: Tensor, old_logprobs: Tensor, ratio: Tensor, loss_mask: Tensor) -> Metrics:
-    """How far the policy has moved since the batch was made: KL(old || policy) by k3, and the ratio."""
+    """Drift of the policy since the batch was sampled: KL(old || policy) by k3, and the ratio."""
     approx_kl = k3(old_logprobs.detach(), logprobs.detach())
     return Metrics(
         {"loss/approx_kl": token_mean(approx_kl, loss_mask), "loss/ratio": token_mean(ratio, loss_mask)}

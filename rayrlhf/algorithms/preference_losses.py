@@ -3,7 +3,7 @@
 Shapes: [P] pairs, or examples for KTO. `*_sums` are Σ log-probs over the response tokens of a sequence (the
 policy's with gradient, the reference's without) and `*_tokens` their numbers. Every function returns
 `(loss [P], metrics)`, where each metric is [P] too and without gradient: nothing is averaged and nothing
-masked, so that the caller can leave out pairs that only fill a batch. These have 0 tokens and sums of 0, for
+masked, so that the caller can leave out padding pairs. These have 0 tokens and sums of 0, for
 which everything here is finite. All results are fp32.
 
 h = (log π(w) - log π_ref(w)) - (log π(l) - log π_ref(l)), w the chosen and l the rejected response.
@@ -55,7 +55,7 @@ def ipo(
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(h - 1/(2β))² (arXiv 2310.12036, its τ is β): h is led to a finite target. `gamma` has no effect.
+    """(h - 1/(2β))² (arXiv 2310.12036, its τ is β): h has a finite target. `gamma` has no effect.
 
     Of sums over the responses' tokens, as in the paper's equation 17, where π(y|x) is a whole response's. TRL
     takes means: for responses of n tokens its β is n times this one.
@@ -79,8 +79,8 @@ def cdpo(
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-(1-s)·log σ(β·h) - s·log σ(-β·h), s = `label_smoothing` the share of labels that are the wrong way
-    round (Mitchell 2023). `gamma` has no effect.
+    """-(1-s)·log σ(β·h) - s·log σ(-β·h), s = `label_smoothing` the fraction of labels that are
+    swapped (Mitchell 2023). `gamma` has no effect.
     """
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(
@@ -149,7 +149,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
 
 
 def chosen_nll(chosen_sums: Tensor, chosen_tokens: Tensor) -> Tensor:
-    """Negative mean log-prob of each chosen response, [P]: the NLL term beside DPO (arXiv 2404.19733)."""
+    """Negative mean log-prob of each chosen response, [P]: the NLL term added to DPO (arXiv 2404.19733)."""
     return -_means(chosen_sums, chosen_tokens)
 
 
@@ -190,7 +190,7 @@ def kto(
 def kto_kl(mismatched_sums: Tensor, ref_mismatched_sums: Tensor) -> Tensor:
     """Count and Σ (log π - log π_ref) of responses under prompts that are not theirs, [2] in float64.
 
-    Contributions of micro-batches and ranks add up; leave fillers out beforehand.
+    Contributions of micro-batches and ranks add up; leave out padding beforehand.
     """
     log_ratio = mismatched_sums.double() - ref_mismatched_sums.double()
     count = torch.tensor(log_ratio.numel(), dtype=torch.float64, device=log_ratio.device)
@@ -198,7 +198,7 @@ def kto_kl(mismatched_sums: Tensor, ref_mismatched_sums: Tensor) -> Tensor:
 
 
 def kto_reference_point(contributions: Tensor) -> Tensor:
-    """max(0, mean log-ratio) from the global batch's `kto_kl` [2]: a scalar in fp32; 0 of nothing."""
+    """max(0, mean log-ratio) from the global batch's `kto_kl` [2]: a scalar in fp32; 0 without responses."""
     count, total = contributions.detach().double().unbind()
     return (total / count.clamp_min(1.0)).clamp_min(0.0).float()
 
@@ -217,7 +217,7 @@ def pair_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, 
 def log_odds(logprobs: Tensor) -> Tensor:
     """log(p/(1-p)) from log p; log p counts as -1e-6 above that (no gradient there)."""
     logprobs = logprobs.clamp_max(MAX_MEAN_LOGPROB)
-    # log(1 - exp(x)) of which each form keeps its digits on one side of x = -ln 2 (Mächler 2012).
+    # log(1 - exp(x)) where each form is accurate on one side of x = -ln 2 (Mächler 2012).
     near_one = torch.log(-torch.expm1(logprobs))
     near_zero = torch.log1p(-torch.exp(logprobs))
     return logprobs - torch.where(logprobs > -math.log(2.0), near_one, near_zero)

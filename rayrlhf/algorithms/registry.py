@@ -1,8 +1,8 @@
-"""Every estimator and loss by its name in a config: the function, what it needs, and where it is from.
+"""Registry of estimators and losses by config name: the function, its requirements, and its paper.
 
-The config's choices, `--help`, the loop and the docs read these tables, so a new one is a function in this
-room, its line here, and a test with an independent implementation (tests/algorithms/references.py). Without
-torch, which functions import when they are first asked for: configs answer at once.
+The config's choices, `--help`, the loop and the docs read these tables, so a new entry needs a function in
+this package, a line here, and a test with an independent implementation (tests/algorithms/references.py).
+torch is imported only when a function is first used, so that configs load fast.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Estimator(Entry):
 
     needs_critic: bool = False
     needs_group: bool = False  # compares the samples of a prompt: rollout.group_size >= 2
-    defined_for_one: bool = False  # a group that lost all samples but one still has an advantage
-    whitened: bool = False  # over the global batch, where algorithm.whiten_advantages
+    defined_for_one: bool = False  # a group with a single remaining sample still has an advantage
+    whitened: bool = False  # over the global batch, with algorithm.whiten_advantages
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -77,14 +77,14 @@ class PolicyLoss(Entry):
     cu_seqlens, **keywords)` gives the loss per token [T] and metrics.
     """
 
-    reads: tuple[str, ...] = ()  # keys of `algorithm` that it takes as keywords
+    reads: tuple[str, ...] = ()  # keys of `algorithm` passed as keyword arguments
     options: Mapping[str, float] = field(default_factory=dict)  # in loss_options
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys left out
-    has_ratio: bool = True  # without, a batch allows one optimizer step only
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of unset keys
+    has_ratio: bool = True  # without a ratio, a batch allows only one optimizer step
     one_ratio_per_sequence: bool = False  # belongs to algorithm.aggregation=sequence_mean
 
     def keywords(self, algorithm: Any) -> dict[str, float]:
-        """For the function, from a valid `AlgorithmConfig`."""
+        """Keyword arguments for the function, from a valid `AlgorithmConfig`."""
         return {key: getattr(algorithm, key) for key in self.reads} | {
             **self.options,
             **algorithm.loss_options,

@@ -29,8 +29,8 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor) -> tuple[Ten
 def log_exp(chosen: Tensor, rejected: Tensor, margin: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """log(1 + exp(r_l - r_w + margin)), [P] in fp32, with metrics [P] (arXiv 2204.05862).
 
-    The same function as `bradley_terry`, since -log σ(x) = log(1 + exp(-x)); here under the name by which
-    configs of other code bases ask for it. As a softplus it does not overflow where exp would.
+    The same function as `bradley_terry`, since -log σ(x) = log(1 + exp(-x)); here under the name
+    that configs of other code bases use. As a softplus it does not overflow where exp would.
     """
     chosen, rejected = chosen.float(), rejected.float()
     return softplus(rejected - chosen + margin.float()), pair_metrics(chosen, rejected)

@@ -1,4 +1,5 @@
-"""Importance weights that correct for the rollout engine's probabilities not being the trainer's.
+"""Importance weights that correct for differences between the rollout engine's and the trainer's
+probabilities.
 
 An engine samples with other kernels, another precision or older weights than the trainer computes gradients
 with. The expectation over its samples becomes the trainer's once each token's loss is multiplied by
@@ -34,7 +35,7 @@ def truncate(weights: Tensor, low: float, high: float) -> Tensor:
 
 
 def mask_outside(weights: Tensor, low: float, high: float) -> Tensor:
-    """w where low ≤ w ≤ high, else 0, [T]: a token outside learns nothing, one inside keeps its weight.
+    """w where low ≤ w ≤ high, else 0, [T]: a token outside has no gradient, one inside keeps its weight.
 
     IcePop (Ling team 2025, arXiv 2510.18855) per token. A weight that is NaN counts as outside.
     """

@@ -1,4 +1,4 @@
-"""The critic's loss, and how much of the returns' variance it explains."""
+"""The critic's loss, and explained variance of the returns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def value_loss(
         old_values = masked(old_values, loss_mask)
         moved = (values.detach() - old_values).abs() > clip
         clipped_error = (torch.clamp(values, old_values - clip, old_values + clip) - returns).square()
-        # Inside the range both terms are the same: only a value that has left it can be decided by the bound.
+        # Inside the range both terms are the same: the bound applies only to values outside of it.
         clipped = moved & (clipped_error > error)
         error = torch.where(clipped, clipped_error, error)
     metrics = Metrics(

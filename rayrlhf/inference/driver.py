@@ -73,7 +73,7 @@ NUM_SHOWN = 5  # responses in the summary
 
 
 def run_generate(config: GenerateRunConfig) -> int:
-    """Run to the end; the exit code is `DriverRun`'s."""
+    """Run a batch inference job; returns the exit code of `DriverRun`."""
     with DriverRun(config) as run:
         config = run.pinned(config)
         functions = _check(config)
@@ -188,7 +188,7 @@ def _identity(config: GenerateRunConfig, store: PromptStore) -> dict[str, Any]:
 
 
 def check_columns(store: PromptStore, config: GenerateRunConfig) -> None:
-    """Raises `DataError` if a column would be overwritten, or does not hold a response to score."""
+    """Raise `DataError` if a column would be overwritten, or does not hold a response to score."""
     key = config.data.response_key
     taken = set() if config.generate.overwrite_columns else set(NEW_COLUMNS) - {key}
     for prompt in store:

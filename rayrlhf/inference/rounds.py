@@ -51,7 +51,7 @@ class Stage:
 
 
 def run_stages(stages: Sequence[Stage], say: Callable[[str], None]) -> None:
-    """Those that are not done, in order. Raises `StageFailed` where one ends otherwise."""
+    """Run the unfinished stages, in order. Raises `StageFailed` when a stage fails."""
     for number, stage in enumerate(stages, start=1):
         title = f"stage {number} of {len(stages)}, {stage.folder.name}"
         if stage.is_done:
@@ -64,7 +64,7 @@ def run_stages(stages: Sequence[Stage], say: Callable[[str], None]) -> None:
 
 
 def run_chain(config: AnyChain, choose: Choose) -> int:
-    """Rounds of generate, choose, train; the exit code is `DriverRun`'s, or that of the stage that failed."""
+    """Rounds of generate, choose, train; returns the exit code of `DriverRun`, or of the stage that failed."""
     with DriverRun(config) as run:
         config = run.pinned(config)
         _check(config)
@@ -76,7 +76,7 @@ def run_chain(config: AnyChain, choose: Choose) -> int:
 
 
 def _check(config: AnyChain) -> None:
-    """Raises one of `INPUT_ERRORS`."""
+    """Check the config of a chain. Raises one of `INPUT_ERRORS`."""
     check_model("model.path", config.model.path)
     for key, path in reward_model_paths(config.reward):
         check_model(key, path)

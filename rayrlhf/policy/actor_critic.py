@@ -36,7 +36,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Pending(Protocol[Result_co]):
-    """What a critic was asked for, and may still work on."""
+    """Result of a critic call that may still be running."""
 
     def result(self) -> Result_co: ...
 
@@ -59,7 +59,7 @@ class Actor:
         temperature: float,
         average: ExponentialMovingAverage | None = None,
     ) -> None:
-        """`temperature`: what responses are sampled at, and log-probabilities are of."""
+        """`temperature`: of sampling, and therefore of the log-probabilities."""
         self.learner = learner
         self.temperature = temperature
         self.average = average
@@ -71,7 +71,7 @@ class Actor:
     def update(
         self, batches: Sequence[PolicyBatch], objective: PolicyObjective, texts: Term | None, *, step: int
     ) -> Metrics:
-        """One optimizer step on a mini-batch, and on `texts` where there are some (PPO-ptx)."""
+        """One optimizer step on a mini-batch and, for PPO-ptx, on `texts`."""
         terms = [Term(batches, policy_forward(self.temperature), objective)]
         if texts is not None:
             terms.append(texts)
@@ -82,11 +82,11 @@ class Actor:
         return metrics
 
     def weights(self) -> Iterator[CheckpointTensors]:
-        """In the names and layouts of a Hugging Face checkpoint."""
+        """The weights in the names and layouts of a Hugging Face checkpoint."""
         return checkpoint_tensors(self.learner.module.causal_lm)
 
     def offload(self) -> None:
-        """Leave the device to the engines, but for the weights that these are to be given."""
+        """Free the device for the engines, except for the weights, which are pushed to them next."""
         self.learner.offload()
 
     def reload(self) -> None:
@@ -105,7 +105,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Ref:
-    """The frozen reference, at the temperature of the samples."""
+    """The frozen reference policy, at the sampling temperature."""
 
     model: Reference
     temperature: float
@@ -116,8 +116,10 @@ class Ref:
 
 
 class Critic(Protocol):
-    """In the actor's workers (`LocalCritic`) or in a trainer of its own (`critic_client.RemoteCritic`), which
-    works while the actor does: results are asked for later.
+    """A critic in the actor's workers (`LocalCritic`) or in a separate trainer
+    (`critic_client.RemoteCritic`).
+
+    A separate one computes concurrently with the actor, so calls return `Pending` results.
     """
 
     def start_values(self, batches: Sequence[PackedBatch]) -> Pending[list[Tensor]]:
@@ -169,7 +171,7 @@ class LocalCritic:
         self.learner.reload()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)
@@ -179,7 +181,7 @@ class LocalCritic:
 
 
 def value_batch(batch: PolicyBatch) -> ValueBatch:
-    """What the critic reads of a micro-batch with advantages."""
+    """The fields of a micro-batch with returns that the critic reads."""
     assert batch.values is not None and batch.returns is not None
     return pack_values(batch, batch.values, batch.returns)
 
@@ -187,18 +189,18 @@ def value_batch(batch: PolicyBatch) -> ValueBatch:
 def infer(
     mini_batches: Sequence[MiniBatch], actor: Actor | None, ref: Ref | None, critic: Critic | None
 ) -> list[MiniBatch]:
-    """The step's mini-batches with old log-probabilities, reference log-probabilities and values, of those
+    """Add old log-probabilities, reference log-probabilities and values to the step's mini-batches, for the
     models that are given. Collective.
     """
 
     def inferred(batches: MiniBatch) -> list[PolicyBatch]:
         values = critic.start_values(batches) if critic is not None else None
         old = actor.logprobs(batches) if actor is not None else [None] * len(batches)
-        of_ref = ref.logprobs(batches) if ref is not None else [None] * len(batches)
-        of_critic = values.result() if values is not None else [None] * len(batches)
+        reference = ref.logprobs(batches) if ref is not None else [None] * len(batches)
+        predicted = values.result() if values is not None else [None] * len(batches)
         return [
             replace(batch, old_logprobs=o, ref_logprobs=r, values=v)
-            for batch, o, r, v in zip(batches, old, of_ref, of_critic, strict=True)
+            for batch, o, r, v in zip(batches, old, reference, predicted, strict=True)
         ]
 
     return over_the_step(mini_batches, inferred)
@@ -244,7 +246,7 @@ def make_critic(config: PolicyRunConfig) -> LocalCritic:
 
 
 def make_reference(config: PolicyRunConfig, actor: Actor) -> Reference:
-    """In the workers: the actor without its adapters, or a frozen copy."""
+    """A reference in the actor's workers: the actor without its adapters, or a frozen copy."""
     if config.ref_is_the_actor:
         return AdaptersOff(actor.learner)
     path = config.ref.path if config.ref is not None else None
@@ -253,6 +255,6 @@ def make_reference(config: PolicyRunConfig, actor: Actor) -> Reference:
 
 def make_kl_controller(algorithm: AlgorithmConfig) -> KLController:
     if algorithm.kl_controller == "adaptive":
-        assert algorithm.kl_target is not None  # the config insists on it
+        assert algorithm.kl_target is not None  # the config requires it
         return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
     return FixedKL(algorithm.kl_coef)

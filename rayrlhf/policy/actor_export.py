@@ -1,4 +1,4 @@
-"""The actor as users load it: a Hugging Face folder, and the moving average of its weights."""
+"""Exports the actor, and the moving average of its weights, as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rayrlhf.train import collectives
 
 
 def export_actor(actor: Actor, config: PolicyRunConfig, path: Path) -> None:
-    """Write `path` and, where an average is kept, `<path>-ema`. Collective."""
+    """Write `path` and, with `algorithm.ema_beta`, `<path>-ema`. Collective."""
     _export(actor, config, path)
     if actor.average is not None:
         with actor.average.swapped():

@@ -1,4 +1,4 @@
-"""The run's Serve apps: rollout engines, reward sources, and the reference when it is served."""
+"""The run's Serve apps: rollout engines, reward sources, the environment and a served reference."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _reference(config: PolicyRunConfig, slots: Slots, *, threads: int) -> Any:
         config.model.model_copy(update={"path": path}),
         config.rollout.model_copy(update={"tensor_parallel": config.ref.tensor_parallel}),
         seed=config.run.seed,
-        max_model_tokens=max_model_tokens(config) + 1,  # one is generated
+        max_model_tokens=max_model_tokens(config) + 1,  # scoring generates one token
         weight_store=None,
         on_gpu=slots.have_gpus,
         threads=threads,
@@ -92,9 +92,7 @@ def _reference(config: PolicyRunConfig, slots: Slots, *, threads: int) -> Any:
 
 
 def max_model_tokens(config: PolicyRunConfig) -> int:
-    """The longest sequence an engine may hold: the prompt budget and the longer of the two response
-    budgets.
-    """
+    """Maximum sequence length of an engine: the prompt limit plus the longer of the two response limits."""
     rollout = config.rollout
     new_tokens = max(rollout.max_response_tokens, config.eval_sampling.max_new_tokens)
     return config.data.max_prompt_tokens + new_tokens

@@ -1,4 +1,4 @@
-"""From a step's samples to packed mini-batches with advantages: credit, balance, pack."""
+"""Turns a step's samples into packed mini-batches with advantages: group advantages, balancing, packing."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.learner import Term
 
 MiniBatch = list[PolicyBatch]  # micro-batches of one optimizer step on this rank; equally many on every rank
-Key = tuple[int, int]  # (group id, sample index): a sample's place in the step, on any rank
+Key = tuple[int, int]  # (group id, sample index): identifies a sample in the step, on all ranks
 
 
-# Against the group, while it is whole
+# Group advantages, while a group is on one rank
 
 
 def with_group_advantages(samples: Sequence[Sample], advantage: str) -> list[Sample]:
-    """Scored samples of whole groups, each with its advantage against its group where the estimator compares
-    them. Raises `ValueError` for a group that cannot be compared (`group_advantages`).
+    """Add group advantages to the scored samples of whole groups, if the estimator uses them.
+
+    Raises:
+        ValueError: for a group that cannot be compared (`group_advantages`).
     """
     if not ESTIMATORS[advantage].needs_group or not samples:
         return list(samples)
@@ -52,7 +54,7 @@ def with_group_advantages(samples: Sequence[Sample], advantage: str) -> list[Sam
 
 @dataclass(frozen=True)
 class Packing:
-    """How the samples of a step become mini-batches and micro-batches."""
+    """Sizes of mini-batches and micro-batches of a step."""
 
     num_mini_batches: int
     full_batch: int  # samples that make up `num_mini_batches`
@@ -65,11 +67,13 @@ def balance_and_pack(
 ) -> tuple[list[MiniBatch], dict[str, float]]:
     """Shuffle the samples of all ranks into mini-batches, balance each over the ranks, and pack it.
 
-    Fewer samples than `packing.full_batch` make up fewer mini-batches, none of them larger: a few that a
-    filter has left do not take as many optimizer steps as a full batch. Which samples make up a mini-batch
-    depends on the samples alone, not on how many ranks there are. Every rank gets equally many micro-batches
-    (ZeRO-3 would otherwise wait for ever): ranks with fewer add padding batches. Returns metrics, too.
-    Collective.
+    Fewer samples than `packing.full_batch` make fewer mini-batches, none of them larger, so that the few
+    samples left by a filter do not get as many optimizer steps as a full batch. The samples of a mini-batch
+    depend only on the step's samples, not on the number of ranks. Every rank gets equally many micro-batches
+    (ZeRO-3 would deadlock otherwise): ranks with fewer add padding batches. Collective.
+
+    Returns:
+        This rank's mini-batches, and metrics.
     """
     parts, metrics = _balance(samples, packing, ranks, step)
     packed = [pack_evenly(part, ranks, packing.budget_tokens) for part in parts]
@@ -87,8 +91,11 @@ def balance_and_pack(
 
 
 def pack_evenly(samples: Sequence[Sample], ranks: Ranks, budget_tokens: int) -> tuple[MiniBatch, int]:
-    """This rank's samples as packed micro-batches on its device, equally many and at least one on every rank,
-    and how many of them are padding. Collective.
+    """Pack this rank's samples into micro-batches on its device, equally many and at least one on every rank.
+    Collective.
+
+    Returns:
+        The micro-batches, and how many of them are padding.
     """
     packs = micro_batches([sample.num_tokens for sample in samples], budget_tokens)
     batches = [pack_samples([samples[i] for i in pack]) for pack in packs]
@@ -100,7 +107,7 @@ def pack_evenly(samples: Sequence[Sample], ranks: Ranks, budget_tokens: int) -> 
 def _balance(
     samples: Sequence[Sample], packing: Packing, ranks: Ranks, step: int
 ) -> tuple[list[list[Sample]], dict[str, float]]:
-    """This rank's samples of each mini-batch, and what the balancing has achieved."""
+    """This rank's samples of each mini-batch after balancing, and metrics of the balancing."""
     mine = [(_key(sample), sample.num_tokens) for sample in samples]
     by_rank = ranks.gather([mine])
     tokens = dict(sorted(pair for pairs in by_rank for pair in pairs))
@@ -135,13 +142,13 @@ def _key(sample: Sample) -> Key:
 
 
 def _without_text(sample: Sample) -> Sample:
-    """Training needs the tokens only; the rest would travel for nothing."""
+    """The sample without its text, which training does not need and which would be sent for nothing."""
     prompt = replace(sample.prompt, prompt="", columns={})
     return replace(sample, prompt=prompt, response="", policy_versions=[])
 
 
 def _imbalance(tokens_of_rank: Sequence[int]) -> float:
-    """How much more than the mean the busiest rank has; the others wait that long."""
+    """Excess of the busiest rank over the mean, as a fraction: the others wait that long."""
     mean = sum(tokens_of_rank) / len(tokens_of_rank)
     return max(tokens_of_rank) / mean - 1.0 if mean else 0.0
 
@@ -160,9 +167,10 @@ def over_the_step(
 def with_token_advantages(
     mini_batches: Sequence[MiniBatch], algorithm: AlgorithmConfig, ranks: Ranks, *, kl_coef: float
 ) -> list[MiniBatch]:
-    """The step's mini-batches with advantages of every token and, with a critic, returns: from group
-    advantages, or from rewards and values; less the KL where it is in the reward; whitened over all ranks
-    where the estimator wants it. Collective.
+    """Add token advantages and, with a critic, returns to the step's mini-batches. Collective.
+
+    They come from group advantages, or from rewards and values; minus the KL penalty with `kl_in: reward`;
+    whitened over all ranks if the estimator does so.
     """
     return over_the_step(mini_batches, lambda batches: add_advantages(batches, algorithm, ranks, kl_coef))
 
@@ -170,9 +178,9 @@ def with_token_advantages(
 def add_advantages(
     batches: Sequence[PolicyBatch], algorithm: AlgorithmConfig, ranks: Ranks, kl_coef: float
 ) -> list[PolicyBatch]:
-    """The same for all of this rank's micro-batches of the step. Collective."""
+    """`with_token_advantages` for all of this rank's micro-batches of the step. Collective."""
     estimator = algorithm.estimator
-    estimate = _against_group if estimator.needs_group else _per_token
+    estimate = _from_group if estimator.needs_group else _per_token
     estimated = [estimate(batch, algorithm, kl_coef) for batch in batches]
     if not (estimator.whitened and algorithm.whiten_advantages):
         return estimated
@@ -187,7 +195,7 @@ def _advantages(batch: PolicyBatch) -> Tensor:
 
 
 def _penalty(batch: PolicyBatch, algorithm: AlgorithmConfig) -> Tensor | None:
-    """KL per token [T] where it belongs in the reward; None where it is off or in the loss."""
+    """KL per token [T] if it is part of the reward; None if it is off or in the loss."""
     if batch.ref_logprobs is None or algorithm.kl_in != "reward":
         return None
     assert batch.old_logprobs is not None
@@ -203,8 +211,10 @@ def _per_token(batch: PolicyBatch, algorithm: AlgorithmConfig, kl_coef: float) -
     return replace(batch, advantages=advantages, returns=returns)
 
 
-def _against_group(batch: PolicyBatch, algorithm: AlgorithmConfig, kl_coef: float) -> PolicyBatch:
-    """The sequence's advantage on all its tokens; a KL in the reward comes off per token, as return-to-go."""
+def _from_group(batch: PolicyBatch, algorithm: AlgorithmConfig, kl_coef: float) -> PolicyBatch:
+    """The sequence's advantage on all its tokens; a KL in the reward is subtracted per token, as
+    return-to-go.
+    """
     mask, cu_seqlens = batch.loss_mask, batch.cu_seqlens
     advantages = spread(batch.group_advantages, mask, cu_seqlens)
     penalty = _penalty(batch, algorithm)
@@ -219,7 +229,7 @@ def _against_group(batch: PolicyBatch, algorithm: AlgorithmConfig, kl_coef: floa
 
 
 class TextStream:
-    """This rank's texts, step by step, as packed micro-batches; equally many on every rank."""
+    """This rank's texts of each step as packed micro-batches, equally many on every rank."""
 
     def __init__(
         self,
@@ -235,7 +245,7 @@ class TextStream:
         self.budget_tokens = budget_tokens
 
     def next(self) -> Term:
-        """The next step's, as a term of every objective of the step. Collective."""
+        """The next step's texts, as a term of every objective of that step. Collective."""
         _, texts = next(self.stream)
         batches, _ = pack_evenly([_whole_text(text) for text in texts], self.ranks, self.budget_tokens)
         num_tokens = loss_counts(batches, self.ranks).tokens
@@ -243,7 +253,7 @@ class TextStream:
 
 
 def _whole_text(text: Prompt) -> Sample:
-    """Every token is a loss token but the first, which nothing precedes."""
+    """A sample whose tokens are all loss tokens except the first, which has no context."""
     first, *rest = text.prompt_ids
     return Sample(
         group_id=text.row_id,

@@ -12,7 +12,7 @@ Pushed = TypeVar("Pushed")
 
 
 class Offloaded(Protocol):
-    """A model that can leave the device."""
+    """A model whose states can be offloaded from the device."""
 
     def offload(self) -> None: ...
 
@@ -20,8 +20,8 @@ class Offloaded(Protocol):
 
 
 class Colocation:
-    """Who has the memory. Every method is collective; where engines do not sleep, they do nothing around the
-    push.
+    """Alternates GPU memory between trainer and engines. Every method is collective; without
+    `engines_sleep` nothing happens except the push.
     """
 
     def __init__(self, weights: WeightSync, ranks: Ranks, *, engines_sleep: bool) -> None:
@@ -29,31 +29,33 @@ class Colocation:
         self.ranks = ranks
         self.engines_sleep = engines_sleep
         self.trainer_has_memory = False
-        self.freed_bytes = 0  # by the engines that rank 0 has last put to sleep
+        self.freed_bytes = 0  # by the engines, when rank 0 last put them to sleep
 
     def before_loading(self) -> None:
-        """Models are loaded while engines sleep. On a CPU both sides come up at once: there is room."""
+        """Put engines to sleep while models are loaded. On a CPU both are loaded at once: memory suffices."""
         if self.engines_sleep and self.ranks.device.type == "cuda":
             self._put_engines_to_sleep()
 
     def start_training(self, *models: Offloaded | None) -> None:
-        """Engines go to sleep, then what the trainer has offloaded comes back."""
+        """Put the engines to sleep, then reload what the trainer has offloaded."""
         if self.trainer_has_memory:
             return
         self._put_engines_to_sleep()
         for model in models:
             if model is not None:
                 model.reload()
-        self.weights.record("optimizer and gradients are back")
+        self.weights.record("optimizer and gradients reloaded")
 
     def start_rollouts(self, push: Callable[[], Pushed], *models: Offloaded | None) -> Pushed:
-        """The trainer keeps its weights alone; engines wake for these, and then for their cache."""
+        """Offload the trainer's states except its weights, wake the engines' weights, push, and wake their KV
+        cache.
+        """
         if not self.engines_sleep:
             return push()
         for model in models:
             if model is not None:
                 model.offload()
-        self.weights.record("optimizer and gradients are put aside")
+        self.weights.record("optimizer and gradients offloaded")
         self.ranks.barrier()
         self.weights.engines_wake("weights")
         pushed = push()
@@ -64,4 +66,4 @@ class Colocation:
     def _put_engines_to_sleep(self) -> None:
         self.freed_bytes = self.weights.engines_sleep()
         self.trainer_has_memory = True
-        self.ranks.barrier()  # the engine on their GPU sleeps when rank 0 says so
+        self.ranks.barrier()  # only rank 0 puts the engines to sleep

@@ -1,10 +1,10 @@
-"""Actor between the actor's workers and a critic in a separate trainer: calls in, answers out, in one order.
+"""Ray actor that relays calls of the actor's workers to a critic in a separate trainer, in one order.
 
-A call is handed to the critic when every actor rank has posted its part of it, and then to every critic rank:
-whichever side restarts, its ranks never run different calls. A restart of the critic loses its training since
-the last checkpoint, so it breaks the actor's session, and the actor's workers restart from that
-checkpoint too; a restart of the actor begins a new session, and the critic follows its first call.
-When the channel's own process dies, both sides restart from the checkpoint.
+A call is passed to the critic once every actor rank has posted its part, and then to every critic rank, so
+that the ranks of a side never run different calls, also after a restart. A restart of the critic loses its
+training since the last checkpoint: it invalidates the actor's session, and the actor's workers restart from
+that checkpoint too. A restart of the actor opens a new session, and the critic follows its first call. When
+the channel's own process dies, both sides restart from the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.policy.losses import ValueObjective
 
-NEXT_SECONDS = 30.0  # a critic rank that waits for a call asks again after this long
-CHANNEL_DIED = "the process between actor and critic died, and with it what they had asked and answered"
+NEXT_SECONDS = 30.0  # a critic rank that waits for a call repeats its request after this long
+CHANNEL_DIED = "the process between actor and critic died, with their pending calls and answers"
 
 Kind = Literal["begin", "load", "values", "update", "save", "offload", "reload", "stop"]
 
@@ -41,9 +41,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one critic rank; or, to an actor rank, of all of them."""
+    """Answer of one critic rank, or the merged answer of all of them to an actor rank."""
 
-    values: dict[int, Tensor] = field(default_factory=dict)  # [T] each, by the number of the micro-batch
+    values: dict[int, Tensor] = field(default_factory=dict)  # [T] each, by micro-batch number
     metrics: Metrics = field(default_factory=Metrics)  # over all critic ranks, from rank 0
 
 
@@ -57,7 +57,7 @@ class CriticFailed(RuntimeError):
 
 
 class Call:
-    """What the actor's ranks ask at once."""
+    """One collective call of the actor's ranks."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -71,7 +71,7 @@ class Call:
         return [part for rank in sorted(self.parts) for part in self.parts[rank]]
 
     def answer_for(self, rank: int) -> Answer:
-        """The values of this actor rank's micro-batches, numbered as it has posted them."""
+        """The values of this actor rank's micro-batches, numbered in the order in which it posted them."""
         first = sum(len(parts) for other, parts in self.parts.items() if other < rank)
         values = {
             number: tensor for answer in self.answers.values() for number, tensor in answer.values.items()
@@ -85,17 +85,17 @@ class Call:
 
 
 class CriticChannel:
-    """An async actor of the run. An incarnation of workers is known by when it started, in nanoseconds."""
+    """An async Ray actor. An incarnation of workers is identified by its start time in nanoseconds."""
 
     def __init__(self) -> None:
         self.actor_started = -1
         self.critic_started = -1
         self.critic_size = 0
-        self.posted: dict[int, Call] = {}  # of the actor's incarnation, by number, until all parts are there
+        self.posted: dict[int, Call] = {}  # of the actor's incarnation, by number, until all parts are posted
         self.calls: list[Call | None] = []  # complete ones of the critic's incarnation; None once answered
-        self.fetched: dict[int, int] = {}  # by critic rank, how many of `calls`
-        self.broken: Failure | None = None  # why this session of the actor cannot go on
-        self.news = asyncio.Event()
+        self.fetched: dict[int, int] = {}  # by critic rank: number of `calls` fetched
+        self.broken: Failure | None = None  # why the actor's session is invalid
+        self.call_added = asyncio.Event()
 
     async def ask(
         self, started: int, world_size: int, number: int, rank: int, request: Request, parts: list[Part]
@@ -109,7 +109,7 @@ class CriticChannel:
         if len(call.parts) == world_size:
             del self.posted[number]
             self.calls.append(call)
-            self.news.set()
+            self.call_added.set()
         await call.done.wait()
         if call.failure is not None:
             raise CriticFailed(f"{call.failure.kind}: {call.failure.text}")
@@ -119,48 +119,48 @@ class CriticChannel:
         if started < self.actor_started:
             raise CriticFailed("RuntimeError: newer actor workers have taken over")
         if started > self.actor_started:
-            if number > 0:  # it has begun with a channel that died, and its critic's work is lost
+            if number > 0:  # started with a channel that died: the critic's state is lost
                 raise CriticFailed(f"RuntimeError: {CHANNEL_DIED}")
             for call in self.posted.values():
                 call.fail(Failure("RuntimeError", "newer actor workers have taken over"))
             self.actor_started, self.posted, self.broken = started, {}, None
 
     async def join(self, started: int, world_size: int) -> None:
-        """A critic rank is there."""
+        """Register a critic rank."""
         if started <= self.critic_started:
             return
         had_work = any(self.fetched.values())
         self.critic_started, self.critic_size = started, world_size
         if had_work:
-            # The training since the checkpoint is lost, even where no call waits for an answer now.
+            # The training since the checkpoint is lost, even if no call is pending.
             self.fail("RuntimeError", "the critic's workers were restarted")
         self.fetched = dict.fromkeys(range(world_size), 0)
 
     async def next(self, started: int, rank: int) -> tuple[Request, list[Part]] | None:
-        """The next call and its micro-batches in the order of the actor's ranks; None when none comes for
-        long.
+        """The next call and its micro-batches in the order of the actor's ranks; None after `NEXT_SECONDS`
+        without one.
         """
         if started != self.critic_started:
             other = "newer critic workers have taken over" if self.critic_started >= 0 else CHANNEL_DIED
             raise CriticFailed(f"RuntimeError: {other}")
         index = self.fetched[rank]
         if index == len(self.calls):
-            self.news.clear()
+            self.call_added.clear()
             try:
-                await asyncio.wait_for(self.news.wait(), NEXT_SECONDS)
+                await asyncio.wait_for(self.call_added.wait(), NEXT_SECONDS)
             except TimeoutError:
                 return None
             return await self.next(started, rank)
         self.fetched[rank] = index + 1
         call = self.calls[index]
-        assert call is not None, "it is answered when all ranks have fetched it"
+        assert call is not None, "a call is answered only after all ranks have fetched it"
         return call.request, call.all_parts
 
     async def answer(self, started: int, rank: int, answer: Answer) -> None:
-        """To the call that this rank has fetched last."""
+        """Answer the call that this rank fetched last."""
         index = self.fetched.get(rank, 0) - 1
         if started != self.critic_started or not 0 <= index < len(self.calls):
-            return  # the session has been broken meanwhile
+            return  # the session was invalidated meanwhile
         call = self.calls[index]
         assert call is not None
         call.answers[rank] = answer
@@ -169,7 +169,7 @@ class CriticChannel:
             call.done.set()
 
     def fail(self, kind: str, text: str) -> None:
-        """Whatever is asked now, and in the rest of the actor's session, fails."""
+        """Fail all pending calls, and all further ones of the actor's session."""
         self.broken = Failure(kind, text)
         for call in [*self.posted.values(), *self.calls]:
             if call is not None:

@@ -1,4 +1,4 @@
-"""The critic as the actor's workers see it when it has a trainer of its own."""
+"""Client of a critic in a separate trainer, for the actor's workers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Ki
 from rayrlhf.policy.losses import ValueObjective
 from rayrlhf.train.collectives import Ranks
 
-SHARDS = "critic"  # folder of the run, next to the actor's checkpoints
-STEP_FILE = "critic.json"  # in the actor's checkpoint: which of the critic's own belongs to it
+SHARDS = "critic"  # folder in the run's folder, next to the actor's checkpoints
+STEP_FILE = "critic.json"  # in the actor's checkpoint: which critic checkpoint belongs to it
 
 
 def critic_folder(config: PolicyRunConfig, step: int) -> Path:
-    """Of the critic's own shards."""
+    """Folder of the critic's shards at a step."""
     return Path(config.run.path) / SHARDS / f"step_{step:06d}"
 
 
@@ -51,7 +51,7 @@ class _Update:
 
 
 class RemoteCritic:
-    """The actor workers' end of the channel; every method is collective over them."""
+    """Calls the critic through the channel. Every method is collective over the actor's workers."""
 
     def __init__(
         self,
@@ -62,14 +62,14 @@ class RemoteCritic:
         timeout_seconds: float,
         start_timeout_seconds: float,
     ) -> None:
-        """`steps_done`: of the run, by which the critic's own checkpoints are named."""
+        """`steps_done`: completed steps of the run, which name the critic's checkpoints."""
         self.channel = channel
         self.ranks = ranks
         self.steps_done = steps_done
         self.timeout_seconds = timeout_seconds
         self.started: int = ranks.gather([time.time_ns()])[0]  # rank 0's, for all
         self.num_calls = 0
-        # A critic that was trained by workers before us starts again.
+        # A critic that earlier workers have trained is initialised again.
         self.wait(self._post("begin"), "begin", start_timeout_seconds)
 
     def start_values(self, batches: Sequence[PackedBatch]) -> Pending[list[Tensor]]:
@@ -88,7 +88,7 @@ class RemoteCritic:
         self.wait(self._post("reload"), "reload")
 
     def save(self, folder: Path) -> None:
-        """The critic writes its shards to a folder of its own; the checkpoint says which."""
+        """Let the critic write its shards to a separate folder, and record its step in the checkpoint."""
         step = self.steps_done()
         self.wait(self._post("save", step=step), "save")
         if self.ranks.rank == 0:
@@ -115,7 +115,7 @@ class RemoteCritic:
         return self.channel.ask.remote(self.started, world_size, number, rank, request, parts)
 
     def wait(self, ref: Any, kind: Kind, timeout_seconds: float | None = None) -> Answer:
-        """Raises `TimeoutError`, or `CriticFailed`."""
+        """Wait for the critic's answer. Raises `TimeoutError`, or `CriticFailed`."""
         seconds = timeout_seconds or self.timeout_seconds
         try:
             return ray.get(ref, timeout=seconds)
@@ -129,7 +129,7 @@ class RemoteCritic:
         except CriticFailed as failure:
             kind_of_failure, _, text = str(failure.args[0] if failure.args else failure).partition(": ")
             if kind_of_failure == FloatingPointError.__name__:
-                raise FloatingPointError(text) from failure  # a restart would only repeat it
+                raise FloatingPointError(text) from failure  # would recur after a restart
             raise
 
 

@@ -24,7 +24,7 @@ from rayrlhf.train import collectives, manifest
 
 
 def critic_loop(job: PolicyJob) -> None:
-    """Answer calls until the actor's workers say stop. Every critic worker runs this, under Ray Train."""
+    """Answer calls until the actor's workers send "stop". Runs on every critic worker, under Ray Train."""
     w = CriticWorker(job)
     try:
         for request, parts in w.requests():
@@ -53,7 +53,7 @@ class CriticWorker:
         return make_critic(self.config)
 
     def requests(self) -> Iterator[tuple[Request, list[Part]]]:
-        """Until, and without, the one to stop."""
+        """Iterate over the calls, up to and excluding "stop", which is answered here."""
         while True:
             call = self._ask("next", self.rank)
             if call is None:
@@ -87,14 +87,14 @@ class CriticWorker:
             case "reload":
                 self.critic.reload()
             case "stop":
-                raise AssertionError("requests() ends before it")
+                raise AssertionError("answered by requests()")
         return Answer()
 
     def answer(self, answer: Answer) -> None:
         self._ask("answer", self.rank, answer)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        """Raises `CriticFailed` where the session cannot go on."""
+        """Call a method of the channel. Raises `CriticFailed` if the session is invalid."""
         try:
             return ray.get(getattr(self.channel, method).remote(self.started, *arguments))
         except ActorUnavailableError as error:
@@ -109,9 +109,7 @@ class CriticWorker:
         return {number: v.cpu() for (number, _), v in zip(mine, values, strict=True) if number is not None}
 
     def _mine(self, parts: Sequence[Part]) -> list[tuple[int | None, ValueBatch]]:
-        """This rank's micro-batches with their numbers; equally many on every rank, the last ones perhaps
-        padding.
-        """
+        """This rank's micro-batches with their numbers, equally many on every rank; padding has no number."""
         shares = balanced_partition([part.num_tokens for part in parts], self.world_size)
         mine = shares[self.rank]
         fetched: list[ValueBatch] = ray.get([parts[number].batch for number in mine])
@@ -121,9 +119,7 @@ class CriticWorker:
         return [(number, batch.to(collectives.device())) for number, batch in batches]
 
     def _save(self, step: int) -> None:
-        """Whole or not at all; one more is kept than the actor keeps, whose checkpoint is still to be
-        committed.
-        """
+        """Save atomically. One more checkpoint is kept than of the actor, whose own is committed later."""
         folder = critic_folder(self.config, step)
         own = folder.parent / f".{folder.name}-rank-{self.rank:04d}"
         shutil.rmtree(own, ignore_errors=True)  # of workers that died

@@ -1,4 +1,4 @@
-"""A second TorchTrainer, the critic's, on a thread of the driver while the actor's runs."""
+"""Runs the critic's TorchTrainer in a thread of the driver, concurrently with the actor's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ JOIN_SECONDS = 60.0  # for a trainer whose loop was asked to end
 def train_concurrently(
     trainer: SlotTorchTrainer, *, role: str, give_up: Callable[[], None]
 ) -> Iterator[None]:
-    """While the body trains, so does `trainer`. Whichever fails for good ends the other: `give_up` must end
-    the body. Raises `RunFailed` with the reason of the one that failed first.
+    """Run `trainer` in a thread while the body trains. When either fails for good, the other is ended too.
+
+    Args:
+        role: of the trainer's workers, for messages.
+        give_up: called when `trainer` fails; must end the body.
+
+    Raises:
+        RunFailed: with the reason of the trainer that failed first.
     """
     failure: list[Exception] = []
     leaving = threading.Event()
@@ -26,7 +32,7 @@ def train_concurrently(
         try:
             fit(trainer)
         except Exception as error:
-            if not leaving.is_set():  # else we have ended it
+            if not leaving.is_set():  # otherwise it was aborted here
                 failure.append(error)
                 give_up()
 

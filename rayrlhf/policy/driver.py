@@ -1,4 +1,4 @@
-"""The driver of a policy run: check, plan, place, serve, fit, tear down."""
+"""Driver of a policy run: check, plan, place, serve, fit, tear down."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ from rayrlhf.runtime.scratch import own_scratch
 from rayrlhf.weights.backend import ROUTE_DESCRIPTIONS, weight_route
 from rayrlhf.weights.store import Event, WeightStore
 
-CRITIC_FOLDER = "critic_trainer"  # of a critic in a trainer of its own; its shards lie elsewhere
+CRITIC_FOLDER = "critic_trainer"  # Ray Train's folder of a separate critic; its shards are in another folder
 
 
 def run_policy(config: PolicyRunConfig) -> int:
-    """Run to the end; the exit code is `DriverRun`'s."""
+    """Run a policy job; returns the exit code of `DriverRun`."""
     with DriverRun(config) as run:
         config = run.pinned(config)
         prepared = check_before_ray(config)
@@ -82,7 +82,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
     run_path = start_folder(config)
     newest = select_checkpoint(config, console.say)
     spec = plan_placement(config)
-    weight_route(config, spec, have_gpus=True)  # refuses a way that no such slots have
+    weight_route(config, spec, have_gpus=True)  # refuses a route that these slots do not support
     check_placement(spec, config, console)
     warn_invalid_generation_config(config.model, console.say)
     stores = prepare_stores(config, run_path, console.say)
@@ -106,9 +106,9 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
         own_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
-        # Engines load what model.path has, which a policy on 4-bit weights is not quite.
-        newest = 0 if config.model.quantization is None else -1
-        _own_actor(stack, WeightStore, f"{run_id}-weights", checkpoint_version=newest)
+        # Engines load model.path, whose weights are not exactly those of a policy quantized to 4 bits.
+        checkpoint_version = 0 if config.model.quantization is None else -1
+        _scoped_actor(stack, WeightStore, f"{run_id}-weights", checkpoint_version=checkpoint_version)
         job = _make_job(config, run_id, stores, slots, fixed)
         trainer = make_trainer(
             partial(policy_worker, job),
@@ -119,14 +119,14 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             datasets=training_streams(job, stores, storage=run_path / TRAIN_FOLDER),
         )
         apps = run_apps(job, slots, prepared, threads=threads_each(config.rollout.num_engines))
-        apart = f", {config.num_critic_workers} x critic" if config.critic_is_separate else ""
+        critics = f", {config.num_critic_workers} x critic" if config.critic_is_separate else ""
         console.say(
-            f"starting {config.train.num_workers} x actor{apart}, {config.rollout.num_engines} x vLLM "
+            f"starting {config.train.num_workers} x actor{critics}, {config.rollout.num_engines} x vLLM "
             f"engine, {len(apps) - 1} x reward, reference or environment"
         )
         console.say(f"weights reach the engines {ROUTE_DESCRIPTIONS[job.weight_route]}")
         deploy(apps)
-        # Engines and trainers come up side by side; the workers' first request waits for the engines.
+        # Engines and trainers start concurrently; the workers' first request waits for the engines.
         stack.enter_context(drain_in_background(board, sinks))
         for watch in (
             watched(
@@ -146,7 +146,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
         ):
             stack.enter_context(watch)
         if config.critic_is_separate:
-            _own_actor(stack, CriticChannel, job.critic_channel)
+            _scoped_actor(stack, CriticChannel, job.critic_channel)
             critic = _critic_trainer(job, slots)
             stack.enter_context(train_concurrently(critic, role="critic", give_up=trainer.abort))
         result = fit(trainer)
@@ -156,16 +156,18 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
     return run_path
 
 
-def _own_actor(stack: ExitStack, actor_class: type, name: str, **arguments: Any) -> None:
-    """An actor that goes when the stack unwinds; else it stays as long as this process keeps its Ray."""
+def _scoped_actor(stack: ExitStack, actor_class: type, name: str, **arguments: Any) -> None:
+    """Create an actor that ends when the stack unwinds, not only when this process disconnects from Ray."""
     actor = named_actor(actor_class, name, **arguments)
     stack.callback(ray.kill, actor)
 
 
 def _write_trace(job: PolicyJob, run_path: Path) -> None:
-    """Who slept and woke when."""
-    hub: Any = ray.get_actor(job.weight_store, namespace=NAMESPACE)
-    events: list[Event] = ray.get(hub.trace.remote(), timeout=job.config.rollout.weight_sync.timeout_seconds)
+    """Write `turns.jsonl`: when engines slept and woke, and when the trainer offloaded."""
+    store: Any = ray.get_actor(job.weight_store, namespace=NAMESPACE)
+    events: list[Event] = ray.get(
+        store.trace.remote(), timeout=job.config.rollout.weight_sync.timeout_seconds
+    )
     (run_path / "turns.jsonl").write_text("".join(json_line(asdict(event)) for event in events))
 
 
@@ -191,7 +193,7 @@ def _make_job(
         run_id=run_id,
         reward_apps=reward_app_names(config.reward, run_id),
         num_eval_prompts=stores.num_eval_prompts(config),
-        # Trainers and engines take turns in a synchronous loop, so each kind may use all cores of its node.
+        # Trainers and engines alternate in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(num_trained),
         weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
         fixed=fixed,

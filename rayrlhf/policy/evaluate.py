@@ -1,4 +1,4 @@
-"""Held-out prompts: sampled, scored, and gathered from all ranks."""
+"""Evaluation on held-out prompts: sampling, scoring, and metrics over all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayrlhf.policy.rollouts import Collector, Rewards
 from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train.collectives import Ranks
 
-# Evaluation has group ids, and thereby seeds, of its own, the same at every evaluation: differences come from
+# Evaluation has separate group ids, and thereby seeds, the same at every evaluation: differences come from
 # the policy alone.
 FIRST_GROUP_ID = 2**40
 
@@ -27,9 +27,7 @@ class Evaluation:
 
 
 def eval_plan(num_prompts: int, world_size: int) -> np.ndarray:
-    """Row ids [1, world_size, per_rank] that cover every prompt; the last ranks repeat some to come out
-    even.
-    """
+    """Row ids [1, world_size, per_rank] that cover every prompt; the last ranks repeat some to fill up."""
     per_rank = -(-num_prompts // world_size)
     return np.resize(np.arange(num_prompts), (1, world_size, per_rank))
 
@@ -44,7 +42,7 @@ def evaluate(
     num_prompts: int,
     version: int,
 ) -> Evaluation:
-    """`eval.samples_per_prompt` responses per held-out prompt. Collective: every rank brings its share."""
+    """`eval.samples_per_prompt` responses per held-out prompt. Collective: every rank passes its share."""
     first = FIRST_GROUP_ID + ranks.rank * len(prompts)
     samples = collector.collect(
         list(enumerate(prompts, start=first)),
@@ -53,10 +51,10 @@ def evaluate(
         sampling=config.eval_sampling,
     )
     samples = rewards.combiner.combine(samples, ranks.sum_tensor, normalize=False)
-    everyone = ranks.gather(samples)
-    asked = [s for s in everyone if s.group_id < FIRST_GROUP_ID + num_prompts]  # without the repeated ones
-    scored = [sample for sample in asked if sample.score is not None]
-    rewards.client.check(len(asked) - len(scored), len(asked))
+    gathered = ranks.gather(samples)
+    unique = [s for s in gathered if s.group_id < FIRST_GROUP_ID + num_prompts]  # without the repeated ones
+    scored = [sample for sample in unique if sample.score is not None]
+    rewards.client.check(len(unique) - len(scored), len(unique))
     means = _mean_per_prompt(scored)
     low, high = bootstrap_interval(means)
     return Evaluation(
@@ -83,7 +81,9 @@ def evaluate(
 
 
 def _mean_per_prompt(scored: Sequence[Sample]) -> list[float]:
-    """Prompts are what the interval resamples: responses to one prompt are not independent of each other."""
+    """Mean score of each prompt. The bootstrap resamples prompts, because responses to one are not
+    independent.
+    """
     scores: dict[int, list[float]] = {}
     for sample in scored:
         assert sample.score is not None
@@ -94,8 +94,8 @@ def _mean_per_prompt(scored: Sequence[Sample]) -> list[float]:
 def pass_rates(rewards: Sequence[tuple[int, float]], group_size: int, pass_score: float) -> dict[str, float]:
     """`eval/pass_at_<k>` for k = 1, 2, 4, … up to `group_size`; nothing for single responses.
 
-    `rewards` are raw, with the prompt's group id: a right answer passes however long it is. A prompt that
-    lost samples to failed rewards counts with what is left, where that is at least k.
+    `rewards` are (group id of the prompt, raw reward), so that a correct answer passes whatever its length. A
+    prompt that lost samples to failed rewards counts with the remaining ones, if there are at least k.
     """
     if group_size < 2:
         return {}

@@ -1,4 +1,4 @@
-"""What the driver hands to every worker: the config and the names of what it has set up."""
+"""Job description that the driver passes to every worker: the config, and names of actors and Serve apps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PolicyJob:
     num_eval_prompts: int  # 0 = no evaluation
     threads_per_worker: int
     weight_route: Route = "object_store"
-    fixed: dict[str, Any] = field(default_factory=dict)  # what it can only be resumed with
+    fixed: dict[str, Any] = field(default_factory=dict)  # config values required for resuming
 
     @property
     def rollout_app(self) -> str:

@@ -1,4 +1,4 @@
-"""PPO, GRPO and their kin on one page. Every actor worker runs this loop, under Ray Train."""
+"""The training loop of PPO, GRPO and related algorithms, run by every actor worker under Ray Train."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def policy_worker(job: PolicyJob) -> RunResult:
 def policy_loop(run: Run) -> RunResult:
     """Sample groups and score them, estimate advantages, update critic and actor, push the weights; repeat.
 
-    Synchronous and asynchronous runs differ in `run.rollouts`, the source of groups, only. Every rank has its
+    Synchronous and asynchronous runs differ only in `run.rollouts`, the source of groups. Every rank has its
     share of a step's samples; losses, advantages and metrics are over all ranks.
     """
     algorithm, ranks, phase = run.config.algorithm, run.ranks, run.progress.phase
@@ -36,18 +36,18 @@ def policy_loop(run: Run) -> RunResult:
         texts = run.texts.next() if run.texts is not None else None  # PPO-ptx
         metrics = Metrics({"data/empty_mini_batches": Sum(0.0)})
         if groups.num_groups > 0:
-            run.start_training()  # where slots are shared, engines sleep from here on
+            run.start_training()  # colocated engines sleep from here on
             with phase("logprobs"):
                 mini_batches, balance = balance_and_pack(samples, run.packing, ranks, step=step)
                 mini_batches = infer(mini_batches, run.old_actor, run.ref, run.critic)
                 mini_batches = with_token_advantages(mini_batches, algorithm, ranks, kl_coef=run.kl.coef)
             for mini_batch in mini_batches * algorithm.updates_per_batch:
                 counts = loss_counts(mini_batch, ranks)
-                if counts.tokens == 0:  # AdamW would move the weights by its moments alone
+                if counts.tokens == 0:  # AdamW would still update the weights, from its moments
                     metrics += Metrics({"data/empty_mini_batches": Sum(1.0)})
                     continue
                 critic_update = None
-                if run.critic is not None:  # one in a trainer of its own works while the actor does
+                if run.critic is not None:  # a separate critic trains concurrently with the actor
                     with phase("update_critic"):
                         value_loss = ValueObjective(algorithm, counts, run.value_clip, run.longest_response)
                         critic_update = run.critic.start_update(mini_batch, value_loss, step=step)

@@ -1,7 +1,7 @@
-"""The losses of one optimizer step: a micro-batch's share of the policy, value and language-model objective.
+"""Losses of one optimizer step: a micro-batch's share of the policy, value and language-model objective.
 
-Each is a value, closed over what is constant in the step (counts, coefficients), so that it can travel to
-where the model is: `share, metrics = loss(output, batch)`.
+Each loss is an object that holds the step's constants (counts, coefficients), so that it can be sent to the
+process with the model: `share, metrics = loss(output, batch)`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from rayrlhf.train.learner import Forward
 
 @dataclass(frozen=True)
 class LossCounts:
-    """Over all ranks and micro-batches of one optimizer step."""
+    """Counts over all ranks and micro-batches of one optimizer step."""
 
     tokens: float  # loss tokens
     sequences: float  # sequences with a loss token
 
     def of_mean(self, aggregation: str) -> float:
-        """What an objective so aggregated is a mean over."""
+        """The number of items that an objective with this aggregation is a mean over."""
         return self.tokens if aggregation == "token_mean" else self.sequences
 
 
 def loss_counts(batches: Sequence[PackedBatch], ranks: Ranks) -> LossCounts:
-    """Collective."""
+    """Counts over the micro-batches of all ranks. Collective."""
     local = [
         torch.stack([b.loss_mask.sum().double(), loss_sequences(b.loss_mask, b.cu_seqlens).double()])
         for b in batches
@@ -60,7 +60,7 @@ def value_forward(module: Any, batch: PackedBatch) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """Policy loss, weighted by the rollout correction, + KL (where it is in the loss) - entropy bonus."""
+    """Policy loss, weighted by the rollout correction, + KL (with `kl_in: loss`) - entropy bonus."""
 
     algorithm: AlgorithmConfig
     counts: LossCounts
@@ -69,7 +69,7 @@ class PolicyObjective:
 
     def __call__(self, output: TokenLogprobs, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
         algorithm, mask, cu_seqlens = self.algorithm, batch.loss_mask, batch.cu_seqlens
-        # With a single update per batch the policy before it is the policy of this very forward pass.
+        # With a single update per batch, the policy before the update is that of this forward pass.
         old_logprobs = output.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         assert batch.advantages is not None
         per_token, metrics = algorithm.loss.function(
@@ -106,7 +106,7 @@ class PolicyObjective:
 
 @dataclass(frozen=True)
 class ValueObjective:
-    """The critic's clipped squared error, aggregated as the policy's."""
+    """The critic's clipped squared error, with the aggregation of the policy loss."""
 
     algorithm: AlgorithmConfig
     counts: LossCounts

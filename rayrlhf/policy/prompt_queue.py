@@ -1,4 +1,4 @@
-"""This rank's prompts in the order of the run, and how far it has come."""
+"""Queue of this rank's prompts in the order of the run, with a resumable position."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ Numbered = tuple[int, Prompt]  # group id, prompt
 class PromptQueue:
     """Numbers the prompts of a stream of prompt batches, `rollout.prompts_per_step` each over all ranks.
 
-    A prompt's number, its group id, is its place in the run's stream: the same for any number of workers.
-    Prompts that were taken and not reported by `finish` when a checkpoint is written are taken first after a
-    resume.
+    A prompt's number, its group id, is its position in the run's stream, independent of the number of
+    workers. Prompts that were taken but not reported by `finish` when a checkpoint is saved come first after
+    resuming.
     """
 
     def __init__(self, *, rank: int, per_rank: int, prompts_per_batch: int) -> None:
         self.rank = rank
         self.per_rank = per_rank
         self.prompts_per_batch = prompts_per_batch
-        self.next_batch = 0  # the first that this rank has not fetched
+        self.next_batch = 0  # the first one that this rank has not fetched
         self._stream: Iterator[tuple[int, list[Prompt]]] = iter(())
         self._waiting: deque[Numbered] = deque()
         self._unfinished: dict[int, Prompt] = {}
-        self._done: set[int] = set()  # of prompt batches to come, finished by another number of workers
+        self._done: set[int] = (
+            set()
+        )  # of later prompt batches, finished before resuming with another number of workers
 
     def connect(self, stream: Iterator[tuple[int, list[Prompt]]]) -> None:
-        """Feed the queue from (prompt batch, this rank's prompts), which may begin before `next_batch`."""
+        """Set the source: (prompt batch number, this rank's prompts), which may start before `next_batch`."""
         self._stream = stream
 
     def take(self, count: int) -> list[Numbered]:
@@ -45,20 +47,20 @@ class PromptQueue:
         return taken
 
     def put_back(self, prompts: Sequence[Numbered]) -> None:
-        """Prompts to be taken again, before all others."""
+        """Return prompts to the front of the queue."""
         self.finish(group_id for group_id, _ in prompts)
         self._waiting.extendleft(reversed(prompts))
 
     def finish(self, group_ids: Iterable[int]) -> None:
-        """These prompts have done their work: their samples are trained on or dropped."""
+        """Mark prompts as finished: their samples were trained on or dropped."""
         for group_id in group_ids:
             self._unfinished.pop(group_id, None)
 
     def _fetch_batch(self) -> None:
         batch, prompts = next(self._stream, (-1, []))
-        assert batch >= 0, "the stream of prompts is over: its plan has fewer batches than the run needs"
+        assert batch >= 0, "the stream of prompts has ended: its plan has fewer batches than the run needs"
         if batch < self.next_batch:
-            return  # another rank needs it; this one has it behind it, or in its checkpoint
+            return  # needed by another rank; this rank has finished it, or has it in its checkpoint
         first = batch * self.prompts_per_batch + self.rank * self.per_rank
         self._waiting.extend(
             (group_id, prompt)
@@ -82,13 +84,13 @@ class PromptQueue:
         _file(folder, self.rank).write_text(json.dumps(saved))
 
     def load(self, folder: Path) -> None:
-        """Also what another number of workers has saved, who are dealt out again."""
+        """Load the queue. If another number of workers saved it, the prompts are redistributed."""
         saved = [_read(file) for file in _files(folder)]
         if saved[0].per_rank == self.per_rank:
             self.next_batch = saved[self.rank].next_batch
             self._waiting = deque(saved[self.rank].prompts)
             return
-        # What some rank had not fetched is fetched again, but for those prompts that are done already.
+        # Batches that some rank had not fetched are fetched again, except for prompts that are done.
         self.next_batch = min(part.next_batch for part in saved)
         refetched = self.next_batch * self.prompts_per_batch
         everything = sorted((numbered for part in saved for numbered in part.prompts), key=itemgetter(0))
@@ -110,7 +112,7 @@ class PromptQueue:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank has saved."""
+    """The queue that one rank has saved."""
 
     per_rank: int
     next_batch: int
@@ -120,7 +122,7 @@ class _Part:
 def _read(file: Path) -> _Part:
     saved = json.loads(file.read_text())
     prompts = [(row.pop("group_id"), Prompt(**row)) for row in saved["prompts"]]
-    # Checkpoints made before November 2026 say `next_draw`.
+    # `next_draw` is the name of `next_batch` in checkpoints made before November 2026.
     next_batch = saved["next_batch"] if "next_batch" in saved else saved["next_draw"]
     return _Part(saved["per_rank"], next_batch, prompts)
 
@@ -130,5 +132,5 @@ def _file(folder: Path, rank: int) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Of all ranks, in their order."""
+    """The files of all ranks, in rank order."""
     return sorted(folder.glob("prompts-rank-*.json"))

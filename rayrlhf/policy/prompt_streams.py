@@ -1,4 +1,4 @@
-"""A run's data: prepared once on the driver, then streamed to the workers from where the run stands."""
+"""Prompt data of a run: prepared once on the driver, then streamed to the workers from any position."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stores:
     texts: PromptStore | None  # PPO-ptx
 
     def fingerprints(self) -> dict[str, str]:
-        """Of what is trained on, by the config's key."""
+        """Fingerprints of the training data, by config key."""
         found = {"data.train": self.train.fingerprint}
         return found if self.texts is None else found | {"data.ptx": self.texts.fingerprint}
 
@@ -38,7 +38,7 @@ class Stores:
 
 
 def prepare_stores(config: PolicyRunConfig, run_path: Path, say: Callable[[str], None]) -> Stores:
-    """Read, render and tokenise everything. Raises `DataError`."""
+    """Read, render and tokenize all prompts. Raises `DataError`."""
 
     def prepare(
         name: str,
@@ -75,7 +75,7 @@ def prepare_stores(config: PolicyRunConfig, run_path: Path, say: Callable[[str],
 
 
 def text_config(data: PromptDataConfig) -> PromptDataConfig:
-    """How the texts of data.ptx are read: as they stand, long ones cut."""
+    """Settings for reading the texts of data.ptx: unchanged, long ones truncated."""
     assert data.ptx is not None
     return PromptDataConfig(
         train=data.ptx.sources,
@@ -88,7 +88,7 @@ def text_config(data: PromptDataConfig) -> PromptDataConfig:
 
 
 def num_prompt_batches(config: PolicyRunConfig) -> int:
-    """Prompt batches a run needs at most: dynamic sampling takes several per step, the pool some ahead."""
+    """Upper bound of a run's prompt batches: dynamic sampling takes several per step, the pool some ahead."""
     dynamic = config.algorithm.dynamic_sampling
     per_step = dynamic.max_prompt_batches if dynamic else 1
     ahead = 0
@@ -98,8 +98,8 @@ def num_prompt_batches(config: PolicyRunConfig) -> int:
 
 
 def training_streams(job: PolicyJob, stores: Stores, *, storage: Path) -> dict[str, Any]:
-    """Ray Data sets by name, for a trainer. They are made again whenever the workers (re)start: that is where
-    a resumed stream begins.
+    """Ray Data sets by name, for a trainer, as functions that create them. They are called whenever the
+    workers (re)start, so that a resumed stream starts at its position.
     """
     config = job.config
     workers, seed = config.train.num_workers, config.run.seed

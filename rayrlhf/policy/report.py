@@ -20,7 +20,7 @@ def rollout_metrics(
     step: int,
     retries: int,
 ) -> dict[str, float]:
-    """Rewards, lengths, ages and rates of the step's samples, over all ranks. Collective.
+    """Rewards, lengths, staleness and rates of the step's samples, over all ranks. Collective.
 
     `trained` are those of `sampled` that were trained on, on the ranks that sampled them.
     """

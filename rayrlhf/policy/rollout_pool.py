@@ -1,8 +1,8 @@
 """Asynchronous rollouts: a pool of groups in flight, none older than `rollout.max_staleness` allows.
 
-Weights arrive in the middle of responses; engines pause, keep the tokens they have, and go on, so a sample
-may carry several policy versions. With `max_staleness: 0` nothing is in flight while the workers train, and
-the numbers are those of `rollouts.RolloutsOnDemand`.
+Weights are updated in the middle of responses: engines pause, keep their tokens and continue, so a sample may
+have several policy versions. With `max_staleness: 0` nothing is in flight while the workers train, and the
+results equal those of `rollouts.RolloutsOnDemand`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from rayrlhf.policy.rollouts import OnGroup
 from rayrlhf.rollout.background import Background
 from rayrlhf.samples import Sample
 
-# (prompt, version to begin with at least) -> its samples with raw rewards
+# (prompt, minimum policy version at the start) -> its samples with raw rewards
 CollectGroup = Callable[[Numbered, int], Coroutine[Any, Any, list[Sample]]]
 
 
 @dataclass
 class InFlight:
     prompt: Numbered
-    version: int  # the policy when it was started; its first tokens are of this version or a newer one
+    version: int  # policy version at the start; the first tokens are of this version or a newer one
     samples: Future[list[Sample]]
 
 
 class RolloutPool:
     """This rank's groups in flight.
 
-    A group that is started at version v is trained on at version v + max_staleness at the latest. It goes on
-    over weight updates: engines keep its tokens and continue with the new weights. Without oversampling
-    groups are taken in the order of their prompts. With oversampling the first to finish are taken and the
-    others stay in flight; one that gets too old by that is started again.
+    A group that is started at version v is trained on at version v + max_staleness at the latest. It
+    continues across weight updates: engines keep its tokens and continue with the new weights. Without
+    oversampling, groups are taken in the order of their prompts. With oversampling, the first to finish are
+    taken and the others stay in flight; those that become too old are restarted.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RolloutPool:
         timeout_seconds: float,
         on_group: OnGroup = lambda done: None,
     ) -> None:
-        """`total_steps` of the run: the last ones start nothing that no step would train on."""
+        """`total_steps`: of the run; the last steps start no group that would not be trained on."""
         self.prompts = prompts
         self.collect_group = collect_group
         self.background = background
@@ -65,13 +65,14 @@ class RolloutPool:
         self.total_steps = total_steps
         self.timeout_seconds = timeout_seconds
         self.on_group = on_group
-        self.in_flight: list[InFlight] = []  # in the order of their start
-        self.restarted = 0  # groups started again since the last `drain_restarted`
+        self.in_flight: list[InFlight] = []  # in start order
+        self.restarted = 0  # groups restarted since the last `drain_restarted`
 
     def next(self, step: int) -> list[Sample]:
-        """The samples of `per_step` groups, by group id, with the pool filled up before. Waits for them.
+        """Fill the pool, then wait for `per_step` groups; returns their samples in order of group id.
 
-        Raises `TimeoutError`.
+        Raises:
+            TimeoutError: if no group finishes within `timeout_seconds`.
         """
         self._restart_stale(step)
         useful = math.ceil((self.total_steps - step) * self.per_step * self.oversampling)
@@ -93,7 +94,7 @@ class RolloutPool:
         return [sample for group in taken for sample in group.samples.result()]
 
     def _ready(self) -> list[InFlight]:
-        """Groups that may be taken now. In order, one that is finished still waits for those before it."""
+        """Groups that can be taken now; without oversampling, only once all earlier groups have finished."""
         if not self.in_order:
             return [group for group in self.in_flight if group.samples.done()]
         first = self.in_flight[: self.per_step]
@@ -104,7 +105,7 @@ class RolloutPool:
         waited_for = self.in_flight[: self.per_step] if self.in_order else self.in_flight
         running = [group for group in waited_for if not group.samples.done()]
         if not running:
-            return  # they finished just now
+            return  # they have finished meanwhile
         left = max(0.0, deadline - time.monotonic())
         futures = [group.samples for group in running]
         if not concurrent.futures.wait(futures, left, concurrent.futures.FIRST_COMPLETED).done:

@@ -1,4 +1,4 @@
-"""Groups of scored samples for a step, from the engines and the reward sources."""
+"""Collects a step's groups of scored samples from the engines and the reward sources."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.samples import Sample
 from rayrlhf.train.collectives import Ranks
 
-OnGroup = Callable[[int], None]  # is called with how many groups are finished
+OnGroup = Callable[[int], None]  # called with the number of finished groups
 
 
 class Collector:
-    """Asks for groups of samples. One is scored as soon as it is finished, while others are generated."""
+    """Requests groups of samples. Each sample is scored as soon as it is finished, while others are
+    generated.
+    """
 
     def __init__(self, rollouts: RolloutClient, rewards: RewardClient) -> None:
         self.rollouts = rollouts
@@ -33,7 +35,7 @@ class Collector:
     async def group(
         self, numbered: Numbered, version: int, *, group_size: int, sampling: SamplingConfig
     ) -> list[Sample]:
-        """The samples of one prompt, in the order of their indices, by weights of at least `version`."""
+        """The samples of one prompt, ordered by index, from weights of at least `version`."""
         group_id, prompt = numbered
         scoring: list[asyncio.Task[list[Sample]]] = []
         try:
@@ -44,7 +46,7 @@ class Collector:
             scored = await asyncio.gather(*scoring)
         finally:
             for task in scoring:
-                task.cancel()  # does nothing to one that is done
+                task.cancel()  # no effect on a finished task
         return sorted((sample for [sample] in scored), key=lambda sample: sample.sample_index)
 
     def collect(
@@ -56,9 +58,9 @@ class Collector:
         sampling: SamplingConfig,
         on_group: OnGroup = lambda done: None,
     ) -> list[Sample]:
-        """The groups of all prompts, in their order; waits for them."""
+        """The groups of all prompts, in the order of the prompts; waits for them."""
 
-        async def everything() -> list[Sample]:
+        async def all_groups() -> list[Sample]:
             groups = [
                 asyncio.ensure_future(self.group(numbered, version, group_size=group_size, sampling=sampling))
                 for numbered in prompts
@@ -72,25 +74,25 @@ class Collector:
                     group.cancel()
             return [sample for group in groups for sample in group.result()]
 
-        return self.background.run(everything())
+        return self.background.run(all_groups())
 
 
 class GroupSource(Protocol):
-    """Where a step's groups come from: `RolloutsOnDemand`, or `rollout_pool.RolloutPool`."""
+    """Source of a step's groups: `RolloutsOnDemand` or `rollout_pool.RolloutPool`."""
 
     def next(self, step: int) -> list[Sample]:
         """This rank's whole groups of one prompt batch, `rollout.prompts_per_step` over all ranks."""
         ...
 
     def drain_restarted(self) -> int:
-        """Groups started again since the last call because they had become too old."""
+        """Number of groups restarted since the last call because they had become too old."""
         ...
 
     def close(self) -> None: ...
 
 
 class RolloutsOnDemand:
-    """Synchronous: asks for a prompt batch with the newest weights, and waits for all of it."""
+    """Synchronous source: samples a prompt batch with the newest weights, and waits for all of it."""
 
     def __init__(
         self,
@@ -128,8 +130,8 @@ class RolloutsOnDemand:
 
 @dataclass(frozen=True)
 class Rewards:
-    """The client counts answers that could not be graded in time and sources that failed; the combiner makes
-    one score of the rewards of several sources.
+    """The client scores samples and counts failed sources and answers not graded in time; the combiner
+    computes one score from the rewards of several sources.
     """
 
     client: RewardClient
@@ -155,8 +157,8 @@ def collect_groups(
     step: int,
     num_groups: int,
 ) -> StepGroups:
-    """One prompt batch, or with `algorithm.dynamic_sampling` as many as it takes to `num_groups` informative
-    groups over all ranks (DAPO, arXiv 2503.14476). Collective.
+    """Collect one prompt batch, or with `algorithm.dynamic_sampling` as many as needed for `num_groups`
+    informative groups over all ranks (DAPO, arXiv 2503.14476). Collective.
 
     Raises:
         RewardFailure: when too many samples of the step have no score.
@@ -199,7 +201,7 @@ def _count_failures(
 
 
 def scored_groups(samples: Sequence[Sample], *, needs_group: bool) -> list[Sample]:
-    """Samples with a score; group estimators also lose those whose whole group has failed around them."""
+    """Samples with a score; with `needs_group`, only those of groups with at least two of them."""
     scored = [sample for sample in samples if sample.score is not None]
     sizes = Counter(sample.group_id for sample in scored)
     return [sample for sample in scored if not needs_group or sizes[sample.group_id] > 1]
@@ -208,11 +210,11 @@ def scored_groups(samples: Sequence[Sample], *, needs_group: bool) -> list[Sampl
 def informative(
     samples: Sequence[Sample], sampling: DynamicSamplingConfig, rewards: RewardCombiner
 ) -> list[Sample]:
-    """Samples of groups whose raw rewards are not all equal, with a mean strictly between `low` and `high`
-    where these are given.
+    """Samples of groups whose raw rewards are not all equal, with a mean strictly between `low` and `high`,
+    if given.
 
-    Raw, because penalties on length would keep a group whose answers are all right, and drop one for long
-    wrong answers.
+    Raw rewards, because length penalties would keep a group whose answers are all correct, and drop one for
+    long wrong answers.
     """
     raw_reward = functools.partial(rewards.raw_reward, source=sampling.source)
     by_group: dict[int, list[float]] = defaultdict(list)
@@ -230,13 +232,13 @@ def _is_kept(rewards: Sequence[float], sampling: DynamicSamplingConfig) -> bool:
 
 
 def count_groups(samples: Sequence[Sample], ranks: Ranks) -> int:
-    """Groups over all ranks; a group is on one rank. Collective."""
+    """Number of groups over all ranks; a group is on one rank. Collective."""
     mine = len({sample.group_id for sample in samples})
     return int(ranks.sum_numbers({"groups": float(mine)})["groups"])
 
 
 def first_groups(samples: Sequence[Sample], count: int, ranks: Ranks) -> list[Sample]:
     """This rank's samples of the first `count` groups of all ranks, by group id. Collective."""
-    everywhere = sorted(ranks.gather(sorted({sample.group_id for sample in samples})))
-    chosen = set(everywhere[:count])
+    group_ids = sorted(ranks.gather(sorted({sample.group_id for sample in samples})))
+    chosen = set(group_ids[:count])
     return [sample for sample in samples if sample.group_id in chosen]

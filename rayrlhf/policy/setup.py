@@ -1,4 +1,4 @@
-"""What `loop.policy_loop` names: a `Run` and how one is set up on a worker of the actor's trainer."""
+"""`Run`, the state and methods that `loop.policy_loop` uses, and its setup on an actor worker."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from rayrlhf.train.random_states import RandomStates
 from rayrlhf.train.reference import ServedReference
 from rayrlhf.weights.sync import WeightSync
 
-# (first prompt batch or step) -> (number, this rank's prompts), from there on
+# (first prompt batch or step) -> iterator of (number, this rank's prompts) from there on
 Stream = Callable[[int], Iterator[tuple[int, list[Prompt]]]]
 
 
@@ -79,7 +79,7 @@ class Run:
     rollouts: GroupSource
     rewards: Rewards
     actor: Actor
-    critic: Critic | None  # None where the estimator has no use for one
+    critic: Critic | None  # None if the estimator uses none
     ref: Ref | None  # None without a KL term
     kl: KLController
     weights: WeightSync
@@ -88,10 +88,10 @@ class Run:
     push_check: PushCheck
     random_states: RandomStates
     num_eval_prompts: int = 0  # 0: no evaluation
-    texts: TextStream | None = None  # PPO-ptx, once `steps` has begun
-    step_metrics: dict[str, float] = field(default_factory=dict)  # until the end of the step
+    texts: TextStream | None = None  # PPO-ptx, set by `steps`
+    step_metrics: dict[str, float] = field(default_factory=dict)  # of the current step
     eval_prompts: list[Prompt] | None = None  # read at the first evaluation
-    refused_connections: int = 0  # at the weight transfer, as far as they were reported
+    refused_connections: int = 0  # of the weight transfer, already reported
 
     # Constants of the algorithm
 
@@ -119,8 +119,8 @@ class Run:
 
     @property
     def old_actor(self) -> Actor | None:
-        """The actor where old log-probabilities are asked for before the updates. With one update per batch
-        its first forward pass gives them.
+        """The actor if old log-probabilities must be computed before the updates; None if there is a single
+        update per batch, whose forward pass gives them.
         """
         algorithm = self.config.algorithm
         single_update = algorithm.updates_per_batch * algorithm.mini_batches == 1
@@ -131,14 +131,14 @@ class Run:
 
     @property
     def saved(self) -> Sequence[Saved]:
-        """In the order in which they are saved and loaded."""
+        """The parts of a checkpoint, in save and load order."""
         models = [self.actor] if self.critic is None else [self.actor, self.critic]
         return [*models, self.prompts, self.random_states]
 
     def restore(self) -> None:
-        """Load the newest checkpoint, if there is one, and see to it that the engines hold its weights.
+        """Load the newest checkpoint, if there is one, and push its weights if engines may hold others.
 
-        Without one, engines hold newer weights than ours when workers have died before the first checkpoint.
+        Engines hold other weights even without a checkpoint, if workers have died before the first one.
         """
         self.progress.restore(self.saved)
         state = self.progress.state
@@ -149,7 +149,7 @@ class Run:
             self.push_weights(version=state.step)
 
     def steps(self) -> Iterator[int]:
-        """The steps from where the run is to its end, with their data connected."""
+        """Connect the data and iterate over the remaining steps."""
         state = self.progress.state
         if not self.progress.is_last():
             self.prompts.connect(self.streams.train(state.first_prompt_batch))
@@ -172,9 +172,10 @@ class Run:
     def end_training(
         self, metrics: Metrics, samples: Sequence[Sample], balance: dict[str, float], *, step: int
     ) -> None:
-        """Steer the KL coefficient, and compare what engines and trainer compute.
+        """Update the KL coefficient, and compare the engines' log-probabilities with the trainer's.
 
-        Raises `WeightsDiffer`, on all ranks and before anything of this step is saved.
+        Raises:
+            WeightsDiffer: on all ranks, before anything of this step is saved.
         """
         self.step_metrics |= balance
         results = metrics.results()
@@ -188,7 +189,7 @@ class Run:
             )
 
     def push_weights(self, version: int) -> None:
-        """The engines hold `version` then, and are awake; so many steps are done."""
+        """Push the weights as `version`, the number of completed steps; the engines are awake afterwards."""
         self.progress.state.step = version
         weights = self.actor.weights()
         problem = self.colocation.start_rollouts(
@@ -207,11 +208,12 @@ class Run:
         self.refused_connections = refused
         if problem is not None:
             reporter.warn(
-                version, f"{self.weight_route} failed, the weights went by the object store: {problem}"
+                version,
+                f"{self.weight_route} failed, the weights were sent through the object store: {problem}",
             )
 
     def end_step(self, groups: StepGroups, samples: Sequence[Sample], metrics: Metrics) -> None:
-        """Report; evaluate and save where it is due."""
+        """Report the step; evaluate and save a checkpoint if due."""
         progress = self.progress
         is_empty = groups.num_groups == 0
         if is_empty:
@@ -254,7 +256,9 @@ class Run:
         if self.weights.drain_store_restarts():
             text = "the weight store's process died; the trainers have restored its state"
             progress.reporter.warn(progress.state.step, text)
-        failed = [sample for sample in sampled if sample.score is None]  # all: a lost sample has a name
+        failed = [
+            sample for sample in sampled if sample.score is None
+        ]  # all of them, so that each is reported
         shown = trained[: self.config.observe.rollouts_per_step]
         progress.reporter.step(progress.state.step, metrics, [*failed, *shown])
 
@@ -268,8 +272,8 @@ class Run:
             self.progress.save(self.saved, elsewhere)
 
     def evaluate(self, when: str) -> dict[str, Any]:
-        """Held-out prompts: metrics and rows, empty where there are none. "before" is only before the first
-        step of the run, and is kept for the summary.
+        """Evaluate on held-out prompts: metrics and rows, empty without such prompts. "before" runs only
+        before the run's first step and is kept for the summary.
         """
         state = self.progress.state
         if not self.num_eval_prompts or (when == "before" and state.step > 0):
@@ -295,7 +299,7 @@ class Run:
         return evaluation
 
     def _keep_if_best(self, reward: float) -> None:
-        """`best/` holds the actor of the best evaluation so far; every rank has the same numbers."""
+        """Export the actor to `best/` if this evaluation is the best so far; all ranks have equal numbers."""
         state = self.progress.state
         if state.best and reward <= state.best["reward"]:
             return
@@ -304,7 +308,7 @@ class Run:
             self._export("best")
 
     def finish(self) -> RunResult:
-        """The evaluation after the last step, the export, and what the summary is made of."""
+        """Evaluate after the last step and export; returns the result for the summary."""
         self.rollouts.close()
         after = self.evaluate("after")
         export = self._export("export") if self.config.checkpoint.export else None
@@ -321,7 +325,7 @@ class Run:
 
 
 def set_up(job: PolicyJob) -> Run:
-    """Clients of the run's actors and Serve apps, and this rank's shards of the models."""
+    """Build a `Run`: clients of the run's actors and Serve apps, and this rank's shards of the models."""
     config = job.config
     progress = start_worker(
         config, run_id=job.run_id, board=job.board, threads=job.threads_per_worker, fixed=job.fixed
@@ -337,7 +341,7 @@ def set_up(job: PolicyJob) -> Run:
     ref = _reference(job, actor)
     if config.algorithm.ema_beta is not None:
         actor.average = make_average(actor, config.algorithm.ema_beta)
-    # From here on this rank's random numbers are its own.
+    # From here on, random numbers differ per rank.
     random_states = RandomStates(config.run.seed, rank=ranks.rank, world_size=ranks.world_size)
     prompts = PromptQueue(
         rank=ranks.rank,
@@ -371,7 +375,7 @@ def set_up(job: PolicyJob) -> Run:
 def group_source(
     config: PolicyRunConfig, prompts: PromptQueue, collector: Collector, progress: Progress
 ) -> GroupSource:
-    """Synchronous, or with `rollout.max_staleness` asynchronous."""
+    """A synchronous source, or with `rollout.max_staleness` an asynchronous one."""
     rollout = config.rollout
 
     def on_group(done: int) -> None:

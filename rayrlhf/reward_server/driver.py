@@ -40,7 +40,7 @@ EXAMPLE = {"query": ["Say hello. Hello!"], "prompts": ["Say hello. "], "labels":
 
 @dataclass
 class _Stop:
-    """SIGTERM ends the server like Ctrl-C, by KeyboardInterrupt, which Ray's blocking calls let through."""
+    """SIGTERM ends the server like Ctrl-C: by KeyboardInterrupt, which Ray's blocking calls propagate."""
 
     serving: bool = False
 
@@ -86,7 +86,7 @@ def serve_reward(config: ServeRewardConfig) -> int:
 def _serve(
     config: ServeRewardConfig, sources: list[Served], token: bytes | None, console: Console, stop: _Stop
 ) -> None:
-    """Never returns; ends by an exception."""
+    """Serve until an exception ends it; never returns."""
     url = url_of(config.server)
     start_serve(proxy_location="Disabled")  # the replicas listen by themselves
     with _placed(config, sources, console) as (run_id, slots):

@@ -67,7 +67,7 @@ def authorization(server: ServerConfig) -> list[str]:
 def answers(url: str) -> bool:
     """Whether a request is answered with status 200 in time."""
     deadline = time.monotonic() + ANSWER_SECONDS
-    while not _is_well(url):
+    while not _is_healthy(url):
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
@@ -82,7 +82,7 @@ def _reachable(host: str) -> str:
     return heads[0]["NodeManagerAddress"] if heads else "127.0.0.1"
 
 
-def _is_well(url: str) -> bool:
+def _is_healthy(url: str) -> bool:
     no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with no_proxy.open(url, timeout=10) as response:

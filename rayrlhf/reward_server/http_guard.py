@@ -55,7 +55,7 @@ class HttpServer:
         self.task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns when it listens. Raises `OSError` if the address cannot be bound."""
+        """Return once it listens. Raises `OSError` if the address cannot be bound."""
         listener = listening_socket(self.config.host, self.config.port)
         self.task = asyncio.ensure_future(self.server.serve(sockets=[listener]))
         async with asyncio.timeout(START_SECONDS):
@@ -69,7 +69,7 @@ class HttpServer:
             await self.task
 
     def check(self) -> None:
-        """Raises if it has ended."""
+        """Raise if it has ended."""
         if self.task is None or self.task.done():
             reason = None if self.task is None or self.task.cancelled() else self.task.exception()
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Requests of the reward server: parsing of the body, tokenisation of the texts."""
+"""Requests of the reward server: parsing of the body, tokenization of the texts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Checks of a job's model folders before it starts: adapters, tokenizers, vocabularies, generation configs.
-"""
+"""Checks of a job's model folders before it starts: adapters, tokenizers, generation configs."""
 
 from __future__ import annotations
 

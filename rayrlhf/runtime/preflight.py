@@ -71,8 +71,7 @@ def check_stops(model: ModelConfig, data: DataConfig, stops: Mapping[str, Sequen
 
 
 def find_rewards(reward: RewardConfig) -> dict[int, UserCode]:
-    """Load the reward functions by source index, and check that this machine has what other sources require.
-    """
+    """Load the reward functions by source index, and check the requirements of other sources."""
     functions: dict[int, UserCode] = {}
     for index, source in enumerate(reward.sources):
         with _named(index, source.type):
@@ -253,8 +252,7 @@ def check_model(key: str, path: str) -> None:
 
 
 def check_precision(config: Any, *, on_gpu: bool) -> None:
-    """Check settings that depend on the weights' dtype, which depends on the devices. Raises `ConfigError`.
-    """
+    """Check settings that depend on the dtype, and thereby on the devices. Raises `ConfigError`."""
     train = getattr(config, "train", None)
     if train is None:
         return

@@ -1,4 +1,4 @@
-"""The driver of a supervised job: check, plan, place, fit, tear down."""
+"""Driver of a supervised job: check, plan, place, fit, tear down."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from rayrlhf.supervised.reference_table import RefTable, is_whole, table_path
 from rayrlhf.train.checkpoint import newest_step
 from rayrlhf.train.frozen_server import teacher_deployment
 
-SAMPLE_ROWS = 1024  # of the training data, that a trained reward model's scores are normalised by
-START_SECONDS = 600.0  # for a served teacher
+SAMPLE_ROWS = 1024  # of the training data, from which a reward model's score normalisation is computed
+START_SECONDS = 600.0  # for a served teacher to start
 
 
 def run_supervised(config: SupervisedConfig) -> int:
-    """Run to the end; the exit code is `DriverRun`'s."""
+    """Run a supervised job; returns the exit code of `DriverRun`."""
     with DriverRun(config) as run:
         config = run.pinned(config)
         for key, path in _model_paths(config):
@@ -144,7 +144,7 @@ def _train(config: Any, console: Console) -> Path:
 
 
 def _prepare_stores(config: Any, run_path: Path, say: Callable[[str], None]) -> Stores:
-    """Read, render and tokenise everything. Raises `DataError`."""
+    """Read, render and tokenize all samples. Raises `DataError`."""
 
     def prepare(split: Split) -> ExampleStore:
         store = prepare_examples(
@@ -163,7 +163,7 @@ def _prepare_stores(config: Any, run_path: Path, say: Callable[[str], None]) -> 
 
 
 def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str, Sequence[np.ndarray]]:
-    """The rows of every training step, and of every part of an evaluation."""
+    """Row ids of every training step, and of every part of an evaluation."""
     per_step = config.train.samples_per_step
     step_ranges(0, -(-rows_read // per_step), config.train.num_workers, per_step)  # raises for too many
     steps: dict[str, Sequence[np.ndarray]] = {
@@ -182,7 +182,7 @@ def _ref_tables(
     steps: dict[str, Sequence[np.ndarray]],
     say: Callable[[str], None],
 ) -> dict[str, RefTable]:
-    """By split, where the reference's answers lie or will lie."""
+    """Files of the reference's precomputed log-probabilities, by split; empty without `ref.precompute`."""
     ref = getattr(config, "ref", None)
     if ref is None or not ref.precompute:
         return {}
@@ -192,14 +192,14 @@ def _ref_tables(
         rows = _needed(steps[split])
         file = table_path(run_path / "data", split, store.fingerprint, rows, path)
         if file.is_file() and not is_whole(file):
-            say(f"warning: {file.name} is damaged: the reference is asked again")
+            say(f"warning: {file.name} is damaged: the reference is computed again")
             file.unlink()
         tables[split] = RefTable(str(file), len(rows))
     return tables
 
 
 def _num_sampled(config: Any, stores: Stores) -> int:
-    """Only a reward model has scores to normalise, and only its export says by what."""
+    """Number of training rows to score for normalisation: only for a reward model that is exported."""
     wanted = config.job == "rm" and config.checkpoint.export
     return min(len(stores.train), SAMPLE_ROWS) if wanted else 0
 
@@ -213,8 +213,8 @@ def _needed(steps: Sequence[np.ndarray]) -> np.ndarray:
 def _streams(
     job: SupervisedJob, stores: Stores, steps: dict[str, Sequence[np.ndarray]], storage: Path
 ) -> dict[str, Any]:
-    """Ray Data sets by name, for the trainer. They are made anew whenever the workers (re)start: that is
-    where a resumed stream begins.
+    """Ray Data sets by name, for the trainer, as functions that create them. They are called whenever the
+    workers (re)start, so that a resumed stream starts at its position.
     """
     config = job.config
     order, per_step = steps["train"], config.train.samples_per_step
@@ -254,15 +254,15 @@ def _model_paths(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def with_absolute_paths(config: SupervisedConfig) -> SupervisedConfig:
-    """The config with the run's and the models' folders made absolute: workers run in folders of their
-    own.
+    """The config with absolute paths of the run's and the models' folders, because workers have other working
+    directories.
     """
     changes: dict[str, Any] = {
         "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
     }
     for key, path in _model_paths(config):
         section = key.partition(".")[0]
-        if Path(path).is_dir():  # a hub id stays as it is
+        if Path(path).is_dir():  # a hub id is kept
             part = getattr(config, section)
             changes[section] = part.model_copy(update={"path": str(Path(path).resolve())})
     return config.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""From what was measured on held-out samples to means, intervals and calibration."""
+"""Evaluation metrics on held-out samples: means, confidence intervals and calibration error."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Evaluation:
     rows: list[dict[str, Any]]  # one per sample, in the order of the data
 
 
-def evaluation_of(told: Sequence[dict[str, Any]]) -> Evaluation:
-    """`told` are the tasks' `evaluate` of all ranks: [total, weight] of every metric for every sample.
+def evaluation_of(per_rank: Sequence[dict[str, Any]]) -> Evaluation:
+    """Combine the results of `Task.evaluate` of all ranks: [total, weight] of every metric for every sample.
 
-    `eval/<name>` is Σ total / Σ weight; a quantity that no sample has is left out. The loss gets a bootstrap
-    interval over samples, margins between rewards the calibration error of σ(margin) as the probability that
-    the preferred response is the better one.
+    `eval/<name>` is Σ total / Σ weight; a metric that no sample has is left out. For the loss, a bootstrap
+    interval over samples is added; for reward margins, the calibration error of σ(margin) as the probability
+    that the preferred response is the better one.
     """
-    row_ids = np.array([row for part in told for row in part["row_ids"]], dtype=np.int64)
+    row_ids = np.array([row for part in per_rank for row in part["row_ids"]], dtype=np.int64)
     order = np.argsort(row_ids, kind="stable")
-    keys = [key for key in told[0] if key != "row_ids"]
-    values = {key: np.array([pair for part in told for pair in part[key]])[order] for key in keys}
+    keys = [key for key in per_rank[0] if key != "row_ids"]
+    values = {key: np.array([pair for part in per_rank for pair in part[key]])[order] for key in keys}
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = [{"row_id": int(row)} for row in row_ids[order]]
     for key, pairs in values.items():

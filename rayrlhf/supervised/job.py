@@ -1,4 +1,4 @@
-"""What the driver of a supervised job hands to every worker."""
+"""Job description that the driver of a supervised job passes to every worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SupervisedJob:
     num_rows: int  # of the training data
     has_eval: bool
     num_sampled: int = 0  # training rows that a reward model scores before its export
-    fixed: dict[str, Any] = field(default_factory=dict)  # what it can only be resumed with
+    fixed: dict[str, Any] = field(default_factory=dict)  # config values required for resuming
     ref_tables: dict[str, RefTable] = field(default_factory=dict)  # by split
 
     @property

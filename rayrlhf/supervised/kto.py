@@ -1,4 +1,4 @@
-"""KTO (arXiv 2402.01306): responses judged one by one, held against how the policy has moved in general."""
+"""KTO (arXiv 2402.01306): single judged responses, relative to the policy's overall KL from the reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class KtoBatch(ExampleBatch):
 
 
 class KtoTask(LanguageModelTask):
-    """Every example brings its own response and one to another prompt; the latter are only asked about."""
+    """Every example has its own response and a mismatched one, to another prompt, which is not trained on."""
 
     config: KtoRunConfig
 

@@ -1,6 +1,6 @@
-"""SFT, reward models, DPO, KTO and distillation: one loop for every job that is trained on given examples.
+"""The training loop of SFT, reward models, DPO, KTO and distillation: all jobs with given examples.
 
-Every worker runs it, under Ray Train; what an example's loss is, is the job's task (`supervised.task`).
+Every worker runs it under Ray Train; the job's task (`supervised.task`) defines the loss of an example.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ def supervised_worker(job: SupervisedJob) -> RunResult:
 
 
 def supervised_loop(run: SupervisedRun) -> RunResult:
-    """Take the next step's examples, one optimizer step on them; until the data or `eval.patience` end."""
+    """One optimizer step on each step's examples, until the last step or until `eval.patience` is exhausted."""
     task, ranks = run.task, run.ranks
     run.restore()
-    run.ask_reference()
+    run.prepare_reference()
     run.evaluate("before")
     for step, micro_batches in run.steps():
         with run.progress.phase("update"):
-            batches = task.prepare(micro_batches, "train")  # pack, add what reference or teacher say
-            objective = Objective(task, total_weight(task, batches, ranks))  # of the examples of all ranks
+            batches = task.prepare(micro_batches, "train")  # pack, add outputs of reference or teacher
+            objective = Objective(task, total_weight(task, batches, ranks))  # over the examples of all ranks
             metrics = task.learner.update(objective.term(batches), step=step)
             packing = run.packing_metrics(micro_batches)
         run.end_step(metrics, packing)
-        if run.has_lost_patience():
+        if run.patience_exhausted():
             break
     return run.finish()

@@ -1,4 +1,4 @@
-"""Process reward models: every step of a solution is judged at the marker that ends it."""
+"""Process reward models: every step of a solution is scored at the marker that ends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of the frozen reference: computed at every step, or once beforehand and kept on disk."""
+"""Log-probabilities of the frozen reference: computed at every step, or precomputed into a table on disk."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
 class FrozenReference:
     """Adds `ref_sums` [S], the log-probability of each sequence's loss tokens, to micro-batches.
 
-    With `precompute` the sums are looked up in tables, one per split, which `fill` makes: [rows up to the
-    last one needed, sequences per example]. The model is then held only while it does.
+    With `precompute` the sums are looked up in tables, one per split, which `fill` creates: [rows up to the
+    last one needed, sequences per example]. The model is then held only during `fill`.
     """
 
     def __init__(self, config: SupervisedConfig, ref: FrozenRefConfig, learner: Learner) -> None:
-        """`learner` is the model that trains, which is the reference too while its adapters are off."""
+        """`learner`: the trained model, which is also the reference while its adapters are disabled."""
         self.config = config
         self.ref = ref
         self.learner = learner
@@ -44,12 +44,14 @@ class FrozenReference:
     def added(
         self, batches: Sequence[ExampleBatch], split: str, *, sequence: int | None = None
     ) -> list[ExampleBatch]:
-        """`sequence` says which one of their examples' the batches hold, where it is not all. Collective."""
+        """The batches with `ref_sums`. Collective. `sequence`: index of the one sequence of each example that
+        the batches hold; None if they hold all.
+        """
         if self.model is not None:
-            of_model = self.model.logprobs(batches, temperature=1.0)
+            per_token = self.model.logprobs(batches, temperature=1.0)
             sums = [
                 sequence_sums(logprobs, batch.loss_mask, batch.cu_seqlens)
-                for logprobs, batch in zip(of_model, batches, strict=True)
+                for logprobs, batch in zip(per_token, batches, strict=True)
             ]
         else:
             sums = [self._looked_up(batch, split, sequence) for batch in batches]
@@ -58,7 +60,7 @@ class FrozenReference:
     def _looked_up(self, batch: ExampleBatch, split: str, sequence: int | None) -> Tensor:
         table = self.tables[split]
         rows = batch.row_ids.cpu()
-        if sequence is None:  # a row's sequences follow one another
+        if sequence is None:  # a row's sequences are consecutive
             which = torch.arange(len(rows)) % table.size(1)
         else:
             which = torch.full_like(rows, sequence)
@@ -72,28 +74,32 @@ class FrozenReference:
         steps: Iterable[tuple[int, list[list[Example]]]],
         on_progress: Callable[[int], None],
     ) -> None:
-        """Take the split's table from `path`, or make it from one pass over the rows that are needed;
-        `on_progress` is called with how many this rank has done. Collective.
+        """Load the split's table from `path`, or compute it in one pass over the rows that are needed.
+        Collective.
+
+        `on_progress` is called with the number of rows that this rank has done.
         """
         if path.is_file():
             self.tables[split] = torch.from_numpy(np.load(path, allow_pickle=False))
             return
         self.model = self.model or self._load()
         pairs: list[tuple[int, list[float]]] = []
-        together = self.config.data.sequences_per_example
+        per_example = self.config.data.sequences_per_example
         for _, micro_batches in steps:
             batches = [
-                (pack_examples(examples) if examples else padding_examples(together)).to(collectives.device())
+                (pack_examples(examples) if examples else padding_examples(per_example)).to(
+                    collectives.device()
+                )
                 for examples in micro_batches
             ]
             for batch in self.added(batches, split):
                 assert batch.ref_sums is not None
-                rows = batch.row_ids.view(-1, together)[:, 0].tolist()
-                pairs += zip(rows, batch.ref_sums.view(-1, together).tolist(), strict=True)
+                rows = batch.row_ids.view(-1, per_example)[:, 0].tolist()
+                pairs += zip(rows, batch.ref_sums.view(-1, per_example).tolist(), strict=True)
             on_progress(len(pairs))
-        everyone = [pair for pair in collectives.gather_lists(pairs) if pair[0] >= 0]
-        table = np.full((1 + max(row for row, _ in everyone), together), np.nan, dtype=np.float32)
-        for row, sums in everyone:
+        gathered = [pair for pair in collectives.gather_lists(pairs) if pair[0] >= 0]
+        table = np.full((1 + max(row for row, _ in gathered), per_example), np.nan, dtype=np.float32)
+        for row, sums in gathered:
             table[row] = sums
         if collectives.rank() == 0:
             partial = path.with_suffix(".partial.npy")
@@ -102,19 +108,19 @@ class FrozenReference:
         self.tables[split] = torch.from_numpy(table)
 
     def forget_model(self) -> None:
-        """Every table is there: free the memory."""
+        """Free the model's memory once all tables are filled."""
         self.model = None
 
 
 class RefTable(NamedTuple):
-    """What the reference says of a split's rows that are needed."""
+    """Table of the reference's log-probabilities for the rows of a split that are needed."""
 
     file: str
     num_rows: int
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a table was not cut, nor replaced by what numpy would have to unpickle."""
+    """Whether a table is intact: not truncated, and not a file that numpy would have to unpickle."""
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False).dtype == np.float32
     except (ValueError, OSError, EOFError):
@@ -122,7 +128,7 @@ def is_whole(file: Path) -> bool:
 
 
 def table_path(folder: Path, split: str, fingerprint: str, rows: np.ndarray, reference: str) -> Path:
-    """The file of the table of these rows and this reference: other rows or weights have another name."""
+    """The table's file for these rows and this reference; its name depends on rows and weights."""
     weights = sorted(Path(reference).glob("*.safetensors"))
     state: Any = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
     digest = hashlib.sha256(repr((fingerprint, rows.tolist(), reference, state)).encode()).hexdigest()

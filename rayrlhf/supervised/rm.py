@@ -20,7 +20,7 @@ from rayrlhf.supervised.task import Measured, MicroBatches, Task, mean_over, rea
 
 class RewardModelTask(Task):
     config: RmRunConfig
-    mean: float | None = None  # of the scores, once training is through
+    mean: float | None = None  # of the scores, after training
     std: float | None = None
 
     def load_module(self) -> nn.Module:
@@ -45,7 +45,7 @@ class RewardModelTask(Task):
         )
 
     def before_export(self, sample: Callable[[], Iterable[MicroBatches]]) -> None:
-        """Mean and standard deviation of the scores of training responses, by which scores are normalised."""
+        """Compute mean and standard deviation of training responses' scores, for normalising scores."""
         sums = torch.zeros(3, dtype=torch.float64)
         for micro_batches in sample():
             batches = self.prepare(micro_batches, "train")

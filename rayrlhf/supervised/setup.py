@@ -1,4 +1,4 @@
-"""What `loop.supervised_loop` names: a `SupervisedRun` and how one is set up on a worker."""
+"""`SupervisedRun`, the state and methods that `loop.supervised_loop` uses, and its setup on a worker."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TASKS: dict[str, type[Task]] = {
     "kd": DistillationTask,
 }
 
-# (data set, first step) -> (step, this rank's micro-batches), from there on
+# (data set, first step) -> iterator of (step, this rank's micro-batches) from there on
 Stream = Callable[[str, int], Iterator[tuple[int, list[list[Example]]]]]
 
 
@@ -57,8 +57,8 @@ class SupervisedRun:
         """Load the newest checkpoint, if there is one."""
         self.progress.restore([self.task, self.random_states])
 
-    def ask_reference(self) -> None:
-        """With `ref.precompute`, one pass over the samples, unless an earlier run has left the table."""
+    def prepare_reference(self) -> None:
+        """With `ref.precompute`, one pass of the reference over the samples, unless its table exists already."""
         reference = self.task.reference
         if reference is None or not self.job.ref_tables:
             return
@@ -75,9 +75,9 @@ class SupervisedRun:
             reference.forget_model()
 
     def steps(self) -> Iterator[tuple[int, list[list[Example]]]]:
-        """The steps from where the run is to its end, with this rank's packed samples."""
+        """Iterate over the remaining steps, each with this rank's micro-batches."""
         progress = self.progress
-        if progress.is_last() or self.has_lost_patience():
+        if progress.is_last() or self.patience_exhausted():
             return
         stream = self.stream("train", progress.state.step)
         for step in progress.steps():
@@ -87,7 +87,7 @@ class SupervisedRun:
             yield step, micro_batches
 
     def packing_metrics(self, micro_batches: MicroBatches) -> dict[str, float]:
-        """How full the micro-batches are."""
+        """Metrics of packing: tokens, padding and imbalance."""
         tokens = sum(example.num_tokens for examples in micro_batches for example in examples)
         full = sum(bool(examples) for examples in micro_batches)
         totals = self.ranks.sum_numbers(
@@ -110,7 +110,7 @@ class SupervisedRun:
         }
 
     def end_step(self, metrics: Metrics, packing: dict[str, float]) -> None:
-        """One more step is done: report; evaluate and save where it is due."""
+        """Count the step and report it; evaluate and save a checkpoint if due."""
         progress = self.progress
         state = progress.state
         state.step += 1
@@ -121,13 +121,13 @@ class SupervisedRun:
         progress.reporter.step(state.step, reported, shown=[])
         if progress.is_due(self.config.eval.every_steps) and not progress.is_last():
             self.evaluate("during")
-        if progress.checkpoint_is_due() or progress.is_last() or self.has_lost_patience():
+        if progress.checkpoint_is_due() or progress.is_last() or self.patience_exhausted():
             with progress.phase("checkpoint"):
                 progress.save([self.task, self.random_states])
 
     def evaluate(self, when: str) -> dict[str, Any]:
-        """Held-out samples: metrics, empty where there are none. "before" is only before the first step of
-        the run, and is kept for the summary.
+        """Evaluate on held-out samples: metrics, empty without such samples. "before" runs only before the
+        run's first step and is kept for the summary.
         """
         state = self.progress.state
         if not self.job.has_eval or (when == "before" and state.step > 0):
@@ -146,13 +146,13 @@ class SupervisedRun:
         return evaluation
 
     def _keep_if_best(self, result: Evaluation) -> None:
-        """`best/` holds the model of the best evaluation so far; every rank has the same numbers."""
+        """Export the model to `best/` if this evaluation is the best so far; all ranks have equal numbers."""
         state = self.progress.state
         key = self.config.eval.metric
         value = result.metrics.get(f"eval/{key}")
         if value is None:
             self.progress.reporter.warn(
-                state.step, f"no held-out sample has an eval.metric={key}: best/ stays"
+                state.step, f"no held-out sample has an eval.metric={key}: best/ is kept"
             )
             return
         best = state.best
@@ -163,13 +163,13 @@ class SupervisedRun:
         if self.config.checkpoint.best and self.config.eval.every_steps is not None:
             self._export("best")
 
-    def has_lost_patience(self) -> bool:
+    def patience_exhausted(self) -> bool:
         patience = self.config.eval.patience
         return patience is not None and self.progress.state.best.get("evaluations_since", 0) >= patience
 
     def finish(self) -> RunResult:
-        """The evaluation after the last step, the export, and what the summary is made of."""
-        if self.has_lost_patience():
+        """Evaluate after the last step and export; returns the result for the summary."""
+        if self.patience_exhausted():
             patience = self.config.eval.patience
             self.progress.announce(
                 f"stopped: eval.metric={self.config.eval.metric} has not improved in {patience} evaluations "
@@ -186,7 +186,7 @@ class SupervisedRun:
         return self._export("export")
 
     def _sample_of_training_data(self) -> Iterator[MicroBatches]:
-        """A sample of the training rows, in parts of one step each; reports how far it is."""
+        """Iterate over a sample of the training rows, one step's worth at a time, reporting progress."""
         done, total = 0, self.job.num_sampled
         for _, micro_batches in self.stream("sample", 0):
             self.progress.say(f"score training rows {min(done, total)}/{total}")
@@ -201,7 +201,7 @@ class SupervisedRun:
 
 
 def set_up(job: SupervisedJob) -> SupervisedRun:
-    """This rank's shard of the model, and its data."""
+    """Build a `SupervisedRun`: this rank's shard of the model, and its data."""
     config: Any = job.config
     progress = start_worker(
         config, run_id=job.run_id, board=job.board, threads=job.threads_per_worker, fixed=job.fixed
@@ -214,6 +214,6 @@ def set_up(job: SupervisedJob) -> SupervisedRun:
         shard: Any = ray.train.get_dataset_shard(name)
         return iter_examples(shard, ranks.rank, first)
 
-    # From here on this rank's random numbers are its own.
+    # From here on, random numbers differ per rank.
     random_states = RandomStates(config.run.seed, rank=ranks.rank, world_size=ranks.world_size)
     return SupervisedRun(job, config, ranks, progress, stream, task, random_states)

@@ -18,7 +18,7 @@ from rayrlhf.supervised.task import Measured, Task
 
 
 class LanguageModelTask(Task):
-    """A causal language model is trained; on what is up to the subclass."""
+    """Trains a causal language model; subclasses define the loss."""
 
     def load_module(self) -> TrainedModule:
         config = self.config
@@ -45,7 +45,7 @@ class LanguageModelTask(Task):
 
 
 class SftTask(LanguageModelTask):
-    """Σ -log p / loss tokens of the step: every token weighs the same, whatever its sequence's length."""
+    """Σ -log p / loss tokens of the step: every token has the same weight, whatever its sequence's length."""
 
     def load_module(self) -> TrainedModule:
         module = super().load_module()

@@ -1,4 +1,4 @@
-"""What every supervised job is: examples in, one number per example out, and means over the step."""
+"""Base class of supervised tasks: a model, a loss per example, and means over the optimizer step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MicroBatches = Sequence[Sequence[Example]]
 
 
 class Measured(NamedTuple):
-    """What came out for the E examples of a micro-batch; padding examples have 0 everywhere."""
+    """Loss and metrics of the E examples of a micro-batch; 0 for padding examples."""
 
     loss: Mean  # the objective [E]; its total has the gradient
     metrics: dict[str, Mean]  # [E] each, without gradient
@@ -34,22 +34,23 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskSetting:
-    """What a task is made of."""
+    """Arguments from which a task is built."""
 
     config: Any  # the job's own SupervisedConfig
     ranks: Ranks
-    teacher_app: str = ""  # Serve app of the teacher; "" where there is none
+    teacher_app: str = ""  # Serve app of the teacher; "" without one
 
 
 class Task:
-    """A model and its loss, on one rank. Subclasses say how to load it, what to ask it, and how to export.
+    """A model and its loss, on one rank. Subclasses define loading, the forward pass, the loss and the
+    export.
 
     The objective is Σ loss over the examples of a step / Σ weight, whatever micro-batch or rank they are on.
     """
 
     config: Any  # the job's own SupervisedConfig
     reference: FrozenReference | None = None
-    loads_in_parts = True  # under ZeRO-3; not where loading reads weights
+    loads_in_parts = True  # under ZeRO-3; False if loading reads weights
 
     def __init__(self, setting: TaskSetting) -> None:
         self.config = setting.config
@@ -67,41 +68,41 @@ class Task:
             module, self.config.train, lr=self.config.train.lr, dtype=self.dtype, name="model"
         )
 
-    # What a job defines
+    # Defined by subclasses
 
     def load_module(self) -> nn.Module:
         raise NotImplementedError
 
     def decoder_of(self, module: Any) -> Any:
-        """The part whose layers may be adapted, and may recompute their activations."""
+        """The submodule for LoRA adapters and activation checkpointing."""
         return module.decoder
 
     def forward(self, module: Any, batch: Any) -> Any:
         raise NotImplementedError
 
     def weights(self, batch: ExampleBatch) -> Tensor:
-        """How much each example [E] weighs in the objective; 0 for padding."""
+        """Weight of each example [E] in the objective; 0 for padding."""
         raise NotImplementedError
 
     def measure(self, output: Any, batch: Any) -> Measured:
         raise NotImplementedError
 
     def before_export(self, sample: Callable[[], Iterable[MicroBatches]]) -> None:
-        """What is to be known of the trained model; `sample` are some of the training data. Collective."""
+        """Hook before the final export; `sample` iterates over some of the training data. Collective."""
 
     def export(self, path: Path) -> None:
-        """Write what users load. Collective."""
+        """Write the trained model as a Hugging Face folder. Collective."""
         raise NotImplementedError
 
-    # What all jobs do alike
+    # Common to all tasks
 
     def prepare(self, micro_batches: MicroBatches, split: str) -> list[ExampleBatch]:
-        """Pack, and add what other models say of the samples. Collective."""
+        """Pack the examples, and add outputs of other models. Collective."""
         return [self._pack(examples) for examples in micro_batches]
 
     def _pack(self, examples: Sequence[Example]) -> ExampleBatch:
-        together = self.config.data.sequences_per_example
-        return (pack_examples(examples) if examples else padding_examples(together)).to(self.device)
+        per_example = self.config.data.sequences_per_example
+        return (pack_examples(examples) if examples else padding_examples(per_example)).to(self.device)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: MicroBatches) -> dict[str, Any]:
@@ -120,7 +121,7 @@ class Task:
 
     @property
     def measured_sequences(self) -> int:
-        """Sequences per example in the batches that `measure` is given."""
+        """Sequences per example in the batches passed to `measure`."""
         return self.config.data.sequences_per_example
 
     def save(self, folder: Path) -> None:
@@ -151,13 +152,13 @@ class Objective:
 
 
 def total_weight(task: Task, batches: Sequence[ExampleBatch], ranks: Ranks) -> float:
-    """Of the examples of all ranks, at least 1. Collective."""
+    """Total weight of the examples of all ranks, at least 1. Collective."""
     local = torch.stack([task.weights(batch).double().sum() for batch in batches]).sum()
     return max(1.0, float(ranks.sum_tensor(local)))
 
 
 def pack_evenly(examples: Sequence[Example], ranks: Ranks, budget_tokens: int) -> list[ExampleBatch]:
-    """This rank's examples, of one sequence each, as packed micro-batches on its device; equally many, and at
+    """Pack this rank's examples, of one sequence each, into micro-batches on its device: equally many, and at
     least one, on every rank. Collective.
     """
     packs = micro_batches([example.num_tokens for example in examples], budget_tokens)
@@ -178,5 +179,5 @@ def real_examples(batch: ExampleBatch, sequences_per_example: int) -> Tensor:
 
 
 def mean_over(values: Tensor, picked: Tensor) -> Mean:
-    """The mean of `values` [E] over the examples that `picked` [E] in {0, 1} says."""
+    """The mean of `values` [E] over the examples with `picked` [E] = 1, not 0."""
     return Mean(torch.where(picked > 0, values, 0.0), picked)

@@ -90,15 +90,17 @@ def test_a_bad_value(override: str, path: str, got: str, wanted: str, fix: str, 
         ("rollout.temperature=1", "did you mean rollout.sampling.temperature?"),  # … further down in this one
         ("data.lr=1", "did you mean critic.lr or train.lr?"),  # … in two other sections
         ("data.grup_size=2", "did you mean rollout.group_size?"),  # a similar name in another section
-        (
-            "algorithm.dynamic_sampling.max_draws=2",  # renamed
-            "did you mean algorithm.dynamic_sampling.max_prompt_batches?",
-        ),
     ],
 )
 def test_a_suggestion_is_a_whole_path(override: str, fix: str, problems: Problems) -> None:
     (found,) = problems(override).values()
     assert found.fix == fix
+
+
+def test_a_renamed_key_is_answered_with_its_new_name(problems: Problems) -> None:
+    old = "algorithm.dynamic_sampling.max_draws"
+    found = problems(f"{old}=2")[old]
+    assert found.fix == "did you mean algorithm.dynamic_sampling.max_prompt_batches?"
 
 
 def test_a_misspelt_section_is_reported_once(problems: Problems) -> None:

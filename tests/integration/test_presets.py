@@ -113,8 +113,8 @@ def check_turns(trace: Path) -> None:
         for version in (1, 2)
         for stage in (
             (engines, "asleep"),
-            (trainers, "optimizer and gradients are back"),
-            (trainers, "optimizer and gradients are put aside"),
+            (trainers, "optimizer and gradients reloaded"),
+            (trainers, "optimizer and gradients offloaded"),
             (engines, "awake: weights"),
             (engines, f"loaded version {version}"),
             (engines, "awake: kv_cache"),

@@ -78,7 +78,7 @@ def test_17e_rotary_positions_are_a_warning_in_training(tmp_path: Path) -> None:
     models = [("model.path", llama)]
     assert list(length_problems(supervised(129), models)) == []
     [warning] = length_warnings(supervised(129), models)
-    assert "data.max_tokens allows sequences of 129 tokens" in warning and "made for 128" in warning
+    assert "data.max_tokens allows sequences of 129 tokens" in warning and "trained for 128" in warning
     assert list(length_warnings(supervised(128), models)) == []
 
 

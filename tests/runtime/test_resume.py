@@ -36,7 +36,7 @@ def test_the_number_of_workers_may_change_and_how_states_are_divided_may_not(tmp
     check_resume(config)
     check_resume(tiny_run(tmp_path, "model", train={"zero_stage": 2, "num_workers": 1}))
     other = tiny_run(tmp_path, "model", train={"zero_stage": 3, "num_workers": 2})
-    with pytest.raises(InputError, match=r"step 4 (.|\n)*train\.zero_stage: was 2, is 3\. Fix: take"):
+    with pytest.raises(InputError, match=r"step 4 (.|\n)*train\.zero_stage: was 2, is 3\. Fix: restore"):
         check_resume(other)
     never = tiny_run(tmp_path, "model", run={"resume": "never"}, train={"zero_stage": 2})
     with pytest.raises(InputError, match=r"run\.resume=never but .* holds a checkpoint of step 4"):
@@ -163,7 +163,7 @@ def test_35_seed_reward_and_job_belong_to_a_run(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         resumed(tiny_run(tmp_path, "model", rollout={"prompts_per_step": 16, "group_size": 2}))
     lines = str(refused.value).splitlines()
-    assert any("rollout.prompts_per_step: was 32, is 16. Fix: take" in line for line in lines)
+    assert any("rollout.prompts_per_step: was 32, is 16. Fix: restore" in line for line in lines)
     assert not any("prompts_per_step" in line and "allow_changes" in line for line in lines)
     assert any("rollout.group_size" in line and "allow_changes=[batch]" in line for line in lines)
 
