@@ -1,4 +1,4 @@
-"""Rewards that break their contract. Nothing else is here: each is imported by a process of its own."""
+"""Rewards that break their contract. Nothing else is here: each is imported by a separate process."""
 
 from __future__ import annotations
 

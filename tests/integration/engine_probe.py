@@ -4,7 +4,7 @@
 |log-probability of the trainer's model - of the engine| over sampled tokens, before any push, after a push of
 the same weights, and after a push of other ones; then for each SAMPLING (a `rollout.sampling` in JSON), and
 after a push that followed one that broke off. A push without one of the tensors must be refused. vLLM wants a
-process of its own, with its environment set before its import.
+separate process, with its environment set before its import.
 """
 
 from __future__ import annotations

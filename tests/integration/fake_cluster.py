@@ -18,7 +18,7 @@ OBJECT_STORE_BYTES = 150_000_000
 
 
 class FakeCluster:
-    """The parent's end: a head without slots of its own and nodes with some."""
+    """The parent's end: a head without slots and nodes with some."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process

@@ -1,5 +1,5 @@
 """A hundred and more bad inputs: each ends with exit code 2 and one clear error that names the key, within a
-second, before anything heavy is imported. Some run as processes of their own, which leave nothing running.
+second, before anything heavy is imported. Some run as separate processes, which leave nothing running.
 
 With `-s` it prints a table of case, error and milliseconds.
 """
@@ -390,5 +390,5 @@ def processes_with(mark: str) -> list[str]:
             if process.environ().get("BAD_INPUT_MARK") == mark:
                 found.append(" ".join(process.cmdline()))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue  # it has ended, or is somebody else's
+            continue  # it has ended, or is another user's
     return found

@@ -65,7 +65,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
         assert len(row["responses"]) == 2 and row["scores"] == share_of_vowels([], row["responses"], [])
         assert row["rewards"] == [{"vowels": score} for score in row["scores"]]
         assert all(1 <= length <= 12 for length in row["response_tokens"])
-    assert len({text for row in rows for text in row["responses"]}) > 40, "each sample has a seed of its own"
+    assert len({text for row in rows for text in row["responses"]}) > 40, "each sample has its own seed"
     summary = json.loads((run_path / "summary.json").read_text())
     assert (summary["rows"], summary["samples"], summary["failed_rows"]) == (24, 48, 0)
 

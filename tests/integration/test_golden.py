@@ -1,6 +1,6 @@
 """Recorded numbers of every kind of run: what is not meant to change them must not.
 
-`GOLDEN=record` writes them (tests/integration/golden/) in place of the comparison: in a commit of its own,
+`GOLDEN=record` writes them (tests/integration/golden/) in place of the comparison: in a separate commit,
 which says why they changed. `GOLDEN=exact` compares to the bit, as holds on one machine; else the responses
 are the same and numbers differ by 1e-6.
 """

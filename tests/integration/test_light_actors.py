@@ -104,7 +104,7 @@ def test_28_hub_board_and_reaper_die_and_the_run_ends_with_the_same_losses(
 def test_28_the_mailbox_dies_and_both_trainers_go_on_from_the_checkpoint(
     tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It holds what the actor's ranks have asked the critic, which nobody can give it back. Each side
+    """It holds the actor's pending calls to the critic, which cannot be restored. Each side
     restarts once, and a repeated step has the loss that it had before, bit for bit.
     """
     changes: dict[str, Any] = {

@@ -60,7 +60,7 @@ def test_ppo_learns_resumes_and_exports(tmp_path: Path, tiny_model: str) -> None
 
 @pytest.mark.long
 def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tiny_model: str) -> None:
-    """All but the critic on slots of their own, and a reward model that reads the sample's own tokens.
+    """All but the critic on separate slots, and a reward model that reads the sample's own tokens.
 
     The workers share their sequences; then a single worker resumes from their checkpoint.
     """
@@ -71,7 +71,7 @@ def test_two_workers_two_engines_served_reward_and_reference(tmp_path: Path, tin
         model={"sequence_parallel": 2},
         train={"num_steps": 2, "num_workers": 2, "zero_stage": 3},
         rollout={"num_engines": 2, "group_size": 2, "prompts_per_step": 8},
-        critic={"lr": 1e-3, "location": "worker"},  # a trainer of its own is tested in test_presets.py
+        critic={"lr": 1e-3, "location": "worker"},  # a separate trainer is tested in test_presets.py
         ref={"location": "serve"},
         reward={"sources": [{"type": "model", "path": reward_model}, *function_source()]},
         placement={"preset": "disaggregated", "cpus_per_slot": 0.5},

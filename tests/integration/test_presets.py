@@ -124,7 +124,7 @@ def check_turns(trace: Path) -> None:
 
 # How weights travel, in the place of the object store.
 ROUTES = {"disaggregated": "gloo", "colocate_all": "ipc"}
-ALWAYS = ("colocate_all",)  # everybody shares; `make test-long` runs all and compares their numbers
+ALWAYS = ("colocate_all",)  # all roles share; `make test-long` runs all and compares their numbers
 
 
 @pytest.mark.parametrize(

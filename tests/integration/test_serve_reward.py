@@ -1,6 +1,6 @@
 """The reward server as users start it, asked by our own client, and gone after SIGTERM.
 
-It is a process with a Ray of its own: a Ray cluster has one Serve, whose HTTP proxy is settled when it first
+It is a process with a separate Ray: a Ray cluster has one Serve, whose HTTP proxy is settled when it first
 starts, and the tests' shared Ray starts it without one.
 """
 
@@ -139,7 +139,7 @@ def test_our_own_client_gets_the_scores_of_plain_transformers(tmp_path: Path) ->
         scores = plain_scores(export, TEXTS)
         lengths = [len(text) - 4 + bonus for text, bonus in zip(TEXTS, (0, 0, 2, 1), strict=True)]
         expected = [2.0 * (score - MEAN) / STD + 0.5 * n for score, n in zip(scores, lengths, strict=True)]
-        # Many at once: the replica scores them in batches, and everybody gets the answer to his own.
+        # Many at once: the replica scores them in batches, and each client gets the answer to its request.
         rewards = ask(url, items * 8)
         assert rewards == pytest.approx(expected * 8, abs=1e-5)
         [failure] = ask(url, [sample("<s>a?", 4)])
@@ -197,7 +197,7 @@ def test_work_in_a_deployment_ends_with_its_caller_and_at_its_deadline(tmp_path:
         assert 4 <= time.monotonic() - started < 10
         deadline = time.monotonic() + 20
         while not (gone.exists() and late.exists()):
-            assert time.monotonic() < deadline, "the deployment works on for nobody"
+            assert time.monotonic() < deadline, "the deployment continues without a client"
             time.sleep(0.1)
 
 

@@ -12,7 +12,7 @@ from tests.integration.fake_cluster import fake_cluster
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NUM_JOBS = 4
-# Each looks for Serve's controller before any has made one: nobody finds it, all try to make it.
+# Each looks for Serve's controller before any has made one: none finds it, all try to create it.
 JOB = """
 import sys, time
 import ray

@@ -13,7 +13,7 @@ import yaml
 
 from tests.integration.policy_runs import write_prompts
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]  # a Ray of its own, of two cores
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]  # a separate Ray with two cores
 
 REPOSITORY = Path(__file__).parents[2]
 REWARD = "def vowels(responses):\n    return [float(sum(c in 'aeiou' for c in r)) for r in responses]\n"

@@ -36,7 +36,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "rm-qlora": {"job": "rm", "model": {**LORA, "quantization": "nf4"}},
     "kto-lora": {"job": "kto", "model": LORA},
     "dpo-lora": {"job": "dpo", "model": LORA},
-    "dpo-lora-copy": {"job": "dpo", "model": LORA, "ref": {}},  # the reference is a model of its own
+    "dpo-lora-copy": {"job": "dpo", "model": LORA, "ref": {}},  # the reference is a separate model
 }
 # One of each kind of batch and target; `make test-long` runs the others.
 ALWAYS = ("sft", "rm", "dpo", "kd", "kto-lora")

@@ -168,7 +168,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         has_adapters = "lora" in MODELS[kind]
         loaded = sum(p.numel() for p in policy.parameters() if not has_adapters or not p.requires_grad)
         in_parts = config.zero_stage == 3 and "quantization" not in MODELS[kind]
-        assert (loaded == 0) == in_parts, "under ZeRO-3 nobody holds a whole tensor"
+        assert (loaded == 0) == in_parts, "under ZeRO-3 no rank holds a whole tensor"
         if config.gradient_checkpointing:
             checkpoint_activations(policy.causal_lm)
         set_sequence_group(policy, TrainedModelConfig(path=arguments["model"], **MODELS[kind]), config)

@@ -128,7 +128,7 @@ def test_28_when_its_process_dies_both_sides_restart_and_go_on() -> None:
         assert "between actor and critic died" in await refused(actor.ask(0, "update"))
         with pytest.raises(CriticFailed, match="between actor and critic died"):
             await channel.next(10, 0)
-        await channel.answer(10, 0, Answer())  # to nobody
+        await channel.answer(10, 0, Answer())  # no pending call
         restarted = Actor(channel, started=2).ask(0, "begin")
         await channel.join(20, 1)
         assert await fetch(channel, 20, 0) == ("begin", [])

@@ -36,7 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def run_all(_: int, model: str, folder: str) -> None:
-    """In a process of its own, whose process group DeepSpeed uses: writes what each run reported."""
+    """In a separate process, whose process group DeepSpeed uses: writes what each run reported."""
     from rayrlhf.policy.loop import policy_loop
     from tests.policy.one_process import config_of, run_of, share_of_low_bytes
 

@@ -82,7 +82,7 @@ def test_groups_come_in_order_and_never_too_old(max_staleness: int) -> None:
         groups = taken(pool, step)
         assert [group_id for group_id, _ in groups] == [2 * step, 2 * step + 1]
         assert all(started == max(0, step - max_staleness) for _, started in groups)
-        assert len(pool.in_flight) == PER_STEP * min(max_staleness, 7 - step), "none that nobody needs"
+        assert len(pool.in_flight) == PER_STEP * min(max_staleness, 7 - step), "none that is not needed"
     assert pool.drain_restarted() == 0
 
 

@@ -250,7 +250,7 @@ def samples_of(*responses: Sequence[int], masks: Sequence[Sequence[int]] | None 
 
 
 def test_11_a_mini_batch_without_a_token_takes_no_optimizer_step() -> None:
-    """Two samples of a tool's tokens alone make up mini-batches of their own, in both passes."""
+    """Two samples of a tool's tokens alone make up separate mini-batches, in both passes."""
     config = config_of(4, num_steps=8, mini_batches=4, updates_per_batch=2)
     actor = actor_of(config)
     masks = [[1, 1], [1, 1], [0, 0], [0, 0]]
@@ -384,7 +384,7 @@ def test_the_actor_waits_during_the_critics_warm_up() -> None:
 
 @pytest.mark.parametrize("aggregation, mean", [("token_mean", 1 / 8), ("sequence_mean", 1 / 3)])
 def test_10_objectives_weigh_what_they_are_a_mean_over(aggregation: str, mean: float) -> None:
-    """Responses of 1, 2 and 5 tokens in mini-batches of their own, of which the first has a return of 1 and
+    """Responses of 1, 2 and 5 tokens in separate mini-batches, of which the first has a return of 1 and
     the others 0, with values of 0 and weights that stay.
     """
     config = config_of(

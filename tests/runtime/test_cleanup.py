@@ -12,7 +12,7 @@ DRIVER = """
 import subprocess, sys, time
 from rayrlhf.runtime.cleanup import start_watchdog
 watchdog = start_watchdog()
-# Like Ray's agents: a session of its own, so that no signal of the driver's reaches it.
+# Like Ray's agents: a separate session, so that no signal of the driver's reaches it.
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 print(child.pid, watchdog.pid, flush=True)
 time.sleep(600)
@@ -40,7 +40,7 @@ def test_a_killed_driver_leaves_nothing() -> None:
         driver.wait()
         assert wait_until_gone(child, 20), "the driver's child must be ended"
         assert wait_until_gone(watchdog, 5), "and the watchdog with it"
-        assert bystander.poll() is None, "a process of somebody else's must live"
+        assert bystander.poll() is None, "an unrelated process must survive"
     finally:
         driver.kill()
         bystander.kill()

@@ -50,7 +50,7 @@ def test_a_good_run_leaves_no_trace(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read-only, somebody else's, full: a file is made, not a permission guessed."""
+    """Read-only, another user's, full: a file is made, not a permission guessed."""
 
     def refuse(**_: Any) -> None:
         raise OSError(code, "no such luck")

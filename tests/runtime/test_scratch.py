@@ -52,7 +52,7 @@ def test_31_a_whole_checkpoint_per_crash_is_cleared_at_start(tmp_path: Path) -> 
 def test_31_links_are_not_followed(tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / "precious").write_text("of somebody else")
+    (elsewhere / "precious").write_text("of another user")
     (run / "scratch").mkdir(parents=True)
     (run / "scratch" / "link").symlink_to(elsewhere)
     (run / "scratch" / "folder").mkdir()

@@ -160,7 +160,8 @@ def test_checkpoints_of_a_version_without_manifests(storage: Path) -> None:
     assert search(storage).damaged == {
         "step_000004": "actor/engine/model_states.pt is truncated, or not a tensor file"
     }
-    # Without Ray Train's record nobody knows what was finished, nor what a checkpoint was trained with.
+    # Without Ray Train's record it is unknown which checkpoints were finished, and what a checkpoint was
+    # trained with.
     (storage / RECORD).unlink()
     found = search(storage)
     assert [whole.metrics for whole in found.whole] == [{"step": 2, "first_prompt_batch": 2}]

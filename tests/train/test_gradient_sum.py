@@ -50,7 +50,7 @@ def loss(weight: float) -> Loss:
 
 
 def norms(_: int, model_path: str, folder: str) -> None:
-    """In a process of its own: writes the norm of the sum of gradients, by variant."""
+    """In a separate process: writes the norm of the sum of gradients, by variant."""
     from rayrlhf.train.learner import Learner, Term
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)

@@ -44,7 +44,7 @@ def not_finite(logprobs: torch.Tensor, _: PackedBatch) -> tuple[torch.Tensor, Me
 
 
 def train(_: int, model_path: str, folder: str) -> None:
-    """In a process of its own: writes the losses."""
+    """In a separate process: writes the losses."""
     from rayrlhf.train.learner import Learner, Term
     from rayrlhf.train.random_states import RandomStates
 

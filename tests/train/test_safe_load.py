@@ -141,7 +141,7 @@ def test_20_a_bare_pickle_in_place_of_tensors_is_refused(tmp_path: Path) -> None
 def test_20_the_converter_for_another_number_of_workers_runs_nothing_either(
     group: None, tmp_path: Path
 ) -> None:
-    """It opens the files in a process of its own."""
+    """It opens the files in a separate process."""
     trained = Trained(2)
     trained.step()
     trained.learner.save(tmp_path)
