@@ -141,7 +141,7 @@ def _run(config: GenerateRunConfig, functions: dict[int, UserCode], console: Con
             store,
             run_path,
             console.say,
-            asked=_prompt_format(config),
+            prompt_format=_prompt_format(config),
         )
     shards = plan_shards(config.generate.num_rows or len(store), config.generate.rows_per_shard)
     folder = ShardFolder(run_path / "shards")

@@ -64,8 +64,7 @@ def run_stages(stages: Sequence[Stage], say: Callable[[str], None]) -> None:
 
 
 def run_chain(config: AnyChain, choose: Choose) -> int:
-    """Rounds of generate, choose, train; returns the exit code of `DriverRun`, or of the stage that failed.
-    """
+    """Rounds of generate, choose, train; returns the exit code of `DriverRun` or of a failed stage."""
     with DriverRun(config) as run:
         config = run.pinned(config)
         _check(config)

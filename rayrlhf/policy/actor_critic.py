@@ -17,7 +17,7 @@ from rayrlhf.config.model import CriticConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.models.checkpoint_tensors import CheckpointTensors, checkpoint_tensors
 from rayrlhf.models.load import adapt, checkpoint_activations, load_critic, load_policy, resolve_dtype
-from rayrlhf.policy.batches import MiniBatch, over_the_step
+from rayrlhf.policy.batches import MiniBatch, map_over_step
 from rayrlhf.policy.losses import (
     PolicyObjective,
     ValueObjective,
@@ -203,7 +203,7 @@ def infer(
             for batch, o, r, v in zip(batches, old, reference, predicted, strict=True)
         ]
 
-    return over_the_step(mini_batches, inferred)
+    return map_over_step(mini_batches, inferred)
 
 
 def make_actor(config: PolicyRunConfig) -> Actor:

@@ -153,7 +153,7 @@ def _imbalance(tokens_of_rank: Sequence[int]) -> float:
     return max(tokens_of_rank) / mean - 1.0 if mean else 0.0
 
 
-def over_the_step(
+def map_over_step(
     mini_batches: Sequence[MiniBatch], change: Callable[[MiniBatch], list[PolicyBatch]]
 ) -> list[MiniBatch]:
     """Apply `change` to all micro-batches of the step at once and cut the result into mini-batches again."""
@@ -172,7 +172,7 @@ def with_token_advantages(
     They come from group advantages, or from rewards and values; minus the KL penalty with `kl_in: reward`;
     whitened over all ranks if the estimator does so.
     """
-    return over_the_step(mini_batches, lambda batches: add_advantages(batches, algorithm, ranks, kl_coef))
+    return map_over_step(mini_batches, lambda batches: add_advantages(batches, algorithm, ranks, kl_coef))
 
 
 def add_advantages(

@@ -54,7 +54,7 @@ from rayrlhf.runtime.run import (
     threads_each,
 )
 from rayrlhf.runtime.run_summary import write_summary
-from rayrlhf.runtime.scratch import own_scratch
+from rayrlhf.runtime.scratch import locked_scratch
 from rayrlhf.weights.backend import ROUTE_DESCRIPTIONS, weight_route
 from rayrlhf.weights.store import Event, WeightStore
 
@@ -96,14 +96,14 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
         stores.train,
         run_path,
         console.say,
-        asked=PromptFormat(config.model.path, config.data, config.model.trust_remote_code),
+        prompt_format=PromptFormat(config.model.path, config.data, config.model.trust_remote_code),
     )
     fixed = check_unchanged(config, newest, stores.fingerprints(), console.say)
     try_out_environment(prepared.environment, config, stores.train, console.say)
     with (
         placed(spec, config, console) as (run_id, slots, board),
         make_sinks(config, run_path, console) as sinks,
-        own_scratch(run_path, run_id),
+        locked_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
         # Engines load model.path, whose weights are not exactly those of a policy quantized to 4 bits.

@@ -142,13 +142,13 @@ def try_rewards(
     run_path: str | Path,
     say: Callable[[str], None],
     *,
-    asked: PromptFormat | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> None:
     """Try every reward source that can be tried before any model is loaded: call functions once on real
     prompts, read labels, connect to servers, and render prompts for reward models.
 
     Args:
-        asked: format of the policy's prompts, which reward models must be able to read.
+        prompt_format: format of the policy's prompts, which reward models must be able to read.
         say: receives the first lines that functions print; all their output goes into the run's folder.
 
     Raises:
@@ -165,21 +165,21 @@ def try_rewards(
             elif source.type == "remote":
                 for url in source.urls:
                     check_reachable(url)
-            elif source.type == "model" and asked is not None:
-                _try_reading(source, asked, _first(prompts, TRIED_LABELS))
+            elif source.type == "model" and prompt_format is not None:
+                _try_reading(source, prompt_format, _first(prompts, TRIED_LABELS))
 
 
-def _try_reading(source: ModelSource, asked: PromptFormat, prompts: list[Prompt]) -> None:
+def _try_reading(source: ModelSource, prompt_format: PromptFormat, prompts: list[Prompt]) -> None:
     """Raise `RewardError` if a model with another vocabulary than the policy's cannot read the prompts."""
     tokenizer = prompt_tokenizer(source.path)
-    policy = prompt_tokenizer(asked.tokenizer_path, asked.trust_remote_code)
+    policy = prompt_tokenizer(prompt_format.tokenizer_path, prompt_format.trust_remote_code)
     config = read_json(Path(local_folder(source.path, weights=False)) / "config.json")
     try:
         reading = Reading.of(tokenizer, source.read_at, config)
         if tokenizer.get_vocab() == policy.get_vocab():
             return
         for prompt in prompts:
-            reading.of_conversation(prompt.columns, asked.data, "An answer.")
+            reading.of_conversation(prompt.columns, prompt_format.data, "An answer.")
     except (BadRow, DataError) as error:
         raise RewardError(f"path={source.path}: {error}") from error
 

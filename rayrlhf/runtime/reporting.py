@@ -34,8 +34,8 @@ class Reporter:
     def event(self, step: int, text: str) -> None:
         self._post(Report("event", step, text))
 
-    def failure(self, step: int, what_failed: str, what_is_done: str) -> None:
-        self._post(Report("failure", step, what_failed, then=what_is_done))
+    def failure(self, step: int, what_failed: str, reaction: str) -> None:
+        self._post(Report("failure", step, what_failed, then=reaction))
 
     def warn(self, step: int, text: str) -> None:
         self._post(Report("warning", step, text))

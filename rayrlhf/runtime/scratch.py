@@ -24,7 +24,7 @@ def scratch_of(run_path: Path, run_id: str) -> Path:
 
 
 @contextmanager
-def own_scratch(run_path: Path, run_id: str) -> Iterator[None]:
+def locked_scratch(run_path: Path, run_id: str) -> Iterator[None]:
     """Lock the scratch folder of this start, after removing abandoned ones; removes it on exit.
 
     Raises:

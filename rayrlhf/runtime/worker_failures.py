@@ -32,10 +32,10 @@ class WorkerFailures(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         self.num_failures += 1
         reporter = Reporter(self.board, rank=0)
-        reporter.failure(self.saved_step, self.what_failed(worker_exceptions), self.what_is_done())
+        reporter.failure(self.saved_step, self.failed_workers(worker_exceptions), self.reaction())
         reporter.flush()  # the controller may end the run next
 
-    def what_failed(self, failures: dict[int, Exception]) -> str:
+    def failed_workers(self, failures: dict[int, Exception]) -> str:
         """The workers that died; if none did, the first one with an error. When a worker dies, the others
         fail as a consequence.
         """
@@ -47,7 +47,7 @@ class WorkerFailures(UserCallback):
         rank = min(failures)
         return f"{self.role} worker {rank} failed ({_cause(failures[rank])})"
 
-    def what_is_done(self) -> str:
+    def reaction(self) -> str:
         if self.num_failures > self.max_failures:
             return f"the run ends: train.max_failures={self.max_failures} restarts are used up"
         start = f"from step {self.saved_step}" if self.saved_step else "from the beginning, nothing was saved"

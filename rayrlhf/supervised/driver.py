@@ -38,7 +38,7 @@ from rayrlhf.runtime.run import (
     threads_each,
 )
 from rayrlhf.runtime.run_summary import write_supervised_summary
-from rayrlhf.runtime.scratch import own_scratch
+from rayrlhf.runtime.scratch import locked_scratch
 from rayrlhf.supervised.job import SupervisedJob
 from rayrlhf.supervised.loop import supervised_worker
 from rayrlhf.supervised.reference_table import RefTable, is_whole, table_path
@@ -91,7 +91,7 @@ def _train(config: Any, console: Console) -> Path:
     with (
         placed(spec, config, console) as (run_id, slots, board),
         make_sinks(config, run_path, console) as sinks,
-        own_scratch(run_path, run_id),
+        locked_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
         if len(stores.train) < min(rows_read, config.train.samples_per_step):

@@ -18,8 +18,7 @@ def supervised_worker(job: SupervisedJob) -> RunResult:
 
 
 def supervised_loop(run: SupervisedRun) -> RunResult:
-    """One optimizer step on each step's examples, until the last step or until `eval.patience` is exhausted.
-    """
+    """One optimizer step on each step's examples, until the last step or until `eval.patience` runs out."""
     task, ranks = run.task, run.ranks
     run.restore()
     run.prepare_reference()

@@ -58,8 +58,7 @@ class SupervisedRun:
         self.progress.restore([self.task, self.random_states])
 
     def prepare_reference(self) -> None:
-        """With `ref.precompute`, one pass of the reference over the samples, unless its table exists already.
-        """
+        """With `ref.precompute`, one pass of the reference over the samples, unless its table exists."""
         reference = self.task.reference
         if reference is None or not self.job.ref_tables:
             return

@@ -62,7 +62,7 @@ def search(storage: Path, *, full: bool = False, say: manifest.Say | None = None
             found.damaged[name] = f"the folder is gone ({RECORD} names it)"
             continue
         try:
-            whole = _look(folder, recorded, full=full and not found.whole, say=say)
+            whole = _check_folder(folder, recorded, full=full and not found.whole, say=say)
         except ValueError as error:
             found.damaged[name] = str(error)
             continue
@@ -76,7 +76,7 @@ def _step(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _look(
+def _check_folder(
     folder: Path, recorded: dict[str, dict[str, Any]] | None, *, full: bool, say: manifest.Say | None
 ) -> Found | None:
     """None for a checkpoint that was never finished. Raises `ValueError` saying what is damaged."""
@@ -90,11 +90,11 @@ def _look(
         return Found(step, folder, metrics, has_manifest=False)
     _raise(manifest.damage(folder, about["files"], full=full, say=say))
     for name in about.get(ELSEWHERE, []):
-        _look_elsewhere(folder.parent / name, full=full, say=say)
+        _check_elsewhere(folder.parent / name, full=full, say=say)
     return Found(step, folder, about["metrics"], has_manifest=True)
 
 
-def _look_elsewhere(folder: Path, *, full: bool, say: manifest.Say | None) -> None:
+def _check_elsewhere(folder: Path, *, full: bool, say: manifest.Say | None) -> None:
     """Check a folder outside the checkpoint that belongs to it. Raises `ValueError`."""
     where = f"{folder.parent.name}/{folder.name}"
     if not folder.is_dir():

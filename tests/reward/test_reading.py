@@ -144,7 +144,7 @@ def test_17d_it_is_reported_before_the_start(reward_model: str, tiny_model: str)
     def tried(prompt: Any, **changes: Any) -> None:
         rows: Any = [Prompt(0, [1], "", {"prompt": prompt})]
         asked = PromptFormat(tiny_model, data(**changes))
-        try_rewards({}, reward, None, rows, "", lambda _: None, asked=asked)
+        try_rewards({}, reward, None, rows, "", lambda _: None, prompt_format=asked)
 
     tried("why?")
     with pytest.raises(

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.runtime.preflight import InputError
-from rayrlhf.runtime.scratch import own_scratch, scratch_of
+from rayrlhf.runtime.scratch import locked_scratch, scratch_of
 from rayrlhf.train.checkpoint import clear
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from rayrlhf.runtime.scratch import own_scratch, scratch_of
+from rayrlhf.runtime.scratch import locked_scratch, scratch_of
 run = Path(sys.argv[1])
-with own_scratch(run, "other"):
+with locked_scratch(run, "other"):
     (scratch_of(run, "other") / "step_000002").mkdir(parents=True)
     print("held", flush=True)
     time.sleep(600)
@@ -33,7 +33,7 @@ def test_31_a_whole_checkpoint_per_crash_is_cleared_at_start(tmp_path: Path) -> 
     living = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     try:
         assert living.stdout is not None and living.stdout.readline() == "held\n"
-        with own_scratch(run, "mine"):
+        with locked_scratch(run, "mine"):
             mine = scratch_of(run, "mine")
             mine.mkdir()
             assert (scratch_of(run, "other") / "step_000002").is_dir(), "its run lives"
@@ -44,7 +44,7 @@ def test_31_a_whole_checkpoint_per_crash_is_cleared_at_start(tmp_path: Path) -> 
         living.wait()
     deadline = time.monotonic() + 60
     while (run / "scratch").exists() and time.monotonic() < deadline:
-        with own_scratch(run, "mine"):
+        with locked_scratch(run, "mine"):
             pass
     assert list(run.iterdir()) == [], "and nothing is left behind"
 
@@ -57,7 +57,7 @@ def test_31_links_are_not_followed(tmp_path: Path) -> None:
     (run / "scratch" / "link").symlink_to(elsewhere)
     (run / "scratch" / "folder").mkdir()
     (run / "scratch" / "folder" / "inner").symlink_to(elsewhere)
-    with own_scratch(run, "mine"):
+    with locked_scratch(run, "mine"):
         assert {path.name for path in (run / "scratch").iterdir()} == {"mine.lock"}
     assert (elsewhere / "precious").is_file()
     clear(tmp_path / "none")
@@ -65,6 +65,6 @@ def test_31_links_are_not_followed(tmp_path: Path) -> None:
     clear(tmp_path / "link")
     assert (elsewhere / "precious").is_file()
     (run / "scratch").symlink_to(elsewhere)
-    with pytest.raises(InputError, match=r"scratch is a link; wanted a folder"), own_scratch(run, "mine"):
+    with pytest.raises(InputError, match=r"scratch is a link; wanted a folder"), locked_scratch(run, "mine"):
         pass
     assert (elsewhere / "precious").is_file()

@@ -31,7 +31,7 @@ def raised(error: BaseException) -> Exception:
 
 def test_a_killed_worker_is_named_and_those_that_fail_for_want_of_it_are_not() -> None:
     both = {0: raised(RuntimeError("Connection closed by peer [127.0.0.1]:4242")), 1: died()}
-    assert failures().what_failed(both) == (
+    assert failures().failed_workers(both) == (
         "actor worker 1 died (its process was killed or crashed; out of host memory is the usual reason)"
     )
 
@@ -44,21 +44,21 @@ def test_a_killed_worker_is_named_and_those_that_fail_for_want_of_it_are_not() -
     ],
 )
 def test_how_a_worker_died(text: str, cause: str) -> None:
-    assert cause in failures().what_failed({0: died(text)})
+    assert cause in failures().failed_workers({0: died(text)})
 
 
 def test_an_exception_is_its_last_line_without_traceback_or_escape_codes() -> None:
     error = ValueError("\x1b[36mray::remote()\x1b[39m\nTraceback …\nValueError: bad shape")
-    assert failures().what_failed({2: raised(error), 3: raised(error)}) == (
+    assert failures().failed_workers({2: raised(error), 3: raised(error)}) == (
         "actor worker 2 failed (ValueError: bad shape)"
     )
-    assert failures().what_failed({0: raised(ZeroDivisionError())}) == (
+    assert failures().failed_workers({0: raised(ZeroDivisionError())}) == (
         "actor worker 0 failed (ZeroDivisionError())"
     )
 
 
 def test_a_worker_that_does_not_answer() -> None:
-    text = failures().what_failed(
+    text = failures().failed_workers(
         {0: WorkerHealthCheckTimeoutError("A worker health check has been hanging")}
     )
     assert text.startswith("actor worker 0 failed (WorkerHealthCheckTimeoutError: ")
@@ -68,13 +68,13 @@ def test_a_worker_that_does_not_answer() -> None:
 def test_what_is_done_about_it() -> None:
     reports = failures(max_failures=1)
     reports.num_failures = 1
-    assert reports.what_is_done() == (
+    assert reports.reaction() == (
         "the workers start again from step 4 (restart 1 of train.max_failures=1)"
     )
     reports.after_report(None, [{"step": 6}], checkpoint=object())
-    assert "from step 6 " in reports.what_is_done()
+    assert "from step 6 " in reports.reaction()
     reports.num_failures = 2
-    assert reports.what_is_done() == "the run ends: train.max_failures=1 restarts are used up"
+    assert reports.reaction() == "the run ends: train.max_failures=1 restarts are used up"
     fresh = failures(saved_step=0)
     fresh.num_failures = 1
-    assert "from the beginning, nothing was saved" in fresh.what_is_done()
+    assert "from the beginning, nothing was saved" in fresh.reaction()
