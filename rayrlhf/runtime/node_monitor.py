@@ -88,4 +88,4 @@ class _PlacementRecord:
         table = [asdict(slot) | {"slot": index} for index, slot in enumerate(slots.table)]
         roles = {plan.role: plan.units for plan in slots.spec.roles}
         locations = [location._asdict() for location in worker_locations(slots.run_id)]
-        return {"preset": slots.spec.preset, "slots": table, "roles": roles, "seats": locations}
+        return {"preset": slots.spec.preset, "slots": table, "roles": roles, "workers": locations}

@@ -149,7 +149,7 @@ WEIGHT_LEVELS: dict[str, Callable[[Array, Array], Array]] = {
     "token": lambda old, rollout: np.exp(old) / np.exp(rollout),
     "sequence": lambda old, rollout: np.full(old.size, np.prod(np.exp(old)) / np.prod(np.exp(rollout))),
     "geometric": lambda old, rollout: np.full(
-        old.size, np.prod(np.exp(old) / np.exp(rollout)) ** (1 / max(1, old.size))
+        old.size, float(np.prod(np.exp(old) / np.exp(rollout))) ** (1 / max(1, old.size))
     ),
 }
 

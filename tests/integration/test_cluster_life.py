@@ -153,7 +153,7 @@ def test_a_critic_that_is_killed_takes_the_actor_back_to_the_checkpoint_with_it(
 
 
 def pid_of(config: PolicyRunConfig, role: str) -> int:
-    workers = json.loads((Path(config.run.path) / "placement.json").read_text())["seats"]
+    workers = json.loads((Path(config.run.path) / "placement.json").read_text())["workers"]
     return next(worker["pid"] for worker in workers if worker["role"] == role)
 
 
@@ -181,7 +181,7 @@ def test_a_spare_takes_the_place_of_a_node_that_died(
 
     after = json.loads(placement.read_text())
     assert [slot["node"] for slot in after["slots"]] == [before[0], spare]
-    locations = {(worker["role"], worker["unit"]): worker["node"] for worker in after["seats"]}
+    locations = {(worker["role"], worker["unit"]): worker["node"] for worker in after["workers"]}
     assert locations == {
         ("actor", 0): before[0],
         ("actor", 1): spare,

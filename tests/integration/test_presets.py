@@ -152,7 +152,7 @@ def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
         for unit in range(1 if role == "ref" else 2)
     }
     locations = {
-        (worker["role"], worker["unit"]): (worker["node"], worker["gpu"]) for worker in placement["seats"]
+        (worker["role"], worker["unit"]): (worker["node"], worker["gpu"]) for worker in placement["workers"]
     }
     assert locations == wanted
 

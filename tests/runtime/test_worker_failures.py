@@ -68,9 +68,7 @@ def test_a_worker_that_does_not_answer() -> None:
 def test_what_is_done_about_it() -> None:
     reports = failures(max_failures=1)
     reports.num_failures = 1
-    assert reports.reaction() == (
-        "the workers start again from step 4 (restart 1 of train.max_failures=1)"
-    )
+    assert reports.reaction() == ("the workers start again from step 4 (restart 1 of train.max_failures=1)")
     reports.after_report(None, [{"step": 6}], checkpoint=object())
     assert "from step 6 " in reports.reaction()
     reports.num_failures = 2
