@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrlhf.config.supervised import SupervisedConfig
+from rayrlhf.config.supervised import FrozenRefConfig, KdRunConfig, RmRunConfig, SupervisedConfig
 from rayrlhf.data.batch_plan import RowOrder, each_once
 from rayrlhf.data.checks import check_example_sources
 from rayrlhf.data.prepare import prepare_examples
@@ -74,7 +74,7 @@ class Stores:
             yield "eval", self.held_out
 
 
-def _train(config: Any, console: Console) -> Path:
+def _train(config: SupervisedConfig, console: Console) -> Path:
     """Plan, place and fit; returns the run's folder."""
     config = fitted(config, plan_supervised, console)
     run_path = start_folder(config)
@@ -119,7 +119,7 @@ def _train(config: Any, console: Console) -> Path:
             datasets=_streams(job, stores, steps, run_path / TRAIN_FOLDER),
         )
         console.say(f"starting {config.train.num_workers} x trainer")
-        if config.job == "kd" and config.teacher.location == "serve":
+        if isinstance(config, KdRunConfig) and config.teacher.location == "serve":
             teacher = teacher_deployment(
                 config.model,
                 config.teacher.path,
@@ -143,7 +143,7 @@ def _train(config: Any, console: Console) -> Path:
     return run_path
 
 
-def _prepare_stores(config: Any, run_path: Path, say: Callable[[str], None]) -> Stores:
+def _prepare_stores(config: SupervisedConfig, run_path: Path, say: Callable[[str], None]) -> Stores:
     """Read, render and tokenize all samples. Raises `DataError`."""
 
     def prepare(split: Split) -> ExampleStore:
@@ -176,14 +176,14 @@ def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str
 
 
 def _ref_tables(
-    config: Any,
+    config: SupervisedConfig,
     run_path: Path,
     stores: Stores,
     steps: dict[str, Sequence[np.ndarray]],
     say: Callable[[str], None],
 ) -> dict[str, RefTable]:
     """Files of the reference's precomputed log-probabilities, by split; empty without `ref.precompute`."""
-    ref = getattr(config, "ref", None)
+    ref: FrozenRefConfig | None = getattr(config, "ref", None)  # of DPO and KTO
     if ref is None or not ref.precompute:
         return {}
     path = ref.path or config.model.path
@@ -198,9 +198,9 @@ def _ref_tables(
     return tables
 
 
-def _num_sampled(config: Any, stores: Stores) -> int:
+def _num_sampled(config: SupervisedConfig, stores: Stores) -> int:
     """Number of training rows to score for normalisation: only for a reward model that is exported."""
-    wanted = config.job == "rm" and config.checkpoint.export
+    wanted = isinstance(config, RmRunConfig) and config.checkpoint.export
     return min(len(stores.train), SAMPLE_ROWS) if wanted else 0
 
 
@@ -245,7 +245,7 @@ def _streams(
     return streams
 
 
-def _model_paths(config: Any) -> Iterator[tuple[str, str]]:
+def _model_paths(config: SupervisedConfig) -> Iterator[tuple[str, str]]:
     yield "model.path", config.model.path
     for section in ("ref", "teacher"):
         part = getattr(config, section, None)
