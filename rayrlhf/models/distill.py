@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from rayrlhf.algorithms.distill_losses import DISTILL_LOSSES, top_k_divergence
 from rayrlhf.models.dropout import TrainedModule
 from rayrlhf.models.fused_head import LogitScaling, ProjectionGradients, project, slices
-from rayrlhf.models.logprobs import OutputHead, loss_tokens, logit_scaling
+from rayrlhf.models.logprobs import OutputHead, logit_scaling, loss_tokens
 from rayrlhf.models.streams import Streams, decoder_of, hidden_states
 
 # of_logits(logits [n, V], which rows) -> two numbers per row, [n] and [n]; differentiable

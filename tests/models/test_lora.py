@@ -172,7 +172,9 @@ def test_only_the_named_layers_are_adapted(tiny_model: str) -> None:
 
 @pytest.mark.parametrize("name", ["q_prj", "lm_head", "embed_tokens", "model.layers.0.self_attn.q_proj"])
 def test_layers_that_take_no_adapter_are_refused(name: str, tiny_model: str) -> None:
-    with pytest.raises(ValueError, match=rf"got {name}, wanted .*down_proj, gate_proj.* Fix: use the last parts"):
+    with pytest.raises(
+        ValueError, match=rf"got {name}, wanted .*down_proj, gate_proj.* Fix: use the last parts"
+    ):
         check_targets(plain(tiny_model), LoraConfig(target_modules=["k_proj", name]))
 
 
