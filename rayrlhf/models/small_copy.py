@@ -80,7 +80,7 @@ NUMBERS = re.compile(r"(_idxs|_layer_ids|moe_layers|mlp_only_layers|cross_attent
 
 
 def small_config(config: PreTrainedConfig, longest: int | None) -> PreTrainedConfig:
-    """The config of the small copy, for a run whose longest sequence has `longest` tokens; None: any length."""
+    """The config of the small copy, for sequences of up to `longest` tokens; None: of any length."""
     small = copy.deepcopy(config)
     for section in _sections(small):
         _shrink(section, longest)
