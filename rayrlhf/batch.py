@@ -57,7 +57,15 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PolicyBatch(PackedBatch):
-    """Responses of the policy, with the models' outputs before the step's updates once these are computed."""
+    """Responses of the policy, with the models' outputs before the step's updates once these are computed.
+
+    >>> from rayrlhf.samples import Prompt
+    >>> prompt = Prompt(row_id=3, prompt_ids=[1, 12, 9], prompt="<s>2+2=")
+    >>> answered = Sample(7, 0, prompt, [28, 2], "4", [-0.11, -0.02], [1, 1], [41, 41], False, score=1.0)
+    >>> batch = pack_samples([answered, answered])
+    >>> batch.cu_seqlens.tolist(), batch.loss_mask.tolist()
+    ([0, 5, 10], [0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    """
 
     scores: Tensor  # [S] float32
     group_ids: Tensor  # [S] int64, one per prompt; -1 in a padding batch

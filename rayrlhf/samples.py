@@ -21,7 +21,27 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response to one prompt, as the engine produced it. Token ids are never recomputed from text."""
+    """One response to one prompt, as the engine produced it. Token ids are never recomputed from text.
+
+    The second of a group's responses, scored and compared with the others:
+
+    >>> sample = Sample(
+    ...     group_id=7,
+    ...     sample_index=1,
+    ...     prompt=Prompt(row_id=3, prompt_ids=[1, 12, 9], prompt="<s>2+2=", columns={"label": "4"}),
+    ...     response_ids=[28, 2],
+    ...     response="4",
+    ...     rollout_logprobs=[-0.11, -0.02],
+    ...     loss_mask=[1, 1],
+    ...     policy_versions=[41, 41],
+    ...     truncated=False,
+    ...     source_rewards=(1.0,),
+    ...     score=1.0,
+    ...     group_advantage=0.5,
+    ... )
+    >>> sample.num_tokens, sample.policy_version
+    (5, 41)
+    """
 
     group_id: int  # index of the prompt in the run's prompt stream; members of a group share it
     sample_index: int  # 0 .. group_size-1
@@ -60,7 +80,15 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of supervised data: the sequences that a loss compares, kept in the same micro-batch."""
+    """One row of supervised data: the sequences that a loss compares, kept in the same micro-batch.
+
+    A pair of answers to one prompt of two tokens, of which the answers alone have a loss:
+
+    >>> chosen = TokenSequence(input_ids=[1, 12, 28, 2], loss_mask=[0, 0, 1, 1])
+    >>> rejected = TokenSequence(input_ids=[1, 12, 30, 2], loss_mask=[0, 0, 1, 1])
+    >>> Example(row_id=3, sequences=(chosen, rejected), value=0.5).num_tokens
+    8
+    """
 
     row_id: int  # index in the prepared data set
     sequences: tuple[TokenSequence, ...]  # one, or (chosen, rejected), or (response, mismatched response)

@@ -80,13 +80,13 @@ class StageFailed(RuntimeError):
 class DriverRun:
     """Context of a job on its driver, from the first check to the exit code. Errors become one message.
 
-    >>> with DriverRun(config) as run:
-    ...     config = run.pinned(config)
-    ...     ...  # the job's own checks
-    ...     run.check_models(config)
-    ...     with run.ray(config):
-    ...         run.finished(train(config, run.console))
-    >>> return run.exit_code
+        with DriverRun(config) as run:
+            config = run.pinned(config)
+            ...  # the job's own checks
+            run.check_models(config)
+            with run.ray(config):
+                run.finished(train(config, run.console))
+        return run.exit_code
 
     Exit codes: 0 done, 2 bad input, 1 anything else, 130 interrupted, 143 stopped by SIGTERM.
     """
