@@ -11,6 +11,7 @@ import numpy as np
 from rayrlhf.observe.statistics import bootstrap_interval, calibration_error
 
 MARGIN = "reward/margin"
+LOWER_IS_BETTER = frozenset({"loss", "calibration_error", "nll", "divergence", "entropy", "mismatched"})
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,5 @@ def evaluation_of(per_rank: Sequence[dict[str, Any]]) -> Evaluation:
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
-    """Errors, losses, entropies and divergences are better when they are low."""
-    lower = any(word in metric for word in ("loss", "error", "nll", "divergence", "entropy", "mismatched"))
-    return value < best if lower else value > best
+    """Whether `value` of an `eval.metric` is better than the best so far."""
+    return value < best if metric in LOWER_IS_BETTER else value > best
