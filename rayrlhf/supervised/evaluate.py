@@ -11,7 +11,19 @@ import numpy as np
 from rayrlhf.observe.statistics import bootstrap_interval, calibration_error
 
 MARGIN = "reward/margin"
-LOWER_IS_BETTER = frozenset({"loss", "calibration_error", "nll", "divergence", "entropy", "mismatched"})
+# The rewards of rejected and undesirable responses are to fall.
+LOWER_IS_BETTER = frozenset(
+    {
+        "loss",
+        "calibration_error",
+        "nll",
+        "divergence",
+        "entropy",
+        "mismatched",
+        "rejected",
+        "undesirable",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,16 @@ def test_margins_have_a_calibration_error() -> None:
 
 @pytest.mark.parametrize(
     ("metric", "better"),
-    [("loss", 1.0), ("calibration_error", 1.0), ("divergence", 1.0), ("accuracy", 3.0), ("margin", 3.0)],
+    [
+        ("loss", 1.0),
+        ("calibration_error", 1.0),
+        ("divergence", 1.0),
+        ("rejected", 1.0),
+        ("undesirable", 1.0),
+        ("accuracy", 3.0),
+        ("margin", 3.0),
+        ("chosen", 3.0),
+    ],
 )
 def test_which_way_is_up(metric: str, better: float) -> None:
     assert is_better(metric, better, 2.0)
