@@ -267,8 +267,12 @@ def _generation(output: Any) -> Generation:
 
 
 def _version(label: str) -> int:
-    """vLLM labels the weights it loaded from the checkpoint "default": version 0."""
-    return int(label) if label.isdecimal() else 0
+    """The policy version of vLLM's label; "default" labels the weights it loaded from the checkpoint."""
+    if label == "default":
+        return 0
+    if not label.isdecimal():
+        raise ValueError(f"the engine's weights have the version {label!r}; wanted a number, or 'default'")
+    return int(label)
 
 
 class RolloutReplica:
