@@ -64,6 +64,7 @@ gpu-check:
 rendered: install
 	@cluster/render.sh
 	@$(BIN)/python -m rayrlhf.migration.page docs/migration.md
+	@$(BIN)/python -m rayrlhf.commands.estimators_page docs/estimators.md
 
 format: install
 	$(BIN)/ruff check --fix
