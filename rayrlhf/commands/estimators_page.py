@@ -12,7 +12,8 @@ from rayrlhf.algorithms.registry import Entry, Estimator, PolicyLoss
 HEAD = """\
 # Estimators and losses
 Written by `make rendered` from `rayrlhf/algorithms/registry.py`, which the config's choices and `--help` read
-too. Formulas are in the functions' docstrings; [numerics.md](numerics.md) says what is done where a paper leaves it open.
+too. Formulas are in the functions' docstrings; [numerics.md](numerics.md) says what is done where a
+paper leaves it open.
 """
 
 
