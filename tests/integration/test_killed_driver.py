@@ -70,7 +70,7 @@ def terminate(head: LocalHead, config: Path) -> None:
     logs = subprocess.run(
         ["ray", "job", "logs", "terminate"], env=head.client_env(), capture_output=True, text=True
     )
-    assert "stopped by SIGTERM; the same command resumes" in logs.stdout
+    assert "stopped by SIGTERM; nothing is saved yet" in logs.stdout
 
 
 def stop(head: LocalHead, config: Path) -> None:
