@@ -127,10 +127,19 @@ class Metrics(dict[str, Metric]):
         return merged
 
     def on_host(self) -> Metrics:
-        """A copy with plain numbers in place of tensors."""
+        """With plain numbers in place of tensors, which are copied from their device at once."""
+        numbers = {key: _numbers(metric) for key, metric in self.items()}
+        tensors = [
+            n.detach().double() for of_one in numbers.values() for n in of_one if isinstance(n, Tensor)
+        ]
+        copied = iter(torch.stack(tensors).tolist() if tensors else ())
+        plain = {
+            key: [next(copied) if isinstance(n, Tensor) else n for n in of_one]
+            for key, of_one in numbers.items()
+        }
         return Metrics(
             {
-                key: Max(metric.result()) if isinstance(metric, Max) else type(metric).of(metric.addends())
+                key: Max(plain[key][0]) if isinstance(metric, Max) else type(metric).of(plain[key])
                 for key, metric in self.items()
             }
         )
@@ -139,6 +148,18 @@ class Metrics(dict[str, Metric]):
         """The numbers to report; means without items are omitted."""
         results = {key: metric.result() for key, metric in self.items()}
         return {key: result for key, result in results.items() if result is not None}
+
+
+def _numbers(metric: Metric) -> tuple[Number, ...]:
+    match metric:
+        case Sum(total):
+            return (total,)
+        case Mean(total, weight):
+            return total, weight
+        case Max(value):
+            return (value,)
+        case ExplainedVariance(sums):
+            return sums
 
 
 def merge(key: str, first: Any, second: Any) -> Metric:
@@ -150,8 +171,3 @@ def merge(key: str, first: Any, second: Any) -> Metric:
 def token_mean(per_token: Tensor, loss_mask: Tensor) -> Mean:
     """The mean of `per_token` [T] over the loss tokens."""
     return Mean(masked(per_token.detach(), loss_mask).sum(), loss_mask.sum())
-
-
-def step_mean(value: float) -> Mean:
-    """A number of an optimizer step, averaged over optimizer steps."""
-    return Mean(value, 1.0)

@@ -136,10 +136,10 @@ class DriverRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        signal.signal(signal.SIGTERM, self._previous)
-        if error is None:
-            return False
-        code = self._explain(error)
+        try:
+            code = None if error is None else self._explain(error)
+        finally:
+            signal.signal(signal.SIGTERM, self._previous)
         if code is None:
             return False
         self.exit_code = code

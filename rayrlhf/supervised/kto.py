@@ -32,7 +32,7 @@ class KtoTask(LanguageModelTask):
 
     def __init__(self, setting: TaskSetting) -> None:
         super().__init__(setting)
-        self.frozen = self.reference = FrozenReference(self.config, self.config.ref, self.learner)
+        self.reference = FrozenReference(self.config, self.config.ref, self.learner)
 
     @property
     def measured_sequences(self) -> int:
@@ -41,8 +41,9 @@ class KtoTask(LanguageModelTask):
     def prepare(self, micro_batches: MicroBatches, split: str) -> list[ExampleBatch]:
         examples = [example for micro_batch in micro_batches for example in micro_batch]
         own, mismatched = self._packed(examples, 0), self._packed(examples, 1)
-        point = self._reference_point(self.frozen.added(mismatched, split, sequence=1))
-        judged = self.frozen.added(own, split, sequence=0)
+        assert self.reference is not None
+        point = self._reference_point(self.reference.added(mismatched, split, sequence=1))
+        judged = self.reference.added(own, split, sequence=0)
         return [KtoBatch(**vars(batch), reference_point=point) for batch in judged]
 
     def _packed(self, examples: Sequence[Example], which: int) -> list[ExampleBatch]:

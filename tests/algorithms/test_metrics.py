@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rayrlhf.algorithms.metrics import ExplainedVariance, Max, Mean, Metrics, Sum, step_mean, token_mean
+from rayrlhf.algorithms.metrics import ExplainedVariance, Max, Mean, Metrics, Sum, token_mean
 from rayrlhf.algorithms.value_loss import explained_variance
 from rayrlhf.batch import padding_tokens
 from rayrlhf.config.train import TrainConfig
@@ -176,7 +176,7 @@ def test_a_key_is_one_kind_of_metric() -> None:
 
 
 def test_adding_up_changes_neither_summand() -> None:
-    first, second = Metrics({"loss/actor_lr": step_mean(1.0)}), Metrics({"loss/actor_lr": step_mean(3.0)})
+    first, second = Metrics({"loss/actor_lr": Mean(1.0, 1.0)}), Metrics({"loss/actor_lr": Mean(3.0, 1.0)})
     total = Metrics()
     total += first
     total += second
@@ -247,4 +247,4 @@ def test_a_mean_over_loss_tokens() -> None:
     mean = token_mean(per_token, torch.tensor([0.0, 1.0, 1.0, 0.0]))
     assert mean == Mean(3.0, 2.0) and mean.result() == 1.5
     assert not torch.as_tensor(mean.total).requires_grad
-    assert step_mean(4.0).merged(step_mean(1.0)).result() == 2.5
+    assert Mean(4.0, 1.0).merged(Mean(1.0, 1.0)).result() == 2.5, "of two optimizer steps"
