@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -40,6 +40,7 @@ class PackedBatch:
     position_ids: Tensor  # [T] int64, restarts at 0 in every sequence
     cu_seqlens: Tensor  # [S+1] int32, first 0 and last T
     loss_mask: Tensor  # [T] float32, 1 on loss tokens
+    is_padding: bool = field(default=False, kw_only=True)  # a batch without real sequences, see below
 
     @property
     def num_tokens(self) -> int:
@@ -171,7 +172,7 @@ def pack_examples(examples: Sequence[Example]) -> ExampleBatch:
 def pack_values(batch: PackedBatch, values: Tensor, returns: Tensor) -> ValueBatch:
     """The fields of a micro-batch that a critic reads, with `values` and `returns` [T]."""
     tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
-    return ValueBatch(*tokens, values=values, returns=returns)
+    return ValueBatch(*tokens, values=values, returns=returns, is_padding=batch.is_padding)
 
 
 # Padding batches, of two tokens without loss, let a rank run as many micro-batches as the others. They have
@@ -182,7 +183,8 @@ def pack_values(batch: PackedBatch, values: Tensor, returns: Tensor) -> ValueBat
 def padding_examples(sequences_per_example: int) -> ExampleBatch:
     """`pack_examples` of an example without a loss token (row id -1)."""
     nothing = TokenSequence(input_ids=[0, 0], loss_mask=[0, 0])
-    return pack_examples([Example(row_id=-1, sequences=(nothing,) * sequences_per_example)])
+    batch = pack_examples([Example(row_id=-1, sequences=(nothing,) * sequences_per_example)])
+    return replace(batch, is_padding=True)
 
 
 def padding_tokens(token_id: int = 0) -> PackedBatch:
@@ -191,6 +193,7 @@ def padding_tokens(token_id: int = 0) -> PackedBatch:
         position_ids=position_ids_of([2]),
         cu_seqlens=cu_seqlens_of([2]),
         loss_mask=torch.zeros(2),
+        is_padding=True,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.config.train import OptimizerConfig
+from rayrlhf.train.expert_balance import ExpertBalance
 from rayrlhf.train.learner import Learner, Term
 
 
@@ -59,12 +60,14 @@ class PlainLearner(Learner):
         name: str = "actor",
         first_step: int = 0,
         is_frozen: bool = False,
+        aux_loss_coef: float = 0.0,
     ) -> None:
         self.name = name
         self.first_step = first_step
         self.base_lr = lr
         self.train = train
         self.bad_steps_in_a_row = 0
+        self.experts = ExpertBalance.of(module, aux_loss_coef)
         self.engine = PlainEngine(module, is_frozen=is_frozen)
         self._plain_norm = 0.0
         self.engine.optimizer.register_step_pre_hook(self._clip_plain_gradients)

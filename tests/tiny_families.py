@@ -49,6 +49,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         _llama_like(shared_expert_intermediate_size=64, decoder_sparse_step=1, **EXPERTS),
     ),
     "qwen3_moe": ("Qwen3MoeConfig", _llama_like(head_dim=32, norm_topk_prob=True, **EXPERTS)),
+    # A dense layer first, then sigmoid scores, groups of experts and a shared expert.
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        _llama_like(
+            num_key_value_heads=HEADS,
+            first_k_dense_replace=1,
+            num_hidden_layers=3,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            n_routed_experts=8,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+        ),
+    ),
 }
 
 

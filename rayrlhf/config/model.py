@@ -66,6 +66,9 @@ class TrainedModelConfig(ModelConfig):
     quantization: Literal["nf4"] | None = None
     """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); engines get dequantised ones."""
 
+    aux_loss_coef: NonNegativeNumber = 0.0
+    """Weight of a mixture of experts' load-balancing loss, e.g. 0.001; 0 is none."""
+
     sequence_parallel: Count = 1
     """Neighbouring workers that split the tokens of each micro-batch; for sequences too long for one."""
 

@@ -66,7 +66,7 @@ def verdict_of(
     """Probe a model with this config for a run whose longest sequence has `longest` tokens (None: any)."""
     key = (config.to_json_string(use_diff=False), longest_kind(config, longest), head)
     if key not in _known:
-        with _silent(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with silent(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(SEED)
             _known[key] = _judge(config, longest, head, trust_remote_code)
     return _known[key]
@@ -192,7 +192,7 @@ class _Subject:
 
     def _build(self, kernel: str) -> Any:
         config = copy.deepcopy(self.small)  # the model writes the kernel's name to it
-        with _whole():
+        with whole():
             module = self.make(config, attn_implementation=kernel, trust_remote_code=self.trust_remote_code)
         return module.eval()
 
@@ -314,7 +314,7 @@ def _message(error: Exception) -> str:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Silences transformers' warnings, which are about the copy and not a real model."""
     kept = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -325,7 +325,7 @@ def _silent() -> Iterator[None]:
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
+def whole() -> Iterator[None]:
     """Models are created unpartitioned inside, also in a process that loads others partitioned (ZeRO-3)."""
     reference = zero3._hf_deepspeed_config_weak_ref
     kept = reference() if reference is not None else None

@@ -224,6 +224,7 @@ def make_actor(config: PolicyRunConfig) -> Actor:
         dtype=dtype,
         name="actor",
         first_step=config.algorithm.critic_warmup_steps,
+        aux_loss_coef=config.model.aux_loss_coef,
     )
     return Actor(learner, temperature=config.rollout.sampling.temperature)
 
@@ -242,7 +243,9 @@ def make_critic(config: PolicyRunConfig) -> LocalCritic:
     if config.train.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     set_sequence_group(model, config.model, config.train)
-    return LocalCritic(Learner(model, config.train, lr=critic.lr, dtype=dtype, name="critic"))
+    coef = config.model.aux_loss_coef
+    learner = Learner(model, config.train, lr=critic.lr, dtype=dtype, name="critic", aux_loss_coef=coef)
+    return LocalCritic(learner)
 
 
 def make_reference(config: PolicyRunConfig, actor: Actor) -> Reference:

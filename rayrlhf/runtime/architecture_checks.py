@@ -15,6 +15,7 @@ from rayrlhf.config.supervised import PrmRunConfig, RmRunConfig
 from rayrlhf.hub.local import local_folder
 from rayrlhf.models.load import has_packed_scorer
 from rayrlhf.models.probe import Head, Verdict, rope_limits, verdict_of
+from rayrlhf.models.router_probe import router_verdict
 from rayrlhf.runtime.length_checks import longest_sequences
 
 
@@ -60,6 +61,7 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
             say(judged.line())
         if judged.key == "model.path":
             problems += [*_shared(config, judged), *_rotated_otherwise(config, judged)]
+            problems += _routed(config, judged)
     if problems:
         raise ConfigError(problems)
 
@@ -77,6 +79,21 @@ def _shared(config: Any, judged: Judged) -> Iterator[Problem]:
             got=f"{size} with a {judged.kind}: {why}",
             wanted="1: ranks share a sequence only in layers that attend through our kernel",
             fix="set model.sequence_parallel to 1",
+        )
+
+
+def _routed(config: Any, judged: Judged) -> Iterator[Problem]:
+    """Settings of mixtures of experts require routers that are understood."""
+    coef = config.model.aux_loss_coef
+    if not coef:
+        return
+    routers = router_verdict(judged.config, trust_remote_code=config.model.trust_remote_code)
+    if routers.scoring is None:
+        yield Problem(
+            "model.aux_loss_coef",
+            got=f"{coef:g} with a {judged.kind}: {routers.reason}",
+            wanted="0: this model has no balance loss",
+            fix="remove model.aux_loss_coef, or choose a mixture of experts with softmax or sigmoid routers",
         )
 
 

@@ -65,7 +65,12 @@ class Task:
             checkpoint_activations(self.decoder_of(module))
         set_sequence_group(module, self.config.model, self.config.train)
         self.learner = Learner(
-            module, self.config.train, lr=self.config.train.lr, dtype=self.dtype, name="model"
+            module,
+            self.config.train,
+            lr=self.config.train.lr,
+            dtype=self.dtype,
+            name="model",
+            aux_loss_coef=self.config.model.aux_loss_coef,
         )
 
     # Defined by subclasses

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from rayrlhf.models.adapters import TrainedAdapter
 from rayrlhf.train import collectives
 from rayrlhf.train import frozen_checksums as frozen
 from rayrlhf.train.deepspeed_engine import adapter_state_dict, full_state_dict, make_engine
+from rayrlhf.train.expert_balance import ExpertBalance, ExpertLoad
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 from rayrlhf.train.safe_load import only_tensors
-from rayrlhf.train.sequence_parallel import own_outputs, together
+from rayrlhf.train.sequence_parallel import own_outputs, sequence_ranks, together
 from rayrlhf.train.world_size import TAG, load_universal, read_layout, resized, write_layout
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
@@ -51,13 +53,19 @@ class Learner:
         dtype: torch.dtype,
         name: str,
         first_step: int = 0,
+        aux_loss_coef: float = 0.0,
     ) -> None:
-        """`first_step`: the first step of the run that trains this module; its schedule starts there."""
+        """
+        Args:
+            first_step: the first step of the run that trains this module; its schedule starts there.
+            aux_loss_coef: of the balance loss of a mixture of experts.
+        """
         self.name = name
         self.first_step = first_step
         self.base_lr = lr
         self.train = train
         self.bad_steps_in_a_row = 0
+        self.experts = ExpertBalance.of(module, aux_loss_coef)
         self.engine: Any = make_engine(module, train, lr=lr, dtype=dtype)
         self._plain_norm = 0.0
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
@@ -94,20 +102,49 @@ class Learner:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         measured, objective = Metrics(), 0.0
-        for term, (batch, is_own) in ((t, b) for t in terms for b in together(self.module, t.batches)):
-            share, metrics = term.loss(term.forward(self.engine, batch), batch)
+        balance = self.experts.start_step(self._expert_load(terms))
+        for term, batch, is_own in self._micro_batches(terms):
+            with self.experts.recorded(batch) as routed:
+                output = term.forward(self.engine, batch)
+            share, metrics = term.loss(output, batch)
             # The engine averages gradients over ranks while shares add up over ranks: undo the average, here
             # only.
-            self.engine.backward(share * collectives.world_size(), scale_wrt_gas=False)
+            total = (share + balance.loss_share(routed)) * collectives.world_size()
+            self.engine.backward(total, scale_wrt_gas=False)
             if is_own:
                 objective += share.item()
                 measured += metrics.on_host()
         grad_norm = self._step()
         key = f"loss/{self.name}"
-        measured = collectives.add_up(measured + Metrics({key: Sum(objective)}))
+        measured = collectives.add_up(measured + Metrics({key: Sum(objective + balance.objective)}))
         objective = measured[key].result() or 0.0
         measured[key] = Mean(objective * weight, weight)
-        return measured + self._step_metrics(grad_norm, lr)
+        return measured + self._step_metrics(grad_norm, lr) + balance.metrics(self.name)
+
+    def _micro_batches(self, terms: Sequence[Term]) -> Iterator[tuple[Term, Any, bool]]:
+        """All micro-batches that this rank computes, each with whether it is its own. Collective."""
+        for term in terms:
+            for batch, is_own in together(self.module, term.batches):
+                yield term, batch, is_own
+
+    @torch.no_grad()
+    def _expert_load(self, terms: Sequence[Term]) -> ExpertLoad | None:
+        """The step's load of each expert, from a forward pass of its micro-batches. Collective.
+
+        None if it is not needed before the first backward pass.
+        """
+        num_batches = sum(len(term.batches) for term in terms) * sequence_ranks(self.module)
+        if self.experts.coef == 0 or num_batches == 1:
+            return None
+        load = self.experts.no_load()
+        # With the random numbers of the training pass, for dropout.
+        with torch.random.fork_rng():
+            for term, batch, _ in self._micro_batches(terms):
+                with self.experts.recorded(batch) as routed:
+                    # The head, which is most of the pass with a large vocabulary, runs on one token.
+                    term.forward(self.engine, replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)))
+                load += self.experts.load(routed)
+        return load.over_ranks()
 
     def _step(self) -> float:
         """Apply the accumulated gradients; returns their norm before clipping, inf when the step was

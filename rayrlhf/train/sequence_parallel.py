@@ -29,6 +29,12 @@ def set_sequence_group(module: nn.Module, model: TrainedModelConfig, train: Opti
         module.sequence_group = _neighbours(model.sequence_parallel, train.collective_timeout_seconds)
 
 
+def sequence_ranks(module: Any) -> int:
+    """Number of ranks that compute each micro-batch of `module` jointly."""
+    group = getattr(module, "sequence_group", None)
+    return 1 if group is None else group.size()
+
+
 def together(module: Any, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, bool]]:
     """Iterate over the micro-batches of all ranks of the group, each with whether it is one of this rank's
     `batches`.
