@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import BertConfig, Lfm2Config, LlamaConfig, MambaConfig
+from transformers import BertConfig, Lfm2Config, LlamaConfig, MambaConfig, MixtralConfig, PhimoeConfig
 
 from rayrlhf.commands.plan_with_verdicts import main as plan
 from rayrlhf.config.base import ConfigError
@@ -144,3 +144,19 @@ def test_5_a_plan_says_what_it_could_not_look_at(tmp_path: Path, capsys: pytest.
     assert plan([str(file)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "model.path=Qwen/Qwen2.5-7B: no config.json on this machine" in shown
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (LlamaConfig, "it has no mixture-of-experts layers"),
+        (PhimoeConfig, "neither by softmax nor by sigmoid"),
+    ],
+)
+def test_a_balance_loss_needs_routers_that_are_understood(other: Any, why: str, tmp_path: Path) -> None:
+    MixtralConfig().save_pretrained(tmp_path / "mixtral")
+    other().save_pretrained(tmp_path / "other")
+    coef = {"aux_loss_coef": 0.001}
+    check_architectures(sft(str(tmp_path / "mixtral"), model=coef), print)
+    with pytest.raises(ConfigError, match=rf"model.aux_loss_coef\s+got: +0.001 with a .*{why}"):
+        check_architectures(sft(str(tmp_path / "other"), model=coef), print)

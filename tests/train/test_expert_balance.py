@@ -93,8 +93,9 @@ def own_loss(folder: str, sequences: list[Tensor]) -> tuple[Tensor, Any]:
             model(input_ids=ids[None], output_router_logits=True, use_cache=False).router_logits
             for ids in sequences
         ]
-        logits = tuple(torch.cat(of_layer) for of_layer in zip(*each, strict=True))
-        return load_balancing_loss_func(logits, logits[0].size(-1), model.config.num_experts_per_tok), model
+        logits: Any = tuple(torch.cat(of_layer) for of_layer in zip(*each, strict=True))
+        loss: Any = load_balancing_loss_func(logits, logits[0].size(-1), model.config.num_experts_per_tok)
+        return loss, model
     seen: list[tuple[Tensor, Tensor]] = []
     for layer in model.model.layers[1:]:
         layer.mlp.gate.register_forward_hook(lambda _m, _i, out: seen.append((out[0].sigmoid(), out[2])))
