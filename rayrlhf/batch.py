@@ -72,6 +72,7 @@ class PolicyBatch(PackedBatch):
     group_ids: Tensor  # [S] int64, one per prompt; -1 in a padding batch
     group_advantages: Tensor  # [S] float32, `Sample.group_advantage`; NaN where it is None
     rollout_logprobs: Tensor  # [T] float32, 0 outside the loss mask
+    routed_experts: Tensor | None = None  # [T, L, K] int16, see `Sample`; None without router replay
     old_logprobs: Tensor | None = (
         None  # [T] the policy's; None if the first forward pass of the update gives them
     )
@@ -133,6 +134,23 @@ def pack_samples(samples: Sequence[Sample]) -> PolicyBatch:
         group_advantages=torch.tensor([_or_nan(s.group_advantage) for s in samples]),
         # Selected, not multiplied: a token that the policy did not produce may have any logprob, NaN too.
         rollout_logprobs=torch.where(mask > 0, torch.tensor(rollout_logprobs), 0.0),
+        routed_experts=_routes(samples),
+    )
+
+
+def _routes(samples: Sequence[Sample]) -> Tensor | None:
+    """The samples' routes, all or none; -1 for a sample whose response is not the engine's any more."""
+    known = [sample.routed_experts for sample in samples if sample.routed_experts is not None]
+    if not known:
+        return None
+    unknown = torch.full(known[0].shape[1:], -1, dtype=torch.int16)
+    return torch.cat(
+        [
+            unknown.expand(sample.num_tokens, *unknown.shape)
+            if sample.routed_experts is None
+            else torch.from_numpy(sample.routed_experts)
+            for sample in samples
+        ]
     )
 
 

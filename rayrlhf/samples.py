@@ -58,6 +58,9 @@ class Sample:
     episode_reward: float | None = None  # sum over an environment's turns; None without one or if it failed
     num_turns: int = 1  # responses of the policy within the sample
     failure: str = ""  # why an episode has no reward
+    # [num_tokens, L, K] int16, with router replay: each token's experts in the L layers that have some; -1:
+    # unknown.
+    routed_experts: Any = None
 
     @property
     def num_tokens(self) -> int:

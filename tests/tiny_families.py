@@ -49,6 +49,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         _llama_like(shared_expert_intermediate_size=64, decoder_sparse_step=1, **EXPERTS),
     ),
     "qwen3_moe": ("Qwen3MoeConfig", _llama_like(head_dim=32, norm_topk_prob=True, **EXPERTS)),
+}
+# Not in vLLM's CPU build: its latent attention gives other log-probabilities than transformers', by nats, with
+# dense layers too.
+TRAINED_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     # A dense layer first, then sigmoid scores, groups of experts and a shared expert.
     "deepseek_v3": (
         "DeepseekV3Config",
@@ -57,9 +61,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             first_k_dense_replace=1,
             num_hidden_layers=3,
             q_lora_rank=32,
-            kv_lora_rank=32,
+            kv_lora_rank=512,  # the size that vLLM has on a CPU, with the rotary one
             qk_nope_head_dim=16,
-            qk_rope_head_dim=16,
+            qk_rope_head_dim=64,
             v_head_dim=32,
             n_routed_experts=8,
             n_group=4,
@@ -67,17 +71,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             n_shared_experts=1,
             num_experts_per_tok=2,
             moe_intermediate_size=64,
+            topk_method="noaux_tc",  # as in the published config; read by vLLM
         ),
     ),
 }
 
 
 def make_family(path: str | Path, family: str, *, seed: int = 0) -> str:
-    """Saves a model of `FAMILIES` (float32, safetensors) and the byte-level tokenizer to `path`."""
+    """Saves a model of `FAMILIES` or `TRAINED_ONLY` (float32, safetensors) and the byte-level tokenizer to `path`."""
     import torch
     import transformers
 
-    name, settings = FAMILIES[family]
+    name, settings = (FAMILIES | TRAINED_ONLY)[family]
     make_config: Callable[..., Any] = getattr(transformers, name)
     tokenizer = make_tokenizer()
     config = make_config(

@@ -34,6 +34,7 @@ class Episode:
     num_turns: int  # number of responses
     reward: float | None  # sum over the steps; None after a failure
     failure: str = ""
+    routed_experts: np.ndarray | None = None  # of all tokens, as in `Sample`
 
     @classmethod
     def failed(cls, reason: str) -> Episode:
@@ -158,6 +159,7 @@ class _Transcript:
     truncated: bool = False
     num_turns: int = 0
     reward: float = 0.0
+    routed_experts: np.ndarray | None = None
 
     def add(self, observation: str, observation_ids: list[int], generation: Generation) -> None:
         """Append an observation and the response to it. A last observation without a response is left out: no
@@ -171,6 +173,11 @@ class _Transcript:
         readers = generation.policy_versions[:1] * len(observation_ids)
         self.policy_versions += [*readers, *generation.policy_versions]
         self.num_turns += 1
+        routes = generation.routed_experts  # of the whole history, which newer weights may have read again
+        if self.routed_experts is not None and routes is not None:
+            known = len(self.routed_experts) - 1  # the last token of a turn is routed in the next one
+            routes = np.concatenate([self.routed_experts[:known], routes[known:]])
+        self.routed_experts = routes
 
     def episode(self, failure: str) -> Episode:
         return Episode(
@@ -185,4 +192,5 @@ class _Transcript:
             num_turns=self.num_turns,
             reward=None if failure else self.reward,
             failure=failure,
+            routed_experts=self.routed_experts,
         )

@@ -155,6 +155,17 @@ class Replay:
 
         return replayed
 
-    def set(self, chosen: Sequence[Tensor] | None) -> None:
-        """[N, K] per layer, for the forward and backward passes that follow; None: routers choose."""
-        self._chosen = list(chosen) if chosen is not None else [None] * len(self._chosen)
+    def set(self, chosen: Tensor | None) -> None:
+        """[N, L, K] for the forward and backward passes that follow; None, or -1: routers choose.
+
+        Raises:
+            ValueError: if it has another number of layers than the model.
+        """
+        if chosen is None:
+            self._chosen = [None] * len(self._chosen)
+            return
+        if chosen.size(1) != len(self._chosen):
+            raise ValueError(
+                f"the engine routes in {chosen.size(1)} layers, the trainer's model in {len(self._chosen)}"
+            )
+        self._chosen = list(chosen.long().unbind(1))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rayrlhf.models.experts import Replay
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 from rayrlhf.models.parallel import PackedModel
 from rayrlhf.models.streams import decoder_of
@@ -73,6 +74,7 @@ class PolicyModel(PackedModel):
         self.head = LogprobHead(
             projection, chunk_tokens=chunk_tokens, scaling=logit_scaling(causal_lm.config)
         )
+        self.replay: Replay | None = None  # with router replay
 
     def forward(
         self,
@@ -81,8 +83,12 @@ class PolicyModel(PackedModel):
         cu_seqlens: Tensor,  # [S+1]
         loss_mask: Tensor,  # [T]
         temperature: float = 1.0,
+        routed_experts: Tensor | None = None,  # [T, L, K]; -1: the router chooses
     ) -> TokenLogprobs:
         """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
+        if self.replay is not None:
+            own = self.share_of(cu_seqlens, input_ids.numel())
+            self.replay.set(None if routed_experts is None else own.take(routed_experts))
         hidden, share = self.decode(decoder_of(self.causal_lm), input_ids, position_ids, cu_seqlens)
         where, weight = loss_tokens(position_ids, loss_mask * share.holds().roll(1))
         rows = hidden[share.rows_of(where - 1)]

@@ -108,11 +108,15 @@ class PackedModel(TrainedModule):
     # Ranks that compute each stream together; all must call the model with the same stream.
     sequence_group: dist.ProcessGroup | None = None
 
+    def share_of(self, cu_seqlens: Tensor, num_tokens: int) -> Share:
+        """The tokens of a stream that this rank holds."""
+        return Share.of(cu_seqlens, num_tokens, self.sequence_group)
+
     def decode(
         self, decoder: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, Share]:
         """Hidden states [n, H] of the tokens that this rank holds, and its share."""
-        share = Share.of(cu_seqlens, input_ids.numel(), self.sequence_group)
+        share = self.share_of(cu_seqlens, input_ids.numel())
         if share.group is None:
             return hidden_states(decoder, input_ids, position_ids, cu_seqlens, self.streams), share
         if needs_streams_of_one(cu_seqlens, self.streams):

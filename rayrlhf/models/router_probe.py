@@ -68,7 +68,7 @@ def _judge(config: PreTrainedConfig, trust_remote_code: bool) -> RouterVerdict:
         why = "its experts are weighted neither by softmax nor by sigmoid scores of router logits"
         return RouterVerdict(len(layers), reason=why)
     given = [_other_choice(r) for r in own]
-    Replay(layers).set(given)
+    Replay(layers).set(torch.stack(given, 1))
     replayed = routed()
     honoured = all(torch.equal(r.chosen, wanted) for r, wanted in zip(replayed, given, strict=True))
     honoured = honoured and all(_is_weighted_by(r, scoring) for r in replayed)

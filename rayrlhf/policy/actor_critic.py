@@ -16,6 +16,7 @@ from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.config.model import CriticConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.models.checkpoint_tensors import CheckpointTensors, checkpoint_tensors
+from rayrlhf.models.experts import Replay, moe_layers
 from rayrlhf.models.load import adapt, checkpoint_activations, load_critic, load_policy, resolve_dtype
 from rayrlhf.policy.batches import MiniBatch, map_over_step
 from rayrlhf.policy.losses import (
@@ -214,6 +215,8 @@ def make_actor(config: PolicyRunConfig) -> Actor:
             config.model, config.model.path, device=device, chunk_tokens=config.train.logprob_chunk_tokens
         )
     adapt(config.model, policy.causal_lm, device=device, seed=config.run.seed)
+    if config.rollout.router_replay:
+        policy.replay = Replay(moe_layers(policy))
     if config.train.gradient_checkpointing:
         checkpoint_activations(policy.causal_lm)
     set_sequence_group(policy, config.model, config.train)

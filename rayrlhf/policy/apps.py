@@ -34,6 +34,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 on_gpu=slots.have_gpus,
                 threads=threads,
                 sleeps=config.engines_sleep,
+                router_replay=config.rollout.router_replay,
             ),
             slots,
             num_engines=config.rollout.num_engines,

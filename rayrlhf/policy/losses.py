@@ -49,7 +49,9 @@ def loss_counts(batches: Sequence[PackedBatch], ranks: Ranks) -> LossCounts:
 
 def policy_forward(temperature: float) -> Forward:
     def forward(module: Any, batch: PackedBatch) -> TokenLogprobs:
-        return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature)
+        inputs = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature)
+        routes = batch.routed_experts if isinstance(batch, PolicyBatch) else None
+        return module(*inputs) if routes is None else module(*inputs, routes)
 
     return forward
 

@@ -191,6 +191,7 @@ def _from_generation(generation: Generation, prompt: Prompt, group_id: int, inde
         loss_mask=[1] * len(generation.token_ids),
         policy_versions=generation.policy_versions,
         truncated=generation.truncated,
+        routed_experts=generation.routed_experts,
     )
 
 
@@ -208,6 +209,7 @@ def _from_episode(episode: Episode, prompt: Prompt, group_id: int, index: int) -
         episode_reward=episode.reward,
         num_turns=episode.num_turns,
         failure=episode.failure,
+        routed_experts=episode.routed_experts,
     )
 
 

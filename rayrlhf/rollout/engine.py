@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import ActorUnavailableError, ObjectLostError
@@ -41,6 +42,8 @@ class Generation:
     logprobs: list[float]  # one per token
     truncated: bool
     policy_versions: list[int]  # one per token: weights may be updated during generation
+    # [tokens of prompt and response, L, K] int16, with router replay: the experts of each token; -1: unknown
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class EngineSettings:
     weight_store: str | None  # name of the actor with the published weights; None: weights never change
     rpc_timeout_seconds: float
     start_timeout_seconds: float
+    router_replay: bool = False  # generations have `routed_experts`
 
 
 class EngineActor:
@@ -92,7 +96,7 @@ class EngineActor:
         )
 
         self.name = name
-        self.stepper = Stepper(self.settings.engine_args)
+        self.stepper = Stepper(self.settings.engine_args, router_replay=self.settings.router_replay)
         self.devices = await self.stepper.device_keys()
         if self.weight_store is not None:
             self.version = min(0, (await self._call_store("latest")).version)
@@ -263,6 +267,7 @@ def _generation(output: Any) -> Generation:
             for span in completion.weight_versions or []
             for _ in range(span.start, span.end)
         ],
+        routed_experts=completion.routed_experts,
     )
 
 

@@ -26,11 +26,13 @@ def engine_settings(
     on_gpu: bool,
     threads: int,
     sleeps: bool = False,
+    router_replay: bool = False,
 ) -> EngineSettings:
     """
     Args:
         weight_store: name of the weight store's actor; None: the engines keep the weights of the checkpoint.
         sleeps: engines release their memory while trainers use it.
+        router_replay: generations have the experts of each token.
     """
     engine_args: dict[str, Any] = {
         "model": model.path,
@@ -56,6 +58,9 @@ def engine_settings(
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             "enable_sleep_mode": sleeps,
         }
+        if router_replay:  # only vLLM's second model runner returns routes
+            engine_args |= {"enable_return_routed_experts": True}
+            env_vars |= {"VLLM_USE_V2_MODEL_RUNNER": "1"}
         if rollout.tensor_parallel > 1:
             # Workers run on the slots that placement.replica sets in the environment.
             engine_args |= {
@@ -86,4 +91,5 @@ def engine_settings(
         weight_store=weight_store,
         rpc_timeout_seconds=rollout.timeout_seconds,
         start_timeout_seconds=rollout.start_timeout_seconds,
+        router_replay=router_replay,
     )

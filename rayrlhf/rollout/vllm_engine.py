@@ -23,6 +23,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from rayrlhf.hub.local import local_folder
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.rollout.vllm_routes import every_token
 from rayrlhf.rollout.vllm_worker import BUCKETS
 from rayrlhf.weights.store import TensorSlice
 from rayrlhf.weights.transfer_group import TransferGroup
@@ -33,7 +34,8 @@ Result = TypeVar("Result")
 class Stepper:
     """All calls into the engine run on its thread; callers await the result."""
 
-    def __init__(self, engine_args: dict[str, Any]) -> None:
+    def __init__(self, engine_args: dict[str, Any], *, router_replay: bool = False) -> None:
+        """`router_replay`: outputs have the experts of each token, in the layers that have experts."""
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 **{**engine_args, "model": local_folder(engine_args["model"])},
@@ -42,6 +44,7 @@ class Stepper:
             ),
             enable_multiprocessing=False,
         )
+        self._moe_layers: list[int] = self._engine.collective_rpc("moe_layers")[0] if router_replay else []
         self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._waiting: dict[str, Future[RequestOutput]] = {}
         self._paused = False
@@ -156,7 +159,21 @@ class Stepper:
         return request_id, future
 
     def _abort(self, request_ids: list[str]) -> None:
-        self._engine.abort_request([i for i in request_ids if self._waiting.pop(i, None) is not None])
+        aborted = [i for i in request_ids if self._waiting.pop(i, None) is not None]
+        self._engine.abort_request(aborted)
+        if self._moe_layers:
+            for request_id in aborted:
+                self._engine.collective_rpc("take_routes", None, (request_id,))
+
+    def _add_routes(self, output: RequestOutput) -> None:
+        """Bring a finished output's `routed_experts` into the form of `Generation`."""
+        [completion], prompt_ids = output.outputs, output.prompt_token_ids or []
+        routes = completion.routed_experts  # of all layers, if the engine returns them by itself
+        if routes is None:
+            routes = self._engine.collective_rpc("take_routes", None, (output.request_id,))[0]
+        else:
+            routes = routes[:, self._moe_layers]
+        completion.routed_experts = every_token(routes, len(prompt_ids) + len(completion.token_ids))
 
     def _run(self) -> None:
         try:
@@ -165,6 +182,8 @@ class Stepper:
                 for output in self._engine.step():
                     if isinstance(output, RequestOutput) and output.finished:
                         future = self._waiting.pop(output.request_id)
+                        if self._moe_layers:
+                            self._add_routes(output)
                         if future.set_running_or_notify_cancel():
                             future.set_result(output)
         except BaseException as failure:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm import _custom_ops
@@ -23,6 +24,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
+from rayrlhf.rollout.vllm_routes import RouteRecorder, moe_layers_of
 from rayrlhf.weights.buckets import check, size_of, unpack
 from rayrlhf.weights.shared_memory import device_key
 from rayrlhf.weights.store import TensorSlice
@@ -101,6 +103,18 @@ class WorkerExtension:
         """Close the connections; members that wait in a collective are unblocked."""
         worker: Any = self
         worker.weight_transfer_engine.shutdown()
+
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers with experts, whose routing decisions are recorded from here on."""
+        worker: Any = self
+        if current_platform.is_cpu():
+            self.routes = RouteRecorder(worker.model_runner)
+            return self.routes.layer_ids
+        return moe_layers_of(worker.model_runner.model)
+
+    def take_routes(self, request_id: str) -> np.ndarray | None:
+        """The experts of a finished request's tokens, on a CPU."""
+        return self.routes.take(request_id) if current_platform.is_cpu() else None
 
     def release_memory(self) -> int:
         """Release weights and key-value cache; returns the freed bytes.

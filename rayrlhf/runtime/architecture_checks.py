@@ -85,10 +85,19 @@ def _shared(config: Any, judged: Judged) -> Iterator[Problem]:
 def _routed(config: Any, judged: Judged) -> Iterator[Problem]:
     """Settings of mixtures of experts require routers that are understood."""
     coef = config.model.aux_loss_coef
-    if not coef:
+    replays = hasattr(config, "rollout") and config.rollout.router_replay
+    if not coef and not replays:
         return
     routers = router_verdict(judged.config, trust_remote_code=config.model.trust_remote_code)
-    if routers.scoring is None:
+    packed = judged.verdict.streams is None or judged.verdict.streams.is_packed
+    if replays and not (routers.can_replay and packed):
+        yield Problem(
+            "rollout.router_replay",
+            got=f"true with a {judged.kind}: {routers.reason or 'its sequences cannot share a stream'}",
+            wanted="false: the engine's choice of experts cannot be replayed in this model",
+            fix="remove rollout.router_replay",
+        )
+    if coef and routers.scoring is None:
         yield Problem(
             "model.aux_loss_coef",
             got=f"{coef:g} with a {judged.kind}: {routers.reason}",
