@@ -50,8 +50,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_moe": ("Qwen3MoeConfig", _llama_like(head_dim=32, norm_topk_prob=True, **EXPERTS)),
 }
-# Not in vLLM's CPU build: its latent attention gives other log-probabilities than transformers', by nats, with
-# dense layers too.
+# Not with vLLM's CPU build, whose latent attention gives other log-probabilities than transformers, by nats,
+# without experts too.
 TRAINED_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     # A dense layer first, then sigmoid scores, groups of experts and a shared expert.
     "deepseek_v3": (
@@ -78,7 +78,7 @@ TRAINED_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_family(path: str | Path, family: str, *, seed: int = 0) -> str:
-    """Saves a model of `FAMILIES` or `TRAINED_ONLY` (float32, safetensors) and the byte-level tokenizer to `path`."""
+    """Saves a model of `FAMILIES` or `TRAINED_ONLY` (float32, safetensors) with the byte-level tokenizer."""
     import torch
     import transformers
 

@@ -55,6 +55,12 @@ def _router_of(block: nn.Module) -> nn.Module | None:
     return children.get("router") or children.get("gate")
 
 
+def num_experts_of(layer: MoeLayer) -> int:
+    """E, from the router's weight [E, H], which ZeRO-3 may have partitioned."""
+    shapes = (getattr(p, "ds_shape", p.shape) for p in layer.router.parameters())
+    return next(shape[0] for shape in shapes if len(shape) == 2)
+
+
 class Recorder:
     """Collects the decisions of all layers; a forward pass may consist of several calls of each layer."""
 
@@ -120,9 +126,10 @@ def scores_of(logits: Tensor, scoring: Scoring) -> Tensor:
 class _Forced(TorchFunctionMode):
     """Inside, a router's choice of experts (top K of E scores per row) is the given one."""
 
-    def __init__(self, chosen: Tensor) -> None:
+    def __init__(self, chosen: Tensor, num_experts: int) -> None:
         super().__init__()
         self.chosen = chosen  # [N, K]; rows of -1: the router chooses
+        self.num_experts = num_experts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -134,7 +141,7 @@ class _Forced(TorchFunctionMode):
 
     def _is_the_choice(self, scores: Tensor, k: int | None = None, *_: Any, **kwargs: Any) -> bool:
         """Groups of experts are chosen by `topk` too, from tensors of other shapes."""
-        return scores.dim() == 2 and (k or kwargs.get("k")) == self.chosen.size(-1)
+        return scores.shape[1:] == (self.num_experts,) and (k or kwargs.get("k")) == self.chosen.size(-1)
 
 
 class Replay:
@@ -143,14 +150,14 @@ class Replay:
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
         self._chosen: list[Tensor | None] = [None] * len(layers)
         for index, layer in enumerate(layers):
-            layer.router.forward = self._forced(index, layer.router.forward)
+            layer.router.forward = self._forced(index, layer.router.forward, num_experts_of(layer))
 
-    def _forced(self, index: int, forward: Any) -> Any:
+    def _forced(self, index: int, forward: Any, num_experts: int) -> Any:
         def replayed(*args: Any, **kwargs: Any) -> Any:
             chosen = self._chosen[index]
             if chosen is None:
                 return forward(*args, **kwargs)
-            with _Forced(chosen):
+            with _Forced(chosen, num_experts):
                 return forward(*args, **kwargs)
 
         return replayed

@@ -20,7 +20,15 @@ from transformers import PreTrainedModel
 from rayrlhf.algorithms.balance_loss import balance_loss, expert_counts
 from rayrlhf.algorithms.metrics import Mean, Metrics
 from rayrlhf.batch import PackedBatch
-from rayrlhf.models.experts import MoeLayer, Routed, Scoring, moe_layers, recorded, scores_of
+from rayrlhf.models.experts import (
+    MoeLayer,
+    Routed,
+    Scoring,
+    moe_layers,
+    num_experts_of,
+    recorded,
+    scores_of,
+)
 from rayrlhf.models.parallel import Share
 from rayrlhf.models.router_probe import router_verdict
 from rayrlhf.train import collectives
@@ -90,7 +98,7 @@ class ExpertBalance:
         if layers and config is not None:
             verdict = router_verdict(config)
             if verdict.scoring is not None:
-                num_experts = num_experts_of(layers)
+                num_experts = num_experts_of(layers[0])
                 return ExpertBalance(
                     module, layers, num_experts=num_experts, scoring=verdict.scoring, coef=coef
                 )
@@ -176,9 +184,3 @@ def step_loss(routed: Sequence[Routed], of_step: ExpertLoad, scoring: Scoring) -
     counts, rows = of_step.counts.sum(0), max(of_step.rows, 1.0)
     shares = [balance_loss(scores_of(each.logits, scoring), counts, rows) for each in routed]
     return torch.stack(shares).sum()
-
-
-def num_experts_of(layers: Sequence[MoeLayer]) -> int:
-    """E, from the router's weight [E, H], which ZeRO-3 may have partitioned."""
-    shapes = (getattr(p, "ds_shape", p.shape) for p in layers[0].router.parameters())
-    return next(shape[0] for shape in shapes if len(shape) == 2)
