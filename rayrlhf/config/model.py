@@ -35,6 +35,19 @@ class LoraConfig(Section):
     """Share of an adapter's inputs that are dropped; 0 in policy runs."""
     target_modules: list[str] | None = Field(default=None, min_length=1)
     """Last names of the linear layers to adapt, e.g. q_proj; null is all of them but the output head."""
+    experts: bool = False
+    """Adapt the experts of a mixture, too, each with its own A and B."""
+
+
+def _experts_are_not_quantized(model: TrainedModelConfig) -> Problem | None:
+    if model.quantization is None or model.lora is None or not model.lora.experts:
+        return None
+    return Problem(
+        "lora.experts",
+        got=f"true with quantization={model.quantization}",
+        wanted="false: bitsandbytes quantizes linear layers, not the stacked weights of experts",
+        fix="remove model.lora.experts or model.quantization",
+    )
 
 
 def _quantized_weights_are_frozen(model: TrainedModelConfig) -> Problem | None:
@@ -72,7 +85,7 @@ class TrainedModelConfig(ModelConfig):
     sequence_parallel: Count = 1
     """Neighbouring workers that split the tokens of each micro-batch; for sequences too long for one."""
 
-    checks = (_quantized_weights_are_frozen, _sequences_are_shared_with_sdpa)
+    checks = (_quantized_weights_are_frozen, _experts_are_not_quantized, _sequences_are_shared_with_sdpa)
 
     @property
     def attention_kernel(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rayrlhf.config.model import LoraConfig
 
 ADAPTER = "default"  # PEFT's name of the only adapter
+EXPERT_ADAPTERS = "adapters"  # a module of experts holds their adapters under this name
 BASE = ".base_layer."  # between the name of an adapted layer and that of its weight
 
 
@@ -69,7 +70,7 @@ def _update(layer: Any) -> Tensor:
     """scaling · B A in fp32, in the layout of the layer's weight."""
     a, b = (matrix.float() for matrix in adapter_parameters(layer))
     update = layer.scaling[ADAPTER] * (b @ a)
-    return update.T if getattr(layer, "fan_in_fan_out", False) else update
+    return update.mT if getattr(layer, "fan_in_fan_out", False) else update
 
 
 def weights_of(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Weight]:
@@ -83,7 +84,8 @@ def weights_of(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[W
         if base and owner in layers:
             yield Weight(f"{owner}.{last}", parameter, layers[owner] if last == "weight" else None)
         else:
-            yield Weight(name, parameter)
+            experts, _, stack = name.rpartition(".")
+            yield Weight(name, parameter, layers.get(f"{experts}.{EXPERT_ADAPTERS}.{stack}"))
 
 
 class TrainedAdapter(NamedTuple):
@@ -113,7 +115,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT layers by name."""
+    """PEFT's layers, and `expert_adapters.ExpertAdapter`, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
@@ -125,5 +127,5 @@ def adapter_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def adapter_parameters(layer: Any) -> list[nn.Parameter]:
-    """A [r, in] and B [out, r]; empty for a layer without adapter."""
+    """A [r, in] and B [out, r], of experts stacked; empty for a layer without adapter."""
     return [] if layer is None else [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.hub.ids import pinned_id
 from rayrlhf.models.adapter_format import ADAPTER_PREFIX, ADAPTER_WEIGHTS
-from rayrlhf.models.adapters import TrainedAdapter
+from rayrlhf.models.adapters import EXPERT_ADAPTERS, TrainedAdapter
+from rayrlhf.models.expert_adapters import add_expert_adapters
 from rayrlhf.models.quiet_peft import LoraConfig as PeftConfig
 from rayrlhf.models.quiet_peft import inject_adapter_in_model
 
@@ -29,6 +30,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(lora), model)
+        if lora.experts:
+            add_expert_adapters(model, lora)
 
 
 def check_targets(model: PreTrainedModel, lora: LoraConfig) -> None:
@@ -54,8 +57,13 @@ def write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str
     module, whose weights are in the state too.
     """
     pinned = pinned_id(adapter.base)
+    stacks = sorted({stack for name in adapter.state if (stack := _stack_of(name)) is not None})
+    lora = adapter.lora
+    if stacks:
+        lora = lora.model_copy(update={"dropout": 0.0})  # PEFT has none for stacked weights
     config = _peft_config(
-        adapter.lora,
+        lora,
+        target_parameters=[f"experts.{stack}" for stack in stacks] or None,
         base_model_name_or_path=pinned.repo if pinned else adapter.base,
         revision=pinned.revision if pinned else None,
         task_type=task,
@@ -63,8 +71,31 @@ def write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    tensors = {f"{ADAPTER_PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.state.items()}
+    tensors = dict(_in_peft_format(name, tensor) for name, tensor in adapter.state.items())
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _stack_of(name: str) -> str | None:
+    """The stacked expert weight that an adapter's tensor belongs to; None for a linear layer."""
+    owner, found, rest = name.rpartition(f".{EXPERT_ADAPTERS}.")
+    return rest.partition(".")[0] if found and owner.endswith("experts") else None
+
+
+def _in_peft_format(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """PEFT's name and layout of an adapter's tensor.
+
+    For stacked weights it nests a module per stack, down_proj outside, and has A as [E·r, in] and B as
+    [out, r·E].
+    """
+    stack = _stack_of(name)
+    if stack is not None:
+        if name.endswith("lora_A.weight"):
+            tensor = tensor.flatten(0, 1)
+        else:
+            tensor = tensor.permute(1, 2, 0).flatten(1)
+        inner = "" if stack == "down_proj" else "base_layer."
+        name = name.replace(f".{EXPERT_ADAPTERS}.{stack}.", f".{inner}")
+    return f"{ADAPTER_PREFIX}{name}", tensor.contiguous()
 
 
 def _peft_config(lora: LoraConfig, **more: Any) -> PeftConfig:

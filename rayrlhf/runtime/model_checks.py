@@ -49,6 +49,7 @@ def check_adapters(config: Any) -> None:
     model = config.model
     if model.lora is None:
         return
+    from rayrlhf.models.expert_adapters import check_experts
     from rayrlhf.models.lora import check_targets  # imports PEFT, which takes a second
 
     critic = getattr(config, "critic", None)
@@ -61,6 +62,8 @@ def check_adapters(config: Any) -> None:
         with torch.device("meta"):
             decoder = AutoModel.from_config(found, trust_remote_code=model.trust_remote_code)
         _check("model.lora.target_modules", check_targets, decoder, model.lora)
+        if model.lora.experts:
+            _check("model.lora.experts", check_experts, decoder)
         if model.quantization is not None:
             from rayrlhf.models.quantize import layers_to_quantize  # imports bitsandbytes
 
