@@ -18,10 +18,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.batch import padding_samples
-from rayrlhf.config.model import ModelConfig, TrainedModelConfig
+from rayrlhf.config.model import LoraConfig, TrainedModelConfig
 from rayrlhf.config.train import TrainConfig
 from rayrlhf.models.adapters import weights_of
-from rayrlhf.models.load import checkpoint_activations, load_policy
+from rayrlhf.models.load import adapt, checkpoint_activations, load_policy
 from tests.integration.test_zero_parity import (
     LR,
     MAX_GRAD_NORM,
@@ -36,14 +36,18 @@ from tests.integration.test_zero_parity import (
 from tests.tiny_families import make_family
 
 COEF = 0.2
-VARIANTS: list[tuple[str, dict[str, Any], int]] = [  # family, train, model.sequence_parallel
-    ("mixtral", {"zero_stage": 0}, 1),
-    ("mixtral", {"zero_stage": 2, "gradient_checkpointing": True}, 1),
-    ("mixtral", {"zero_stage": 3}, 1),
-    ("mixtral", {"zero_stage": 3, "gradient_checkpointing": True}, WORLD_SIZE),
-    ("qwen3_moe", {"zero_stage": 2}, 1),
-    ("qwen3_moe", {"zero_stage": 3, "offload_params": True}, 1),
-    ("deepseek_v3", {"zero_stage": 3, "gradient_checkpointing": True}, 1),
+LORA = LoraConfig(rank=4, alpha=8, experts=True)
+SHARED = {"sequence_parallel": WORLD_SIZE}
+VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # family, train, model
+    ("mixtral", {"zero_stage": 0}, {}),
+    ("mixtral", {"zero_stage": 2, "gradient_checkpointing": True}, {}),
+    ("mixtral", {"zero_stage": 3}, {}),
+    ("mixtral", {"zero_stage": 3, "gradient_checkpointing": True}, SHARED),
+    ("qwen3_moe", {"zero_stage": 2}, {}),
+    ("qwen3_moe", {"zero_stage": 3, "offload_params": True}, {}),
+    ("deepseek_v3", {"zero_stage": 3, "gradient_checkpointing": True}, {}),
+    ("mixtral", {"zero_stage": 2}, {"lora": LORA}),
+    ("mixtral", {"zero_stage": 3, "gradient_checkpointing": True}, {"lora": LORA}),
 ]
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -76,11 +80,16 @@ def balance_loss(policy: Any, step: int) -> Tensor:
     return experts * (sent.sum(1).float().mean(0) * probabilities.mean(0)).sum()
 
 
-def plain_adamw(folder: str) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    config = ModelConfig(path=folder, dtype="float32")
-    policy = load_policy(config, folder, device=torch.device("cpu"), chunk_tokens=10_000)
+def plain_adamw(folder: str, changes: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    cpu, config = torch.device("cpu"), TrainedModelConfig(path=folder, dtype="float32", **changes)
+    policy = load_policy(config, folder, device=cpu, chunk_tokens=10_000)
+    adapt(config, policy.causal_lm, device=cpu, seed=1)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY
+        [p for p in policy.parameters() if p.requires_grad],
+        lr=LR,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=WEIGHT_DECAY,
     )
     losses, balances = [], []
     for step in range(NUM_STEPS):
@@ -106,7 +115,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     results = []
-    for family, variant, shared in arguments["variants"]:
+    for family, variant, changes in arguments["variants"]:
         folder = arguments["folders"][family]
         config = TrainConfig(
             num_steps=NUM_STEPS,
@@ -116,9 +125,10 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             weight_decay=WEIGHT_DECAY,
             max_grad_norm=MAX_GRAD_NORM,
         )
-        model = TrainedModelConfig(path=folder, sequence_parallel=shared, aux_loss_coef=COEF)
+        model = TrainedModelConfig(path=folder, aux_loss_coef=COEF, **changes)
         with loading(config, torch.float32):
             policy = load_policy(model, folder, device=torch.device("cpu"), chunk_tokens=7)
+        adapt(model, policy.causal_lm, device=torch.device("cpu"), seed=1)
         if config.gradient_checkpointing:
             checkpoint_activations(policy.causal_lm)
         set_sequence_group(policy, model, config)
@@ -126,7 +136,9 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         losses, balances = [], []
         for step in range(NUM_STEPS):
             parts = sequences(step, collectives.rank())
-            if step == 3 and shared == 1:  # one micro-batch: the load is reduced between its two passes
+            if (
+                step == 3 and model.sequence_parallel == 1
+            ):  # one micro-batch: the load is reduced between its two passes
                 batches = [packed(parts)]
             else:
                 batches = [packed(parts[:2]), packed(parts[2:]), padding_samples(token_id=0)]
@@ -153,9 +165,12 @@ def test_two_ranks_with_experts_equal_plain_adamw(tmp_path: Path) -> None:
         run_config=RunConfig(name="expert_parity", storage_path=str(tmp_path)),
     ).fit()
     assert result.return_value is not None
-    expected = {family: plain_adamw(folder) for family, folder in folders.items()}
+    expected = {
+        (family, has_adapters): plain_adamw(folders[family], {"lora": LORA} if has_adapters else {})
+        for family, has_adapters in {(family, "lora" in model) for family, _, model in VARIANTS}
+    }
     for variant, got in zip(VARIANTS, result.return_value["results"], strict=True):
-        losses, balances, weights = expected[variant[0]]
+        losses, balances, weights = expected[variant[0], "lora" in variant[2]]
         got_losses, got_balances, got_weights = got
         assert got_losses == pytest.approx(losses, abs=1e-5), variant
         assert got_balances == pytest.approx(balances, abs=1e-5), variant

@@ -20,7 +20,7 @@ from rayrlhf.models.lora import add_adapters
 from tests.tiny_families import make_family
 from tests.tiny_model import make_tokenizer
 
-LORA = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj"], experts=True)
+LORA = LoraConfig(rank=4, alpha=8, experts=True)
 IDS = torch.arange(8, 40)[None]
 
 
@@ -49,7 +49,7 @@ def test_new_ones_change_nothing_and_trained_ones_go_and_come_back(folder: str) 
     new = adapted(folder, trained=False)
     torch.testing.assert_close(logits(new), before, rtol=1e-5, atol=1e-5)
     names = {name for name, p in new.named_parameters() if p.requires_grad}
-    assert len(names) == 2 * (2 + 2) * 2, "per layer: two linear layers and two stacks, A and B of each"
+    assert len(names) == 2 * (4 + 2) * 2, "per layer: four linear layers and two stacks, A and B of each"
     assert [weight.name for weight in weights_of(new)] == [name for name, _ in plain.named_parameters()]
     model = adapted(folder)
     after = logits(model)
@@ -127,3 +127,18 @@ def test_models_without_experts_are_refused(tiny_model: str) -> None:
         ValueError, match="got true, wanted false: this model has no mixture-of-experts layers"
     ):
         add_adapters(model, LORA, seed=0)
+
+
+def test_without_experts_attention_alone_is_adapted(folder: str) -> None:
+    """PEFT itself would adapt experts and routers, too, by a copy of their weights in each forward pass."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    add_adapters(model, LoraConfig(rank=4), seed=0)
+    names = {name.rpartition(".lora_")[0].rpartition(".")[2] for name, _ in adapter_weights(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_names_that_peft_takes_for_experts_are_refused(folder: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"])
+    with pytest.raises(ValueError, match=r"got down_proj, wanted .* model\.lora\.experts"):
+        add_adapters(model, lora, seed=0)
