@@ -21,7 +21,7 @@ from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.weights.store import Part, Publication, StoreNotRestored, TensorSlice
+from rayrlhf.weights.store import AdapterSpec, Part, Publication, StoreNotRestored, TensorSlice
 
 if TYPE_CHECKING:
     from rayrlhf.weights.transfer_group import DirectPush, TransferGroup
@@ -128,7 +128,7 @@ class EngineActor:
             publication, buckets = await self._fetch_newer(at_least)
             if buckets:
                 await self.stepper.pause()
-                await self._load(buckets, publication.number, publication.version)
+                await self._load(buckets, publication.number, publication.version, publication.adapter)
         if self.version < at_least:
             raise RuntimeError(
                 f"version {at_least} was requested, but the latest published version is {self.version}"
@@ -153,7 +153,7 @@ class EngineActor:
                 await self.stepper.pause()
                 self.publication = WEIGHTS_INVALID
                 buckets = [(slices, None) for slices in push.buckets]
-                await self._load(buckets, push.number, push.version)
+                await self._load(buckets, push.number, push.version, push.adapter)
             except Exception as error:
                 from rayrlhf.weights.transfer_group import abort_transfer  # imports torch
 
@@ -166,12 +166,21 @@ class EngineActor:
         if "weights" in self.released:
             raise RuntimeError("cannot load weights while the engine sleeps: the trainers own its memory")
 
-    async def _load(self, buckets: Sequence[tuple[Any, Any]], number: int, version: int) -> None:
-        """Load weights into the paused engine, then resume it."""
-        await self.stepper.start_weight_update()
-        for slices, flat in buckets:
-            await self.stepper.load_bucket(slices, flat)
-        await self.stepper.finish_weight_update(version)
+    async def _load(
+        self, buckets: Sequence[tuple[Any, Any]], number: int, version: int, adapter: AdapterSpec | None
+    ) -> None:
+        """Load all weights, or an adapter alone, into the paused engine, then resume it."""
+        stepper = self.stepper
+        if adapter is None:
+            await stepper.start_weight_update()
+            for slices, flat in buckets:
+                await stepper.load_bucket(slices, flat)
+            await stepper.finish_weight_update(version)
+        else:
+            await stepper.start_adapter_update()
+            for slices, flat in buckets:
+                await stepper.load_adapter_bucket(slices, flat)
+            await stepper.finish_adapter_update(version, adapter)
         self.publication, self.version = number, version
         await self._record(f"loaded version {version}")
         if not self.released:

@@ -1,13 +1,13 @@
 """Receiver side of weight sync, inside vLLM's worker process.
 
 vLLM imports this module in every worker process because `worker_extension_cls` names `WorkerExtension`; the
-import registers the transfer backend. Only this module, `vllm_reload` and `rollout.vllm_engine` may import
-vllm.
+import registers the transfer backend. Only the modules `rollout.vllm_*` may import vllm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from rayrlhf.rollout.vllm_adapter import AdapterUpdate
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 from rayrlhf.weights.buckets import check, size_of, unpack
 from rayrlhf.weights.shared_memory import device_key
-from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.store import AdapterSpec, TensorSlice
 from rayrlhf.weights.transfer_group import Link, TransferGroup, join
 
 BUCKETS = "rayrlhf_buckets"
@@ -68,18 +70,20 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         self.reload.start()
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
-        slices = update_info.slices
-        check(slices)
+        model: Any = self.model
+        with self.received(update_info) as flat:
+            self.reload.collected(model.load_weights(unpack(update_info.slices, flat)), flat)
+
+    @contextmanager
+    def received(self, update_info: BucketUpdate) -> Iterator[Tensor]:
+        """The bytes of a bucket, valid inside the context."""
+        check(update_info.slices)
         if update_info.bucket is not None:
-            self._load(slices, torch.from_numpy(update_info.bucket))
+            yield torch.from_numpy(update_info.bucket)
             return
         assert self.link is not None
-        self._load(slices, self.link.receive(size_of(slices)))
+        yield self.link.receive(size_of(update_info.slices))
         self.link.release()
-
-    def _load(self, slices: Sequence[TensorSlice], flat: Tensor) -> None:
-        model: Any = self.model
-        self.reload.collected(model.load_weights(unpack(slices, flat)), flat)
 
     def finish_weight_update(self) -> None:
         self.reload.finish(self.model_config)
@@ -96,6 +100,19 @@ class WorkerExtension:
     def device_key(self) -> str:
         worker: Any = self
         return device_key(worker.device)
+
+    def start_adapter_update(self) -> None:
+        worker: Any = self
+        self.adapter_update = AdapterUpdate(worker.model_runner)
+
+    def update_adapter(self, slices: Sequence[TensorSlice], bucket: Any) -> None:
+        worker: Any = self
+        with worker.weight_transfer_engine.received(BucketUpdate(slices, bucket)) as flat:
+            self.adapter_update.collect(unpack(slices, flat))
+
+    def finish_adapter_update(self, request: LoRARequest, spec: AdapterSpec) -> None:
+        self.adapter_update.finish(request, spec)
+        del self.adapter_update
 
     def leave_transfer_group(self) -> None:
         """Close the connections; members that wait in a collective are unblocked."""

@@ -32,6 +32,17 @@ Bucket = tuple[list[TensorSlice], ObjectRef]
 
 
 @dataclass(frozen=True)
+class AdapterSpec:
+    """A push of a LoRA adapter alone: what engines need in addition to its tensors.
+
+    Example: AdapterSpec(16, {"model.layers.0.self_attn.q_proj.lora_A.weight": 4711, …}).
+    """
+
+    rank: int
+    checksums: dict[str, int]  # of every tensor, `weights.checksum`; B contains the scaling alpha / rank
+
+
+@dataclass(frozen=True)
 class Event:
     """A step in the handover of GPU memory between trainers and engines; time from the store's clock."""
 
@@ -45,6 +56,7 @@ class Publication:
     number: int  # counts publications: unlike the version, it never decreases
     version: int  # of the policy; without buckets, that of the checkpoint which engines load
     buckets: list[Bucket]
+    adapter: AdapterSpec | None = None  # None: the buckets hold all weights
 
 
 class StoreNotRestored(RuntimeError):
