@@ -18,6 +18,7 @@ class PolicyJob:
     num_eval_prompts: int  # 0 = no evaluation
     threads_per_worker: int
     weight_route: Route = "object_store"
+    adapters_alone: bool = False  # weight pushes are of the LoRA adapters alone
     fixed: dict[str, Any] = field(default_factory=dict)  # config values required for resuming
 
     @property

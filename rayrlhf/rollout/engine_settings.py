@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.model import ENGINE_LORA_RANKS, LoraConfig, ModelConfig
 from rayrlhf.config.rollout import EngineConfig
 from rayrlhf.hub.access import offline_variable
 from rayrlhf.models.load import resolve_dtype
@@ -26,11 +26,13 @@ def engine_settings(
     on_gpu: bool,
     threads: int,
     sleeps: bool = False,
+    adapter: LoraConfig | None = None,
 ) -> EngineSettings:
     """
     Args:
         weight_store: name of the weight store's actor; None: the engines keep the weights of the checkpoint.
         sleeps: engines release their memory while trainers use it.
+        adapter: pushes are of LoRA adapters like this, alone.
     """
     engine_args: dict[str, Any] = {
         "model": model.path,
@@ -49,10 +51,16 @@ def engine_settings(
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    dtype = rollout.dtype if rollout.dtype != "auto" else model.dtype
+    if adapter is not None:
+        engine_args |= {
+            "enable_lora": True,
+            "max_loras": 1,  # the newest; the previous one is removed first
+            "max_lora_rank": next(rank for rank in ENGINE_LORA_RANKS if rank >= adapter.rank),
+            "lora_target_modules": adapter.target_modules,
+        }
+    engine_args["dtype"] = str(engine_dtype(model, rollout, on_gpu=on_gpu)).removeprefix("torch.")
     if on_gpu:
         engine_args |= {
-            "dtype": "bfloat16" if dtype == "auto" else dtype,
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             "enable_sleep_mode": sleeps,
         }
@@ -64,7 +72,6 @@ def engine_settings(
             }
     else:
         engine_args |= {
-            "dtype": str(resolve_dtype(dtype, torch.device("cpu"))).removeprefix("torch."),
             "enforce_eager": True,
             "distributed_executor_backend": "uni",
             "kv_cache_memory_bytes": rollout.kv_cache_bytes,
@@ -87,3 +94,9 @@ def engine_settings(
         rpc_timeout_seconds=rollout.timeout_seconds,
         start_timeout_seconds=rollout.start_timeout_seconds,
     )
+
+
+def engine_dtype(model: ModelConfig, rollout: EngineConfig, *, on_gpu: bool) -> torch.dtype:
+    """Dtype of the engines' weights and adapters."""
+    name = rollout.dtype if rollout.dtype != "auto" else model.dtype
+    return resolve_dtype(name, torch.device("cuda" if on_gpu else "cpu"))

@@ -2,9 +2,9 @@
 continue with it.
 
 vLLM loads adapters from folders, once per id: a request with a known id uses what was loaded under it, and a
-known name and path select blocks of the prefix cache. So each version has its own id and name, and the tensors
-come from memory (`LoRAModel.from_lora_tensors`). The scaling alpha / rank is already in the pushed B, so the
-layers' buffers hold the pushed bytes and can be compared with them.
+known name and path select blocks of the prefix cache. So each version has its own id and name, and the
+tensors come from memory (`LoRAModel.from_lora_tensors`). The scaling alpha / rank is already in the pushed B,
+so the layers' buffers hold the pushed bytes and can be compared with them.
 """
 
 from __future__ import annotations

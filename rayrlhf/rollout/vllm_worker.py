@@ -122,16 +122,18 @@ class WorkerExtension:
     def release_memory(self) -> int:
         """Release weights and key-value cache; returns the freed bytes.
 
-        Weights are not kept: new ones are pushed before the next generation. On a GPU this is vLLM's sleep
-        level 2, which keeps the buffers; its CPU worker has no sleep mode, so storages are emptied in place.
+        All weights are pushed before the next generation, or, if pushes are of adapters alone, only these:
+        then the weights are kept in host memory. On a GPU this is vLLM's sleep level 2, which keeps only the
+        buffers, or 1. Its CPU worker has no sleep mode, so storages are emptied in place.
         """
         worker: Any = self
+        keeps_weights = worker.vllm_config.lora_config is not None
         if not current_platform.is_cpu():
             free, _ = torch.cuda.mem_get_info()
-            worker.sleep(level=2)
+            worker.sleep(level=1 if keeps_weights else 2)
             return torch.cuda.mem_get_info()[0] - free
         self.emptied = {
-            "weights": _empty(worker.model_runner.model.parameters()),
+            "weights": [] if keeps_weights else _empty(worker.model_runner.model.parameters()),
             "kv_cache": _empty(worker.model_runner.kv_caches),
         }
         return sum(size for part in self.emptied.values() for _, size in part)
@@ -139,7 +141,7 @@ class WorkerExtension:
     def reacquire_memory(self, part: str) -> None:
         """
         Args:
-            part: weights, whose values must then be loaded, or kv_cache.
+            part: weights, of which those that are pushed must then be loaded, or kv_cache.
         """
         worker: Any = self
         if not current_platform.is_cpu():

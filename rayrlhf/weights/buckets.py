@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,11 +36,12 @@ class GatheredTensor(NamedTuple):
 
 Sendable = CheckpointTensors | GatheredTensor
 Group = Sequence[Sendable]
+Kind = TypeVar("Kind", bound=Sendable)
 
 
-def plan_buckets(tensors: Iterable[Sendable], bucket_bytes: int) -> Iterator[list[Sendable]]:
+def plan_buckets(tensors: Iterable[Kind], bucket_bytes: int) -> Iterator[list[Kind]]:
     """Group consecutive tensors into buckets of up to `bucket_bytes`; a larger tensor gets its own bucket."""
-    group: list[Sendable] = []
+    group: list[Kind] = []
     size = 0
     for next_tensors in tensors:
         if group and size + next_tensors.num_bytes > bucket_bytes:

@@ -2,9 +2,10 @@
 
 The trainer flattens its parameters into buckets of raw bytes, puts each into the object store and publishes
 the list under a version number; replicas pull. So a replica that was down during a push gets the same
-weights, by the same code, after its restart. With `push_adapter` the parameters are those of a LoRA adapter, which
-engines add to the checkpoint that they have loaded. If a direct backend reaches the running engines, the buckets are
+weights, by the same code, after its restart. If a direct backend reaches the running engines, the buckets are
 sent through it first (`weights.direct`), and the published ones serve the engines it did not reach.
+
+`push` sends all weights; `push_adapter` a LoRA adapter, which engines add to the checkpoint they have loaded.
 """
 
 from __future__ import annotations
