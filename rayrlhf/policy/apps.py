@@ -34,7 +34,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 on_gpu=slots.have_gpus,
                 threads=threads,
                 sleeps=config.engines_sleep,
-                adapter=config.model.lora if job.adapters_alone else None,
+                adapter=job.adapter,
             ),
             slots,
             num_engines=config.rollout.num_engines,

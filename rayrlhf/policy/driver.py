@@ -200,6 +200,6 @@ def _make_job(
         # Trainers and engines alternate in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(num_trained),
         weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
-        adapters_alone=adapter_sync(config).alone,
+        adapter=adapter_sync(config).adapter,
         fixed=fixed,
     )

@@ -14,7 +14,7 @@ from ray import serve
 
 from rayrlhf.algorithms.kl import KLController
 from rayrlhf.algorithms.metrics import Metrics
-from rayrlhf.config.model import CriticConfig
+from rayrlhf.config.model import CriticConfig, LoraConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.data.ends import ends_of
 from rayrlhf.data.stream import iter_prompts
@@ -89,7 +89,7 @@ class Run:
     push_check: PushCheck
     random_states: RandomStates
     num_eval_prompts: int = 0  # 0: no evaluation
-    adapters_alone: bool = False  # pushes are of the LoRA adapters alone
+    adapter: LoraConfig | None = None  # that pushes send alone; None: they send all weights
     texts: TextStream | None = None  # PPO-ptx, set by `steps`
     step_metrics: dict[str, float] = field(default_factory=dict)  # of the current step
     eval_prompts: list[Prompt] | None = None  # read at the first evaluation
@@ -212,12 +212,11 @@ class Run:
             )
 
     def _push(self, version: int) -> str | None:
-        lora = self.config.model.lora
-        if lora is None or not self.adapters_alone:
+        if self.adapter is None:
             return self.weights.push(self.actor.weights(), version)
         on_gpu = self.ranks.device.type == "cuda"
         dtype = engine_dtype(self.config.model, self.config.rollout, on_gpu=on_gpu)
-        return self.weights.push_adapter(self.actor.adapter(), version, rank=lora.rank, dtype=dtype)
+        return self.weights.push_adapter(self.actor.adapter(), version, rank=self.adapter.rank, dtype=dtype)
 
     def end_step(self, groups: StepGroups, samples: Sequence[Sample], metrics: Metrics) -> None:
         """Report the step; evaluate and save a checkpoint if due."""
@@ -372,7 +371,7 @@ def set_up(job: PolicyJob) -> Run:
         kl=make_kl_controller(config.algorithm),
         weights=weights,
         weight_route=job.weight_route,
-        adapters_alone=job.adapters_alone,
+        adapter=job.adapter,
         colocation=colocation,
         push_check=PushCheck(config.model.path, config.rollout.weight_sync.max_logprob_jump),
         random_states=random_states,

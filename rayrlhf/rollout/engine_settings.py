@@ -32,7 +32,7 @@ def engine_settings(
     Args:
         weight_store: name of the weight store's actor; None: the engines keep the weights of the checkpoint.
         sleeps: engines release their memory while trainers use it.
-        adapter: pushes are of LoRA adapters like this, alone.
+        adapter: that pushes send alone, its target modules named: vLLM would otherwise adapt more layers.
     """
     engine_args: dict[str, Any] = {
         "model": model.path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rayrlhf.config.adapter_push import why_adapters_are_merged
 from rayrlhf.config.base import ConfigError, Problem
+from rayrlhf.config.model import LoraConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.hub.local import local_folder
 from rayrlhf.weights.lora_support import why_unsupported
@@ -21,11 +22,11 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 
 class AdapterSync(NamedTuple):
-    alone: bool  # pushes are of the adapters alone
-    reason: str  # of a merge: why it is one, or empty
+    adapter: LoraConfig | None  # that pushes send alone, its target modules named; None: merged, or no LoRA
+    reason: str = ""  # why adapters are merged
 
     def line(self) -> str:
-        if self.alone:
+        if self.adapter is not None:
             return "LoRA adapters reach the engines alone; they add them to the base model"
         return f"LoRA adapters are merged into all weights of a push: {self.reason}"
 
@@ -40,30 +41,34 @@ def adapter_sync(config: PolicyRunConfig, folder_of: Callable[[str], str] = _fet
     Raises:
         ConfigError: for `adapter`, if the engines cannot take these adapters.
     """
-    wanted = config.rollout.weight_sync.lora
-    if config.model.lora is None or wanted == "merged":
-        return AdapterSync(False, f"{KEY}=merged" if config.model.lora else "")
-    reason = why_adapters_are_merged(config) or _why_unsupported(config, folder_of)
-    if reason is not None and wanted == "adapter":
+    wanted, lora = config.rollout.weight_sync.lora, config.model.lora
+    if lora is None:
+        return AdapterSync(None)
+    if wanted == "merged":
+        return AdapterSync(None, f"{KEY}=merged")
+    reason = why_adapters_are_merged(config)
+    if reason is None:
+        trust = config.model.trust_remote_code
+        found = AutoConfig.from_pretrained(folder_of(config.model.path), trust_remote_code=trust)
+        modules = lora.target_modules or sorted(set(_linear_layers(found, trust)))
+        reason = _why_unsupported(found, modules)
+        if reason is None:
+            return AdapterSync(lora.model_copy(update={"target_modules": modules}))
+    if wanted == "adapter":
         wanted_text = "adapters that vLLM can add to the base model"
         raise ConfigError(
             [Problem(KEY, f"adapter, but {reason}", wanted_text, f"set {KEY} to merged or auto")]
         )
-    return AdapterSync(reason is None, reason or "")
+    return AdapterSync(None, reason)
 
 
-def _why_unsupported(config: PolicyRunConfig, folder_of: Callable[[str], str]) -> str | None:
-    trust = config.model.trust_remote_code
-    found = AutoConfig.from_pretrained(folder_of(config.model.path), trust_remote_code=trust)
+def _why_unsupported(found: PreTrainedConfig, modules: Sequence[str]) -> str | None:
     text = found.get_text_config()
     if any((getattr(text, key, None) or 0) > 1 for key in EXPERT_COUNTS):
         return f"a {found.model_type} has experts, for which engines take merged weights"
     architectures = found.architectures or []
     if not architectures:
         return "config.json names no architecture"
-    lora = config.model.lora
-    assert lora is not None
-    modules = lora.target_modules or sorted(set(_linear_layers(found, trust)))
     return why_unsupported(architectures[0], modules)
 
 
