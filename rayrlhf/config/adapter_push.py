@@ -18,11 +18,6 @@ def why_adapters_are_merged(config: PolicyRunConfig) -> str | None:
     model = config.model
     if model.lora is None:
         return "model.lora is not given"
-    if model.quantization is not None:
-        return (
-            f"with model.quantization={model.quantization} adapters are trained on other weights than "
-            "those of model.path, which engines load"
-        )
     if model.lora.rank > MAX_RANK:
         return f"model.lora.rank={model.lora.rank} is above {MAX_RANK}, vLLM's largest"
     return None
@@ -35,6 +30,6 @@ def adapters_can_travel_alone(config: PolicyRunConfig) -> Problem | None:
     return Problem(
         "rollout.weight_sync.lora",
         got=f"adapter, but {reason}",
-        wanted=f"adapters of a rank up to {MAX_RANK}, of the weights of model.path",
+        wanted=f"adapters, of a rank up to {MAX_RANK}",
         fix="set rollout.weight_sync.lora to merged or auto",
     )

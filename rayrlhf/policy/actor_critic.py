@@ -86,6 +86,10 @@ class Actor:
         """The weights in the names and layouts of a Hugging Face checkpoint."""
         return checkpoint_tensors(self.learner.module.causal_lm)
 
+    def base_weights(self) -> Iterator[CheckpointTensors]:
+        """Like `weights`, without the LoRA adapters."""
+        return checkpoint_tensors(self.learner.module.causal_lm, adapters=False)
+
     def adapter(self) -> Iterator[AdapterMatrix]:
         """The LoRA adapters' matrices."""
         return adapter_matrices(self.learner.module.causal_lm)

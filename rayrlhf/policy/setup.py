@@ -216,7 +216,11 @@ class Run:
             return self.weights.push(self.actor.weights(), version)
         on_gpu = self.ranks.device.type == "cuda"
         dtype = engine_dtype(self.config.model, self.config.rollout, on_gpu=on_gpu)
-        return self.weights.push_adapter(self.actor.adapter(), version, rank=self.adapter.rank, dtype=dtype)
+        # Engines load model.path, whose weights are not exactly those of a policy quantized to 4 bits.
+        base = None if self.config.model.quantization is None else self.actor.base_weights()
+        return self.weights.push_adapter(
+            self.actor.adapter(), version, rank=self.adapter.rank, dtype=dtype, base=base
+        )
 
     def end_step(self, groups: StepGroups, samples: Sequence[Sample], metrics: Metrics) -> None:
         """Report the step; evaluate and save a checkpoint if due."""

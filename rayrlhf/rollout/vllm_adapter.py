@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.lora.utils import parse_fine_tuned_lora_name, replace_submodule
 
 from rayrlhf.models.adapter_format import ADAPTER_PREFIX
 from rayrlhf.weights.checksum import checksum
@@ -125,6 +125,23 @@ def _switch_requests(model_runner: Any, request: LoRARequest) -> None:
     requests = getattr(model_runner, "requests", None)
     for state in requests.values() if isinstance(requests, dict) else ():
         state.lora_request = request
+
+
+def take_off_adapters(model: Any) -> None:
+    """Put the layers that LoRA wraps back into the model, so that its weights have a checkpoint's names."""
+    for name, layer in _adapted_layers(model):
+        replace_submodule(model, name, layer.base_layer)
+
+
+def put_on_adapters(model: Any) -> None:
+    for name, layer in _adapted_layers(model):
+        replace_submodule(model, name, layer)
+
+
+def _adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """None if the engine holds no adapters."""
+    layers = getattr(model, "lora_manager", None)
+    yield from layers.modules.items() if layers is not None else ()
 
 
 def scheduled_requests(engine: Any) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from rayrlhf.rollout.vllm_adapter import AdapterUpdate
+from rayrlhf.rollout.vllm_adapter import AdapterUpdate, put_on_adapters, take_off_adapters
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 from rayrlhf.weights.buckets import check, size_of, unpack
 from rayrlhf.weights.shared_memory import device_key
@@ -66,6 +66,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         self.link = join(init_info.transfer_group, rank=rank, device=self.device, key=device_key(self.device))
 
     def start_weight_update(self) -> None:
+        take_off_adapters(self.model)
         self.reload = Reload(self.model)
         self.reload.start()
 
@@ -87,6 +88,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
 
     def finish_weight_update(self) -> None:
         self.reload.finish(self.model_config)
+        put_on_adapters(self.model)
 
     def shutdown(self) -> None:
         link, self.link = self.link, None

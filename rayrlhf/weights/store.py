@@ -43,6 +43,14 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
+class Base:
+    """All weights of a model that adapters are for, if they are not those of a checkpoint (QLoRA)."""
+
+    number: int  # of the first publication with it
+    buckets: list[Bucket]
+
+
+@dataclass(frozen=True)
 class Event:
     """A step in the handover of GPU memory between trainers and engines; time from the store's clock."""
 
@@ -57,6 +65,7 @@ class Publication:
     version: int  # of the policy; without buckets, that of the checkpoint which engines load
     buckets: list[Bucket]
     adapter: AdapterSpec | None = None  # None: the buckets hold all weights
+    base: Base | None = None  # of the adapter; None: the checkpoint that engines load
 
 
 class StoreNotRestored(RuntimeError):

@@ -74,6 +74,9 @@ class Probe:
         results |= await self.refused()
         await self.push(5)
         results["recovered"] = await _difference(self.policy, self.stepper)
+        await self.push_other_base()
+        await self.push(6)
+        results["on another base"] = await _difference(self.policy, self.stepper)
         results["in memory at the end"] = self.num_adapters_in_memory()
         return results
 
@@ -114,6 +117,24 @@ class Probe:
             flat[:] = 255  # the next bucket reuses the memory
         await stepper.finish_adapter_update(version, spec)
         await stepper.resume()
+
+    async def push_other_base(self) -> None:
+        """All weights of the base, which are not the checkpoint's."""
+        import torch
+
+        from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
+        from rayrlhf.weights.buckets import flatten, lay_out, plan_buckets
+
+        with torch.no_grad():
+            for name, parameter in self.policy.causal_lm.named_parameters():
+                if "lora_" not in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter) * parameter.std())
+        await self.stepper.pause()
+        await self.stepper.start_weight_update()
+        for group in plan_buckets(checkpoint_tensors(self.policy.causal_lm, adapters=False), BUCKET_BYTES):
+            slices = lay_out(group)
+            await self.stepper.load_bucket(slices, flatten(group, slices).numpy())
+        await self.stepper.finish_weight_update(5)
 
     async def generate(self, count: int) -> list[int]:
         params = GREEDY | {"max_tokens": count}

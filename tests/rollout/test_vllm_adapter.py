@@ -55,6 +55,11 @@ def test_the_prefix_cache_tells_adapters_apart(probed: dict[str, Any]) -> None:
     assert len(changed) >= 2 and all(changed)
 
 
+def test_the_base_can_be_sent_too(probed: dict[str, Any]) -> None:
+    """QLoRA's adapters are of other weights than the checkpoint that engines load."""
+    assert probed["on another base"] < TOLERANCE
+
+
 def test_old_adapters_are_gone(probed: dict[str, Any]) -> None:
     assert len(probed["ids"]) == 1
     assert probed["in memory"] == probed["in memory at the end"] == 1
