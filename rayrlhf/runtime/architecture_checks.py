@@ -139,8 +139,8 @@ def longest_sequence(config: Any) -> int:
 
 
 def architecture_lines(config: Any) -> Iterator[str]:
-    """One line per model whose config.json is on this machine, and one on how LoRA adapters reach engines, for
-    `rayrlhf plan`.
+    """For `rayrlhf plan`: a line per model whose config.json is on this machine, and one on how LoRA adapters
+    reach the engines.
     """
     for judged in judge(config, config_folder):
         yield judged.line()
