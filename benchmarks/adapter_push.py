@@ -12,7 +12,7 @@ values of W, A and B. Of the changes of the log-probabilities that the update ma
   arrives (d · d_reference) / |d_reference|^2: the share of the update that arrives, whose noise averages out
 
 The third row of each |B| is the trainer itself in bf16, which adds the adapter's output to the layer's. Bytes
-are those of the buckets. Seconds are the median of five pushes: packing buckets on the trainer and loading
+are those of the buckets. Seconds are the median of three pushes: packing buckets on the trainer and loading
 them in the paused engine, without transport.
 """
 
@@ -50,9 +50,9 @@ MODEL = "models/SmolLM2-135M-Instruct"
 TEXT = Path(__file__).parent.parent / "CONTRIBUTING.md"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = LoraConfig(rank=16, alpha=32, target_modules=MODULES)
-SIZES = (1e-5, 1e-4, 1e-3)  # |B|
+SIZES = (1e-5, 1e-4, 1e-3, 1e-2)  # |B|
 NUM_SEQUENCES, LENGTH = 16, 128
-NUM_PUSHES = 5
+NUM_PUSHES = 3
 BUCKET_BYTES = 134_217_728  # the default of rollout.weight_sync.bucket_bytes
 WAYS = ("merged", "adapter", "trainer", "reference")
 SCORE = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
@@ -223,7 +223,9 @@ def as_markdown(answers: dict[str, dict[str, Any]], rows: list[dict[str, Any]], 
             for row in rows
         ),
         "",
-        "What the columns are stands in `benchmarks/adapter_push.py`.",
+        "bf16's rounding alone moves these log-probabilities: the last column shows by how much. Where the "
+        "update changes them by less, no push can be told from another, nor from the trainer. What the columns "
+        "are stands in `benchmarks/adapter_push.py`.",
         "",
         f"{where['cpu']}, {where['cores']} cores, load average {where['load_average']}; "
         f"torch {where['versions']['torch']}. `{where['command']}`",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name, replace_submodule
 
@@ -125,6 +126,36 @@ def _switch_requests(model_runner: Any, request: LoRARequest) -> None:
     requests = getattr(model_runner, "requests", None)
     for state in requests.values() if isinstance(requests, dict) else ():
         state.lora_request = request
+
+
+def multiply_all_tokens_at_once() -> None:
+    """On a CPU, vLLM 0.32 copies A and B for every token, [tokens, rank, in]: gigabytes for a long prompt. A
+    single adapter is every token's, so that one product is enough. It is rounded once, as on a GPU.
+    """
+    shrink, expand = PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand
+
+    def shrink_all(self: Any, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
+        if w_t_all.shape[0] > 1 or not self.is_prefill:
+            shrink(self, y, x, w_t_all, scale)
+        elif not self.no_lora:
+            y.copy_(scale * (x.float() @ w_t_all[0, 0].float().T))
+
+    def expand_all(
+        self: Any,
+        y: Tensor,
+        x: Tensor,
+        w_t_all: Tensor,
+        y_offset: int,
+        y_slice_size: int,
+        add_inputs: bool = True,
+    ) -> None:
+        if w_t_all.shape[0] > 1 or not self.is_prefill or not add_inputs:
+            expand(self, y, x, w_t_all, y_offset, y_slice_size, add_inputs)
+        elif not self.no_lora:
+            y[:, y_offset : y_offset + y_slice_size] += x @ w_t_all[0, 0].float().T
+
+    PunicaWrapperCPU._apply_shrink = shrink_all
+    PunicaWrapperCPU._apply_expand = expand_all
 
 
 def take_off_adapters(model: Any) -> None:

@@ -23,7 +23,12 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from rayrlhf.rollout.vllm_adapter import AdapterUpdate, put_on_adapters, take_off_adapters
+from rayrlhf.rollout.vllm_adapter import (
+    AdapterUpdate,
+    multiply_all_tokens_at_once,
+    put_on_adapters,
+    take_off_adapters,
+)
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 from rayrlhf.weights.buckets import check, size_of, unpack
 from rayrlhf.weights.shared_memory import device_key
@@ -38,6 +43,7 @@ if current_platform.is_cpu():
     # write to.
     _custom_ops._supports_onednn = False
     pack_experts_at_every_load()
+    multiply_all_tokens_at_once()
 
 
 @dataclass
