@@ -184,7 +184,11 @@ def _policy_roles(
         actor += Bytes({}, {"average": averaged * 4 // train.num_workers})
     # Weights in transfer to the engines are in the object store once.
     actor += Bytes({}, {"weight sync": shape.parameters * precision.weights // train.num_workers})
-    roles = {"actor": actor, **roles, "rollout": _engine(config, shape, precision, gpu)}
+    engine = _engine(config, shape, precision, gpu)
+    if config.engines_sleep and config.model.lora is not None and config.rollout.weight_sync.lora != "merged":
+        # Pushes are of adapters alone, so a sleeping engine keeps the base in host memory.
+        engine += Bytes({}, {"sleeping weights": engine.device["weights"]} if precision.on_gpu else {})
+    roles = {"actor": actor, **roles, "rollout": engine}
     return roles | _reward_roles(config.reward, shapes, precision)
 
 

@@ -26,6 +26,9 @@ class ModelConfig(Section):
         return self.attention
 
 
+ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's buffers; it also takes 1
+
+
 class LoraConfig(Section):
     rank: Count = 16
     """Rank r of each update B A; B starts at 0."""

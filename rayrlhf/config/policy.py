@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
+from rayrlhf.config.adapter_push import adapters_can_travel_alone
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.config.base import Problem, Section
 from rayrlhf.config.common import ObserveConfig, TrainedRunSection
@@ -400,6 +401,7 @@ class PolicyRunConfig(Section):
         _policies_have_no_dropout,
         _vllm_scores_at_temperature_one,
         _sleeping_engines_share,
+        adapters_can_travel_alone,
     )
 
     @field_validator("rollout")

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rayrlhf.config.base import (
     Count,
+    Meanings,
     NaturalNumber,
     NonNegativeNumber,
     PositiveNumber,
@@ -88,11 +89,25 @@ class EvalSamplingConfig(SamplingConfig):
         return SamplingConfig.model_validate(limits | self.model_dump(exclude_none=True))
 
 
+LoraSync = Annotated[
+    Literal["auto", "adapter", "merged"],
+    Meanings(
+        {
+            "auto": "adapter where the engines can take it; the log says which, and why",
+            "adapter": "engines hold the base model, and a push sends the adapters alone",
+            "merged": "a push sends all weights, with the adapters merged into them",
+        }
+    ),
+]
+
+
 class WeightSyncConfig(Section):
     backend: Literal["auto", "nccl", "ipc", "gloo", "object_store"] = "auto"
     """Weight transfer: nccl between GPUs, ipc within shared slots, gloo or object_store through hosts."""
     bucket_bytes: Count = 134_217_728
     """Size of one transfer, in bytes."""
+    lora: LoraSync = "auto"
+    """What a push sends with model.lora; merging rounds small updates away in bfloat16."""
     timeout_seconds: PositiveNumber = 300
     """Deadline for all engines to hold the new weights."""
     max_logprob_jump: PositiveNumber | None = 0.1

@@ -126,6 +126,27 @@ def adapter_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{name}.{matrix}.weight", getattr(layer, matrix)[ADAPTER].weight
 
 
+class AdapterMatrix(NamedTuple):
+    """A matrix of an adapter for the engines, with its name in `adapter_weights`: A, or scaling · B."""
+
+    name: str
+    parameter: nn.Parameter
+    scaling: float  # 1 for A
+
+    def scaled(self, dtype: torch.dtype) -> Tensor:
+        """A copy of the full matrix (under ZeRO-3 it must be gathered first), multiplied in fp32 and rounded
+        once.
+        """
+        return (self.parameter.detach().float() * self.scaling).to(dtype)
+
+
+def adapter_matrices(model: nn.Module) -> Iterator[AdapterMatrix]:
+    """All matrices of the model's adapters, in the order of its layers."""
+    for name, layer in adapted_layers(model).items():
+        yield AdapterMatrix(f"{name}.lora_A.weight", layer.lora_A[ADAPTER].weight, 1.0)
+        yield AdapterMatrix(f"{name}.lora_B.weight", layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
+
+
 def adapter_parameters(layer: Any) -> list[nn.Parameter]:
     """A [r, in] and B [out, r], of experts stacked; empty for a layer without adapter."""
     return [] if layer is None else [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]

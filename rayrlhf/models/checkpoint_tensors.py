@@ -73,13 +73,16 @@ class CheckpointTensors(NamedTuple):
         return [made[spec.name] for spec in self.specs]
 
 
-def checkpoint_tensors(model: PreTrainedModel) -> Iterator[CheckpointTensors]:
-    """All parameters and saved buffers of the model, in the parameters' order; tied ones once.
+def checkpoint_tensors(model: PreTrainedModel, *, adapters: bool = True) -> Iterator[CheckpointTensors]:
+    """All parameters and saved buffers of the model, in the parameters' order; tied ones once. With its
+    adapters merged, or of the base alone.
 
     The reverse mapping is the one of transformers with which the checkpoint was loaded, or the
     architecture's.
     """
     weights = {weight.name: weight for weight in [*weights_of(model), *_saved_buffers(model)]}
+    if not adapters:
+        weights = {name: weight._replace(layer=None) for name, weight in weights.items()}
     for names, new_name in _groups(model, list(weights)):
         members = tuple(weights[name] for name in names)
         if new_name is not None:

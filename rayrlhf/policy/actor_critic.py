@@ -15,6 +15,7 @@ from rayrlhf.batch import PackedBatch, PolicyBatch, ValueBatch, pack_values
 from rayrlhf.config.algorithm import AlgorithmConfig
 from rayrlhf.config.model import CriticConfig
 from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.models.adapters import AdapterMatrix, adapter_matrices
 from rayrlhf.models.checkpoint_tensors import CheckpointTensors, checkpoint_tensors
 from rayrlhf.models.experts import Replay, moe_layers
 from rayrlhf.models.load import adapt, checkpoint_activations, load_critic, load_policy, resolve_dtype
@@ -85,6 +86,14 @@ class Actor:
     def weights(self) -> Iterator[CheckpointTensors]:
         """The weights in the names and layouts of a Hugging Face checkpoint."""
         return checkpoint_tensors(self.learner.module.causal_lm)
+
+    def base_weights(self) -> Iterator[CheckpointTensors]:
+        """Like `weights`, without the LoRA adapters."""
+        return checkpoint_tensors(self.learner.module.causal_lm, adapters=False)
+
+    def adapter(self) -> Iterator[AdapterMatrix]:
+        """The LoRA adapters' matrices."""
+        return adapter_matrices(self.learner.module.causal_lm)
 
     def offload(self) -> None:
         """Free the device for the engines, except for the weights, which are pushed to them next."""

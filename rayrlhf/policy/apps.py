@@ -35,6 +35,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 threads=threads,
                 sleeps=config.engines_sleep,
                 router_replay=config.rollout.router_replay,
+                adapter=job.adapter,
             ),
             slots,
             num_engines=config.rollout.num_engines,

@@ -29,6 +29,7 @@ from rayrlhf.policy.loop import policy_worker
 from rayrlhf.policy.prompt_streams import Stores, prepare_stores, training_streams
 from rayrlhf.reward.deployments import reward_app_names
 from rayrlhf.reward.reading import PromptFormat
+from rayrlhf.runtime.adapter_sync import adapter_sync
 from rayrlhf.runtime.model_checks import check_adapters, warn_invalid_generation_config
 from rayrlhf.runtime.node_monitor import nodes_watched
 from rayrlhf.runtime.preflight import (
@@ -68,6 +69,7 @@ def run_policy(config: PolicyRunConfig) -> int:
         prepared = check_before_ray(config)
         check_resume(config)
         check_adapters(config)
+        adapter_sync(config)
         run.check_models(config)
         with run.ray(config):
             run.finished(_train(with_absolute_paths(config), prepared, run.console))
@@ -125,6 +127,8 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             f"engine, {len(apps) - 1} x reward, reference or environment"
         )
         console.say(f"weights reach the engines {ROUTE_DESCRIPTIONS[job.weight_route]}")
+        if config.model.lora is not None:
+            console.say(adapter_sync(config).line())
         deploy(apps)
         # Engines and trainers start concurrently; the workers' first request waits for the engines.
         stack.enter_context(drain_in_background(board, sinks))
@@ -196,5 +200,6 @@ def _make_job(
         # Trainers and engines alternate in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(num_trained),
         weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
+        adapter=adapter_sync(config).adapter,
         fixed=fixed,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayrlhf.config.model import LoraConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.reward.deployments import RewardApp
 from rayrlhf.weights.backend import Route
@@ -18,6 +19,7 @@ class PolicyJob:
     num_eval_prompts: int  # 0 = no evaluation
     threads_per_worker: int
     weight_route: Route = "object_store"
+    adapter: LoraConfig | None = None  # that weight pushes send alone; None: they send all weights
     fixed: dict[str, Any] = field(default_factory=dict)  # config values required for resuming
 
     @property

@@ -14,7 +14,7 @@ from ray import serve
 
 from rayrlhf.algorithms.kl import KLController
 from rayrlhf.algorithms.metrics import Metrics
-from rayrlhf.config.model import CriticConfig
+from rayrlhf.config.model import CriticConfig, LoraConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.data.ends import ends_of
 from rayrlhf.data.stream import iter_prompts
@@ -43,6 +43,7 @@ from rayrlhf.policy.rollouts import Collector, GroupSource, Rewards, RolloutsOnD
 from rayrlhf.reward.client import RewardClient, RewardSource
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.rollout.client import RolloutClient
+from rayrlhf.rollout.engine_settings import engine_dtype
 from rayrlhf.runtime.progress import Progress, start_worker
 from rayrlhf.runtime.results import RunResult
 from rayrlhf.samples import Prompt, Sample
@@ -88,6 +89,7 @@ class Run:
     push_check: PushCheck
     random_states: RandomStates
     num_eval_prompts: int = 0  # 0: no evaluation
+    adapter: LoraConfig | None = None  # that pushes send alone; None: they send all weights
     texts: TextStream | None = None  # PPO-ptx, set by `steps`
     step_metrics: dict[str, float] = field(default_factory=dict)  # of the current step
     eval_prompts: list[Prompt] | None = None  # read at the first evaluation
@@ -191,10 +193,7 @@ class Run:
     def push_weights(self, version: int) -> None:
         """Push the weights as `version`, the number of completed steps; the engines are awake afterwards."""
         self.progress.state.step = version
-        weights = self.actor.weights()
-        problem = self.colocation.start_rollouts(
-            lambda: self.weights.push(weights, version), self.actor, self.critic
-        )
+        problem = self.colocation.start_rollouts(lambda: self._push(version), self.actor, self.critic)
         refused = self.weights.num_refused_connections()
         self.step_metrics["rollout/weight_sync_fallbacks"] = float(problem is not None)
         self.step_metrics["rollout/refused_connections"] = float(refused)
@@ -211,6 +210,17 @@ class Run:
                 version,
                 f"{self.weight_route} failed, the weights were sent through the object store: {problem}",
             )
+
+    def _push(self, version: int) -> str | None:
+        if self.adapter is None:
+            return self.weights.push(self.actor.weights(), version)
+        on_gpu = self.ranks.device.type == "cuda"
+        dtype = engine_dtype(self.config.model, self.config.rollout, on_gpu=on_gpu)
+        # Engines load model.path, whose weights are not exactly those of a policy quantized to 4 bits.
+        base = None if self.config.model.quantization is None else self.actor.base_weights()
+        return self.weights.push_adapter(
+            self.actor.adapter(), version, rank=self.adapter.rank, dtype=dtype, base=base
+        )
 
     def end_step(self, groups: StepGroups, samples: Sequence[Sample], metrics: Metrics) -> None:
         """Report the step; evaluate and save a checkpoint if due."""
@@ -365,6 +375,7 @@ def set_up(job: PolicyJob) -> Run:
         kl=make_kl_controller(config.algorithm),
         weights=weights,
         weight_route=job.weight_route,
+        adapter=job.adapter,
         colocation=colocation,
         push_check=PushCheck(config.model.path, config.rollout.weight_sync.max_logprob_jump),
         random_states=random_states,

@@ -22,7 +22,7 @@ from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.failures import EngineDied
-from rayrlhf.weights.store import Part, Publication, StoreNotRestored, TensorSlice
+from rayrlhf.weights.store import AdapterSpec, Bucket, Part, Publication, StoreNotRestored, TensorSlice
 
 if TYPE_CHECKING:
     from rayrlhf.weights.transfer_group import DirectPush, TransferGroup
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 EXIT_SECONDS = 0.2
 RETRY_SECONDS = 0.2
 MEMORY_POLL_SECONDS = 0.5
+Fetched = Sequence[tuple[Sequence[TensorSlice], Any]]  # buckets with their bytes, or None for those of a link
 WEIGHTS_INVALID = -1  # load was interrupted or memory released: reload whatever is latest
 
 
@@ -64,6 +65,7 @@ class EngineActor:
         self.stepper: Any = None
         self.version = 0
         self.publication = 0  # number of the publication that is loaded
+        self.base = 0  # number of the publication of the weights under its adapter; 0: the checkpoint
         name = settings.weight_store
         self.weight_store: Any = None if name is None else ray.get_actor(name, namespace=NAMESPACE)
         self.transfer_group: TransferGroup | None = None  # the last one joined
@@ -129,10 +131,14 @@ class EngineActor:
         """
         async with self.updating:
             self._require_weights_memory()
-            publication, buckets = await self._fetch_newer(at_least)
+            publication, base, buckets = await self._fetch_newer(at_least)
             if buckets:
                 await self.stepper.pause()
-                await self._load(buckets, publication.number, publication.version)
+                if base:
+                    assert publication.base is not None
+                    await self._load_weights(base, publication.version)
+                    self.base = publication.base.number
+                await self._load(buckets, publication.number, publication.version, publication.adapter)
         if self.version < at_least:
             raise RuntimeError(
                 f"version {at_least} was requested, but the latest published version is {self.version}"
@@ -157,7 +163,7 @@ class EngineActor:
                 await self.stepper.pause()
                 self.publication = WEIGHTS_INVALID
                 buckets = [(slices, None) for slices in push.buckets]
-                await self._load(buckets, push.number, push.version)
+                await self._load(buckets, push.number, push.version, push.adapter)
             except Exception as error:
                 from rayrlhf.weights.transfer_group import abort_transfer  # imports torch
 
@@ -170,25 +176,35 @@ class EngineActor:
         if "weights" in self.released:
             raise RuntimeError("cannot load weights while the engine sleeps: the trainers own its memory")
 
-    async def _load(self, buckets: Sequence[tuple[Any, Any]], number: int, version: int) -> None:
-        """Load weights into the paused engine, then resume it."""
-        await self.stepper.start_weight_update()
-        for slices, flat in buckets:
-            await self.stepper.load_bucket(slices, flat)
-        await self.stepper.finish_weight_update(version)
+    async def _load(self, buckets: Fetched, number: int, version: int, adapter: AdapterSpec | None) -> None:
+        """Load all weights, or an adapter alone, into the paused engine, then resume it."""
+        if adapter is None:
+            await self._load_weights(buckets, version)
+        else:
+            await self.stepper.start_adapter_update()
+            for slices, flat in buckets:
+                await self.stepper.load_adapter_bucket(slices, flat)
+            await self.stepper.finish_adapter_update(version, adapter)
         self.publication, self.version = number, version
         await self._record(f"loaded version {version}")
         if not self.released:
             await self.stepper.resume()
 
-    async def _fetch_newer(self, at_least: int) -> tuple[Publication, list[tuple[list[TensorSlice], Any]]]:
-        """Fetch the latest publication and its buckets to this node; no buckets if it is already loaded.
+    async def _load_weights(self, buckets: Fetched, version: int) -> None:
+        await self.stepper.start_weight_update()
+        for slices, flat in buckets:
+            await self.stepper.load_bucket(slices, flat)
+        await self.stepper.finish_weight_update(version)
+
+    async def _fetch_newer(self, at_least: int) -> tuple[Publication, Fetched, Fetched]:
+        """Fetch the latest publication, the buckets of its base and its own to this node; of these only what
+        is not loaded already.
 
         Waits while the requested version is being published. Buckets are lost when their trainer dies; it
         publishes the version it resumes from after its restart, and this waits for that as well.
         """
         if self.weight_store is None:
-            return Publication(0, 0, []), []
+            return Publication(0, 0, []), [], []
         deadline = time.monotonic() + self.settings.start_timeout_seconds
         while True:
             publication: Publication = await self._call_store("latest")
@@ -196,10 +212,12 @@ class EngineActor:
             if publication.version < at_least and in_time and await self._call_store("is_coming", at_least):
                 pass
             elif publication.number <= self.publication:
-                return publication, []
+                return publication, [], []
             else:
+                base = publication.base
+                missing = [] if base is None or base.number == self.base else base.buckets
                 try:
-                    return publication, [(slices, await ref) for slices, ref in publication.buckets]
+                    return publication, await _fetch(missing), await _fetch(publication.buckets)
                 except ObjectLostError:
                     if not in_time:
                         raise
@@ -250,6 +268,10 @@ class EngineActor:
     async def check(self) -> int:
         self.stepper.raise_if_dead()
         return self.version
+
+
+async def _fetch(buckets: Sequence[Bucket]) -> Fetched:
+    return [(slices, await ref) for slices, ref in buckets]
 
 
 def _generation(output: Any) -> Generation:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.model import ENGINE_LORA_RANKS, LoraConfig, ModelConfig
 from rayrlhf.config.rollout import EngineConfig
 from rayrlhf.hub.access import offline_variable
 from rayrlhf.models.load import resolve_dtype
@@ -27,12 +27,14 @@ def engine_settings(
     threads: int,
     sleeps: bool = False,
     router_replay: bool = False,
+    adapter: LoraConfig | None = None,
 ) -> EngineSettings:
     """
     Args:
         weight_store: name of the weight store's actor; None: the engines keep the weights of the checkpoint.
         sleeps: engines release their memory while trainers use it.
         router_replay: generations have the experts of each token.
+        adapter: that pushes send alone, its target modules named: vLLM would otherwise adapt more layers.
     """
     engine_args: dict[str, Any] = {
         "model": model.path,
@@ -51,10 +53,16 @@ def engine_settings(
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    dtype = rollout.dtype if rollout.dtype != "auto" else model.dtype
+    if adapter is not None:
+        engine_args |= {
+            "enable_lora": True,
+            "max_loras": 1,  # the newest; the previous one is removed first
+            "max_lora_rank": next(rank for rank in ENGINE_LORA_RANKS if rank >= adapter.rank),
+            "lora_target_modules": adapter.target_modules,
+        }
+    engine_args["dtype"] = str(engine_dtype(model, rollout, on_gpu=on_gpu)).removeprefix("torch.")
     if on_gpu:
         engine_args |= {
-            "dtype": "bfloat16" if dtype == "auto" else dtype,
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             "enable_sleep_mode": sleeps,
         }
@@ -69,7 +77,6 @@ def engine_settings(
             }
     else:
         engine_args |= {
-            "dtype": str(resolve_dtype(dtype, torch.device("cpu"))).removeprefix("torch."),
             "enforce_eager": True,
             "distributed_executor_backend": "uni",
             "kv_cache_memory_bytes": rollout.kv_cache_bytes,
@@ -93,3 +100,9 @@ def engine_settings(
         start_timeout_seconds=rollout.start_timeout_seconds,
         router_replay=router_replay,
     )
+
+
+def engine_dtype(model: ModelConfig, rollout: EngineConfig, *, on_gpu: bool) -> torch.dtype:
+    """Dtype of the engines' weights and adapters."""
+    name = rollout.dtype if rollout.dtype != "auto" else model.dtype
+    return resolve_dtype(name, torch.device("cuda" if on_gpu else "cpu"))

@@ -17,15 +17,17 @@ from typing import Any, TypeVar
 from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from rayrlhf.hub.local import local_folder
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.rollout.vllm_adapter import switch_scheduled
 from rayrlhf.rollout.vllm_routes import every_token
 from rayrlhf.rollout.vllm_worker import BUCKETS
-from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.store import AdapterSpec, TensorSlice
 from rayrlhf.weights.transfer_group import TransferGroup
 
 Result = TypeVar("Result")
@@ -48,6 +50,8 @@ class Stepper:
         self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._waiting: dict[str, Future[RequestOutput]] = {}
         self._paused = False
+        self._adapter: LoRARequest | None = None  # of all requests; None: the base model alone
+        self._num_adapters = 0
         self._failure: BaseException | None = None
         threading.Thread(target=self._run, daemon=True, name="vllm-step").start()
 
@@ -137,6 +141,30 @@ class Stepper:
         await self._rpc("finish_weight_update")
         await self._on_thread(lambda: self._engine.set_weight_version(str(version)))
 
+    async def start_adapter_update(self) -> None:
+        await self._rpc("start_adapter_update")
+
+    async def load_adapter_bucket(self, slices: Sequence[TensorSlice], bucket: Any = None) -> None:
+        """Like `load_bucket`, of an adapter's tensors."""
+        await self._rpc("update_adapter", slices=slices, bucket=bucket)
+
+    async def finish_adapter_update(self, version: int, spec: AdapterSpec) -> None:
+        """Replace the adapter of running and future requests. Raises `RuntimeError` if the engine's tensors
+        are not the trainer's.
+        """
+        self._num_adapters += 1
+        # vLLM never opens the path: the adapter is in memory under this id before a request names it.
+        name = f"version {version}, adapter {self._num_adapters}"
+        request = LoRARequest(lora_name=name, lora_int_id=self._num_adapters, lora_path=name)
+        await self._rpc("finish_adapter_update", request=request, spec=spec)
+
+        def switch() -> None:
+            switch_scheduled(self._engine, request)
+            self._adapter = request
+            self._engine.set_weight_version(str(version))
+
+        await self._on_thread(switch)
+
     def raise_if_dead(self) -> None:
         if self._failure is not None:
             raise EngineDied(f"{type(self._failure).__name__}: {self._failure}") from self._failure
@@ -155,7 +183,8 @@ class Stepper:
         params.output_kind = RequestOutputKind.FINAL_ONLY
         future: Future[RequestOutput] = Future()
         self._waiting[request_id] = future
-        self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
+        prompt: Any = {"prompt_token_ids": prompt_ids}
+        self._engine.add_request(request_id, prompt, params, lora_request=self._adapter)
         return request_id, future
 
     def _abort(self, request_ids: list[str]) -> None:

@@ -1,13 +1,13 @@
 """Receiver side of weight sync, inside vLLM's worker process.
 
 vLLM imports this module in every worker process because `worker_extension_cls` names `WorkerExtension`; the
-import registers the transfer backend. Only this module, `vllm_reload` and `rollout.vllm_engine` may import
-vllm.
+import registers the transfer backend. Only the modules `rollout.vllm_*` may import vllm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,20 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from rayrlhf.rollout.vllm_adapter import (
+    AdapterUpdate,
+    multiply_all_tokens_at_once,
+    put_on_adapters,
+    take_off_adapters,
+)
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 from rayrlhf.rollout.vllm_routes import RouteRecorder, moe_layers_of
 from rayrlhf.weights.buckets import check, size_of, unpack
 from rayrlhf.weights.shared_memory import device_key
-from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.store import AdapterSpec, TensorSlice
 from rayrlhf.weights.transfer_group import Link, TransferGroup, join
 
 BUCKETS = "rayrlhf_buckets"
@@ -38,6 +45,7 @@ if current_platform.is_cpu():
     # write to.
     _custom_ops._supports_onednn = False
     pack_experts_at_every_load()
+    multiply_all_tokens_at_once()
 
 
 @dataclass
@@ -66,25 +74,29 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         self.link = join(init_info.transfer_group, rank=rank, device=self.device, key=device_key(self.device))
 
     def start_weight_update(self) -> None:
+        take_off_adapters(self.model)
         self.reload = Reload(self.model)
         self.reload.start()
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
-        slices = update_info.slices
-        check(slices)
+        model: Any = self.model
+        with self.received(update_info) as flat:
+            self.reload.collected(model.load_weights(unpack(update_info.slices, flat)), flat)
+
+    @contextmanager
+    def received(self, update_info: BucketUpdate) -> Iterator[Tensor]:
+        """The bytes of a bucket, valid inside the context."""
+        check(update_info.slices)
         if update_info.bucket is not None:
-            self._load(slices, torch.from_numpy(update_info.bucket))
+            yield torch.from_numpy(update_info.bucket)
             return
         assert self.link is not None
-        self._load(slices, self.link.receive(size_of(slices)))
+        yield self.link.receive(size_of(update_info.slices))
         self.link.release()
-
-    def _load(self, slices: Sequence[TensorSlice], flat: Tensor) -> None:
-        model: Any = self.model
-        self.reload.collected(model.load_weights(unpack(slices, flat)), flat)
 
     def finish_weight_update(self) -> None:
         self.reload.finish(self.model_config)
+        put_on_adapters(self.model)
 
     def shutdown(self) -> None:
         link, self.link = self.link, None
@@ -98,6 +110,19 @@ class WorkerExtension:
     def device_key(self) -> str:
         worker: Any = self
         return device_key(worker.device)
+
+    def start_adapter_update(self) -> None:
+        worker: Any = self
+        self.adapter_update = AdapterUpdate(worker.model_runner)
+
+    def update_adapter(self, slices: Sequence[TensorSlice], bucket: Any) -> None:
+        worker: Any = self
+        with worker.weight_transfer_engine.received(BucketUpdate(slices, bucket)) as flat:
+            self.adapter_update.collect(unpack(slices, flat))
+
+    def finish_adapter_update(self, request: LoRARequest, spec: AdapterSpec) -> None:
+        self.adapter_update.finish(request, spec)
+        del self.adapter_update
 
     def leave_transfer_group(self) -> None:
         """Close the connections; members that wait in a collective are unblocked."""
@@ -119,16 +144,18 @@ class WorkerExtension:
     def release_memory(self) -> int:
         """Release weights and key-value cache; returns the freed bytes.
 
-        Weights are not kept: new ones are pushed before the next generation. On a GPU this is vLLM's sleep
-        level 2, which keeps the buffers; its CPU worker has no sleep mode, so storages are emptied in place.
+        All weights are pushed before the next generation, or, if pushes are of adapters alone, only these:
+        then the weights are kept in host memory. On a GPU this is vLLM's sleep level 2, which keeps only the
+        buffers, or 1. Its CPU worker has no sleep mode, so storages are emptied in place.
         """
         worker: Any = self
+        keeps_weights = worker.vllm_config.lora_config is not None
         if not current_platform.is_cpu():
             free, _ = torch.cuda.mem_get_info()
-            worker.sleep(level=2)
+            worker.sleep(level=1 if keeps_weights else 2)
             return torch.cuda.mem_get_info()[0] - free
         self.emptied = {
-            "weights": _empty(worker.model_runner.model.parameters()),
+            "weights": [] if keeps_weights else _empty(worker.model_runner.model.parameters()),
             "kv_cache": _empty(worker.model_runner.kv_caches),
         }
         return sum(size for part in self.emptied.values() for _, size in part)
@@ -136,7 +163,7 @@ class WorkerExtension:
     def reacquire_memory(self, part: str) -> None:
         """
         Args:
-            part: weights, whose values must then be loaded, or kv_cache.
+            part: weights, of which those that are pushed must then be loaded, or kv_cache.
         """
         worker: Any = self
         if not current_platform.is_cpu():

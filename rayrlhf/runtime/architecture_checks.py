@@ -11,11 +11,13 @@ from rayrlhf.capacity.model_shape import config_folder
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.chains import AnyChain
 from rayrlhf.config.model_paths import model_paths
+from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.supervised import PrmRunConfig, RmRunConfig
 from rayrlhf.hub.local import local_folder
 from rayrlhf.models.load import has_packed_scorer
 from rayrlhf.models.probe import Head, Verdict, rope_limits, verdict_of
 from rayrlhf.models.router_probe import router_verdict
+from rayrlhf.runtime.adapter_sync import adapter_sync
 from rayrlhf.runtime.length_checks import longest_sequences
 
 
@@ -163,6 +165,10 @@ def longest_sequence(config: Any) -> int:
 
 
 def architecture_lines(config: Any) -> Iterator[str]:
-    """One line per model whose config.json is on this machine, for `rayrlhf plan`."""
+    """For `rayrlhf plan`: a line per model whose config.json is on this machine, and one on how LoRA adapters
+    reach the engines.
+    """
     for judged in judge(config, config_folder):
         yield judged.line()
+    if isinstance(config, PolicyRunConfig) and config.model.lora is not None:
+        yield adapter_sync(config, config_folder).line()

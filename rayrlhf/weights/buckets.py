@@ -4,22 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from rayrlhf.models.checkpoint_tensors import CheckpointTensors
+from rayrlhf.models.checkpoint_tensors import CheckpointTensors, TensorSpec
 from rayrlhf.weights.store import TensorSlice
 
 ALIGNMENT_BYTES = 16
-Group = Sequence[CheckpointTensors]
 
 
-def plan_buckets(
-    tensors: Iterable[CheckpointTensors], bucket_bytes: int
-) -> Iterator[list[CheckpointTensors]]:
+class GatheredTensor(NamedTuple):
+    """A tensor that this rank holds in full, to be sent under this name."""
+
+    name: str
+    tensor: Tensor
+    parts: tuple[Tensor, ...] = ()  # nothing to gather
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.name, self.tensor.dtype, tuple(self.tensor.shape)),)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.tensor]
+
+
+Sendable = CheckpointTensors | GatheredTensor
+Group = Sequence[Sendable]
+Kind = TypeVar("Kind", bound=Sendable)
+
+
+def plan_buckets(tensors: Iterable[Kind], bucket_bytes: int) -> Iterator[list[Kind]]:
     """Group consecutive tensors into buckets of up to `bucket_bytes`; a larger tensor gets its own bucket."""
-    group: list[CheckpointTensors] = []
+    group: list[Kind] = []
     size = 0
     for next_tensors in tensors:
         if group and size + next_tensors.num_bytes > bucket_bytes:

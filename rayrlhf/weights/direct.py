@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rayrlhf.weights.buckets import Group, fill, size_of
 from rayrlhf.weights.shared_memory import device_key
-from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.store import AdapterSpec, TensorSlice
 from rayrlhf.weights.transfer_failure import TransferFailed
 from rayrlhf.weights.transfer_group import Backend, DirectPush, Link, Receiver, TransferGroup, join
 from rayrlhf.weights.transfer_store import LOOPBACK, TransferStore
@@ -70,8 +70,14 @@ class DirectSender:
         self.requests = ThreadPoolExecutor(2, thread_name_prefix="direct-push")
         self.finished = threading.Event()
 
-    def start(self, number: int, version: int, buckets: Sequence[Sequence[TensorSlice]]) -> bool:
-        """Start a push to the reachable engines.
+    def start(
+        self,
+        number: int,
+        version: int,
+        buckets: Sequence[Sequence[TensorSlice]],
+        adapter: AdapterSpec | None = None,
+    ) -> bool:
+        """Start a push to the reachable engines, of all weights or of an adapter alone.
 
         Returns:
             True if this push reaches all running engines directly.
@@ -83,7 +89,7 @@ class DirectSender:
                 receivers, reaches_all = self._receivers()
                 if receivers:
                     group = self._transfer_group(receivers)
-                    push = DirectPush(group, number, version, tuple(map(tuple, buckets)))
+                    push = DirectPush(group, number, version, tuple(map(tuple, buckets)), adapter)
             except (TimeoutError, TransferFailed) as error:
                 problem = str(error)
         [(push, reaches_all, problem), *_] = self.gather([(push, reaches_all, problem)])

@@ -32,6 +32,25 @@ Bucket = tuple[list[TensorSlice], ObjectRef]
 
 
 @dataclass(frozen=True)
+class AdapterSpec:
+    """A push of a LoRA adapter alone: what engines need in addition to its tensors.
+
+    Example: AdapterSpec(16, {"model.layers.0.self_attn.q_proj.lora_A.weight": 4711, …}).
+    """
+
+    rank: int
+    checksums: dict[str, int]  # of every tensor, `weights.checksum`; B contains the scaling alpha / rank
+
+
+@dataclass(frozen=True)
+class Base:
+    """All weights of a model that adapters are for, if they are not those of a checkpoint (QLoRA)."""
+
+    number: int  # of the first publication with it
+    buckets: list[Bucket]
+
+
+@dataclass(frozen=True)
 class Event:
     """A step in the handover of GPU memory between trainers and engines; time from the store's clock."""
 
@@ -45,6 +64,8 @@ class Publication:
     number: int  # counts publications: unlike the version, it never decreases
     version: int  # of the policy; without buckets, that of the checkpoint which engines load
     buckets: list[Bucket]
+    adapter: AdapterSpec | None = None  # None: the buckets hold all weights
+    base: Base | None = None  # of the adapter; None: the checkpoint that engines load
 
 
 class StoreNotRestored(RuntimeError):

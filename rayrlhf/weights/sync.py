@@ -4,6 +4,8 @@ The trainer flattens its parameters into buckets of raw bytes, puts each into th
 the list under a version number; replicas pull. So a replica that was down during a push gets the same
 weights, by the same code, after its restart. If a direct backend reaches the running engines, the buckets are
 sent through it first (`weights.direct`), and the published ones serve the engines it did not reach.
+
+`push` sends all weights; `push_adapter` a LoRA adapter, which engines add to the checkpoint they have loaded.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
+from rayrlhf.models.adapters import AdapterMatrix
 from rayrlhf.models.checkpoint_tensors import CheckpointTensors
-from rayrlhf.weights.buckets import Group, flatten, lay_out, plan_buckets
+from rayrlhf.weights.buckets import GatheredTensor, Group, Sendable, flatten, lay_out, plan_buckets
+from rayrlhf.weights.checksum import checksum
 from rayrlhf.weights.direct import DirectSender
-from rayrlhf.weights.store import Bucket, Part, Publication, StoreState, TensorSlice
+from rayrlhf.weights.store import AdapterSpec, Base, Bucket, Part, Publication, StoreState, TensorSlice
 from rayrlhf.weights.store_client import StoreClient
 from rayrlhf.weights.transfer_group import Backend
 
@@ -74,6 +78,7 @@ class WeightSync:
             )
         self.copier = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self.publishing: Future[None] | None = None
+        self.base: Base | None = None  # of the adapters, once it has been sent
         self.pending_copies: list[Future[Bucket]] = []
 
     def needs_push(self, version: int) -> bool:
@@ -93,10 +98,51 @@ class WeightSync:
         Raises:
             TimeoutError: if an engine did not load them; names the engines that did.
         """
-        plan = [(group, lay_out(group)) for group in plan_buckets(weights, self.bucket_bytes)]
+        return self._push(weights, version)
+
+    def push_adapter(
+        self,
+        matrices: Iterable[AdapterMatrix],
+        version: int,
+        *,
+        rank: int,
+        dtype: torch.dtype,
+        base: Iterable[CheckpointTensors] | None = None,
+    ) -> str | None:
+        """Like `push`, of a LoRA adapter alone: the engines hold its base.
+
+        Args:
+            rank: of the adapter.
+            dtype: of the engines' adapters, to which the matrices are rounded here; their checksums are of
+                the rounded ones.
+            base: the adapter's base if it is not the engines' checkpoint. The first push sends it through the
+                object store, which keeps it for engines that start later.
+
+        Raises:
+            TimeoutError: also if an engine's adapter differs; names tensors.
+        """
+        matrices = list(matrices)
+        with self.gathered([matrix.parameter for matrix in matrices]):
+            tensors = [GatheredTensor(matrix.name, matrix.scaled(dtype)) for matrix in matrices]
+        spec = AdapterSpec(rank, {name: checksum(tensor) for name, tensor, _ in tensors})
+        return self._push(tensors, version, spec, base)
+
+    def _push(
+        self,
+        tensors: Iterable[Sendable],
+        version: int,
+        adapter: AdapterSpec | None = None,
+        base: Iterable[CheckpointTensors] | None = None,
+    ) -> str | None:
+        plan = [(group, lay_out(group)) for group in plan_buckets(tensors, self.bucket_bytes)]
         number = self._announce(version)
         direct = self.direct
-        reached_all = direct is not None and direct.start(number, version, [slices for _, slices in plan])
+        if base is not None and self.base is None:
+            self.base = Base(number, self._put(base))
+            direct = None
+        reached_all = direct is not None and direct.start(
+            number, version, [slices for _, slices in plan], adapter
+        )
         copies: list[Future[Bucket]] = []
         for group, slices in plan:
             with self.gathered([part for tensors in group for part in tensors.parts]):
@@ -105,7 +151,7 @@ class WeightSync:
                     copies.append(self._copy(group, slices, flat))
         problem = direct.finish() if direct is not None else None
         if self.rank == 0:
-            self.publishing = self.copier.submit(self._publish, number, version, copies)
+            self.publishing = self.copier.submit(self._publish, number, version, copies, adapter)
             self.pending_copies = []
             if not reached_all or problem is not None:
                 self._wait_until_published()
@@ -146,8 +192,20 @@ class WeightSync:
         self.pending_copies.append(copy)
         return copy
 
-    def _publish(self, number: int, version: int, copies: Sequence[Future[Bucket]]) -> None:
-        publication = Publication(number, version, [copy.result() for copy in copies])
+    def _put(self, weights: Iterable[CheckpointTensors]) -> list[Bucket]:
+        """The weights in the object store; empty on ranks other than 0."""
+        copies: list[Future[Bucket]] = []
+        for group in plan_buckets(weights, self.bucket_bytes):
+            with self.gathered([part for tensors in group for part in tensors.parts]):
+                if self.rank == 0:
+                    copies.append(self._copy(group, lay_out(group), None))
+        return [copy.result() for copy in copies]
+
+    def _publish(
+        self, number: int, version: int, copies: Sequence[Future[Bucket]], adapter: AdapterSpec | None
+    ) -> None:
+        buckets = [copy.result() for copy in copies]
+        publication = Publication(number, version, buckets, adapter, self.base)
         assert self.weight_store is not None
         self.weight_store.publish(publication)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
-from rayrlhf.weights.store import TensorSlice
+from rayrlhf.weights.store import AdapterSpec, TensorSlice
 from rayrlhf.weights.transfer_failure import TransferFailed
 from rayrlhf.weights.transfer_store import Address, Member
 
@@ -92,6 +92,7 @@ class DirectPush:
     number: int  # of the publication
     version: int
     buckets: tuple[tuple[TensorSlice, ...], ...]
+    adapter: AdapterSpec | None = None  # None: the buckets hold all weights
 
 
 class Link(Protocol):

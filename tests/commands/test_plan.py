@@ -17,6 +17,7 @@ from rayrlhf.commands.plan import main
 from rayrlhf.config.job_kinds import load_any
 
 REPOSITORY = Path(__file__).parents[2]
+MERGED = "rollout.weight_sync.lora=merged"
 CONFIGS = REPOSITORY / "jobs" / "configs"
 GPU_CONFIGS = sorted(path.name for path in CONFIGS.glob("*-8x-gpu.yaml"))
 
@@ -119,6 +120,18 @@ def test_what_if_adapters_are_trained() -> None:
     argv = [config("sft-8x-gpu.yaml"), "train.num_workers=1", "train.max_tokens_per_micro_batch=4096"]
     assert main([*argv, "--gpus", "1x24GB"]) == 1
     assert main([*argv, "--gpus", "1x24GB", "--qlora"]) == 0
+
+
+def test_engines_that_sleep_keep_the_base_of_adapters_in_host_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def host_bytes(*words: str) -> int:
+        assert main([config("ppo-7b-4x-24gb.yaml"), "model.lora.rank=8", "--json", *words]) == 0
+        [stage] = json.loads(capsys.readouterr().out).values()
+        return sum(stage["roles"]["rollout"]["host_bytes"].values())
+
+    assert host_bytes() == 6_738_415_616 * 2 // 4  # Llama-2-7B in bf16, tensor_parallel: 4
+    assert host_bytes(MERGED) == host_bytes("rollout.sleep=false") == 0
 
 
 @pytest.mark.parametrize("adapters", ["--qlora", "--lora-rank=8", "model.lora.rank=8"])

@@ -101,6 +101,16 @@ RULES = {
         "ref.num_replicas",
         ["ref.location=serve"],
     ),
+    "adapters that travel alone are there": (
+        ["rollout.weight_sync.lora=adapter"],
+        "rollout.weight_sync.lora",
+        ["model.lora.rank=8"],
+    ),
+    "adapters that travel alone are of a rank that vLLM takes": (
+        ["rollout.weight_sync.lora=adapter", "model.lora.rank=513"],
+        "rollout.weight_sync.lora",
+        ["model.lora.rank=512"],
+    ),
     "adapters that are off were there": (
         ["ref.location=adapters_off"],
         "ref.location",

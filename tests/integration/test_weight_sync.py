@@ -18,7 +18,10 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
+from rayrlhf.config.model import LoraConfig
+from rayrlhf.models.adapters import adapter_matrices, adapter_weights
 from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
+from rayrlhf.models.lora import add_adapters
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.serve_status import app_statuses
@@ -42,9 +45,9 @@ GREEDY = {"max_tokens": NEW_TOKENS, "temperature": 0.0, "logprobs": 0, "ignore_e
 
 
 class Engines:
-    """Two engines behind Serve, and the trainer's model."""
+    """Two engines behind Serve, and the trainer's model, trained as a whole or with adapters alone."""
 
-    def __init__(self, folder: Path, model: str, route: Any) -> None:
+    def __init__(self, folder: Path, model: str, route: Any, lora: LoraConfig | None = None) -> None:
         config = tiny_run(
             folder,
             model,
@@ -67,6 +70,7 @@ class Engines:
             weight_store=self.job.weight_store,
             on_gpu=False,
             threads=1,
+            adapter=lora,
         )
         app = rollout_deployment(settings, self.slots, num_engines=NUM_ENGINES, max_requests=64)
         deploy({self.job.rollout_app: app})
@@ -91,17 +95,39 @@ class Engines:
         )
         self.version = 0
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.lora = lora
+        if lora is not None:
+            add_adapters(self.model, lora, seed=0)
 
     def change_weights(self) -> str | None:
         self.version += 1
         torch.manual_seed(self.version)
         with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.5)
+            if self.lora is not None:
+                for _, parameter in adapter_weights(self.model):
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+            else:
+                self.change_parameters()
         return self.push()
 
-    def push(self) -> str | None:
-        return self.sync.push(checkpoint_tensors(self.model), self.version)
+    def change_parameters(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_" not in name:
+                    parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.5)
+
+    def push(self, *, with_base: bool = False) -> str | None:
+        if self.lora is None:
+            return self.sync.push(checkpoint_tensors(self.model), self.version)
+        base = checkpoint_tensors(self.model, adapters=False) if with_base else None
+        return self.sync.push_adapter(
+            adapter_matrices(self.model), self.version, rank=self.lora.rank, dtype=torch.float32, base=base
+        )
+
+    def kill_one(self) -> int:
+        victim: int = self.describe()[0]["pid"]
+        os.kill(victim, signal.SIGKILL)
+        return victim
 
     def ask_all(self) -> list[Any]:
         return self.handle.broadcast("complete", PROMPT, GREEDY, self.version).results(timeout_s=60)
@@ -173,8 +199,7 @@ def test_every_engine_serves_the_newest_weights_even_after_it_was_killed(engines
     assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
     assert {v for a in answers for v in a.policy_versions} == {engines.version}
 
-    victim = engines.describe()[0]["pid"]
-    os.kill(victim, signal.SIGKILL)
+    victim = engines.kill_one()
     engines.change_weights()  # while one replica is down
     alive = engines.wait_until_all_run(without=victim)
     assert {d["version"] for d in alive} == {engines.version}, "it must come back with the newest weights"
@@ -294,3 +319,59 @@ def test_a_parameter_that_was_left_out_is_named(engines: Engines) -> None:
     left = f"left 1 engine parameters at their old values, among them.*{last.specs[0].name}"
     with pytest.raises(TimeoutError, match=left):
         engines.sync.push(most, engines.version)
+
+
+LORA = LoraConfig(rank=4, alpha=12, target_modules=["q_proj", "k_proj", "o_proj", "down_proj"])
+
+
+@pytest.mark.long
+def test_adapters_alone_reach_every_engine_even_after_it_was_killed_or_slept(
+    ray_session: None, tmp_path: Path, tiny_model: str
+) -> None:
+    engines = Engines(tmp_path, tiny_model, "gloo", LORA)
+    try:
+        _check_adapters_alone(engines)
+    finally:
+        engines.close()
+
+
+def _check_adapters_alone(engines: Engines) -> None:
+    def check_answers() -> None:
+        answers = engines.ask_all()
+        assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
+        assert {v for a in answers for v in a.policy_versions} == {engines.version}
+
+    check_answers()
+    old = engines.expected()
+    for _ in range(2):
+        assert engines.change_weights() is None
+        assert engines.expected() != old, "the adapter must change the answer for this test to mean anything"
+        check_answers()
+    published: Any = ray.get(engines.hub.latest.remote(), timeout=30)
+    assert {piece.name for slices, _ in published.buckets for piece in slices} == set(
+        published.adapter.checksums
+    )
+
+    victim = engines.kill_one()
+    engines.change_weights()  # while one replica is down
+    alive = engines.wait_until_all_run(without=victim)
+    assert {d["version"] for d in alive} == {engines.version}, "it must come back with the newest adapter"
+    check_answers()
+
+    # Sleeping engines keep their base, and get the adapter when they wake.
+    freed = engines.sync.engines_sleep()
+    assert freed >= NUM_ENGINES * KV_CACHE_BYTES
+    engines.sync.engines_wake("weights")
+    assert engines.change_weights() is None
+    engines.sync.engines_wake("kv_cache")
+    check_answers()
+
+    # Another base than the checkpoint, as with QLoRA: sent once, and to an engine that starts later.
+    engines.change_parameters()
+    engines.version += 1
+    engines.push(with_base=True)
+    check_answers()
+    victim = engines.kill_one()
+    engines.change_weights()
+    engines.wait_until_all_run(without=victim)
+    check_answers()

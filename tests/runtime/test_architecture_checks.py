@@ -114,6 +114,20 @@ def test_5_a_plan_has_the_verdict(
     assert stage["architectures"][0].startswith("model.path: llama is supported packed")
 
 
+def test_a_plan_says_how_adapters_reach_the_engines(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run(tmp_path, tiny_model, model={"lora": {"rank": 4}})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(exclude_unset=True)))
+    for words, said in (
+        ([], "LoRA adapters reach the engines alone"),
+        (["rollout.weight_sync.lora=merged"], "LoRA adapters are merged into all weights of a push"),
+    ):
+        assert plan([str(file), *words]) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_5_a_plan_has_the_verdict_where_nothing_is_known_of_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
