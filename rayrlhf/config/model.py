@@ -66,6 +66,9 @@ class TrainedModelConfig(ModelConfig):
     quantization: Literal["nf4"] | None = None
     """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); engines get dequantised ones."""
 
+    freeze_vision: bool = False
+    """Keep the vision tower of a vision-language model as it is; adapters never are in it."""
+
     sequence_parallel: Count = 1
     """Neighbouring workers that split the tokens of each micro-batch; for sequences too long for one."""
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 from rayrlhf.models.parallel import PackedModel
 from rayrlhf.models.streams import decoder_of
+from rayrlhf.models.vision import SequenceImages
 
 
 class TokenLogprobs(NamedTuple):
@@ -81,9 +82,11 @@ class PolicyModel(PackedModel):
         cu_seqlens: Tensor,  # [S+1]
         loss_mask: Tensor,  # [T]
         temperature: float = 1.0,
+        images: SequenceImages = (),  # [S], or empty
     ) -> TokenLogprobs:
         """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
-        hidden, share = self.decode(decoder_of(self.causal_lm), input_ids, position_ids, cu_seqlens)
+        decoder = self.causal_lm.base_model if self.vision is not None else decoder_of(self.causal_lm)
+        hidden, share = self.decode(decoder, input_ids, position_ids, cu_seqlens, images)
         where, weight = loss_tokens(position_ids, loss_mask * share.holds().roll(1))
         rows = hidden[share.rows_of(where - 1)]
         logprobs, entropy = self.head(rows, input_ids[where], temperature)

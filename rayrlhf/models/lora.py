@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.hub.ids import pinned_id
 from rayrlhf.models.adapter_format import ADAPTER_PREFIX, ADAPTER_WEIGHTS
-from rayrlhf.models.adapters import TrainedAdapter
+from rayrlhf.models.adapters import TrainedAdapter, not_adapted
 from rayrlhf.models.quiet_peft import LoraConfig as PeftConfig
 from rayrlhf.models.quiet_peft import inject_adapter_in_model
 
@@ -28,7 +28,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None
     check_targets(model, lora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(_peft_config(lora), model)
+        inject_adapter_in_model(_peft_config(lora, exclude_modules=not_adapted(model)), model)
 
 
 def check_targets(model: PreTrainedModel, lora: LoraConfig) -> None:
@@ -59,6 +59,7 @@ def write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str
         base_model_name_or_path=pinned.repo if pinned else adapter.base,
         revision=pinned.revision if pinned else None,
         task_type=task,
+        exclude_modules=adapter.not_adapted,
         modules_to_save=[head] if head else None,
         inference_mode=True,
     )

@@ -49,13 +49,14 @@ def loss_counts(batches: Sequence[PackedBatch], ranks: Ranks) -> LossCounts:
 
 def policy_forward(temperature: float) -> Forward:
     def forward(module: Any, batch: PackedBatch) -> TokenLogprobs:
-        return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature)
+        tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        return module(*tokens, temperature, batch.images)
 
     return forward
 
 
 def value_forward(module: Any, batch: PackedBatch) -> Tensor:
-    return module(batch.input_ids, batch.position_ids, batch.cu_seqlens)
+    return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.images)
 
 
 @dataclass(frozen=True)
