@@ -9,24 +9,20 @@ In addition to the legend of `rayrlhf.batch`: I  images of a packed stream
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from rayrlhf.data.images import FAMILIES, image_processor, opened
 from rayrlhf.hub.local import local_folder
 from rayrlhf.models.attention import packed_inputs
 from rayrlhf.samples import EncodedImage
 
-# Model types whose images are used; any other is trained on text only. Their packed streams are compared with
-# transformers' own forward pass in tests/models/test_vision.py.
-FAMILIES = ("qwen2_5_vl",)
 CACHE_BYTES = 256 << 20  # of pixel values: the same images are seen again by the reference and by updates
 
 SequenceImages = Sequence[Sequence[EncodedImage]]  # [S], those of each sequence in the order of their tokens
@@ -56,25 +52,6 @@ def freeze_tower(model: Any) -> None:
 def tower_of(model: Any) -> nn.Module:
     """The vision tower of a language model or decoder."""
     return model.base_model.visual
-
-
-@lru_cache(maxsize=4)
-def image_processor(path: str, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's image processor, loaded once per process.
-
-    Without torchvision, transformers takes the one that computes with PIL and numpy.
-    """
-    return AutoImageProcessor.from_pretrained(
-        local_folder(path, weights=False), trust_remote_code=trust_remote_code
-    )
-
-
-def opened(content: bytes) -> Any:
-    """The PIL image in a file's content, in RGB."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as image:
-        return image.convert("RGB")
 
 
 class VisionInputs:

@@ -13,9 +13,10 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from rayrlhf.batch import PackedBatch, pack_examples, pack_samples
 from rayrlhf.config.model import LoraConfig, ModelConfig, TrainedModelConfig
+from rayrlhf.data.images import opened
 from rayrlhf.models.adapters import adapted_layers, adapter_weights
 from rayrlhf.models.load import adapt, load_critic, load_policy
-from rayrlhf.models.vision import opened, tower_of
+from rayrlhf.models.vision import tower_of
 from rayrlhf.samples import EncodedImage, Example, Prompt, Sample, TokenSequence
 from tests.tiny_vision import IMAGE_PAD, VISION_START, image, image_ids, make_tiny_vision
 

@@ -89,5 +89,7 @@ def with_mismatched(table: pa.Table, partners: pa.Table, max_tokens: int) -> pa.
             "loss_mask": pa.array(loss_mask, types["loss_mask"]),
             "targets": pa.array([[[], []]] * table.num_rows, types["targets"]),
             "value": table.column("value"),
+            "images": table.column("images"),
+            "image_tokens": table.column("image_tokens"),
         }
     )
