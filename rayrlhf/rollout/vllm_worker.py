@@ -1,8 +1,7 @@
 """Receiver side of weight sync, inside vLLM's worker process.
 
 vLLM imports this module in every worker process because `worker_extension_cls` names `WorkerExtension`; the
-import registers the transfer backend. Only this module, `vllm_reload` and `rollout.vllm_engine` may import
-vllm.
+import registers the transfer backend. Only the modules `rollout.vllm_*` import vllm.
 """
 
 from __future__ import annotations
