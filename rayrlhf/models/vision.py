@@ -9,9 +9,11 @@ In addition to the legend of `rayrlhf.batch`: I  images of a packed stream
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +54,19 @@ def freeze_tower(model: Any) -> None:
 def tower_of(model: Any) -> nn.Module:
     """The vision tower of a language model or decoder."""
     return model.base_model.visual
+
+
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+
+def copy_processor(source: str, folder: Path) -> None:
+    """Copy the files of the processor, but for its tokenizer, from one checkpoint to another.
+
+    Copied and not saved again: transformers cannot load all parts of a processor without torchvision.
+    """
+    for name in PROCESSOR_FILES:
+        if Path(source, name).is_file():
+            shutil.copyfile(Path(source, name), folder / name)
 
 
 class VisionInputs:

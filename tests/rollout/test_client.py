@@ -217,7 +217,7 @@ def test_the_deadline_covers_all_retries(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = SimpleNamespace(now=0.0)
 
     class SlowToFail(Engines):
-        def remote(self, *request: Any) -> Any:
+        def remote(self, *request: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             clock.now += 3.0
             return super().remote(*request)
 
