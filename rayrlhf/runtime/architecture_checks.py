@@ -16,6 +16,7 @@ from rayrlhf.hub.local import local_folder
 from rayrlhf.models.load import has_packed_scorer
 from rayrlhf.models.probe import Head, Verdict, rope_limits, verdict_of
 from rayrlhf.runtime.length_checks import longest_sequences
+from rayrlhf.runtime.vision_checks import vision_problems
 
 
 class Judged(NamedTuple):
@@ -46,7 +47,9 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
     if not hasattr(config, "train"):
         return
     problems: list[Problem] = []
+    models: dict[str, PreTrainedConfig] = {}
     for judged in judge(config):
+        models[judged.key] = judged.config
         if judged.verdict.streams is None:
             problems.append(
                 Problem(
@@ -60,6 +63,7 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
             say(judged.line())
         if judged.key == "model.path":
             problems += [*_shared(config, judged), *_rotated_otherwise(config, judged)]
+    problems += vision_problems(config, models)
     if problems:
         raise ConfigError(problems)
 
