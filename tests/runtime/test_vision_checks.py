@@ -42,7 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     "critic.path": {"critic": {"path": "TEXT"}},
     "ref.path": {"ref": {"path": "TEXT"}},
     "rollout.environment": {
-        "rollout": {"environment": {"environment": "tests.jobs.environments:Guess"}},
+        "rollout": {
+            "environment": {"environment": "tests.jobs.environments:Guess", "max_response_tokens": 64}
+        },
         "reward": {"sources": [{"type": "environment"}]},
     },
 }
