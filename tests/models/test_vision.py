@@ -4,17 +4,20 @@ each sequence alone.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from rayrlhf.batch import PackedBatch, pack_examples, pack_samples
+from rayrlhf.commands.merge_lora import main as merge_lora
 from rayrlhf.config.model import LoraConfig, ModelConfig, TrainedModelConfig
 from rayrlhf.data.images import opened
-from rayrlhf.models.adapters import adapted_layers, adapter_weights
+from rayrlhf.models.adapters import TrainedAdapter, adapted_layers, adapter_weights, not_adapted, weights_of
+from rayrlhf.models.export import export_causal_lm
 from rayrlhf.models.load import adapt, load_critic, load_policy
 from rayrlhf.models.vision import tower_of
 from rayrlhf.samples import EncodedImage, Example, Prompt, Sample, TokenSequence
@@ -210,3 +213,27 @@ def test_pixel_values_are_kept_within_a_limit(model: str, monkeypatch: pytest.Mo
         vision.pixels(content)
     assert list(vision._pixels) == others[1:]
     assert vision.pixels(others[1]) is vision.pixels(others[1])
+
+
+def test_an_exported_adapter_is_merged_to_the_exported_model(model: str, tmp_path: Path) -> None:
+    lora = LoraConfig(rank=4)
+    policy = policy_of(model)
+    adapt(TrainedModelConfig(path=model, lora=lora), policy.causal_lm, device=CPU, seed=0)
+    with torch.no_grad():
+        for name, parameter in adapter_weights(policy.causal_lm):
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    state = {name: parameter.detach() for name, parameter in adapter_weights(policy.causal_lm)}
+    adapter = TrainedAdapter(lora, model, state, not_adapted(policy.causal_lm))
+    merged = {weight.name: weight.merged() for weight in weights_of(policy.causal_lm)}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    export_causal_lm(policy.causal_lm, merged, tokenizer, tmp_path / "export", adapter=adapter)
+    assert merge_lora([str(tmp_path / "export" / "adapter"), str(tmp_path / "merged")]) == 0
+    found = [
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict()
+        for name in ("export", "merged")
+    ]
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()

@@ -26,7 +26,7 @@ LEARNING = {
     f"learns {seed}": {
         "algorithm": GRPO,
         "seed": seed,
-        "train": {**TRAIN, "num_steps": 80, "lr": 2e-3},
+        "train": {**TRAIN, "num_steps": 30, "lr": 2e-3},
         "rollout": {**ROLLOUT, "prompts_per_step": 8, "group_size": 8},
     }
     for seed in (1, 2, 3)
@@ -113,8 +113,9 @@ def test_what_is_trained(runs: dict[str, Any]) -> None:
 @pytest.mark.long
 def test_grpo_learns_to_name_colours_from_three_seeds(tmp_path: Path) -> None:
     """A policy that ignores the images cannot get more than a quarter."""
-    for name, run in ran(tmp_path, LEARNING).items():
+    runs = ran(tmp_path, LEARNING)
+    assert len({run["steps"][0]["reward/mean"] for run in runs.values()}) > 1, "other samples per seed"
+    for name, run in runs.items():
         rewards = [step["reward/mean"] for step in run["steps"]]
-        print(name, [round(reward, 2) for reward in rewards])
         assert sum(rewards[:3]) / 3 < 0.3, name
         assert sum(rewards[-3:]) / 3 > 0.8, name

@@ -30,6 +30,7 @@ class VisionEngine(Engine):
     def __init__(self, config: PolicyRunConfig) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(config.model.path).eval()
         self.processor = AutoImageProcessor.from_pretrained(config.model.path)
+        self.seed = config.run.seed
         self.version = 0
         self.pushed: list[int] = []
         self.min_versions: list[int] = []
@@ -52,7 +53,7 @@ class VisionEngine(Engine):
 
     @torch.no_grad()
     def generate(self, prompt: Prompt, group_id: int, index: int, temperature: float) -> Sample:
-        generator = torch.Generator().manual_seed(1000 * group_id + index)
+        generator = torch.Generator().manual_seed(10**7 * self.seed + 1000 * group_id + index)
         pictures = [opened(image.content) for image in prompt.images]
         pixels = self.processor(images=pictures, return_tensors="pt")
         ids, logprobs = list(prompt.prompt_ids), []
