@@ -52,7 +52,7 @@ def export_causal_lm(
         with _generating_as(causal_lm, tokenizer):
             causal_lm.save_pretrained(folder, state_dict=dict(state_dict))  # it removes tied weights from it
         if is_vision_language(causal_lm.config):
-            copy_processor(causal_lm.name_or_path, folder)
+            copy_processor(str(causal_lm.name_or_path), folder)  # the folder that it was loaded from
         if adapter is not None:
             _write_adapter(folder / ADAPTER_FOLDER, adapter, task="CAUSAL_LM")
 

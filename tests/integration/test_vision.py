@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
+from rayrlhf.data.store import ExampleStore
 from rayrlhf.policy.driver import run_policy
+from rayrlhf.supervised.driver import run_supervised
 from tests.integration.policy_runs import tiny_run
+from tests.integration.supervised_runs import job
 from tests.tiny_vision import make_tiny_vision, png
 
 START_SECONDS = 180
@@ -107,7 +110,8 @@ def test_a_policy_run_on_images(tmp_path: Path, changes: dict[str, Any]) -> None
     assert len(steps) == 3
     assert max(step["rollout/logprob_diff_max"] for step in steps) < 1e-3
     export = tmp_path / "runs/tiny/export"
-    model, info = AutoModelForImageTextToText.from_pretrained(export, output_loading_info=True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(export, output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert AutoImageProcessor.from_pretrained(export).patch_size == 4
@@ -124,3 +128,42 @@ def test_grpo_learns_to_name_colours(tmp_path: Path, seed: int) -> None:
     rewards = [step["reward/mean"] for step in steps_of(tmp_path)]
     assert sum(rewards[:3]) / 3 < 0.3
     assert sum(rewards[-3:]) / 3 > 0.8, rewards
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_supervised_jobs_on_images_count_unusable_ones(tmp_path: Path, name: str) -> None:
+    model = make_tiny_vision(tmp_path / "model")
+    write_images(tmp_path, 4)
+    (tmp_path / "broken.png").write_bytes(png(width=32, height=32, seed=0)[:500])
+    names = list(COLOURS)
+    rows = [
+        {
+            "prompt": "<image>?",
+            "images": [f"{names[i % 4]}.png"],
+            "response": names[i % 4],
+            "wrong": names[(i + 1) % 4],
+        }
+        for i in range(32)
+    ]
+    bad = [{**rows[0], "images": images} for images in (["none.png"], ["broken.png"], [], ["red.png"] * 2)]
+    for file, given in (("train", [*rows, *bad]), ("eval", rows[:8])):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    keys = {"chosen_key": "response", "rejected_key": "wrong"} if name == "dpo" else {}
+    config = job(
+        tmp_path,
+        model,
+        name,
+        data={"on_bad_row": "skip", **keys},
+        train={"num_steps": 20, "num_workers": 2, "zero_stage": 2},
+    )
+    assert run_supervised(config) == 0
+    summary = json.loads((Path(config.run.path) / "summary.json").read_text())
+    before, after = (summary["evaluation"][when]["eval/loss"] for when in ("before", "after"))
+    assert after < 0.5 * before
+    [store] = Path(config.run.path).rglob("train*.arrow")
+    assert ExampleStore.open(store).counts["skipped_bad"] == 4
+    AutoModelForImageTextToText.from_pretrained(summary["export"])

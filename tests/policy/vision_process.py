@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -45,8 +46,9 @@ class VisionEngine(Engine):
         with tempfile.TemporaryDirectory() as folder:
             self.model.config.save_pretrained(folder)
             save_file(state, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-            self.model, loaded = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
-        assert not loaded["missing_keys"] and not loaded["unexpected_keys"], loaded
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        self.model, found = loaded
+        assert not found["missing_keys"] and not found["unexpected_keys"], found
         self.model.eval()
         self.version = version
         self.pushed.append(version)
