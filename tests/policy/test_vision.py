@@ -20,7 +20,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": {**GRPO, "kl_coef": 0.01, "kl_in": "loss", "kl_estimator": "k3"}},
     "ppo": {"algorithm": {"kl_coef": 0.01}},
     "grpo with adapters": {"algorithm": GRPO, "lora": {"rank": 8}},
-    "grpo with a frozen tower": {"algorithm": GRPO, "freeze_vision": True},
+    "grpo with a frozen tower": {
+        "algorithm": GRPO,
+        "freeze_vision": True,
+        "train": {**TRAIN, "gradient_checkpointing": True},
+    },
 }
 LEARNING = {
     f"learns {seed}": {
