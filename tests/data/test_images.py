@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from transformers import AutoImageProcessor
@@ -19,9 +20,11 @@ from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.example_data import KtoDataConfig, PairDataConfig, SftDataConfig
 from rayrlhf.data.images import opened
 from rayrlhf.data.prepare import ExampleRows, PromptRows, RenderStage
+from rayrlhf.data.row_filter import Tally
 from rayrlhf.data.rows.images import with_bytes_as_text
 from rayrlhf.data.rows.row import columns_to_json
 from rayrlhf.data.store import EXAMPLE_SCHEMA, examples_of
+from rayrlhf.data.stream import step_ranges
 from tests.tiny_model import make_tiny_model
 from tests.tiny_vision import IMAGE_PAD, VISION_END, VISION_START, make_tiny_vision, png
 
@@ -242,3 +245,23 @@ def test_image_features_of_a_saved_data_set(model: str, folder: Path, tmp_path: 
     [row] = read_chunk(Chunk("dataset", str(tmp_path / "saved"), 0, 1))
     [found] = render(sft(), model, folder, row.columns)
     assert found["problem"] == "" and found["images"] == [content]
+
+
+def test_the_fingerprint_covers_the_images(model: str, folder: Path) -> None:
+    """Two images of one size have the same tokens."""
+
+    def fingerprint(seed: int) -> str:
+        content = png(width=16, height=16, seed=seed)
+        rows = sft()
+        found = render(rows, model, folder, {"prompt": "<image>?", "response": "red", "image": content})
+        tally = Tally(rows.policy, [0], rows.contents)
+        tally.usable_rows(pa.Table.from_pylist(found, rows.schema))
+        return tally.fingerprint(np.arange(1))
+
+    assert fingerprint(2) == fingerprint(2) != fingerprint(3)
+
+
+def test_blocks_of_rows_with_images_are_short() -> None:
+    """40,960 steps of 8 rows: 10 steps per block of short rows, 8 where these would be more than 64 MiB."""
+    assert len(step_ranges(0, 40_960, 1, 8)) == 4096
+    assert len(step_ranges(0, 40_960, 1, 8, row_bytes=1 << 20)) == 5120

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from rayrlhf.batch import PackedBatch, pack_examples, pack_samples
+from rayrlhf.batch import PackedBatch, pack_examples, pack_samples, pack_values, tokens_of
 from rayrlhf.commands.merge_lora import main as merge_lora
 from rayrlhf.config.model import LoraConfig, ModelConfig, TrainedModelConfig
 from rayrlhf.data.images import opened
@@ -168,6 +168,13 @@ def test_each_sequence_of_a_pair_has_the_images() -> None:
     text = TokenSequence([1, 9], [0, 1])
     batch = pack_examples([Example(0, pair, images=(SMALL,)), Example(1, (text, text))])
     assert batch.images == ((SMALL,), (SMALL,), (), ())
+
+
+def test_critics_and_served_models_get_the_images() -> None:
+    batch = pack_samples(SAMPLES)
+    assert tokens_of(batch).images == batch.images == tuple(each.prompt.images for each in SAMPLES)
+    values = torch.zeros(batch.num_tokens)
+    assert pack_values(batch, values, values).to("cpu").images == batch.images
 
 
 def test_too_few_image_tokens_are_an_error(model: str) -> None:
