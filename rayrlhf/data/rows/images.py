@@ -1,7 +1,7 @@
 """Images of a row: placeholders in its messages, and the column that they refer to. No file is opened here.
 
 A placeholder is a content part of OpenAI's API, or of Anthropic's or Hugging Face's, or `<image>` in a user's
-text. Parts may have their own image; the others take those of the column, in order.
+text if the row has the column. Parts may have their own image; the others take those of the column, in order.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def with_images(
     `BadRow` if there are more or fewer images than placeholders.
     """
     given = column_images(columns, config)
-    if given and not has_placeholders(messages):
+    column = images_column(columns, config)
+    if column is not None and columns[column] is not None and not has_placeholders(messages):
         messages = [_split_at_marks(message) for message in messages]
     images: list[ImageRef] = []
     left = iter(given)
@@ -114,7 +115,6 @@ def with_images(
     if given and not num_placeholders:
         return bare, given
     if num_without != len(given):
-        column = images_column(columns, config)
         place = f"in column {column!r}" if column else f"(no column {' or '.join(COLUMNS)})"
         raise BadRow(
             f"{num_without} image placeholders, but {len(given)} images {place}; wanted one image for each: "

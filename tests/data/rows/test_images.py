@@ -74,6 +74,7 @@ def test_one_image_need_not_be_a_list() -> None:
         ([IMAGE, text("?")], ["a.png", "b.png"], "1 image placeholders, but 2 images in column 'images'"),
         ([IMAGE, text("?")], [], r"1 image placeholders, but 0 images in column 'images'"),
         ([IMAGE, text("?")], None, r"1 image placeholders, but 0 images \(no column images or image\)"),
+        ("<image>?", [], "1 image placeholders, but 0 images in column 'images'"),
         ("<image>?", ["a.png", "b.png"], "1 image placeholders, but 2 images"),
         (
             [{"type": "image_url", "image_url": {}}],
