@@ -122,11 +122,13 @@ def image_processor(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def opened(content: bytes) -> Any:
-    """The PIL image in a file's content, in RGB."""
-    from PIL import Image
+    """The PIL image in a file's content, in RGB and upright (photos have their rotation in EXIF), as by
+    transformers' `load_image`.
+    """
+    from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(content)) as image:
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def folder_of(data_file: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import threading
 import time
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from transformers import AutoImageProcessor
+from transformers.image_utils import load_image
 
 from rayrlhf.config.data import PromptDataConfig
 from rayrlhf.config.example_data import KtoDataConfig, PairDataConfig, SftDataConfig
@@ -265,3 +268,18 @@ def test_blocks_of_rows_with_images_are_short() -> None:
     """40,960 steps of 8 rows: 10 steps per block of short rows, 8 where these would be more than 64 MiB."""
     assert len(step_ranges(0, 40_960, 1, 8)) == 4096
     assert len(step_ranges(0, 40_960, 1, 8, row_bytes=1 << 20)) == 5120
+
+
+def test_photos_are_upright(tmp_path: Path) -> None:
+    """Orientation 6: the camera was turned; the file has the picture on its side."""
+    picture = Image.new("RGB", (40, 16), (255, 0, 0))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", exif=exif)
+    found = opened(stream.getvalue())
+    assert (found.size, found.mode) == ((16, 40), "RGB")
+    assert (
+        found.size
+        == load_image(f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}").size
+    )
