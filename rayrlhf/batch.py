@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rayrlhf.samples import Example, Sample, TokenSequence
+from rayrlhf.samples import EncodedImage, Example, Sample, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class PackedBatch:
     cu_seqlens: Tensor  # [S+1] int32, first 0 and last T
     loss_mask: Tensor  # [T] float32, 1 on loss tokens
     is_padding: bool = field(default=False, kw_only=True)  # a batch without real sequences, see below
+    # [S] the images of each sequence, in the order of their tokens; empty if no sequence has any
+    images: tuple[tuple[EncodedImage, ...], ...] = field(default=(), kw_only=True)
 
     @property
     def num_tokens(self) -> int:
@@ -135,6 +137,7 @@ def pack_samples(samples: Sequence[Sample]) -> PolicyBatch:
         # Selected, not multiplied: a token that the policy did not produce may have any logprob, NaN too.
         rollout_logprobs=torch.where(mask > 0, torch.tensor(rollout_logprobs), 0.0),
         routed_experts=_routes(samples),
+        images=_unless_none([sample.prompt.images for sample in samples]),
     )
 
 
@@ -152,6 +155,10 @@ def _routes(samples: Sequence[Sample]) -> Tensor | None:
             for sample in samples
         ]
     )
+
+
+def _unless_none(images: Sequence[tuple[EncodedImage, ...]]) -> tuple[tuple[EncodedImage, ...], ...]:
+    return tuple(images) if any(images) else ()
 
 
 def _or_nan(number: float | None) -> float:
@@ -184,13 +191,19 @@ def pack_examples(examples: Sequence[Example]) -> ExampleBatch:
         row_ids=torch.tensor([example.row_id for example, _ in sequences]),
         targets=torch.tensor(targets, dtype=torch.float32),
         example_values=torch.tensor([example.value for example, _ in sequences], dtype=torch.float32),
+        images=_unless_none([example.images for example, _ in sequences]),
     )
 
 
 def pack_values(batch: PackedBatch, values: Tensor, returns: Tensor) -> ValueBatch:
     """The fields of a micro-batch that a critic reads, with `values` and `returns` [T]."""
+    return ValueBatch(**vars(tokens_of(batch)), values=values, returns=returns)
+
+
+def tokens_of(batch: PackedBatch) -> PackedBatch:
+    """Only the fields that a model reads."""
     tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
-    return ValueBatch(*tokens, values=values, returns=returns, is_padding=batch.is_padding)
+    return PackedBatch(*tokens, images=batch.images, is_padding=batch.is_padding)
 
 
 # Padding batches, of two tokens without loss, let a rank run as many micro-batches as the others. They have

@@ -10,6 +10,14 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """An image as in its file; pixel values are made when a micro-batch is computed."""
+
+    content: bytes = field(repr=False)  # PNG, JPEG or another format that PIL reads
+    num_tokens: int  # image tokens that stand for it in the token ids
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One row of the prompt data set, rendered and tokenised."""
 
@@ -17,6 +25,7 @@ class Prompt:
     prompt_ids: list[int]
     prompt: str  # what `prompt_ids` decodes to, special tokens included
     columns: dict[str, Any] = field(default_factory=dict)  # every column of the data row, `label` included
+    images: tuple[EncodedImage, ...] = ()  # in the order of their tokens in `prompt_ids`
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ class Example:
     row_id: int  # index in the prepared data set
     sequences: tuple[TokenSequence, ...]  # one, or (chosen, rejected), or (response, mismatched response)
     value: float = 0.0  # the margin of a pair; 1 for a desirable response and 0 for an undesirable one
+    images: tuple[EncodedImage, ...] = ()  # of each sequence, in the order of their tokens
 
     @property
     def num_tokens(self) -> int:

@@ -27,7 +27,8 @@ from tests.samples import make_prompt, make_sample
 
 
 def set_fields(batch: PackedBatch) -> set[str]:
-    return {f.name for f in fields(batch) if getattr(batch, f.name) is not None}
+    """Names of its tensors."""
+    return {f.name for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor)}
 
 
 def make_example(row_id: int) -> Example:

@@ -19,9 +19,12 @@ from rayrlhf.config.yaml_tree import COMMAND_LINE, read_tree
 from rayrlhf.data.batch_plan import RowOrder, fill_of, plan_steps
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import head_rows
+from rayrlhf.data.images import ImageReader, image_reader
+from rayrlhf.data.images import folder_of as data_folder
 from rayrlhf.data.render import RenderedExample, render_example
 from rayrlhf.data.row_filter import Places, left_out_notes
 from rayrlhf.data.rows.formats import id_of, normal_form
+from rayrlhf.data.rows.images import with_bytes_as_text
 from rayrlhf.data.rows.padding import without_padding
 from rayrlhf.data.rows.row import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.sources.files import Split, resolve_source
@@ -54,7 +57,8 @@ def main(words: Sequence[str]) -> int:
         data = pin_data(config.data, None, _note, problems)
         if problems:
             raise DataError("\n".join(problems))
-        preview = look_at(data, tokenizer, config.run.seed, options.split, options.rows)
+        reader = image_reader(folder, config.model.trust_remote_code, data.image_timeout_seconds)
+        preview = look_at(data, tokenizer, config.run.seed, options.split, options.rows, reader)
         fill = packing_fill(preview, config)
     except ConfigError as error:
         write_line(str(error), sys.stderr)
@@ -100,20 +104,28 @@ class Preview:
 
 
 def look_at(
-    data: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, split: Split, rows: int
+    data: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    split: Split,
+    rows: int,
+    reader: ImageReader | None = None,
 ) -> Preview:
-    """Render the first rows of a split, the same number per source. Raises `DataError` as the job would."""
+    """Render the first rows of a split, the same number per source. Raises `DataError` as the job would.
+    `reader`: of the model's images; None: it has no vision.
+    """
     preview = Preview(split)
     seen: dict[str, str] = {}
     for row in _first_rows(data, split, rows):
         try:
             if row.problem:
                 raise BadRow(row.problem)
-            columns_json, left_out = columns_to_json(row.columns)
+            columns_json, left_out = columns_to_json(with_bytes_as_text(row.columns, data.images_key))
             if not in_split(columns_json, split, data.eval_share, seed):
                 continue
             columns = without_padding(row.columns, row.padded)
-            example = render_example(normal_form(columns, data), data, tokenizer)
+            found = normal_form(columns, data)
+            example = render_example(found, data, tokenizer, reader, data_folder(row.file))
             left_out = left_out_notes(json.dumps([*row.left_out, *left_out]))
             row_id = id_of(row.columns, data)
         except BadRow as error:

@@ -102,6 +102,10 @@ class DataConfig(Section):
     """Tool definitions for the chat template, of every conversation whose row has none."""
     tools_key: Key | None = None
     """Column with tool definitions for the chat template; null takes the column tools where there is one."""
+    images_key: Key | None = None
+    """Column with the images of a row, or one image; null takes images, or image, where there is one."""
+    image_timeout_seconds: PositiveNumber = 30.0
+    """Deadline of each image that is given as an http(s) URL."""
     chat_template: str | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
     on_bad_row: Literal["fail", "skip"] = "fail"

@@ -84,6 +84,8 @@ class TrainedModelConfig(ModelConfig):
 
     aux_loss_coef: NonNegativeNumber = 0.0
     """Weight of a mixture of experts' load-balancing loss, e.g. 0.001; 0 is none."""
+    freeze_vision: bool = False
+    """Keep the vision tower of a vision-language model as it is; adapters never are in it."""
 
     sequence_parallel: Count = 1
     """Neighbouring workers that split the tokens of each micro-batch; for sequences too long for one."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rayrlhf.config.data import DataConfig, PromptDataConfig
+from rayrlhf.data.images import ImageReader, images_of, num_tokens_of_each, repeated
 from rayrlhf.data.markers import cut, encode, found_in, markers_of
 from rayrlhf.data.rows.messages import Message
 from rayrlhf.data.rows.prompt_rows import prompt_of
@@ -15,6 +16,7 @@ from rayrlhf.data.rows.row import BadRow, DataError, check_text, check_unicode, 
 from rayrlhf.data.template import apply_template, tool_form
 from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.local import local_folder
+from rayrlhf.samples import EncodedImage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,17 +57,27 @@ class RenderedPrompt(NamedTuple):
     text: str  # decoded ids, special tokens included
     ids: list[int]
     notes: tuple[str, ...] = ()  # changes made to the row, to be counted
+    images: tuple[EncodedImage, ...] = ()  # in the order of their tokens
 
 
 def render_prompt(
-    columns: Mapping[str, Any], config: PromptDataConfig, tokenizer: PreTrainedTokenizerBase
+    columns: Mapping[str, Any],
+    config: PromptDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reader: ImageReader | None = None,
+    folder: str = "",
 ) -> RenderedPrompt:
     """The model's input for a row.
 
     With `apply_chat_template` a text becomes one user message, `system_prompt` is prepended to a conversation
     without a system message, and the template ends with the generation prompt. Otherwise the text is inserted
     into `input_template`, or used unchanged. Leading special tokens are added by the template or by the
-    tokenizer, never by both, and no end-of-sequence token is added: the answer follows.
+    tokenizer, never by both, and no end-of-sequence token is added: the answer follows. Images become their
+    tokens in the ids, and stay placeholders in the text.
+
+    Args:
+        reader: of the model's images; None: it has no vision.
+        folder: paths of images are relative to it.
 
     Raises `BadRow` for a row that cannot be rendered and `DataError` for a tokenizer without a chat template.
     """
@@ -73,10 +85,15 @@ def render_prompt(
     if isinstance(found, str):
         text = found if config.input_template is None else config.input_template.replace("{}", found)
         return _prompt(encode_plain(text, tokenizer), config, tokenizer)
+    images, left_out = images_of(found.images, found.messages, reader, folder)
     messages, tools, notes = as_text(found.messages, found.tools, tokenizer)
     text = apply_template(messages, tokenizer, tools=tools, add_generation_prompt=True)
     check_unicode(text, f"the conversation in column {config.prompt_key!r}")  # including other keys
-    return _prompt(encode(text, tokenizer), config, tokenizer, notes)
+    prompt = _prompt(encode(text, tokenizer), config, tokenizer, [*notes, *left_out])
+    if reader is None or not images:
+        return prompt
+    repeats = num_tokens_of_each(prompt.ids, images, reader.image_token_id)
+    return prompt._replace(ids=repeated(prompt.ids, repeats), images=images)
 
 
 def render_text(

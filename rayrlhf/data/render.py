@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.example_data import ExampleDataConfig, PrmDataConfig, SftDataConfig
 from rayrlhf.data.assistant_mask import MaskedConversation, assistant_turns, join, mask_turns
 from rayrlhf.data.chat import as_text, decode_prompt, encode_plain
+from rayrlhf.data.images import ImageReader, check_not_cut, images_of, num_tokens_of_each, repeated
 from rayrlhf.data.markers import cut, encode, markers_of
 from rayrlhf.data.rows.conversations import Text
 from rayrlhf.data.rows.formats import NormalForm
@@ -18,6 +19,7 @@ from rayrlhf.data.rows.preferences import Judged, Pair
 from rayrlhf.data.rows.row import BadRow, DataError
 from rayrlhf.data.rows.steps import Steps
 from rayrlhf.data.template import apply_template
+from rayrlhf.samples import EncodedImage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,22 @@ class RenderedSequence:
             self.targets[start:stop],
         )
 
+    def with_images(self, images: Sequence[EncodedImage], reader: ImageReader) -> RenderedSequence:
+        """Each placeholder becomes the tokens of its image. They and the markers around never have a loss."""
+        repeats = num_tokens_of_each(self.input_ids, images, reader.image_token_id)
+        input_ids = repeated(self.input_ids, repeats)
+        loss_mask = repeated(self.loss_mask, repeats)
+        return replace(
+            self,
+            input_ids=input_ids,
+            loss_mask=[
+                0 if token in reader.never_learned else loss
+                for token, loss in zip(input_ids, loss_mask, strict=True)
+            ],
+            prompt_tokens=sum(repeats[: self.prompt_tokens]),
+            targets=repeated(self.targets, repeats) if self.targets else [],
+        )
+
 
 @dataclass(frozen=True)
 class RenderedExample:
@@ -55,10 +73,15 @@ class RenderedExample:
     num_tokens: int  # of the longest sequence, before truncation
     value: float = 0.0  # see `rayrlhf.batch.Example`
     notes: tuple[str, ...] = ()  # changes made to the row, to be counted
+    images: tuple[EncodedImage, ...] = ()  # of every sequence, in the order of their tokens
 
 
 def render_example(
-    example: NormalForm, config: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase
+    example: NormalForm,
+    config: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reader: ImageReader | None = None,
+    folder: str = "",
 ) -> RenderedExample:
     """The token sequences and loss masks of an example. Sequences over `max_tokens` are truncated only with
     `on_long: truncate_*`.
@@ -66,8 +89,13 @@ def render_example(
     A sequence ends with the token that ends its last answer: reward models are scored there. The sequences of
     a pair begin with the same prompt ids. Raises `BadRow` for an example that cannot be rendered, or whose
     answer is truncated completely, and `DataError` for an unsuitable tokenizer or template.
+
+    Args:
+        reader: of the model's images; None: it has no vision.
+        folder: paths of images are relative to it.
     """
     value = 0.0
+    images, left_out = _images(example, reader, folder)
     if isinstance(example, Text):
         sequences = [_all_loss_tokens(_ended(example.text, tokenizer))]
     elif isinstance(example, Conversation):
@@ -85,14 +113,30 @@ def render_example(
     else:
         assert isinstance(config, PrmDataConfig)
         sequences = [_steps(example, config, tokenizer)]
-    longest = max(map(len, sequences))
     notes = tuple(dict.fromkeys(note for sequence in sequences for note in sequence.notes))
+    if reader is not None and images:
+        sequences = [sequence.with_images(images, reader) for sequence in sequences]
+    longest = max(map(len, sequences))
     sequences = _fitted([sequence.part(0, len(sequence)) for sequence in sequences], config)
+    if reader is not None and images:
+        for sequence in sequences:
+            limit = f"data.max_tokens={config.max_tokens}"
+            check_not_cut(sequence.input_ids, images, reader.image_token_id, limit)
     if not all(any(sequence.loss_mask) for sequence in sequences):
         raise BadRow("it has no loss token")
     if len(sequences) == 2 and sequences[0].input_ids == sequences[1].input_ids:
         raise BadRow("its answers have the same tokens")
-    return RenderedExample(sequences, longest, value, notes)
+    return RenderedExample(sequences, longest, value, (*notes, *left_out), images)
+
+
+def _images(
+    example: NormalForm, reader: ImageReader | None, folder: str
+) -> tuple[tuple[EncodedImage, ...], list[str]]:
+    if isinstance(example, Conversation):
+        return images_of(example.images, example.messages, reader, folder)
+    if isinstance(example, Pair | Judged):
+        return images_of(example.images, example.prompt, reader, folder)
+    return (), []
 
 
 def _sequence(answer: MaskedConversation) -> RenderedSequence:

@@ -226,8 +226,8 @@ def _contents_of(array: pa.Array, name: str) -> Iterator[tuple[str, bytes]]:
     if pa.types.is_list(array.type):
         yield f"{name}.lengths", array.value_lengths().to_numpy(zero_copy_only=False).tobytes()
         yield from _contents_of(array.flatten(), f"{name}.items")
-    elif pa.types.is_string(array.type):
-        texts = [text.encode() for text in array.to_pylist()]
+    elif pa.types.is_string(array.type) or pa.types.is_large_binary(array.type):
+        texts = [text.encode() if isinstance(text, str) else text for text in array.to_pylist()]
         yield f"{name}.lengths", np.array([len(text) for text in texts], dtype="<i8").tobytes()
         yield name, b"".join(texts)
     else:

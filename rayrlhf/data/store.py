@@ -13,12 +13,17 @@ import numpy as np
 import pyarrow as pa
 
 from rayrlhf.data.rows.row import DataError
-from rayrlhf.samples import Example, Prompt, TokenSequence
+from rayrlhf.samples import EncodedImage, Example, Prompt, TokenSequence
 
+IMAGE_FIELDS = [  # in the order of their tokens, the same in every sequence of a row
+    pa.field("images", pa.list_(pa.large_binary())),  # as in their files
+    pa.field("image_tokens", pa.list_(pa.int32())),  # of each image
+]
 PROMPT_FIELDS = [
     pa.field("prompt_ids", pa.list_(pa.int32())),
     pa.field("prompt", pa.string()),
     pa.field("columns_json", pa.string()),
+    *IMAGE_FIELDS,
 ]
 PROMPT_SCHEMA = pa.schema([pa.field("row_id", pa.int64()), *PROMPT_FIELDS])
 
@@ -28,6 +33,7 @@ SEQUENCE_FIELDS = [
     pa.field("loss_mask", pa.list_(pa.list_(pa.uint8()))),
     pa.field("targets", pa.list_(pa.list_(pa.float32()))),  # inner lists are empty if no token is labelled
     pa.field("value", pa.float64()),
+    *IMAGE_FIELDS,
 ]
 EXAMPLE_SCHEMA = pa.schema(
     [
@@ -38,6 +44,7 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 
 STORE_BATCH_ROWS = 1024
+IMAGE_BATCH_ROWS = 32  # of a store with images, of which 1024 rows could be gigabytes
 COUNTS_KEY, FINGERPRINT_KEY = b"rayrlhf.counts", b"rayrlhf.fingerprint"
 
 
@@ -105,6 +112,11 @@ class RowStore:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def row_bytes(self) -> int:
+        """Mean size of a row."""
+        return self.path.stat().st_size // max(1, len(self))
+
     def take(self, row_ids: Iterable[int]) -> pa.Table:
         """The rows with these ids, in this order, with the columns of the store's schema.
 
@@ -128,11 +140,26 @@ class PromptStore(RowStore):
 
 def prompts_of(table: pa.Table) -> list[Prompt]:
     """The rows of a table with the columns of `PROMPT_SCHEMA`."""
-    columns = [table.column(name).to_pylist() for name in PROMPT_SCHEMA.names]
+    columns = [_values(table, name) for name in PROMPT_SCHEMA.names]
     return [
-        Prompt(row_id=row_id, prompt_ids=prompt_ids, prompt=prompt, columns=json.loads(columns_json))
-        for row_id, prompt_ids, prompt, columns_json in zip(*columns, strict=True)
+        Prompt(
+            row_id=row_id,
+            prompt_ids=prompt_ids,
+            prompt=prompt,
+            columns=json.loads(columns_json),
+            images=_images_of(contents, num_tokens),
+        )
+        for row_id, prompt_ids, prompt, columns_json, contents, num_tokens in zip(*columns, strict=True)
     ]
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    """Nulls for the images of a store that an earlier version has written."""
+    return table.column(name).to_pylist() if name in table.column_names else [None] * table.num_rows
+
+
+def _images_of(contents: list[bytes] | None, num_tokens: list[int] | None) -> tuple[EncodedImage, ...]:
+    return tuple(map(EncodedImage, contents or [], num_tokens or []))
 
 
 class ExampleStore(RowStore):
@@ -155,24 +182,25 @@ class ExampleStore(RowStore):
 
 def examples_of(table: pa.Table) -> list[Example]:
     """The rows of a table with the columns of `EXAMPLE_SCHEMA`."""
-    names = ("row_id", "input_ids", "loss_mask", "targets", "value")
-    columns = [table.column(name).to_pylist() for name in names]
+    names = ("row_id", "input_ids", "loss_mask", "targets", "value", "images", "image_tokens")
+    columns = [_values(table, name) for name in names]
     return [
-        Example(row_id, tuple(map(TokenSequence, input_ids, loss_mask, targets)), value)
-        for row_id, input_ids, loss_mask, targets, value in zip(*columns, strict=True)
+        Example(row_id, tuple(map(TokenSequence, input_ids, loss_mask, targets)), value, _images_of(*images))
+        for row_id, input_ids, loss_mask, targets, value, *images in zip(*columns, strict=True)
     ]
 
 
-def in_order(rows: ArrowRows, order: np.ndarray) -> Iterator[pa.Table]:
+def in_order(rows: ArrowRows, order: np.ndarray, batch_rows: int = STORE_BATCH_ROWS) -> Iterator[pa.Table]:
     """The rows in the order of their indices [rows], in tables of a bounded size."""
-    for start in range(0, len(order), STORE_BATCH_ROWS):
-        yield rows.take(order[start : start + STORE_BATCH_ROWS])
+    for start in range(0, len(order), batch_rows):
+        yield rows.take(order[start : start + batch_rows])
 
 
 def write_tables(
     tables: Iterable[pa.Table], schema: pa.Schema, counts: Mapping[str, int], fingerprint: str, path: Path
 ) -> None:
-    """Writes tables that have all columns of `schema` except its first, `row_id`, the row number.
+    """Writes tables that have all columns of `schema` except its first, `row_id`, the row number, and
+    images, which rows need not have.
 
     The file is written atomically.
     """
@@ -182,7 +210,13 @@ def write_tables(
     with pa.OSFile(str(partial_path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for table in tables:
             row_ids = pa.array(np.arange(start, start + table.num_rows, dtype=np.int64))
-            columns = [table.column(name) for name in schema.names[1:]]
+            columns = [_column(table, schema.field(name)) for name in schema.names[1:]]
             writer.write_table(pa.Table.from_arrays([row_ids, *columns], schema=schema))
             start += table.num_rows
     os.replace(partial_path, path)
+
+
+def _column(table: pa.Table, field: pa.Field) -> Any:
+    if field in IMAGE_FIELDS and field.name not in table.column_names:
+        return pa.nulls(table.num_rows, field.type)
+    return table.column(field.name)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FETCH_TASKS = 2
 MAX_BLOCKS = 4096  # each is a separate object in the cluster, so a long run has several steps per block
 BLOCK_ROWS = 16_384  # … unless they would have more rows than this each: then there are more blocks
+BLOCK_BYTES = 64 << 20  # … or would be larger than this
 MAX_LONG_BLOCKS = 65_536
 MAX_BLOCK_ROWS = 65_536  # of such a run
 
@@ -44,20 +45,25 @@ def prompt_dataset(
     """
     if not 0 <= start_step < len(plan):
         raise ValueError(f"start_step={start_step} of a plan with {len(plan)} steps")
-    blocks = step_ranges(start_step, len(plan), plan.world_size, plan.prompts_per_step)
+    row_bytes = PromptStore.open(store_path).row_bytes
+    blocks = step_ranges(start_step, len(plan), plan.world_size, plan.prompts_per_step, row_bytes)
     return fetched(blocks, partial(_fetch_prompts, os.path.abspath(store_path), plan))
 
 
-def step_ranges(start: int, stop: int, world_size: int, rows_per_step: int) -> list[pa.Table]:
+def step_ranges(
+    start: int, stop: int, world_size: int, rows_per_step: int, row_bytes: int = 0
+) -> list[pa.Table]:
     """The steps in blocks of one rank each, as tables with `first`, `last` (exclusive) and `rank`.
 
     A block is fetched as a whole, so a longer run first gets more blocks, and only then larger ones. Raises
-    `DataError` for a run that is too long for a stream.
+    `DataError` for a run that is too long for a stream. `row_bytes`: mean size of a row, which is large for
+    rows with images.
     """
     num_steps, per_rank = stop - start, -(-rows_per_step // world_size)
+    block_rows = min(BLOCK_ROWS, BLOCK_BYTES // max(1, row_bytes))
     per_block = -(-num_steps * world_size // MAX_BLOCKS)
-    if per_block * per_rank > BLOCK_ROWS:
-        per_block = max(BLOCK_ROWS // per_rank, -(-num_steps * world_size // MAX_LONG_BLOCKS), 1)
+    if per_block * per_rank > block_rows:
+        per_block = max(block_rows // per_rank, -(-num_steps * world_size // MAX_LONG_BLOCKS), 1)
     if per_block > 1 and per_block * per_rank > MAX_BLOCK_ROWS:
         raise DataError(
             f"{num_steps} steps of {rows_per_step} rows are more than a stream can hold, "
@@ -144,7 +150,8 @@ def example_dataset(
     """
     if not 0 <= start_step < len(order):
         raise ValueError(f"no step from start_step={start_step}")
-    blocks = step_ranges(start_step, len(order), world_size, len(order[0]))
+    row_bytes = ExampleStore.open(store_path).row_bytes
+    blocks = step_ranges(start_step, len(order), world_size, len(order[0]), row_bytes)
     fetch = partial(
         _fetch_examples,
         os.path.abspath(store_path),

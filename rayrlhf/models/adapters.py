@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.config.model import LoraConfig
+from rayrlhf.models.vision import is_vision_language
 
 ADAPTER = "default"  # PEFT's name of the only adapter
 EXPERT_ADAPTERS = "adapters"  # a module of experts holds their adapters under this name
@@ -94,6 +95,15 @@ class TrainedAdapter(NamedTuple):
     lora: LoraConfig
     base: str  # folder or hub id of the base model
     state: dict[str, Tensor]
+    not_adapted: str | None = None  # regular expression of modules that `lora` leaves out
+
+
+def not_adapted(model: Any) -> str | None:
+    """The vision tower of a vision-language model: names such as gate_proj, or all linear layers, match its
+    layers, too.
+    """
+    config = getattr(model, "config", None)
+    return r"(.*\.)?visual\..*" if config is not None and is_vision_language(config) else None
 
 
 @contextmanager

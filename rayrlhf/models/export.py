@@ -27,6 +27,7 @@ from rayrlhf.models.adapters import TrainedAdapter
 from rayrlhf.models.generation import exported_config
 from rayrlhf.models.heads import ScoreModel, StepModel
 from rayrlhf.models.modes import honour_umask
+from rayrlhf.models.vision import copy_processor, is_vision_language
 
 STEP_LABELS = {0: "bad", 1: "good"}
 HEAD = "score"  # head name of transformers' decoder-style classifiers
@@ -41,7 +42,8 @@ def export_causal_lm(
     *,
     adapter: TrainedAdapter | None = None,
 ) -> None:
-    """Write an `AutoModelForCausalLM`; `state_dict` has the names of `causal_lm`'s parameters.
+    """Write an `AutoModelForCausalLM`, or an `AutoModelForImageTextToText` with the processor of its images;
+    `state_dict` has the names of `causal_lm`'s parameters.
 
     With an `adapter`, which is already merged in `state_dict`, the subfolder `adapter` has the adapter alone.
     """
@@ -49,6 +51,8 @@ def export_causal_lm(
     def save(folder: Path) -> None:
         with _generating_as(causal_lm, tokenizer):
             causal_lm.save_pretrained(folder, state_dict=dict(state_dict))  # it removes tied weights from it
+        if is_vision_language(causal_lm.config):
+            copy_processor(str(causal_lm.name_or_path), folder)  # the folder that it was loaded from
         if adapter is not None:
             _write_adapter(folder / ADAPTER_FOLDER, adapter, task="CAUSAL_LM")
 

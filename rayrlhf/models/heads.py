@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rayrlhf.models.parallel import PackedModel
+from rayrlhf.models.vision import SequenceImages
 
 
 class ScalarHead(nn.Module):
@@ -41,9 +42,15 @@ class ValueModel(PackedModel):
         self.decoder = decoder
         self.head = ScalarHead(head)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,  # [T]
+        position_ids: Tensor,  # [T]
+        cu_seqlens: Tensor,  # [S+1]
+        images: SequenceImages = (),
+    ) -> Tensor:
         """Values [T] in fp32."""
-        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
+        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens, images)
         after = share.placed(self.head(hidden).squeeze(-1))  # [T], of the state after each token
         return torch.where(position_ids > 0, after.roll(1), 0.0)
 

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -29,6 +30,7 @@ from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
 from rayrlhf.models.logprobs import PolicyModel, logit_scaling
 from rayrlhf.models.probe import Head, rope_limits, verdict_of
 from rayrlhf.models.streams import Streams, with_streams
+from rayrlhf.models.vision import VisionInputs, freeze_tower, is_vision_language, vision_attention
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -47,8 +49,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> PolicyModel:
     """The actor or the reference, in training mode (`from_pretrained` alone leaves a model in eval mode)."""
     streams, options = _streams_and_options(config, path, device)
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
-    return with_streams(PolicyModel(causal_lm, chunk_tokens=chunk_tokens), streams).train()
+    vision = VisionInputs.of(path, trust_remote_code=config.trust_remote_code)
+    kind = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
+    policy = PolicyModel(kind.from_pretrained(local_folder(path), **options), chunk_tokens=chunk_tokens)
+    policy.vision = vision
+    return with_streams(policy, streams).train()
 
 
 def load_student(
@@ -77,7 +82,9 @@ def load_teacher(config: ModelConfig, path: str, *, device: torch.device, chunk_
 def load_critic(config: ModelConfig, path: str, *, device: torch.device) -> ValueModel:
     """A critic from a language model (a new head, all values 0) or from a reward model (its score head)."""
     decoder, head, streams = _decoder_and_head(config, path, device)
-    return with_streams(ValueModel(decoder, head), streams).train()
+    critic = ValueModel(decoder, head)
+    critic.vision = VisionInputs.of(path, trust_remote_code=config.trust_remote_code)
+    return with_streams(critic, streams).train()
 
 
 def load_scorer(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
@@ -148,6 +155,8 @@ def adapt(config: TrainedModelConfig, model: Any, *, device: torch.device, seed:
         from rayrlhf.models.lora import add_adapters  # imports PEFT, which takes a second
 
         add_adapters(model, config.lora, seed=seed)
+    elif config.freeze_vision and is_vision_language(model.config):
+        freeze_tower(model)
 
 
 def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> bool:
@@ -245,8 +254,9 @@ def _streams_and_options(
     kernel = config.attention_kernel
     if has_chunks(found):  # FlashAttention's kernels do not support chunks
         kernel = "sdpa"
+    attention = streams.attention or attention_implementation(kernel, device)
     return streams, {
         "dtype": resolve_dtype(config.dtype, device),
-        "attn_implementation": streams.attention or attention_implementation(kernel, device),
+        "attn_implementation": vision_attention(attention) if is_vision_language(found) else attention,
         "trust_remote_code": config.trust_remote_code,
     }

@@ -17,6 +17,7 @@ from rayrlhf.models.experts import Replay
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 from rayrlhf.models.parallel import PackedModel
 from rayrlhf.models.streams import decoder_of
+from rayrlhf.models.vision import SequenceImages
 
 
 class TokenLogprobs(NamedTuple):
@@ -84,12 +85,14 @@ class PolicyModel(PackedModel):
         loss_mask: Tensor,  # [T]
         temperature: float = 1.0,
         routed_experts: Tensor | None = None,  # [T, L, K]; -1: the router chooses
+        images: SequenceImages = (),  # [S], or empty
     ) -> TokenLogprobs:
         """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
         if self.replay is not None:
             own = self.share_of(cu_seqlens, input_ids.numel())
             self.replay.set(None if routed_experts is None else own.take(routed_experts))
-        hidden, share = self.decode(decoder_of(self.causal_lm), input_ids, position_ids, cu_seqlens)
+        decoder = self.causal_lm.base_model if self.vision is not None else decoder_of(self.causal_lm)
+        hidden, share = self.decode(decoder, input_ids, position_ids, cu_seqlens, images)
         where, weight = loss_tokens(position_ids, loss_mask * share.holds().roll(1))
         rows = hidden[share.rows_of(where - 1)]
         logprobs, entropy = self.head(rows, input_ids[where], temperature)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.hub.ids import pinned_id
 from rayrlhf.models.adapter_format import ADAPTER_PREFIX, ADAPTER_WEIGHTS
-from rayrlhf.models.adapters import EXPERT_ADAPTERS, TrainedAdapter
+from rayrlhf.models.adapters import EXPERT_ADAPTERS, TrainedAdapter, not_adapted
 from rayrlhf.models.expert_adapters import add_expert_adapters
 from rayrlhf.models.experts import moe_layers
 from rayrlhf.models.quiet_peft import LoraConfig as PeftConfig
@@ -32,7 +32,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None
         lora = lora.model_copy(update={"target_modules": sorted(linear_layers(model))})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(_peft_config(lora), model)
+        inject_adapter_in_model(_peft_config(lora, exclude_modules=not_adapted(model)), model)
         if lora.experts:
             add_expert_adapters(model, lora)
 
@@ -86,6 +86,7 @@ def write_adapter(folder: Path, adapter: TrainedAdapter, *, task: str, head: str
         base_model_name_or_path=pinned.repo if pinned else adapter.base,
         revision=pinned.revision if pinned else None,
         task_type=task,
+        exclude_modules=adapter.not_adapted,
         modules_to_save=[head] if head else None,
         inference_mode=True,
     )

@@ -10,7 +10,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -29,6 +31,7 @@ from rayrlhf.models.quiet_peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from rayrlhf.models.vision import copy_processor, is_vision_language
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -66,7 +69,7 @@ def _load_base(plan: Plan, tensors: dict[str, Tensor]) -> Any:
     heads = [tensor for name, tensor in tensors.items() if HEAD.search(name)]
     options = {"num_labels": heads[-1].shape[0]} if heads and plan.task != "CAUSAL_LM" else {}
     try:
-        model, loading = CLASSES[plan.task].from_pretrained(
+        model, loading = _class_of(plan).from_pretrained(
             plan.loaded_base, dtype="auto", output_loading_info=True, **options
         )
     except Exception as error:  # a broken or custom checkpoint may raise anything
@@ -78,6 +81,11 @@ def _load_base(plan: Plan, tensors: dict[str, Tensor]) -> Any:
             "adapter was trained on with --base"
         )
     return model
+
+
+def _class_of(plan: Plan) -> Any:
+    sees = plan.task == "CAUSAL_LM" and is_vision_language(AutoConfig.from_pretrained(plan.loaded_base))
+    return AutoModelForImageTextToText if sees else CLASSES[plan.task]
 
 
 def _adapt(plan: Plan, base: Any, tensors: dict[str, Tensor]) -> PeftModel:
@@ -140,6 +148,8 @@ def _write(plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if is_vision_language(model.config):
+            copy_processor(plan.loaded_base, partial)
         honour_umask(partial)
         partial.rename(plan.out)
     finally:

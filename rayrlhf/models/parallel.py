@@ -22,6 +22,7 @@ from torch import Tensor
 from rayrlhf.models.attention import packed_inputs
 from rayrlhf.models.dropout import TrainedModule
 from rayrlhf.models.streams import Streams, hidden_states
+from rayrlhf.models.vision import SequenceImages, VisionInputs
 
 
 @dataclass
@@ -108,15 +109,24 @@ class PackedModel(TrainedModule):
     # Ranks that compute each stream together; all must call the model with the same stream.
     sequence_group: dist.ProcessGroup | None = None
 
+    vision: VisionInputs | None = None  # of a vision-language model
+
     def share_of(self, cu_seqlens: Tensor, num_tokens: int) -> Share:
         """The tokens of a stream that this rank holds."""
         return Share.of(cu_seqlens, num_tokens, self.sequence_group)
 
     def decode(
-        self, decoder: Any, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor
+        self,
+        decoder: Any,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        images: SequenceImages = (),
     ) -> tuple[Tensor, Share]:
         """Hidden states [n, H] of the tokens that this rank holds, and its share."""
         share = self.share_of(cu_seqlens, input_ids.numel())
+        if self.vision is not None:  # one rank per stream: config.vision refuses others
+            return self.vision.hidden_states(decoder, input_ids, position_ids, cu_seqlens, images), share
         if share.group is None:
             return hidden_states(decoder, input_ids, position_ids, cu_seqlens, self.streams), share
         if needs_streams_of_one(cu_seqlens, self.streams):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations import deepspeed as zero3
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
@@ -25,6 +25,7 @@ from rayrlhf.models.attention import VARLEN_SDPA, attending_layers
 from rayrlhf.models.logprobs import PolicyModel
 from rayrlhf.models.small_copy import LENGTHS, VOCABULARY, randomize, small_config
 from rayrlhf.models.streams import Streams, hidden_states
+from rayrlhf.models.vision import is_vision_language
 
 TOLERANCE = 1e-4  # of log-probabilities, in fp32
 SEED = 5
@@ -103,7 +104,9 @@ def rope_limits(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
 
 
 def _judge(config: PreTrainedConfig, longest: int | None, head: Head, trust_remote_code: bool) -> Verdict:
-    subject = _Policy if head == "policy" else _Decoder
+    subject = _Decoder
+    if head == "policy":
+        subject = _VisionPolicy if is_vision_language(config) else _Policy
     try:
         small = _attempt("no small copy of it could be made", small_config, config, longest)
         probe = subject(small, trust_remote_code)
@@ -266,6 +269,12 @@ class _Policy(_Subject):
         if abs(factor - 1.0) > 1e-3 and torch.allclose(logits, factor * projected, atol=1e-4):
             return f"it multiplies its logits in a way that is not known here (the copy's by {factor:.4g})"
         return None
+
+
+class _VisionPolicy(_Policy):
+    """On text; images are compared in tests/models/test_vision.py."""
+
+    make = staticmethod(AutoModelForImageTextToText.from_config)
 
 
 class _Decoder(_Subject):

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rayrlhf.data.images import FAMILIES as VISION_FAMILIES
 from rayrlhf.observe.answers import chain_summary, generation_summary
 from rayrlhf.terminal import make_console
 from rayrlhf.untrusted_text import one_line, visible
@@ -43,11 +44,17 @@ def show_summary(run_path: Path, console: Console | None = None) -> None:
     console.print()
     console.print(phases_table(summary))
     if summary["export"]:
-        opened_by = OPENED_BY.get(summary.get("job", ""), "AutoModelForCausalLM")
+        opened_by = OPENED_BY.get(summary.get("job", "")) or _opened_by(Path(summary["export"]))
         text = f"The trained model, for {opened_by}.from_pretrained: {summary['export']}"
         console.print(Text(visible(text)), soft_wrap=True)
     line = f"Metrics, rollouts and the resolved config: {run_path}"
     console.print(Text(visible(line)), soft_wrap=True)
+
+
+def _opened_by(export: Path) -> str:
+    file = export / "config.json"
+    kind = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    return "AutoModelForImageTextToText" if kind in VISION_FAMILIES else "AutoModelForCausalLM"
 
 
 def metrics_table(summary: dict[str, Any]) -> Table:

@@ -14,7 +14,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError
 from torch import Tensor
 
 from rayrlhf.algorithms.metrics import Metrics
-from rayrlhf.batch import PackedBatch, PolicyBatch
+from rayrlhf.batch import PackedBatch, PolicyBatch, tokens_of
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.policy.actor_critic import Pending, value_batch
 from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Kind, Part, Request
@@ -73,7 +73,7 @@ class RemoteCritic:
         self.wait(self._post("begin"), "begin", start_timeout_seconds)
 
     def start_values(self, batches: Sequence[PackedBatch]) -> Pending[list[Tensor]]:
-        return _Values(self, self._post("values", batches=[_tokens_of(batch) for batch in batches]), batches)
+        return _Values(self, self._post("values", batches=[tokens_of(batch) for batch in batches]), batches)
 
     def start_update(
         self, batches: Sequence[PolicyBatch], objective: ValueObjective, *, step: int
@@ -131,7 +131,3 @@ class RemoteCritic:
             if kind_of_failure == FloatingPointError.__name__:
                 raise FloatingPointError(text) from failure  # would recur after a restart
             raise
-
-
-def _tokens_of(batch: PackedBatch) -> PackedBatch:
-    return PackedBatch(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)

@@ -49,15 +49,15 @@ def loss_counts(batches: Sequence[PackedBatch], ranks: Ranks) -> LossCounts:
 
 def policy_forward(temperature: float) -> Forward:
     def forward(module: Any, batch: PackedBatch) -> TokenLogprobs:
-        inputs = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature)
+        tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
         routes = batch.routed_experts if isinstance(batch, PolicyBatch) else None
-        return module(*inputs) if routes is None else module(*inputs, routes)
+        return module(*tokens, temperature, routed_experts=routes, images=batch.images)
 
     return forward
 
 
 def value_forward(module: Any, batch: PackedBatch) -> Tensor:
-    return module(batch.input_ids, batch.position_ids, batch.cu_seqlens)
+    return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.images)
 
 
 @dataclass(frozen=True)

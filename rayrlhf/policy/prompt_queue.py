@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-from rayrlhf.samples import Prompt
+from rayrlhf.samples import EncodedImage, Prompt
 
 Numbered = tuple[int, Prompt]  # group id, prompt
 
@@ -77,6 +79,7 @@ class PromptQueue:
                 "prompt_ids": prompt.prompt_ids,
                 "prompt": prompt.prompt,
                 "columns": prompt.columns,
+                "images": [[b64encode(i.content).decode(), i.num_tokens] for i in prompt.images],
             }
             for group_id, prompt in [*self._unfinished.items(), *self._waiting]
         ]
@@ -121,10 +124,15 @@ class _Part:
 
 def _read(file: Path) -> _Part:
     saved = json.loads(file.read_text())
-    prompts = [(row.pop("group_id"), Prompt(**row)) for row in saved["prompts"]]
+    prompts = [(row.pop("group_id"), _prompt(row)) for row in saved["prompts"]]
     # `next_draw` is the name of `next_batch` in checkpoints made before November 2026.
     next_batch = saved["next_batch"] if "next_batch" in saved else saved["next_draw"]
     return _Part(saved["per_rank"], next_batch, prompts)
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    images = row.pop("images", ())  # missing in checkpoints made before December 2026
+    return Prompt(**row, images=tuple(EncodedImage(b64decode(text), count) for text, count in images))
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -73,7 +73,7 @@ class RolloutClient:
             for index in range(group_size)
         ]
         if self.episodes is None:
-            async for index, generation in self._stream(prompt.prompt_ids, params, min_version):
+            async for index, generation in self._stream(prompt, params, min_version):
                 yield _from_generation(generation, prompt, group_id, index)
             return
         episodes = {
@@ -94,7 +94,7 @@ class RolloutClient:
         return retries
 
     async def _stream(
-        self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int
+        self, prompt: Prompt, params: list[dict[str, Any]], min_version: int
     ) -> AsyncIterator[tuple[int, Generation]]:
         """Yield (index, generation) for each of `params` exactly once, also when replicas die."""
         retry_policy = RetryPolicy("engine", "rollout.timeout_seconds", self.config.timeout_seconds)
@@ -102,7 +102,7 @@ class RolloutClient:
         while pending:
             requested = list(pending)
             response = self.engines.options(stream=True).generate.remote(
-                prompt_ids, [params[i] for i in requested], min_version
+                prompt.prompt_ids, [params[i] for i in requested], min_version, prompt.images
             )
             try:
                 while pending:

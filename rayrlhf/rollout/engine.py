@@ -22,6 +22,7 @@ from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.samples import EncodedImage
 from rayrlhf.weights.store import AdapterSpec, Bucket, Part, Publication, StoreNotRestored, TensorSlice
 
 if TYPE_CHECKING:
@@ -111,13 +112,17 @@ class EngineActor:
         return self.version
 
     async def generate(
-        self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
+        self,
+        prompt_ids: list[int],
+        sampling: list[dict[str, Any]],
+        min_version: int,
+        images: Sequence[EncodedImage] = (),
     ) -> AsyncIterator[tuple[int, Generation]]:
         if self.released:
             await self._wake_after_start()
         if self.version < min_version:
             await self.catch_up(min_version)
-        async for index, output in self.stepper.stream(prompt_ids, sampling):
+        async for index, output in self.stepper.stream(prompt_ids, sampling, images):
             yield index, _generation(output)
 
     async def catch_up(self, at_least: int) -> int:
@@ -321,7 +326,11 @@ class RolloutReplica:
         await self.engine.call("start", name, timeout_seconds=settings.start_timeout_seconds)
 
     async def generate(
-        self, prompt_ids: list[int], sampling: list[dict[str, Any]], min_version: int
+        self,
+        prompt_ids: list[int],
+        sampling: list[dict[str, Any]],
+        min_version: int,
+        images: Sequence[EncodedImage] = (),
     ) -> AsyncIterator[tuple[int, Generation]]:
         """Yield (index, generation) per entry of `sampling` as each finishes. Leaving the iteration early
         aborts the rest.
@@ -329,9 +338,10 @@ class RolloutReplica:
         Args:
             sampling: arguments of vLLM's SamplingParams.
             min_version: lowest weight version to start generation with.
+            images: of the prompt, in the order of their tokens in `prompt_ids`.
         """
         try:
-            async for finished in self.engine.stream("generate", prompt_ids, sampling, min_version):
+            async for finished in self.engine.stream("generate", prompt_ids, sampling, min_version, images):
                 yield finished
         except EngineDied:
             asyncio.get_running_loop().call_later(

@@ -22,11 +22,14 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from rayrlhf.data.images import image_reader
 from rayrlhf.hub.local import local_folder
 from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.rollout.vllm_adapter import switch_scheduled
+from rayrlhf.rollout.vllm_images import ENGINE_ARGS, check_expanded, prompt_with, replace_torchvision
 from rayrlhf.rollout.vllm_routes import every_token
 from rayrlhf.rollout.vllm_worker import BUCKETS
+from rayrlhf.samples import EncodedImage
 from rayrlhf.weights.store import AdapterSpec, TensorSlice
 from rayrlhf.weights.transfer_group import TransferGroup
 
@@ -38,9 +41,15 @@ class Stepper:
 
     def __init__(self, engine_args: dict[str, Any], *, router_replay: bool = False) -> None:
         """`router_replay`: outputs have the experts of each token, in the layers that have experts."""
+        folder = local_folder(engine_args["model"])
+        vision = image_reader(folder, engine_args.get("trust_remote_code", False), 0.0)
+        self._image_token_id = None if vision is None else vision.image_token_id
+        if vision is not None:
+            replace_torchvision()
+            engine_args = ENGINE_ARGS | engine_args
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
-                **{**engine_args, "model": local_folder(engine_args["model"])},
+                **{**engine_args, "model": folder},
                 worker_extension_cls="rayrlhf.rollout.vllm_worker.WorkerExtension",
                 weight_transfer_config=WeightTransferConfig(backend=BUCKETS),
             ),
@@ -56,7 +65,10 @@ class Stepper:
         threading.Thread(target=self._run, daemon=True, name="vllm-step").start()
 
     async def stream(
-        self, prompt_ids: list[int], sampling: list[dict[str, Any]]
+        self,
+        prompt_ids: list[int],
+        sampling: list[dict[str, Any]],
+        images: Sequence[EncodedImage] = (),
     ) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Yield (index, finished output) per entry of `sampling`, all for one prompt, as they finish.
 
@@ -64,7 +76,8 @@ class Stepper:
         """
 
         def enqueue() -> dict[str, Future[RequestOutput]]:
-            return dict(self._enqueue(prompt_ids, SamplingParams(**params)) for params in sampling)
+            prompt = self._prompt(prompt_ids, images)
+            return dict(self._enqueue(prompt, SamplingParams(**params)) for params in sampling)
 
         futures = await self._on_thread(enqueue)
         waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures.values())}
@@ -72,7 +85,10 @@ class Stepper:
             while waiting:
                 finished, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for future in sorted(finished, key=waiting.__getitem__):
-                    yield waiting.pop(future), future.result()
+                    output = future.result()
+                    if images:
+                        check_expanded(output.prompt_token_ids, prompt_ids)
+                    yield waiting.pop(future), output
         finally:
             unfinished = [request_id for request_id, future in futures.items() if not future.done()]
             if unfinished and self._failure is None:
@@ -85,9 +101,15 @@ class Stepper:
 
         def stop() -> None:
             self._paused = True
-            self._engine.reset_prefix_cache(reset_running_requests=True)
+            self._reset_caches()
 
         await self._on_thread(stop)
+
+    def _reset_caches(self) -> None:
+        """Remove what was computed with the weights: keys and values of tokens, and encoded images."""
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        if self._image_token_id is not None:
+            self._engine.reset_encoder_cache()
 
     async def resume(self) -> None:
         def go() -> None:
@@ -106,7 +128,7 @@ class Stepper:
                     f"{len(self._waiting)} requests are running: an engine can only sleep without requests"
                 )
             self._paused = True
-            self._engine.reset_prefix_cache(reset_running_requests=True)
+            self._reset_caches()
             return self._engine.collective_rpc("release_memory")
 
         return sum(await self._on_thread(release))
@@ -178,13 +200,20 @@ class Stepper:
         self._commands.put((call, future))
         return await asyncio.wrap_future(future)
 
-    def _enqueue(self, prompt_ids: list[int], params: SamplingParams) -> tuple[str, Future[RequestOutput]]:
+    def _prompt(self, prompt_ids: list[int], images: Sequence[EncodedImage]) -> dict[str, Any]:
+        if not images:
+            return {"prompt_token_ids": prompt_ids}
+        if self._image_token_id is None:
+            raise ValueError("the engine's model has no vision, but the prompt has images")
+        return prompt_with(prompt_ids, images, self._image_token_id)
+
+    def _enqueue(self, prompt: dict[str, Any], params: SamplingParams) -> tuple[str, Future[RequestOutput]]:
         request_id = uuid.uuid4().hex
         params.output_kind = RequestOutputKind.FINAL_ONLY
         future: Future[RequestOutput] = Future()
         self._waiting[request_id] = future
-        prompt: Any = {"prompt_token_ids": prompt_ids}
-        self._engine.add_request(request_id, prompt, params, lora_request=self._adapter)
+        given: Any = prompt  # one of vLLM's typed dictionaries
+        self._engine.add_request(request_id, given, params, lora_request=self._adapter)
         return request_id, future
 
     def _abort(self, request_ids: list[str]) -> None:

@@ -19,6 +19,7 @@ from rayrlhf.models.probe import Head, Verdict, rope_limits, verdict_of
 from rayrlhf.models.router_probe import router_verdict
 from rayrlhf.runtime.adapter_sync import adapter_sync
 from rayrlhf.runtime.length_checks import longest_sequences
+from rayrlhf.runtime.vision_checks import vision_problems
 
 
 class Judged(NamedTuple):
@@ -49,7 +50,9 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
     if not hasattr(config, "train"):
         return
     problems: list[Problem] = []
+    models: dict[str, PreTrainedConfig] = {}
     for judged in judge(config):
+        models[judged.key] = judged.config
         if judged.verdict.streams is None:
             problems.append(
                 Problem(
@@ -64,6 +67,7 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
         if judged.key == "model.path":
             problems += [*_shared(config, judged), *_rotated_otherwise(config, judged)]
             problems += _routed(config, judged)
+    problems += vision_problems(config, models)
     if problems:
         raise ConfigError(problems)
 

@@ -33,7 +33,8 @@ class LanguageModelTask(Task):
         return module.causal_lm
 
     def forward(self, module: Any, batch: ExampleBatch) -> Any:
-        return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        return module(*tokens, images=batch.images)
 
     def export(self, path: Path) -> None:
         causal_lm = self.learner.module.causal_lm

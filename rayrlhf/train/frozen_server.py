@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrlhf.batch import PackedBatch
+from rayrlhf.batch import PackedBatch, tokens_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.placement.replica_front import ActorSpec, proxy_deployment
 from rayrlhf.placement.slots import Slots
@@ -28,7 +28,7 @@ def ask_all(
     """
 
     async def ask(batch: PackedBatch) -> Any:
-        request = PackedBatch(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        request = tokens_of(batch)
         return await handle.ask.remote(method, request.to("cpu"), *arguments)
 
     async def ask_for_all() -> list[Any]:
@@ -39,7 +39,7 @@ def ask_all(
 
 def logprobs_of(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:
     return policy(
-        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature
+        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature, batch.images
     ).logprobs
 
 

@@ -15,7 +15,7 @@ from rayrlhf.algorithms.metrics import Mean, Metrics, Sum
 from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.train import OptimizerConfig
-from rayrlhf.models.adapters import TrainedAdapter
+from rayrlhf.models.adapters import TrainedAdapter, not_adapted
 from rayrlhf.train import collectives
 from rayrlhf.train import frozen_checksums as frozen
 from rayrlhf.train.deepspeed_engine import adapter_state_dict, full_state_dict, make_engine
@@ -206,7 +206,7 @@ class Learner:
         if model.lora is None:
             return None
         state = adapter_state_dict(submodule, on_this_rank=on_this_rank)
-        return TrainedAdapter(model.lora, model.path, state)
+        return TrainedAdapter(model.lora, model.path, state, not_adapted(submodule))
 
     def save(self, folder: Path) -> None:
         """Save this rank's shard of the trained parameters and optimizer states. Collective."""

@@ -32,6 +32,8 @@ def store(tmp_path: Path) -> ExampleStore:
         "loss_mask": [[[1] * length] for length in LENGTHS],
         "targets": [[[]] for _ in LENGTHS],
         "value": [float(row) for row in range(len(LENGTHS))],
+        "images": [[] for _ in LENGTHS],
+        "image_tokens": [[] for _ in LENGTHS],
     }
     fields = [field for field in EXAMPLE_SCHEMA if field.name != "row_id"]
     table = pa.Table.from_pydict(columns, pa.schema(fields))

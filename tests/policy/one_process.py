@@ -164,7 +164,7 @@ class NoCheckpoints(Checkpoints):
         pass
 
 
-def config_of(model: str, folder: Path, **sections: Any) -> PolicyRunConfig:
+def config_of(model: str, folder: Path, /, **sections: Any) -> PolicyRunConfig:
     changes = {
         "run": {"name": "loop", "dir": str(folder)},
         "model": {"path": model, "dtype": "float32"},
@@ -181,17 +181,25 @@ def config_of(model: str, folder: Path, **sections: Any) -> PolicyRunConfig:
     return make_config(**merged)
 
 
-def run_of(config: PolicyRunConfig, score: Score = share_of_low_bytes) -> tuple[Run, Engine, Reports]:
+def run_of(
+    config: PolicyRunConfig,
+    score: Score = share_of_low_bytes,
+    *,
+    engine_of: Callable[[PolicyRunConfig], Engine] | None = None,
+    client: RewardClient | None = None,
+    batches: Callable[[int, int], Iterator[tuple[int, list[Prompt]]]] | None = None,
+) -> tuple[Run, Engine, Reports]:
     """A run that is set up by hand, as `setup.set_up` does under Ray."""
     torch.manual_seed(config.run.seed)
-    ranks, reports, engine = Ranks(), Reports(), Engine(config)
+    ranks, reports, engine = Ranks(), Reports(), (engine_of or Engine)(config)
     progress = Progress(config, ranks, reports, NoCheckpoints(Path("nowhere")))  # pyright: ignore[reportArgumentType]
     actor = make_actor(config)
     critic = make_critic(config) if config.needs_critic else None
     ref = Ref(make_reference(config, actor), actor.temperature) if config.needs_ref else None
     prompts_per_step = config.rollout.prompts_per_step
     prompts = PromptQueue(rank=0, per_rank=prompts_per_step, prompts_per_batch=prompts_per_step)
-    client = Scorer(config, score)
+    client = client or Scorer(config, score)
+    batches = batches or prompt_batches
     collector = Collector(Rollouts(engine), client)  # pyright: ignore[reportArgumentType]
     combiner = RewardCombiner(config.reward, response_limit=RESPONSE_TOKENS)
     weights: Any = Weights(engine)
@@ -199,7 +207,7 @@ def run_of(config: PolicyRunConfig, score: Score = share_of_low_bytes) -> tuple[
         config=config,
         ranks=ranks,
         progress=progress,
-        streams=Streams(train=lambda first: prompt_batches(first, prompts_per_step), eval=list),
+        streams=Streams(train=lambda first: batches(first, prompts_per_step), eval=list),
         prompts=prompts,
         collector=collector,
         rollouts=group_source(config, prompts, collector, progress),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.policy.prompt_queue import PromptQueue
-from rayrlhf.samples import Prompt
+from rayrlhf.samples import EncodedImage, Prompt
 from tests.samples import make_prompt
 
 
@@ -60,6 +60,18 @@ def test_a_checkpoint_brings_back_what_was_not_finished(tmp_path: Path) -> None:
     again = resumed.take(6)
     assert ids(again) == [4, 5, 8, 9, 12, 13]
     assert again[0][1].columns == {"topic": "t4"}
+
+
+def test_a_checkpoint_keeps_the_images_of_prompts(tmp_path: Path) -> None:
+    image = EncodedImage(b"\x89PNG", 4)
+    prompts = PromptQueue(rank=0, per_rank=1, prompts_per_batch=1)
+    prompts.connect(iter([(0, [Prompt(0, [1, 2], "", images=(image,))])]))
+    prompts.take(1)
+    prompts.save(tmp_path)
+    resumed = PromptQueue(rank=0, per_rank=1, prompts_per_batch=1)
+    resumed.load(tmp_path)
+    [(_, prompt)] = resumed.take(1)
+    assert prompt.images == (image,)
 
 
 def test_a_checkpoint_made_before_batches_were_called_so_still_loads(tmp_path: Path) -> None:

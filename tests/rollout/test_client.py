@@ -45,8 +45,11 @@ class Engines:
         assert stream
         return self
 
-    def remote(self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int) -> Any:
+    def remote(
+        self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int, images: Any
+    ) -> Any:
         self.requests.append((prompt_ids, params, min_version))
+        self.images = images
         return Answer(self, params, min_version)
 
 
@@ -214,9 +217,9 @@ def test_the_deadline_covers_all_retries(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = SimpleNamespace(now=0.0)
 
     class SlowToFail(Engines):
-        def remote(self, prompt_ids: list[int], params: list[dict[str, Any]], min_version: int) -> Any:
+        def remote(self, *request: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             clock.now += 3.0
-            return super().remote(prompt_ids, params, min_version)
+            return super().remote(*request)
 
     # Only the client's clock: asyncio keeps its own.
     monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: clock.now))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayrlhf.config.example_data import SftDataConfig
@@ -17,6 +17,7 @@ from rayrlhf.data.rows.columns import (
     pick_or_fail,
     recognise,
 )
+from rayrlhf.data.rows.images import prefixed
 from rayrlhf.data.rows.messages import (
     Conversation,
     Message,
@@ -59,7 +60,7 @@ def conversation_or_text(columns: Mapping[str, Any], config: SftDataConfig) -> C
     conversation = conversation_with(messages, columns, config)
     check_turns(conversation.messages, where)
     messages = _up_to_last_answer(conversation.messages, where, config)
-    return Conversation(_conditioned(messages, columns, config), conversation.tools)
+    return replace(conversation, messages=_conditioned(messages, columns, config))
 
 
 def _recognised(columns: Mapping[str, Any], config: SftDataConfig) -> str:
@@ -147,5 +148,5 @@ def _conditioned(messages: list[Message], columns: Mapping[str, Any], config: Sf
     said = reward if isinstance(reward, str) else f"{reward:g}"
     check_text(said, f"column {config.reward_key!r}")
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    content = config.reward_template.replace("{}", said) + messages[last]["content"]
+    content = prefixed(messages[last]["content"], config.reward_template.replace("{}", said))
     return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]

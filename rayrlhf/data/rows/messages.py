@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayrlhf.config.data import DataConfig
 from rayrlhf.data.rows.flags import FLAGS, is_trained
+from rayrlhf.data.rows.images import ImageRef, image_part, is_image_part, text_of, with_images
 from rayrlhf.data.rows.json_text import parsed, parsed_or_none
 from rayrlhf.data.rows.row import BadRow, check_text, check_unicode, quoted, type_name
 from rayrlhf.data.rows.tools import tool_calls_of, tools_from
@@ -116,7 +117,7 @@ def _in_one_form(message: Any, where: str) -> Iterator[Message]:
         raise BadRow(f"{where} ({role}) has tool calls; wanted them in a message of the assistant")
     taken = (*FLAGS, "role", "from", "content", "value", "tool_calls", "function_call")
     found = {"role": role, **{key: item for key, item in present.items() if key not in taken}}
-    text = "" if content is None else _text(content, role, where)
+    text = "" if content is None else _content(content, role, where)
     if text or not calls:  # templates test whether a message with tool calls also has a content
         found["content"] = text
     if calls:
@@ -149,6 +150,19 @@ def _result(part: Mapping[str, Any], where: str) -> Message:
     return found | ({"tool_call_id": part["tool_use_id"]} if part.get("tool_use_id") is not None else {})
 
 
+def _content(content: Any, role: str, where: str) -> Any:
+    """A text; parts, if some of a user's message are images."""
+    if not isinstance(content, list) or not any(map(is_image_part, content)):
+        return _text(content, role, where)
+    if role != "user":
+        raise BadRow(f"{where} ({role}) has images; wanted them in messages of the user")
+    return [image_part(part, where) if is_image_part(part) else _text_part(part, where) for part in content]
+
+
+def _text_part(part: Any, where: str) -> dict[str, Any]:
+    return {"type": "text", "text": _text([part], "user", where)}
+
+
 def _text(content: Any, role: str, where: str) -> str:
     """The text of a content: a text, OpenAI's parts, or a tool's result."""
     if isinstance(content, Mapping) and content.get("type") == "text":
@@ -177,7 +191,7 @@ def _joined(parts: Sequence[Any], where: str) -> str:
     for part in parts:
         if not _is_text_part(part):
             kind = f"type {_kind(part)!r}" if isinstance(part, Mapping) else type_name(part)
-            raise BadRow(f"{where} has content parts that are not text ({kind}); wanted text only")
+            raise BadRow(f"{where} has content parts that are not text ({kind}); wanted text or images")
     return "".join(part if isinstance(part, str) else part["text"] for part in parts)
 
 
@@ -212,7 +226,7 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
                 f"message {number} in {where}: {seen} {place}; wanted {' or '.join(FOLLOWERS[before])}"
             )
         if role == "user" or (role == "assistant" and not message.get("tool_calls")):
-            check_text(message.get("content", ""), f"message {number} ({role}) in {where}")
+            check_text(text_of(message.get("content", "")), f"message {number} ({role}) in {where}")
         before = role
 
 
@@ -245,6 +259,7 @@ class Conversation:
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    images: list[ImageRef] = field(default_factory=list)  # one for each content part {"type": "image"}
 
 
 def conversation_with(
@@ -253,7 +268,8 @@ def conversation_with(
     """A row's messages with its system prompt and its tools, or the config's: of every kind of row alike, so
     that the same row is rendered the same by SFT, a reward model and a policy run. Raises `BadRow`.
     """
-    return Conversation(_with_system(messages, columns, config), tools_of(columns, config))
+    messages, images = with_images(messages, columns, config)
+    return Conversation(_with_system(messages, columns, config), tools_of(columns, config), images)
 
 
 def _with_system(messages: list[Message], columns: Mapping[str, Any], config: DataConfig) -> list[Message]:

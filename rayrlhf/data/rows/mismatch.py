@@ -7,6 +7,7 @@ on the composition of batches nor on the number of workers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,10 +32,12 @@ def _prompts(rows: ArrowRows, order: np.ndarray) -> np.ndarray:
     found = []
     for start in range(0, len(order), STORE_BATCH_ROWS):
         table = rows.take(order[start : start + STORE_BATCH_ROWS])
-        prompt_tokens = table.column("prompt_tokens").to_pylist()
-        for count, (input_ids,) in zip(prompt_tokens, table.column("input_ids").to_pylist(), strict=True):
-            prompt = np.array(input_ids[:count], dtype=np.int32).tobytes()
-            found.append(numbers.setdefault(prompt, len(numbers)))
+        columns = [table.column(name).to_pylist() for name in ("prompt_tokens", "input_ids", "images")]
+        for count, (input_ids,), images in zip(*columns, strict=True):
+            prompt = hashlib.sha256(np.array(input_ids[:count], dtype=np.int32).tobytes())
+            for image in images:  # prompts with images of one size have the same tokens
+                prompt.update(image)
+            found.append(numbers.setdefault(prompt.digest(), len(numbers)))
     return np.array(found, dtype=np.int64)
 
 
@@ -89,5 +92,7 @@ def with_mismatched(table: pa.Table, partners: pa.Table, max_tokens: int) -> pa.
             "loss_mask": pa.array(loss_mask, types["loss_mask"]),
             "targets": pa.array([[[], []]] * table.num_rows, types["targets"]),
             "value": table.column("value"),
+            "images": table.column("images"),
+            "image_tokens": table.column("image_tokens"),
         }
     )

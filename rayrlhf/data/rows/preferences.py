@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayrlhf.config.example_data import KtoDataConfig, PairDataConfig
@@ -17,6 +17,7 @@ from rayrlhf.data.rows.columns import (
     pick_or_fail,
     recognise,
 )
+from rayrlhf.data.rows.images import ImageRef
 from rayrlhf.data.rows.messages import (
     HH_TURN,
     Message,
@@ -43,6 +44,7 @@ class Pair:
     rejected: Message
     margin: float = 0.0
     tools: list[dict[str, Any]] | None = None
+    images: list[ImageRef] = field(default_factory=list)  # of the prompt
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Judged:
     response: Message
     desirable: bool
     tools: list[dict[str, Any]] | None = None
+    images: list[ImageRef] = field(default_factory=list)  # of the prompt
 
 
 def pair_of(columns: Mapping[str, Any], config: PairDataConfig) -> Pair:
@@ -89,7 +92,7 @@ def pair_of(columns: Mapping[str, Any], config: PairDataConfig) -> Pair:
     check_trained(worse, f"the answer in column {config.rejected_key!r}")
     if better == worse:
         raise BadRow(f"columns {quoted((config.chosen_key, config.rejected_key))} hold the same answer")
-    return Pair(prompt, better, worse, _margin(columns, config), conversation.tools)
+    return Pair(prompt, better, worse, _margin(columns, config), conversation.tools, conversation.images)
 
 
 def _recognised_pair(columns: Mapping[str, Any], config: PairDataConfig) -> str:
@@ -171,7 +174,7 @@ def judged_of(columns: Mapping[str, Any], config: KtoDataConfig) -> Judged:
     prompt = conversation.messages
     check_turns([*prompt, response], "the conversation")
     check_trained(response, "the judged answer")
-    return Judged(prompt, response, desirable, conversation.tools)
+    return Judged(prompt, response, desirable, conversation.tools, conversation.images)
 
 
 def _recognised_judged(columns: Mapping[str, Any], config: KtoDataConfig) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayrlhf.config.data import PromptDataConfig
+from rayrlhf.data.rows.images import text_of
 from rayrlhf.data.rows.messages import (
     Conversation,
     conversation_with,
@@ -47,7 +48,7 @@ def prompt_of(columns: Mapping[str, Any], config: PromptDataConfig) -> Conversat
             "a prompt must end before the assistant's turn, so remove the answer"
         )
     if last["role"] != "tool":  # a tool's result may be empty
-        check_text(last.get("content", ""), f"the last message in {where}")
+        check_text(text_of(last.get("content", "")), f"the last message in {where}")
     return conversation_with(messages, columns, config)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rayrlhf.config.example_data import PrmDataConfig
 from rayrlhf.data.rows.columns import PROMPT_NAMES, Shape, pick, pick_or_fail, recognise
+from rayrlhf.data.rows.images import has_placeholders
 from rayrlhf.data.rows.messages import Message, check_turns, conversation_with, prompt_messages
 from rayrlhf.data.rows.row import BadRow, check_text, column_of, type_name
 
@@ -49,6 +50,8 @@ def steps_of(columns: Mapping[str, Any], config: PrmDataConfig) -> Steps:
     conversation = conversation_with(prompt_messages(problem, "the problem"), columns, config)
     prompt = conversation.messages
     check_turns([*prompt, {"role": "assistant", "content": "steps"}], "the problem")
+    if has_placeholders(prompt):
+        raise BadRow("its problem has images, which process reward models are not trained on")
     _check_steps(steps, labels, config.step_token)
     read = [_label(label, number, scale, config) for number, label in enumerate(labels, start=1)]
     if all(label is None for label in read):

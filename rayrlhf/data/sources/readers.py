@@ -302,7 +302,9 @@ def _load_dataset(type_: str, path: str) -> Any:
 
 
 def _read_dataset(chunk: Chunk) -> Iterator[RawRow]:
-    """Skips columns of images and other media: decoding them needs additional libraries, and time."""
+    """Skips columns of audio, video and other media: decoding them needs additional libraries, and time.
+    Images are not decoded: they have the bytes, or the path, of their files.
+    """
     import datasets
 
     rows = _load_dataset(chunk.type, chunk.path).select(range(chunk.start, chunk.stop))
@@ -311,11 +313,17 @@ def _read_dataset(chunk: Chunk) -> Iterator[RawRow]:
         name: sorted(kind.__name__ for kind in found - {datasets.Json} if hasattr(kind, "decode"))
         for name, found in kinds.items()
     }
+    images = rows.select_columns([name for name, found in decoded.items() if found == ["Image"]])
+    images = images.with_format("arrow")  # the only format that decodes nothing
+    decoded = {name: found for name, found in decoded.items() if name not in images.column_names}
     left_out = tuple(f"{name!r} ({', '.join(found)})" for name, found in decoded.items() if found)
     rows = rows.select_columns([name for name, found in decoded.items() if not found])
     padded = tuple(name for name in rows.column_names if datasets.Json not in kinds[name])
-    for number, columns in enumerate(rows, start=chunk.first_row):
-        yield RawRow(chunk.path, number, dict(columns), padded=padded, left_out=left_out)
+    for index, columns in enumerate(rows):
+        columns = dict(columns)
+        if images.column_names:
+            columns |= images[index].to_pylist()[0]
+        yield RawRow(chunk.path, chunk.first_row + index, columns, padded=padded, left_out=left_out)
 
 
 def _kinds_of(feature: Any) -> Iterator[type]:

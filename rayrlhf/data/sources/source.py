@@ -14,6 +14,7 @@ import ray.data
 from ray.data import DataContext, Dataset
 
 from rayrlhf.config.data import SourceConfig
+from rayrlhf.data.rows.images import with_bytes_as_text
 from rayrlhf.data.rows.row import DataError, RawRow, columns_to_json
 from rayrlhf.data.sources.files import DataFile, Split, resolve_source
 from rayrlhf.data.sources.hub_files import shared_copy
@@ -24,7 +25,12 @@ READ_TASK_CPUS = 0.5
 
 
 def read_sources(
-    sources: Sequence[SourceConfig], split: Split, split_name: str | None = None, *, copies: Path
+    sources: Sequence[SourceConfig],
+    split: Split,
+    split_name: str | None = None,
+    *,
+    copies: Path,
+    images_key: str | None = None,
 ) -> Dataset:
     """All rows of all sources, in the order of the sources, their files and their rows.
 
@@ -33,15 +39,16 @@ def read_sources(
     columns cannot hold them), `problem` (why the row could not be read; empty for a good one), `padded` and
     `left_out` (JSON lists of what `RawRow` has). Lazy, and one task per few megabytes. `split_name` is what
     the split is called if a source has several; `copies` is a folder that all nodes share, to which data sets
-    of the hub are copied. Raises `DataError` for files that do not exist or cannot be opened; call it inside
-    `ordered_and_quiet`.
+    of the hub are copied; `images_key` is data.images_key. Raises `DataError` for files that do not exist or
+    cannot be opened; call it inside `ordered_and_quiet`.
     """
     chunks: list[dict[str, Any]] = []
     for index, source in enumerate(sources):
         for file in resolve_source(source.path, split, split_name):
             if file.type == "hub":
                 file = DataFile("dataset", shared_copy(file.path, copies))
-            chunks += [{"source": index, **asdict(chunk)} for chunk in plan_chunks(file)]
+            about = {"source": index, "images_key": images_key}
+            chunks += [{**about, **asdict(chunk)} for chunk in plan_chunks(file)]
     if not chunks:
         raise DataError(
             f"data.{split} holds no rows: {', '.join(s.path for s in sources) or 'no source is given'}"
@@ -51,11 +58,11 @@ def read_sources(
 
 
 def _rows_of_chunk(described: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    source = described.pop("source")
+    source, images_key = described.pop("source"), described.pop("images_key")
     chunk = Chunk(**described)
     try:
         for row in read_chunk(chunk):
-            columns_json, left_out = columns_to_json(row.columns)
+            columns_json, left_out = columns_to_json(with_bytes_as_text(row.columns, images_key))
             row = replace(row, left_out=(*row.left_out, *left_out))
             yield _described(source, row, "" if row.problem else columns_json)
     except DataError as error:  # Ray would wrap it in its own error; as a row it arrives unchanged

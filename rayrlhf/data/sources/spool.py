@@ -23,6 +23,7 @@ def spooled(
     schema: pa.Schema,
     tally: Tally,
     out_path: Path,
+    batch_rows: int = RENDER_BATCH_ROWS,
 ) -> Iterator[ArrowRows]:
     """The rows of `read()` that `stage` outputs (with `schema`) and `tally` keeps, in reading order.
 
@@ -34,7 +35,7 @@ def spooled(
     try:
         with ordered_and_quiet(), pa.OSFile(str(spool_path), "wb") as sink:
             rendered = read().map_batches(
-                stage, batch_size=RENDER_BATCH_ROWS, batch_format="pyarrow", num_cpus=READ_TASK_CPUS
+                stage, batch_size=batch_rows, batch_format="pyarrow", num_cpus=READ_TASK_CPUS
             )
             with pa.ipc.new_file(sink, schema) as writer:
                 for batch in rendered.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -429,7 +429,7 @@ def test_19_content_parts_with_any_role(role: str, content: Any) -> None:
     assert found == {"role": "system" if role == "developer" else role, "content": "ab"}
 
 
-@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {}}, 3, {"type": "text"}, None])
+@pytest.mark.parametrize("part", [{"type": "input_audio"}, 3, {"type": "text"}, None])
 def test_19_parts_that_are_no_text(part: Any) -> None:
     with pytest.raises(BadRow, match=r"message 1 .* content parts that are not text"):
         sft([{"role": "user", "content": [part]}, ANSWER])
