@@ -22,8 +22,8 @@ class PlainEngine:
         self.is_frozen = is_frozen
         self.optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0)
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)
 
     def train(self) -> None:
         self.module.train()

@@ -84,6 +84,7 @@ class PolicyModel(PackedModel):
         cu_seqlens: Tensor,  # [S+1]
         loss_mask: Tensor,  # [T]
         temperature: float = 1.0,
+        *,
         routed_experts: Tensor | None = None,  # [T, L, K]; -1: the router chooses
         images: SequenceImages = (),  # [S], or empty
     ) -> TokenLogprobs:

@@ -39,7 +39,12 @@ def ask_all(
 
 def logprobs_of(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:
     return policy(
-        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, temperature, batch.images
+        batch.input_ids,
+        batch.position_ids,
+        batch.cu_seqlens,
+        batch.loss_mask,
+        temperature,
+        images=batch.images,
     ).logprobs
 
 

@@ -34,7 +34,9 @@ def policy_of(folder: str) -> PolicyModel:
 
 def logprobs_of(policy: PolicyModel, routes: Tensor | None = None) -> Tensor:
     mask = torch.ones(len(IDS))
-    return policy(IDS, position_ids_of(LENGTHS), cu_seqlens_of(LENGTHS), mask, 1.0, routes).logprobs
+    return policy(
+        IDS, position_ids_of(LENGTHS), cu_seqlens_of(LENGTHS), mask, 1.0, routed_experts=routes
+    ).logprobs
 
 
 def routes_of(policy: PolicyModel) -> Tensor:

@@ -112,7 +112,7 @@ def test_packed_logprobs_are_those_of_each_sequence_alone(model: str) -> None:
     causal_lm = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         output = policy(
-            batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, 1.0, batch.images
+            batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, images=batch.images
         )
         found = responses(output.logprobs, batch)
         wanted = [own_logprobs(model, each, causal_lm)[-len(each.response_ids) :] for each in SAMPLES]

@@ -50,7 +50,7 @@ class Logits(torch.nn.Module):
     def causal_lm(self) -> Logits:
         return self
 
-    def forward(self, input_ids: Tensor, *_: Any) -> TokenLogprobs:
+    def forward(self, input_ids: Tensor, *_: Any, **__: Any) -> TokenLogprobs:
         logprobs = self.logits.log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum()
         return TokenLogprobs(logprobs[input_ids], entropy.expand(len(input_ids)))
@@ -63,7 +63,7 @@ class Bias(torch.nn.Module):
         super().__init__()
         self.bias = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, input_ids: Tensor, *_: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         return self.bias + torch.zeros(len(input_ids))
 
 
