@@ -110,6 +110,10 @@ class WeightSyncConfig(Section):
     """What a push sends with model.lora; merging rounds small updates away in bfloat16."""
     timeout_seconds: PositiveNumber = 300
     """Deadline for all engines to hold the new weights."""
+    verify: Count | None = None
+    """Compare a checksum per tensor between trainer and engines after every n-th push; null never does."""
+    logprob_diff_alarm: PositiveNumber | None = 0.05
+    """Warn when rollout/logprob_diff_mean leaves 0 to this (nats); null never warns."""
     max_logprob_jump: PositiveNumber | None = 0.1
     """Stop if a push raises rollout/logprob_diff_mean above this (nats) and tenfold; null never stops."""
 

@@ -14,6 +14,33 @@ class WeightsDiffer(RuntimeError):
     """Since a push, the engines' log-probabilities differ from the trainer's."""
 
 
+class MismatchAlarm(NamedTuple):
+    """Warns when `rollout/logprob_diff_mean` leaves 0 to `limit` (nats), and when it is back."""
+
+    limit: float | None  # None: never
+    is_on: bool = False
+
+    def after(self, difference: float, *, is_stale: bool) -> tuple[MismatchAlarm, str | None]:
+        """The alarm updated with this step's difference, and what to say. Tokens of older weights
+        (`is_stale`) differ for another reason: they neither raise nor end it.
+        """
+        if self.limit is None or is_stale:
+            return self, None
+        is_on = not difference <= self.limit
+        if is_on == self.is_on:
+            return self, None
+        band = f"rollout/logprob_diff_mean is {difference:.3g} nats per token"
+        key = f"rollout.weight_sync.logprob_diff_alarm={self.limit:g}"
+        said = f"{band}, back within {key}"
+        if is_on:
+            said = (
+                f"{band}, above {key}: engines and trainer compute different probabilities. Rollout "
+                "correction (algorithm.rollout_correction), router replay (rollout.router_replay) or a wider "
+                "dtype (rollout.dtype, model.dtype) reduce its effect or its cause"
+            )
+        return self._replace(is_on=is_on), said
+
+
 class PushCheck(NamedTuple):
     """`rollout/logprob_diff_mean` of the last step, in nats per token; None before the first."""
 

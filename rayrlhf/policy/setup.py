@@ -36,7 +36,7 @@ from rayrlhf.policy.critic_client import RemoteCritic, critic_folder
 from rayrlhf.policy.evaluate import evaluate
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.policy.prompt_queue import PromptQueue
-from rayrlhf.policy.push_check import PushCheck
+from rayrlhf.policy.push_check import MismatchAlarm, PushCheck
 from rayrlhf.policy.report import rollout_metrics
 from rayrlhf.policy.rollout_pool import RolloutPool
 from rayrlhf.policy.rollouts import Collector, GroupSource, Rewards, RolloutsOnDemand, StepGroups
@@ -87,6 +87,7 @@ class Run:
     weight_route: str
     colocation: Colocation
     push_check: PushCheck
+    mismatch_alarm: MismatchAlarm
     random_states: RandomStates
     num_eval_prompts: int = 0  # 0: no evaluation
     adapter: LoraConfig | None = None  # that pushes send alone; None: they send all weights
@@ -186,9 +187,11 @@ class Run:
         difference = results.get("rollout/logprob_diff_mean")
         if difference is not None:
             stale = sum(version < step for sample in samples for version in sample.policy_versions)
-            self.push_check = self.push_check.after(
-                difference, policy_version=step, is_stale=self.ranks.max(float(stale)) > 0
-            )
+            is_stale = self.ranks.max(float(stale)) > 0
+            self.push_check = self.push_check.after(difference, policy_version=step, is_stale=is_stale)
+            self.mismatch_alarm, said = self.mismatch_alarm.after(difference, is_stale=is_stale)
+            if said is not None:
+                self.progress.reporter.warn(step, said)
 
     def push_weights(self, version: int) -> None:
         """Push the weights as `version`, the number of completed steps; the engines are awake afterwards."""
@@ -213,7 +216,9 @@ class Run:
 
     def _push(self, version: int) -> str | None:
         if self.adapter is None:
-            return self.weights.push(self.actor.weights(), version)
+            every = self.config.rollout.weight_sync.verify
+            verify = every is not None and version % every == 0
+            return self.weights.push(self.actor.weights(), version, verify=verify)
         on_gpu = self.ranks.device.type == "cuda"
         dtype = engine_dtype(self.config.model, self.config.rollout, on_gpu=on_gpu)
         # Engines load model.path, whose weights are not exactly those of a policy quantized to 4 bits.
@@ -378,6 +383,7 @@ def set_up(job: PolicyJob) -> Run:
         adapter=job.adapter,
         colocation=colocation,
         push_check=PushCheck(config.model.path, config.rollout.weight_sync.max_logprob_jump),
+        mismatch_alarm=MismatchAlarm(config.rollout.weight_sync.logprob_diff_alarm),
         random_states=random_states,
         num_eval_prompts=job.num_eval_prompts,
     )

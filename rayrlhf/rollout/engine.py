@@ -23,7 +23,7 @@ from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.samples import EncodedImage
-from rayrlhf.weights.store import AdapterSpec, Bucket, Part, Publication, StoreNotRestored, TensorSlice
+from rayrlhf.weights.store import Bucket, Part, Publication, StoreNotRestored, TensorSlice
 
 if TYPE_CHECKING:
     from rayrlhf.weights.transfer_group import DirectPush, TransferGroup
@@ -143,7 +143,7 @@ class EngineActor:
                     assert publication.base is not None
                     await self._load_weights(base, publication.version)
                     self.base = publication.base.number
-                await self._load(buckets, publication.number, publication.version, publication.adapter)
+                await self._load(publication, buckets)
         if self.version < at_least:
             raise RuntimeError(
                 f"version {at_least} was requested, but the latest published version is {self.version}"
@@ -168,7 +168,7 @@ class EngineActor:
                 await self.stepper.pause()
                 self.publication = WEIGHTS_INVALID
                 buckets = [(slices, None) for slices in push.buckets]
-                await self._load(buckets, push.number, push.version, push.adapter)
+                await self._load(push, buckets)
             except Exception as error:
                 from rayrlhf.weights.transfer_group import abort_transfer  # imports torch
 
@@ -181,10 +181,20 @@ class EngineActor:
         if "weights" in self.released:
             raise RuntimeError("cannot load weights while the engine sleeps: the trainers own its memory")
 
-    async def _load(self, buckets: Fetched, number: int, version: int, adapter: AdapterSpec | None) -> None:
+    async def verify(self, version: int, checksums: dict[str, int]) -> dict[str, str]:
+        """What is wrong with the tensors of this version, by name; empty if nothing is."""
+        async with self.updating:
+            if self.version != version:
+                raise RuntimeError(
+                    f"the engine holds version {self.version}, not {version}: it cannot be verified"
+                )
+            return await self.stepper.differences(checksums)
+
+    async def _load(self, push: Publication | DirectPush, buckets: Fetched) -> None:
         """Load all weights, or an adapter alone, into the paused engine, then resume it."""
+        number, version, adapter = push.number, push.version, push.adapter
         if adapter is None:
-            await self._load_weights(buckets, version)
+            await self._load_weights(buckets, version, verify=push.verify)
         else:
             await self.stepper.start_adapter_update()
             for slices, flat in buckets:
@@ -195,8 +205,8 @@ class EngineActor:
         if not self.released:
             await self.stepper.resume()
 
-    async def _load_weights(self, buckets: Fetched, version: int) -> None:
-        await self.stepper.start_weight_update()
+    async def _load_weights(self, buckets: Fetched, version: int, *, verify: bool = False) -> None:
+        await self.stepper.start_weight_update(verify=verify)
         for slices, flat in buckets:
             await self.stepper.load_bucket(slices, flat)
         await self.stepper.finish_weight_update(version)
@@ -360,6 +370,10 @@ class RolloutReplica:
     async def receive(self, push: DirectPush) -> dict[str, int]:
         await self.engine.call("receive", push, self.engine.rank)
         return {"replica": self.engine.rank}
+
+    async def verify(self, version: int, checksums: dict[str, int]) -> dict[str, Any]:
+        wrong = await self.engine.call("verify", version, checksums)
+        return {"replica": self.engine.rank, "wrong": wrong}
 
     async def sleep(self) -> dict[str, int]:
         return {"replica": self.engine.rank, "freed_bytes": await self.engine.call("sleep")}

@@ -149,8 +149,15 @@ class Stepper:
     async def leave(self) -> None:
         await self._rpc("leave_transfer_group")
 
-    async def start_weight_update(self) -> None:
+    async def start_weight_update(self, *, verify: bool = False) -> None:
+        """`verify`: `differences` compares this update with the trainer's checksums."""
+        await self._rpc("record_arrivals", verify=verify)
         await self._rpc("start_weight_update")
+
+    async def differences(self, checksums: dict[str, int]) -> dict[str, str]:
+        """What is wrong with the weights of the last update, by name; empty if nothing is."""
+        answers = await self._rpc("differences", checksums=checksums)
+        return {name: why for answer in answers for name, why in answer.items()}
 
     async def load_bucket(self, slices: Sequence[TensorSlice], bucket: Any = None) -> None:
         """

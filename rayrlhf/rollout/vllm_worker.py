@@ -6,7 +6,7 @@ import registers the transfer backend. Only the modules `rollout.vllm_*` may imp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from rayrlhf.rollout.vllm_adapter import (
 )
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 from rayrlhf.rollout.vllm_routes import RouteRecorder, moe_layers_of
+from rayrlhf.rollout.vllm_verify import Arrivals
 from rayrlhf.weights.buckets import check, size_of, unpack
 from rayrlhf.weights.shared_memory import device_key
 from rayrlhf.weights.store import AdapterSpec, TensorSlice
@@ -67,6 +68,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
     update_info_cls = BucketUpdate
     link: Link | None = None
     reload: Reload
+    arrivals: Arrivals | None = None  # of the current or last update, if it is to be verified
 
     def init_transfer_engine(self, init_info: BucketInit) -> None:
         self.link = None
@@ -81,7 +83,10 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
     def receive_weights(self, update_info: BucketUpdate) -> None:
         model: Any = self.model
         with self.received(update_info) as flat:
-            self.reload.collected(model.load_weights(unpack(update_info.slices, flat)), flat)
+            pieces = unpack(update_info.slices, flat)
+            arrivals = self.arrivals
+            loaded = model.load_weights(pieces) if arrivals is None else arrivals.load(model, pieces)
+            self.reload.collected(loaded, flat)
 
     @contextmanager
     def received(self, update_info: BucketUpdate) -> Iterator[Tensor]:
@@ -110,6 +115,20 @@ class WorkerExtension:
     def device_key(self) -> str:
         worker: Any = self
         return device_key(worker.device)
+
+    def record_arrivals(self, *, verify: bool) -> None:
+        """Whether the next weight update is to be verified."""
+        worker: Any = self
+        worker.weight_transfer_engine.arrivals = Arrivals() if verify else None
+
+    def differences(self, checksums: Mapping[str, int]) -> dict[str, str]:
+        """What is wrong with the tensors of the last weight update, by name; empty if nothing is."""
+        worker: Any = self
+        arrivals: Arrivals | None = worker.weight_transfer_engine.arrivals
+        if arrivals is None:
+            raise RuntimeError("the last weight update was not recorded: it cannot be verified")
+        is_sharded = worker.parallel_config.tensor_parallel_size > 1
+        return arrivals.differences(worker.model_runner.model, checksums, is_sharded=is_sharded)
 
     def start_adapter_update(self) -> None:
         worker: Any = self

@@ -76,6 +76,8 @@ class DirectSender:
         version: int,
         buckets: Sequence[Sequence[TensorSlice]],
         adapter: AdapterSpec | None = None,
+        *,
+        verify: bool = False,
     ) -> bool:
         """Start a push to the reachable engines, of all weights or of an adapter alone.
 
@@ -89,7 +91,7 @@ class DirectSender:
                 receivers, reaches_all = self._receivers()
                 if receivers:
                     group = self._transfer_group(receivers)
-                    push = DirectPush(group, number, version, tuple(map(tuple, buckets)), adapter)
+                    push = DirectPush(group, number, version, tuple(map(tuple, buckets)), adapter, verify)
             except (TimeoutError, TransferFailed) as error:
                 problem = str(error)
         [(push, reaches_all, problem), *_] = self.gather([(push, reaches_all, problem)])

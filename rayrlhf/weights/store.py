@@ -66,6 +66,7 @@ class Publication:
     buckets: list[Bucket]
     adapter: AdapterSpec | None = None  # None: the buckets hold all weights
     base: Base | None = None  # of the adapter; None: the checkpoint that engines load
+    verify: bool = False  # engines record what they receive, to be compared with the trainer's checksums
 
 
 class StoreNotRestored(RuntimeError):

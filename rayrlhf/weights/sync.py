@@ -32,8 +32,13 @@ from rayrlhf.weights.store import AdapterSpec, Base, Bucket, Part, Publication, 
 from rayrlhf.weights.store_client import StoreClient
 from rayrlhf.weights.transfer_group import Backend
 
+MAX_NAMED = 10  # tensors in a message
 MAX_PENDING_COPIES = 2  # buckets that wait to be put into the object store
 Gathered = Callable[[list[Tensor]], AbstractContextManager[None]]
+
+
+class PushDiffers(RuntimeError):
+    """After a push, an engine does not hold the trainer's tensors."""
 
 
 class WeightSync:
@@ -89,16 +94,43 @@ class WeightSync:
         latest, _, awake = self.gather(states)[0]
         return version > 0 or latest.number > 0 or latest.version < version or not awake
 
-    def push(self, weights: Iterable[CheckpointTensors], version: int) -> str | None:
+    def push(self, weights: Iterable[CheckpointTensors], version: int, *, verify: bool = False) -> str | None:
         """Load these weights as `version` into every running engine.
+
+        Args:
+            verify: compare what each engine then holds with checksums of the tensors.
 
         Returns:
             Why the direct transfer failed and the object store was used instead; None if it did not fail.
 
         Raises:
             TimeoutError: if an engine did not load them; names the engines that did.
+            PushDiffers: if an engine holds others; names engines and tensors.
         """
-        return self._push(weights, version)
+        if not verify:
+            return self._push(weights, version)
+        weights = list(weights)
+        problem = self._push(weights, version, verify=True)
+        self._verify(weights, version)
+        return problem
+
+    def _verify(self, weights: Iterable[CheckpointTensors], version: int) -> None:
+        """Compare every engine's tensors with these, not with the buckets made of them. Collective."""
+        checksums: dict[str, int] = {}
+        for tensors in weights:
+            with self.gathered(tensors.parts):
+                if self.rank == 0:
+                    made = zip(tensors.specs, tensors.tensors(), strict=True)
+                    checksums |= {spec.name: checksum(tensor) for spec, tensor in made}
+        found: list[str] = []
+        if self.rank == 0:
+            what = f"verification of version {version}"
+            answers = self._call_engines(what, "verify", version, checksums)
+            found = [
+                difference_text(answer["replica"], answer["wrong"]) for answer in answers if answer["wrong"]
+            ]
+        if found := self.gather(found):
+            raise PushDiffers(f"push of version {version}: {'; '.join(found)}")
 
     def push_adapter(
         self,
@@ -133,6 +165,8 @@ class WeightSync:
         version: int,
         adapter: AdapterSpec | None = None,
         base: Iterable[CheckpointTensors] | None = None,
+        *,
+        verify: bool = False,
     ) -> str | None:
         plan = [(group, lay_out(group)) for group in plan_buckets(tensors, self.bucket_bytes)]
         number = self._announce(version)
@@ -141,7 +175,7 @@ class WeightSync:
             self.base = Base(number, self._put(base))
             direct = None
         reached_all = direct is not None and direct.start(
-            number, version, [slices for _, slices in plan], adapter
+            number, version, [slices for _, slices in plan], adapter, verify=verify
         )
         copies: list[Future[Bucket]] = []
         for group, slices in plan:
@@ -151,7 +185,7 @@ class WeightSync:
                     copies.append(self._copy(group, slices, flat))
         problem = direct.finish() if direct is not None else None
         if self.rank == 0:
-            self.publishing = self.copier.submit(self._publish, number, version, copies, adapter)
+            self.publishing = self.copier.submit(self._publish, number, version, copies, adapter, verify)
             self.pending_copies = []
             if not reached_all or problem is not None:
                 self._wait_until_published()
@@ -202,10 +236,15 @@ class WeightSync:
         return [copy.result() for copy in copies]
 
     def _publish(
-        self, number: int, version: int, copies: Sequence[Future[Bucket]], adapter: AdapterSpec | None
+        self,
+        number: int,
+        version: int,
+        copies: Sequence[Future[Bucket]],
+        adapter: AdapterSpec | None,
+        verify: bool,
     ) -> None:
         buckets = [copy.result() for copy in copies]
-        publication = Publication(number, version, buckets, adapter, self.base)
+        publication = Publication(number, version, buckets, adapter, self.base, verify)
         assert self.weight_store is not None
         self.weight_store.publish(publication)
 
@@ -261,3 +300,10 @@ class WeightSync:
                 f"within {self.timeout_seconds:g} s; first failure: {failed[0]!r}"
             ) from failed[0]
         return done
+
+
+def difference_text(replica: int, wrong: dict[str, str]) -> str:
+    """E.g. "engine 1 differs in 2 of the tensors: lm_head.weight (not received), …"."""
+    named = [f"{name} ({why})" for name, why in sorted(wrong.items())]
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return f"engine {replica} differs in {len(named)} tensors: {', '.join(named[:MAX_NAMED])}{more}"

@@ -93,6 +93,7 @@ class DirectPush:
     version: int
     buckets: tuple[tuple[TensorSlice, ...], ...]
     adapter: AdapterSpec | None = None  # None: the buckets hold all weights
+    verify: bool = False  # as in `Publication`
 
 
 class Link(Protocol):

@@ -3,8 +3,9 @@
 `python -m tests.integration.engine_probe FOLDER [SAMPLING …]` prints one line of JSON: the largest
 |log-probability of the trainer's model - of the engine| over sampled tokens, before any push, after a push of
 the same weights, and after a push of other ones; then for each SAMPLING (a `rollout.sampling` in JSON), and
-after a push that followed one that broke off. A push without one of the tensors must be refused. vLLM wants a
-separate process, with its environment set before its import.
+after a push that followed one that broke off. A verified push must name the tensor that it lost, and one
+without one of the tensors must be refused. vLLM wants a separate process, with its environment set before its
+import.
 """
 
 from __future__ import annotations
@@ -54,16 +55,33 @@ async def _differences(
     from rayrlhf.models.load import load_policy
     from rayrlhf.rollout.vllm_engine import Stepper
     from rayrlhf.weights.buckets import flatten, lay_out, plan_buckets
+    from rayrlhf.weights.checksum import checksum
 
     policy = load_policy(model, folder, device=torch.device("cpu"), chunk_tokens=1000).eval()
     stepper = Stepper(engine_args)
 
-    async def push(version: int, *, without: int | None = None, breaks_off_at: int | None = None) -> None:
+    def checksums() -> dict[str, int]:
+        return {
+            spec.name: checksum(tensor)
+            for group in checkpoint_tensors(policy.causal_lm)
+            for spec, tensor in zip(group.specs, group.tensors(), strict=True)
+        }
+
+    async def push(
+        version: int,
+        *,
+        without: int | None = None,
+        breaks_off_at: int | None = None,
+        lost: str | None = None,
+    ) -> None:
         await stepper.pause()
-        await stepper.start_weight_update()
+        await stepper.start_weight_update(verify=lost is not None)
         for index, group in enumerate(plan_buckets(checkpoint_tensors(policy.causal_lm), BUCKET_BYTES)):
             slices = lay_out(group)
             flat = flatten(group, slices).numpy()
+            for piece in slices:
+                if piece.name == lost:
+                    flat[piece.offset_bytes : piece.offset_bytes + piece.num_bytes] = 0
             if index == breaks_off_at:
                 slices = [replace(slices[0], dtype="no dtype")]
             await stepper.load_bucket(slices[:-1] if index == without else slices, flat)
@@ -83,7 +101,12 @@ async def _differences(
     await _refused(push(3, breaks_off_at=MIDDLE), "is not a dtype")
     await push(3)  # as from the object store, after a direct push that broke off
     differences.append(await _difference(policy, stepper))
-    await _refused(push(4, without=MIDDLE), "at their old values")
+    await push(4, lost="none of them")
+    assert await stepper.differences(checksums()) == {}
+    for lost in list(checksums())[1:-1:3]:
+        await push(5, lost=lost)
+        assert await stepper.differences(checksums()) == {lost: "received with other values"}
+    await _refused(push(6, without=MIDDLE), "at their old values")
     return differences
 
 

@@ -59,7 +59,7 @@ def samples_of(step: int) -> list[Sample]:
 def scripted_run(config: PolicyRunConfig) -> Run:
     """A run with the models of `config`, whose rollouts are `samples_of` and which starts no engine."""
     from rayrlhf.policy.actor_critic import Ref, make_actor, make_critic, make_kl_controller, make_reference
-    from rayrlhf.policy.push_check import PushCheck
+    from rayrlhf.policy.push_check import MismatchAlarm, PushCheck
     from rayrlhf.policy.rollouts import Rewards, StepGroups
     from rayrlhf.policy.setup import Run
     from rayrlhf.train.collectives import Ranks
@@ -125,6 +125,7 @@ def scripted_run(config: PolicyRunConfig) -> Run:
         weight_route="",
         colocation=nothing,
         push_check=PushCheck(config.model.path, limit=None),  # these log-probabilities are no engine's
+        mismatch_alarm=MismatchAlarm(limit=None),
         random_states=nothing,
     )
     run.history = []

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.models.adapters import adapter_matrices, adapter_weights
-from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
+from rayrlhf.models.checkpoint_tensors import CheckpointTensors, checkpoint_tensors
 from rayrlhf.models.lora import add_adapters
 from rayrlhf.placement.plan import plan_placement
 from rayrlhf.placement.reaper import NAMESPACE
@@ -32,7 +32,7 @@ from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.rollout.engine_settings import engine_settings
 from rayrlhf.runtime.ray_session import deploy, watched
 from rayrlhf.weights.store import WeightStore
-from rayrlhf.weights.sync import WeightSync
+from rayrlhf.weights.sync import PushDiffers, WeightSync
 from tests.integration.policy_runs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -311,6 +311,44 @@ def test_a_version_nobody_published_is_refused(engines: Engines) -> None:
     message = f"version {unknown} was requested, but the latest published version is {engines.version}"
     with pytest.raises(Exception, match=message):
         engines.ask_one(unknown)
+
+
+class Lost(NamedTuple):
+    """Tensors of which the buckets get zeros, and the verification afterwards the values."""
+
+    group: CheckpointTensors
+    reads: list[int]
+
+    @property
+    def specs(self) -> Any:
+        return self.group.specs
+
+    @property
+    def parts(self) -> Any:
+        return self.group.parts
+
+    @property
+    def num_bytes(self) -> int:
+        return self.group.num_bytes
+
+    def tensors(self) -> list[torch.Tensor]:
+        self.reads.append(1)
+        made = self.group.tensors()
+        return made if len(self.reads) > 1 else [torch.zeros_like(tensor) for tensor in made]
+
+
+def test_a_push_that_loses_a_tensor_is_named_by_the_verification(engines: Engines) -> None:
+    engines.version += 1
+    weights = list(checkpoint_tensors(engines.model))
+    assert engines.sync.push(weights, engines.version, verify=True) is None
+    engines.version += 1
+    lost: Any = [Lost(each, []) if "1.mlp.up_proj" in each.specs[0].name else each for each in weights]
+    name = r"model\.layers\.1\.mlp\.up_proj\.weight"
+    wrong = rf"differs in 1 tensors: {name} \(received with other values\)"
+    with pytest.raises(
+        PushDiffers, match=rf"push of version {engines.version}: engine 0 {wrong}; engine 1 {wrong}"
+    ):
+        engines.sync.push(lost, engines.version, verify=True)
 
 
 def test_a_parameter_that_was_left_out_is_named(engines: Engines) -> None:

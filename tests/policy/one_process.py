@@ -16,7 +16,7 @@ from rayrlhf.models.checkpoint_tensors import CheckpointTensors
 from rayrlhf.policy.actor_critic import Ref, make_actor, make_critic, make_kl_controller, make_reference
 from rayrlhf.policy.colocation import Colocation
 from rayrlhf.policy.prompt_queue import PromptQueue
-from rayrlhf.policy.push_check import PushCheck
+from rayrlhf.policy.push_check import MismatchAlarm, PushCheck
 from rayrlhf.policy.rollouts import Collector, Rewards
 from rayrlhf.policy.setup import Run, Streams, group_source
 from rayrlhf.reward.client import RewardClient
@@ -47,7 +47,7 @@ class Engine:
         self.pushed: list[int] = []
         self.min_versions: list[int] = []
 
-    def push(self, weights: Iterable[CheckpointTensors], version: int) -> None:
+    def push(self, weights: Iterable[CheckpointTensors], version: int, *, verify: bool = False) -> None:
         state = {
             spec.name: tensor.clone()
             for made_together in weights
@@ -119,7 +119,7 @@ class Weights:
     def needs_push(self, version: int) -> bool:
         return version > 0
 
-    def push(self, weights: Iterable[CheckpointTensors], version: int) -> None:
+    def push(self, weights: Iterable[CheckpointTensors], version: int, *, verify: bool = False) -> None:
         self.engine.push(weights, version)
 
     def num_refused_connections(self) -> int:
@@ -220,6 +220,7 @@ def run_of(
         weight_route="object_store",
         colocation=Colocation(weights, ranks, engines_sleep=False),
         push_check=PushCheck(config.model.path, config.rollout.weight_sync.max_logprob_jump),
+        mismatch_alarm=MismatchAlarm(config.rollout.weight_sync.logprob_diff_alarm),
         random_states=RandomStates(config.run.seed, rank=0, world_size=1),
     )
     return run, engine, reports

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rayrlhf.policy.push_check import PushCheck, WeightsDiffer
+from rayrlhf.policy.push_check import MismatchAlarm, PushCheck, WeightsDiffer
 
 
 def after(differences: list[float], *, limit: float | None = 0.1, is_stale: bool = False) -> PushCheck:
@@ -49,3 +49,17 @@ def test_17a_precision_and_staleness_do_not(differences: list[float], is_stale: 
 
 def test_without_a_limit_nothing_does() -> None:
     assert after([1e-6, 5.0], limit=None).last == 5.0
+
+
+def test_the_alarm_speaks_when_the_band_is_left_and_entered() -> None:
+    alarm, said = MismatchAlarm(limit=0.05), []
+    for difference, is_stale in [(0.01, False), (0.06, True), (0.06, False), (0.2, False), (0.02, False)]:
+        alarm, text = alarm.after(difference, is_stale=is_stale)
+        said.append(text)
+    assert [text is not None for text in said] == [False, False, True, False, True]
+    assert said[2] is not None and said[2].startswith(
+        "rollout/logprob_diff_mean is 0.06 nats per token, above"
+    )
+    assert said[4] is not None and said[4].endswith("back within rollout.weight_sync.logprob_diff_alarm=0.05")
+    assert MismatchAlarm(limit=0.05).after(math.nan, is_stale=False)[0].is_on
+    assert MismatchAlarm(limit=None).after(9.0, is_stale=False) == (MismatchAlarm(None), None)

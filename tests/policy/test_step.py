@@ -23,7 +23,7 @@ from rayrlhf.policy.actor_critic import Actor, LocalCritic, Ref, make_kl_control
 from rayrlhf.policy.colocation import Colocation
 from rayrlhf.policy.loop import policy_loop
 from rayrlhf.policy.prompt_queue import PromptQueue
-from rayrlhf.policy.push_check import PushCheck
+from rayrlhf.policy.push_check import MismatchAlarm, PushCheck
 from rayrlhf.policy.rollouts import Rewards
 from rayrlhf.policy.setup import Run, Streams
 from rayrlhf.reward.combine import RewardCombiner
@@ -144,7 +144,7 @@ class Pushes:
     def needs_push(self, version: int) -> bool:
         return False
 
-    def push(self, weights: Any, version: int) -> str | None:
+    def push(self, weights: Any, version: int, *, verify: bool = False) -> str | None:
         self.versions[version] = self.module.logits.detach().clone()
         return None
 
@@ -202,6 +202,7 @@ def run_loop(
         weight_route="object_store",
         colocation=Colocation(pushes, ranks, engines_sleep=False),
         push_check=PushCheck(config.model.path, limit=None),
+        mismatch_alarm=MismatchAlarm(limit=None),
         random_states=random_states,
     )
     result = policy_loop(run)

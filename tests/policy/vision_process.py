@@ -36,7 +36,7 @@ class VisionEngine(Engine):
         self.pushed: list[int] = []
         self.min_versions: list[int] = []
 
-    def push(self, weights: Iterable[CheckpointTensors], version: int) -> None:
+    def push(self, weights: Iterable[CheckpointTensors], version: int, *, verify: bool = False) -> None:
         """Loaded as from a checkpoint, whose names differ from those in memory."""
         state = {
             spec.name: tensor.clone()
