@@ -126,9 +126,8 @@ class WeightSync:
         if self.rank == 0:
             what = f"verification of version {version}"
             answers = self._call_engines(what, "verify", version, checksums)
-            found = [
-                difference_text(answer["replica"], answer["wrong"]) for answer in answers if answer["wrong"]
-            ]
+            answers.sort(key=lambda answer: answer["replica"])
+            found = [difference_text(each["replica"], each["wrong"]) for each in answers if each["wrong"]]
         if found := self.gather(found):
             raise PushDiffers(f"push of version {version}: {'; '.join(found)}")
 
@@ -303,7 +302,8 @@ class WeightSync:
 
 
 def difference_text(replica: int, wrong: dict[str, str]) -> str:
-    """E.g. "engine 1 differs in 2 of the tensors: lm_head.weight (not received), …"."""
+    """E.g. "engine 1 differs in 2 tensors: lm_head.weight (not received), …"."""
     named = [f"{name} ({why})" for name, why in sorted(wrong.items())]
     more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-    return f"engine {replica} differs in {len(named)} tensors: {', '.join(named[:MAX_NAMED])}{more}"
+    count = f"{len(named)} tensor{'s' * (len(named) > 1)}"
+    return f"engine {replica} differs in {count}: {', '.join(named[:MAX_NAMED])}{more}"

@@ -57,9 +57,7 @@ def test_the_alarm_speaks_when_the_band_is_left_and_entered() -> None:
         alarm, text = alarm.after(difference, is_stale=is_stale)
         said.append(text)
     assert [text is not None for text in said] == [False, False, True, False, True]
-    assert said[2] is not None and said[2].startswith(
-        "rollout/logprob_diff_mean is 0.06 nats per token, above"
-    )
-    assert said[4] is not None and said[4].endswith("back within rollout.weight_sync.logprob_diff_alarm=0.05")
+    assert said[2] is not None and "rollout/logprob_diff_mean is 0.06 nats per token, above" in said[2]
+    assert said[4] is not None and "back within rollout.weight_sync.logprob_diff_alarm=0.05" in said[4]
     assert MismatchAlarm(limit=0.05).after(math.nan, is_stale=False)[0].is_on
     assert MismatchAlarm(limit=None).after(9.0, is_stale=False) == (MismatchAlarm(None), None)
