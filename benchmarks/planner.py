@@ -15,6 +15,7 @@ activations; whether they meet depends on the model. Where they did, the peak of
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.update_memory import ENVIRONMENT, MB, RESULTS, machine
+from rayrlhf.samples import EncodedImage
 
 ALLOWED = 0.1
 LENGTH = 128  # tokens of a sequence
@@ -37,10 +39,32 @@ SHAPES: dict[str, dict[str, Any]] = {
     "narrow and deep, one key-value head": LLAMA
     | {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 16, "num_attention_heads": 3}
     | {"num_key_value_heads": 1, "vocab_size": 3000, "tie_word_embeddings": True},
+    "Mixtral": {"model_type": "mixtral", "head_dim": 64, "max_position_embeddings": 512}
+    | {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 6000, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "Qwen3-MoE": {"model_type": "qwen3_moe", "head_dim": 64, "max_position_embeddings": 512}
+    | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 6}
+    | {"num_key_value_heads": 2, "vocab_size": 5000, "num_experts": 32, "num_experts_per_tok": 4}
+    | {"moe_intermediate_size": 96, "norm_topk_prob": True},
+    "Qwen2-MoE": {"model_type": "qwen2_moe", "max_position_embeddings": 512}
+    | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 5000, "num_experts": 16, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 160, "shared_expert_intermediate_size": 320, "mlp_only_layers": [1]},
+    "Qwen2.5-VL": {"model_type": "qwen2_5_vl", "image_token_id": 1, "vision_start_token_id": 2}
+    | {
+        "text_config": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 5000}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}},
+        "vision_config": {"hidden_size": 128, "intermediate_size": 344, "depth": 6, "num_heads": 4}
+        | {"out_hidden_size": 256, "fullatt_block_indexes": [2, 5]},
+    },
     "Qwen2, large vocabulary": {"model_type": "qwen2", "max_position_embeddings": 512}
     | {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 5, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "vocab_size": 40_000, "tie_word_embeddings": True},
 }
+DENSE = [name for name in SHAPES if "MoE" not in name and name not in ("Mixtral", "Qwen2.5-VL")]
+AUX_LOSS_COEF = 0.001  # of mixtures of experts
+IMAGE_TOKENS = 96  # of each sequence of a vision-language model
 
 
 class Case(NamedTuple):
@@ -62,7 +86,24 @@ CASES = [
     Case("wide and shallow, many key-value heads", 2048, 2, True, "QLoRA"),
     *[
         case
-        for name in SHAPES
+        for name in ("Mixtral", "Qwen3-MoE")
+        for case in (
+            Case(name, 2048, 0, False, "all"),
+            Case(name, 2048, 2, True, "all"),
+            Case(name, 2048, 2, True, "LoRA"),
+            Case(name, 2048, 2, True, "LoRA and experts"),
+        )
+    ],
+    Case("Mixtral", 2048, 0, False, "LoRA and experts"),
+    Case("Qwen2-MoE", 2048, 0, False, "all"),
+    Case("Qwen2-MoE", 2048, 2, True, "LoRA and experts"),
+    Case("Qwen2.5-VL", 2048, 0, False, "all"),
+    Case("Qwen2.5-VL", 2048, 2, True, "all"),
+    Case("Qwen2.5-VL", 2048, 0, False, "all but the tower"),
+    Case("Qwen2.5-VL", 2048, 2, True, "LoRA"),
+    *[
+        case
+        for name in DENSE
         for case in (
             Case(name, 2048, 0, False, "all"),
             Case(name, 2048, 2, True, "all"),
@@ -96,7 +137,11 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
     measured = _measure(name, train, trained)
     dist.destroy_process_group()
     shape = shape_of(measured.pop("config"), name)
-    adapter = memory.Adapter(ADAPTER_RANK, quantized=trained == "QLoRA") if trained != "all" else None
+    adapter = None
+    if "LoRA" in trained:
+        adapter = memory.Adapter(
+            ADAPTER_RANK, quantized=trained == "QLoRA", experts=trained.endswith("experts")
+        )
     fp32 = memory.Precision(4, on_gpu=False)
     predicted = memory.trainer(
         shape,
@@ -106,6 +151,9 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
         name="actor",
         adapter=adapter,
         sequence_parallel=ranks,
+        has_balance_loss=shape.experts > 0,
+        freeze_vision=trained == "all but the tower",
+        image_tokens=_image_tokens(tokens),
     )
     parameters = shape.parameters + (adapter.parameters(shape) if adapter else 0)
     state = predicted.only("weights", "optimizer").total
@@ -116,7 +164,12 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
         "gradients": {"predicted": predicted.device["gradients"], "measured": measured["gradients"]},
         "activations": {
             "predicted": memory.activations(
-                shape, fp32, checkpointing=checkpointing, adapter=adapter
+                shape,
+                fp32,
+                checkpointing=checkpointing,
+                adapter=adapter,
+                freeze_vision=trained == "all but the tower",
+                image_tokens=_image_tokens(tokens),
             ).at_the_head(tokens, ranks),
             "measured": measured["decoder"],
         },
@@ -124,9 +177,13 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
     }
 
 
+def _image_tokens(tokens: int) -> int:
+    return tokens // LENGTH * IMAGE_TOKENS
+
+
 def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
     from benchmarks import update_memory
     from rayrlhf.batch import PolicyBatch, cu_seqlens_of, position_ids_of
@@ -134,8 +191,10 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     from rayrlhf.config.model import LoraConfig, TrainedModelConfig
     from rayrlhf.models.adapters import adapter_weights, weights_of
     from rayrlhf.models.attention import VARLEN_SDPA
+    from rayrlhf.models.experts import moe_layers
     from rayrlhf.models.load import adapt, checkpoint_activations
     from rayrlhf.models.logprobs import PolicyModel
+    from rayrlhf.models.vision import VisionInputs, is_vision_language, vision_attention
     from rayrlhf.policy.losses import PolicyObjective, loss_counts, policy_forward
     from rayrlhf.train.collectives import Ranks
     from rayrlhf.train.learner import Learner, Term
@@ -148,10 +207,15 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
         if name in SHAPES
         else AutoConfig.from_pretrained(name)
     )
-    causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_SDPA, dtype=torch.float32)
+    has_vision = is_vision_language(config)
+    kind = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    attention = vision_attention(VARLEN_SDPA) if has_vision else VARLEN_SDPA
+    causal_lm = kind.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    has_experts = trained.endswith("experts")
     model = TrainedModelConfig(
         path=name,
-        lora=LoraConfig(rank=ADAPTER_RANK) if trained != "all" else None,
+        lora=LoraConfig(rank=ADAPTER_RANK, experts=has_experts) if "LoRA" in trained else None,
+        freeze_vision=trained == "all but the tower",
         quantization="nf4" if trained == "QLoRA" else None,
         sequence_parallel=train.num_workers,
     )
@@ -159,13 +223,26 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     if train.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     module = PolicyModel(causal_lm, chunk_tokens=train.logprob_chunk_tokens)
+    if has_vision:
+        module.vision = VisionInputs(Qwen2VLImageProcessorPil(), config.image_token_id)
     module.head.register_forward_pre_hook(update_memory._mark_head)
     set_sequence_group(module, model, train)
-    learner = Learner(module.train(), train, lr=1e-5, dtype=torch.float32, name="actor")
+    coef = AUX_LOSS_COEF if moe_layers(causal_lm) else 0.0
+    learner = Learner(
+        module.train(), train, lr=1e-5, dtype=torch.float32, name="actor", aux_loss_coef=coef
+    )
     lengths = [LENGTH] * (train.max_tokens_per_micro_batch // LENGTH)
     position_ids = position_ids_of(lengths)
+    input_ids = torch.randint(8, config.get_text_config().vocab_size, (sum(lengths),))
+    images = []
+    if has_vision:
+        for start in range(0, len(input_ids), LENGTH):
+            input_ids[start] = config.vision_start_token_id
+            input_ids[start + 1 : start + 1 + IMAGE_TOKENS] = config.image_token_id
+            images.append((_image(start),))
     batch = PolicyBatch(
-        input_ids=torch.randint(config.vocab_size, (sum(lengths),)),
+        input_ids=input_ids,
+        images=images,
         position_ids=position_ids,
         cu_seqlens=cu_seqlens_of(lengths),
         loss_mask=(position_ids > 0).float(),
@@ -195,6 +272,19 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
         "gradients": 4 * gradients // (train.num_workers if train.zero_stage >= 2 else 1),
         "decoder": decoder,
     }
+
+
+def _image(seed: int) -> EncodedImage:
+    """Of `IMAGE_TOKENS` tokens of 28 x 28 pixels, different for each seed."""
+    import numpy as np
+    from PIL import Image
+
+    size = (28, 28 * IMAGE_TOKENS, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    pixels = pixels.reshape(28 * IMAGE_TOKENS // 12, 28 * 12, 3)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return EncodedImage(stream.getvalue(), IMAGE_TOKENS)
 
 
 def in_processes_of_its_own(case: Case) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from rayrlhf.capacity import expert_memory
 from rayrlhf.capacity.model_shape import ModelShape
 from rayrlhf.config.train import OptimizerConfig
 
@@ -70,20 +71,27 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA on the linear layers; the rest of the model is frozen. Experts take no adapters: transformers has
-    all those of a layer in one tensor.
+    """LoRA on the linear layers; the rest of the model is frozen. In a mixture of experts the MLPs take none:
+    the experts have their own, and only if asked for.
     """
 
     rank: int
     targets: tuple[str, ...] | None = None  # last names of the layers; None is all
     quantized: bool = False  # QLoRA: frozen projections in NF4
+    experts: bool = False
 
     def parameters(self, shape: ModelShape) -> int:
-        """Trainable: rank x (inputs + outputs) of each adapted layer."""
+        """Trainable: rank x (inputs + outputs) of each adapted layer, and of each expert's."""
+        each = 3 * (shape.hidden + shape.intermediate)  # gate and up are one: H + 2I, and I + H
+        each -= shape.hidden
+        experts = shape.expert_layers * shape.experts * each if self.experts else 0
         query, kv, mlp = (shape.hidden + n for n in (shape.query_size, shape.kv_size, shape.intermediate))
         sizes = {"q_proj": query, "k_proj": kv, "v_proj": kv, "o_proj": query}
         sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), mlp)
-        return self.rank * shape.layers * sum(sizes[name] for name in self._adapted(shape))
+        linear = shape.layers * sum(sizes[name] for name in self._adapted(shape))
+        if shape.shared_expert and (self.targets is None or "shared_expert_gate" in self.targets):
+            linear += shape.expert_layers * (shape.hidden + 1)
+        return self.rank * (linear + experts)
 
     def between(self, shape: ModelShape) -> int:
         """Elements between A and B, per token of a layer."""
@@ -139,8 +147,19 @@ def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Ada
     attention = (copies * shape.query_size + 2 * shape.kv_size) * s + 4 * shape.heads
     if shape.family.qk_norm:
         attention += (kept - s) * (shape.query_size + shape.kv_size)
-    mlp = 4 * shape.intermediate * s * max(1, shape.experts_per_token)
+    if shape.experts:
+        rank = adapter.rank if adapter is not None and adapter.experts else 0
+        mlp = expert_memory.kept_bytes(shape, s, trained=adapter is None, rank=rank)
+    else:
+        mlp = 4 * shape.intermediate * s
     return norms + attention + mlp + (adapter.between(shape) * s if adapter is not None else 0)
+
+
+def _dense_layer_saves(shape: ModelShape, size: int, adapter: Adapter | None) -> int:
+    """Bytes by which a layer without experts keeps less than the others of its model."""
+    rank = adapter.rank if adapter is not None and adapter.experts else 0
+    experts = expert_memory.kept_bytes(shape, size, trained=adapter is None, rank=rank)
+    return experts - (4 if adapter is None else 3) * shape.dense_intermediate * size
 
 
 def _kept_by_norm(precision: Precision, adapter: Adapter | None) -> int:
@@ -163,16 +182,33 @@ class Activations:
     gradients: int  # of the MLP, beyond what it has freed
     gathered: int  # keys and values of a layer, part of `kept` or `recomputed`
     checkpointing: bool
+    saved: int = 0  # what layers without experts keep less, of all
+    routed: int = 0  # of all routers: logits and choices
+    balance: int = 0  # of all routers in the backward pass: gradients by a balance loss
+    tower_kept: int = 0  # bytes of all images, until the tower's backward pass
+    tower_recomputed: int = 0  # bytes of a block of the tower, for all images
+    tower_forward: int = 0  # bytes of a frozen tower
+    weight_gradient: int = 0  # bytes, of a layer's experts
+
+    @property
+    def outside(self) -> int:
+        return self.rotary + self.routed - self.saved
 
     def at_the_head(self, tokens: int, ranks: int = 1) -> int:
         """Bytes of one of `ranks` that split the tokens."""
         gathered = 0 if self.checkpointing else self.layers * self.gathered
-        return self._shared(self.layers * self.kept + self.last_norm + self.rotary, gathered, tokens, ranks)
+        held = self.layers * self.kept + self.last_norm + self.outside
+        return self._shared(held, gathered, tokens, ranks) + self.tower_kept
 
     def in_the_last_layer(self, tokens: int, ranks: int = 1) -> int:
         gathered = (1 if self.checkpointing else self.layers) * self.gathered
-        held = self.layers * self.kept + self.rotary + self.recomputed + self.gradients
-        return self._shared(held, gathered, tokens, ranks)
+        held = self.layers * self.kept + self.outside + self.balance + self.recomputed + self.gradients
+        return self._shared(held, gathered, tokens, ranks) + self.tower_kept + self.weight_gradient
+
+    @property
+    def in_the_tower(self) -> int:
+        """Bytes while the vision tower runs: without gradients before the language model, or backwards."""
+        return max(self.tower_forward, self.tower_kept + self.tower_recomputed)
 
     @staticmethod
     def _shared(held: int, gathered: int, tokens: int, ranks: int) -> int:
@@ -180,19 +216,44 @@ class Activations:
 
 
 def activations(
-    shape: ModelShape, precision: Precision, *, checkpointing: bool, adapter: Adapter | None = None
+    shape: ModelShape,
+    precision: Precision,
+    *,
+    checkpointing: bool,
+    adapter: Adapter | None = None,
+    has_balance_loss: bool = False,
+    freeze_vision: bool = False,
+    image_tokens: int = 0,
 ) -> Activations:
+    """`image_tokens`: of a micro-batch, each of a different image."""
     s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
-    return Activations(
+    found = Activations(
         layers=shape.layers,
         kept=s * shape.hidden if checkpointing else layer,
         last_norm=(_kept_by_norm(precision, adapter) + s) * shape.hidden,
         rotary=2 * s * shape.head_dim,
         recomputed=layer if checkpointing else 0,
-        gradients=2 * shape.intermediate * s * max(1, shape.experts_per_token),
+        gradients=2 * shape.intermediate * s,
         gathered=gathered_bytes(shape, precision),
         checkpointing=checkpointing,
     )
+    if shape.experts:
+        saved = 0 if checkpointing else shape.dense_layers * _dense_layer_saves(shape, s, adapter)
+        found = replace(
+            found,
+            gradients=expert_memory.gradient_bytes(shape, s),
+            saved=saved,
+            routed=shape.expert_layers * expert_memory.recorded_bytes(shape, s),
+            balance=shape.expert_layers * shape.experts * s * has_balance_loss,
+            weight_gradient=expert_memory.weight_gradient_bytes(shape, s) if adapter is None else 0,
+        )
+    if shape.vision is None or not image_tokens:
+        return found
+    patches = image_tokens * shape.vision.patches_per_token
+    if freeze_vision or adapter is not None:
+        return replace(found, tower_forward=patches * shape.vision.forward_bytes(s))
+    kept, again = shape.vision.trained_bytes(s, on_gpu=precision.on_gpu, checkpointing=checkpointing)
+    return replace(found, tower_kept=patches * kept, tower_recomputed=patches * again)
 
 
 def gathered_bytes(shape: ModelShape, precision: Precision) -> int:
@@ -224,11 +285,15 @@ def trainer(
     adapter: Adapter | None = None,
     sequence_parallel: int = 1,
     has_head: bool = True,
+    has_balance_loss: bool = False,
+    freeze_vision: bool = False,
+    image_tokens: int = 0,
 ) -> Bytes:
     """Peak of one worker in a step of several micro-batches. `has_head`: a language model, not a scorer."""
     stage, ranks, s = train.zero_stage, num_workers, precision.weights
     count = shape.parameters if has_head else shape.scorer_parameters
-    trained = adapter.parameters(shape) if adapter else count
+    trained = count - (shape.vision_parameters if freeze_vision else 0)
+    trained = adapter.parameters(shape) if adapter else trained
     shared = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
     split = {kind: ranks if kind in shared.get(stage, ()) else 1 for kind in KINDS}
     weights = weight_bytes(shape, count, s, adapter) // split["weights"]
@@ -239,9 +304,17 @@ def trainer(
     has_master = stage > 0 or s == 2
     optimizer = trained * (2 * m + m * has_master) // split["optimizer"]
     tokens = train.max_tokens_per_micro_batch
-    kept = activations(shape, precision, checkpointing=train.gradient_checkpointing, adapter=adapter)
+    kept = activations(
+        shape,
+        precision,
+        checkpointing=train.gradient_checkpointing,
+        adapter=adapter,
+        has_balance_loss=has_balance_loss,
+        freeze_vision=freeze_vision,
+        image_tokens=image_tokens,
+    )
     at_the_head = kept.at_the_head(tokens, sequence_parallel)
-    backward = max(at_the_head, kept.in_the_last_layer(tokens, sequence_parallel))
+    backward = max(at_the_head, kept.in_the_last_layer(tokens, sequence_parallel), kept.in_the_tower)
     logits = 0
     if has_head:
         own_tokens = tokens // sequence_parallel
