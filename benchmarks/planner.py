@@ -183,7 +183,12 @@ def _image_tokens(tokens: int) -> int:
 
 def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2VLImageProcessorPil
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        Qwen2VLImageProcessorPil,
+    )
 
     from benchmarks import update_memory
     from rayrlhf.batch import PolicyBatch, cu_seqlens_of, position_ids_of
@@ -228,9 +233,7 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     module.head.register_forward_pre_hook(update_memory._mark_head)
     set_sequence_group(module, model, train)
     coef = AUX_LOSS_COEF if moe_layers(causal_lm) else 0.0
-    learner = Learner(
-        module.train(), train, lr=1e-5, dtype=torch.float32, name="actor", aux_loss_coef=coef
-    )
+    learner = Learner(module.train(), train, lr=1e-5, dtype=torch.float32, name="actor", aux_loss_coef=coef)
     lengths = [LENGTH] * (train.max_tokens_per_micro_batch // LENGTH)
     position_ids = position_ids_of(lengths)
     input_ids = torch.randint(8, config.get_text_config().vocab_size, (sum(lengths),))

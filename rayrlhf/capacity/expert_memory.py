@@ -52,3 +52,11 @@ def gradient_bytes(shape: ModelShape, size: int) -> int:
 def weight_gradient_bytes(shape: ModelShape, size: int) -> int:
     """Of all gate and up projections of a layer, before it is added to the accumulated one."""
     return 2 * shape.experts * shape.hidden * shape.intermediate * size
+
+
+def forward_numbers(shape: ModelShape) -> int:
+    """Temporary numbers of a forward pass without gradients, per token: sorted inputs, gate, up,
+    activation and product; or inputs, and outputs before and after they are weighted and put back in order.
+    """
+    own = shape.experts_per_token * max(shape.hidden + 4 * shape.intermediate, 4 * shape.hidden)
+    return own + 2 * shape.shared_expert

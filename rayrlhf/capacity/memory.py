@@ -132,9 +132,16 @@ def _weight_terms(shape: ModelShape, count: int, size: int, adapter: Adapter | N
 
 
 def _in_nf4(shape: ModelShape, adapter: Adapter) -> int:
-    """Parameters in NF4. Experts are not quantised: transformers has all those of a layer in one tensor."""
-    of_layer = shape.attention_matrices + (0 if shape.experts else shape.mlp_matrices)
-    return shape.layers * of_layer if adapter.quantized else 0
+    """Parameters in NF4: linear layers. Experts are not quantised: transformers has all those of a layer in
+    one tensor.
+    """
+    if not adapter.quantized:
+        return 0
+    if not shape.experts:
+        return shape.layers * (shape.attention_matrices + shape.mlp_matrices)
+    shared = 3 * shape.hidden * shape.shared_expert + shape.hidden * shape.family.has_shared_expert
+    dense = 3 * shape.hidden * shape.dense_intermediate
+    return shape.layers * shape.attention_matrices + shape.expert_layers * shared + shape.dense_layers * dense
 
 
 def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None = None) -> int:
@@ -358,30 +365,39 @@ def trainer(
     }
     if gradients_offloaded:
         del working["gradients"]
+    if shape.vision is not None and image_tokens:
+        working["images"] = f"at most {image_tokens:,} tokens of a micro-batch, all of different images"
     lines = tuple(f"{name} {kind}: {terms}" for kind, terms in working.items())
     return Bytes(_positive(device), _positive(host), lines)
 
 
 def _activation_terms(kept: Activations, tokens: int, ranks: int) -> str:
-    """The larger of the two peaks, as a formula."""
-    in_layer = kept.in_the_last_layer(tokens, ranks) > kept.at_the_head(tokens, ranks)
+    """The largest of the peaks, as a formula."""
+    at_the_head, in_layer = kept.at_the_head(tokens, ranks), kept.in_the_last_layer(tokens, ranks)
+    tower = f"{kept.tower_kept:,} B of the vision tower" if kept.tower_kept else ""
+    if kept.in_the_tower > max(at_the_head, in_layer):
+        again = f" + {kept.tower_recomputed:,} B of its recomputed block" if kept.tower_recomputed else ""
+        return tower + again if tower else f"{kept.tower_forward:,} B in the frozen vision tower"
     gathered = kept.gathered if ranks > 1 else 0
     layers = 1 if kept.checkpointing else kept.layers
     of_layer = kept.kept - (0 if kept.checkpointing else gathered)
     terms = [f"{kept.layers} layers x {of_layer:,} B" + " kept" * kept.checkpointing]
-    if in_layer:
+    outside = kept.rotary + (0 if in_layer > at_the_head else kept.last_norm)
+    if in_layer > at_the_head:
         if kept.checkpointing:
             terms.append(f"{kept.recomputed - gathered:,} B of the recomputed one")
-        terms += [f"{kept.gradients:,} B of its gradients", f"{kept.rotary:,} B outside"]
-    else:
-        terms.append(f"{kept.last_norm + kept.rotary:,} B outside")
-    per_token = f"({' + '.join(terms)})"
-    if ranks == 1:
-        return f"{tokens:,} tokens x {per_token}"
-    shared = (
-        f"{per_token}{_divided(ranks, 'ranks of a sequence')} + {layers} x {gathered:,} B of keys and values"
-    )
-    return f"{tokens:,} tokens x ({shared})"
+        terms.append(f"{kept.gradients:,} B of its gradients")
+    if routed := kept.routed + (kept.balance if in_layer > at_the_head else 0):
+        terms.append(f"{routed:,} B of routers")
+    terms.append(f"{outside:,} B outside")
+    per_token = f"({' + '.join(terms)}" + (f" - {kept.saved:,} B of dense layers" if kept.saved else "") + ")"
+    formula = f"{tokens:,} tokens x {per_token}"
+    if ranks > 1:
+        shared = f"{per_token}{_divided(ranks, 'ranks of a sequence')}"
+        formula = f"{tokens:,} tokens x ({shared} + {layers} x {gathered:,} B of keys and values)"
+    if in_layer > at_the_head and kept.weight_gradient:
+        formula += f" + {kept.weight_gradient:,} B of a gradient of experts"
+    return formula + (f" + {tower}" if tower else "")
 
 
 def _bucket_bytes(trained: int, s: int) -> int:
@@ -430,9 +446,15 @@ def frozen(
     """
     count = shape.parameters if has_head else shape.scorer_parameters
     s = precision.weights
-    forward = tokens * (2 * shape.intermediate * max(1, shape.experts_per_token) + 4 * shape.hidden) * s
+    forward = tokens * _forward_numbers(shape) * s
     working = (f"{name} weights: {_count(count)} x {s} B" + _divided(ranks, f"ZeRO-3 over {ranks}"),)
     return Bytes(_positive({"weights": count * s // ranks, "activations": forward}), {}, working)
+
+
+def _forward_numbers(shape: ModelShape) -> int:
+    """Temporary numbers of a forward pass without gradients, per token."""
+    mlp = expert_memory.forward_numbers(shape) if shape.experts else 2 * shape.intermediate
+    return mlp + 4 * shape.hidden
 
 
 def kv_bytes_per_token(shape: ModelShape, size: int, tensor_parallel: int = 1) -> int:
@@ -449,16 +471,22 @@ def engine(
     capacity_bytes: int | None,
     utilization: float,
     cpu_kv_bytes: int | None = None,
+    adapter: Adapter | None = None,
 ) -> Bytes:
     """A vLLM engine on one of its GPUs (or a CPU, with a cache of `cpu_kv_bytes`): it takes `utilization` of
-    the GPU, and the cache gets what weights and temporaries leave.
+    the GPU, and the cache gets what weights and temporaries leave. `adapter`: has buffers on every GPU.
     """
+    of_adapter = adapter.parameters(shape) * size if adapter is not None else 0
     weights = shape.parameters * size // tensor_parallel
     working = (f"engine weights: {_count(shape.parameters)} x {size} B" + _divided(tensor_parallel, "GPUs"),)
     if cpu_kv_bytes is not None:
-        return Bytes({"weights": weights, "kv_cache": cpu_kv_bytes}, {}, working)
-    temporaries = ENGINE_BATCH_TOKENS * (2 * shape.intermediate + 4 * shape.hidden) * size // tensor_parallel
-    buffers = temporaries + ENGINE_RUNTIME_BYTES
+        held = {"weights": weights, "kv_cache": cpu_kv_bytes, "buffers": of_adapter}
+        return Bytes(_positive(held), {}, working)
+    temporaries = ENGINE_BATCH_TOKENS * _forward_numbers(shape) * size
+    if shape.vision is not None:  # a batch of image tokens alone, before the language model reads them
+        patches = ENGINE_BATCH_TOKENS * shape.vision.patches_per_token
+        temporaries = max(temporaries, patches * shape.vision.forward_bytes(size))
+    buffers = temporaries // tensor_parallel + of_adapter + ENGINE_RUNTIME_BYTES
     if capacity_bytes is None:
         return Bytes({"weights": weights, "buffers": buffers}, {}, working)
     cache = max(0, int(capacity_bytes * utilization) - weights - buffers)

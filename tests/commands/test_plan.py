@@ -130,8 +130,22 @@ def test_engines_that_sleep_keep_the_base_of_adapters_in_host_memory(
         [stage] = json.loads(capsys.readouterr().out).values()
         return sum(stage["roles"]["rollout"]["host_bytes"].values())
 
-    assert host_bytes() == 6_738_415_616 * 2 // 4  # Llama-2-7B in bf16, tensor_parallel: 4
-    assert host_bytes(MERGED) == host_bytes("rollout.sleep=false") == 0
+    # Llama-2-7B in bf16, tensor_parallel: 4; adapters of rank 8 are whole on every GPU.
+    adapters = 8 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) * 2
+    assert host_bytes() == 6_738_415_616 * 2 // 4 + adapters
+    assert host_bytes(MERGED) == 0
+    assert host_bytes("rollout.sleep=false") == adapters
+
+
+def test_pushes_of_adapters_alone_need_little_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def synced(*words: str) -> int:
+        assert main([config("ppo-7b-4x-24gb.yaml"), "model.lora.rank=8", "--json", *words]) == 0
+        [stage] = json.loads(capsys.readouterr().out).values()
+        return stage["roles"]["actor"]["host_bytes"]["weight sync"]
+
+    adapters = 8 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) * 2
+    assert synced() == adapters // 4
+    assert synced(MERGED) == synced("model.quantization=nf4") == 6_738_415_616 * 2 // 4
 
 
 @pytest.mark.parametrize("adapters", ["--qlora", "--lora-rank=8", "model.lora.rank=8"])
