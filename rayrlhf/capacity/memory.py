@@ -412,7 +412,8 @@ def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) ->
     if train.zero_stage < 3:
         return reduce
     live = min(MAX_LIVE_NUMEL, max(2 * shape.layer_parameters, shape.embedding_parameters))
-    return reduce + live * s
+    # The limit holds for what is gathered early; a layer's experts are one module, gathered as a whole.
+    return reduce + max(live, shape.mlp_matrices if shape.experts else 0) * s
 
 
 def _late_bytes(own: int, stage: int, s: int, g: int, m: int, buffers: int) -> int:
