@@ -234,7 +234,7 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     lengths = [LENGTH] * (train.max_tokens_per_micro_batch // LENGTH)
     position_ids = position_ids_of(lengths)
     input_ids = torch.randint(8, config.get_text_config().vocab_size, (sum(lengths),))
-    images = []
+    images: list[tuple[EncodedImage, ...]] = []
     if has_vision:
         for start in range(0, len(input_ids), LENGTH):
             input_ids[start] = config.vision_start_token_id
@@ -242,7 +242,7 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
             images.append((_image(start),))
     batch = PolicyBatch(
         input_ids=input_ids,
-        images=images,
+        images=tuple(images),
         position_ids=position_ids,
         cu_seqlens=cu_seqlens_of(lengths),
         loss_mask=(position_ids > 0).float(),
@@ -261,14 +261,16 @@ def _measure(name: str, train: Any, trained: str) -> dict[str, Any]:
     counted = update_memory.allocations(learner, Term([batch], term.forward, term.loss))
     decoder = counted["decoder"]  # of a first micro-batch: no gradients are alive beside it
     counted = update_memory.allocations(learner, term)
+    # Pixel values of images seen before are kept in host memory.
+    cached = module.vision.num_bytes if module.vision is not None else 0
     parameters = sum(math.prod(weight.shape) for weight in weights_of(learner.module))
     parameters += sum(parameter.numel() for _, parameter in adapter_weights(learner.module))
     gradients = sum(p.numel() for p in learner.module.parameters() if p.requires_grad)
     return {
         "config": config.to_dict(),
         "parameters": parameters,
-        "before": counted["before"],
-        "peak": counted["peak"],
+        "before": counted["before"] - cached,
+        "peak": counted["peak"] - cached,
         "gradients": 4 * gradients // (train.num_workers if train.zero_stage >= 2 else 1),
         "decoder": decoder,
     }
@@ -325,7 +327,9 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], passed: bool)
         "",
         "One optimizer step of two micro-batches, fp32 on the CPU; MB predicted / measured on rank 0.",
         "Several ranks share every sequence. Adapters (LoRA, and QLoRA on NF4 weights) have rank",
-        f"{ADAPTER_RANK}, on all linear layers.",
+        f"{ADAPTER_RANK}, on all linear layers; in mixtures of experts on those of attention and, where it",
+        "says so, of the experts. Mixtures have a balance loss.",
+        f"{IMAGE_TOKENS} of {LENGTH} tokens of Qwen2.5-VL are of images.",
         "",
         "| model | parameters | tokens | ranks | ZeRO | checkpointing | trained | "
         + " | ".join(kinds)
@@ -383,9 +387,10 @@ def main() -> int:
 
 def _write(rows: list[dict[str, Any]]) -> bool:
     """Write the results, also of some of the cases; whether all predictions are near enough."""
-    passed = all(
-        abs(off_by(row, kind)) < ALLOWED for row in rows for kind in row if kind not in ("case", "parameters")
-    ) and all(row["parameters"]["predicted"] == row["parameters"]["measured"] for row in rows)
+    kinds = ("weights and optimizer", "gradients", "activations", "peak")
+    passed = all(abs(off_by(row, kind)) < ALLOWED for row in rows for kind in kinds) and all(
+        row["parameters"]["predicted"] == row["parameters"]["measured"] for row in rows
+    )
     where = machine(0) | {"command": ".venv/bin/python -m benchmarks.planner"}
     report = as_markdown(rows, where, passed)
     (RESULTS / "planner.md").write_text(report)

@@ -37,6 +37,7 @@ MAX_LIVE_NUMEL = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 MAX_STEP_NUMEL = 1_000_000_000  # DeepSpeed's sub_group_size, of ZeRO-3
 NF4_BITS = 4.127  # per weight, with double quantisation of blocks of 64 (arXiv 2305.14314)
 ENGINE_BATCH_TOKENS = 8_192  # of vLLM's scheduler on a GPU
+PIXEL_CACHE_BYTES = 256 << 20  # models.vision's limit of the pixel values of images seen before
 ENGINE_RUNTIME_BYTES = 3 * 2**29  # CUDA context and graphs: an estimate
 
 
@@ -346,6 +347,8 @@ def trainer(
         # An offloaded optimizer has its gradients on the host: the accumulated ones, and in fp32.
         "optimizer": optimizer + trained * (g + 4) // ranks if train.offload_optimizer else 0,
     }
+    if image_tokens:
+        host["pixels"] = PIXEL_CACHE_BYTES
     gradients_offloaded = stage == 3 and train.offload_optimizer
     if gradients_offloaded:
         device["gradients"] = 0  # offloaded as they are computed
