@@ -119,6 +119,7 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from rayrlhf.capacity import memory
+    from rayrlhf.capacity.activations import Adapter, Precision, activations
     from rayrlhf.capacity.model_shape import shape_of
     from rayrlhf.config.train import TrainConfig
 
@@ -136,10 +137,8 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
     shape = shape_of(measured.pop("config"), name)
     adapter = None
     if "LoRA" in trained:
-        adapter = memory.Adapter(
-            ADAPTER_RANK, quantized=trained == "QLoRA", experts=trained.endswith("experts")
-        )
-    fp32 = memory.Precision(4, on_gpu=False)
+        adapter = Adapter(ADAPTER_RANK, quantized=trained == "QLoRA", experts=trained.endswith("experts"))
+    fp32 = Precision(4, on_gpu=False)
     predicted = memory.trainer(
         shape,
         train,
@@ -160,7 +159,7 @@ def compare(case: Case, rank: int, store: str) -> dict[str, Any]:
         "weights and optimizer": {"predicted": state, "measured": measured["before"]},
         "gradients": {"predicted": predicted.device["gradients"], "measured": measured["gradients"]},
         "activations": {
-            "predicted": memory.activations(
+            "predicted": activations(
                 shape,
                 fp32,
                 checkpointing=checkpointing,

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayrlhf.capacity import memory
+from rayrlhf.capacity.activations import Adapter, Precision
 from rayrlhf.capacity.attention_heads import split_problems
 from rayrlhf.capacity.gpu_types import GIB, Gpu
-from rayrlhf.capacity.memory import Adapter, Bytes, Precision
+from rayrlhf.capacity.memory import Bytes
 from rayrlhf.capacity.model_shape import ModelShape, ShapeUnknown, read_shape
 from rayrlhf.config.adapter_push import why_adapters_are_merged
 from rayrlhf.config.base import ConfigError
