@@ -6,16 +6,18 @@ If engines sleep while trainers work (hybrid engine), the peak of a slot is that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayrlhf.capacity import memory
+from rayrlhf.capacity.activations import Adapter, Precision
 from rayrlhf.capacity.attention_heads import split_problems
 from rayrlhf.capacity.gpu_types import GIB, Gpu
-from rayrlhf.capacity.memory import Adapter, Bytes, Precision
+from rayrlhf.capacity.memory import Bytes
 from rayrlhf.capacity.model_shape import ModelShape, ShapeUnknown, read_shape
+from rayrlhf.config.adapter_push import why_adapters_are_merged
 from rayrlhf.config.base import ConfigError
-from rayrlhf.config.model import LoraConfig, TrainedModelConfig
+from rayrlhf.config.model import ENGINE_LORA_RANKS, LoraConfig, TrainedModelConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.placement.plan import PlacementSpec, kind_of, plan_job
@@ -152,20 +154,23 @@ def _policy_roles(
         num_workers=train.num_workers,
         name="actor",
         adapter=_adapter(config),
-        sequence_parallel=config.model.sequence_parallel,
+        **_model_settings(config),
+        image_tokens=_image_tokens(config, shape),
     )
     roles: dict[str, Bytes] = {}
     if config.needs_critic and config.critic is not None:
         is_separate = config.critic_is_separate
+        critic_shape = shapes.of(config.critic.path or config.model.path)
         critic = memory.trainer(
-            shapes.of(config.critic.path or config.model.path),
+            critic_shape,
             train,
             precision,
             num_workers=config.num_critic_workers if is_separate else train.num_workers,
             name="critic",
             adapter=_adapter(config),
-            sequence_parallel=config.model.sequence_parallel,
+            **_model_settings(config),
             has_head=False,
+            image_tokens=_image_tokens(config, critic_shape),
         )
         if is_separate:
             roles["critic"] = critic
@@ -182,12 +187,18 @@ def _policy_roles(
         adapter = _adapter(config)
         averaged = shape.parameters if adapter is None else adapter.parameters(shape)
         actor += Bytes({}, {"average": averaged * 4 // train.num_workers})
+    travelling = _travelling_adapter(config, shape)
+    pushed = shape.parameters
+    if travelling is not None and not travelling.quantized:
+        pushed = travelling.parameters(shape)  # of a quantised model the base is sent too, once
     # Weights in transfer to the engines are in the object store once.
-    actor += Bytes({}, {"weight sync": shape.parameters * precision.weights // train.num_workers})
-    engine = _engine(config, shape, precision, gpu)
-    if config.engines_sleep and config.model.lora is not None and config.rollout.weight_sync.lora != "merged":
-        # Pushes are of adapters alone, so a sleeping engine keeps the base in host memory.
-        engine += Bytes({}, {"sleeping weights": engine.device["weights"]} if precision.on_gpu else {})
+    actor += Bytes({}, {"weight sync": pushed * precision.weights // train.num_workers})
+    engine = _engine(config, shape, precision, gpu, travelling)
+    if travelling is not None:
+        engine += Bytes({}, {"adapter": travelling.parameters(shape) * precision.weights})
+        if config.engines_sleep and precision.on_gpu:
+            # Pushes are of adapters alone, so a sleeping engine keeps the base in host memory.
+            engine += Bytes({}, {"sleeping weights": engine.device["weights"]})
     roles = {"actor": actor, **roles, "rollout": engine}
     return roles | _reward_roles(config.reward, shapes, precision)
 
@@ -197,7 +208,35 @@ def _adapter(config: Any) -> Adapter | None:
     if lora is None:
         return None
     targets = tuple(lora.target_modules) if lora.target_modules else None
-    return Adapter(lora.rank, targets, quantized=config.model.quantization is not None)
+    return Adapter(lora.rank, targets, quantized=config.model.quantization is not None, experts=lora.experts)
+
+
+def _travelling_adapter(config: PolicyRunConfig, shape: ModelShape) -> Adapter | None:
+    """The adapters if pushes are of them alone; mixtures of experts get merged weights."""
+    if config.rollout.weight_sync.lora == "merged" or why_adapters_are_merged(config) is not None:
+        return None
+    return None if shape.experts else _adapter(config)
+
+
+def _model_settings(config: Any) -> dict[str, Any]:
+    return {
+        "sequence_parallel": config.model.sequence_parallel,
+        "has_balance_loss": config.model.aux_loss_coef > 0,
+        "freeze_vision": config.model.freeze_vision,
+    }
+
+
+def _image_tokens(config: Any, shape: ModelShape) -> int:
+    """A bound on the image tokens of a micro-batch, as the data are not read: all tokens, and in policy runs
+    the prompts' share of samples of full length. 0 for a model without vision.
+    """
+    tokens = config.train.max_tokens_per_micro_batch
+    if shape.vision is None:
+        return 0
+    if not isinstance(config, PolicyRunConfig):
+        return tokens
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    return tokens * prompt // (prompt + response)
 
 
 def _alternating(one: Bytes, other: Bytes) -> Bytes:
@@ -223,7 +262,13 @@ def _served_ref(config: PolicyRunConfig, shape: ModelShape, precision: Precision
     return memory.frozen(shape, precision, name="ref", tokens=tokens)
 
 
-def _engine(config: Any, shape: ModelShape, precision: Precision, gpu: Gpu | None) -> Bytes:
+def _engine(
+    config: Any, shape: ModelShape, precision: Precision, gpu: Gpu | None, adapter: Adapter | None = None
+) -> Bytes:
+    """`adapter`: that pushes send alone; vLLM has buffers for one, of the next rank that it knows."""
+    if adapter is not None:
+        ranks = (rank for rank in ENGINE_LORA_RANKS if rank >= adapter.rank)
+        adapter = replace(adapter, rank=next(ranks))
     return memory.engine(
         shape,
         size=precision.weights,
@@ -231,6 +276,7 @@ def _engine(config: Any, shape: ModelShape, precision: Precision, gpu: Gpu | Non
         capacity_bytes=gpu.memory_bytes if gpu else None,
         utilization=config.rollout.gpu_memory_utilization,
         cpu_kv_bytes=None if precision.on_gpu else config.rollout.kv_cache_bytes,
+        adapter=adapter,
     )
 
 
@@ -258,8 +304,9 @@ def _supervised_roles(config: Any, shapes: _Shapes, precision: Precision) -> dic
         num_workers=train.num_workers,
         name="model",
         adapter=_adapter(config),
-        sequence_parallel=config.model.sequence_parallel,
+        **_model_settings(config),
         has_head=config.job not in SCORERS,
+        image_tokens=_image_tokens(config, shape),
     )
     ref = getattr(config, "ref", None)
     if ref is not None and not ref.precompute and not config.model.holds_reference(ref.path):

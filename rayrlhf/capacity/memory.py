@@ -1,19 +1,5 @@
 """Memory of a training worker, an engine or a scorer, in bytes. Pure arithmetic.
 
-What autograd keeps was counted from the tensors that transformers' decoders save with packed sequences, and
-agrees with torch's allocator (benchmarks/planner.py). Per token of a layer, s bytes an element:
-
-    two RMSNorms      2 (4 + 2s) H    the input in fp32, the normalised input, the output
-                                      (in fp32 the first is no copy, which comes to the same 12 H)
-    attention         c A D s + 2 K D s + 4 A
-                                      queries, output, keys and values after their rotation, log-sum-exp;
-                                      c = 2, or 3 where the output is copied to another layout (SDPA on
-                                      a CPU)
-    gated MLP         4 I s           gate, its activation, up, their product (of all experts of a token)
-
-and outside the layers (4 + 2s) H + s H for the last norm, and 2 D s of cosines and sines. With gradient
-checkpointing a layer keeps its input, s H, and one layer at a time is recomputed.
-
 A backward pass peaks at one of three points: in the head, with a chunk of logits; in the last layer, after
 the last norm is freed, where the MLP holds 2 I s more of gradients than it has freed; or under ZeRO-2 at its
 end, when the gradients of another micro-batch are added to the accumulated ones. The optimizer's step may
@@ -26,6 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rayrlhf.capacity import expert_memory
+from rayrlhf.capacity.activations import Adapter, Precision, activation_terms, activations, divided
 from rayrlhf.capacity.model_shape import ModelShape
 from rayrlhf.config.train import OptimizerConfig
 
@@ -36,6 +24,7 @@ MAX_LIVE_NUMEL = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 MAX_STEP_NUMEL = 1_000_000_000  # DeepSpeed's sub_group_size, of ZeRO-3
 NF4_BITS = 4.127  # per weight, with double quantisation of blocks of 64 (arXiv 2305.14314)
 ENGINE_BATCH_TOKENS = 8_192  # of vLLM's scheduler on a GPU
+PIXEL_CACHE_BYTES = 256 << 20  # models.vision's limit of the pixel values of images seen before
 ENGINE_RUNTIME_BYTES = 3 * 2**29  # CUDA context and graphs: an estimate
 
 
@@ -68,41 +57,6 @@ class Bytes:
         return Bytes(kept, self.host, self.working)
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA on the linear layers; the rest of the model is frozen. Experts take no adapters: transformers has
-    all those of a layer in one tensor.
-    """
-
-    rank: int
-    targets: tuple[str, ...] | None = None  # last names of the layers; None is all
-    quantized: bool = False  # QLoRA: frozen projections in NF4
-
-    def parameters(self, shape: ModelShape) -> int:
-        """Trainable: rank x (inputs + outputs) of each adapted layer."""
-        query, kv, mlp = (shape.hidden + n for n in (shape.query_size, shape.kv_size, shape.intermediate))
-        sizes = {"q_proj": query, "k_proj": kv, "v_proj": kv, "o_proj": query}
-        sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), mlp)
-        return self.rank * shape.layers * sum(sizes[name] for name in self._adapted(shape))
-
-    def between(self, shape: ModelShape) -> int:
-        """Elements between A and B, per token of a layer."""
-        return self.rank * len(self._adapted(shape))
-
-    def _adapted(self, shape: ModelShape) -> list[str]:
-        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        names += [] if shape.experts else ["gate_proj", "up_proj", "down_proj"]
-        return [name for name in names if self.targets is None or name in self.targets]
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bytes per element."""
-
-    weights: int
-    on_gpu: bool
-
-
 def weight_bytes(shape: ModelShape, count: int, size: int, adapter: Adapter | None = None) -> int:
     """Bytes of `count` parameters; frozen projections may be quantised."""
     if adapter is None:
@@ -124,80 +78,16 @@ def _weight_terms(shape: ModelShape, count: int, size: int, adapter: Adapter | N
 
 
 def _in_nf4(shape: ModelShape, adapter: Adapter) -> int:
-    """Parameters in NF4. Experts are not quantised: transformers has all those of a layer in one tensor."""
-    of_layer = shape.attention_matrices + (0 if shape.experts else shape.mlp_matrices)
-    return shape.layers * of_layer if adapter.quantized else 0
-
-
-def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None = None) -> int:
-    """Bytes that autograd keeps of a layer, per token. Frozen norms do not keep their normalised input, and
-    adapters keep the activations between A and B.
+    """Parameters in NF4: linear layers. Experts are not quantised: transformers has all those of a layer in
+    one tensor.
     """
-    s, kept = precision.weights, _kept_by_norm(precision, adapter)
-    norms = shape.family.norms_per_layer * (kept * shape.hidden + 4)
-    copies = 2 if precision.on_gpu else 3
-    attention = (copies * shape.query_size + 2 * shape.kv_size) * s + 4 * shape.heads
-    if shape.family.qk_norm:
-        attention += (kept - s) * (shape.query_size + shape.kv_size)
-    mlp = 4 * shape.intermediate * s * max(1, shape.experts_per_token)
-    return norms + attention + mlp + (adapter.between(shape) * s if adapter is not None else 0)
-
-
-def _kept_by_norm(precision: Precision, adapter: Adapter | None) -> int:
-    """Bytes per element: the input in fp32, the normalised input if the norm is trained, the output."""
-    return 4 + precision.weights * (2 if adapter is None else 1)
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes per token that autograd keeps of a micro-batch when its backward pass begins, and what is added.
-
-    Ranks that split the tokens still hold all keys and values of a layer.
-    """
-
-    layers: int  # times `kept`
-    kept: int  # of a layer
-    last_norm: int  # freed before the backward pass of the layers
-    rotary: int
-    recomputed: int  # of the layer that is recomputed
-    gradients: int  # of the MLP, beyond what it has freed
-    gathered: int  # keys and values of a layer, part of `kept` or `recomputed`
-    checkpointing: bool
-
-    def at_the_head(self, tokens: int, ranks: int = 1) -> int:
-        """Bytes of one of `ranks` that split the tokens."""
-        gathered = 0 if self.checkpointing else self.layers * self.gathered
-        return self._shared(self.layers * self.kept + self.last_norm + self.rotary, gathered, tokens, ranks)
-
-    def in_the_last_layer(self, tokens: int, ranks: int = 1) -> int:
-        gathered = (1 if self.checkpointing else self.layers) * self.gathered
-        held = self.layers * self.kept + self.rotary + self.recomputed + self.gradients
-        return self._shared(held, gathered, tokens, ranks)
-
-    @staticmethod
-    def _shared(held: int, gathered: int, tokens: int, ranks: int) -> int:
-        return tokens * gathered + tokens * (held - gathered) // ranks
-
-
-def activations(
-    shape: ModelShape, precision: Precision, *, checkpointing: bool, adapter: Adapter | None = None
-) -> Activations:
-    s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
-    return Activations(
-        layers=shape.layers,
-        kept=s * shape.hidden if checkpointing else layer,
-        last_norm=(_kept_by_norm(precision, adapter) + s) * shape.hidden,
-        rotary=2 * s * shape.head_dim,
-        recomputed=layer if checkpointing else 0,
-        gradients=2 * shape.intermediate * s * max(1, shape.experts_per_token),
-        gathered=gathered_bytes(shape, precision),
-        checkpointing=checkpointing,
-    )
-
-
-def gathered_bytes(shape: ModelShape, precision: Precision) -> int:
-    """Bytes of the keys and values of a layer, per token."""
-    return 2 * shape.kv_size * precision.weights
+    if not adapter.quantized:
+        return 0
+    if not shape.experts:
+        return shape.layers * (shape.attention_matrices + shape.mlp_matrices)
+    shared = 3 * shape.hidden * shape.shared_expert + shape.hidden * shape.family.has_shared_expert
+    dense = 3 * shape.hidden * shape.dense_intermediate
+    return shape.layers * shape.attention_matrices + shape.expert_layers * shared + shape.dense_layers * dense
 
 
 def head_bytes(
@@ -224,11 +114,15 @@ def trainer(
     adapter: Adapter | None = None,
     sequence_parallel: int = 1,
     has_head: bool = True,
+    has_balance_loss: bool = False,
+    freeze_vision: bool = False,
+    image_tokens: int = 0,
 ) -> Bytes:
     """Peak of one worker in a step of several micro-batches. `has_head`: a language model, not a scorer."""
     stage, ranks, s = train.zero_stage, num_workers, precision.weights
     count = shape.parameters if has_head else shape.scorer_parameters
-    trained = adapter.parameters(shape) if adapter else count
+    trained = count - (shape.vision_parameters if freeze_vision else 0)
+    trained = adapter.parameters(shape) if adapter else trained
     shared = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
     split = {kind: ranks if kind in shared.get(stage, ()) else 1 for kind in KINDS}
     weights = weight_bytes(shape, count, s, adapter) // split["weights"]
@@ -239,9 +133,17 @@ def trainer(
     has_master = stage > 0 or s == 2
     optimizer = trained * (2 * m + m * has_master) // split["optimizer"]
     tokens = train.max_tokens_per_micro_batch
-    kept = activations(shape, precision, checkpointing=train.gradient_checkpointing, adapter=adapter)
+    kept = activations(
+        shape,
+        precision,
+        checkpointing=train.gradient_checkpointing,
+        adapter=adapter,
+        has_balance_loss=has_balance_loss,
+        freeze_vision=freeze_vision,
+        image_tokens=image_tokens,
+    )
     at_the_head = kept.at_the_head(tokens, sequence_parallel)
-    backward = max(at_the_head, kept.in_the_last_layer(tokens, sequence_parallel))
+    backward = max(at_the_head, kept.in_the_last_layer(tokens, sequence_parallel), kept.in_the_tower)
     logits = 0
     if has_head:
         own_tokens = tokens // sequence_parallel
@@ -266,6 +168,8 @@ def trainer(
         # An offloaded optimizer has its gradients on the host: the accumulated ones, and in fp32.
         "optimizer": optimizer + trained * (g + 4) // ranks if train.offload_optimizer else 0,
     }
+    if image_tokens:
+        host["pixels"] = PIXEL_CACHE_BYTES
     gradients_offloaded = stage == 3 and train.offload_optimizer
     if gradients_offloaded:
         device["gradients"] = 0  # offloaded as they are computed
@@ -275,40 +179,20 @@ def trainer(
     states = f"{2 * m + m * has_master + (g + 4) * train.offload_optimizer} B (two moments{masters})"
     working = {
         "weights": f"{_weight_terms(shape, count, s, adapter)}"
-        + _divided(split["weights"], zero)
+        + divided(split["weights"], zero)
         + _on_host(train.offload_params),
-        "gradients": f"{_count(trained)} x {g} B" + _divided(split["gradients"], zero),
+        "gradients": f"{_count(trained)} x {g} B" + divided(split["gradients"], zero),
         "optimizer": f"{_count(trained)} x {states}"
-        + _divided(split["optimizer"], zero)
+        + divided(split["optimizer"], zero)
         + _on_host(train.offload_optimizer),
-        "activations": _activation_terms(kept, tokens, sequence_parallel),
+        "activations": activation_terms(kept, tokens, sequence_parallel),
     }
     if gradients_offloaded:
         del working["gradients"]
+    if shape.vision is not None and image_tokens:
+        working["images"] = f"at most {image_tokens:,} tokens of a micro-batch, all of different images"
     lines = tuple(f"{name} {kind}: {terms}" for kind, terms in working.items())
     return Bytes(_positive(device), _positive(host), lines)
-
-
-def _activation_terms(kept: Activations, tokens: int, ranks: int) -> str:
-    """The larger of the two peaks, as a formula."""
-    in_layer = kept.in_the_last_layer(tokens, ranks) > kept.at_the_head(tokens, ranks)
-    gathered = kept.gathered if ranks > 1 else 0
-    layers = 1 if kept.checkpointing else kept.layers
-    of_layer = kept.kept - (0 if kept.checkpointing else gathered)
-    terms = [f"{kept.layers} layers x {of_layer:,} B" + " kept" * kept.checkpointing]
-    if in_layer:
-        if kept.checkpointing:
-            terms.append(f"{kept.recomputed - gathered:,} B of the recomputed one")
-        terms += [f"{kept.gradients:,} B of its gradients", f"{kept.rotary:,} B outside"]
-    else:
-        terms.append(f"{kept.last_norm + kept.rotary:,} B outside")
-    per_token = f"({' + '.join(terms)})"
-    if ranks == 1:
-        return f"{tokens:,} tokens x {per_token}"
-    shared = (
-        f"{per_token}{_divided(ranks, 'ranks of a sequence')} + {layers} x {gathered:,} B of keys and values"
-    )
-    return f"{tokens:,} tokens x ({shared})"
 
 
 def _bucket_bytes(trained: int, s: int) -> int:
@@ -323,7 +207,8 @@ def _buffers(shape: ModelShape, train: OptimizerConfig, trained: int, s: int) ->
     if train.zero_stage < 3:
         return reduce
     live = min(MAX_LIVE_NUMEL, max(2 * shape.layer_parameters, shape.embedding_parameters))
-    return reduce + live * s
+    # The limit holds for what is gathered early; a layer's experts are one module, gathered as a whole.
+    return reduce + max(live, shape.mlp_matrices if shape.experts else 0) * s
 
 
 def _late_bytes(own: int, stage: int, s: int, g: int, m: int, buffers: int) -> int:
@@ -357,9 +242,15 @@ def frozen(
     """
     count = shape.parameters if has_head else shape.scorer_parameters
     s = precision.weights
-    forward = tokens * (2 * shape.intermediate * max(1, shape.experts_per_token) + 4 * shape.hidden) * s
-    working = (f"{name} weights: {_count(count)} x {s} B" + _divided(ranks, f"ZeRO-3 over {ranks}"),)
+    forward = tokens * _forward_numbers(shape) * s
+    working = (f"{name} weights: {_count(count)} x {s} B" + divided(ranks, f"ZeRO-3 over {ranks}"),)
     return Bytes(_positive({"weights": count * s // ranks, "activations": forward}), {}, working)
+
+
+def _forward_numbers(shape: ModelShape) -> int:
+    """Temporary numbers of a forward pass without gradients, per token."""
+    mlp = expert_memory.forward_numbers(shape) if shape.experts else 2 * shape.intermediate
+    return mlp + 4 * shape.hidden
 
 
 def kv_bytes_per_token(shape: ModelShape, size: int, tensor_parallel: int = 1) -> int:
@@ -376,16 +267,22 @@ def engine(
     capacity_bytes: int | None,
     utilization: float,
     cpu_kv_bytes: int | None = None,
+    adapter: Adapter | None = None,
 ) -> Bytes:
     """A vLLM engine on one of its GPUs (or a CPU, with a cache of `cpu_kv_bytes`): it takes `utilization` of
-    the GPU, and the cache gets what weights and temporaries leave.
+    the GPU, and the cache gets what weights and temporaries leave. `adapter`: has buffers on every GPU.
     """
+    of_adapter = adapter.parameters(shape) * size if adapter is not None else 0
     weights = shape.parameters * size // tensor_parallel
-    working = (f"engine weights: {_count(shape.parameters)} x {size} B" + _divided(tensor_parallel, "GPUs"),)
+    working = (f"engine weights: {_count(shape.parameters)} x {size} B" + divided(tensor_parallel, "GPUs"),)
     if cpu_kv_bytes is not None:
-        return Bytes({"weights": weights, "kv_cache": cpu_kv_bytes}, {}, working)
-    temporaries = ENGINE_BATCH_TOKENS * (2 * shape.intermediate + 4 * shape.hidden) * size // tensor_parallel
-    buffers = temporaries + ENGINE_RUNTIME_BYTES
+        held = {"weights": weights, "kv_cache": cpu_kv_bytes, "buffers": of_adapter}
+        return Bytes(_positive(held), {}, working)
+    temporaries = ENGINE_BATCH_TOKENS * _forward_numbers(shape) * size
+    if shape.vision is not None:  # a batch of image tokens alone, before the language model reads them
+        patches = ENGINE_BATCH_TOKENS * shape.vision.patches_per_token
+        temporaries = max(temporaries, patches * shape.vision.forward_bytes(size))
+    buffers = temporaries // tensor_parallel + of_adapter + ENGINE_RUNTIME_BYTES
     if capacity_bytes is None:
         return Bytes({"weights": weights, "buffers": buffers}, {}, working)
     cache = max(0, int(capacity_bytes * utilization) - weights - buffers)
@@ -399,10 +296,6 @@ def _positive(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.4g}e9" if number >= 1e9 else f"{number / 1e6:.4g}e6"
-
-
-def _divided(by: int, why: str) -> str:
-    return f" / {by} ({why})" if by > 1 else ""
 
 
 def _on_host(offloaded: bool) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.capacity.vision_tower import VisionTower, tower_of
 from rayrlhf.hub.ids import PREFIX, cache_folder, parse_id, snapshot_folder
 
 KNOWN_SHAPES = Path(__file__).with_name("shapes.json")
@@ -27,6 +28,7 @@ class Family:
     norms_per_layer: int = 2
     has_experts: bool = False
     expert_size_key: str = "intermediate_size"
+    has_shared_expert: bool = False  # that every token passes, weighted by a gate
     tied: bool = False  # default of its config class
 
 
@@ -38,7 +40,12 @@ FAMILIES = {
     "gemma": Family(tied=True),
     "gemma2": Family(norms_per_layer=4, tied=True),
     "gemma3_text": Family(norms_per_layer=4, qk_norm=True, tied=True),
+    "qwen2_5_vl": Family(qkv_bias=True),
+    "qwen2_5_vl_text": Family(qkv_bias=True),
     "mixtral": Family(has_experts=True),
+    "qwen2_moe": Family(
+        qkv_bias=True, has_experts=True, expert_size_key="moe_intermediate_size", has_shared_expert=True
+    ),
     "qwen3_moe": Family(qk_norm=True, has_experts=True, expert_size_key="moe_intermediate_size"),
 }
 
@@ -57,8 +64,12 @@ class ModelShape:
     family: Family = Family()
     experts: int = 0  # 0 = dense
     experts_per_token: int = 0
+    shared_expert: int = 0  # intermediate size of the expert that all tokens pass; 0 = none
+    dense_layers: int = 0  # of a mixture of experts, without experts
+    dense_intermediate: int = 0  # of these layers
     attention_bias: bool = False  # of the output projection too
     mlp_bias: bool = False
+    vision: VisionTower | None = None
 
     @property
     def query_size(self) -> int:
@@ -69,6 +80,10 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def expert_layers(self) -> int:
+        return self.layers - self.dense_layers if self.experts else 0
+
+    @property
     def attention_matrices(self) -> int:
         """Elements of a layer's four projections."""
         return self.hidden * (2 * self.query_size + 2 * self.kv_size)
@@ -76,15 +91,16 @@ class ModelShape:
     @property
     def mlp_matrices(self) -> int:
         """Elements of a layer's gate, up and down projections, of all experts."""
-        return 3 * self.hidden * self.intermediate * max(1, self.experts)
+        return 3 * self.hidden * (self.intermediate * max(1, self.experts) + self.shared_expert)
 
     @property
     def layer_parameters(self) -> int:
+        """Of a layer; in a mixture of experts, of one with experts."""
         biases = (self.query_size + 2 * self.kv_size) * (self.family.qkv_bias or self.attention_bias)
         biases += self.hidden * self.attention_bias
         biases += (2 * self.intermediate + self.hidden) * self.mlp_bias
         norms = self.family.norms_per_layer * self.hidden + 2 * self.head_dim * self.family.qk_norm
-        router = self.hidden * self.experts
+        router = self.hidden * (self.experts + self.family.has_shared_expert)
         return self.attention_matrices + self.mlp_matrices + biases + norms + router
 
     @property
@@ -92,13 +108,25 @@ class ModelShape:
         return self.vocabulary * self.hidden
 
     @property
+    def vision_parameters(self) -> int:
+        return self.vision.parameters if self.vision is not None else 0
+
+    @property
     def decoder_parameters(self) -> int:
-        """Parameters without the output projection."""
-        return self.embedding_parameters + self.layers * self.layer_parameters + self.hidden
+        """Parameters without the output projection, with those of a vision tower."""
+        dense = 3 * self.hidden * self.dense_intermediate - (self.layer_parameters - self._without_mlp)
+        layers = self.layers * self.layer_parameters + self.dense_layers * dense
+        return self.embedding_parameters + layers + self.hidden + self.vision_parameters
+
+    @property
+    def _without_mlp(self) -> int:
+        """Parameters of a layer but for its MLP or its experts, their router and the shared expert's gate."""
+        router = self.hidden * (self.experts + self.family.has_shared_expert)
+        return self.layer_parameters - self.mlp_matrices - router
 
     @property
     def parameters(self) -> int:
-        """Parameters of the language model."""
+        """Parameters of the language model, with those of a vision tower."""
         return self.decoder_parameters + (0 if self.tied else self.embedding_parameters)
 
     @property
@@ -108,16 +136,17 @@ class ModelShape:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters used per token: of the experts only those that it is routed to."""
+        """Parameters used per token of text: of the experts only those that it is routed to."""
+        text = self.parameters - self.vision_parameters
         if not self.experts:
-            return self.parameters
-        idle = self.mlp_matrices // self.experts * (self.experts - self.experts_per_token)
-        return self.parameters - self.layers * idle
+            return text
+        idle = 3 * self.hidden * self.intermediate * (self.experts - self.experts_per_token)
+        return text - self.expert_layers * idle
 
 
 def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
     """The shape from the contents of a `config.json`. Raises `ShapeUnknown` for an unknown architecture."""
-    config = config.get("text_config") or config
+    whole, config = config, config.get("text_config") or config
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise ShapeUnknown(
@@ -135,13 +164,23 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         intermediate=config[family.expert_size_key],
         vocabulary=config["vocab_size"],
-        tied=config.get("tie_word_embeddings", family.tied),
+        tied=config.get("tie_word_embeddings", whole.get("tie_word_embeddings", family.tied)),
         family=family,
         experts=_experts(config) if family.has_experts else 0,
         experts_per_token=config["num_experts_per_tok"] if family.has_experts else 0,
+        shared_expert=config["shared_expert_intermediate_size"] if family.has_shared_expert else 0,
+        dense_layers=_dense_layers(config) if family.has_experts else 0,
+        dense_intermediate=config["intermediate_size"] if family.has_experts else 0,
         attention_bias=bool(config.get("attention_bias", False)) and not family.qkv_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
+        vision=tower_of(whole["vision_config"]) if kind.startswith("qwen2_5_vl") else None,
     )
+
+
+def _dense_layers(config: Mapping[str, Any]) -> int:
+    """Qwen's mixtures may name layers without experts, and have experts in every n-th layer only."""
+    named, every = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
+    return sum(layer in named or (layer + 1) % every != 0 for layer in range(config["num_hidden_layers"]))
 
 
 def _experts(config: Mapping[str, Any]) -> int:

@@ -76,7 +76,7 @@ class VisionInputs:
         self.processor = processor
         self.image_token_id = image_token_id
         self._pixels: OrderedDict[bytes, Pixels] = OrderedDict()
-        self._num_bytes = 0
+        self.num_bytes = 0  # of pixel values kept
 
     @classmethod
     def of(cls, path: str, *, trust_remote_code: bool = False) -> VisionInputs | None:
@@ -160,10 +160,10 @@ class VisionInputs:
             return self._pixels[content]
         made = self._processed(opened(content))
         self._pixels[content] = made
-        self._num_bytes += made.values.nbytes
-        while self._num_bytes > CACHE_BYTES and len(self._pixels) > 1:
+        self.num_bytes += made.values.nbytes
+        while self.num_bytes > CACHE_BYTES and len(self._pixels) > 1:
             _, dropped = self._pixels.popitem(last=False)
-            self._num_bytes -= dropped.values.nbytes
+            self.num_bytes -= dropped.values.nbytes
         return made
 
     def _processed(self, image: Any) -> Pixels:

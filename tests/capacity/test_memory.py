@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from rayrlhf.capacity import memory
-from rayrlhf.capacity.memory import Adapter, Precision
+from rayrlhf.capacity.activations import Activations, Adapter, Precision, activations, layer_activation_bytes
 from rayrlhf.capacity.model_shape import ModelShape
+from rayrlhf.capacity.vision_tower import VisionTower
 from rayrlhf.config.train import TrainConfig
 
 BF16 = Precision(2, on_gpu=True)
@@ -80,13 +81,13 @@ def test_offloading_moves_bytes_to_the_host() -> None:
 def test_activations_by_hand() -> None:
     # bf16 on a GPU, per token of a layer: norms 2 x (4 + 4) x 100 + 8, attention (2 x 100 + 2 x 50) x 2 + 40,
     # MLP 4 x 200 x 2.
-    assert memory.layer_activation_bytes(SHAPE, BF16) == 1608 + 640 + 1600
+    assert layer_activation_bytes(SHAPE, BF16) == 1608 + 640 + 1600
     # fp32 on a CPU: 2 x 12 x 100 + 8, (3 x 100 + 2 x 50) x 4 + 40, 4 x 200 x 4.
-    assert memory.layer_activation_bytes(SHAPE, FP32) == 2408 + 1640 + 3200
+    assert layer_activation_bytes(SHAPE, FP32) == 2408 + 1640 + 3200
     # Outside the layers: last norm 8 x 100, the hidden state 2 x 100, cosines and sines 2 x 2 x 10.
-    kept = memory.activations(SHAPE, BF16, checkpointing=False)
+    kept = activations(SHAPE, BF16, checkpointing=False)
     assert kept.at_the_head(1000) == 1000 * (1040 + 10 * 3848)
-    kept = memory.activations(SHAPE, BF16, checkpointing=True)
+    kept = activations(SHAPE, BF16, checkpointing=True)
     assert kept.at_the_head(1000) == 1000 * (1040 + 10 * 200)
     # One layer again, with gradients of two of the MLP's 200 numbers; the last norm has gone.
     in_layer = 1000 * (40 + 10 * 200 + 3848 + 800)
@@ -168,11 +169,70 @@ def _worked_out(terms: str) -> float:
     return float(eval(re.sub(r"[a-zA-Z]{2,}|\bB\b", "", formula)))
 
 
+MOE = ModelShape(**{**vars(SHAPE), "experts": 8, "experts_per_token": 2})
+
+
 def test_experts_hold_all_and_use_some() -> None:
-    moe = ModelShape(**{**vars(SHAPE), "experts": 8, "experts_per_token": 2})
-    assert moe.mlp_matrices == 8 * 60_000
-    dense, sparse = memory.layer_activation_bytes(SHAPE, BF16), memory.layer_activation_bytes(moe, BF16)
-    assert sparse - dense == 1600  # the second expert of a token
+    assert MOE.mlp_matrices == 8 * 60_000
+    dense, sparse = layer_activation_bytes(SHAPE, BF16), layer_activation_bytes(MOE, BF16)
+    # Twice: sorted inputs, outputs and four of the inner size, in bf16. Three permutations of int64 and a
+    # sorted weight; eight probabilities in fp32, and the two chosen ones in fp32 with an int64 index.
+    experts = 2 * (2 * 100 + 4 * 200) * 2 + 2 * (3 * 8 + 2) + 8 * 4 + 2 * (8 + 4)
+    assert sparse - dense == experts - 4 * 200 * 2
+    # Frozen ones need neither inputs nor products; adapters of them need both, and what is between A and B.
+    plain, adapted = Adapter(8), Adapter(8, experts=True)
+    frozen = layer_activation_bytes(MOE, BF16, plain)
+    own = layer_activation_bytes(MOE, BF16, adapted)
+    assert own - frozen == 2 * (100 + 200 + 2 * 8) * 2
+    # Of each expert A is 8 x (100 + 200), B 8 x (400 + 100).
+    assert adapted.parameters(MOE) - plain.parameters(MOE) == 10 * 8 * 8 * (100 + 400 + 200 + 100)
+
+
+def test_routers_are_recorded_outside_of_checkpointed_layers() -> None:
+    kept = activations(MOE, BF16, checkpointing=True)
+    # Ten layers with eight bf16 logits, two indices and two weights; the dense model's rest.
+    recorded = 10 * (8 * 2 + 2 * (8 + 2))
+    assert kept.at_the_head(1000) == 1000 * (1040 + 10 * 200 + recorded)
+    balanced = activations(MOE, BF16, checkpointing=True, has_balance_loss=True)
+    assert balanced.in_the_last_layer(1000) - kept.in_the_last_layer(1000) == 1000 * 10 * 8 * 2
+
+
+def test_some_layers_have_no_experts() -> None:
+    mixed = ModelShape(**{**vars(MOE), "dense_layers": 3, "dense_intermediate": 150})
+    of_layer = 8 * 60_000 + 8 * 100
+    assert MOE.parameters - mixed.parameters == 3 * (of_layer - 3 * 100 * 150)
+    layer = layer_activation_bytes(MOE, BF16)
+    dense = layer_activation_bytes(ModelShape(**{**vars(SHAPE), "intermediate": 150}), BF16)
+    # Last norm and hidden state 1,000, cosines 40, routers of seven layers.
+    held = 1040 + 7 * layer + 3 * dense + 7 * (8 * 2 + 2 * 10)
+    assert activations(mixed, BF16, checkpointing=False).at_the_head(1000) == 1000 * held
+
+
+def test_towers_are_trained_or_run_before_the_language_model() -> None:
+    tower = VisionTower(
+        hidden=10, depth=3, heads=2, intermediate=20, merge=2, patch_values=12, out_hidden=100
+    )
+    seeing = ModelShape(**{**vars(SHAPE), "vision": tower})
+    # Per patch of a block: norms 2 x (8 x 10 + 4), fused projection 30, rotated 20, output 10 and MLP 80 in
+    # bf16, log-sum-exp 8. Around them 12 values in fp32 and bf16, a norm 8 x 10, twice 10 around GELU.
+    block, ends = 2 * 84 + 140 * 2 + 8, 12 * 6 + 80 + 40
+    plain, kept = (
+        activations(shape, BF16, checkpointing=False, image_tokens=50) for shape in (SHAPE, seeing)
+    )
+    assert kept.at_the_head(1000) - plain.at_the_head(1000) == 200 * (3 * block + ends)
+    kept = activations(seeing, BF16, checkpointing=True, image_tokens=50)
+    assert kept.in_the_tower == 200 * (3 * 20 + ends + block)
+    frozen = activations(seeing, BF16, checkpointing=True, image_tokens=50, freeze_vision=True)
+    assert frozen.at_the_head(1000) == plain_with_checkpointing().at_the_head(1000)
+    held = trainer(config(), freeze_vision=True).device["gradients"]
+    assert held == 2 * COUNT  # without a tower
+    train = config()
+    seen = memory.trainer(seeing, train, BF16, num_workers=4, name="actor", freeze_vision=True).device
+    assert seen["gradients"] == 2 * COUNT and seen["weights"] == 2 * (COUNT + tower.parameters)
+
+
+def plain_with_checkpointing() -> Activations:
+    return activations(SHAPE, BF16, checkpointing=True)
 
 
 def test_engines_fill_their_share_with_cache() -> None:
@@ -188,6 +248,9 @@ def test_engines_fill_their_share_with_cache() -> None:
         SHAPE, size=4, tensor_parallel=1, capacity_bytes=None, utilization=0.5, cpu_kv_bytes=1000
     )
     assert cpu.device == {"weights": 4 * COUNT, "kv_cache": 1000}
+    capacity = {"capacity_bytes": 24 * gib, "utilization": 0.5}
+    adapted = memory.engine(SHAPE, size=2, tensor_parallel=2, adapter=Adapter(8), **capacity).device
+    assert adapted["buffers"] - held["buffers"] == 2 * 128_000 == held["kv_cache"] - adapted["kv_cache"]
 
 
 def test_communication_buffers() -> None:

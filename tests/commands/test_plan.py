@@ -45,6 +45,28 @@ def test_a_70b_model_is_tuned_on_16_gpus_of_80_gb(capsys: pytest.CaptureFixture[
     )
 
 
+def test_adapters_of_every_expert_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([config("sft-mixtral-8x7b-lora-8x-gpu.yaml"), "--gpus", "8xA100-80"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    attention = 2 * (4096 + 4096) + 2 * (4096 + 1024)
+    experts = 8 * (4096 + 2 * 14336 + 14336 + 4096)
+    assert 16 * 32 * (attention + experts) == 223_346_688
+    assert "(46.7e9 x 2 B + adapters 223.3e6 x 2 B) / 8 (ZeRO-3 over 8)" in output
+
+
+@pytest.mark.parametrize("words, shown", [([], True), (["model.freeze_vision=true"], False)])
+def test_vision_towers_are_counted_for_a_bound_on_image_tokens(
+    words: list[str], shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([config("grpo-qwen2.5-vl-7b-8x-gpu.yaml"), *words, "--gpus", "8xA100-80"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    # Half of 16,384 tokens, as prompts have up to 2,048 tokens and responses too.
+    assert "actor images: at most 8,192 tokens of a micro-batch" in output
+    trained = "8.292e9" if shown else "7.616e9"
+    assert f"actor optimizer: {trained} x 12 B" in output
+    assert ("of the vision tower" in output) is shown
+
+
 def test_a_7b_model_is_tuned_on_4_gpus_of_24_gb() -> None:
     assert main([config("ppo-7b-4x-24gb.yaml"), "--gpus", "4x24GB", "--gpus-per-node", "4"]) == 0
 
@@ -130,8 +152,22 @@ def test_engines_that_sleep_keep_the_base_of_adapters_in_host_memory(
         [stage] = json.loads(capsys.readouterr().out).values()
         return sum(stage["roles"]["rollout"]["host_bytes"].values())
 
-    assert host_bytes() == 6_738_415_616 * 2 // 4  # Llama-2-7B in bf16, tensor_parallel: 4
-    assert host_bytes(MERGED) == host_bytes("rollout.sleep=false") == 0
+    # Llama-2-7B in bf16, tensor_parallel: 4; adapters of rank 8 are whole on every GPU.
+    adapters = 8 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) * 2
+    assert host_bytes() == 6_738_415_616 * 2 // 4 + adapters
+    assert host_bytes(MERGED) == 0
+    assert host_bytes("rollout.sleep=false") == adapters
+
+
+def test_pushes_of_adapters_alone_need_little_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def synced(*words: str) -> int:
+        assert main([config("ppo-7b-4x-24gb.yaml"), "model.lora.rank=8", "--json", *words]) == 0
+        [stage] = json.loads(capsys.readouterr().out).values()
+        return stage["roles"]["actor"]["host_bytes"]["weight sync"]
+
+    adapters = 8 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) * 2
+    assert synced() == adapters // 4
+    assert synced(MERGED) == synced("model.quantization=nf4") == 6_738_415_616 * 2 // 4
 
 
 @pytest.mark.parametrize("adapters", ["--qlora", "--lora-rank=8", "model.lora.rank=8"])
