@@ -80,6 +80,11 @@ class Sample:
         """The oldest policy version among its tokens; -1 for a sample without tokens."""
         return min(self.policy_versions, default=-1)
 
+    @property
+    def newest_policy_version(self) -> int:
+        """That of its newest token: another one if weights were pushed while it was sampled; -1 as above."""
+        return max(self.policy_versions, default=-1)
+
 
 @dataclass(frozen=True)
 class TokenSequence:

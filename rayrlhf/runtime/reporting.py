@@ -118,6 +118,7 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
         "response": sample.response,
         "reward": sample.score,
         "policy_version": sample.policy_version,
+        "newest_policy_version": sample.newest_policy_version,
         "truncated": sample.truncated,
         "turns": sample.num_turns,
         "failure": sample.failure,

@@ -126,6 +126,7 @@ def test_grpo_learns_to_name_colours(tmp_path: Path, seed: int) -> None:
     config = colour_run(tmp_path, run={"seed": seed}, train={"num_steps": 60}, checkpoint={"every_steps": 60})
     assert run_policy(config) == 0
     rewards = [step["reward/mean"] for step in steps_of(tmp_path)]
+    print(" ".join(f"{reward:.3f}" for reward in rewards))
     assert sum(rewards[:3]) / 3 < 0.3
     assert sum(rewards[-3:]) / 3 > 0.8, rewards
 
