@@ -100,14 +100,6 @@ CASES = [
     Case("Qwen3-MoE", 1024, 2, True, "all"),
     Case("Qwen2.5-VL", 1024, 2, True, "all"),
     Case("Mixtral", 1024, 2, True, "all"),
-    Case("Mixtral", 1024, 2, True, "LoRA"),
-    Case("Qwen3-MoE", 1024, 2, True, "LoRA and experts"),
-    Case("Qwen2-MoE", 1024, 0, False, "all"),
-    Case("Qwen2.5-VL", 1024, 2, True, "LoRA"),
-    Case("Mixtral", 1024, 0, False, "LoRA and experts"),
-    Case("Qwen3-MoE", 1024, 0, False, "all"),
-    Case("Qwen3-MoE", 1024, 2, True, "LoRA"),
-    Case("Qwen2.5-VL", 1024, 0, False, "all but the tower"),
 ]
 ADAPTER_RANK = 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,8 +21,16 @@ LENGTHS = [64] * 4
 NUM_TOKENS = sum(LENGTHS)
 
 
-@pytest.mark.parametrize("trained", ["all", "LoRA", "LoRA and experts"])
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen2-MoE", "Qwen3-MoE"])
+SHORT = [("Mixtral", "LoRA and experts"), ("Qwen2-MoE", "all"), ("Qwen3-MoE", "LoRA")]
+
+
+def cases() -> list[Any]:
+    pairs = product(("Mixtral", "Qwen2-MoE", "Qwen3-MoE"), ("all", "LoRA", "LoRA and experts"))
+    return [pytest.param(*pair, marks=[] if pair in SHORT else [pytest.mark.long]) for pair in pairs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, trained", cases())
 def test_experts_keep_what_is_planned(name: str, trained: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
