@@ -320,7 +320,8 @@ def as_markdown(rows: list[dict[str, Any]], where: dict[str, Any], passed: bool)
         "Several ranks share every sequence. Adapters (LoRA, and QLoRA on NF4 weights) have rank",
         f"{ADAPTER_RANK}, on all linear layers; in mixtures of experts on those of attention and, where it",
         "says so, of the experts. Mixtures have a balance loss.",
-        f"{IMAGE_TOKENS} of {LENGTH} tokens of Qwen2.5-VL are of images.",
+        f"{IMAGE_TOKENS} of {LENGTH} tokens of Qwen2.5-VL are of images, whose cached pixel values do not count.",
+        "Rows of mixtures and of Qwen2.5-VL were measured later than the others (`--new`).",
         "",
         "| model | parameters | tokens | ranks | ZeRO | checkpointing | trained | "
         + " | ".join(kinds)
