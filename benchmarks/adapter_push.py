@@ -199,6 +199,18 @@ def compare(answers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def findings(answers: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """What is gained, and that precision is not, with the numbers."""
+    merged, adapter = answers["merged"], answers["adapter"]
+    errors = {(row["way"], row["size"]): row["error"] for row in rows}
+    ratios = [errors["adapter", size] / errors["merged", size] for way, size in errors if way == "adapter"]
+    return (
+        f"A push of adapters alone has {adapter['bytes'] / merged['bytes']:.1%} of the bytes and takes "
+        f"{adapter['seconds'] / merged['seconds']:.0%} of the time. In bf16 it gains no precision: its error "
+        f"in the log-probabilities is {min(ratios):.2f} to {max(ratios):.2f} times that of merged weights."
+    )
+
+
 def as_markdown(answers: dict[str, dict[str, Any]], rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     names = {"merged": "merged weights", "adapter": "adapters alone", "trainer": "(the trainer in bf16)"}
     lines = [
@@ -222,6 +234,8 @@ def as_markdown(answers: dict[str, dict[str, Any]], rows: list[dict[str, Any]], 
             f"| {row['arrives']:.0%} | {row['from_trainer_nats']:.2g} |"
             for row in rows
         ),
+        "",
+        findings(answers, rows),
         "",
         "bf16's rounding alone moves these log-probabilities: the last column shows by how much. Where the "
         "update changes them by less, no push can be told from another, nor from the trainer. What the "

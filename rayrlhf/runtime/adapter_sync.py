@@ -15,6 +15,7 @@ from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.hub.local import local_folder
+from rayrlhf.models.vision import is_vision_language
 from rayrlhf.weights.lora_support import why_unsupported
 
 KEY = "rollout.weight_sync.lora"
@@ -50,10 +51,13 @@ def adapter_sync(config: PolicyRunConfig, folder_of: Callable[[str], str] = _fet
     if reason is None:
         trust = config.model.trust_remote_code
         found = AutoConfig.from_pretrained(folder_of(config.model.path), trust_remote_code=trust)
-        modules = lora.target_modules or sorted(set(_linear_layers(found, trust)))
-        reason = _why_unsupported(found, modules)
-        if reason is None:
-            return AdapterSync(lora.model_copy(update={"target_modules": modules}))
+        if is_vision_language(found):
+            reason = f"a {found.model_type} reads images, for which engines take merged weights"
+        else:
+            modules = lora.target_modules or sorted(set(_linear_layers(found, trust)))
+            reason = _why_unsupported(found, modules)
+            if reason is None:
+                return AdapterSync(lora.model_copy(update={"target_modules": modules}))
     if wanted == "adapter":
         wanted_text = "adapters that vLLM can add to the base model"
         raise ConfigError(

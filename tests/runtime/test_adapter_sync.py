@@ -64,6 +64,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **SMALL},
         "vLLM runs Olmo2ForCausalLM with transformers' code",
     ),
+    "images": (
+        {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]},
+        "a qwen2_5_vl reads images",
+    ),
     "no architecture": ({"model_type": "llama", **SMALL}, "config.json names no architecture"),
 }
 
