@@ -1,4 +1,4 @@
-"""Verification of a push: what the engine received and holds, beside the trainer's checksums.
+"""Verification of a push: what the engine received and holds, against the trainer's checksums.
 
 Tensors are compared with the trainer's by checksum as they arrive. What became of them is compared by the sum
 of all bits: vLLM fuses, permutes and pads them for its kernels, and none of that changes the sum of a

@@ -20,6 +20,7 @@ from typing import Any
 
 PROMPTS = [[1, *range(20 + i, 40 + i)] for i in range(4)]
 SAMPLING = {"max_new_tokens": 24}
+GREEDY_TOKENS = 12
 BUCKET_BYTES = 100_000  # several buckets, and layers that are whole only after some of them
 MIDDLE = 4  # a bucket, whose last tensor is in some families one of many that a layer is made of
 
@@ -101,6 +102,7 @@ async def _differences(
     await _refused(push(3, breaks_off_at=MIDDLE), "is not a dtype")
     await push(3)  # as from the object store, after a direct push that broke off
     differences.append(await _difference(policy, stepper))
+    assert await _greedy(stepper) == _continued(policy, folder), "the weights that were pushed"
     await push(4, lost="none of them")
     assert await stepper.differences(checksums()) == {}
     for lost in list(checksums())[1:-1:3]:
@@ -108,6 +110,32 @@ async def _differences(
         assert await stepper.differences(checksums()) == {lost: "received with other values"}
     await _refused(push(6, without=MIDDLE), "at their old values")
     return differences
+
+
+async def _greedy(stepper: Any) -> list[list[int]]:
+    params = {"max_tokens": GREEDY_TOKENS, "temperature": 0.0, "ignore_eos": True, "logprobs": 0}
+    return [
+        list(output.outputs[0].token_ids)
+        for prompt in PROMPTS
+        async for _, output in stepper.stream(prompt, [params])
+    ]
+
+
+def _continued(policy: Any, folder: str) -> list[list[int]]:
+    """Greedy tokens by plain transformers, with the policy's weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.load_state_dict(policy.causal_lm.state_dict())
+    continued = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(GREEDY_TOKENS):
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        continued.append(ids[len(prompt) :])
+    return continued
 
 
 async def _refused(push: Awaitable[None], why: str) -> None:
