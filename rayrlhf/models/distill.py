@@ -48,6 +48,13 @@ class TeacherTopK(NamedTuple):
 Teacher: TypeAlias = TeacherHidden | TeacherTopK
 
 
+def first_rows(teacher: Teacher, count: int) -> Teacher:
+    """The teacher's output for the first loss tokens only."""
+    if isinstance(teacher, TeacherHidden):
+        return teacher._replace(hidden=teacher.hidden[:count])
+    return TeacherTopK(teacher.ids[:count], teacher.logprobs[:count])
+
+
 class DistillLogprobs(NamedTuple):
     logprobs: Tensor  # [T] fp32; 0 where the loss mask is 0
     divergence: Tensor  # [T] fp32, between teacher and student; 0 where the loss mask is 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from ray import serve
 
@@ -11,7 +11,7 @@ from rayrlhf.algorithms.aggregate import sequence_counts, sequence_sums
 from rayrlhf.algorithms.metrics import Mean
 from rayrlhf.batch import ExampleBatch
 from rayrlhf.config.supervised import KdRunConfig
-from rayrlhf.models.distill import DistillLogprobs
+from rayrlhf.models.distill import DistillLogprobs, first_rows
 from rayrlhf.models.distill import Teacher as TeacherAnswer
 from rayrlhf.models.dropout import TrainedModule, keep_dropout
 from rayrlhf.models.load import load_student
@@ -23,6 +23,9 @@ from rayrlhf.train.teacher import LocalTeacher, ServedTeacher, Teacher
 @dataclass(frozen=True, kw_only=True)
 class DistillBatch(ExampleBatch):
     teacher: TeacherAnswer  # of the loss tokens
+
+    def without_loss(self) -> Self:
+        return replace(super().without_loss(), teacher=first_rows(self.teacher, 0))
 
 
 class DistillationTask(LanguageModelTask):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,11 +137,12 @@ class Learner:
             return None
         load = self.experts.no_load()
         # With the random numbers of the training pass, for dropout.
-        with torch.random.fork_rng():
+        device = collectives.device()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for term, batch, _ in self._micro_batches(terms):
                 with self.experts.recorded(batch) as routed:
-                    # The head, which is most of the pass with a large vocabulary, runs on one token.
-                    term.forward(self.engine, replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)))
+                    # The head is most of the pass with a large vocabulary.
+                    term.forward(self.engine, batch.without_loss())
                 load += self.experts.load(routed)
         return load.over_ranks()
 

@@ -13,12 +13,16 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from rayrlhf.algorithms.balance_loss import balance_loss, expert_counts
 from rayrlhf.algorithms.metrics import Metrics
-from rayrlhf.batch import PackedBatch, cu_seqlens_of, padding_samples, position_ids_of
+from rayrlhf.batch import PackedBatch, cu_seqlens_of, pack_examples, padding_samples, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.train import TrainConfig
-from rayrlhf.models.load import checkpoint_activations, load_policy
+from rayrlhf.models.distill import TeacherHidden, TeacherTopK
+from rayrlhf.models.fused_head import LogitScaling
+from rayrlhf.models.load import checkpoint_activations, load_policy, load_student
 from rayrlhf.models.logprobs import PolicyModel
 from rayrlhf.models.streams import decoder_of
+from rayrlhf.samples import Example, TokenSequence
+from rayrlhf.supervised.kd import DistillBatch
 from rayrlhf.train.expert_balance import ExpertBalance, ExpertLoad
 from rayrlhf.train.learner import Term
 from tests.plain_engine import PlainLearner
@@ -169,3 +173,32 @@ def test_dense_and_unknown_models_have_none(tiny_model: str, tmp_path: Path) -> 
     assert not ExpertBalance.of(dense, 0.0).layers
     with pytest.raises(ValueError, match=r"model.aux_loss_coef=0.01, .* no mixture-of-experts layers"):
         ExpertBalance.of(dense, 0.01)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top k"])
+def test_a_student_is_counted_without_its_teacher(kind: str, tmp_path: Path) -> None:
+    """Two micro-batches, so that the load is counted first, where no token has a loss."""
+    model = ModelConfig(path=make_family(tmp_path / "mixtral", "mixtral"), dtype="float32")
+    student = load_student(
+        model, model.path, device=torch.device("cpu"), chunk_tokens=64, divergence="forward_kl"
+    )
+
+    def with_teacher(ids: Tensor) -> DistillBatch:
+        batch = pack_examples([Example(0, (TokenSequence(ids.tolist(), [0, *[1] * (len(ids) - 1)]),))])
+        count = len(ids) - 1
+        teacher: Any = TeacherTopK(torch.arange(2).expand(count, 2), torch.full((count, 2), -0.7))
+        if kind == "hidden":
+            weight = torch.randn(264, 8)
+            teacher = TeacherHidden(torch.randn(count, 8), weight, None, LogitScaling(1.0, None))
+        return DistillBatch(**vars(batch), teacher=teacher)
+
+    def forward_student(engine: Any, batch: Any) -> Tensor:
+        tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        return engine(*tokens, teacher=batch.teacher).divergence
+
+    learner = PlainLearner(student, TrainConfig(num_steps=10), aux_loss_coef=COEF)
+    term = Term(
+        [with_teacher(ids) for ids in SEQUENCES], forward_student, lambda each, _: (each.sum(), Metrics())
+    )
+    metrics = learner.update(term, step=0).results()
+    assert 2.0 <= metrics["loss/actor_balance"] < 4.0
