@@ -93,10 +93,11 @@ class ExpertBalance:
             ValueError: if it has no layers and `coef` is not 0.
         """
         layers = moe_layers(module)
-        config = next((m.config for m in module.modules() if isinstance(m, PreTrainedModel)), None)
+        model = next((each for each in module.modules() if isinstance(each, PreTrainedModel)), None)
         reason = "it has no mixture-of-experts layers"
-        if layers and config is not None:
-            verdict = router_verdict(config)
+        if layers and model is not None:
+            is_trusted = type(model).__module__.startswith("transformers_modules")  # it is loaded already
+            verdict = router_verdict(model.config, trust_remote_code=is_trusted)
             if verdict.scoring is not None:
                 num_experts = num_experts_of(layers[0])
                 return ExpertBalance(
