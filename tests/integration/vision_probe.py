@@ -136,7 +136,7 @@ def _compared(policy: Any, outputs: list[Any], last: list[int]) -> float:
     batch = pack_samples(samples)
     with torch.no_grad():
         ours = policy(
-            batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, 1.0, batch.images
+            batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask, images=batch.images
         ).logprobs
     return (ours - batch.rollout_logprobs).abs().max().item()
 
