@@ -54,7 +54,7 @@ def test_a_phase_that_fails_has_taken_its_time(clock: Clock) -> None:
 
 def test_keys_are_group_and_name_and_described() -> None:
     for key, description in METRICS.items():
-        assert re.fullmatch(r"(reward|rollout|kl|loss|data|train|eval|time)/[a-z0-9_]+", key), key
+        assert re.fullmatch(r"(reward|rollout|kl|loss|experts|data|train|eval|time)/[a-z0-9_]+", key), key
         assert description.strip() == description != "", key
 
 
