@@ -238,8 +238,8 @@ def as_markdown(answers: dict[str, dict[str, Any]], rows: list[dict[str, Any]], 
         findings(answers, rows),
         "",
         "bf16's rounding alone moves these log-probabilities: the last column shows by how much. Where the "
-        "update changes them by less, no push can be told from another, nor from the trainer. What the "
-        "columns are stands in `benchmarks/adapter_push.py`.",
+        "update changes them by less, no push can be distinguished from another, nor from the trainer. "
+        "What the columns are stands in `benchmarks/adapter_push.py`.",
         "",
         f"{where['cpu']}, {where['cores']} cores, load average {where['load_average']}; "
         f"torch {where['versions']['torch']}. `{where['command']}`",

@@ -107,7 +107,7 @@ class WeightSyncConfig(Section):
     bucket_bytes: Count = 134_217_728
     """Size of one transfer, in bytes."""
     lora: LoraSync = "auto"
-    """What a push sends with model.lora; merging rounds small updates away in bfloat16."""
+    """What a push sends with model.lora: a few megabytes of adapters, or all weights."""
     timeout_seconds: PositiveNumber = 300
     """Deadline for all engines to hold the new weights."""
     verify: Count | None = None

@@ -101,7 +101,8 @@ def _adapted_forward(
     """Σ weight · expert(hidden) over each token's experts, [N, H]."""
     count = chosen.size(-1)
     numbers, order = chosen.flatten().sort(stable=True)
-    ends = nn.functional.one_hot(numbers, experts.num_experts).sum(0).cumsum(0).to(torch.int32)
+    counts = numbers.new_zeros(experts.num_experts).scatter_add(0, numbers, torch.ones_like(numbers))
+    ends = counts.cumsum(0).to(torch.int32)
     rows = hidden[order // count]  # [N·K, H], sorted by expert
     for name in stacks_of(experts):
         bias = getattr(experts, f"{name}_bias")[numbers] if experts.has_bias else None

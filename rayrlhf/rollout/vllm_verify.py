@@ -60,7 +60,7 @@ class Arrivals:
         for parameter, expected in self.sums.items():
             if parameter in self.unknown or parameter not in parameters:
                 continue
-            if wrap(bit_sum(parameters[parameter].detach()) - expected) != 0:
+            if (bit_sum(parameters[parameter].detach()) - expected) % 2**64:
                 for name in self.sources[parameter]:
                     wrong.setdefault(name, f"received, but {parameter} holds other values")
         return wrong
@@ -69,8 +69,3 @@ class Arrivals:
 def bit_sum(tensor: Tensor) -> int:
     """Sum of the elements' bits as integers, modulo 2^64; zeros, as in padding, add nothing."""
     return int(tensor.contiguous().view(-1).view(BITS[tensor.element_size()]).long().sum())
-
-
-def wrap(number: int) -> int:
-    """Modulo 2^64."""
-    return number % 2**64
