@@ -1,4 +1,4 @@
-"""Whether pushes may send LoRA adapters alone (`rollout.weight_sync.lora`), as far as the config decides it."""
+"""Whether pushes may send LoRA adapters alone (`rollout.weight_sync.lora`), as far as the config decides."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Routers of mixture-of-experts layers: records or replays which experts each token is sent to.
 
 transformers' layers call `experts(hidden, chosen, weights)` with what a sibling router returned, under names
-and in orders of their own; they are found by that structure, and `router_kind` tests on a small copy whether
-an architecture is understood.
+and in orders of their own; they are found by that structure, and `router_probe` tests on a small copy
+whether an architecture is understood.
 
 In addition to the legend of `rayrlhf.batch`: L  mixture-of-experts layers      E  experts of a layer
 K  experts of a token

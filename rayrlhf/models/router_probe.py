@@ -66,6 +66,8 @@ def _judge(config: PreTrainedConfig, trust_remote_code: bool) -> RouterVerdict:
     scoring = matching[0] if matching else None
     if scoring is None:
         why = "its experts are weighted neither by softmax nor by sigmoid scores of router logits"
+        if own[0].chosen.size(-1) == 1:
+            why = "each token has one expert, whose weight does not show how its router scores"
         return RouterVerdict(len(layers), reason=why)
     given = [_other_choice(r) for r in own]
     Replay(layers).set(torch.stack(given, 1))
