@@ -1,9 +1,9 @@
 """Fused output projection, log-softmax and entropy: one autograd function over chunks of rows.
 
 Plain autograd creates several [rows, V] tensors (logits, probabilities, their gradients) and a [V, H]
-gradient per chunk. Here each chunk's logits are recomputed in the backward pass and converted in place to
-their gradient, in buffers shared by all chunks: one block [chunk, V], a quarter of another, and one weight
-gradient to which every chunk is added.
+gradient per chunk. Here each chunk's logits are recomputed in the backward pass, except those of the last one,
+which are still there, and converted in place to their gradient, in buffers shared by all chunks: one block
+[chunk, V], a quarter of another, and one weight gradient to which every chunk is added.
 """
 
 from __future__ import annotations
@@ -79,14 +79,15 @@ class FusedLogprobs(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         block, spare = _buffers(hidden, weight, chunk_tokens)
+        shifts, numerators = spare.split(len(spare) // 2)
         logprobs, entropy, log_normaliser = (block.new_empty(hidden.size(0)) for _ in range(3))
-        for rows in slices(0, hidden.size(0), chunk_tokens):
+        for rows in _chunks(hidden.size(0), chunk_tokens):
             projected = project(hidden[rows], weight, bias, out=block)
-            for part, logits in _parts(projected, rows, spare):
+            for part, logits in _parts(projected, rows, numerators):
                 scaling.apply_(logits)
                 largest = logits.amax(-1)
-                shifted = logits.sub_(largest[:, None])
-                weights = torch.exp(shifted, out=spare[: len(shifted)])  # softmax numerators
+                shifted = torch.sub(logits, largest[:, None], out=shifts[: len(logits)])
+                weights = torch.exp(shifted, out=numerators[: len(logits)])  # of softmax
                 total = weights.sum(-1)
                 log_total = total.log()
                 logprobs[part] = shifted.gather(-1, targets[part, None]).squeeze(-1) - log_total
@@ -94,6 +95,8 @@ class FusedLogprobs(torch.autograd.Function):
                 log_normaliser[part] = largest + log_total
         ctx.save_for_backward(hidden, weight, bias, targets, logprobs, entropy, log_normaliser)
         ctx.scaling, ctx.chunk_tokens = scaling, chunk_tokens
+        # The last chunk's logits, for a backward pass that follows at once and needs these buffers again.
+        ctx.kept = (block, spare) if any(ctx.needs_input_grad) else None
         ctx.set_materialize_grads(False)  # an unused entropy costs nothing
         return logprobs, entropy
 
@@ -104,13 +107,18 @@ class FusedLogprobs(torch.autograd.Function):
         grad_logprobs, grad_entropy = grad_outputs
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(logprobs)
-        block, spare = _buffers(hidden, weight, ctx.chunk_tokens)
+        kept, ctx.kept = ctx.kept, None  # a second backward pass finds them overwritten
+        block, spare = kept or _buffers(hidden, weight, ctx.chunk_tokens)
         gradients = ProjectionGradients(ctx.needs_input_grad, hidden, weight, bias, block.dtype)
-        for rows in slices(0, hidden.size(0), ctx.chunk_tokens):
-            grad = project(hidden[rows], weight, bias, out=block)
+        for rows in reversed(_chunks(hidden.size(0), ctx.chunk_tokens)):
+            is_kept, kept = kept is not None, None
+            if is_kept:
+                grad = block[: rows.stop - rows.start]
+            else:
+                grad = project(hidden[rows], weight, bias, out=block)
             for part, logits in _parts(grad, rows, spare):
                 _to_gradient_(
-                    ctx.scaling.apply_(logits),
+                    logits if is_kept else ctx.scaling.apply_(logits),
                     targets[part],
                     logprobs[part],
                     entropy[part],
@@ -220,12 +228,18 @@ def _buffers(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[Tensor,
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rows = min(chunk_tokens, hidden.size(0))
     block = hidden.new_empty(rows, weight.size(0), dtype=wide)
-    return block, block.new_empty(-(-rows // SPARE_SHARE), weight.size(0))
+    return block, block.new_empty(2 * -(-rows // (2 * SPARE_SHARE)), weight.size(0))
 
 
 def _parts(block: Tensor, rows: slice, spare: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The block of these rows in parts of at most the length of `spare`: (row slice, [n, V])."""
     return zip(slices(rows.start, rows.stop, len(spare)), block.split(len(spare)), strict=True)
+
+
+def _chunks(num_rows: int, size: int) -> list[slice]:
+    """Chunks of `size` rows; the first one has the remainder."""
+    first = num_rows % size
+    return [slice(0, first)] * (first > 0) + slices(first, num_rows, size)
 
 
 def slices(start: int, stop: int, size: int) -> list[slice]:

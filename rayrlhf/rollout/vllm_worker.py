@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm import _custom_ops
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -30,6 +29,7 @@ from rayrlhf.rollout.vllm_adapter import (
     put_on_adapters,
     take_off_adapters,
 )
+from rayrlhf.rollout.vllm_cpu_kernels import PackedLinears, fuse_norms, keep_parameters
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 from rayrlhf.rollout.vllm_routes import RouteRecorder, moe_layers_of
 from rayrlhf.rollout.vllm_verify import Arrivals
@@ -41,10 +41,8 @@ from rayrlhf.weights.transfer_group import Link, TransferGroup, join
 BUCKETS = "rayrlhf_buckets"
 
 if current_platform.is_cpu():
-    # oneDNN keeps packed copies of the weights, which a reload does not update; a tied lm_head would continue
-    # to use the old ones. Without packing, the layers are plain F.linear over the parameters that we
-    # write to.
-    _custom_ops._supports_onednn = False
+    keep_parameters()
+    fuse_norms()
     pack_experts_at_every_load()
     multiply_all_tokens_at_once()
 
@@ -70,12 +68,18 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
     reload: Reload
     arrivals: Arrivals | None = None  # of the current or last update, if it is to be verified
 
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self.packed = PackedLinears(model)
+        self.packed.reset()
+
     def init_transfer_engine(self, init_info: BucketInit) -> None:
         self.link = None
         rank = init_info.first_rank + self.parallel_config.rank
         self.link = join(init_info.transfer_group, rank=rank, device=self.device, key=device_key(self.device))
 
     def start_weight_update(self) -> None:
+        self.packed.reset()
         take_off_adapters(self.model)
         self.reload = Reload(self.model)
         self.reload.start()
@@ -101,6 +105,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
 
     def finish_weight_update(self) -> None:
         self.reload.finish(self.model_config)
+        self.packed.reset()
         put_on_adapters(self.model)
 
     def shutdown(self) -> None:
@@ -177,7 +182,8 @@ class WorkerExtension:
             "weights": [] if keeps_weights else _empty(worker.model_runner.model.parameters()),
             "kv_cache": _empty(worker.model_runner.kv_caches),
         }
-        return sum(size for part in self.emptied.values() for _, size in part)
+        copies = worker.weight_transfer_engine.packed.reset()
+        return copies + sum(size for part in self.emptied.values() for _, size in part)
 
     def reacquire_memory(self, part: str) -> None:
         """

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rayrlhf.models import fused_head
+from rayrlhf.models import fused_head
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 
 TOKENS, HIDDEN, VOCABULARY = 17, 6, 29
@@ -200,13 +201,33 @@ class NewStorages(TorchDispatchMode):
 @pytest.mark.parametrize("use", ["logprobs", "both"])
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_buffers_are_shared_by_all_chunks(name: str, use: str) -> None:
-    chunk_tokens = 4  # 17 tokens: 5 chunks
+    chunk_tokens = 8  # 17 tokens: 3 chunks
     block, weight = 4 * chunk_tokens * VOCABULARY, 4 * VOCABULARY * HIDDEN
     *leaves, targets = inputs(torch.float32)
     with NewStorages(block) as blocks, NewStorages(block // 4) as spares:
         outputs = FusedLogprobs.apply(*leaves, targets, SCALINGS[name], chunk_tokens)
     assert blocks.count == spares.count == 1
     count = 1 if use == "logprobs" else 2
-    with NewStorages(block) as blocks, NewStorages(weight, leaves[1]) as weights:
+    kept, _ = outputs[0].grad_fn.kept
+    with NewStorages(block, kept) as blocks, NewStorages(weight, leaves[1]) as weights:
         torch.autograd.grad(outputs[:count], leaves, list(upstream().float()[:count]))
-    assert blocks.count == weights.count == 1
+    assert (blocks.count, weights.count) == (0, 1)
+
+
+def test_logits_of_the_last_chunk_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_of = []
+    project = fused_head.project
+    monkeypatch.setattr(
+        fused_head,
+        "project",
+        lambda hidden, *rest, out: rows_of.append(len(hidden)) or project(hidden, *rest, out=out),
+    )
+    *leaves, targets = inputs(torch.float32)
+    outputs = FusedLogprobs.apply(*leaves, targets, LogitScaling(), 7)
+    assert rows_of == [3, 7, 7]
+    first = torch.autograd.grad(outputs[0].sum(), leaves, retain_graph=True)
+    assert rows_of[3:] == [7, 3]
+    second = torch.autograd.grad(outputs[0].sum(), leaves)  # the kept logits are gone: all are computed
+    assert rows_of[5:] == [7, 7, 3]
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other)
