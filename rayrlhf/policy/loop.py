@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rayrlhf.algorithms.metrics import Metrics, Sum
-from rayrlhf.policy.actor_critic import infer
+from rayrlhf.policy.actor_critic import Pending, infer
 from rayrlhf.policy.batches import balance_and_pack, with_group_advantages, with_token_advantages
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.policy.losses import PolicyObjective, ValueObjective, loss_counts
@@ -35,6 +35,7 @@ def policy_loop(run: Run) -> RunResult:
             samples = with_group_advantages(groups.samples, algorithm.advantage)
         texts = run.texts.next() if run.texts is not None else None  # PPO-ptx
         metrics = Metrics({"data/empty_mini_batches": Sum(0.0)})
+        critic_updates: list[Pending[Metrics]] = []
         if groups.num_groups > 0:
             run.start_training()  # colocated engines sleep from here on
             with phase("logprobs"):
@@ -46,20 +47,20 @@ def policy_loop(run: Run) -> RunResult:
                 if counts.tokens == 0:  # AdamW would still update the weights, from its moments
                     metrics += Metrics({"data/empty_mini_batches": Sum(1.0)})
                     continue
-                critic_update = None
-                if run.critic is not None:  # a separate critic trains concurrently with the actor
+                if run.critic is not None:  # a separate one trains while the actor does, and during the push
                     with phase("update_critic"):
                         value_loss = ValueObjective(algorithm, counts, run.value_clip, run.longest_response)
-                        critic_update = run.critic.start_update(mini_batch, value_loss, step=step)
+                        critic_updates.append(run.critic.start_update(mini_batch, value_loss, step=step))
                 if step >= algorithm.critic_warmup_steps:
                     with phase("update_actor"):
                         policy_loss = PolicyObjective(algorithm, counts, run.kl.coef, run.longest_response)
                         metrics += run.actor.update(mini_batch, policy_loss, texts, step=step)
-                if critic_update is not None:
-                    with phase("update_critic"):
-                        metrics += critic_update.result()
             run.end_training(metrics, samples, balance, step=step)
         with phase("weight_sync"):
             run.push_weights(version=step + 1)
+        if critic_updates:
+            with phase("update_critic"):
+                for update in critic_updates:
+                    metrics += update.result()
         run.end_step(groups, samples, metrics)
     return run.finish()

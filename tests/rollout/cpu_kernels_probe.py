@@ -1,0 +1,78 @@
+"""The products and norms of vLLM's CPU worker, over layers like vLLM's; prints one line of JSON.
+
+In a process of its own: importing vLLM takes seconds and changes torch's settings.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Module):
+    """As vLLM leaves a layer after it has loaded its weights."""
+
+    def __init__(self, product: Any, weight: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight if weight is not None else nn.Parameter(torch.randn(48, 32))
+        self.cpu_linear = product
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.cpu_linear(x, self.weight, bias)
+
+    def error(self, rows: int) -> float:
+        x, bias = torch.randn(rows, 32), torch.randn(48)
+        return float((self(x, bias) - F.linear(x, self.weight, bias)).abs().max().detach())
+
+
+def products() -> dict[str, Any]:
+    from rayrlhf.rollout.vllm_cpu_kernels import PackedLinears
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    model = nn.ModuleList([Linear(plain), Linear(plain), Linear(F.linear)])
+    model.append(Linear(plain, model[0].weight))  # tied
+    packed = PackedLinears(model)
+    unused = packed.reset()
+    errors = [model[index].error(rows) for index in (0, 3) for rows in (1, 5, 32, 70)]
+    with torch.no_grad():
+        model[0].weight.mul_(-2)
+    stale = model[3].error(4)
+    freed = packed.reset()
+    return {
+        "errors": errors,
+        "stale": stale,
+        "after": [model[0].error(4), model[3].error(4)],
+        "freed": [unused, freed],
+        "one": model[0].weight.nbytes,
+        "unpacked stays": model[2].cpu_linear is F.linear,
+    }
+
+
+def norms() -> list[float]:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    from rayrlhf.rollout.vllm_cpu_kernels import fuse_norms
+
+    fuse_norms()
+    x, residual = torch.randn(5, 3, 32).transpose(0, 1), torch.randn(3, 5, 32)
+    with set_current_vllm_config(VllmConfig()):
+        norm = RMSNorm(32, eps=1e-5)
+        norm.weight.data.normal_()
+        alone, wanted = norm.forward_cpu(x.clone()), norm.forward_native(x.clone())
+        added = norm.forward_cpu(x.clone(), residual.clone())
+        both = norm.forward_native(x.clone(), residual.clone())
+    pairs = [(alone, wanted), *zip(added, both, strict=True)]
+    return [float((one - other).abs().max()) for one, other in pairs]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    with torch.no_grad():
+        print(json.dumps(products() | {"norms": norms()}), flush=True)
