@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rayrlhf.config.base import ConfigError, Problem
-from rayrlhf.config.example_data import ExampleDataConfig, KtoDataConfig
+from rayrlhf.config.example_data import ExampleDataConfig
 from rayrlhf.config.parse import load_or_exit
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.config.yaml_tree import COMMAND_LINE, read_tree
@@ -170,17 +170,11 @@ def _first_rows(data: ExampleDataConfig, split: Split, rows: int) -> Iterator[Ra
 
 
 def packing_fill(preview: Preview, config: Any) -> float | None:
-    """Fill of the job's micro-batches, estimated from the previewed rows; None without rows.
-
-    KTO's second sequence is made when the data is prepared; its length is taken from a neighbouring row.
+    """Fill of the job's micro-batches, estimated from the previewed rows; None without rows. KTO's second
+    sequence, which is made when the data is prepared, has micro-batches of its own.
     """
     examples = [example for _, example in preview.examples]
     lengths = [sum(map(len, example.sequences)) for example in examples]
-    if isinstance(config.data, KtoDataConfig):
-        for index, example in enumerate(examples):
-            own, other = example.sequences[0], examples[index - 1].sequences[0]
-            mismatched = own.prompt_tokens + len(other) - other.prompt_tokens
-            lengths[index] += min(mismatched, config.data.max_tokens)
     if not lengths:
         return None
     train, num_tokens = config.train, np.array(lengths, dtype=np.int64)

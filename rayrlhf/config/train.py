@@ -254,7 +254,7 @@ def _workers_share_micro_batches(train: SupervisedTrainConfig) -> Problem | None
     return Problem(
         "tokens_per_step",
         got=f"{tokens} with max_tokens_per_micro_batch={size} and num_workers={workers}",
-        wanted=f"a multiple of {size} x {workers} = {size * workers}: full micro-batches, equally many per worker",
+        wanted=f"a multiple of {size} x {workers} = {size * workers}: every worker has equally many",
         fix=f"set train.tokens_per_step to {nearest}, or change train.max_tokens_per_micro_batch",
     )
 
@@ -286,7 +286,7 @@ def _workers_share_samples(train: SupervisedTrainConfig) -> Problem | None:
 
 class SupervisedTrainConfig(OptimizerConfig):
     tokens_per_step: Count | None = None
-    """Tokens of one step, all workers, in place of samples_per_step: as many samples as fill its micro-batches."""
+    """Tokens of one step, over all workers: as many samples as fill its micro-batches; null: by samples."""
     samples_per_step: Count | None = None
     """Samples (or pairs) of one optimizer step, over all workers; null: 64, or by tokens_per_step."""
     fill_micro_batches: bool = False

@@ -60,11 +60,8 @@ def _steps_of_tokens(
         look_ahead=look_ahead(num_tokens, budget_tokens),
     )
     for packs in islice(steps, train.num_steps):
-        whole = len(packs) == packs_per_step
-        yield (
-            [row for pack in packs for row in pack],
-            packs if whole else None,
-        )  # a rest is shared out by rows
+        is_whole = len(packs) == packs_per_step  # the rows of others are balanced over the ranks
+        yield [row for pack in packs for row in pack], packs if is_whole else None
 
 
 def _epochs(num_rows: int, total_rows: int | None, seed: int, shuffle: bool) -> Iterator[np.ndarray]:

@@ -17,8 +17,8 @@ line, answers with ours: `python jobs/ppo.py config.yaml --learning_rate 1e-6` n
 Three general differences:
 
 - Settings are YAML keys, and `key.path=value` on the command line, without dashes.
-- A step's size is counted over all workers, in prompts (`rollout.prompts_per_step`) or samples
-  (`train.samples_per_step`). There is no accumulation to set: `train.max_tokens_per_micro_batch` limits
+- A step's size is counted over all workers, in prompts (`rollout.prompts_per_step`), samples
+  (`train.samples_per_step`) or packed tokens (`train.tokens_per_step`). There is no accumulation to set: `train.max_tokens_per_micro_batch` limits
   the tokens of a forward and backward pass, and a step takes as many micro-batches as it needs.
 - Each role has its own number of workers or replicas, and `placement.preset` sets which share devices.
 
