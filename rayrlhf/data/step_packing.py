@@ -22,8 +22,8 @@ OLDEST_TRIED = 24  # rows that complete a micro-batch together with the best fit
 GOOD_GAP = 1 / 256  # of a micro-batch, with which the search ends
 LOWEST_FILL = 0.975  # that steps of a given number of rows aim for
 SLACKS = (0.006, 0.014, 0.022)  # shares of a step's room, left free so that a given number of rows packs
-SWAPS = 6  # rows exchanged at most, to bring a step of a given number of rows to its tokens
-SWAP_OUT, SWAP_IN = 48, 384  # rows considered for it
+SWAP_OUT, SWAP_IN = 48, 384  # rows considered for an exchange: of the step, and after it
+SWAP_STEPS = 4  # … and no more than these steps' rows after it
 TOLERANCE = 0.002  # of a step's tokens
 Packs = list[list[int]]  # row ids of each micro-batch
 _LOW = (1 << 32) - 1  # of a key: the position in the epoch, inverted so that older rows are larger
@@ -208,10 +208,10 @@ def counted_steps(
 
     `order`: the row ids of some steps of one epoch, a multiple of `samples_per_step`; the result has the same
     rows. A step takes the next rows, and exchanges a few of them for others from the window, until its tokens
-    are nearly a multiple of what all ranks' micro-batches hold. The multiples follow the mean: after every
-    step, all tokens so far differ from the mean's by less than one multiple. A row that was exchanged goes
-    into the next step; none waits longer. `packs` is None where the rows do not pack; all steps are in their
-    order if `filling_sizes` says no.
+    are nearly a multiple of what all ranks' micro-batches hold. The multiples follow the mean: the tokens of
+    all steps so far stay within about one multiple of the mean's. A row that was exchanged goes into the next
+    step, so none is more than `SWAP_STEPS` steps early or `SWAP_STEPS` + 1 late. `packs` is None where the
+    rows do not pack; all steps are in their order if `filling_sizes` says no.
     """
     unit = budget_tokens * world_size
     ours = lengths[order]
@@ -220,8 +220,8 @@ def counted_steps(
         for start in range(0, len(order), samples_per_step):
             yield order[start : start + samples_per_step].tolist(), None
         return
-    ahead, total = samples_per_step + SWAP_IN, 0
-    window, deferred, end = order[:ahead], 0, ahead
+    end, total = samples_per_step + min(SWAP_IN, SWAP_STEPS * samples_per_step), 0
+    window, deferred = order[:end], 0
     for step in range(len(order) // samples_per_step):
         desired = (step + 1) * samples_per_step * mean - total
         below, above = _neighbours(desired, unit)
@@ -255,16 +255,17 @@ class _Exchange:
         self.lengths = lengths[window]
         self.is_in = np.arange(len(window)) < count
         self.may_leave = np.arange(max(deferred, count - SWAP_OUT), min(count, len(window)))
-        self.may_enter = np.arange(count, min(len(window), count + SWAP_IN))
+        self.may_enter = np.arange(count, len(window))
 
     def bring_to(self, target: float) -> None:
         """Exchanges rows until the step has nearly `target` tokens, or no exchange brings it nearer."""
-        for done in range(SWAPS):
+        swaps = 6 + math.isqrt(self.count)  # random sums differ by more where there are more rows
+        for done in range(swaps):
             gap = target - float(self.lengths[self.is_in].sum())
             if abs(gap) <= max(1.0, TOLERANCE * target) or not len(self.may_leave) or not len(self.may_enter):
                 return
             # Several exchanges of usual rows rather than one of the longest for the shortest.
-            aim = gap / min(SWAPS - done, max(1, math.ceil(abs(gap) / max(1.0, self.std))))
+            aim = gap / min(swaps - done, max(1, math.ceil(abs(gap) / max(1.0, self.std))))
             change = self.lengths[self.may_enter][None, :] - self.lengths[self.may_leave][:, None]
             leaving, entering = divmod(int(np.abs(change - aim).argmin()), len(self.may_enter))
             if abs(gap - float(change[leaving, entering])) >= abs(gap):

@@ -187,14 +187,15 @@ def test_exchanging_rows_changes_no_number_and_no_epoch(
         assert all(max(Counter(step).values()) == 1 for step in steps_of(filled))
 
 
-def test_an_exchanged_row_goes_into_the_next_step() -> None:
-    lengths = log_normal(6400)
-    size = {"samples_per_step": 64, "budget": 1024}
+@pytest.mark.parametrize("samples", [24, 64])
+def test_exchanged_rows_are_a_few_steps_early_or_late(samples: int) -> None:
+    lengths = log_normal(100 * samples)
+    size = {"samples_per_step": samples, "budget": 1024}
     filled, plain = ordered(lengths, fill_micro_batches=True, **size), ordered(lengths, **size)
     turn = {row: step for step, rows in enumerate(plain) for row in rows.tolist()}
     late = [step - turn[row] for step, rows in enumerate(filled) for row in rows.tolist()]
-    assert max(late) == 1 and min(late) >= -7  # of 64 rows in order, and 384 after them
-    assert np.mean(np.array(late) == 0) > 0.5
+    assert -4 <= min(late) < 0 < max(late) <= 5
+    assert abs(np.mean(late)) < 0.01  # as many early as late
 
 
 def test_small_data_make_a_step_per_epoch() -> None:
