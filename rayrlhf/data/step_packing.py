@@ -208,10 +208,10 @@ def counted_steps(
 
     `order`: the row ids of some steps of one epoch, a multiple of `samples_per_step`; the result has the same
     rows. A step takes the next rows, and exchanges a few of them for others from the window, until its tokens
-    are nearly a multiple of what all ranks' micro-batches hold. The multiples follow the mean: the tokens of
-    all steps so far stay within about one multiple of the mean's. A row that was exchanged goes into the next
-    step, so none is more than `SWAP_STEPS` steps early or `SWAP_STEPS` + 1 late. `packs` is None where the
-    rows do not pack; all steps are in their order if `filling_sizes` says no.
+    are nearly a multiple of what all ranks' micro-batches hold. The multiples follow the window's mean: what
+    a step has more or fewer tokens than usual there, the next ones have fewer or more. A row that was
+    exchanged goes into the next step, so none is more than `SWAP_STEPS` steps early or `SWAP_STEPS` + 1 late.
+    `packs` is None where the rows do not pack; all steps are in their order if `filling_sizes` says no.
     """
     unit = budget_tokens * world_size
     ours = lengths[order]
@@ -220,10 +220,11 @@ def counted_steps(
         for start in range(0, len(order), samples_per_step):
             yield order[start : start + samples_per_step].tolist(), None
         return
-    end, total = samples_per_step + min(SWAP_IN, SWAP_STEPS * samples_per_step), 0
+    end, owed = samples_per_step + min(SWAP_IN, SWAP_STEPS * samples_per_step), 0.0
     window, deferred = order[:end], 0
-    for step in range(len(order) // samples_per_step):
-        desired = (step + 1) * samples_per_step * mean - total
+    for _ in range(len(order) // samples_per_step):
+        usual = samples_per_step * float(lengths[window].mean())
+        desired = usual + owed
         below, above = _neighbours(desired, unit)
         target = below if below > 0 and desired - below <= above - desired else above
         units = math.ceil(target / unit)
@@ -237,7 +238,7 @@ def counted_steps(
                 packs = [[rows[index] for index in pack] for pack in found]
                 break
         rows = chosen.rows()
-        total += int(lengths[rows].sum())
+        owed += usual - int(lengths[rows].sum())
         yield rows, packs
         left, deferred = chosen.left()
         window = np.concatenate([left, order[end : end + samples_per_step]])
