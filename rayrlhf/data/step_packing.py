@@ -18,6 +18,7 @@ from rayrlhf.data.packing import micro_batches
 
 # A micro-batch takes its rows in order while this share of it is free, and is completed from the window.
 CLOSING_SHARE = 0.3
+MOST_SKIPPED = 24  # rows that do not fit before it is completed in any case
 OLDEST_TRIED = 24  # rows that complete a micro-batch together with the best fit to what they leave
 GOOD_GAP = 1 / 256  # of a micro-batch, with which the search ends
 LOWEST_FILL = 0.975  # that steps of a given number of rows aim for
@@ -94,11 +95,14 @@ def fill_one(waiting: _Waiting, room: int, budget_tokens: int) -> list[int]:
     taken: list[int] = []
     waiting.refill()
     closing = int(budget_tokens * CLOSING_SHARE)
-    for position, length in list(_first(waiting.window, OLDEST_TRIED)):
+    skipped = 0
+    for position, length in list(waiting.window.items()):
         if length <= room and (room - length >= closing or (not taken and room == budget_tokens)):
             room -= waiting.take(position)
             taken.append(position)
-        if room < closing:
+        else:
+            skipped += 1
+        if room < closing or skipped == MOST_SKIPPED:
             break
     while room > 0:
         chosen = _completing(waiting, room, budget_tokens)
