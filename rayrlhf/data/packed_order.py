@@ -10,9 +10,7 @@ from typing import Any, Self, overload
 
 import numpy as np
 
-from rayrlhf.data.rows.row import DataError
-
-MAX_ROWS = 1 << 28  # of a run, at 8 bytes each in a file that workers map into memory
+MAX_ROWS = 1 << 26  # of a run, repeats included: half a gigabyte, mapped by workers, and minutes of planning
 AT_FETCH = -1  # micro-batch of the rows of a step that is packed when it is fetched
 
 
@@ -31,22 +29,13 @@ class PackedOrder(Sequence[np.ndarray]):
 
     @classmethod
     def of(cls, steps: Iterable[tuple[Sequence[int], Sequence[Sequence[int]] | None]]) -> Self:
-        """From (rows, micro-batches) per step; None for one that is packed when it is fetched.
-
-        Raises `DataError` for more than `MAX_ROWS` rows.
-        """
+        """From (rows, micro-batches) per step; None for one that is packed when it is fetched."""
         row_ids, packs_of_rows, ends = array("i"), array("i"), array("q", [0])
         for rows, packs in steps:
             for index, pack in enumerate([rows] if packs is None else packs):
                 row_ids.extend(pack)
                 packs_of_rows.extend([AT_FETCH if packs is None else index] * len(pack))
             ends.append(len(row_ids))
-            if len(row_ids) > MAX_ROWS:
-                raise DataError(
-                    f"the run has more than {MAX_ROWS} rows, of which an order that packs cannot be kept; "
-                    "lower train.num_steps or train.num_epochs, or give train.samples_per_step without "
-                    "train.fill_micro_batches"
-                )
         both = np.stack([np.frombuffer(part, dtype=np.int32) for part in (row_ids, packs_of_rows)])
         return cls(both, np.frombuffer(ends, dtype=np.int64))
 

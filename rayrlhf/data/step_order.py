@@ -9,7 +9,8 @@ import numpy as np
 
 from rayrlhf.config.train import SupervisedTrainConfig
 from rayrlhf.data.batch_plan import RowOrder, epoch_order
-from rayrlhf.data.packed_order import PackedOrder
+from rayrlhf.data.packed_order import MAX_ROWS, PackedOrder
+from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.step_packing import Packs, counted_steps, filling_sizes, packed_steps
 
 LOOK_AHEAD_ROWS = 128  # with steps of tokens, at least; with few rows, the last gap of a micro-batch is large
@@ -22,8 +23,10 @@ def step_order(train: SupervisedTrainConfig, num_tokens: np.ndarray, seed: int, 
     """The rows of every step of a run. Pure: the same for the same arguments.
 
     `num_tokens` [rows]: what each row has for the micro-batches. With `train.samples_per_step` alone, the
-    order is independent of these.
+    order is independent of these. Raises `DataError` for a run of more rows than an order that packs may have.
     """
+    if train.order_depends_on:
+        _check_rows(train, num_tokens)
     if train.tokens_per_step is not None:
         return PackedOrder.of(_steps_of_tokens(train, num_tokens, seed, shuffle))
     order = RowOrder(
@@ -43,6 +46,18 @@ def can_fill(train: SupervisedTrainConfig, num_tokens: np.ndarray) -> bool:
 def look_ahead(num_tokens: np.ndarray, budget_tokens: int) -> int:
     """Rows among which those of a micro-batch are chosen, where steps are given by tokens."""
     return max(LOOK_AHEAD_ROWS, round(LOOK_AHEAD_PACKS * budget_tokens / float(num_tokens.mean())))
+
+
+def _check_rows(train: SupervisedTrainConfig, num_tokens: np.ndarray) -> None:
+    if train.num_steps is not None and train.tokens_per_step is not None:
+        rows = train.num_steps * round(train.tokens_per_step / float(num_tokens.mean()))
+    else:
+        rows = train.num_rows_read(len(num_tokens))
+    if rows > MAX_ROWS:
+        raise DataError(
+            f"the run reads about {rows} rows; an order that fills micro-batches has at most {MAX_ROWS}. Lower "
+            "train.num_steps or train.num_epochs, or give train.samples_per_step without fill_micro_batches"
+        )
 
 
 def _steps_of_tokens(

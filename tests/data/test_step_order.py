@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.config.train import SupervisedTrainConfig
-from rayrlhf.data import packed_order
 from rayrlhf.data.batch_plan import RowOrder, epoch_order, fill_of, plan_steps
 from rayrlhf.data.packed_order import PackedOrder
 from rayrlhf.data.rows.row import DataError
@@ -216,7 +215,11 @@ def test_an_order_in_a_file_is_sent_as_its_path(tmp_path: Path) -> None:
         order[2]
 
 
-def test_an_order_that_cannot_be_kept_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_order, "MAX_ROWS", 10)
-    with pytest.raises(DataError, match="more than 10 rows"):
-        ordered([5] * 8, tokens_per_step=128, num_epochs=2)
+def test_an_order_that_cannot_be_kept_is_an_error_at_once() -> None:
+    for size in (
+        {"tokens_per_step": 128, "num_steps": 4_000_000},
+        {"tokens_per_step": 128, "num_epochs": 1e7},
+        {"samples_per_step": 64, "fill_micro_batches": True, "num_steps": 2_000_000},
+    ):
+        with pytest.raises(DataError, match=r"reads about \d+ rows; .* at most 67108864"):
+            ordered([5] * 8, **size)
