@@ -23,7 +23,7 @@ def step_order(train: SupervisedTrainConfig, num_tokens: np.ndarray, seed: int, 
     """The rows of every step of a run. Pure: the same for the same arguments.
 
     `num_tokens` [rows]: what each row has for the micro-batches. With `train.samples_per_step` alone, the
-    order is independent of these. Raises `DataError` for a run of more rows than an order that packs may have.
+    order is independent of these. Raises `DataError` for more rows than an order that packs may have.
     """
     if train.order_depends_on:
         _check_rows(train, num_tokens)
@@ -55,8 +55,9 @@ def _check_rows(train: SupervisedTrainConfig, num_tokens: np.ndarray) -> None:
         rows = train.num_rows_read(len(num_tokens))
     if rows > MAX_ROWS:
         raise DataError(
-            f"the run reads about {rows} rows; an order that fills micro-batches has at most {MAX_ROWS}. Lower "
-            "train.num_steps or train.num_epochs, or give train.samples_per_step without fill_micro_batches"
+            f"the run reads about {rows} rows; an order that fills micro-batches has at most {MAX_ROWS}. "
+            "Fix: lower train.num_steps or train.num_epochs, or give train.samples_per_step without "
+            "train.fill_micro_batches"
         )
 
 
