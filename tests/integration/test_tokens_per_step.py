@@ -4,6 +4,7 @@ kind.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,19 @@ def test_other_jobs_fill_the_micro_batches_that_they_train_on(
 
 
 def test_samples_exchanged_between_steps_are_the_same_after_a_resume(tmp_path: Path, tiny_model: str) -> None:
-    made.write(tmp_path / "train.jsonl", made.conversations(96))
-    made.write(tmp_path / "eval.jsonl", made.conversations(16, seed=1))
+    rng = random.Random(0)
+    rows = [{"prompt": "say k", "response": "k" * rng.randint(3, 36)} for _ in range(240)]
+    made.write(tmp_path / "train.jsonl", rows)
+    made.write(tmp_path / "eval.jsonl", rows[:16])
 
-    def filled(name: str, steps: int) -> Any:
-        size = {"samples_per_step": 32, "tokens_per_step": None, "fill_micro_batches": True}
-        return by_tokens(tmp_path, tiny_model, name, num_steps=steps, **size)
+    def run(name: str, steps: int, fill: bool = True) -> list[float]:
+        size = {"samples_per_step": 80, "tokens_per_step": None, "fill_micro_batches": fill}
+        config = by_tokens(tmp_path, tiny_model, name, num_steps=steps, **size)
+        assert run_supervised(config) == 0
+        assert set(logged(config, "data/samples")) == {80.0}
+        return logged(config, "loss/model")
 
-    assert run_supervised(filled("whole", 6)) == 0
-    for steps in (2, 6):
-        assert run_supervised(filled("halves", steps)) == 0
-    whole, halves = (logged(filled(name, 6), "loss/model") for name in ("whole", "halves"))
-    assert halves == pytest.approx(whole, rel=1e-5)
+    whole = run("whole", 5)
+    run("halves", 2)
+    assert run("halves", 5) == pytest.approx(whole, rel=1e-5)
+    assert run("plain", 1, fill=False)[0] != pytest.approx(whole[0], rel=1e-5)
