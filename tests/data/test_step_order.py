@@ -24,8 +24,8 @@ def train(budget: int = 128, **changes: Any) -> SupervisedTrainConfig:
     return SupervisedTrainConfig.model_validate({"max_tokens_per_micro_batch": budget, **changes})
 
 
-def ordered(lengths: Any, seed: int = 5, shuffle: bool = True, **changes: Any) -> StepOrder:
-    return step_order(train(**changes), np.asarray(lengths), seed, shuffle)
+def ordered(lengths: Any, seed: Any = 5, **changes: Any) -> StepOrder:
+    return step_order(train(**changes), np.asarray(lengths), seed, shuffle=True)
 
 
 def log_normal(rows: int) -> np.ndarray:
@@ -194,6 +194,13 @@ def test_exchanged_rows_are_a_few_steps_early_or_late(samples: int) -> None:
     turn = {row: step for step, rows in enumerate(plain) for row in rows.tolist()}
     late = [step - turn[row] for step, rows in enumerate(filled) for row in rows.tolist()]
     assert -4 <= min(late) < 0 < max(late) <= 5
+
+
+def test_without_a_shuffle_rows_stay_near_their_place() -> None:
+    lengths = log_normal(1000)
+    order = step_order(train(1024, tokens_per_step=4096), lengths, 0, shuffle=False)
+    moved = np.concatenate(steps_of(order)) - np.arange(len(lengths))
+    assert 0 < np.abs(moved).max() < 2 * look_ahead(lengths, 1024)
 
 
 def test_small_data_make_a_step_per_epoch() -> None:
