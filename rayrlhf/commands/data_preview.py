@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rayrlhf.config.base import ConfigError, Problem
-from rayrlhf.config.example_data import ExampleDataConfig, KtoDataConfig
+from rayrlhf.config.example_data import ExampleDataConfig
 from rayrlhf.config.parse import load_or_exit
 from rayrlhf.config.supervised import JOBS
 from rayrlhf.config.yaml_tree import COMMAND_LINE, read_tree
-from rayrlhf.data.batch_plan import RowOrder, fill_of, plan_steps
+from rayrlhf.data.batch_plan import fill_of, plan_steps
 from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.checks import head_rows
 from rayrlhf.data.images import ImageReader, image_reader
@@ -30,6 +30,7 @@ from rayrlhf.data.rows.row import BadRow, DataError, RawRow, columns_to_json
 from rayrlhf.data.sources.files import Split, resolve_source
 from rayrlhf.data.sources.hub_pins import pin_data
 from rayrlhf.data.sources.split import in_split
+from rayrlhf.data.step_order import step_order
 from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.hub.resolve import folder_of
 from rayrlhf.migration.other_keys import option_problem
@@ -169,22 +170,18 @@ def _first_rows(data: ExampleDataConfig, split: Split, rows: int) -> Iterator[Ra
 
 
 def packing_fill(preview: Preview, config: Any) -> float | None:
-    """Fill of the job's micro-batches, estimated from the previewed rows; None without rows.
-
-    KTO's second sequence is made when the data is prepared; its length is taken from a neighbouring row.
+    """Fill of the job's micro-batches, estimated from the previewed rows; None without rows. KTO's second
+    sequence, which is made when the data is prepared, has micro-batches of its own.
     """
     examples = [example for _, example in preview.examples]
     lengths = [sum(map(len, example.sequences)) for example in examples]
-    if isinstance(config.data, KtoDataConfig):
-        for index, example in enumerate(examples):
-            own, other = example.sequences[0], examples[index - 1].sequences[0]
-            mismatched = own.prompt_tokens + len(other) - other.prompt_tokens
-            lengths[index] += min(mismatched, config.data.max_tokens)
     if not lengths:
         return None
     train, num_tokens = config.train, np.array(lengths, dtype=np.int64)
-    per_step = min(train.samples_per_step, len(lengths))
-    order = RowOrder(len(lengths), per_step, len(lengths), config.run.seed, config.data.shuffle)
+    changes: dict[str, Any] = {"num_steps": None, "num_epochs": 1.0}
+    if train.samples_per_step is not None:
+        changes["samples_per_step"] = min(train.samples_per_step, len(lengths))
+    order = step_order(train.model_copy(update=changes), num_tokens, config.run.seed, config.data.shuffle)
     plans = plan_steps(
         order, num_tokens, world_size=train.num_workers, budget_tokens=train.max_tokens_per_micro_batch
     )

@@ -147,10 +147,13 @@ def _packing(fill: float | None, config: Any) -> Iterator[str]:
     if fill is None:
         return
     train = config.train
+    size = (
+        f"{train.samples_per_step} samples" if train.samples_per_step else f"{train.tokens_per_step} tokens"
+    )
     yield ""
     yield (
         f"packing: micro-batches of train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} are "
-        f"{fill:.0%} full with {train.samples_per_step} samples per step on {train.num_workers} workers"
+        f"{fill:.0%} full with {size} per step on {train.num_workers} workers"
     )
     if isinstance(config.data, PrmDataConfig):
         yield f"steps are judged at the token {config.data.step_token!r}"

@@ -22,6 +22,7 @@ from rayrlhf.config.base import (
 from rayrlhf.config.rollout import EvalSamplingConfig
 
 WARMUP_RATIO = 0.03  # of supervised jobs
+SAMPLES_PER_STEP = 64
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # YAML has lists, no tuples.
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False), Wanted("a list of two numbers >= 0 and < 1")]
@@ -234,8 +235,46 @@ def _one_warmup(train: SupervisedTrainConfig) -> Problem | None:
     )
 
 
+def _steps_by_samples_or_tokens(train: SupervisedTrainConfig) -> Problem | None:
+    if train.samples_per_step is None or train.tokens_per_step is None:
+        return None
+    return Problem(
+        "tokens_per_step",
+        got=f"{train.tokens_per_step} with samples_per_step={train.samples_per_step}",
+        wanted="one of the two: both set the size of a step",
+        fix="remove train.samples_per_step or train.tokens_per_step",
+    )
+
+
+def _workers_share_micro_batches(train: SupervisedTrainConfig) -> Problem | None:
+    tokens, size, workers = train.tokens_per_step, train.max_tokens_per_micro_batch, train.num_workers
+    if tokens is None or not train.micro_batch_is_given or tokens % (size * workers) == 0:
+        return None
+    nearest = max(1, round(tokens / (size * workers))) * size * workers
+    return Problem(
+        "tokens_per_step",
+        got=f"{tokens} with max_tokens_per_micro_batch={size} and num_workers={workers}",
+        wanted=f"a multiple of {size} x {workers} = {size * workers}: every worker has equally many",
+        fix=f"set train.tokens_per_step to {nearest}, or change train.max_tokens_per_micro_batch",
+    )
+
+
+def _micro_batches_to_fill_are_given(train: SupervisedTrainConfig) -> Problem | None:
+    if train.micro_batch_is_given or (train.tokens_per_step is None and not train.fill_micro_batches):
+        return None
+    by = "fill_micro_batches=true"
+    if train.tokens_per_step is not None:
+        by = f"tokens_per_step={train.tokens_per_step}"
+    return Problem(
+        "max_tokens_per_micro_batch",
+        got=f"nothing, with {by}",
+        wanted="an integer >= 1: which rows make a step depends on it, also when the run is resumed",
+        fix="set train.max_tokens_per_micro_batch, for example to 8192",
+    )
+
+
 def _workers_share_samples(train: SupervisedTrainConfig) -> Problem | None:
-    if train.samples_per_step >= train.num_workers:
+    if train.samples_per_step is None or train.samples_per_step >= train.num_workers:
         return None
     return Problem(
         "samples_per_step",
@@ -246,8 +285,12 @@ def _workers_share_samples(train: SupervisedTrainConfig) -> Problem | None:
 
 
 class SupervisedTrainConfig(OptimizerConfig):
-    samples_per_step: Count = 64
-    """Samples (or pairs) of one optimizer step, over all workers; how they are packed does not matter."""
+    tokens_per_step: Count | None = None
+    """Tokens of one step, over all workers: as many samples as fill its micro-batches; null: by samples."""
+    samples_per_step: Count | None = None
+    """Samples (or pairs) of one optimizer step, over all workers; null: 64, or by tokens_per_step."""
+    fill_micro_batches: bool = False
+    """Exchange samples between near steps so that micro-batches are full; tokens_per_step always does."""
     num_epochs: PositiveNumber | None = None
     """Passes over the training data, 1 when neither this nor num_steps is given."""
     num_steps: Count | None = None
@@ -255,7 +298,23 @@ class SupervisedTrainConfig(OptimizerConfig):
     warmup_ratio: Fraction | None = None
     """Share of the steps over which the learning rate rises linearly; null: 0.03, or 0 with warmup_steps."""
 
-    checks = (*OPTIMIZER_CHECKS, _steps_or_epochs, _one_warmup, _workers_share_samples)
+    checks = (
+        *OPTIMIZER_CHECKS,
+        _steps_or_epochs,
+        _one_warmup,
+        _steps_by_samples_or_tokens,
+        _workers_share_samples,
+        _workers_share_micro_batches,
+        _micro_batches_to_fill_are_given,
+    )
+
+    @field_validator("samples_per_step")
+    @classmethod
+    def _samples_unless_tokens(cls, samples: int | None, info: ValidationInfo) -> int | None:
+        """Fill in the default, so that the resolved config shows it."""
+        if samples is None and info.data.get("tokens_per_step") is None:
+            return SAMPLES_PER_STEP
+        return samples
 
     @field_validator("warmup_ratio")
     @classmethod
@@ -270,11 +329,31 @@ class SupervisedTrainConfig(OptimizerConfig):
         assert self.num_steps is not None, "num_steps is filled in once the data have been counted"
         return self.num_steps
 
-    def with_steps(self, num_rows: int) -> SupervisedTrainConfig:
-        """Epochs and warm-up ratio as steps, for `num_rows` training samples. Raises `ConfigError`."""
-        num_steps = self.num_steps
+    @property
+    def rows_per_step(self) -> int:
+        """Samples of a step that is given by their number."""
+        assert self.samples_per_step is not None, "steps are given by tokens"
+        return self.samples_per_step
+
+    @property
+    def micro_batch_is_given(self) -> bool:
+        return "max_tokens_per_micro_batch" in self.model_fields_set
+
+    @property
+    def order_depends_on(self) -> tuple[str, ...]:
+        """Other keys on which it depends which samples make a step."""
+        if self.tokens_per_step is not None:
+            return ("max_tokens_per_micro_batch",)
+        return ("max_tokens_per_micro_batch", "num_workers") if self.fill_micro_batches else ()
+
+    def with_steps(self, num_rows: int, num_steps: int | None = None) -> SupervisedTrainConfig:
+        """Epochs and warm-up ratio as steps, for `num_rows` training samples, which make `num_steps` of them
+        where steps are given by tokens. Raises `ConfigError`.
+        """
         if num_steps is None:
-            num_steps = math.ceil(self.num_rows_read(num_rows) / self.samples_per_step)
+            num_steps = self.num_steps
+        if num_steps is None:
+            num_steps = math.ceil(self.num_rows_read(num_rows) / self.rows_per_step)
         warmup_steps = self.warmup_steps or round((self.warmup_ratio or 0.0) * num_steps)
         if warmup_steps > num_steps:
             problem = Problem(
@@ -293,9 +372,11 @@ class SupervisedTrainConfig(OptimizerConfig):
         return self.model_copy(update=changes)
 
     def num_rows_read(self, num_rows: int) -> int:
-        """Samples that the run trains on, repeats included."""
+        """Samples that the run trains on, repeats included; by num_steps only where these have a number of
+        samples.
+        """
         if self.num_steps is not None:
-            return self.num_steps * self.samples_per_step
+            return self.num_steps * self.rows_per_step
         return max(1, round((self.num_epochs or 1.0) * num_rows))
 
 

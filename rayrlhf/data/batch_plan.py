@@ -15,11 +15,12 @@ from typing import overload
 
 import numpy as np
 
+from rayrlhf.data.packed_order import PackedOrder
 from rayrlhf.data.packing import balanced_partition, micro_batches
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     if not shuffle:
         return np.arange(num_rows)
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
@@ -83,14 +84,14 @@ class PromptPlan:
         else:
             every = self.prompts_per_step // math.gcd(self.num_rows, self.prompts_per_step)
             known = epoch - epoch % every
-        order = _epoch_order(self.num_rows, self.seed, known, self.shuffle)
+        order = epoch_order(self.num_rows, self.seed, known, self.shuffle)
         for later in range(known + 1, epoch + 1):
             order = self._following(order, later)
         return order
 
     def _following(self, before: np.ndarray, epoch: int) -> np.ndarray:
         """The order of an epoch, given the order of the previous one."""
-        order = _epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
+        order = epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
         carried = epoch * self.num_rows % self.prompts_per_step  # of the step that spans both
         if not carried or self.num_rows < self.prompts_per_step:
             return order
@@ -182,6 +183,15 @@ class RowOrder(Sequence[np.ndarray]):
             return np.arange(self.num_rows)
         return np.unique(np.concatenate(self[:]))
 
+    def rows_before(self, step: int) -> int:
+        """Rows of the steps before this one."""
+        return min(step * self.samples_per_step, self.total_rows)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest step."""
+        return self.samples_per_step
+
 
 def plan_step(
     rows: Sequence[int] | np.ndarray, num_tokens: np.ndarray, *, world_size: int, budget_tokens: int
@@ -200,6 +210,23 @@ def plan_step(
     return StepPlan(tuple(packs + [[] for _ in range(most - len(packs))] for packs in ranks))
 
 
+def dealt(packs: Sequence[np.ndarray], num_tokens: np.ndarray, world_size: int) -> StepPlan:
+    """Shares a step's micro-batches out: the same number on each rank, and about the same tokens.
+
+    Largest first, each to the rank with the fewest tokens of those that have room for another one; padding
+    batches complete the ranks where the number is not a multiple of `world_size`.
+    """
+    tokens = [int(num_tokens[pack].sum()) for pack in packs]
+    most = -(-len(packs) // world_size)
+    ranks: list[MicroBatches] = [[] for _ in range(world_size)]
+    totals = [0] * world_size
+    for index in sorted(range(len(packs)), key=lambda i: (-tokens[i], i)):
+        rank = min((r for r in range(world_size) if len(ranks[r]) < most), key=lambda r: (totals[r], r))
+        ranks[rank].append(packs[index].tolist())
+        totals[rank] += tokens[index]
+    return StepPlan(tuple(packs + [[] for _ in range(most - len(packs))] for packs in ranks))
+
+
 def plan_steps(
     order: Sequence[np.ndarray],
     num_tokens: np.ndarray,
@@ -210,8 +237,12 @@ def plan_steps(
     stop: int | None = None,
 ) -> Iterator[StepPlan]:
     """The plans of the steps from `start` to `stop` (default: the last)."""
-    for rows in order[start : len(order) if stop is None else stop]:
-        yield plan_step(rows, num_tokens, world_size=world_size, budget_tokens=budget_tokens)
+    for step, rows in enumerate(order[start : len(order) if stop is None else stop], start):
+        packs = order.packs(step) if isinstance(order, PackedOrder) else None
+        if packs is not None:
+            yield dealt(packs, num_tokens, world_size)
+        else:
+            yield plan_step(rows, num_tokens, world_size=world_size, budget_tokens=budget_tokens)
 
 
 def each_once(rows: np.ndarray, rows_per_step: int) -> list[np.ndarray]:

@@ -80,6 +80,16 @@ class ArrowRows:
         parts = [batch.column(column).to_numpy(zero_copy_only=False) for batch in self._batches]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def first_lengths(self, column: str) -> np.ndarray:
+        """Length of the first list of each row [rows], in a column of lists of lists that are not empty."""
+        parts = []
+        for batch in self._batches:
+            lists: Any = batch.column(column)
+            inner = lists.flatten().value_lengths().to_numpy(zero_copy_only=False)
+            sizes = lists.value_lengths().to_numpy(zero_copy_only=False)
+            parts.append(inner[np.cumsum(sizes) - sizes].astype(np.int64))
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
 
 class RowStore:
     """Rows prepared once, in an Arrow file: row `i` is the one with `row_id == i`.
@@ -171,6 +181,11 @@ class ExampleStore(RowStore):
     def num_tokens(self) -> np.ndarray:
         """Tokens of every example, [rows] int64. Reads only this column."""
         return self._rows.numbers("num_tokens")
+
+    @cached_property
+    def first_tokens(self) -> np.ndarray:
+        """Tokens of every example's first sequence, [rows] int64. Reads only offsets."""
+        return self._rows.first_lengths("input_ids")
 
     def __getitem__(self, row_id: int) -> Example:
         return examples_of(self.take([row_id]))[0]

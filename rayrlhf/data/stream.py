@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from rayrlhf.data.batch_plan import FixedPlan, PromptPlan, plan_steps
+from rayrlhf.data.batch_plan import FixedPlan, PromptPlan, RowOrder, plan_steps
+from rayrlhf.data.packed_order import PackedOrder
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.store import ExampleStore, PromptStore, examples_of, prompts_of
 from rayrlhf.samples import Example, Prompt
@@ -151,7 +152,8 @@ def example_dataset(
     if not 0 <= start_step < len(order):
         raise ValueError(f"no step from start_step={start_step}")
     row_bytes = ExampleStore.open(store_path).row_bytes
-    blocks = step_ranges(start_step, len(order), world_size, len(order[0]), row_bytes)
+    most_rows = order.most_rows if isinstance(order, RowOrder | PackedOrder) else len(order[0])
+    blocks = step_ranges(start_step, len(order), world_size, most_rows, row_bytes)
     fetch = partial(
         _fetch_examples,
         os.path.abspath(store_path),

@@ -34,6 +34,10 @@ FIXED: dict[str, str | None] = {
     "rollout.prompts_per_step": None,
     "rollout.group_size": "batch",
     "train.samples_per_step": "batch",
+    "train.tokens_per_step": "batch",
+    "train.fill_micro_batches": "batch",
+    "train.max_tokens_per_micro_batch": "batch",  # only where the order of the rows depends on it, …
+    "train.num_workers": "batch",  # … as on this
     "run.seed": "seed",
     "data.train": "data",  # the prepared rows, in order
     "data.ptx": "data",
@@ -44,6 +48,7 @@ FIXED: dict[str, str | None] = {
     "teacher.path": "model",
     "reward.sources": "reward",
 }
+OF_ORDER = ("train.max_tokens_per_micro_batch", "train.num_workers")
 PREPARED = ("data.train", "data.ptx")  # known when the data have been read
 PATHS = ("model.path", "critic.path", "ref.path", "teacher.path")
 # A version that kept no others; what it did not keep cannot be compared.
@@ -65,6 +70,10 @@ def fixed_values(config: JobConfig, prepared: Mapping[str, str] | None = None) -
             value = {"name": value, "contents": model_fingerprint(value)}
         elif key in PREPARED:
             value = _prepared(config, section, name, prepared or {})
+        elif key == "train.fill_micro_batches":
+            value = value or None  # false is what a checkpoint without this key means
+        elif key in OF_ORDER and name not in getattr(_value(config, ["train"]), "order_depends_on", ()):
+            value = None
         if value is not None:
             found[key] = value
     return json.loads(json.dumps(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from rayrlhf.config.supervised import FrozenRefConfig, KdRunConfig, RmRunConfig, SupervisedConfig
-from rayrlhf.data.batch_plan import RowOrder, each_once
+from rayrlhf.config.supervised import (
+    FrozenRefConfig,
+    KdRunConfig,
+    KtoRunConfig,
+    RmRunConfig,
+    SupervisedConfig,
+)
+from rayrlhf.data.batch_plan import each_once
 from rayrlhf.data.checks import check_example_sources
+from rayrlhf.data.packed_order import PackedOrder
 from rayrlhf.data.prepare import prepare_examples
 from rayrlhf.data.sources.files import Split
+from rayrlhf.data.step_order import StepOrder, can_fill, step_order
 from rayrlhf.data.store import ExampleStore
 from rayrlhf.data.stream import example_dataset, step_ranges
 from rayrlhf.observe.board import Report
@@ -85,8 +93,8 @@ def _train(config: SupervisedConfig, console: Console) -> Path:
     warn_invalid_generation_config(config.model, console.say)
     stores = _prepare_stores(config, run_path, console.say)
     fixed = check_unchanged(config, newest, {"data.train": stores.train.fingerprint}, console.say)
-    rows_read = config.train.num_rows_read(len(stores.train))
-    config = config.model_copy(update={"train": config.train.with_steps(len(stores.train))})
+    order = _order(config, stores.train, run_path, console.say)
+    config = config.model_copy(update={"train": config.train.with_steps(len(stores.train), len(order))})
     start_folder(config)  # now with the number of steps
     with (
         placed(spec, config, console) as (run_id, slots, board),
@@ -94,21 +102,18 @@ def _train(config: SupervisedConfig, console: Console) -> Path:
         locked_scratch(run_path, run_id),
         ExitStack() as stack,
     ):
-        if len(stores.train) < min(rows_read, config.train.samples_per_step):
-            console.say(
-                f"warning: data.train has {len(stores.train)} samples, fewer than train.samples_per_step="
-                f"{config.train.samples_per_step}: samples repeat within a step"
-            )
-        steps = _steps(config, stores, rows_read)
+        held_out = _held_out_rows(config, stores)
+        needed = {"train": order.distinct, "eval": lambda: held_out}
         job = SupervisedJob(
             config=config,
             run_id=run_id,
             threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),
             num_rows=len(stores.train),
+            order=order,
             has_eval=stores.held_out is not None,
             num_sampled=_num_sampled(config, stores),
             fixed=fixed,
-            ref_tables=_ref_tables(config, run_path, stores, steps, console.say),
+            ref_tables=_ref_tables(config, run_path, stores, needed, console.say),
         )
         trainer = make_trainer(
             partial(supervised_worker, job),
@@ -116,7 +121,7 @@ def _train(config: SupervisedConfig, console: Console) -> Path:
             slots,
             board=job.board,
             threads=job.threads_per_worker,
-            datasets=_streams(job, stores, steps, run_path / TRAIN_FOLDER),
+            datasets=_streams(job, stores, needed, run_path / TRAIN_FOLDER),
         )
         console.say(f"starting {config.train.num_workers} x trainer")
         if isinstance(config, KdRunConfig) and config.teacher.location == "serve":
@@ -162,24 +167,45 @@ def _prepare_stores(config: SupervisedConfig, run_path: Path, say: Callable[[str
     return Stores(train=prepare("train"), held_out=prepare("eval") if config.data.has_eval else None)
 
 
-def _steps(config: SupervisedConfig, stores: Stores, rows_read: int) -> dict[str, Sequence[np.ndarray]]:
-    """Row ids of every training step, and of every part of an evaluation."""
-    per_step = config.train.samples_per_step
-    step_ranges(0, -(-rows_read // per_step), config.train.num_workers, per_step)  # raises for too many
-    steps: dict[str, Sequence[np.ndarray]] = {
-        "train": RowOrder(len(stores.train), per_step, rows_read, config.run.seed, config.data.shuffle)
-    }
-    if stores.held_out is not None:
-        count = min(config.eval.num_samples or len(stores.held_out), len(stores.held_out))
-        steps["eval"] = each_once(np.arange(count), per_step)
-    return steps
+def _order(
+    config: SupervisedConfig, store: ExampleStore, run_path: Path, say: Callable[[str], None]
+) -> StepOrder:
+    """The rows of every training step; warns of steps that cannot be as they are wanted."""
+    train = config.train
+    # KTO's second response is not trained on, and has micro-batches of its own.
+    num_tokens = store.first_tokens if isinstance(config, KtoRunConfig) else store.num_tokens
+    if train.fill_micro_batches and train.samples_per_step and not can_fill(train, num_tokens):
+        say(
+            f"warning: train.samples_per_step={train.samples_per_step} samples do not fill a whole number of "
+            f"micro-batches on each of {train.num_workers} workers without favouring short or long ones: "
+            "their order is kept; train.tokens_per_step fills them"
+        )
+    order = step_order(train, num_tokens, config.run.seed, config.data.shuffle)
+    step_ranges(0, len(order), train.num_workers, order.most_rows)  # raises for too many
+    if train.samples_per_step and len(store) < min(order.rows_before(len(order)), train.samples_per_step):
+        say(
+            f"warning: data.train has {len(store)} samples, fewer than train.samples_per_step="
+            f"{train.samples_per_step}: samples repeat within a step"
+        )
+    if train.tokens_per_step and int(num_tokens.sum()) < train.tokens_per_step and len(order) > 1:
+        say(
+            f"warning: data.train has {int(num_tokens.sum())} tokens, fewer than train.tokens_per_step="
+            f"{train.tokens_per_step}: a step has all samples once"
+        )
+    return order.saved(run_path / "data" / "order.npy") if isinstance(order, PackedOrder) else order
+
+
+def _held_out_rows(config: SupervisedConfig, stores: Stores) -> np.ndarray:
+    """Row ids that evaluations use."""
+    available = len(stores.held_out or ())
+    return np.arange(min(config.eval.num_samples or available, available))
 
 
 def _ref_tables(
     config: SupervisedConfig,
     run_path: Path,
     stores: Stores,
-    steps: dict[str, Sequence[np.ndarray]],
+    needed: Mapping[str, Callable[[], np.ndarray]],
     say: Callable[[str], None],
 ) -> dict[str, RefTable]:
     """Files of the reference's precomputed log-probabilities, by split; empty without `ref.precompute`."""
@@ -189,7 +215,7 @@ def _ref_tables(
     path = ref.path or config.model.path
     tables: dict[str, RefTable] = {}
     for split, store in stores.by_split():
-        rows = _needed(steps[split])
+        rows = needed[split]()
         file = table_path(run_path / "data", split, store.fingerprint, rows, path)
         if file.is_file() and not is_whole(file):
             say(f"warning: {file.name} is damaged: the reference is computed again")
@@ -204,20 +230,14 @@ def _num_sampled(config: SupervisedConfig, stores: Stores) -> int:
     return min(len(stores.train), SAMPLE_ROWS) if wanted else 0
 
 
-def _needed(steps: Sequence[np.ndarray]) -> np.ndarray:
-    if isinstance(steps, RowOrder):
-        return steps.distinct()
-    return np.unique(np.concatenate(steps))
-
-
 def _streams(
-    job: SupervisedJob, stores: Stores, steps: dict[str, Sequence[np.ndarray]], storage: Path
+    job: SupervisedJob, stores: Stores, needed: Mapping[str, Callable[[], np.ndarray]], storage: Path
 ) -> dict[str, Any]:
     """Ray Data sets by name, for the trainer, as functions that create them. They are called whenever the
     workers (re)start, so that a resumed stream starts at its position.
     """
     config = job.config
-    order, per_step = steps["train"], config.train.samples_per_step
+    order = job.order
 
     def stream(store: ExampleStore, steps: Sequence[np.ndarray], start: int = 0) -> Any:
         return example_dataset(
@@ -232,16 +252,16 @@ def _streams(
         return stream(stores.train, order, min(newest_step(storage), len(order) - 1))
 
     def once(store: ExampleStore, rows: np.ndarray) -> Callable[[], Any]:
-        return lambda: stream(store, each_once(rows, per_step))
+        return lambda: stream(store, each_once(rows, job.rows_per_pass))
 
     streams: dict[str, Any] = {"train": train}
     if stores.held_out is not None:
-        streams["eval"] = once(stores.held_out, np.concatenate(steps["eval"]))
+        streams["eval"] = once(stores.held_out, needed["eval"]())
     if job.num_sampled:
         streams["sample"] = once(stores.train, np.arange(job.num_sampled))
     for split, store in stores.by_split():
         if split in job.ref_tables and not Path(job.ref_tables[split].file).is_file():
-            streams[f"ref_{split}"] = once(store, _needed(steps[split]))
+            streams[f"ref_{split}"] = once(store, needed[split]())
     return streams
 
 

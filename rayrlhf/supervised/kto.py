@@ -11,13 +11,17 @@ from torch import Tensor
 from rayrlhf.algorithms.aggregate import sequence_sums
 from rayrlhf.algorithms.metrics import Mean
 from rayrlhf.algorithms.preference_losses import kto, kto_kl, kto_reference_point
-from rayrlhf.batch import ExampleBatch
+from rayrlhf.batch import ExampleBatch, pack_examples, padding_examples
 from rayrlhf.config.supervised import KtoRunConfig
 from rayrlhf.models.logprobs import TokenLogprobs
 from rayrlhf.samples import Example
 from rayrlhf.supervised.reference_table import FrozenReference
 from rayrlhf.supervised.sft import LanguageModelTask
 from rayrlhf.supervised.task import Measured, MicroBatches, TaskSetting, mean_over, pack_evenly, real_examples
+
+
+def _only(example: Example, which: int) -> Example:
+    return replace(example, sequences=(example.sequences[which],))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +44,24 @@ class KtoTask(LanguageModelTask):
 
     def prepare(self, micro_batches: MicroBatches, split: str) -> list[ExampleBatch]:
         examples = [example for micro_batch in micro_batches for example in micro_batch]
-        own, mismatched = self._packed(examples, 0), self._packed(examples, 1)
+        # Where rows are chosen so that micro-batches are full, their own responses are what fills them.
+        filled = split == "train" and self.config.train.order_depends_on
+        own = self._as_planned(micro_batches) if filled else self._packed(examples, 0)
+        mismatched = self._packed(examples, 1)
         assert self.reference is not None
         point = self._reference_point(self.reference.added(mismatched, split, sequence=1))
         judged = self.reference.added(own, split, sequence=0)
         return [KtoBatch(**vars(batch), reference_point=point) for batch in judged]
 
     def _packed(self, examples: Sequence[Example], which: int) -> list[ExampleBatch]:
-        chosen = [replace(example, sequences=(example.sequences[which],)) for example in examples]
+        chosen = [_only(example, which) for example in examples]
         return pack_evenly(chosen, self.ranks, self.config.train.max_tokens_per_micro_batch)
+
+    def _as_planned(self, micro_batches: MicroBatches) -> list[ExampleBatch]:
+        packs = [[_only(example, 0) for example in examples] for examples in micro_batches]
+        return [
+            (pack_examples(pack) if pack else padding_examples(1)).to(self.ranks.device) for pack in packs
+        ]
 
     def _reference_point(self, mismatched: Sequence[ExampleBatch]) -> Tensor:
         """max(0, mean log-ratio) of the mismatched responses of all ranks: an estimate of KL(π || π_ref)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import ray.train
 
 from rayrlhf.algorithms.metrics import Metrics
+from rayrlhf.batch import ExampleBatch
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.data.stream import iter_examples
 from rayrlhf.runtime.progress import Progress, start_worker
@@ -86,16 +87,21 @@ class SupervisedRun:
             assert number == step
             yield step, micro_batches
 
-    def packing_metrics(self, micro_batches: MicroBatches) -> dict[str, float]:
-        """Metrics of packing: tokens, padding and imbalance."""
+    def packing_metrics(
+        self, micro_batches: MicroBatches, batches: Sequence[ExampleBatch]
+    ) -> dict[str, float]:
+        """Metrics of packing: tokens, padding and imbalance. `batches`: those of the forward and backward
+        passes, which KTO packs without the mismatched responses.
+        """
         tokens = sum(example.num_tokens for examples in micro_batches for example in examples)
-        full = sum(bool(examples) for examples in micro_batches)
+        real = [batch for batch in batches if not batch.is_padding]
         totals = self.ranks.sum_numbers(
             {
                 "tokens": float(tokens),
                 "samples": float(sum(map(len, micro_batches))),
-                "full": float(full),
-                "padding": float(len(micro_batches) - full),
+                "trained": float(sum(batch.input_ids.numel() for batch in real)),
+                "full": float(len(real)),
+                "padding": float(len(batches) - len(real)),
             }
         )
         budget = self.config.train.max_tokens_per_micro_batch
@@ -103,8 +109,8 @@ class SupervisedRun:
         return {
             "data/tokens": totals["tokens"],
             "data/samples": totals["samples"],
-            "data/micro_batches": float(len(micro_batches)),
-            "data/fill": totals["tokens"] / max(1.0, totals["full"] * budget),
+            "data/micro_batches": float(len(batches)),
+            "data/fill": totals["trained"] / max(1.0, totals["full"] * budget),
             "data/padding_fraction": totals["padding"] / (totals["full"] + totals["padding"]),
             "data/imbalance": self.ranks.max(tokens) / max(1.0, mean) - 1.0,
         }
@@ -117,7 +123,7 @@ class SupervisedRun:
         seconds = progress.step_seconds()
         reported = metrics.results() | packing | seconds
         reported["train/tokens_per_second"] = reported["data/tokens"] / max(seconds["time/update"], 1e-9)
-        reported["train/epoch"] = state.step * self.config.train.samples_per_step / self.job.num_rows
+        reported["train/epoch"] = self.job.order.rows_before(state.step) / self.job.num_rows
         progress.reporter.step(state.step, reported, shown=[])
         if progress.is_due(self.config.eval.every_steps) and not progress.is_last():
             self.evaluate("during")
@@ -191,7 +197,7 @@ class SupervisedRun:
         for _, micro_batches in self.stream("sample", 0):
             self.progress.say(f"score training rows {min(done, total)}/{total}")
             yield micro_batches
-            done += self.config.train.samples_per_step
+            done += self.job.rows_per_pass
 
     def _export(self, name: str) -> str:
         path = Path(self.config.run.path) / name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
-from rayrlhf.config.supervised import KdRunConfig
+from rayrlhf.config.supervised import KdRunConfig, SftRunConfig
 from tests.config.conftest import Load, Problems
 
 # name: (overrides that break one rule, the path of its problem, what to add so that the rule holds)
@@ -519,3 +521,41 @@ def test_distillation_shares_no_sequences() -> None:
     with pytest.raises(ValidationError, match="a teacher scores whole sequences"):
         KdRunConfig.model_validate(tree)
     KdRunConfig.model_validate(tree | {"model": {"path": "student"}})
+
+
+@pytest.mark.parametrize(
+    ("train", "wanted"),
+    [
+        (
+            {"tokens_per_step": 4096, "samples_per_step": 64, "max_tokens_per_micro_batch": 1024},
+            "one of the two: both set the size of a step",
+        ),
+        (
+            {"tokens_per_step": 6000, "num_workers": 2, "max_tokens_per_micro_batch": 1024},
+            "a multiple of 1024 x 2 = 2048.*set train.tokens_per_step to 6144",
+        ),
+        ({"tokens_per_step": 4096}, "which rows make a step depends on it"),
+        ({"fill_micro_batches": True}, "which rows make a step depends on it"),
+    ],
+)
+def test_steps_of_supervised_jobs_have_one_size_that_the_workers_share(
+    train: dict[str, Any], wanted: str
+) -> None:
+    tree = {"run": {"name": "sft"}, "model": {"path": "model"}, "data": {"train": "rows.jsonl"}}
+    data = {**tree["data"], "max_tokens": 512}
+    with pytest.raises(ValidationError, match=f"(?s){wanted}"):
+        SftRunConfig.model_validate(tree | {"data": data, "train": train})
+
+
+def test_the_size_of_a_step_is_filled_in() -> None:
+    tree = {
+        "run": {"name": "sft"},
+        "model": {"path": "model"},
+        "data": {"train": "r.jsonl", "max_tokens": 64},
+    }
+    assert SftRunConfig.model_validate(tree).train.samples_per_step == 64
+    train = {"tokens_per_step": 4096, "max_tokens_per_micro_batch": 1024}
+    config = SftRunConfig.model_validate(tree | {"train": train})
+    assert config.train.samples_per_step is None
+    resolved = config.model_dump(mode="json")  # as in the run's folder, where all keys are given
+    assert SftRunConfig.model_validate(resolved).train == config.train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from rayrlhf.config.train import SupervisedTrainConfig
 from rayrlhf.data.batch_plan import RowOrder, plan_steps
+from rayrlhf.data.packed_order import PackedOrder
+from rayrlhf.data.step_order import StepOrder, step_order
 from rayrlhf.data.store import EXAMPLE_SCHEMA, ExampleStore, write_tables
 from rayrlhf.data.stream import _fetch_examples, iter_examples, step_ranges
 
@@ -47,14 +51,30 @@ def test_19_ranks_get_their_part_of_a_plan_that_nobody_has_kept(
     store: ExampleStore, world_size: int, start: int
 ) -> None:
     order = RowOrder(len(LENGTHS), 3, 23, seed=4)  # eight steps, the last of two rows
+    check_fetched(store, order, world_size, start)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_ranks_get_their_part_of_an_order_that_is_kept(
+    store: ExampleStore, tmp_path: Path, world_size: int, start: int
+) -> None:
+    # 62 tokens of two epochs in steps of 20, the last of which has the rest
+    size = {"tokens_per_step": 20, "max_tokens_per_micro_batch": 10, "num_epochs": 2}
+    order = step_order(SupervisedTrainConfig.model_validate(size), store.num_tokens, seed=4, shuffle=True)
+    assert isinstance(order, PackedOrder) and len(order) >= 4
+    check_fetched(store, pickle.loads(pickle.dumps(order.saved(tmp_path / "order.npy"))), world_size, start)
+
+
+def check_fetched(store: ExampleStore, order: StepOrder, world_size: int, start: int) -> None:
     pack = {"world_size": world_size, "budget_tokens": 10}
     plans = list(plan_steps(order, np.array(LENGTHS), start=start, **pack))
-    blocks = step_ranges(start, len(order), world_size, 3)
+    blocks = step_ranges(start, len(order), world_size, order.most_rows)
     for rank in range(world_size):
         mine = [block for block in blocks if block["rank"][0].as_py() == rank]
         shard = FakeShard([_fetch_examples(str(store.path), order, block, **pack) for block in mine])
         found = list(iter_examples(cast(Any, shard), rank, start))
-        assert [step for step, _ in found] == list(range(start, 8))
+        assert [step for step, _ in found] == list(range(start, len(order)))
         rows = [[[example.row_id for example in batch] for batch in batches] for _, batches in found]
         assert rows == [plan.ranks[rank] for plan in plans]
         examples = [example for _, batches in found for batch in batches for example in batch]

@@ -85,6 +85,7 @@ def test_pairs_share_their_prompt(tmp_path: Path, tokenizer_path: str) -> None:
     store = prepare(config, tmp_path, tokenizer_path)
     assert list(store) == [Example(0, (chat("hi", "be"), chat("hi", "c")), 0.5)]
     assert store.num_tokens.tolist() == [9 + 8]
+    assert store.first_tokens.tolist() == [9]
 
 
 @pytest.fixture
@@ -162,6 +163,7 @@ def test_a_judged_response_comes_with_one_to_another_prompt(tmp_path: Path, toke
         assert other % 4 != n % 4
         others.append(other)
     assert sorted(others) == list(range(8)), "each response serves once"
+    assert store.first_tokens.tolist() == [len(example.sequences[0].input_ids) for example in store]
     again = prepare(config, tmp_path, tokenizer_path)
     assert list(again) == list(store) and again.fingerprint == store.fingerprint
     other = prepare(config, tmp_path, tokenizer_path, seed=1)

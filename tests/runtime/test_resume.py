@@ -140,6 +140,28 @@ def test_35_another_batch_is_refused_or_allowed_by_name(tmp_path: Path) -> None:
     assert said == "changed since step 4: train.samples_per_step: was 16, is 32"
 
 
+def test_what_the_order_of_the_rows_depends_on_is_compared(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", b"weights")
+    size = {"tokens_per_step": 65536, "max_tokens_per_micro_batch": 8192}
+    left_by(sft(tmp_path, train=size))
+    assert resumed(sft(tmp_path, train={**size, "num_workers": 2})) == []  # its rows are the same
+    for other, was in (
+        ({"tokens_per_step": 32768}, r"train\.tokens_per_step: was 65536, is 32768"),
+        ({"max_tokens_per_micro_batch": 4096}, r"train\.max_tokens_per_micro_batch: was 8192, is 4096"),
+    ):
+        with pytest.raises(InputError, match=was):
+            resumed(sft(tmp_path, train=size | other))
+
+
+def test_micro_batches_and_workers_matter_only_where_rows_are_chosen_by_them(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", b"weights")
+    left_by(sft(tmp_path))
+    other = {"max_tokens_per_micro_batch": 4096, "num_workers": 2}
+    assert resumed(sft(tmp_path, train=other)) == []
+    with pytest.raises(InputError, match=r"(?s)fill_micro_batches: was null, is true.*num_workers"):
+        resumed(sft(tmp_path, train={**other, "fill_micro_batches": True}))
+
+
 def test_35_another_model_is_refused_or_allowed_by_name(tmp_path: Path) -> None:
     """Its contents count, not its name."""
     model = write_model(tmp_path / "model", b"weights" * 1_000_000)
