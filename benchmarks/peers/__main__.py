@@ -1,0 +1,134 @@
+"""rayrlhf measured next to its peers, on the CPUs of one machine: `make bench`, or one case of it.
+
+    make bench                                           every case, some 80 minutes on two cores
+    make bench BENCH_ARGS="--quick"                      one short pair each
+    make bench BENCH_ARGS="sft-packed dpo --pairs 3"     these
+
+A pair is one run of each side, one after the other; pairs follow each other, so what else the machine does
+hits both sides. Results go to benchmarks/results/peers.json, .md and .png; cases that are not asked for keep
+what they had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import report
+from benchmarks.peers.cases.case import Case, Setting, environment
+from benchmarks.peers.cases.registry import CASES
+from benchmarks.peers.environment import ensure_peers
+from benchmarks.peers.machine import describe_machine
+from benchmarks.peers.measure import CommandFailed, run_command
+from jobs.demo.model import REPOSITORY, ensure_model
+
+RESULTS = REPOSITORY / "benchmarks" / "results"
+NUM_CORES = 2
+DEADLINE_SECONDS = 900.0
+LIMIT_DEADLINE_SECONDS = 120.0
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run in progress is ended, too
+    parser = argparse.ArgumentParser(
+        prog="make bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all without any")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each side (3)")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="measured steps of a run, after one of warm-up (4)"
+    )
+    parser.add_argument("--quick", action="store_true", help="--pairs 1 --steps 2")
+    parser.add_argument("--keep", type=Path, help="keep logs and run folders here")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if unknown := [name for name in options.cases if name not in CASES]:
+        parser.error(f"got {', '.join(unknown)}; wanted {', '.join(CASES)}")
+    if options.quick:
+        options.pairs, options.steps = 1, 2
+    ensure_model()
+    peer_python = ensure_peers()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+        setting = Setting(
+            folder=options.keep or Path(scratch),
+            peer_python=peer_python,
+            measured_steps=options.steps,
+            threads=NUM_CORES,
+            cores=tuple(sorted(os.sched_getaffinity(0))[:NUM_CORES]),
+            deadline_seconds=DEADLINE_SECONDS,
+        )
+        setting.folder.mkdir(parents=True, exist_ok=True)
+        for name in options.cases or CASES:
+            result = measure_case(CASES[name], setting, options.pairs)
+            _save(options.out, name, result | {"machine": describe_machine(peer_python)})
+    print((options.out / "peers.md").read_text())
+    return 0
+
+
+def measure_case(case: Case, setting: Setting, pairs: int) -> dict[str, Any]:
+    """Runs of each side and the machine's limit next to each pair; where a side fails, why."""
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in case.sides}
+    failures: dict[str, str] = {}
+    limits: list[dict[str, float]] = []
+    for pair in range(pairs):
+        limits.append(_limit(setting))
+        for side, run in case.sides.items():
+            if side in failures:
+                continue
+            label = f"{case.name}-{side.replace(' ', '-')}-{pair + 1}"
+            started = time.monotonic()
+            try:
+                measured = run(setting, label)
+            except CommandFailed as failure:
+                failures[side] = str(failure)
+                print(f"{label}: failed: {failure}", flush=True)
+                continue
+            runs[side].append(asdict(measured))
+            seconds = time.monotonic() - started
+            print(f"{label}: {measured.value:.2f} {case.unit} ({seconds:.0f} s)", flush=True)
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "pairs": pairs,
+        "measured_steps": setting.measured_steps,
+        "runs": runs,
+        "failures": failures,
+        "limits": limits,
+    }
+
+
+def _limit(setting: Setting) -> dict[str, float]:
+    """FLOP/s of matrix products, measured right before a pair."""
+    answer = setting.folder / "limit.json"
+    run_command(
+        [str(setting.peer_python), "-m", "benchmarks.peers.products", str(answer), str(setting.threads)],
+        env=environment(setting.threads),
+        cwd=REPOSITORY,
+        log=setting.folder / "limit.log",
+        cores=setting.cores,
+        deadline_seconds=LIMIT_DEADLINE_SECONDS,
+    )
+    return json.loads(answer.read_text())
+
+
+def _save(out: Path, name: str, result: dict[str, Any]) -> None:
+    """After each case, so that an interrupted run keeps what it has measured."""
+    file = out / "peers.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[name] = result
+    ordered = {each: results[each] for each in CASES if each in results}
+    file.write_text(json.dumps(ordered, indent=1) + "\n")
+    (out / "peers.md").write_text(report.markdown(ordered))
+    report.plot(ordered, out / "peers.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
