@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -84,7 +85,7 @@ def measure_case(case: Case, setting: Setting, pairs: int) -> dict[str, Any]:
         for side, run in case.sides.items():
             if side in failures:
                 continue
-            label = f"{case.name}-{side.replace(' ', '-')}-{pair + 1}"
+            label = re.sub(r"[^\w]+", "-", f"{case.name} {side} {pair + 1}")
             started = time.monotonic()
             try:
                 measured = run(setting, label)

@@ -72,6 +72,14 @@ def markdown(results: Results) -> str:
             ),
             "",
             *(failures(results)),
+            "## Parts of a step, and checks",
+            "",
+            "Means over the measured steps; `time/` in seconds. `wall_over_metrics` is the clock between the lines "
+            "of our first and last step over the durations in our metrics; `packing_error` the largest difference "
+            "between TRL's logits of packed sequences and of each in a separate pass.",
+            "",
+            *details(results),
+            "",
             "## Machine",
             "",
             machine(newest["machine"]),
@@ -132,6 +140,19 @@ def failures(results: Results) -> list[str]:
     return ["## What did not run", "", *lines] if lines else []
 
 
+def details(results: Results) -> list[str]:
+    """One line per run side that has parts or notes: their medians over its runs."""
+    lines: list[str] = []
+    for name, result in results.items():
+        for side, runs in result["runs"].items():
+            found = [{**run.get("parts", {}), **run.get("notes", {})} for run in runs]
+            keys = dict.fromkeys(key for each in found for key in each)
+            medians = {key: statistics.median(each[key] for each in found if key in each) for key in keys}
+            if shown := ", ".join(f"{key} {value:.4g}" for key, value in medians.items() if value):
+                lines.append(f"- {name}, {side}: {shown}")
+    return lines
+
+
 def machine(found: Mapping[str, Any]) -> str:
     ours = ", ".join(f"{name} {number}" for name, number in found["ours"].items())
     peers = ", ".join(f"{name} {number}" for name, number in found["peers"].items())
@@ -160,7 +181,10 @@ def plot(results: Results, path: Path) -> None:
     ]
     axes.barh(labels, medians, xerr=[[max(0.0, e) for e in side] for side in errors], capsize=3)
     axes.axvline(1, color="gray", linestyle="--")
-    axes.set_xlabel("ours, times as fast (bars: smallest and largest pair)")
+    for position, name in enumerate(drawn):
+        if (ideal := CASES[name].ideal) is not None:
+            axes.plot([ideal], [position], marker="|", markersize=16, color="black")
+    axes.set_xlabel("ours, times as fast (whiskers: smallest and largest pair; tick: ideal)")
     axes.tick_params(axis="y", labelsize="small")
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()

@@ -13,7 +13,7 @@ from typing import Any
 
 SEED = 0
 SYSTEM = "Be brief."
-MAX_TOKENS = 512
+UNUSED_TOKEN = "<gh_stars>"  # of the model's vocabulary
 WORDS = [
     "the",
     "a",
@@ -124,6 +124,28 @@ def prompts(count: int, *, words: int) -> list[Row]:
 def write(rows: Iterable[Row], path: Path) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def endless_model(model: Path, copy: Path) -> Path:
+    """A folder with the same weights whose end of text is a token that the model does not write.
+
+    So every response has the full length on every side, with an engine and a trainer that agree on what may
+    be sampled. It has no chat template, whose end of turn would be another end.
+    """
+    copy.mkdir(exist_ok=True)
+    for file in model.iterdir():
+        if file.suffix == ".safetensors" or file.name == "tokenizer.json":
+            (copy / file.name).unlink(missing_ok=True)
+            (copy / file.name).symlink_to(file.resolve())
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["added_tokens"]
+    ids = {"eos_token_id": next(token["id"] for token in vocabulary if token["content"] == UNUSED_TOKEN)}
+    for name, changes in (
+        ("config.json", ids),
+        ("generation_config.json", ids),
+        ("tokenizer_config.json", {"eos_token": UNUSED_TOKEN}),
+    ):
+        (copy / name).write_text(json.dumps(json.loads((model / name).read_text()) | changes))
+    return copy
 
 
 def _text(generator: random.Random, mean_words: int) -> str:

@@ -36,10 +36,14 @@ def data(setting: Setting, latency: float = 0.0) -> Path:
     return workloads.write(rows, setting.folder / f"prompts-{latency:g}.jsonl")
 
 
+def model(setting: Setting) -> Path:
+    return workloads.endless_model(MODEL_PATH, setting.folder / "endless")
+
+
 def config(setting: Setting, **changes: dict[str, Any]) -> dict[str, Any]:
     """GRPO without KL: no reference on any side. `changes` are merged, a section each."""
     base: dict[str, dict[str, Any]] = {
-        "model": {"path": str(MODEL_PATH)},
+        "model": {"path": str(model(setting))},
         "data": {
             "train": f"jsonl@{data(setting)}",
             "prompt_key": "prompt",
@@ -50,11 +54,9 @@ def config(setting: Setting, **changes: dict[str, Any]) -> dict[str, Any]:
         "rollout": {
             "prompts_per_step": NUM_PROMPTS,
             "group_size": GROUP_SIZE,
-            "sampling": {"max_new_tokens": RESPONSE_TOKENS, "min_new_tokens": RESPONSE_TOKENS},
+            "sampling": {"max_new_tokens": RESPONSE_TOKENS},
             "kv_cache_bytes": 2**28,
             "num_threads": setting.threads,
-            # Without a stop token the engine samples from another distribution than the trainer computes.
-            "weight_sync": {"logprob_diff_alarm": None, "max_logprob_jump": None},
         },
         "reward": {"sources": [{"type": "function", "function": f"{REWARDS}:variety"}]},
         "placement": {"preset": "colocate_all"},
@@ -82,6 +84,7 @@ def ours(setting: Setting, name: str, **changes: dict[str, Any]) -> Measured:
 def trl_grpo(setting: Setting, name: str) -> Measured:
     batch = 8  # TRL's default; a step is all samples
     options = {
+        "model": model(setting),
         "data": data(setting),
         "group": GROUP_SIZE,
         "batch": batch,
@@ -102,7 +105,13 @@ def ours_ppo(setting: Setting, name: str) -> Measured:
 
 
 def ppo_control(setting: Setting, name: str) -> Measured:
-    options = {"data": data(setting), "prompts": PPO_PROMPTS, "response": RESPONSE_TOKENS, "micro": 8}
+    options = {
+        "model": model(setting),
+        "data": data(setting),
+        "prompts": PPO_PROMPTS,
+        "response": RESPONSE_TOKENS,
+        "micro": 8,
+    }
     return run_script(setting, name, "ppo", options, per_second=False)
 
 
@@ -110,7 +119,7 @@ def slow_reward(setting: Setting, name: str, *, ahead: bool, with_latency: bool 
     """The latency is what a step takes without it, as the run before has measured."""
     step_file = setting.folder / "async-step.json"
     latency = json.loads(step_file.read_text()) if with_latency else 0.0
-    sampling = {"max_new_tokens": ASYNC_RESPONSE_TOKENS, "min_new_tokens": ASYNC_RESPONSE_TOKENS}
+    sampling = {"max_new_tokens": ASYNC_RESPONSE_TOKENS}
     rollout = config(setting)["rollout"] | {"prompts_per_step": ASYNC_PROMPTS, "sampling": sampling}
     algorithm: dict[str, Any] = {}
     if ahead:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from datasets import load_dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 from benchmarks.peers.theirs.rewards import variety
 from benchmarks.peers.theirs.steps import StepTimes, parse, use_threads
@@ -22,7 +22,6 @@ def main() -> None:
         gradient_accumulation_steps=options.accumulate,
         num_generations=options.group,
         max_completion_length=options.response,
-        generation_kwargs={"min_new_tokens": options.response},
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,

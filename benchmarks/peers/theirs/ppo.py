@@ -70,11 +70,9 @@ def main() -> None:
 
 @torch.no_grad()
 def generate(actor: Any, prompts: Any, length: int, pad: int) -> tuple[Tensor, Tensor]:
-    """ids and mask, [B, P + R] each; responses of `length` tokens."""
+    """ids and mask, [B, P + R] each; the model has no end of text, so responses have `length` tokens."""
     actor.eval()
-    ids = actor.generate(
-        **prompts, max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0, pad_token_id=pad
-    )
+    ids = actor.generate(**prompts, max_new_tokens=length, do_sample=True, top_k=0, pad_token_id=pad)
     actor.train()
     return ids, functional.pad(prompts["attention_mask"], (0, length), value=1)
 

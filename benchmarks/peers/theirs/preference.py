@@ -29,12 +29,12 @@ def main() -> None:
     rows = load_dataset("json", data_files=options.data, split="train")
     times = StepTimes()
     if options.job == "dpo":
-        from trl import DPOConfig, DPOTrainer
+        from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
 
         config = DPOConfig(precompute_ref_log_probs=bool(options.precompute), **shared)
         trainer = DPOTrainer(options.model, args=config, train_dataset=rows, callbacks=[times])
     else:
-        from trl import RewardConfig, RewardTrainer
+        from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportMissingImports]
 
         config = RewardConfig(**shared)
         trainer = RewardTrainer(options.model, args=config, train_dataset=rows, callbacks=[times])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
 from benchmarks.peers.theirs.steps import StepTimes, parse, use_threads
 
