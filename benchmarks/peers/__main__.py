@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, default=4, help="measured steps of a run, after one of warm-up (4)"
     )
+    parser.add_argument("--sides", nargs="+", help="of a case only these; the others keep what they had")
     parser.add_argument("--quick", action="store_true", help="--pairs 1 --steps 2")
     parser.add_argument("--keep", type=Path, help="keep logs and run folders here")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -69,20 +70,21 @@ def main() -> int:
         )
         setting.folder.mkdir(parents=True, exist_ok=True)
         for name in options.cases or CASES:
-            result = measure_case(CASES[name], setting, options.pairs)
+            result = measure_case(CASES[name], setting, options.pairs, options.sides)
             _save(options.out, name, result | {"machine": describe_machine(peer_python)})
     print((options.out / "peers.md").read_text())
     return 0
 
 
-def measure_case(case: Case, setting: Setting, pairs: int) -> dict[str, Any]:
+def measure_case(case: Case, setting: Setting, pairs: int, sides: list[str] | None) -> dict[str, Any]:
     """Runs of each side and the machine's limit next to each pair; where a side fails, why."""
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in case.sides}
+    chosen = {side: run for side, run in case.sides.items() if sides is None or side in sides}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen}
     failures: dict[str, str] = {}
     limits: list[dict[str, float]] = []
     for pair in range(pairs):
         limits.append(_limit(setting))
-        for side, run in case.sides.items():
+        for side, run in chosen.items():
             if side in failures:
                 continue
             label = re.sub(r"[^\w]+", "-", f"{case.name} {side} {pair + 1}")
@@ -124,6 +126,10 @@ def _save(out: Path, name: str, result: dict[str, Any]) -> None:
     """After each case, so that an interrupted run keeps what it has measured."""
     file = out / "peers.json"
     results = json.loads(file.read_text()) if file.exists() else {}
+    before = results.get(name, {"runs": {}, "failures": {}})
+    for part in ("runs", "failures"):  # of sides that were not asked for
+        kept = {side: found for side, found in before[part].items() if side not in result["runs"]}
+        result[part] = kept | result[part]
     results[name] = result
     ordered = {each: results[each] for each in CASES if each in results}
     file.write_text(json.dumps(ordered, indent=1) + "\n")

@@ -8,7 +8,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import psutil
 
 SAMPLE_SECONDS = 1.5
 TAIL_LINES = 12
+GRACE_SECONDS = 2.0  # for what the command still writes about its last step
 
 
 class Line(NamedTuple):
@@ -42,8 +43,12 @@ def run_command(
     log: Path,
     cores: Sequence[int],
     deadline_seconds: float,
+    ends_at: Callable[[str], bool] = lambda _: False,
 ) -> Ran:
-    """Run on `cores`. Raises `CommandFailed` for a non-zero exit status and where the deadline passes."""
+    """Run on `cores`; where a line `ends_at`, stop it shortly after: all that is wanted has been measured.
+
+    Raises `CommandFailed` for a non-zero exit status before that, and where the deadline passes.
+    """
     started, started_at = time.perf_counter(), time.time()
     process = subprocess.Popen(
         command,
@@ -60,13 +65,19 @@ def run_command(
     alarm = threading.Timer(deadline_seconds, lambda: _end(process))
     alarm.start()
     lines: list[Line] = []
+    status: int | None = None
     try:
         assert process.stdout is not None
-        with log.open("w") as file:
+        with log.open("w", buffering=1) as file:
             for text in process.stdout:
                 lines.append(Line(time.perf_counter() - started, text.rstrip("\n")))
                 file.write(f"{lines[-1].seconds:8.2f} {text}")
-        status = process.wait()
+                if ends_at(text):
+                    time.sleep(GRACE_SECONDS)
+                    status = 0
+                    break
+            else:
+                status = process.wait()
     finally:
         alarm.cancel()
         _end(process)

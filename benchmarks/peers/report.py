@@ -72,10 +72,24 @@ def markdown(results: Results) -> str:
             ),
             "",
             *(failures(results)),
+            "## Start",
+            "",
+            "From the command to the beginning of the first step; of jobs with rollouts, to the first "
+            "request to a "
+            "running engine. Ours checks, starts Ray, places, loads and, there, starts Serve and vLLM; the "
+            "peers load "
+            "in one process.",
+            "",
+            "| case | ours | peer | times as fast |",
+            "|---|---:|---:|---:|",
+            *starts(results),
+            "",
             "## Parts of a step, and checks",
             "",
-            "Means over the measured steps; `time/` in seconds. `wall_over_metrics` is the clock between the lines "
-            "of our first and last step over the durations in our metrics; `packing_error` the largest difference "
+            "Means over the measured steps; `time/` in seconds. `wall_over_metrics` is the clock between "
+            "the lines "
+            "of our first and last step over the durations in our metrics; `packing_error` the largest "
+            "difference "
             "between TRL's logits of packed sequences and of each in a separate pass.",
             "",
             *details(results),
@@ -92,8 +106,8 @@ def markdown(results: Results) -> str:
 
 def case_rows(case: Case, result: Mapping[str, Any]) -> list[str]:
     rows: list[str] = []
-    for side in case.sides:
-        name = f"{case.name}, {result['date']}" if side == OURS else ""
+    for position, side in enumerate(case.sides):
+        name = f"{case.name}, {result['date']}" if position == 0 else ""
         runs = result["runs"].get(side, [])
         if not runs:
             why = result["failures"].get(side, "not run").splitlines()[0]
@@ -102,7 +116,8 @@ def case_rows(case: Case, result: Mapping[str, Any]) -> list[str]:
         found = spread(values(result, side))
         against = None if side == OURS else ratio(case, result, side)
         part = share(case, result, side)
-        starts = [run["startup_seconds"] for run in runs if run["startup_seconds"] is not None]
+        seconds = _start_seconds(result, side)
+        peak = statistics.median(run["peak_bytes"] for run in runs)
         cells = [
             name,
             side,
@@ -110,8 +125,8 @@ def case_rows(case: Case, result: Mapping[str, Any]) -> list[str]:
             str(len(runs)),
             f"**{against.median:.2f}** ({against.low:.2f} to {against.high:.2f})" if against else "",
             f"{part:.0%}" if part is not None else "",
-            f"{statistics.median(starts):.0f} s" if starts else "",
-            f"{statistics.median(run['peak_bytes'] for run in runs) / 1e9:.1f} GB",
+            f"{statistics.median(seconds):.0f} s" if seconds else "",
+            f"{peak / 1e9:.1f} GB" if peak else "",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
@@ -138,6 +153,29 @@ def failures(results: Results) -> list[str]:
         for side, why in result["failures"].items()
     ]
     return ["## What did not run", "", *lines] if lines else []
+
+
+def starts(results: Results) -> list[str]:
+    lines: list[str] = []
+    for name, result in results.items():
+        peer = CASES[name].peer
+        if peer.startswith(OURS):
+            continue
+        ours, theirs = (_start_seconds(result, side) for side in (OURS, peer))
+        pairs = min(len(ours), len(theirs))
+        if pairs == 0:
+            continue
+        found = speedup(ours[:pairs], theirs[:pairs], higher_is_better=False)
+        lines.append(
+            f"| {name} | {statistics.median(ours):.0f} s | {peer}: {statistics.median(theirs):.0f} s "
+            f"| {found.median:.2f} ({found.low:.2f} to {found.high:.2f}) |"
+        )
+    return lines
+
+
+def _start_seconds(result: Mapping[str, Any], side: str) -> list[float]:
+    runs = result["runs"].get(side, [])
+    return [run["startup_seconds"] for run in runs if run["startup_seconds"] is not None]
 
 
 def details(results: Results) -> list[str]:

@@ -49,14 +49,15 @@ class Setting:
     def num_steps(self) -> int:
         return WARMUP_STEPS + self.measured_steps
 
-    def run(self, command: Sequence[str], log: str, env: Mapping[str, str] | None = None) -> Ran:
+    def run(self, command: Sequence[str], log: str, ends_at: Callable[[str], bool] = lambda _: False) -> Ran:
         return run_command(
             command,
-            env=environment(self.threads) | dict(env or {}),
+            env=environment(self.threads),
             cwd=REPOSITORY,
             log=self.folder / f"{log}.log",
             cores=self.cores,
             deadline_seconds=self.deadline_seconds,
+            ends_at=ends_at,
         )
 
 
@@ -93,11 +94,16 @@ def environment(threads: int) -> dict[str, str]:
 def run_job(
     setting: Setting, name: str, script: str, config: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], Ran]:
-    """A job as a user runs it: it starts Ray, trains and stops it. Returns its metrics' rows of steps."""
+    """A job as a user runs it, until the line of its last step; returns its metrics' rows of steps.
+
+    The checkpoint that follows is not waited for: the peers save none.
+    """
     config = {**config, "run": {"name": name, "dir": str(setting.folder / "runs")}}
     file = setting.folder / f"{name}.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
-    ran = setting.run([sys.executable, f"jobs/{script}.py", str(file)], name)
+    last = re.compile(rf"\bstep {setting.num_steps}/{setting.num_steps}\b")
+    command = [sys.executable, f"jobs/{script}.py", str(file)]
+    ran = setting.run(command, name, lambda line: last.search(line) is not None)
     lines = (setting.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "time/step" in row], ran
 

@@ -1,23 +1,19 @@
-"""What Ray costs around the engine: generation through Serve, pushes of weights, and the start of jobs."""
+"""What Ray costs around the engine: generation through Serve, and pushes of weights."""
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.arithmetic import steady_rate
-from benchmarks.peers.cases import policy, sft
-from benchmarks.peers.cases.case import OURS, TRL, WARMUP_STEPS, Case, Measured, Setting
+from benchmarks.peers.cases import policy
+from benchmarks.peers.cases.case import OURS, WARMUP_STEPS, Case, Measured, Setting
 from benchmarks.peers.measure import Ran
 
 BARE, COPY = "vLLM alone", "memcpy"
-ENGINES_UP = re.compile(r"\brollout is up\b|\d:\d\d rollout$")
 
 
 def measure_mine(
@@ -67,25 +63,6 @@ def copy(setting: Setting, name: str) -> Measured:
     return Measured(value=statistics.median(found["copies"][WARMUP_STEPS:]), seconds=found["copies"])
 
 
-def start_of(run: Callable[[Setting, str], Measured]) -> Callable[[Setting, str], Measured]:
-    """Seconds from the command to the first step, of a run of two steps."""
-
-    def started(setting: Setting, name: str) -> Measured:
-        measured = run(replace(setting, measured_steps=1), name)
-        assert measured.startup_seconds is not None
-        return replace(measured, value=measured.startup_seconds)
-
-    return started
-
-
-def start_of_rollouts(setting: Setting, name: str) -> Measured:
-    """To the moment when the engine is up and the worker asks it."""
-    measured = start_of(policy.ours)(setting, name)
-    log = (Path(setting.folder) / f"{name}.log").read_text().splitlines()
-    stamps = [float(line.split()[0]) for line in log if ENGINES_UP.search(line)]
-    return replace(measured, value=max(stamps))
-
-
 CASES = [
     Case(
         name="generation",
@@ -112,28 +89,5 @@ CASES = [
         "sender's memory, in turn in one process.",
         differs="A copy reads and writes the bytes once. A push to two engines has to write them into "
         "three memories.",
-    ),
-    Case(
-        name="start-sft",
-        title="From `python jobs/sft.py` to the first step",
-        unit="s",
-        higher_is_better=False,
-        sides={
-            OURS: start_of(sft.ours),
-            TRL: start_of(lambda setting, name: sft.trl(setting, name, packing=False)),
-        },
-        peer=TRL,
-        compared="From the command to the beginning of the first step.",
-        differs="Ours checks, starts Ray, places and loads; TRL loads in one process.",
-    ),
-    Case(
-        name="start-grpo",
-        title="From `python jobs/ppo.py` with GRPO to the first rollout",
-        unit="s",
-        higher_is_better=False,
-        sides={OURS: start_of_rollouts, TRL: start_of(policy.trl_grpo)},
-        peer=TRL,
-        compared="From the command to the first request to a running engine.",
-        differs="Ours also starts Ray, Serve and a vLLM engine.",
     ),
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ NUM_PROMPTS, GROUP_SIZE, RESPONSE_TOKENS = 8, 4, 64
 PPO_PROMPTS = 16
 ASYNC_PROMPTS, ASYNC_RESPONSE_TOKENS = 4, 32
 MICRO_BATCH_TOKENS = 1024
+FIRST_ROLLOUT = re.compile(r"\brollout is up\b|\d:\d\d rollout\s*$")  # the engine is up; a worker asks it
 PARTS = ["time/rollout", "time/logprobs", "time/update_actor", "time/update_critic", "time/weight_sync"]
 SYNC, NO_LATENCY = "ours, synchronous", "ours, synchronous, reward without latency"
 
@@ -78,7 +81,8 @@ def ours(setting: Setting, name: str, **changes: dict[str, Any]) -> Measured:
     rows, ran = run_job(setting, name, "ppo", config(setting, **changes))
     measured = from_steps(rows, ran, parts=PARTS, per_second=False)
     measured.notes["response_tokens"] = rows[-1]["rollout/response_tokens_mean"]
-    return measured
+    stamps = [line.seconds for line in ran.lines if FIRST_ROLLOUT.search(line.text)]
+    return replace(measured, startup_seconds=max(stamps, default=None))
 
 
 def trl_grpo(setting: Setting, name: str) -> Measured:

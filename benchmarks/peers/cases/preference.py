@@ -11,7 +11,7 @@ from benchmarks.peers.cases.case import OURS, TRL, Case, Measured, Setting, from
 from jobs.demo.model import MODEL_PATH
 
 PAIRS_PER_STEP = 8  # TRL's default batch
-MEAN_WORDS = 60
+MEAN_WORDS = 40
 NUM_ROWS = 64
 MAX_TOKENS = 512
 MICRO_BATCH_TOKENS = 2048  # about what a batch of TRL's holds with its padding

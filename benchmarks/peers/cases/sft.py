@@ -19,8 +19,9 @@ from benchmarks.peers.cases.case import (
 )
 from jobs.demo.model import MODEL_PATH
 
-LENGTH = 1024  # tokens of a micro-batch, or of a packed row
-SAMPLES_PER_STEP = 16  # of about 128 tokens
+LENGTH = 1024  # tokens of a packed row
+SAMPLES_PER_STEP = 8  # TRL's default batch; of about 128 tokens
+MICRO_BATCH_TOKENS = 2048  # all of a step's conversations
 MEAN_WORDS = 90
 NUM_ROWS = 400
 LORA_RANK = 16
@@ -44,7 +45,7 @@ def ours(setting: Setting, name: str, *, lora: bool = False) -> Measured:
             "samples_per_step": SAMPLES_PER_STEP,
             "lr": 1e-4 if lora else 1e-5,
             "zero_stage": 0,
-            "max_tokens_per_micro_batch": LENGTH,
+            "max_tokens_per_micro_batch": MICRO_BATCH_TOKENS,
             "num_threads": setting.threads,
         },
         "checkpoint": {"export": False, "every_steps": None},
@@ -53,13 +54,11 @@ def ours(setting: Setting, name: str, *, lora: bool = False) -> Measured:
 
 
 def trl(setting: Setting, name: str, *, packing: bool, lora: bool = False) -> Measured:
-    # Packed, one row is a micro-batch of 1,024 tokens; padded, 8 conversations of 128 on average are one.
-    batch = 1 if packing else 8
     options = {
         "data": data(setting),
         "packing": int(packing),
-        "batch": batch,
-        "accumulate": 2,
+        "batch": 1 if packing else SAMPLES_PER_STEP,
+        "accumulate": 1,
         "length": LENGTH,
         "lora": LORA_RANK if lora else 0,
     }
@@ -67,12 +66,12 @@ def trl(setting: Setting, name: str, *, packing: bool, lora: bool = False) -> Me
 
 
 def control(setting: Setting, name: str) -> Measured:
-    return run_script(setting, name, "control", {"data": data(setting), "accumulate": 2, "length": LENGTH})
+    return run_script(setting, name, "control", {"data": data(setting), "accumulate": 1, "length": LENGTH})
 
 
 SHARED = (
-    "Conversations of log-normal lengths, loss on all tokens, about 2,048 real tokens per optimizer step in "
-    "micro-batches of 1,024, AdamW, clipping at 1.0, no checkpointing of activations."
+    "Conversations of log-normal lengths, loss on all tokens, about 1,024 real tokens per optimizer step in "
+    "one pass, AdamW, clipping at 1.0, no checkpointing of activations."
 )
 CASES = [
     Case(
@@ -89,7 +88,7 @@ CASES = [
         compared=SHARED,
         differs="TRL packs the whole data set beforehand (best-fit decreasing, its default) into rows of "
         "1,024 "
-        "tokens, two per step; it attends through a dense block-diagonal mask, as there is no "
+        "tokens, one per step; it attends through a dense block-diagonal mask, as there is no "
         "FlashAttention on a "
         "CPU (what one sequence sees of another is in the JSON: packing_error). Ours packs each step's 16 "
         "conversations, so its micro-batches are less full. TRL also computes entropy and token accuracy. "
@@ -104,7 +103,7 @@ CASES = [
         higher_is_better=True,
         sides={OURS: ours, TRL: lambda setting, name: trl(setting, name, packing=False)},
         peer=TRL,
-        compared=SHARED + " 16 conversations per step on both sides.",
+        compared=SHARED + " 8 conversations per step on both sides.",
         differs="TRL pads 8 conversations to the longest; ours packs.",
         trains_all_weights=True,
     ),
