@@ -46,13 +46,11 @@ def markdown(results: Results) -> str:
         [
             "# rayrlhf next to its peers, on CPUs",
             "",
-            "Medians over the runs of each side, which alternate: ours, peer, ours, peer. “times as fast” "
-            "is ours over "
-            "that side: the ratio of the medians, and in brackets the smallest and the largest ratio of a "
-            "pair. Steps "
-            f"are steady ones, without start-up and the first {WARMUP_STEPS}; tokens are real ones, "
-            f"without padding. "
-            "Memory is the peak of all processes of a run, Ray's included, with shared memory counted once.",
+            "Medians over the runs of each side, which alternate: ours, peer, ours, peer. “times as "
+            "fast” is ours over that side: the ratio of the medians, and in brackets the smallest and "
+            "the largest ratio of a pair. Steps are steady ones, without start-up and the first "
+            f"{WARMUP_STEPS}; tokens are real ones, without padding. Memory is the peak of all processes "
+            "of a run, Ray's included, with shared memory counted once.",
             "",
             "| case | side | value | runs | times as fast | share of the product limit | start | peak "
             "memory |",
@@ -75,10 +73,8 @@ def markdown(results: Results) -> str:
             "## Start",
             "",
             "From the command to the beginning of the first step; of jobs with rollouts, to the first "
-            "request to a "
-            "running engine. Ours checks, starts Ray, places, loads and, there, starts Serve and vLLM; the "
-            "peers load "
-            "in one process.",
+            "request to a running engine. Ours checks, starts Ray, places, loads and, there, starts "
+            "Serve and vLLM; the peers load in one process.",
             "",
             "| case | ours | peer | times as fast |",
             "|---|---:|---:|---:|",
@@ -86,11 +82,10 @@ def markdown(results: Results) -> str:
             "",
             "## Parts of a step, and checks",
             "",
-            "Means over the measured steps; `time/` in seconds. `wall_over_metrics` is the clock between "
-            "the lines "
-            "of our first and last step over the durations in our metrics; `packing_error` the largest "
-            "difference "
-            "between TRL's logits of packed sequences and of each in a separate pass.",
+            "Means over the measured steps; `time/` in seconds. `wall_over_metrics` is the clock "
+            "between the lines of our first and last step over the durations in our metrics; "
+            "`packing_error` the largest difference between TRL's logits of packed sequences and of "
+            "each in a separate pass.",
             "",
             *details(results),
             "",
@@ -136,13 +131,12 @@ def limits(results: Results) -> list[str]:
     found = [limit for result in results.values() for limit in result["limits"]]
     fp32, bf16 = (spread([each[kind] / 1e9 for each in found]) for kind in ("fp32", "bf16"))
     return [
-        f"The limit is that of matrix products of the model's shapes (1,024 tokens; forward, towards the "
-        f"inputs and "
-        f"towards the weights), measured before each pair: fp32 {fp32.median:.0f} GFLOP/s ({fp32.low:.0f} to "
-        f"{fp32.high:.0f}), bf16 {bf16.median:.0f} ({bf16.low:.0f} to {bf16.high:.0f}). The share of it is "
-        f"6 · {NUM_WEIGHTS / 1e6:.1f} M · tokens/s: the weights of all linear layers and, once, of the "
-        f"head, whose "
-        "matrix is the embedding's. Attention's own products are left out."
+        "The limit is that of matrix products of the model's shapes (1,024 tokens; forward, towards the "
+        f"inputs and towards the weights), measured before each pair: fp32 {fp32.median:.0f} GFLOP/s "
+        f"({fp32.low:.0f} to {fp32.high:.0f}), bf16 {bf16.median:.0f} ({bf16.low:.0f} to "
+        f"{bf16.high:.0f}). The share of it is 6 · {NUM_WEIGHTS / 1e6:.1f} M · tokens/s: the weights of "
+        "all linear layers and, once, of the head, whose matrix is the embedding's. Attention's own "
+        "products are left out."
     ]
 
 
@@ -167,8 +161,8 @@ def starts(results: Results) -> list[str]:
             continue
         found = speedup(ours[:pairs], theirs[:pairs], higher_is_better=False)
         lines.append(
-            f"| {name} | {statistics.median(ours):.0f} s | {peer}: {statistics.median(theirs):.0f} s "
-            f"| {found.median:.2f} ({found.low:.2f} to {found.high:.2f}) |"
+            f"| {name} | {statistics.median(ours):.0f} s | {peer}: {statistics.median(theirs):.0f} s | "
+            f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f}) |"
         )
     return lines
 
@@ -196,9 +190,8 @@ def machine(found: Mapping[str, Any]) -> str:
     peers = ", ".join(f"{name} {number}" for name, number in found["peers"].items())
     return (
         f"{found['cpu']}, {found['cores']} cores ({', '.join(found['flags'])}), {found['memory_gb']} GB, "
-        f"load "
-        f"average {found['load_average']}; two cores and two threads for each side. Ours: {ours}. Peers: "
-        f"{peers}."
+        f"load average {found['load_average']}; two cores and two threads for each side. Ours: {ours}. "
+        f"Peers: {peers}."
     )
 
 

@@ -71,9 +71,8 @@ CASES = [
         higher_is_better=True,
         sides={OURS: generation("served"), BARE: generation("bare")},
         peer=BARE,
-        compared="The same engine arguments, prompts, seeds and sampling, the checkpoint's weights. Ours "
-        "is a rollout "
-        "replica behind Serve, asked as a run's workers ask it.",
+        compared="The same engine arguments, prompts, seeds and sampling, the checkpoint's weights. "
+        "Ours is a rollout replica behind Serve, asked as a run's workers ask it.",
         differs="vLLM alone runs in the process that measures, which steps it.",
         ideal=1.0,
     ),
@@ -84,9 +83,8 @@ CASES = [
         higher_is_better=False,
         sides={OURS: push, COPY: copy},
         peer=COPY,
-        compared="A push to both engines (pause, gather, transfer, load, resume), then a copy of as many "
-        "bytes in the "
-        "sender's memory, in turn in one process.",
+        compared="A push to both engines (pause, gather, transfer, load, resume), then a copy of as "
+        "many bytes in the sender's memory, in turn in one process.",
         differs="A copy reads and writes the bytes once. A push to two engines has to write them into "
         "three memories.",
     ),

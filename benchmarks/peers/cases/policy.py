@@ -155,13 +155,11 @@ CASES = [
         sides={OURS: ours, TRL: trl_grpo},
         peer=TRL,
         compared="The same prompts, responses of exactly 64 tokens (no end of text before), no KL, one "
-        "update per "
-        "batch, a reward that counts distinct characters. A step is generation, rewards, update and, for "
-        "ours, the "
-        "push of the weights to the engine.",
-        differs="TRL generates with transformers' generate in the trainer's process (its vLLM modes do not "
-        "run on "
-        "CPUs); ours with a vLLM engine in a separate process, the two alternating on the same cores.",
+        "update per batch, a reward that counts distinct characters. A step is generation, rewards, "
+        "update and, for ours, the push of the weights to the engine.",
+        differs="TRL generates with transformers' generate in the trainer's process (its vLLM modes do "
+        "not run on CPUs); ours with a vLLM engine in a separate process, the two alternating on the "
+        "same cores.",
     ),
     Case(
         name="grpo-async",
@@ -175,9 +173,8 @@ CASES = [
             OURS: partial(slow_reward, ahead=True),
         },
         peer=SYNC,
-        compared="4 prompts x 4 samples x 32 tokens; the reward function sleeps as long as a synchronous "
-        "step without "
-        "it has just taken.",
+        compared="4 prompts x 4 samples x 32 tokens; the reward function sleeps as long as a "
+        "synchronous step without it has just taken.",
         differs="rollout.max_staleness is 1, with truncated importance weights; the alternating run has "
         "neither.",
         ideal=2.0,
@@ -189,11 +186,9 @@ CASES = [
         higher_is_better=False,
         sides={OURS: ours_ppo, CONTROL: ppo_control},
         peer=CONTROL,
-        compared="Actor, critic, reference and reward function; GAE, KL in the reward, one update of each "
-        "per batch, "
-        "responses of exactly 64 tokens.",
-        differs="TRL has no PPO. The control is a loop of 150 lines as DeepSpeed-Chat's was: transformers' "
-        "generate, "
-        "left padding, whole logits, all in one process.",
+        compared="Actor, critic, reference and reward function; GAE, KL in the reward, one update of "
+        "each per batch, responses of exactly 64 tokens.",
+        differs="TRL has no PPO. The control is a loop of 150 lines as DeepSpeed-Chat's was: "
+        "transformers' generate, left padding, whole logits, all in one process.",
     ),
 ]

@@ -56,8 +56,7 @@ def trl(setting: Setting, name: str, *, job: str, precompute: bool = False) -> M
 
 SHARED = (
     "8 pairs per optimizer step, prompts counted with each response; AdamW, clipping at 1.0, no "
-    "checkpointing of "
-    "activations."
+    "checkpointing of activations."
 )
 DIFFERS = (
     "TRL pads the 16 sequences to the longest; ours packs them into micro-batches of at most 2,048 tokens."

@@ -70,8 +70,8 @@ def control(setting: Setting, name: str) -> Measured:
 
 
 SHARED = (
-    "Conversations of log-normal lengths, loss on all tokens, about 1,024 real tokens per optimizer step in "
-    "one pass, AdamW, clipping at 1.0, no checkpointing of activations."
+    "Conversations of log-normal lengths, loss on all tokens, about 1,024 real tokens per optimizer "
+    "step in one pass, AdamW, clipping at 1.0, no checkpointing of activations."
 )
 CASES = [
     Case(
@@ -86,14 +86,11 @@ CASES = [
         },
         peer=TRL,
         compared=SHARED,
-        differs="TRL packs the whole data set beforehand (best-fit decreasing, its default) into rows of "
-        "1,024 "
-        "tokens, one per step; it attends through a dense block-diagonal mask, as there is no "
-        "FlashAttention on a "
-        "CPU (what one sequence sees of another is in the JSON: packing_error). Ours packs each step's 16 "
-        "conversations, so its micro-batches are less full. TRL also computes entropy and token accuracy. "
-        "The "
-        "control's blocks are full and attend over the whole block.",
+        differs="TRL packs the whole data set beforehand (best-fit decreasing, its default) into rows "
+        "of 1,024 tokens, one per step; it attends through a dense block-diagonal mask, as there is no "
+        "FlashAttention on a CPU (what one sequence sees of another is in the JSON: packing_error). "
+        "Ours packs each step's 8 conversations into one pass. TRL also computes entropy and token "
+        "accuracy. The control's blocks are full and attend over the whole block.",
         trains_all_weights=True,
     ),
     Case(
