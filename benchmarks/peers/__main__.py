@@ -19,7 +19,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 NUM_CORES = 2
 DEADLINE_SECONDS = 900.0
 LIMIT_DEADLINE_SECONDS = 120.0
+# A run that fails, and one that ends without the files or the steps that it should have written.
+FAILURES = (CommandFailed, OSError, ValueError)
 
 
 def main() -> int:
@@ -49,6 +53,9 @@ def main() -> int:
     )
     parser.add_argument("--sides", nargs="+", help="of a case only these; the others keep what they had")
     parser.add_argument("--quick", action="store_true", help="--pairs 1 --steps 2")
+    parser.add_argument(
+        "--model", type=Path, help="another folder, to try the cases; shares of the limit are wrong then"
+    )
     parser.add_argument("--keep", type=Path, help="keep logs and run folders here")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -56,12 +63,13 @@ def main() -> int:
         parser.error(f"got {', '.join(unknown)}; wanted {', '.join(CASES)}")
     if options.quick:
         options.pairs, options.steps = 1, 2
-    ensure_model()
+    model = (options.model or ensure_model()).resolve()
     peer_python = ensure_peers()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
         setting = Setting(
             folder=options.keep or Path(scratch),
+            model=model,
             peer_python=peer_python,
             measured_steps=options.steps,
             threads=NUM_CORES,
@@ -70,18 +78,30 @@ def main() -> int:
         )
         setting.folder.mkdir(parents=True, exist_ok=True)
         for name in options.cases or CASES:
-            result = measure_case(CASES[name], setting, options.pairs, options.sides)
-            _save(options.out, name, result | {"machine": describe_machine(peer_python)})
+            save = partial(_save, options.out, name)
+            measure_case(CASES[name], setting, options.pairs, options.sides, save)
     print((options.out / "peers.md").read_text())
     return 0
 
 
-def measure_case(case: Case, setting: Setting, pairs: int, sides: list[str] | None) -> dict[str, Any]:
-    """Runs of each side and the machine's limit next to each pair; where a side fails, why."""
+def measure_case(
+    case: Case, setting: Setting, pairs: int, sides: list[str] | None, save: Callable[[dict[str, Any]], None]
+) -> None:
+    """Runs of each side and the machine's limit next to each pair; where a side fails, why. Saved after each
+    run, so that what is interrupted keeps what it has measured.
+    """
     chosen = {side: run for side, run in case.sides.items() if sides is None or side in sides}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen}
     failures: dict[str, str] = {}
     limits: list[dict[str, float]] = []
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "measured_steps": setting.measured_steps,
+        "machine": describe_machine(setting.peer_python),
+        "runs": runs,
+        "failures": failures,
+        "limits": limits,
+    }
     for pair in range(pairs):
         limits.append(_limit(setting))
         for side, run in chosen.items():
@@ -91,21 +111,14 @@ def measure_case(case: Case, setting: Setting, pairs: int, sides: list[str] | No
             started = time.monotonic()
             try:
                 measured = run(setting, label)
-            except CommandFailed as failure:
-                failures[side] = str(failure)
+            except FAILURES as failure:
+                failures[side] = f"{failure}"
                 print(f"{label}: failed: {failure}", flush=True)
-                continue
-            runs[side].append(asdict(measured))
-            seconds = time.monotonic() - started
-            print(f"{label}: {measured.value:.2f} {case.unit} ({seconds:.0f} s)", flush=True)
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "pairs": pairs,
-        "measured_steps": setting.measured_steps,
-        "runs": runs,
-        "failures": failures,
-        "limits": limits,
-    }
+            else:
+                runs[side].append(asdict(measured))
+                seconds = time.monotonic() - started
+                print(f"{label}: {measured.value:.2f} {case.unit} ({seconds:.0f} s)", flush=True)
+            save(result)
 
 
 def _limit(setting: Setting) -> dict[str, float]:
@@ -123,14 +136,14 @@ def _limit(setting: Setting) -> dict[str, float]:
 
 
 def _save(out: Path, name: str, result: dict[str, Any]) -> None:
-    """After each case, so that an interrupted run keeps what it has measured."""
     file = out / "peers.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     before = results.get(name, {"runs": {}, "failures": {}})
+    merged = dict(result)
     for part in ("runs", "failures"):  # of sides that were not asked for
         kept = {side: found for side, found in before[part].items() if side not in result["runs"]}
-        result[part] = kept | result[part]
-    results[name] = result
+        merged[part] = kept | result[part]
+    results[name] = merged
     ordered = {each: results[each] for each in CASES if each in results}
     file.write_text(json.dumps(ordered, indent=1) + "\n")
     (out / "peers.md").write_text(report.markdown(ordered))

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.peers.arithmetic import steady_rate
 from benchmarks.peers.measure import Ran, run_command
-from jobs.demo.model import MODEL_PATH, REPOSITORY
+from jobs.demo.model import REPOSITORY
 
 WARMUP_STEPS = 1  # on every side
 STEP_LINE = re.compile(r"\bstep (\d+)/\d+\b")
@@ -39,6 +39,7 @@ class Setting:
     """How the runs are made: alike for all cases."""
 
     folder: Path  # scratch
+    model: Path
     peer_python: Path
     measured_steps: int
     threads: int
@@ -137,7 +138,12 @@ def run_script(
     """A script of `theirs/` in the peers' environment; the same numbers from its answer."""
     answer = setting.folder / f"{name}.json"
     command = [str(setting.peer_python), "-m", f"benchmarks.peers.theirs.{module}"]
-    shared = {"model": MODEL_PATH, "answer": answer, "steps": setting.num_steps, "threads": setting.threads}
+    shared = {
+        "model": setting.model,
+        "answer": answer,
+        "steps": setting.num_steps,
+        "threads": setting.threads,
+    }
     for key, value in {**shared, **options}.items():
         command += [f"--{key}", str(value)]
     ran = setting.run(command, name)

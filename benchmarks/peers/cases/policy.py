@@ -21,7 +21,7 @@ from benchmarks.peers.cases.case import (
     run_job,
     run_script,
 )
-from jobs.demo.model import MODEL_PATH, REPOSITORY
+from jobs.demo.model import REPOSITORY
 
 REWARDS = REPOSITORY / "benchmarks" / "peers" / "theirs" / "rewards.py"
 PROMPT_WORDS = 24
@@ -40,7 +40,7 @@ def data(setting: Setting, latency: float = 0.0) -> Path:
 
 
 def model(setting: Setting) -> Path:
-    return workloads.endless_model(MODEL_PATH, setting.folder / "endless")
+    return workloads.endless_model(setting.model, setting.folder / "endless")
 
 
 def config(setting: Setting, **changes: dict[str, Any]) -> dict[str, Any]:

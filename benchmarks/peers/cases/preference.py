@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks.peers import workloads
 from benchmarks.peers.cases.case import OURS, TRL, Case, Measured, Setting, from_steps, run_job, run_script
-from jobs.demo.model import MODEL_PATH
 
 PAIRS_PER_STEP = 8  # TRL's default batch
 MEAN_WORDS = 40
@@ -25,7 +24,7 @@ def data(setting: Setting) -> Path:
 def ours(setting: Setting, name: str, *, job: str, precompute: bool = False) -> Measured:
     config: dict[str, Any] = {
         "job": job,
-        "model": {"path": str(MODEL_PATH)},
+        "model": {"path": str(setting.model)},
         "data": {"train": f"jsonl@{data(setting)}", "max_tokens": MAX_TOKENS},
         "train": {
             "num_steps": setting.num_steps,

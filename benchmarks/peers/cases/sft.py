@@ -17,7 +17,6 @@ from benchmarks.peers.cases.case import (
     run_job,
     run_script,
 )
-from jobs.demo.model import MODEL_PATH
 
 LENGTH = 1024  # tokens of a packed row
 SAMPLES_PER_STEP = 8  # TRL's default batch; of about 128 tokens
@@ -33,7 +32,7 @@ def data(setting: Setting) -> Path:
 
 
 def ours(setting: Setting, name: str, *, lora: bool = False) -> Measured:
-    model: dict[str, Any] = {"path": str(MODEL_PATH)}
+    model: dict[str, Any] = {"path": str(setting.model)}
     if lora:
         model["lora"] = {"rank": LORA_RANK, "alpha": 2 * LORA_RANK}
     config = {
