@@ -16,7 +16,7 @@ import psutil
 
 SAMPLE_SECONDS = 1.5
 TAIL_LINES = 12
-GRACE_SECONDS = 2.0  # for what the command still writes about its last step
+GRACE_SECONDS = 1.0  # for what the command still writes about its last step
 
 
 class Line(NamedTuple):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.peers import report, workloads
 from benchmarks.peers.arithmetic import share_of_limit, speedup, spread, steady_rate
+from benchmarks.peers.cases.case import from_steps
 from benchmarks.peers.cases.registry import CASES
+from benchmarks.peers.measure import CommandFailed, Line, Ran, run_command
 from benchmarks.peers.products import NUM_WEIGHTS, PRODUCTS
 
 
@@ -67,6 +72,66 @@ def test_rows_are_the_same_each_time_and_vary_in_length() -> None:
     assert pair["chosen"][:-1] == pair["rejected"][:-1]
     assert pair["chosen"][-1] != pair["rejected"][-1]
     assert {len(row["prompt"].split()) for row in workloads.prompts(9, words=7)} == {7}
+
+
+def test_a_jobs_metrics_become_a_rate_and_are_held_against_the_clock() -> None:
+    rows = [
+        {"time/step": 9.0, "data/tokens": 50.0, "time/update": 5.0, "loss/model": 3.0},
+        {"time/step": 2.0, "data/tokens": 100.0, "time/update": 1.0, "loss/model": 2.0},
+        {"time/step": 3.0, "data/tokens": 300.0, "time/update": 2.0, "loss/model": 1.0},
+    ]
+    # The first step began 30 - 9 s after the command; the two measured ones took 36 - 30 s by the clock.
+    lines = [Line(seconds, f"  0:30 step {i}/3  loss 1.0") for i, seconds in enumerate((30.0, 32.5, 36.0), 1)]
+    ran = Ran([Line(1.0, "started a local Ray"), *lines], 40.0, 0.0, 7)
+    found = from_steps(rows, ran, parts=["time/update"])
+    assert found.value == pytest.approx(400 / 5)
+    assert found.startup_seconds == pytest.approx(21.0)
+    assert found.parts == {"time/update": pytest.approx(1.5)}
+    assert found.notes == {"wall_over_metrics": pytest.approx(6 / 5)}
+    assert found.losses == [3.0, 2.0, 1.0]
+    assert from_steps(rows, ran, per_second=False).value == pytest.approx(2.5)
+
+
+def python(code: str, folder: Path, **more: Any) -> Ran:
+    return run_command(
+        [sys.executable, "-c", code],
+        env=dict(os.environ),
+        cwd=folder,
+        log=folder / "log",
+        cores=sorted(os.sched_getaffinity(0)),
+        deadline_seconds=60,
+        **more,
+    )
+
+
+def test_a_command_that_fails_says_what_it_printed(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match=r"status 3.*\n.*the reason"):
+        python("print('the reason'); raise SystemExit(3)", tmp_path)
+
+
+def test_a_command_is_stopped_after_the_line_that_was_waited_for(tmp_path: Path) -> None:
+    code = "import time\nprint('step 2/2', flush=True)\ntime.sleep(600)"
+    ran = python(code, tmp_path, ends_at=lambda line: "2/2" in line)
+    assert [line.text for line in ran.lines] == ["step 2/2"]
+
+
+def test_the_endless_model_has_another_end_of_text(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    added = [{"id": 2, "content": "<|im_end|>"}, {"id": 7, "content": workloads.UNUSED_TOKEN}]
+    (model / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    (model / "chat_template.jinja").write_text("")
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    for name in ("config.json", "generation_config.json"):
+        (model / name).write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 2}))
+    for _ in range(2):  # the second time over the first
+        copy = workloads.endless_model(model, tmp_path / "copy")
+    assert json.loads((copy / "config.json").read_text()) == {"eos_token_id": 7, "pad_token_id": 2}
+    assert json.loads((copy / "generation_config.json").read_text())["eos_token_id"] == 7
+    assert json.loads((copy / "tokenizer_config.json").read_text())["eos_token"] == workloads.UNUSED_TOKEN
+    assert (copy / "model.safetensors").read_bytes() == b"weights"
+    assert not (copy / "chat_template.jinja").exists()
 
 
 def run(value: float) -> dict[str, Any]:
