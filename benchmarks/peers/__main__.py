@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--sides", nargs="+", help="of a case only these; the others keep what they had")
     parser.add_argument("--quick", action="store_true", help="--pairs 1 --steps 2")
     parser.add_argument(
-        "--model", type=Path, help="another folder, to try the cases; shares of the limit are wrong then"
+        "--model", type=Path, help="another folder, to try the cases; without shares of the limit"
     )
     parser.add_argument("--keep", type=Path, help="keep logs and run folders here")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -97,6 +97,7 @@ def measure_case(
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "measured_steps": setting.measured_steps,
+        "model": setting.model.name,
         "machine": describe_machine(setting.peer_python),
         "runs": runs,
         "failures": failures,

@@ -21,11 +21,11 @@ BF16_SECONDS = 4.0  # where a core has no bf16 products, they would take minutes
 
 
 class Product(NamedTuple):
-    """A linear layer [out, into]; `count` of them in the model."""
+    """A linear layer [out, into]; `times` of them in the model."""
 
     into: int
     out: int
-    count: int
+    times: int
 
 
 # The head counts, though its weights are the embedding's: it is a product, and the embedding is none.
@@ -36,7 +36,7 @@ PRODUCTS = (
     Product(INTERMEDIATE, HIDDEN, LAYERS),  # down
     Product(HIDDEN, VOCABULARY, 1),  # head
 )
-NUM_WEIGHTS = sum(into * out * count for into, out, count in PRODUCTS)
+NUM_WEIGHTS = sum(into * out * times for into, out, times in PRODUCTS)
 
 
 def limit(dtype: torch.dtype, *, max_seconds: float | None = None) -> float:
@@ -47,7 +47,7 @@ def limit(dtype: torch.dtype, *, max_seconds: float | None = None) -> float:
     """
     began = time.perf_counter()
     flops = seconds = 0.0
-    for into, out, count in PRODUCTS:
+    for into, out, times in PRODUCTS:
         if max_seconds is not None and time.perf_counter() - began > max_seconds:
             break
         x, w, dy = (
@@ -56,12 +56,11 @@ def limit(dtype: torch.dtype, *, max_seconds: float | None = None) -> float:
         best = float("inf")
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            x @ w.T
-            dy @ w
-            dy.T @ x
+            for left, right in ((x, w.T), (dy, w), (dy.T, x)):
+                torch.matmul(left, right)
             best = min(best, time.perf_counter() - start)
-        flops += 6 * NUM_TOKENS * into * out * count
-        seconds += best * count
+        flops += 6 * NUM_TOKENS * into * out * times
+        seconds += best * times
     return flops / seconds
 
 

@@ -11,6 +11,7 @@ from benchmarks.peers.arithmetic import Spread, share_of_limit, speedup, spread
 from benchmarks.peers.cases.case import OURS, WARMUP_STEPS, Case
 from benchmarks.peers.cases.registry import CASES
 from benchmarks.peers.products import NUM_WEIGHTS
+from jobs.demo.model import MODEL_NAME
 
 Results = Mapping[str, Mapping[str, Any]]  # by case, as peers.json has them
 
@@ -31,7 +32,7 @@ def ratio(case: Case, result: Mapping[str, Any], side: str) -> Spread | None:
 def share(case: Case, result: Mapping[str, Any], side: str) -> float | None:
     """Of the limit of matrix products, which was measured next to each pair."""
     found = values(result, side)
-    if not case.trains_all_weights or not found:
+    if not case.trains_all_weights or not found or result["model"] != MODEL_NAME:
         return None
     limit = statistics.median(each["fp32"] for each in result["limits"])
     return share_of_limit(NUM_WEIGHTS, statistics.median(found), limit)
@@ -105,8 +106,9 @@ def case_rows(case: Case, result: Mapping[str, Any]) -> list[str]:
         name = f"{case.name}, {result['date']}" if position == 0 else ""
         runs = result["runs"].get(side, [])
         if not runs:
-            why = result["failures"].get(side, "not run").splitlines()[0]
-            rows.append(f"| {name} | {side} | did not run: {why} | 0 | | | | |")
+            why = result["failures"].get(side)
+            text = "not measured" if why is None else f"failed: {why.splitlines()[0]}"
+            rows.append(f"| {name} | {side} | {text} | 0 | | | | |")
             continue
         found = spread(values(result, side))
         against = None if side == OURS else ratio(case, result, side)

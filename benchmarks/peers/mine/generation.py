@@ -86,8 +86,8 @@ def bare(config: PolicyRunConfig, steps: int, threads: int) -> dict[str, Any]:
                 )
         count = 0
         while engine.has_unfinished_requests():
-            finished = [output for output in engine.step() if output.finished]
-            count += sum(len(output.outputs[0].token_ids) for output in finished)
+            outputs: list[Any] = [output for output in engine.step() if output.finished]
+            count += sum(len(output.outputs[0].token_ids) for output in outputs)
         seconds.append(time.perf_counter() - start)
         tokens.append(count)
     return {"began_at": began_at, "seconds": seconds, "tokens": tokens}

@@ -26,11 +26,13 @@ def main() -> None:
     times = StepTimes()
     times.start()
     for _ in range(options.steps):
+        total = 0.0
         for block in islice(blocks, options.accumulate):
             loss = model(input_ids=block, labels=block, use_cache=False).loss / options.accumulate
             loss.backward()
+            total += float(loss.detach())
             times.current += block.numel()
-        times.losses.append(float(loss.detach()) * options.accumulate)
+        times.losses.append(total)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 
 
-def variety(completions=None, responses=None, **_columns):
+def variety(completions=(), responses=(), **_columns):
     """Distinct characters of each response, as a share of 64: differs within groups, so advantages are not
     0."""
-    texts = completions if responses is None else responses
-    return [len(set(text)) / 64 for text in texts]
+    return [len(set(text)) / 64 for text in responses or completions]
 
 
 async def slow_variety(responses, latency, **_columns):
