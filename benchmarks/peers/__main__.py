@@ -1,6 +1,6 @@
 """rayrlhf measured next to its peers, on the CPUs of one machine: `make bench`, or one case of it.
 
-    make bench                                           every case, some 80 minutes on two cores
+    make bench                                           every case, about 90 minutes on two idle cores
     make bench BENCH_ARGS="--quick"                      one short pair each
     make bench BENCH_ARGS="sft-packed dpo --pairs 3"     these
 
@@ -49,10 +49,10 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all without any")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side (3)")
     parser.add_argument(
-        "--steps", type=int, default=4, help="measured steps of a run, after one of warm-up (4)"
+        "--steps", type=int, default=2, help="measured steps of a run, after one of warm-up (2)"
     )
     parser.add_argument("--sides", nargs="+", help="of a case only these; the others keep what they had")
-    parser.add_argument("--quick", action="store_true", help="--pairs 1 --steps 2")
+    parser.add_argument("--quick", action="store_true", help="--pairs 1 --steps 1")
     parser.add_argument(
         "--model", type=Path, help="another folder, to try the cases; without shares of the limit"
     )
@@ -62,7 +62,7 @@ def main() -> int:
     if unknown := [name for name in options.cases if name not in CASES]:
         parser.error(f"got {', '.join(unknown)}; wanted {', '.join(CASES)}")
     if options.quick:
-        options.pairs, options.steps = 1, 2
+        options.pairs, options.steps = 1, 1
     model = (options.model or ensure_model()).resolve()
     peer_python = ensure_peers()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from jobs.demo.model import REPOSITORY
 REWARDS = REPOSITORY / "benchmarks" / "peers" / "theirs" / "rewards.py"
 PROMPT_WORDS = 24
 NUM_PROMPTS, GROUP_SIZE, RESPONSE_TOKENS = 8, 4, 64
-PPO_PROMPTS = 16
+PPO_PROMPTS = 8
 ASYNC_PROMPTS, ASYNC_RESPONSE_TOKENS = 4, 32
 MICRO_BATCH_TOKENS = 1024
 FIRST_ROLLOUT = re.compile(r"\brollout is up\b|\d:\d\d rollout\s*$")  # the engine is up; a worker asks it
@@ -181,7 +181,7 @@ CASES = [
     ),
     Case(
         name="ppo",
-        title="PPO with a critic, 16 prompts x 64 tokens",
+        title="PPO with a critic, 8 prompts x 64 tokens",
         unit="s per step",
         higher_is_better=False,
         sides={OURS: ours_ppo, CONTROL: ppo_control},
