@@ -6,6 +6,7 @@
 #   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
 #   make test-long the integration tests that `make test` leaves out for time, a few hours
 #   make gpu-check the CUDA paths on one GPU, and what they reach; without one it says so
+#   make bench    rayrlhf measured next to TRL and other peers on CPUs, about 90 minutes; BENCH_ARGS="--quick" one short pair
 #   make check    lint, formatting, types, import layers
 #   make rendered the examples of cluster/, from the jobs' own files, and docs/migration.md
 #   make lock     requirements/*.lock from the ranges in pyproject.toml; LOCK_ARGS=--upgrade for newer versions
@@ -23,9 +24,11 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # Arguments for the resolver: make lock LOCK_ARGS="gpu --upgrade-package ray"
 LOCK_ARGS ?=
+# Cases and options of the benchmarks: make bench BENCH_ARGS="sft-packed --pairs 3"
+BENCH_ARGS ?=
 export PYTHON LOCK INSTALLER
 
-.PHONY: help install model demo pipeline test test-long gpu-check check rendered format lock clean
+.PHONY: help install model demo pipeline test test-long gpu-check bench check rendered format lock clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -60,6 +63,9 @@ check: install
 
 gpu-check:
 	@$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3) -m benchmarks.gpu_check
+
+bench: model
+	@$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
 
 rendered: install
 	@cluster/render.sh
