@@ -68,7 +68,9 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor | SharedPrefixes)
+            name: value.to(device)
+            for name, value in values.items()
+            if isinstance(value, Tensor | SharedPrefixes)
         }
         return replace(self, **moved)
 

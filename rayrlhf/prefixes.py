@@ -63,9 +63,7 @@ class SharedPrefixes:
         return replace(self, **moved)
 
     @staticmethod
-    def of(
-        cu_seqlens: Tensor, *inputs: Tensor, min_tokens: int = MIN_SHARED_TOKENS
-    ) -> SharedPrefixes | None:
+    def of(cu_seqlens: Tensor, *inputs: Tensor, min_tokens: int = MIN_SHARED_TOKENS) -> SharedPrefixes | None:
         """The prefixes that consecutive sequences share, on the CPU; None if there are none.
 
         `inputs` [T, …] are what a decoder computes a token from, such as its id and position: tokens are the

@@ -134,9 +134,7 @@ class PackedModel(TrainedModule):
 
     vision: VisionInputs | None = None  # of a vision-language model
 
-    def share_of(
-        self, cu_seqlens: Tensor, num_tokens: int, prefixes: SharedPrefixes | None = None
-    ) -> Share:
+    def share_of(self, cu_seqlens: Tensor, num_tokens: int, prefixes: SharedPrefixes | None = None) -> Share:
         """The tokens of a stream that this rank holds."""
         return Share.of(cu_seqlens, num_tokens, self.sequence_group, prefixes)
 

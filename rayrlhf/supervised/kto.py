@@ -48,7 +48,10 @@ class KtoTask(LanguageModelTask):
 
     def _packed(self, examples: Sequence[Example], which: int) -> list[ExampleBatch]:
         chosen = [replace(example, sequences=(example.sequences[which],)) for example in examples]
-        return pack_evenly(chosen, self.ranks, self.config.train.max_tokens_per_micro_batch)
+        train = self.config.train
+        return pack_evenly(
+            chosen, self.ranks, train.max_tokens_per_micro_batch, share_prefixes=train.share_prefixes
+        )
 
     def _reference_point(self, mismatched: Sequence[ExampleBatch]) -> Tensor:
         """max(0, mean log-ratio) of the mismatched responses of all ranks: an estimate of KL(π || π_ref)."""

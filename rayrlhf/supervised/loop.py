@@ -28,7 +28,7 @@ def supervised_loop(run: SupervisedRun) -> RunResult:
             batches = task.prepare(micro_batches, "train")  # pack, add outputs of reference or teacher
             objective = Objective(task, total_weight(task, batches, ranks))  # over the examples of all ranks
             metrics = task.learner.update(objective.term(batches), step=step)
-            packing = run.packing_metrics(micro_batches)
+            packing = run.packing_metrics(micro_batches, batches)
         run.end_step(metrics, packing)
         if run.patience_exhausted():
             break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import ray.train
 
 from rayrlhf.algorithms.metrics import Metrics
+from rayrlhf.batch import ExampleBatch
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.data.stream import iter_examples
 from rayrlhf.runtime.progress import Progress, start_worker
@@ -86,8 +87,12 @@ class SupervisedRun:
             assert number == step
             yield step, micro_batches
 
-    def packing_metrics(self, micro_batches: MicroBatches) -> dict[str, float]:
-        """Metrics of packing: tokens, padding and imbalance."""
+    def packing_metrics(
+        self, micro_batches: MicroBatches, batches: Sequence[ExampleBatch]
+    ) -> dict[str, float]:
+        """Metrics of packing: tokens, padding and imbalance of the step's examples, and the share of the
+        tokens of `batches`, which are trained on, that are not computed.
+        """
         tokens = sum(example.num_tokens for examples in micro_batches for example in examples)
         full = sum(bool(examples) for examples in micro_batches)
         totals = self.ranks.sum_numbers(
@@ -96,6 +101,8 @@ class SupervisedRun:
                 "samples": float(sum(map(len, micro_batches))),
                 "full": float(full),
                 "padding": float(len(micro_batches) - full),
+                "trained": float(sum(batch.num_tokens for batch in batches if not batch.is_padding)),
+                "rows": float(sum(batch.num_rows for batch in batches if not batch.is_padding)),
             }
         )
         budget = self.config.train.max_tokens_per_micro_batch
@@ -105,6 +112,7 @@ class SupervisedRun:
             "data/samples": totals["samples"],
             "data/micro_batches": float(len(micro_batches)),
             "data/fill": totals["tokens"] / max(1.0, totals["full"] * budget),
+            "data/prefix_share": 1.0 - totals["rows"] / max(1.0, totals["trained"]),
             "data/padding_fraction": totals["padding"] / (totals["full"] + totals["padding"]),
             "data/imbalance": self.ranks.max(tokens) / max(1.0, mean) - 1.0,
         }

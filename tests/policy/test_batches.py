@@ -19,6 +19,7 @@ from rayrlhf.observe.metric_keys import METRICS
 from rayrlhf.policy.batches import (
     MiniBatch,
     Packing,
+    SampleSize,
     add_advantages,
     balance_and_pack,
     with_group_advantages,
@@ -169,7 +170,7 @@ class OneOf(Ranks):
 
     def gather(self, items: list[Any]) -> list[Any]:
         everyone = [
-            [((s.group_id, s.sample_index), s.num_tokens) for s in samples] for samples in self.by_rank
+            [((s.group_id, s.sample_index), SampleSize.of(s)) for s in samples] for samples in self.by_rank
         ]
         assert items == [everyone[self.rank]]
         return everyone
