@@ -8,9 +8,10 @@ conditions that are easy to miss, and otherwise silently lets sequences attend t
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,13 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 
 if TYPE_CHECKING:
     from rayrlhf.models.parallel import Share
+    from rayrlhf.prefixes import SharedPrefixes
 
 VARLEN_SDPA = "varlen_sdpa"
+MOST_KEYS_PER_ROW = 2  # kept for the backward pass; a key and value take a few percent of a row's activations
 
 
 def varlen_sdpa(
@@ -66,8 +70,11 @@ def varlen_sdpa(
         outputs = [_attend(q, k, v, reach, options) for q, k, v in parts]
     else:
         share.num_attended += 1
-        attend = _of_share if share.prefixes is None else _of_prefixes
-        outputs = attend(query, key, value, share, reach, options)
+        if share.prefixes is None:
+            outputs = _of_share(query, key, value, share, reach, options)
+        else:
+            attend = partial(_of_prefixes, prefixes=share.prefixes, reach=reach, options=options)
+            outputs = _keeping_few_keys(share.prefixes, attend, query, key, value)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
@@ -84,19 +91,33 @@ def _of_share(
 
 
 def _of_prefixes(
-    query: Tensor, key: Tensor, value: Tensor, share: Share, reach: Reach, options: dict[str, Any]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    prefixes: SharedPrefixes,
+    reach: Reach,
+    options: dict[str, Any],
 ) -> list[Tensor]:
     """Each segment attends to the prefix that it continues and to itself."""
-    assert share.prefixes is not None
-    lengths = list(share.prefixes.lengths)
+    lengths = list(prefixes.lengths)
     queries, keys, values = (each.split(lengths, 2) for each in (query, key, value))
     outputs = []
-    for index, prefix in enumerate(share.prefixes.prefix_of):
+    for index, prefix in enumerate(prefixes.prefix_of):
         k, v = keys[index], values[index]
         if prefix >= 0:
             k, v = torch.cat([keys[prefix], k], 2), torch.cat([values[prefix], v], 2)
         outputs.append(_attend(queries[index], k, v, reach, options))
     return outputs
+
+
+def _keeping_few_keys(prefixes: SharedPrefixes, attend: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`attend(*inputs)`, which copies each prefix's keys and values for every sequence. For the backward pass
+    the copies are kept only if they are few: micro-batches are sized by their rows.
+    """
+    if len(prefixes.key_rows) <= MOST_KEYS_PER_ROW * prefixes.num_rows or not torch.is_grad_enabled():
+        return attend(*inputs)
+    return checkpoint(attend, *inputs, use_reentrant=False)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, reach: Reach, options: dict[str, Any]) -> Tensor:
@@ -204,7 +225,13 @@ def flash_with_prefixes(
     share: Share | None = kwargs.get("sequence_share")
     if share is not None and share.prefixes is not None:
         share.num_attended += 1
-        key, value = (each[:, :, share.prefixes.key_rows] for each in (key, value))
+        key_rows = share.prefixes.key_rows
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+            keys, values = key[:, :, key_rows], value[:, :, key_rows]
+            return flash_attention_forward(module, query, keys, values, attention_mask, **kwargs)
+
+        return _keeping_few_keys(share.prefixes, attend, query, key, value)
     return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -142,7 +142,7 @@ def _shared_tokens(group: Sequence[Sample]) -> int:
             continue
         if ours is None or others is None:
             return 0
-        differ = (ours[:shared] != others[:shared]).reshape(shared, -1).any(1).nonzero()[0]
+        differ = (ours[:shared] != others[:shared]).any((1, 2)).nonzero()[0]
         shared = int(differ[0]) if len(differ) else shared
     return shared if shared >= MIN_SHARED_TOKENS else 0
 

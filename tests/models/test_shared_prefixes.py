@@ -122,6 +122,19 @@ def test_policies_that_recompute_activations(family: str) -> None:
     check_equal(policy.train(), *inputs, 0.7)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_keys_that_are_gathered_again_in_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch, recomputed: bool
+) -> None:
+    monkeypatch.setattr(attention, "MOST_KEYS_PER_ROW", 1)
+    inputs, prefixes = stream()
+    assert len(prefixes.key_rows) > prefixes.num_rows
+    policy = policy_of("gemma2")
+    if recomputed:
+        checkpoint_activations(policy.causal_lm)
+    check_equal(policy.train(), *inputs, 0.7)
+
+
 def test_adapters() -> None:
     inputs, _ = stream()
     policy = policy_of("qwen3")
