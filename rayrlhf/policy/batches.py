@@ -37,6 +37,8 @@ from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.learner import Term
 
+EVEN_ENOUGH = 1.01  # load of a rank, relative to the mean, up to which its groups stay whole
+MOST_BALANCINGS = 16
 MiniBatch = list[PolicyBatch]  # micro-batches of one optimizer step on this rank; equally many on every rank
 Key = tuple[int, int]  # (group id, sample index): identifies a sample in the step, on all ranks
 
@@ -185,7 +187,8 @@ def _balance(
     destination: dict[Key, tuple[int, int]] = {}  # rank, mini-batch
     rows_of_rank = [0] * ranks.world_size
     for number, chosen in enumerate(split_even(shuffled, num_parts)):
-        for rank, parts in enumerate(_over_ranks(_by_group(chosen), ranks.world_size, rows)):
+        together = _by_group(chosen) if packing.share_prefixes else [[key] for key in chosen]
+        for rank, parts in enumerate(_over_ranks(together, ranks.world_size, rows)):
             destination |= {key: (rank, number) for part in parts for key in part}
             rows_of_rank[rank] += sum(map(rows, parts))
     outgoing: list[list[Sample]] = [[] for _ in range(ranks.world_size)]
@@ -213,20 +216,36 @@ def _by_group(keys: Iterable[Key]) -> list[list[Key]]:
 def _over_ranks(
     groups: Sequence[list[Key]], num_ranks: int, rows: Callable[[Sequence[Key]], int]
 ) -> list[list[list[Key]]]:
-    """Each rank's parts of the groups: groups are halved as often as makes the busiest rank's rows the
-    fewest. A prefix that is shared is computed for each part again.
+    """Each rank's parts of the groups.
+
+    Whole groups are balanced over the ranks; then each rank with more rows than the mean halves its largest
+    part, all are balanced again, and so on. Every part computes the prefix of its group again, so of all
+    these divisions that one is taken whose busiest rank has the fewest rows.
     """
     parts = list(groups)
     best: list[list[list[Key]]] = []
     fewest = math.inf
-    while True:
-        shares = balanced_partition([rows(part) for part in parts], num_ranks)
-        most = max(sum(rows(parts[i]) for i in share) for share in shares)
-        if most < fewest:
-            fewest, best = most, [[parts[i] for i in share] for share in shares]
-        if num_ranks == 1 or max(map(len, parts), default=0) <= 1:
-            return best
-        parts = [half for part in parts for half in split_even(part, min(2, len(part)))]
+    for _ in range(MOST_BALANCINGS):
+        sizes = [rows(part) for part in parts]
+        shares = balanced_partition(sizes, num_ranks)
+        loads = [sum(sizes[i] for i in share) for share in shares]
+        if max(loads) < fewest:
+            fewest, best = max(loads), [[parts[i] for i in share] for share in shares]
+        limit = EVEN_ENOUGH * sum(loads) / num_ranks
+        largest = {
+            max(share, key=lambda i: (len(parts[i]) > 1, sizes[i]))
+            for share, load in zip(shares, loads, strict=True)
+            if load > limit
+        }
+        if all(len(parts[i]) == 1 for i in largest):
+            break
+        parts = [
+            half
+            for i, part in enumerate(parts)
+            for half in split_even(part, 2 if i in largest else 1)
+            if half
+        ]
+    return best
 
 
 def _key(sample: Sample) -> Key:
