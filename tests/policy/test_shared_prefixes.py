@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rayrlhf.algorithms.registry import ESTIMATORS
 from rayrlhf.config.algorithm import AlgorithmConfig
@@ -77,24 +77,33 @@ class Result(NamedTuple):
     prefix_share: float
 
 
-def policy_of(seed: int) -> PolicyModel:
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+
+
+def policy_of(seed: int, *, experts: bool = False) -> PolicyModel:
     torch.manual_seed(seed)
-    return PolicyModel(LlamaForCausalLM(LlamaConfig(**SIZES)), chunk_tokens=16)
+    causal_lm: Any = (
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS))
+        if experts
+        else LlamaForCausalLM(LlamaConfig(**SIZES))
+    )
+    return PolicyModel(causal_lm, chunk_tokens=16)
 
 
-def learner_of(module: Any, name: str) -> PlainLearner:
+def learner_of(module: Any, name: str, *, aux_loss_coef: float = 0.0) -> PlainLearner:
     """Steps of plain SGD, in which nothing magnifies rounding."""
-    learner = PlainLearner(module, TRAIN, lr=0.1, name=name)
+    learner = PlainLearner(module, TRAIN, lr=0.1, name=name, aux_loss_coef=aux_loss_coef)
     learner.engine.optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     return learner
 
 
-def updated(advantage: str, share_prefixes: bool) -> Result:
+def updated(advantage: str, share_prefixes: bool, *, experts: bool = False) -> Result:
     algorithm = AlgorithmConfig(
         advantage=advantage, kl_coef=0.05, kl_in="loss", kl_estimator="k3", entropy_coef=0.01, mini_batches=2
     )
     ranks = Ranks()
-    actor = Actor(learner_of(policy_of(1), "actor"), temperature=0.8)
+    learner = learner_of(policy_of(1, experts=experts), "actor", aux_loss_coef=0.1 * experts)
+    actor = Actor(learner, temperature=0.8)
     critic = None
     if algorithm.estimator.needs_critic:
         torch.manual_seed(2)
@@ -124,7 +133,16 @@ def updated(advantage: str, share_prefixes: bool) -> Result:
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
 def test_an_update_is_the_same(advantage: str) -> None:
-    without, with_ = updated(advantage, False), updated(advantage, True)
+    check_equal(updated(advantage, False), updated(advantage, True))
+
+
+def test_every_token_of_a_prefix_counts_in_the_balance_loss() -> None:
+    without, with_ = (updated("grpo", share, experts=True) for share in (False, True))
+    assert any("balance" in key for key in without.metrics)
+    check_equal(without, with_)
+
+
+def check_equal(without: Result, with_: Result) -> None:
     assert without.prefix_share == 0.0 and with_.prefix_share > 0.3
     assert with_.metrics == pytest.approx(without.metrics, rel=1e-5, abs=1e-5)
     for name, wanted in without.weights.items():
