@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from rayrlhf.prefixes import SharedPrefixes
 from rayrlhf.samples import EncodedImage, Example, Sample, TokenSequence
 
 
@@ -43,10 +44,18 @@ class PackedBatch:
     is_padding: bool = field(default=False, kw_only=True)  # a batch without real sequences, see below
     # [S] the images of each sequence, in the order of their tokens; empty if no sequence has any
     images: tuple[tuple[EncodedImage, ...], ...] = field(default=(), kw_only=True)
+    # Which tokens models compute once for several sequences; None: each sequence is computed in full. All
+    # other fields have an entry for every token of every sequence.
+    prefixes: SharedPrefixes | None = field(default=None, kw_only=True)
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.numel()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a decoder computes: tokens, those of shared prefixes once."""
+        return self.num_tokens if self.prefixes is None else self.prefixes.num_rows
 
     @property
     def num_sequences(self) -> int:
@@ -57,8 +66,12 @@ class PackedBatch:
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
 
     def to(self, device: torch.device | str) -> Self:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in values.items()
+            if isinstance(value, Tensor | SharedPrefixes)
+        }
         return replace(self, **moved)
 
 
@@ -106,8 +119,11 @@ class ExampleBatch(PackedBatch):
     ref_sums: Tensor | None = None  # [S] the reference's log-probability of each sequence's loss tokens
 
 
-def pack_samples(samples: Sequence[Sample]) -> PolicyBatch:
-    """Concatenate scored samples. Raises `ValueError` for an empty list or an unscored sample."""
+def pack_samples(samples: Sequence[Sample], *, share_prefixes: bool = False) -> PolicyBatch:
+    """Concatenate scored samples, consecutive ones with a common prefix for models that compute it once.
+
+    Raises `ValueError` for an empty list or an unscored sample.
+    """
     if not samples:
         raise ValueError("pack_samples needs at least one sample")
     unscored = [s.group_id for s in samples if s.score is None]
@@ -130,7 +146,7 @@ def pack_samples(samples: Sequence[Sample]) -> PolicyBatch:
         rollout_logprobs += [*[0.0] * len(prompt_ids), *sample.rollout_logprobs]
         lengths.append(sample.num_tokens)
     mask = torch.tensor(loss_mask)
-    return PolicyBatch(
+    batch = PolicyBatch(
         input_ids=torch.tensor(input_ids),
         position_ids=position_ids_of(lengths),
         cu_seqlens=cu_seqlens_of(lengths),
@@ -143,6 +159,20 @@ def pack_samples(samples: Sequence[Sample]) -> PolicyBatch:
         routed_experts=_routes(samples),
         images=_unless_none([sample.prompt.images for sample in samples]),
     )
+    # A router that replays other experts computes another hidden state.
+    routes = () if batch.routed_experts is None else (batch.routed_experts,)
+    return _sharing(batch, *routes) if share_prefixes else batch
+
+
+B = TypeVar("B", bound=PackedBatch)
+
+
+def _sharing(batch: B, *inputs: Tensor) -> B:
+    """The batch with the prefixes that its sequences share; `inputs` [T, …] in addition to the tokens."""
+    if batch.images:
+        raise ValueError("sequences with images share no prefixes: set train.share_prefixes to false")
+    prefixes = SharedPrefixes.of(batch.cu_seqlens, batch.input_ids, batch.position_ids, *inputs)
+    return replace(batch, prefixes=prefixes)
 
 
 def _routes(samples: Sequence[Sample]) -> Tensor | None:
@@ -169,8 +199,9 @@ def _or_nan(number: float | None) -> float:
     return math.nan if number is None else number
 
 
-def pack_examples(examples: Sequence[Example]) -> ExampleBatch:
-    """Concatenate the sequences of examples, those of one example next to each other in their order.
+def pack_examples(examples: Sequence[Example], *, share_prefixes: bool = False) -> ExampleBatch:
+    """Concatenate the sequences of examples, those of one example next to each other in their order, and
+    consecutive ones with a common prefix for models that compute it once.
 
     Raises:
         ValueError: for an empty list, and for a mask or targets of another length than the tokens.
@@ -187,7 +218,7 @@ def pack_examples(examples: Sequence[Example]) -> ExampleBatch:
             )
     lengths = [len(sequence.input_ids) for _, sequence in sequences]
     targets = [t for _, seq in sequences for t in (seq.targets or [0.0] * len(seq.input_ids))]
-    return ExampleBatch(
+    batch = ExampleBatch(
         input_ids=torch.tensor([token for _, sequence in sequences for token in sequence.input_ids]),
         position_ids=position_ids_of(lengths),
         cu_seqlens=cu_seqlens_of(lengths),
@@ -197,6 +228,7 @@ def pack_examples(examples: Sequence[Example]) -> ExampleBatch:
         example_values=torch.tensor([example.value for example, _ in sequences], dtype=torch.float32),
         images=_unless_none([example.images for example, _ in sequences]),
     )
+    return _sharing(batch) if share_prefixes else batch
 
 
 def pack_values(batch: PackedBatch, values: Tensor, returns: Tensor) -> ValueBatch:
@@ -207,7 +239,7 @@ def pack_values(batch: PackedBatch, values: Tensor, returns: Tensor) -> ValueBat
 def tokens_of(batch: PackedBatch) -> PackedBatch:
     """Only the fields that a model reads."""
     tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
-    return PackedBatch(*tokens, images=batch.images, is_padding=batch.is_padding)
+    return PackedBatch(*tokens, images=batch.images, is_padding=batch.is_padding, prefixes=batch.prefixes)
 
 
 # Padding batches, of two tokens without loss, let a rank run as many micro-batches as the others. They have

@@ -7,11 +7,11 @@ from types import ModuleType
 
 import pytest
 
-from rayrlhf import batch, samples
+from rayrlhf import batch, prefixes, samples
 from rayrlhf.algorithms import metrics
 
 
-@pytest.mark.parametrize("module", [samples, batch, metrics], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [samples, batch, prefixes, metrics], ids=lambda module: module.__name__)
 def test_they_are_true(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0

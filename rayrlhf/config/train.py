@@ -181,6 +181,8 @@ class OptimizerConfig(Section):
     """AdamW's weight decay."""
     max_grad_norm: NonNegativeNumber = 1.0
     """Gradient norm is clipped to this; 0 switches it off."""
+    share_prefixes: bool = True
+    """Compute tokens that sequences of a micro-batch begin with once: a group's prompt, a pair's."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     logprob_chunk_tokens: Count = 256

@@ -47,6 +47,33 @@ def micro_batches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]
     return sorted(sorted(batch) for batch in batches)
 
 
+def rows_of_group(lengths: Sequence[int], shared: int) -> int:
+    """Rows computed for sequences of `lengths` tokens that share their first `shared` ones."""
+    return sum(lengths) - shared * (len(lengths) - 1)
+
+
+def micro_batches_of_groups(
+    lengths: Sequence[int], groups: Sequence[Sequence[int]], shared: Sequence[int], budget_tokens: int
+) -> list[list[int]]:
+    """`micro_batches` that compute at most `budget_tokens` rows and keep groups together, whose sequences
+    share a prefix.
+
+    `groups` [G] have indices into `lengths` [S], each once, and `shared` [G] the tokens of each group's
+    prefix, 0 if it has none. A group of more rows than the budget is split into parts that have fewer, each
+    with the prefix. The sequences of a group are next to each other, in the group's order.
+    """
+    parts: list[list[int]] = []
+    rows: list[int] = []
+    for group, prefix in zip(groups, shared, strict=True):
+        split = [list(group)]
+        if rows_of_group([lengths[i] for i in group], prefix) > budget_tokens:
+            rest = micro_batches([lengths[i] - prefix for i in group], budget_tokens - prefix)
+            split = [[group[i] for i in part] for part in rest]
+        parts += split
+        rows += [rows_of_group([lengths[i] for i in part], prefix) for part in split]
+    return [[i for part in batch for i in parts[part]] for batch in micro_batches(rows, budget_tokens)]
+
+
 def split_even(items: Sequence[T], parts: int) -> list[list[T]]:
     """Cuts `items` into `parts` contiguous lists whose sizes differ by at most one, the longer ones first.
 

@@ -339,6 +339,7 @@ VERL = _words(
     (ACTOR + "kl_loss_coef", "algorithm.kl_coef", "with algorithm.kl_in=loss"),
     (ACTOR + "kl_loss_type", "algorithm.kl_estimator", "kl is k1, mse k2, low_var_kl k3"),
     (ACTOR + "ppo_epochs", "algorithm.updates_per_batch"),
+    (ACTOR + "use_prefix_grouper", "train.share_prefixes", "on by default"),
     (ACTOR + "ulysses_sequence_parallel_size", "model.sequence_parallel"),
     (ACTOR + "optim.lr", "train.lr"),
     (ACTOR + "optim.lr_warmup_steps", "train.warmup_steps", "0 in place of -1"),

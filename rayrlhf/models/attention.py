@@ -8,9 +8,10 @@ conditions that are easy to miss, and otherwise silently lets sequences attend t
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,12 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
 
 if TYPE_CHECKING:
     from rayrlhf.models.parallel import Share
+    from rayrlhf.prefixes import SharedPrefixes
 
 VARLEN_SDPA = "varlen_sdpa"
+MOST_KEYS_PER_ROW = 2  # kept for the backward pass; a key and value take a few percent of a row's activations
 
 
 def varlen_sdpa(
@@ -40,7 +45,8 @@ def varlen_sdpa(
 ) -> tuple[Tensor, None]:
     """Causal SDPA per sequence, without a [T, T] mask; returns [1, T, heads, head_dim].
 
-    With a `sequence_share` (rayrlhf.models.parallel), for this rank's tokens only.
+    With a `sequence_share` (rayrlhf.models.parallel), for this rank's tokens only, or for the rows of shared
+    prefixes and of what follows them.
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
@@ -63,7 +69,12 @@ def varlen_sdpa(
         parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
         outputs = [_attend(q, k, v, reach, options) for q, k, v in parts]
     else:
-        outputs = _of_share(query, key, value, share, reach, options)
+        share.num_attended += 1
+        if share.prefixes is None:
+            outputs = _of_share(query, key, value, share, reach, options)
+        else:
+            attend = partial(_of_prefixes, prefixes=share.prefixes, reach=reach, options=options)
+            outputs = _keeping_few_keys(share.prefixes, attend, query, key, value)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
@@ -71,13 +82,42 @@ def _of_share(
     query: Tensor, key: Tensor, value: Tensor, share: Share, reach: Reach, options: dict[str, Any]
 ) -> list[Tensor]:
     """Each run of held tokens attends to its sequence, from the sequence's start to itself."""
-    share.num_attended += 1
     keys, values = share.gathered(key, value)
     outputs = []
     for q, piece in zip(query.split([p.stop - p.first for p in share.pieces], 2), share.pieces, strict=True):
         k, v = keys[:, :, piece.start : piece.stop], values[:, :, piece.start : piece.stop]
         outputs.append(_attend(q, k, v, reach, options))
     return outputs
+
+
+def _of_prefixes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    prefixes: SharedPrefixes,
+    reach: Reach,
+    options: dict[str, Any],
+) -> list[Tensor]:
+    """Each segment attends to the prefix that it continues and to itself."""
+    lengths = list(prefixes.lengths)
+    queries, keys, values = (each.split(lengths, 2) for each in (query, key, value))
+    outputs = []
+    for index, prefix in enumerate(prefixes.prefix_of):
+        k, v = keys[index], values[index]
+        if prefix >= 0:
+            k, v = torch.cat([keys[prefix], k], 2), torch.cat([values[prefix], v], 2)
+        outputs.append(_attend(queries[index], k, v, reach, options))
+    return outputs
+
+
+def _keeping_few_keys(prefixes: SharedPrefixes, attend: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`attend(*inputs)`, which copies each prefix's keys and values for every sequence. For the backward pass
+    the copies are kept only if they are few: micro-batches are sized by their rows.
+    """
+    if len(prefixes.key_rows) <= MOST_KEYS_PER_ROW * prefixes.num_rows or not torch.is_grad_enabled():
+        return attend(*inputs)
+    return checkpoint(attend, *inputs, use_reentrant=False)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, reach: Reach, options: dict[str, Any]) -> Tensor:
@@ -171,6 +211,30 @@ def has_chunks(config: Any) -> bool:
     return "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
 
 
+def flash_with_prefixes(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, U, head_dim]
+    key: Tensor,  # [1, kv_heads, U, head_dim]
+    value: Tensor,  # [1, kv_heads, U, head_dim]
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' FlashAttention, with the keys and values of shared prefixes for each segment that
+    continues one: its varlen kernel aligns the last query of a segment with the last key.
+    """
+    share: Share | None = kwargs.get("sequence_share")
+    if share is not None and share.prefixes is not None:
+        share.num_attended += 1
+        key_rows = share.prefixes.key_rows
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+            keys, values = key[:, :, key_rows], value[:, :, key_rows]
+            return flash_attention_forward(module, query, keys, values, attention_mask, **kwargs)
+
+        return _keeping_few_keys(share.prefixes, attend, query, key, value)
+    return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 @contextmanager
 def attending_layers() -> Iterator[set[nn.Module]]:
     """Records the modules that call `varlen_sdpa` inside the context."""
@@ -191,6 +255,8 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
 
 AttentionInterface.register(VARLEN_SDPA, varlen_sdpa)
 AttentionMaskInterface.register(VARLEN_SDPA, _no_mask)
+# Under transformers' own name, by which it loads the kernel; without shared prefixes it is transformers'.
+AttentionInterface.register("flash_attention_2", flash_with_prefixes)
 
 
 def attention_implementation(requested: str, device: torch.device) -> str:
@@ -215,4 +281,14 @@ def packed_inputs(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -
         "max_length_q": longest,
         "max_length_k": longest,
         "use_cache": False,
+    }
+
+
+def prefix_inputs(input_ids: Tensor, position_ids: Tensor, share: Share) -> dict[str, Any]:
+    """Arguments for a transformers decoder over the rows of a stream with shared prefixes (`[T]`, `[T]`)."""
+    assert share.prefixes is not None
+    return packed_inputs(share.take(input_ids), share.take(position_ids), share.prefixes.cu_seqlens) | {
+        "cu_seq_lens_k": share.prefixes.cu_seqlens_k,
+        "max_length_k": share.prefixes.longest_keys,
+        "sequence_share": share,
     }

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rayrlhf.models.parallel import PackedModel
 from rayrlhf.models.vision import SequenceImages
+from rayrlhf.prefixes import SharedPrefixes
 
 
 class ScalarHead(nn.Module):
@@ -48,9 +49,10 @@ class ValueModel(PackedModel):
         position_ids: Tensor,  # [T]
         cu_seqlens: Tensor,  # [S+1]
         images: SequenceImages = (),
+        prefixes: SharedPrefixes | None = None,
     ) -> Tensor:
         """Values [T] in fp32."""
-        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens, images)
+        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens, images, prefixes)
         after = share.placed(self.head(hidden).squeeze(-1))  # [T], of the state after each token
         return torch.where(position_ids > 0, after.roll(1), 0.0)
 
@@ -63,9 +65,15 @@ class ScoreModel(PackedModel):
         self.decoder = decoder
         self.head = ScalarHead(head)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,  # [T]
+        position_ids: Tensor,  # [T]
+        cu_seqlens: Tensor,  # [S+1]
+        prefixes: SharedPrefixes | None = None,
+    ) -> Tensor:
         """Scores [S] in fp32."""
-        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
+        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens, prefixes=prefixes)
         last = cu_seqlens[1:].long() - 1
         scores = self.head(hidden[share.rows_of(last)]).squeeze(-1)
         return share.summed(scores * share.holds()[last])
@@ -85,13 +93,14 @@ class StepModel(PackedModel):
         position_ids: Tensor,  # [T]
         cu_seqlens: Tensor,  # [S+1]
         loss_mask: Tensor,  # [T]
+        prefixes: SharedPrefixes | None = None,
     ) -> Tensor:
         """Logits [N, 2] in fp32 at the N tokens in the mask, in order.
 
         If N is 0, the head still runs on one token, which is then sliced off: under ZeRO-3 every rank must
         run it, and the sum of no logits still has a (zero) gradient for every parameter.
         """
-        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens)
+        hidden, share = self.decode(self.decoder, input_ids, position_ids, cu_seqlens, prefixes=prefixes)
         where = (loss_mask > 0).nonzero().squeeze(-1)
         count = where.numel()
         rows = hidden[share.rows_of(where)] if count else hidden[:1]

@@ -18,6 +18,7 @@ from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 from rayrlhf.models.parallel import PackedModel
 from rayrlhf.models.streams import decoder_of
 from rayrlhf.models.vision import SequenceImages
+from rayrlhf.prefixes import SharedPrefixes
 
 
 class TokenLogprobs(NamedTuple):
@@ -87,13 +88,14 @@ class PolicyModel(PackedModel):
         *,
         routed_experts: Tensor | None = None,  # [T, L, K]; -1: the router chooses
         images: SequenceImages = (),  # [S], or empty
+        prefixes: SharedPrefixes | None = None,
     ) -> TokenLogprobs:
         """Log-probability and entropy of each token in the mask, at `temperature`, given those before it."""
         if self.replay is not None:
-            own = self.share_of(cu_seqlens, input_ids.numel())
+            own = self.share_of(cu_seqlens, input_ids.numel(), prefixes)
             self.replay.set(None if routed_experts is None else own.take(routed_experts))
         decoder = self.causal_lm.base_model if self.vision is not None else decoder_of(self.causal_lm)
-        hidden, share = self.decode(decoder, input_ids, position_ids, cu_seqlens, images)
+        hidden, share = self.decode(decoder, input_ids, position_ids, cu_seqlens, images, prefixes)
         where, weight = loss_tokens(position_ids, loss_mask * share.holds().roll(1))
         rows = hidden[share.rows_of(where - 1)]
         logprobs, entropy = self.head(rows, input_ids[where], temperature)

@@ -1,4 +1,6 @@
-"""Sequence parallelism: one packed stream sharded over several ranks, which communicate in attention layers.
+"""Which tokens of a packed stream a rank computes: all, each shared prefix once, or its part of them.
+
+Sequence parallelism: one packed stream sharded over several ranks, which communicate in attention layers.
 
 Each rank holds the hidden states of its share of the tokens. A layer's keys and values, which are small with
 grouped-query attention, are all-gathered in the group, and each rank's queries attend to them: the context
@@ -19,25 +21,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayrlhf.models.attention import packed_inputs
+from rayrlhf.models.attention import packed_inputs, prefix_inputs
 from rayrlhf.models.dropout import TrainedModule
 from rayrlhf.models.streams import Streams, hidden_states
 from rayrlhf.models.vision import SequenceImages, VisionInputs
+from rayrlhf.prefixes import SharedPrefixes
 
 
 @dataclass
 class Share:
-    """The tokens of a stream that this rank holds. Without a group: all of them."""
+    """The tokens of a stream that this rank holds. Without a group: all of them, with `prefixes` in fewer
+    rows.
+    """
 
     num_tokens: int  # T
     num_padded: int  # tokens with padding at the end, which makes all shares equally long
-    positions: Tensor  # [n] in the padded stream
+    positions: Tensor  # [n] in the padded stream, one per row
     group: dist.ProcessGroup | None = None
     pieces: list[Piece] = field(default_factory=list)  # of the held tokens, in order; only with a group
     num_attended: int = 0  # attention layers that have processed this share
+    prefixes: SharedPrefixes | None = None  # only without a group
 
     @staticmethod
-    def of(cu_seqlens: Tensor, num_tokens: int, group: dist.ProcessGroup | None) -> Share:
+    def of(
+        cu_seqlens: Tensor,
+        num_tokens: int,
+        group: dist.ProcessGroup | None,
+        prefixes: SharedPrefixes | None = None,
+    ) -> Share:
+        if prefixes is not None:
+            if group is not None:
+                raise ValueError(
+                    "ranks that share a stream cannot share its prefixes: set train.share_prefixes to false"
+                )
+            return Share(num_tokens, num_tokens, prefixes.tokens, prefixes=prefixes)
         if group is None:
             return Share(num_tokens, num_tokens, torch.arange(num_tokens, device=cu_seqlens.device))
         share = Share.of_rank(cu_seqlens, num_tokens, dist.get_rank(group), group.size())
@@ -56,7 +73,9 @@ class Share:
 
     def take(self, tokens: Tensor) -> Tensor:
         """This rank's [n] of a tensor [T]; arbitrary values at padding positions."""
-        return tokens if self.group is None else tokens[self.positions.clamp(max=self.num_tokens - 1)]
+        if self.group is None and self.prefixes is None:
+            return tokens
+        return tokens[self.positions.clamp(max=self.num_tokens - 1)]
 
     def holds(self) -> Tensor:
         """Whether each token is held by this rank, [T]."""
@@ -72,11 +91,15 @@ class Share:
 
     def placed(self, values: Tensor) -> Tensor:
         """All-gather per-token values: local [n] → full stream [T], on every rank."""
+        if self.prefixes is not None:
+            return values[self.prefixes.rows]
         stream = values.new_zeros(self.num_padded).index_put((self.positions,), values)
         return self.summed(stream[: self.num_tokens])
 
     def _rows(self) -> Tensor:
         """Local row of each token, [T]; -1 for tokens of other ranks."""
+        if self.prefixes is not None:
+            return self.prefixes.rows
         rows = self.positions.new_full((self.num_padded,), -1)
         rows[self.positions] = torch.arange(len(self.positions), device=rows.device)
         return rows[: self.num_tokens]
@@ -111,9 +134,9 @@ class PackedModel(TrainedModule):
 
     vision: VisionInputs | None = None  # of a vision-language model
 
-    def share_of(self, cu_seqlens: Tensor, num_tokens: int) -> Share:
+    def share_of(self, cu_seqlens: Tensor, num_tokens: int, prefixes: SharedPrefixes | None = None) -> Share:
         """The tokens of a stream that this rank holds."""
-        return Share.of(cu_seqlens, num_tokens, self.sequence_group)
+        return Share.of(cu_seqlens, num_tokens, self.sequence_group, prefixes)
 
     def decode(
         self,
@@ -122,9 +145,21 @@ class PackedModel(TrainedModule):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         images: SequenceImages = (),
+        prefixes: SharedPrefixes | None = None,
     ) -> tuple[Tensor, Share]:
-        """Hidden states [n, H] of the tokens that this rank holds, and its share."""
-        share = self.share_of(cu_seqlens, input_ids.numel())
+        """Hidden states [n, H] of the tokens that this rank holds, and its share.
+
+        Raises `ValueError` for shared prefixes that this model cannot compute once.
+        """
+        share = self.share_of(cu_seqlens, input_ids.numel(), prefixes)
+        if prefixes is not None:
+            if self.vision is not None or not self.streams.is_packed:
+                raise ValueError(
+                    "this model cannot compute a shared prefix once: set train.share_prefixes to false"
+                )
+            hidden = decoder(**prefix_inputs(input_ids, position_ids, share)).last_hidden_state[0]
+            check_layers(decoder.config.get_text_config().num_hidden_layers, share)
+            return hidden, share
         if self.vision is not None:  # one rank per stream: config.vision refuses others
             return self.vision.hidden_states(decoder, input_ids, position_ids, cu_seqlens, images), share
         if share.group is None:
@@ -151,9 +186,10 @@ def check_layers(layers: int, share: Share) -> None:
     each sequence.
     """
     if share.num_attended != layers:
+        fix = "model.sequence_parallel to 1" if share.prefixes is None else "train.share_prefixes to false"
         raise ValueError(
             f"{layers - share.num_attended} of this model's {layers} layers would see only a part of each "
-            "sequence, as their way of mixing tokens cannot share one: set model.sequence_parallel to 1"
+            f"sequence, as their way of mixing tokens cannot share one: set {fix}"
         )
 
 

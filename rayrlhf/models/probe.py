@@ -23,9 +23,11 @@ from transformers.integrations import deepspeed as zero3
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.models.attention import VARLEN_SDPA, attending_layers
 from rayrlhf.models.logprobs import PolicyModel
+from rayrlhf.models.parallel import PackedModel
 from rayrlhf.models.small_copy import LENGTHS, VOCABULARY, randomize, small_config
 from rayrlhf.models.streams import Streams, hidden_states
 from rayrlhf.models.vision import is_vision_language
+from rayrlhf.prefixes import SharedPrefixes
 
 TOLERANCE = 1e-4  # of log-probabilities, in fp32
 SEED = 5
@@ -44,6 +46,7 @@ class Verdict:
     layers: int = 0  # layers of the copy
     reason: str = ""  # why not packed
     packed_deviation: float = float("nan")  # the deviation with all sequences in one stream
+    shares_prefixes: bool = False  # right if a prefix that sequences share is computed once
 
     @property
     def name(self) -> str:
@@ -138,8 +141,21 @@ def _best(probe: Any, expected: list[Tensor], limits: list[int], config: PreTrai
                 layers=probe.small.get_text_config().num_hidden_layers,
                 reason=_why_not_packed(tried),
                 packed_deviation=tried[0][1],
+                # Rotary embeddings with a limit may get several streams, depending on the run's lengths.
+                shares_prefixes=streams.is_packed and not limits and _shares_prefixes(probe),
             )
     raise Refusal(_why_never(tried, probe))
+
+
+def _shares_prefixes(probe: Any) -> bool:
+    ids, positions, ends = probe.pair()
+    prefixes = SharedPrefixes.of(ends, ids, positions)
+    assert prefixes is not None
+    try:
+        found = probe.outputs(ids, positions, ends, prefixes)
+    except Exception:  # like `ours`: layers that mix tokens otherwise, and transformers' code
+        return False
+    return _distance([found], [probe.outputs(ids, positions, ends, None)]) <= TOLERANCE
 
 
 def _as_in_the_model(streams: Streams, config: PreTrainedConfig) -> Streams:
@@ -231,6 +247,19 @@ class _Subject:
     def stream(self) -> tuple[Tensor, Tensor, Tensor]:
         return torch.cat(self.sequences), position_ids_of(LENGTHS), cu_seqlens_of(LENGTHS)
 
+    def pair(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A stream of two sequences, of which the second begins like the first, which is the longest."""
+        first, second = max(self.sequences, key=len), min(self.sequences, key=len)
+        both = [first, torch.cat([first[: len(first) - len(second)], second])]
+        lengths = [len(each) for each in both]
+        return torch.cat(both), position_ids_of(lengths), cu_seqlens_of(lengths)
+
+    def outputs(
+        self, ids: Tensor, positions: Tensor, ends: Tensor, prefixes: SharedPrefixes | None
+    ) -> Tensor:
+        """Outputs [T, …] of one packed stream."""
+        raise NotImplementedError
+
 
 class _Policy(_Subject):
     make = staticmethod(AutoModelForCausalLM.from_config)
@@ -243,6 +272,12 @@ class _Policy(_Subject):
         """Log-probabilities and entropies of each sequence, [2, t]; 0 for its first token."""
         pairs = zip(own, self.sequences, strict=True)
         return [torch.stack([_of_tokens(each, ids), _entropy(each)]) for each, ids in pairs]
+
+    def outputs(
+        self, ids: Tensor, positions: Tensor, ends: Tensor, prefixes: SharedPrefixes | None
+    ) -> Tensor:
+        policy = PolicyModel(self.with_kernel(VARLEN_SDPA), chunk_tokens=32).eval()
+        return policy(ids, positions, ends, torch.ones(len(ids)), prefixes=prefixes).logprobs
 
     def ours(self, streams: Streams) -> tuple[list[Tensor], int]:
         policy = PolicyModel(self.with_kernel(streams.attention or VARLEN_SDPA), chunk_tokens=32).eval()
@@ -286,6 +321,13 @@ class _Decoder(_Subject):
 
     def comparable(self, own: list[Tensor]) -> list[Tensor]:
         return own
+
+    def outputs(
+        self, ids: Tensor, positions: Tensor, ends: Tensor, prefixes: SharedPrefixes | None
+    ) -> Tensor:
+        decoder = self.with_kernel(VARLEN_SDPA)
+        hidden, share = PackedModel().decode(decoder, ids, positions, ends, prefixes=prefixes)
+        return hidden[share.rows_of(torch.arange(len(ids)))]
 
     def ours(self, streams: Streams) -> tuple[list[Tensor], int]:
         decoder = self.with_kernel(streams.attention or VARLEN_SDPA)

@@ -79,7 +79,9 @@ METRICS: dict[str, str] = {
     "data/mini_batches": "mini-batches per pass: algorithm.mini_batches, fewer where samples were dropped",
     "data/empty_mini_batches": "mini-batches without a loss token, of all passes: no update was made",
     "data/micro_batches": "micro-batches per rank and pass over the step's samples",
-    "data/fill": "tokens in the micro-batches as a share of their budget, padding batches left out",
+    "data/fill": "tokens in the micro-batches as a share of their budget, padding batches left out; in a "
+    "policy run, those of shared prefixes count once",
+    "data/prefix_share": "share of the tokens that is not computed: those of prefixes that sequences share",
     "data/padding_fraction": "share of micro-batches that are padding (weight 0), which keep ranks in step",
     "data/imbalance": "how many more tokens than the mean the busiest rank trains on, as a share",
     "data/imbalance_before": "the same if every rank trained on the samples that it collected",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +24,21 @@ from rayrlhf.algorithms.kl import token_kl
 from rayrlhf.algorithms.registry import ESTIMATORS
 from rayrlhf.batch import PolicyBatch, pack_samples, padding_samples
 from rayrlhf.config.algorithm import AlgorithmConfig
-from rayrlhf.data.packing import balanced_partition, micro_batches, split_even
+from rayrlhf.data.packing import (
+    balanced_partition,
+    micro_batches,
+    micro_batches_of_groups,
+    rows_of_group,
+    split_even,
+)
 from rayrlhf.policy.losses import TextObjective, loss_counts, policy_forward
+from rayrlhf.prefixes import MIN_SHARED_TOKENS
 from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.learner import Term
 
+EVEN_ENOUGH = 1.01  # load of a rank, relative to the mean, up to which its groups stay whole
+MOST_BALANCINGS = 16
 MiniBatch = list[PolicyBatch]  # micro-batches of one optimizer step on this rank; equally many on every rank
 Key = tuple[int, int]  # (group id, sample index): identifies a sample in the step, on all ranks
 
@@ -60,13 +71,15 @@ class Packing:
     full_batch: int  # samples that make up `num_mini_batches`
     budget_tokens: int  # of a micro-batch
     seed: int
+    share_prefixes: bool = False  # compute the prompt of a group's samples once per micro-batch
 
 
 def balance_and_pack(
     samples: Sequence[Sample], packing: Packing, ranks: Ranks, *, step: int
 ) -> tuple[list[MiniBatch], dict[str, float]]:
-    """Shuffle the samples of all ranks into mini-batches, balance each over the ranks, and pack it.
+    """Shuffle the groups of all ranks into mini-batches, balance each over the ranks, and pack it.
 
+    Mini-batches have equally many samples: a group whose samples do not all fit in one goes on in the next.
     Fewer samples than `packing.full_batch` make fewer mini-batches, none of them larger, so that the few
     samples left by a filter do not get as many optimizer steps as a full batch. The samples of a mini-batch
     depend only on the step's samples, not on the number of ranks. Every rank gets equally many micro-batches
@@ -76,65 +89,163 @@ def balance_and_pack(
         This rank's mini-batches, and metrics.
     """
     parts, metrics = _balance(samples, packing, ranks, step)
-    packed = [pack_evenly(part, ranks, packing.budget_tokens) for part in parts]
-    num_padding = sum(num_padding for _, num_padding in packed)
+    packed = [
+        pack_evenly(part, ranks, packing.budget_tokens, share_prefixes=packing.share_prefixes)
+        for part in parts
+    ]
     mini_batches = [batches for batches, _ in packed]
     total = sum(map(len, mini_batches)) * ranks.world_size
-    padding = ranks.sum_numbers({"padding": float(num_padding)})["padding"]
+    rows = sum(batch.num_rows for batches in mini_batches for batch in batches if not batch.is_padding)
+    sums = ranks.sum_numbers({"padding": float(sum(count for _, count in packed)), "rows": float(rows)})
+    padding = sums["padding"]
     room = max(1.0, (total - padding) * packing.budget_tokens)
     return mini_batches, metrics | {
         "data/mini_batches": float(len(mini_batches)),
         "data/micro_batches": total / ranks.world_size,
         "data/padding_fraction": padding / total,
-        "data/fill": metrics["data/tokens"] / room,
+        "data/fill": sums["rows"] / room,
+        "data/prefix_share": 1.0 - sums["rows"] / max(1.0, metrics["data/tokens"]),
     }
 
 
-def pack_evenly(samples: Sequence[Sample], ranks: Ranks, budget_tokens: int) -> tuple[MiniBatch, int]:
-    """Pack this rank's samples into micro-batches on its device, equally many and at least one on every rank.
-    Collective.
+def pack_evenly(
+    samples: Sequence[Sample], ranks: Ranks, budget_tokens: int, *, share_prefixes: bool = False
+) -> tuple[MiniBatch, int]:
+    """Pack this rank's samples, in the order of their groups, into micro-batches on its device, equally many
+    and at least one on every rank. With `share_prefixes`, the samples of a group are in one micro-batch, if
+    they fit. Collective.
 
     Returns:
         The micro-batches, and how many of them are padding.
     """
-    packs = micro_batches([sample.num_tokens for sample in samples], budget_tokens)
-    batches = [pack_samples([samples[i] for i in pack]) for pack in packs]
+    lengths = [sample.num_tokens for sample in samples]
+    if share_prefixes:
+        groups = [[i for i, _ in group] for _, group in groupby(enumerate(samples), _group_of_numbered)]
+        shared = [_shared_tokens([samples[i] for i in group]) for group in groups]
+        packs = micro_batches_of_groups(lengths, groups, shared, budget_tokens)
+    else:
+        packs = micro_batches(lengths, budget_tokens)
+    batches = [pack_samples([samples[i] for i in pack], share_prefixes=share_prefixes) for pack in packs]
     num_padding = max(1, int(ranks.max(len(batches)))) - len(batches)
     batches += [padding_samples()] * num_padding
     return [batch.to(ranks.device) for batch in batches], num_padding
+
+
+def _group_of_numbered(numbered: tuple[int, Sample]) -> int:
+    return numbered[1].group_id
+
+
+def _shared_tokens(group: Sequence[Sample]) -> int:
+    """Tokens of the prompt that models compute once for all samples of the group; 0 if they are too few."""
+    shared = SampleSize.of(group[0]).shared_with(SampleSize.of(sample) for sample in group)
+    for sample in group[1:]:  # replayed routes, which may differ, make a difference too
+        ours, others = group[0].routed_experts, sample.routed_experts
+        if ours is None and others is None:
+            continue
+        if ours is None or others is None:
+            return 0
+        differ = (ours[:shared] != others[:shared]).any((1, 2)).nonzero()[0]
+        shared = int(differ[0]) if len(differ) else shared
+    return shared if shared >= MIN_SHARED_TOKENS else 0
+
+
+class SampleSize(NamedTuple):
+    """Tokens of a sample, known to all ranks."""
+
+    num_tokens: int
+    prompt_tokens: int
+
+    @staticmethod
+    def of(sample: Sample) -> SampleSize:
+        return SampleSize(sample.num_tokens, len(sample.prompt.prompt_ids))
+
+    def shared_with(self, group: Iterable[SampleSize]) -> int:
+        """Tokens of the prompt that are a prefix of every sample of the group and none of them whole."""
+        return min(self.prompt_tokens, *(size.num_tokens - 1 for size in group))
 
 
 def _balance(
     samples: Sequence[Sample], packing: Packing, ranks: Ranks, step: int
 ) -> tuple[list[list[Sample]], dict[str, float]]:
     """This rank's samples of each mini-batch after balancing, and metrics of the balancing."""
-    mine = [(_key(sample), sample.num_tokens) for sample in samples]
+    mine = [(_key(sample), SampleSize.of(sample)) for sample in samples]
     by_rank = ranks.gather([mine])
-    tokens = dict(sorted(pair for pairs in by_rank for pair in pairs))
-    keys = list(tokens)
-    wanted = math.ceil(len(keys) * packing.num_mini_batches / packing.full_batch)
+    sizes = dict(sorted(pair for pairs in by_rank for pair in pairs))
+
+    def rows(keys: Sequence[Key]) -> int:
+        """Rows that models compute for samples of one group in one micro-batch."""
+        group = [sizes[key] for key in keys]
+        shared = group[0].shared_with(group) if packing.share_prefixes else 0
+        shared = shared if shared >= MIN_SHARED_TOKENS else 0
+        return rows_of_group([size.num_tokens for size in group], shared)
+
+    groups = _by_group(sizes)
+    wanted = math.ceil(len(sizes) * packing.num_mini_batches / packing.full_batch)
     num_parts = min(packing.num_mini_batches, max(1, wanted))
-    order = np.random.default_rng([packing.seed, step]).permutation(len(keys))
+    order = np.random.default_rng([packing.seed, step]).permutation(len(groups))
+    shuffled = [key for i in order for key in groups[i]]
     destination: dict[Key, tuple[int, int]] = {}  # rank, mini-batch
-    tokens_of_rank = [0] * ranks.world_size
-    for number, chosen in enumerate(split_even([keys[i] for i in order], num_parts)):
-        shares = balanced_partition([tokens[key] for key in chosen], ranks.world_size)
-        for rank, share in enumerate(shares):
-            destination |= {chosen[i]: (rank, number) for i in share}
-            tokens_of_rank[rank] += sum(tokens[chosen[i]] for i in share)
+    rows_of_rank = [0] * ranks.world_size
+    for number, chosen in enumerate(split_even(shuffled, num_parts)):
+        together = _by_group(chosen) if packing.share_prefixes else [[key] for key in chosen]
+        for rank, parts in enumerate(_over_ranks(together, ranks.world_size, rows)):
+            destination |= {key: (rank, number) for part in parts for key in part}
+            rows_of_rank[rank] += sum(map(rows, parts))
     outgoing: list[list[Sample]] = [[] for _ in range(ranks.world_size)]
     for sample in samples:
         outgoing[destination[_key(sample)][0]].append(_without_text(sample))
-    parts: list[list[Sample]] = [[] for _ in range(num_parts)]
+    parts_of_step: list[list[Sample]] = [[] for _ in range(num_parts)]
     for sample in sorted(ranks.exchange(outgoing), key=_key):
-        parts[destination[_key(sample)][1]].append(sample)
-    collected = [sum(size for _, size in pairs) for pairs in by_rank]
-    return parts, {
-        "data/tokens": float(sum(collected)),
-        "data/samples": float(len(keys)),
-        "data/imbalance": _imbalance(tokens_of_rank),
+        parts_of_step[destination[_key(sample)][1]].append(sample)
+    collected = [
+        sum(rows(group) for group in _by_group(sorted(key for key, _ in pairs))) for pairs in by_rank
+    ]
+    return parts_of_step, {
+        "data/tokens": float(sum(size.num_tokens for size in sizes.values())),
+        "data/samples": float(len(sizes)),
+        "data/imbalance": _imbalance(rows_of_rank),
         "data/imbalance_before": _imbalance(collected),
     }
+
+
+def _by_group(keys: Iterable[Key]) -> list[list[Key]]:
+    """Runs of keys of the same group."""
+    return [list(group) for _, group in groupby(keys, lambda key: key[0])]
+
+
+def _over_ranks(
+    groups: Sequence[list[Key]], num_ranks: int, rows: Callable[[Sequence[Key]], int]
+) -> list[list[list[Key]]]:
+    """Each rank's parts of the groups.
+
+    Whole groups are balanced over the ranks; then each rank with more rows than the mean halves its largest
+    part, all are balanced again, and so on. Every part computes the prefix of its group again, so of all
+    these divisions that one is taken whose busiest rank has the fewest rows.
+    """
+    parts = list(groups)
+    best: list[list[list[Key]]] = []
+    fewest = math.inf
+    for _ in range(MOST_BALANCINGS):
+        sizes = [rows(part) for part in parts]
+        shares = balanced_partition(sizes, num_ranks)
+        loads = [sum(sizes[i] for i in share) for share in shares]
+        if max(loads) < fewest:
+            fewest, best = max(loads), [[parts[i] for i in share] for share in shares]
+        limit = EVEN_ENOUGH * sum(loads) / num_ranks
+        largest = {
+            max(share, key=lambda i: (len(parts[i]) > 1, sizes[i]))
+            for share, load in zip(shares, loads, strict=True)
+            if load > limit
+        }
+        if all(len(parts[i]) == 1 for i in largest):
+            break
+        parts = [
+            half
+            for i, part in enumerate(parts)
+            for half in split_even(part, 2 if i in largest else 1)
+            if half
+        ]
+    return best
 
 
 def _key(sample: Sample) -> Key:
@@ -147,10 +258,10 @@ def _without_text(sample: Sample) -> Sample:
     return replace(sample, prompt=prompt, response="", policy_versions=[])
 
 
-def _imbalance(tokens_of_rank: Sequence[int]) -> float:
+def _imbalance(rows_of_rank: Sequence[int]) -> float:
     """Excess of the busiest rank over the mean, as a fraction: the others wait that long."""
-    mean = sum(tokens_of_rank) / len(tokens_of_rank)
-    return max(tokens_of_rank) / mean - 1.0 if mean else 0.0
+    mean = sum(rows_of_rank) / len(rows_of_rank)
+    return max(rows_of_rank) / mean - 1.0 if mean else 0.0
 
 
 def map_over_step(

@@ -108,7 +108,7 @@ class RemoteCritic:
         objective: ValueObjective | None = None,
         batches: Sequence[PackedBatch] = (),
     ) -> Any:
-        parts = [Part(ray.put(batch.to("cpu")), batch.num_tokens) for batch in batches]
+        parts = [Part(ray.put(batch.to("cpu")), batch.num_rows) for batch in batches]
         number, self.num_calls = self.num_calls, self.num_calls + 1
         request = Request(kind, step, objective)
         rank, world_size = self.ranks.rank, self.ranks.world_size

@@ -70,7 +70,7 @@ def run_policy(config: PolicyRunConfig) -> int:
         check_resume(config)
         check_adapters(config)
         adapter_sync(config)
-        run.check_models(config)
+        config = run.check_models(config)
         with run.ray(config):
             run.finished(_train(with_absolute_paths(config), prepared, run.console))
     return run.exit_code

@@ -51,13 +51,16 @@ def policy_forward(temperature: float) -> Forward:
     def forward(module: Any, batch: PackedBatch) -> TokenLogprobs:
         tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
         routes = batch.routed_experts if isinstance(batch, PolicyBatch) else None
-        return module(*tokens, temperature, routed_experts=routes, images=batch.images)
+        return module(
+            *tokens, temperature, routed_experts=routes, images=batch.images, prefixes=batch.prefixes
+        )
 
     return forward
 
 
 def value_forward(module: Any, batch: PackedBatch) -> Tensor:
-    return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.images)
+    tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
+    return module(*tokens, images=batch.images, prefixes=batch.prefixes)
 
 
 @dataclass(frozen=True)

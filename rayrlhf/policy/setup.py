@@ -110,6 +110,7 @@ class Run:
             full_batch=config.rollout.prompts_per_step * config.rollout.group_size,
             budget_tokens=config.train.max_tokens_per_micro_batch,
             seed=config.run.seed,
+            share_prefixes=config.train.share_prefixes,
         )
 
     @property

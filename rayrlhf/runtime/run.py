@@ -50,6 +50,7 @@ from rayrlhf.runtime.architecture_checks import check_architectures
 from rayrlhf.runtime.file_checks import check_files
 from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, pin, shared_access
 from rayrlhf.runtime.interrupted import resume_message
+from rayrlhf.runtime.prefix_checks import with_prefixes_shared
 from rayrlhf.runtime.preflight import InputError, check_precision
 from rayrlhf.runtime.process_environment import set_process_environment
 from rayrlhf.runtime.ray_messages import RAY_LOG, ray_messages_in
@@ -83,7 +84,7 @@ class DriverRun:
         with DriverRun(config) as run:
             config = run.pinned(config)
             ...  # the job's own checks
-            run.check_models(config)
+            config = run.check_models(config)
             with run.ray(config):
                 run.finished(train(config, run.console))
         return run.exit_code
@@ -106,10 +107,13 @@ class DriverRun:
         check_wandb(config)
         return pin(config, self.console.say)
 
-    def check_models(self, config: DrivenConfig) -> None:
-        """Check that the models' architectures are computed correctly, then fetch the models."""
+    def check_models(self, config: C) -> C:
+        """Check that the models' architectures are computed correctly, then fetch the models. Returns the
+        config of a training job with the settings that these models support.
+        """
         check_architectures(config, self.console.say)
         fetch_here(config, self.console.say)
+        return with_prefixes_shared(config, self.console.say)
 
     @contextmanager
     def ray(self, config: DrivenConfig) -> Iterator[None]:

@@ -65,7 +65,7 @@ def run_supervised(config: SupervisedConfig) -> int:
             check_model(key, path)
         check_resume(config)
         check_example_sources(config.data)
-        run.check_models(config)
+        config = run.check_models(config)
         with run.ray(config):
             run.finished(_train(with_absolute_paths(config), run.console))
     return run.exit_code

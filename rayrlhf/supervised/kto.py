@@ -55,13 +55,16 @@ class KtoTask(LanguageModelTask):
 
     def _packed(self, examples: Sequence[Example], which: int) -> list[ExampleBatch]:
         chosen = [_only(example, which) for example in examples]
-        return pack_evenly(chosen, self.ranks, self.config.train.max_tokens_per_micro_batch)
+        train = self.config.train
+        return pack_evenly(
+            chosen, self.ranks, train.max_tokens_per_micro_batch, share_prefixes=train.share_prefixes
+        )
 
     def _as_planned(self, micro_batches: MicroBatches) -> list[ExampleBatch]:
+        share = self.config.train.share_prefixes
         packs = [[_only(example, 0) for example in examples] for examples in micro_batches]
-        return [
-            (pack_examples(pack) if pack else padding_examples(1)).to(self.ranks.device) for pack in packs
-        ]
+        batches = [pack_examples(p, share_prefixes=share) if p else padding_examples(1) for p in packs]
+        return [batch.to(self.ranks.device) for batch in batches]
 
     def _reference_point(self, mismatched: Sequence[ExampleBatch]) -> Tensor:
         """max(0, mean log-ratio) of the mismatched responses of all ranks: an estimate of KL(π || π_ref)."""

@@ -35,7 +35,8 @@ class StepRewardTask(Task):
 
     def forward(self, module: nn.Module, batch: ExampleBatch) -> Tensor:
         """Logits [N, 2] at the N step markers."""
-        return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+        return module(*tokens, prefixes=batch.prefixes)
 
     def weights(self, batch: ExampleBatch) -> Tensor:
         return sequence_counts(batch.loss_mask, batch.cu_seqlens)

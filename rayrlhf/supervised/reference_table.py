@@ -21,6 +21,13 @@ from rayrlhf.train.learner import Learner
 from rayrlhf.train.reference import AdaptersOff, LocalReference, Reference
 
 
+def packed(examples: Sequence[Example], config: SupervisedConfig) -> ExampleBatch:
+    """A micro-batch of these examples; without any, a padding batch."""
+    if not examples:
+        return padding_examples(config.data.sequences_per_example)
+    return pack_examples(examples, share_prefixes=config.train.share_prefixes)
+
+
 class FrozenReference:
     """Adds `ref_sums` [S], the log-probability of each sequence's loss tokens, to micro-batches.
 
@@ -86,12 +93,7 @@ class FrozenReference:
         pairs: list[tuple[int, list[float]]] = []
         per_example = self.config.data.sequences_per_example
         for _, micro_batches in steps:
-            batches = [
-                (pack_examples(examples) if examples else padding_examples(per_example)).to(
-                    collectives.device()
-                )
-                for examples in micro_batches
-            ]
+            batches = [packed(examples, self.config).to(collectives.device()) for examples in micro_batches]
             for batch in self.added(batches, split):
                 assert batch.ref_sums is not None
                 rows = batch.row_ids.view(-1, per_example)[:, 0].tolist()

@@ -28,7 +28,7 @@ class RewardModelTask(Task):
 
     def forward(self, module: nn.Module, batch: ExampleBatch) -> Tensor:
         """Scores [S]."""
-        return module(batch.input_ids, batch.position_ids, batch.cu_seqlens)
+        return module(batch.input_ids, batch.position_ids, batch.cu_seqlens, prefixes=batch.prefixes)
 
     def weights(self, batch: ExampleBatch) -> Tensor:
         return real_examples(batch, 2)

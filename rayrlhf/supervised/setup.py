@@ -90,8 +90,8 @@ class SupervisedRun:
     def packing_metrics(
         self, micro_batches: MicroBatches, batches: Sequence[ExampleBatch]
     ) -> dict[str, float]:
-        """Metrics of packing: tokens, padding and imbalance. `batches`: those of the forward and backward
-        passes, which KTO packs without the mismatched responses.
+        """Metrics of packing: tokens, padding and imbalance, and the share of the tokens that are not computed.
+        `batches`: those of the forward and backward passes, which KTO packs without the mismatched responses.
         """
         tokens = sum(example.num_tokens for examples in micro_batches for example in examples)
         real = [batch for batch in batches if not batch.is_padding]
@@ -99,7 +99,8 @@ class SupervisedRun:
             {
                 "tokens": float(tokens),
                 "samples": float(sum(map(len, micro_batches))),
-                "trained": float(sum(batch.input_ids.numel() for batch in real)),
+                "trained": float(sum(batch.num_tokens for batch in real)),
+                "rows": float(sum(batch.num_rows for batch in real)),
                 "full": float(len(real)),
                 "padding": float(len(batches) - len(real)),
             }
@@ -111,6 +112,7 @@ class SupervisedRun:
             "data/samples": totals["samples"],
             "data/micro_batches": float(len(batches)),
             "data/fill": totals["trained"] / max(1.0, totals["full"] * budget),
+            "data/prefix_share": 1.0 - totals["rows"] / max(1.0, totals["trained"]),
             "data/padding_fraction": totals["padding"] / (totals["full"] + totals["padding"]),
             "data/imbalance": self.ranks.max(tokens) / max(1.0, mean) - 1.0,
         }

@@ -34,7 +34,7 @@ class LanguageModelTask(Task):
 
     def forward(self, module: Any, batch: ExampleBatch) -> Any:
         tokens = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
-        return module(*tokens, images=batch.images)
+        return module(*tokens, images=batch.images, prefixes=batch.prefixes)
 
     def export(self, path: Path) -> None:
         causal_lm = self.learner.module.causal_lm

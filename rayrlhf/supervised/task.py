@@ -16,7 +16,7 @@ from rayrlhf.data.chat import prompt_tokenizer, read_chat_template
 from rayrlhf.data.packing import micro_batches
 from rayrlhf.models.load import adapt, checkpoint_activations, resolve_dtype
 from rayrlhf.samples import Example
-from rayrlhf.supervised.reference_table import FrozenReference
+from rayrlhf.supervised.reference_table import FrozenReference, packed
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.deepspeed_engine import loading
 from rayrlhf.train.learner import Learner, Term
@@ -106,8 +106,7 @@ class Task:
         return [self._pack(examples) for examples in micro_batches]
 
     def _pack(self, examples: Sequence[Example]) -> ExampleBatch:
-        per_example = self.config.data.sequences_per_example
-        return (pack_examples(examples) if examples else padding_examples(per_example)).to(self.device)
+        return packed(examples, self.config).to(self.device)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: MicroBatches) -> dict[str, Any]:
@@ -162,12 +161,14 @@ def total_weight(task: Task, batches: Sequence[ExampleBatch], ranks: Ranks) -> f
     return max(1.0, float(ranks.sum_tensor(local)))
 
 
-def pack_evenly(examples: Sequence[Example], ranks: Ranks, budget_tokens: int) -> list[ExampleBatch]:
+def pack_evenly(
+    examples: Sequence[Example], ranks: Ranks, budget_tokens: int, *, share_prefixes: bool = False
+) -> list[ExampleBatch]:
     """Pack this rank's examples, of one sequence each, into micro-batches on its device: equally many, and at
     least one, on every rank. Collective.
     """
     packs = micro_batches([example.num_tokens for example in examples], budget_tokens)
-    batches = [pack_examples([examples[i] for i in pack]) for pack in packs]
+    batches = [pack_examples([examples[i] for i in pack], share_prefixes=share_prefixes) for pack in packs]
     wanted = max(1, int(ranks.max(len(batches))))
     batches += [padding_examples(1)] * (wanted - len(batches))
     return [batch.to(ranks.device) for batch in batches]

@@ -132,9 +132,11 @@ class ExpertBalance:
         return StepBalance(self, load)
 
     def _real_rows(self, batch: PackedBatch) -> Any:
-        """Index of the rows of real tokens; models may run further passes after them, to stay in step."""
+        """Index of the row of each real token; models may run further passes after them, to stay in step."""
         if batch.is_padding:
             return slice(0, 0)
+        if batch.prefixes is not None:  # a row of a shared prefix counts for each of its tokens
+            return batch.prefixes.rows
         group = getattr(self.module, "sequence_group", None)
         if group is None:
             return slice(0, batch.num_tokens)

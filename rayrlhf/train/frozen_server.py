@@ -45,6 +45,7 @@ def logprobs_of(policy: Any, batch: PackedBatch, temperature: float) -> Tensor:
         batch.loss_mask,
         temperature,
         images=batch.images,
+        prefixes=batch.prefixes,
     ).logprobs
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.data.packing import micro_batches, split_even
+from rayrlhf.data.packing import micro_batches, micro_batches_of_groups, rows_of_group, split_even
 
 BUDGET = 50
 
@@ -63,3 +63,47 @@ def test_split_even_keeps_order_and_evens_out(items: list[int], parts: int) -> N
     sizes = [len(part) for part in split]
     assert len(sizes) == parts and max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_groups_are_packed_by_the_rows_that_they_take() -> None:
+    # Budget 20. The first group takes 6 + 3 · 2 = 12 rows for 24 tokens, the second 8 and the third 4 + 5.
+    lengths, groups = [8, 8, 8, 9, 9, 9], [[0, 1, 2], [3], [4, 5]]
+    assert rows_of_group([8, 8, 8], 6) == 12
+    assert micro_batches_of_groups(lengths, groups, [6, 0, 7], 21) == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_a_group_over_the_budget_is_split_with_its_prefix_in_each_part() -> None:
+    # 5 + 4 · 3 = 17 rows; three of the four fit in 5 + 3 · 3 = 14.
+    assert micro_batches_of_groups([8, 8, 8, 8], [[0, 1, 2, 3]], [5], 14) == [[0, 1, 2], [3]]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, BUDGET - 1), st.lists(st.integers(1, BUDGET), min_size=1, max_size=6)),
+        max_size=8,
+    )
+)
+def test_groups_of_any_size(made: list[tuple[int, list[int]]]) -> None:
+    lengths: list[int] = []
+    groups: list[list[int]] = []
+    for shared, own in made:
+        groups.append(list(range(len(lengths), len(lengths) + len(own))))
+        lengths += [min(BUDGET, shared + n) for n in own]
+    shared_of = [
+        min(shared, *(lengths[i] - 1 for i in group)) for (shared, _), group in zip(made, groups, strict=True)
+    ]
+    packs = micro_batches_of_groups(lengths, groups, shared_of, BUDGET)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    group_of = {i: number for number, group in enumerate(groups) for i in group}
+    for pack in packs:
+        rows = 0
+        of_pack = [group_of[i] for i in pack]
+        for number in set(of_pack):
+            members = [i for i in pack if group_of[i] == number]
+            first = of_pack.index(number)
+            assert of_pack[first : first + len(members)] == [number] * len(members), "next to each other"
+            rows += rows_of_group([lengths[i] for i in members], shared_of[number])
+        assert rows <= BUDGET
+    for number, group in enumerate(groups):
+        if rows_of_group([lengths[i] for i in group], shared_of[number]) <= BUDGET:
+            assert sum(bool(set(group) & set(pack)) for pack in packs) == 1, "in one micro-batch"

@@ -36,7 +36,7 @@ def samples_of(step: int) -> list[Sample]:
     rng = np.random.default_rng([17, step])
     samples = []
     for group in range(NUM_GROUPS):
-        prompt = make_prompt(rng.integers(8, 264, size=5).tolist(), row_id=group)
+        prompt = make_prompt(rng.integers(8, 264, size=18).tolist(), row_id=group)
         for index in range(GROUP_SIZE):
             length = int(rng.integers(2, 9 + 8 * group))
             mask = [1] * length
@@ -153,6 +153,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         "history": history,
         "imbalance": [metrics["data/imbalance"] for metrics in steps],
+        "prefix_share": [metrics["data/prefix_share"] for metrics in steps],
         "weights": weights,
     }
 
@@ -196,6 +197,33 @@ def test_two_ranks_equal_one(tmp_path: Path, tiny_model: str, changes: dict[str,
     config = tiny_run(tmp_path, tiny_model, rollout={"group_size": GROUP_SIZE}, **changes)
     one, two = run_on(1, tmp_path, config), run_on(2, tmp_path, config)
     assert max(two["imbalance"]) < 0.1, "the balancer has moved samples from the rank with four groups"
+    check_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "zero_stage"),
+    [
+        pytest.param(GRPO, 0, marks=pytest.mark.long),
+        pytest.param(GRPO, 2, marks=pytest.mark.long),
+        (PPO, 3),
+    ],
+    ids=["grpo stage 0", "grpo stage 2", "ppo stage 3"],
+)
+def test_two_ranks_that_share_prompts_equal_one_that_does_not(
+    tmp_path: Path, tiny_model: str, changes: dict[str, Any], zero_stage: int
+) -> None:
+    def config(*, share_prefixes: bool) -> PolicyRunConfig:
+        train = {"max_tokens_per_micro_batch": 160, "lr": 1e-3, "zero_stage": zero_stage}
+        sections = {**changes, "train": {**changes["train"], **train, "share_prefixes": share_prefixes}}
+        return tiny_run(tmp_path, tiny_model, rollout={"group_size": GROUP_SIZE}, **sections)
+
+    one = run_on(1, tmp_path, config(share_prefixes=False))
+    two = run_on(2, tmp_path, config(share_prefixes=True))
+    assert set(one["prefix_share"]) == {0.0} and min(two["prefix_share"]) > 0.2
+    check_equal(one, two)
+
+
+def check_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
     for alone, together in zip(one["history"], two["history"], strict=True):
         assert alone.keys() == together.keys()
         assert together == pytest.approx(alone, rel=1e-5, abs=1e-5)

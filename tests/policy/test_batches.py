@@ -19,6 +19,7 @@ from rayrlhf.observe.metric_keys import METRICS
 from rayrlhf.policy.batches import (
     MiniBatch,
     Packing,
+    SampleSize,
     add_advantages,
     balance_and_pack,
     with_group_advantages,
@@ -169,7 +170,7 @@ class OneOf(Ranks):
 
     def gather(self, items: list[Any]) -> list[Any]:
         everyone = [
-            [((s.group_id, s.sample_index), s.num_tokens) for s in samples] for samples in self.by_rank
+            [((s.group_id, s.sample_index), SampleSize.of(s)) for s in samples] for samples in self.by_rank
         ]
         assert items == [everyone[self.rank]]
         return everyone
@@ -205,6 +206,87 @@ def test_ranks_get_equal_work_and_the_mini_batches_of_a_single_rank() -> None:
     assert max(work) <= 1.1 * min(work)
     for _, metrics in balanced:
         assert metrics["data/imbalance"] < 0.05 < metrics["data/imbalance_before"]
+
+
+# Shared prefixes
+
+
+def grouped(num_groups: int, group_size: int, *, prompt: int = 20, response: int = 6) -> list[Sample]:
+    """Groups with a prompt of their own; responses differ in their tokens."""
+    return [
+        make_sample(
+            [100 + index] * (response + index % 2),
+            prompt=make_prompt([group + 1] * prompt),
+            group_id=group,
+            sample_index=index,
+            score=float(10 * group + index),
+        )
+        for group in range(num_groups)
+        for index in range(group_size)
+    ]
+
+
+def test_groups_stay_together_and_the_budget_counts_their_prompt_once() -> None:
+    samples = grouped(8, 4)  # 20 + 26 rows each, for 106 tokens
+    packing = Packing(2, len(samples), 100, seed=0, share_prefixes=True)
+    mini_batches, metrics = balance_and_pack(samples, packing, Ranks(), step=0)
+    for batches in mini_batches:
+        assert len(batches) == 2, "two groups in each micro-batch: 92 rows of 100"
+        for batch in batches:
+            counts = batch.group_ids.unique(return_counts=True)[1]
+            assert counts.tolist() == [4, 4] and batch.num_rows == 92 and batch.num_tokens == 212
+    assert metrics["data/tokens"] == 8 * 106 and metrics["data/fill"] == pytest.approx(0.92)
+    assert metrics["data/prefix_share"] == pytest.approx(60 / 106)
+    apart = replace(packing, share_prefixes=False)
+    others, plain = balance_and_pack(samples, apart, Ranks(), step=0)
+    assert plain["data/prefix_share"] == 0.0
+    for batches, unshared in zip(mini_batches, others, strict=True):
+        assert sorted(torch.cat([b.scores for b in batches]).tolist()) == sorted(
+            torch.cat([b.scores for b in unshared]).tolist()
+        ), "the same mini-batches"
+        assert all(batch.num_tokens <= 100 and batch.prefixes is None for batch in unshared)
+
+
+def test_a_group_goes_on_in_the_next_mini_batch() -> None:
+    mini_batches, _ = balance_and_pack(grouped(3, 4), Packing(2, 12, 400, 0, True), Ranks(), step=0)
+    sizes = [
+        sorted(torch.cat([b.group_ids for b in batches]).unique(return_counts=True)[1].tolist())
+        for batches in mini_batches
+    ]
+    assert sizes == [[2, 4], [2, 4]]
+
+
+def test_short_prompts_are_not_shared() -> None:
+    mini_batches, metrics = balance_and_pack(
+        grouped(2, 4, prompt=8), Packing(1, 8, 64, 0, True), Ranks(), step=0
+    )
+    assert metrics["data/prefix_share"] == 0.0
+    assert all(batch.num_rows == batch.num_tokens <= 64 for batch in mini_batches[0])
+
+
+def groups_of_ranks(num_groups: int, group_size: int) -> tuple[list[list[list[int]]], list[Balanced]]:
+    """By rank, the groups of each micro-batch's samples."""
+    samples = grouped(num_groups, group_size)
+    packing = Packing(1, len(samples), 400, seed=0, share_prefixes=True)
+    balanced = balanced_over([samples[:group_size], samples[group_size:]], packing)
+    return [[b.group_ids.tolist() for b in mini_batches[0]] for mini_batches, _ in balanced], balanced
+
+
+def test_ranks_get_whole_groups_where_these_balance() -> None:
+    found, balanced = groups_of_ranks(4, 4)
+    assert sorted(group for rank in found for batch in rank for group in batch) == sorted([0, 1, 2, 3] * 4)
+    assert [[len(set(batch)) for batch in rank] for rank in found] == [[2], [2]]
+    assert all(metrics["data/imbalance"] == 0.0 for _, metrics in balanced)
+
+
+def test_groups_are_halved_where_ranks_would_wait() -> None:
+    # Of three groups of 46 rows one rank would have two. The halves of one have 33: 79 rows for each rank.
+    found, balanced = groups_of_ranks(3, 4)
+    assert [[sorted(batch.count(g) for g in set(batch)) for batch in rank] for rank in found] == [
+        [[2, 4]],
+        [[2, 4]],
+    ]
+    assert all(metrics["data/imbalance"] < 0.05 for _, metrics in balanced)
 
 
 # Advantages. One-token prompts, so that position 0 of each sequence is masked and the rest is the policy's.

@@ -259,7 +259,10 @@ def test_models_are_called_with_the_fields_of_the_batch() -> None:
     batch = five_tokens()
 
     def call(*arguments: Any, **named: Any) -> Any:
-        assert named in ({}, {"routed_experts": None, "images": ()})
+        assert named in (
+            {"images": (), "prefixes": None},
+            {"routed_experts": None, "images": (), "prefixes": None},
+        )
         return arguments
 
     module: Any = call

@@ -58,7 +58,8 @@ def run_all(_: int, model: str, folder: str, runs: dict[str, dict[str, Any]]) ->
             },
             "algorithm": settings["algorithm"],
             "rollout": settings.get("rollout", ROLLOUT),
-            "train": settings.get("train", TRAIN),
+            # As the driver sets it for images.
+            "train": {**settings.get("train", TRAIN), "share_prefixes": False},
             "data": {"train": "prompts.jsonl", "max_prompt_tokens": 32},
             "run": {"name": "loop", "dir": folder, "seed": settings.get("seed", 0)},
         }

@@ -61,7 +61,8 @@ def config_of(job: str, model: str, folder: str) -> Any:
 
     keys = {"chosen_key": "response", "rejected_key": "wrong"} if job == "dpo" else {}
     data = {"eval": [], **keys}
-    return job_of(Path(folder), model, job, data=data, train={"num_steps": NUM_STEPS, "lr": 1e-3})
+    train = {"num_steps": NUM_STEPS, "lr": 1e-3, "share_prefixes": False}  # as the driver sets it for images
+    return job_of(Path(folder), model, job, data=data, train=train)
 
 
 def run_all(_: int, model: str, folder: str) -> None:
