@@ -1,9 +1,9 @@
 """Fused output projection, log-softmax and entropy: one autograd function over chunks of rows.
 
 Plain autograd creates several [rows, V] tensors (logits, probabilities, their gradients) and a [V, H]
-gradient per chunk. Here each chunk's logits are recomputed in the backward pass, except those of the last one,
-which are still there, and converted in place to their gradient, in buffers shared by all chunks: one block
-[chunk, V], a quarter of another, and one weight gradient to which every chunk is added.
+gradient per chunk. Here each chunk's logits are recomputed in the backward pass, except those of the last
+one, which are still there, and converted in place to their gradient, in buffers shared by all chunks: one
+block [chunk, V], a quarter of another, and one weight gradient to which every chunk is added.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 vLLM itself packs the weights of a linear layer once, in place of the parameter. A push would not reach
 them: a layer whose parameter is empty cannot be loaded or verified, and the head of a model with tied
-embeddings is not processed again after a reload. Here the parameters stay as they are, and the packed copies
-are made from them after every load, at the layer's first use. Decoding 1 to 64 sequences spends most of its time in these products,
-and they take 0.4 to 0.7 of the time that they take over unpacked weights.
+embeddings is not processed again after a reload. Here the parameters stay as they are, and packed copies are
+made from them after every load, when a layer is first used. Decoding 1 to 64 sequences spends most of its
+time in these products, which take 0.4 to 0.7 of their time over unpacked weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def _linear_layers(model: nn.Module) -> Iterator[Any]:
     for layer in model.modules():
         product, weight = getattr(layer, "cpu_linear", None), getattr(layer, "weight", None)
         # torch's own function: vLLM wants this layer's weights unpacked.
-        if product not in (None, torch.nn.functional.linear) and isinstance(weight, Tensor) and weight.ndim == 2:
+        if (
+            product not in (None, torch.nn.functional.linear)
+            and isinstance(weight, Tensor)
+            and weight.ndim == 2
+        ):
             yield layer
 
 

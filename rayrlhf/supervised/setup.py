@@ -90,8 +90,8 @@ class SupervisedRun:
     def packing_metrics(
         self, micro_batches: MicroBatches, batches: Sequence[ExampleBatch]
     ) -> dict[str, float]:
-        """Metrics of packing: tokens, padding and imbalance, and the share of the tokens that are not computed.
-        `batches`: those of the forward and backward passes, which KTO packs without the mismatched responses.
+        """Metrics of packing: tokens, padding, imbalance, and the share of the tokens that is not computed.
+        `batches`: those of the forward and backward passes; KTO packs them without mismatched responses.
         """
         tokens = sum(example.num_tokens for examples in micro_batches for example in examples)
         real = [batch for batch in batches if not batch.is_padding]

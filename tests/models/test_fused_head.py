@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rayrlhf.models import fused_head
-from rayrlhf.models import fused_head
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 
 TOKENS, HIDDEN, VOCABULARY = 17, 6, 29

@@ -35,22 +35,21 @@ def products() -> dict[str, Any]:
     def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    model = nn.ModuleList([Linear(plain), Linear(plain), Linear(F.linear)])
-    model.append(Linear(plain, model[0].weight))  # tied
-    packed = PackedLinears(model)
-    unused = packed.reset()
-    errors = [model[index].error(rows) for index in (0, 3) for rows in (1, 5, 32, 70)]
-    with torch.no_grad():
-        model[0].weight.mul_(-2)
-    stale = model[3].error(4)
+    first, unused, unpacked = Linear(plain), Linear(plain), Linear(F.linear)
+    tied = Linear(plain, first.weight)
+    packed = PackedLinears(nn.ModuleList([first, unused, unpacked, tied]))
+    before = packed.reset()
+    errors = [layer.error(rows) for layer in (first, tied) for rows in (1, 5, 32, 70)]
+    first.weight.mul_(-2)
+    stale = tied.error(4)
     freed = packed.reset()
     return {
         "errors": errors,
         "stale": stale,
-        "after": [model[0].error(4), model[3].error(4)],
-        "freed": [unused, freed],
-        "one": model[0].weight.nbytes,
-        "unpacked stays": model[2].cpu_linear is F.linear,
+        "after": [first.error(4), tied.error(4)],
+        "freed": [before, freed],
+        "one": first.weight.nbytes,
+        "unpacked stays": unpacked.cpu_linear is F.linear,
     }
 
 
