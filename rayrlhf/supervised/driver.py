@@ -22,6 +22,8 @@ from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.plan import plan_supervised
+from rayrlhf.placement.process_variables import threads_each
+from rayrlhf.runtime.local_ray import LocalRay
 from rayrlhf.runtime.model_checks import check_models, warn_invalid_generation_config
 from rayrlhf.runtime.preflight import check_model
 from rayrlhf.runtime.ray_session import deploy, watched
@@ -35,7 +37,6 @@ from rayrlhf.runtime.run import (
     make_trainer,
     placed,
     start_folder,
-    threads_each,
 )
 from rayrlhf.runtime.run_summary import write_supervised_summary
 from rayrlhf.runtime.scratch import locked_scratch
@@ -49,9 +50,9 @@ SAMPLE_ROWS = 1024  # of the training data, from which a reward model's score no
 START_SECONDS = 600.0  # for a served teacher to start
 
 
-def run_supervised(config: SupervisedConfig) -> int:
+def run_supervised(config: SupervisedConfig, started: LocalRay | None = None) -> int:
     """Run a supervised job; returns the exit code of `DriverRun`."""
-    with DriverRun(config) as run:
+    with DriverRun(config, started) as run:
         config = run.pinned(config)
         for key, path in _model_paths(config):
             check_model(key, path)
