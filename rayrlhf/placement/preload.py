@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-MODULE = "RAYRLHF_PRELOAD"  # environment variable of such a process
+ENABLED = "RAYRLHF_PRELOAD"  # environment variable of a driver that starts processes in advance
+MODULE = "RAYRLHF_PRELOAD_MODULE"  # and of such a process
 KEEP_SECONDS = 120  # a process that no actor has asked for until then may end
+TOKENIZERS = "transformers.models.auto.tokenization_auto"
 
 
 def preload() -> None:
@@ -20,17 +23,30 @@ def preload() -> None:
 
 
 def preloading(module: str) -> dict[str, str]:
-    """Environment variables of a process that imports the module when it starts.
-
-    None on a cluster, where nothing is started in advance, and none where there are GPUs: modules look for
-    theirs when they are imported, but a process gets them with its actor.
+    """Environment variables of a process that imports the module when it starts; none in a driver that does
+    not start processes in advance.
     """
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
-    on_cluster = os.environ.get("RAY_ADDRESS") not in (None, "", "local")
-    if on_cluster or Path("/dev/nvidiactl").exists():
+    if ENABLED not in os.environ:
         return {}
     return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{preload.__name__}", MODULE: module}
+
+
+def data_task_options() -> dict[str, Any]:
+    """Options of Ray Data's tasks, so that they run in a process that has imported the tokenizers."""
+    variables = preloading(TOKENIZERS)
+    return {"runtime_env": {"env_vars": variables}} if variables else {}
+
+
+def enable() -> bool:
+    """Whether this driver starts processes in advance. Not where there are GPUs: modules look for them when
+    they are imported, but a process gets its GPUs with its actor.
+    """
+    if Path("/dev/nvidiactl").exists():
+        return False
+    os.environ[ENABLED] = "1"
+    return True
 
 
 def prestart(variables: dict[str, str], count: int) -> None:
@@ -49,9 +65,10 @@ def prestart(variables: dict[str, str], count: int) -> None:
         language=Language.PYTHON,
         job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
         keep_alive_duration_secs=KEEP_SECONDS,
-        num_workers=min(count, os.cpu_count() or 1),
+        num_workers=count,
     )
-    request.runtime_env_info.serialized_runtime_env = RuntimeEnv(env_vars=variables).serialize()
+    runtime_env = RuntimeEnv(env_vars=variables) if variables else RuntimeEnv()
+    request.runtime_env_info.serialized_runtime_env = runtime_env.serialize()
     channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
     answer = NodeManagerServiceStub(channel).PrestartWorkers.future(request)
     answer.add_done_callback(lambda _: channel.close())

@@ -51,10 +51,14 @@ class SlotController(TrainController):
     worker_group_cls = SlotWorkerGroup
 
 
-def controller_variables() -> dict[str, str]:
-    """Environment variables of the controller's process: those of Ray Train in this process."""
-    env_vars = get_env_vars_to_propagate() | preloading("ray.train.torch")
+def train_variables() -> dict[str, str]:
+    """Environment variables that Ray Train passes to its controller, and the controller to its workers."""
+    env_vars = get_env_vars_to_propagate()
     env_vars.setdefault(
         RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
     )
     return env_vars
+
+
+def controller_variables() -> dict[str, str]:
+    return train_variables() | preloading("ray.train.torch")

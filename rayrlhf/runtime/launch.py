@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
+LIGHT_ACTORS = 5  # board, reaper, and Ray Train's own; Ray starts one process per core for the first of them
+
 
 def launch(driver: str, config: Any) -> int:
     """Run a job's driver, "module:function", and return its exit code. Without RAY_ADDRESS it gets a local
@@ -21,33 +23,37 @@ def launch(driver: str, config: Any) -> int:
         from rayrlhf.runtime.local_ray import is_local, local_ray  # imports ray
 
         if is_local(os.environ.get("RAY_ADDRESS")):
-            from rayrlhf.placement.preload import preloading
+            from rayrlhf.placement.preload import enable
             from rayrlhf.placement.reaper import NAMESPACE
 
+            enabled = enable()  # first: Ray's processes inherit it
             started = stack.enter_context(local_ray(NAMESPACE))
-            if preloading(""):
+            if enabled:
                 _prestart(config)
         module, _, function = driver.partition(":")
         return getattr(import_module(module), function)(config, started)
 
 
 def _prestart(config: Any) -> None:
-    """The processes of trainers, their controller and engines, in the order in which they are needed."""
-    from ray.train.v2._internal.constants import get_env_vars_to_propagate
-
-    from rayrlhf.placement.preload import prestart
+    """Processes of data tasks, trainers, their controller and engines, in the order in which they are needed,
+    and for light actors.
+    """
+    from rayrlhf.placement.preload import TOKENIZERS, preloading, prestart
     from rayrlhf.placement.process_variables import cpu_engine_variables, threads_each, trainer_variables
-    from rayrlhf.placement.slot_controller import controller_variables
+    from rayrlhf.placement.slot_controller import controller_variables, train_variables
 
+    limit = os.cpu_count() or 1
     train, rollout = getattr(config, "train", None), getattr(config, "rollout", None)
+    prestart(preloading(TOKENIZERS), 1)
     if train is not None:
         loops = {"rayrlhf.supervised.loop" if rollout is None else "rayrlhf.policy.loop": train.num_workers}
         if rollout is not None and config.critic_is_separate:
             loops["rayrlhf.policy.critic_server"] = config.num_critic_workers
         threads = train.num_threads or threads_each(sum(loops.values()))
         for loop, count in loops.items():
-            prestart(get_env_vars_to_propagate() | trainer_variables(threads, loop), count)
+            prestart(train_variables() | trainer_variables(threads, loop), min(count, limit))
         prestart(controller_variables(), 1)
     if rollout is not None:
         threads = rollout.num_threads or threads_each(rollout.num_engines)
-        prestart(cpu_engine_variables(threads), rollout.num_engines)
+        prestart(cpu_engine_variables(threads), min(rollout.num_engines, limit))
+    prestart({}, LIGHT_ACTORS)
