@@ -33,7 +33,6 @@ from benchmarks.update_memory import machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 LOOK_SECONDS = 0.25
-LIMIT_SECONDS = 240.0
 GRACE_SECONDS = 60.0  # for a job to stop
 ROWS = [{"prompt": f"say {i}", "response": f"{i} it is", "topic": i} for i in range(64)]
 REWARD = "tests.integration.policy_runs:share_of_vowels"
@@ -120,8 +119,8 @@ def _name(command: list[str]) -> str:
     return Path(command[0]).name if command else "ended"
 
 
-def measure(job: str, folder: Path, model: str) -> dict[str, Any]:
-    """Run the job until its first step is reported; returns seconds, marks and processes."""
+def measure(job: str, folder: Path, model: str, limit_seconds: float) -> dict[str, Any]:
+    """Run the job until its first step is reported; returns seconds, lines and processes."""
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     settings = COMMON | JOBS[job]
@@ -134,8 +133,10 @@ def measure(job: str, folder: Path, model: str) -> dict[str, Any]:
     watched = Watched(job, config)
     try:
         while not (metrics.exists() and metrics.read_text().count("\n")):
-            if watched.child.poll() is not None or watched.seconds > LIMIT_SECONDS:
-                raise SystemExit("\n".join([f"{job}: no step", *(line for _, line in watched.lines)]))
+            if watched.child.poll() is not None or watched.seconds > limit_seconds:
+                raise SystemExit(
+                    "\n".join([f"{job}: no step", *(f"{at:.1f} {line}" for at, line in watched.lines)])
+                )
             watched.look()
             time.sleep(LOOK_SECONDS)
         watched.look()
@@ -182,6 +183,7 @@ def as_markdown(results: list[dict[str, Any]], where: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Where the time goes until a job's first step.")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--limit-seconds", type=float, default=240.0, help="until a job's first step")
     parser.add_argument("--out", type=Path, default=RESULTS / "startup", help="without suffix")
     options = parser.parse_args()
     where = machine(0) | {"command": ".venv/bin/python -m benchmarks.startup"}
@@ -191,7 +193,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_tiny_model(folder / "model")
-        results = [measure(job, folder, model) for job in options.jobs]
+        results = [measure(job, folder, model, options.limit_seconds) for job in options.jobs]
     report = as_markdown(results, where)
     options.out.with_suffix(".md").write_text(report)
     options.out.with_suffix(".json").write_text(json.dumps(where | {"jobs": results}, indent=2) + "\n")

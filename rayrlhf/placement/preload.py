@@ -28,7 +28,7 @@ def preloading(module: str) -> dict[str, str]:
     """
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
-    if ENABLED not in os.environ:
+    if not is_enabled():
         return {}
     return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{preload.__name__}", MODULE: module}
 
@@ -37,6 +37,11 @@ def data_task_options() -> dict[str, Any]:
     """Options of Ray Data's tasks, so that they run in a process that has imported the tokenizers."""
     variables = preloading(TOKENIZERS)
     return {"runtime_env": {"env_vars": variables}} if variables else {}
+
+
+def is_enabled() -> bool:
+    """Whether this process belongs to a job whose driver starts processes in advance."""
+    return ENABLED in os.environ
 
 
 def enable() -> bool:

@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.util.placement_group import PlacementGroup
 
-from rayrlhf.placement.preload import preloading
+from rayrlhf.placement.preload import is_enabled
 
 
 @dataclass
@@ -60,5 +60,8 @@ def train_variables() -> dict[str, str]:
     return env_vars
 
 
-def controller_variables() -> dict[str, str]:
-    return train_variables() | preloading("ray.train.torch")
+def controller_runtime_env() -> dict[str, Any]:
+    """Empty on a local Ray, whose processes have inherited the variables: the controller, and the actors that
+    it creates, then get processes that were started in advance.
+    """
+    return {} if is_enabled() else {"env_vars": train_variables()}

@@ -18,7 +18,7 @@ from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccess
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from rayrlhf.placement.slot_controller import SlotController, SlotScalingConfig, controller_variables
+from rayrlhf.placement.slot_controller import SlotController, SlotScalingConfig, controller_runtime_env
 from rayrlhf.placement.slots import Slots
 
 CONTROLLER_SECONDS = 60.0
@@ -49,7 +49,7 @@ class SlotTorchTrainer(TorchTrainer):
             .options(
                 num_cpus=0,
                 label_selector={RAY_NODE_ID_KEY: driver_node},
-                runtime_env={"env_vars": controller_variables()},
+                runtime_env=controller_runtime_env(),
             )
             .remote(**controller_arguments)
         )

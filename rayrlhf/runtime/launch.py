@@ -11,8 +11,6 @@ from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
-LIGHT_ACTORS = 5  # board, reaper, and Ray Train's own; Ray starts one process per core for the first of them
-
 
 def launch(driver: str, config: Any) -> int:
     """Run a job's driver, "module:function", and return its exit code. Without RAY_ADDRESS it gets a local
@@ -26,7 +24,7 @@ def launch(driver: str, config: Any) -> int:
             from rayrlhf.placement.preload import enable
             from rayrlhf.placement.reaper import NAMESPACE
 
-            enabled = enable()  # first: Ray's processes inherit it
+            enabled = enable()  # first, as Ray's processes inherit the environment
             started = stack.enter_context(local_ray(NAMESPACE))
             if enabled:
                 _prestart(config)
@@ -35,12 +33,10 @@ def launch(driver: str, config: Any) -> int:
 
 
 def _prestart(config: Any) -> None:
-    """Processes of data tasks, trainers, their controller and engines, in the order in which they are needed,
-    and for light actors.
-    """
+    """Processes of data tasks, trainers and engines, in the order in which they are needed."""
     from rayrlhf.placement.preload import TOKENIZERS, preloading, prestart
     from rayrlhf.placement.process_variables import cpu_engine_variables, threads_each, trainer_variables
-    from rayrlhf.placement.slot_controller import controller_variables, train_variables
+    from rayrlhf.placement.slot_controller import train_variables
 
     limit = os.cpu_count() or 1
     train, rollout = getattr(config, "train", None), getattr(config, "rollout", None)
@@ -52,8 +48,6 @@ def _prestart(config: Any) -> None:
         threads = train.num_threads or threads_each(sum(loops.values()))
         for loop, count in loops.items():
             prestart(train_variables() | trainer_variables(threads, loop), min(count, limit))
-        prestart(controller_variables(), 1)
     if rollout is not None:
         threads = rollout.num_threads or threads_each(rollout.num_engines)
         prestart(cpu_engine_variables(threads), min(rollout.num_engines, limit))
-    prestart({}, LIGHT_ACTORS)

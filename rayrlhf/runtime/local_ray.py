@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import ray
 import ray._private.parameter as ray_parameter
 import ray._private.services as ray_services
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR, _enable_token_auth
 from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
@@ -34,8 +35,6 @@ TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 SYSTEM_CONFIG = {
     # Nobody reads a local Ray's metrics, which its agent would collect from every process.
     "enable_metrics_collection": False,
-    # Ray's workers would yield the cores to anything else that runs on the machine.
-    "worker_niceness": 0,
     # Ray ends idle workers after a second; the next task would import its modules again.
     "idle_worker_killing_time_threshold_ms": 30_000,
 }
@@ -56,6 +55,7 @@ def is_local(address: str | None) -> bool:
 def local_ray(namespace: str) -> Iterator[LocalRay]:
     """While the body runs, a Ray with all cores of this machine; nothing of it outlives a kill -9."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no cloud takes this node away
+    os.environ.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, "0")  # as Ray Train sets it
     watchdog = start_watchdog()
     try:
         with private_ray() as warnings:

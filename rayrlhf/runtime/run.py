@@ -33,6 +33,7 @@ from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.wandb_access import check_wandb
 from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
+from rayrlhf.placement.preload import is_enabled, prestart
 from rayrlhf.placement.preset import with_preset
 from rayrlhf.placement.process_variables import trainer_variables
 from rayrlhf.placement.reaper import NAMESPACE, delete_apps, start_reaper, unregister_workers
@@ -64,6 +65,8 @@ from rayrlhf.untrusted_text import guard_terminal, last_line, traceback_text
 INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError, HubError)
 
 C = TypeVar("C", bound=DrivenConfig)
+
+LIGHT_ACTORS = 7  # board, reaper, controller, and those of Ray Train and Ray Data
 
 
 class RunFailed(RuntimeError):
@@ -128,6 +131,8 @@ class DriverRun:
             if warning is not None:
                 self.console.say(f"warning: {warning}")
             self.console.say(where)
+            if self.started is not None and is_enabled():
+                prestart({}, LIGHT_ACTORS)
             yield
 
     def finished(self, run_path: Path) -> None:
