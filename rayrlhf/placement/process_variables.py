@@ -16,16 +16,26 @@ def threads_each(processes: int) -> int:
     return max(1, (os.cpu_count() or 1) // processes)
 
 
-def trainer_variables(threads: int, loop: str) -> dict[str, str]:
+def trainer_variables(threads: int, loop: str, *, on_gpu: bool) -> dict[str, str]:
     """Of a training worker; `loop` is the module of the function that it runs."""
     return {
         **offline_variable(),
         **preloading(loop),
+        **({} if on_gpu else huge_pages()),
         **BLOCK_TIME,
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     }
+
+
+def huge_pages() -> dict[str, str]:
+    """glibc's malloc asks for huge pages, where the kernel gives them on request (the default of most).
+
+    Gradients, logits and activations are new memory in every step. With pages of 4 KiB, a virtual machine takes
+    0.3 s of page faults for 200 MB of it; with huge ones, 0.05 s.
+    """
+    return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def engine_variables() -> dict[str, str]:

@@ -47,7 +47,7 @@ def _prestart(config: Any) -> None:
             loops["rayrlhf.policy.critic_server"] = config.num_critic_workers
         threads = train.num_threads or threads_each(sum(loops.values()))
         for loop, count in loops.items():
-            prestart(train_variables() | trainer_variables(threads, loop), min(count, limit))
+            prestart(train_variables() | trainer_variables(threads, loop, on_gpu=False), min(count, limit))
     if rollout is not None:
         threads = rollout.num_threads or threads_each(rollout.num_engines)
         prestart(cpu_engine_variables(threads), min(rollout.num_engines, limit))

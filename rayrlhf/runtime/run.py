@@ -282,7 +282,9 @@ def make_trainer(
             storage_path=str(config.run.path),
             failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            worker_runtime_env={"env_vars": trainer_variables(threads, worker.func.__module__)},
+            worker_runtime_env={
+                "env_vars": trainer_variables(threads, worker.func.__module__, on_gpu=slots.have_gpus)
+            },
             callbacks=[
                 WorkerFailures(
                     board,
