@@ -32,8 +32,8 @@ def trainer_variables(threads: int, loop: str, *, on_gpu: bool) -> dict[str, str
 def huge_pages() -> dict[str, str]:
     """glibc's malloc asks for huge pages, where the kernel gives them on request (the default of most).
 
-    Gradients, logits and activations are new memory in every step. With pages of 4 KiB, a virtual machine takes
-    0.3 s of page faults for 200 MB of it; with huge ones, 0.05 s.
+    Gradients, logits and activations are new memory in every step. With pages of 4 KiB, a virtual machine
+    took 0.3 s to fill 200 MB of it; with huge ones, 0.05 s.
     """
     return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
