@@ -139,6 +139,8 @@ class DriverRun:
         self.console.summary(run_path)
 
     def __enter__(self) -> Self:
+        if self.started is not None:  # ray.init has installed its own handler
+            signal.signal(signal.SIGTERM, self._stop)
         return self
 
     def __exit__(
