@@ -41,7 +41,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "sft": {
         "job": "sft",
         "data": {"prompt_key": "prompt", "response_key": "response", "max_tokens": 128},
-        "train": {"num_steps": 1, "samples_per_step": 32, "zero_stage": 0},
+        "train": {
+            "num_steps": 1,
+            "samples_per_step": 32,
+            "zero_stage": 0,
+            "max_tokens_per_micro_batch": 1024,
+        },
     },
     "ppo": {
         "data": {"max_prompt_tokens": 64},
@@ -50,7 +55,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "rollout": {"prompts_per_step": 32, "kv_cache_bytes": 64 << 20, "sampling": {"max_new_tokens": 1}},
         "reward": {"sources": [{"type": "function", "function": REWARD}]},
         "placement": {"preset": "colocate_all", "cpus_per_slot": 0.5},
-        "train": {"num_steps": 1, "zero_stage": 0},
+        "train": {"num_steps": 1, "zero_stage": 0, "max_tokens_per_micro_batch": 1024},
     },
 }
 

@@ -229,8 +229,10 @@ def _streams(
             budget_tokens=config.train.max_tokens_per_micro_batch,
         )
 
+    train_store = stores.train  # `Stores` would bring this module, and all that it imports, to the controller
+
     def train() -> Any:
-        return stream(stores.train, order, min(newest_step(storage), len(order) - 1))
+        return stream(train_store, order, min(newest_step(storage), len(order) - 1))
 
     def once(store: ExampleStore, rows: np.ndarray) -> Callable[[], Any]:
         return lambda: stream(store, each_once(rows, per_step))
