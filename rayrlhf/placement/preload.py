@@ -60,14 +60,15 @@ def prestart(variables: dict[str, str], count: int) -> None:
     """
     import ray
     from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.common_pb2 import Language
-    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+    from ray.core.generated import common_pb2, node_manager_pb2
     from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
     from ray.runtime_env import RuntimeEnv
 
     [node] = ray.nodes()
-    request = PrestartWorkersRequest(
-        language=Language.PYTHON,
+    messages: Any = node_manager_pb2  # these modules make their contents when they are imported
+    common: Any = common_pb2
+    request = messages.PrestartWorkersRequest(
+        language=common.PYTHON,
         job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
         keep_alive_duration_secs=KEEP_SECONDS,
         num_workers=count,

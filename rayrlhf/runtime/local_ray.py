@@ -98,9 +98,10 @@ def _few_services() -> Iterator[None]:
     as the driver does not print its workers' output, nor the dashboard's process, which Ray 2.60 starts with
     `include_dashboard=False`, too. Each takes a second of CPU to start, and then some of every second.
     """
+    options: Any = {"no_monitor": True, "include_log_monitor": False}
     parameter, services = ray_parameter.RayParams, ray_services.start_api_server
     changed: Any = (ray_parameter, ray_services)
-    changed[0].RayParams = partial(parameter, no_monitor=True, include_log_monitor=False)
+    changed[0].RayParams = partial(parameter, **options)
     changed[1].start_api_server = lambda *_, **__: (None, None)  # no URL and no process
     try:
         yield
