@@ -67,6 +67,7 @@ INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError,
 C = TypeVar("C", bound=DrivenConfig)
 
 LIGHT_ACTORS = 7  # board, reaper, controller, and those of Ray Train and Ray Data
+SERVE_ACTORS = 4  # weight store, Serve's controller, and a replica each of engines and rewards
 
 
 class RunFailed(RuntimeError):
@@ -132,7 +133,7 @@ class DriverRun:
                 self.console.say(f"warning: {warning}")
             self.console.say(where)
             if self.started is not None and is_enabled():
-                prestart({}, LIGHT_ACTORS)
+                prestart({}, LIGHT_ACTORS + (SERVE_ACTORS if hasattr(config, "rollout") else 0))
             yield
 
     def finished(self, run_path: Path) -> None:
