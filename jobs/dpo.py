@@ -9,16 +9,14 @@ import sys
 
 from rayrlhf.config.supervised import DpoRunConfig
 from rayrlhf.runtime.file_checks import load_job
+from rayrlhf.runtime.launch import launch
 from rayrlhf.runtime.process_environment import set_process_environment
 
 
 def main() -> int:
     set_process_environment()
     config = load_job(DpoRunConfig, sys.argv[1:])
-    # Imported after config and files are validated: this imports torch and ray, which takes seconds.
-    from rayrlhf.supervised.driver import run_supervised
-
-    return run_supervised(config)
+    return launch("rayrlhf.supervised.driver:run_supervised", config)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,12 @@ def write_line(text: str, file: TextIO | None = None, *, end: str = "\n") -> Non
     print(printable(shown, getattr(file, "encoding", None)), end=end, file=file, flush=True)
 
 
+def last_line(text: str) -> str:
+    """The last line of a traceback: its message."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
 def traceback_text(error: BaseException) -> str:
     """The traceback of an error, for a log: it may quote text from a worker, a reward or a data row."""
     return visible(masked("".join(traceback.format_exception(error))), limit=LOG_CHARACTERS)

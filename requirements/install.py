@@ -40,6 +40,8 @@ SHORT_SECONDS = 300  # on a machine that is busy otherwise
 OTHER_SECONDS = 3600  # for another installation into the same folder
 # Built without isolation: DeepSpeed imports torch when it is built.
 BUILT_HERE = "deepspeed"
+# A job imports none of these, or a single one: each model of transformers is a file of its own.
+NOT_COMPILED = r"/tests?/|/transformers/models/(?!auto/|llama/)|/ray/rllib/|/torch/testing/|/pip/"
 NEEDED_GB = {"cpu": 6, "cuda": 12}  # with the cache
 
 
@@ -105,6 +107,7 @@ def install(venv: Path, lock: Path, key: str) -> None:
     _announce(progress, installer, build, lock)
     install_lock(installer, build, requirements, lock, progress)
     check_imports(python, env, progress)
+    compile_bytecode(python, env, progress)
     (venv / "lock").write_text(f"{lock.stem}\n")
     (venv / "incomplete").unlink()
     (venv / "installed").write_text(f"{key}\n")
@@ -267,6 +270,21 @@ def check_imports(python: Path, env: Mapping[str, str], progress: Progress) -> N
             f"Fix: remove {python.parent.parent} and run make again; if that does not help, the lines above "
             "say what this machine lacks.",
         )
+
+
+def compile_bytecode(python: Path, env: Mapping[str, str], progress: Progress) -> None:
+    """Compile the packages to bytecode, on all cores, as uv does not.
+
+    A job has twenty processes, and each would compile what it imports: on two cores the first job takes more
+    than twice as long to start, and so does every job under PYTHONDONTWRITEBYTECODE, which many images set.
+    """
+    progress.say("  compiling to bytecode, so that jobs start faster")
+    site_packages = next((python.parent.parent / "lib").glob("python*/site-packages"))
+    # A few files of packages are not valid for this Python, for which the status is 1.
+    progress.run(
+        [str(python), "-m", "compileall", "-qq", "-j0", "-x", NOT_COMPILED, str(site_packages)],
+        pip_environment(env),
+    )
 
 
 def _explained(installer: Installer, status: int, progress: Progress) -> list[str]:

@@ -22,8 +22,8 @@ HEAD = """\
 
 Which model architectures are supported. A small copy of each, with random weights in fp32, is run on three
 sequences: its log-probabilities by the functions that training uses are compared with those of transformers'
-own forward pass on each sequence alone. Every job does the same with its own models' configs before Ray
-starts, and `rayrlhf plan` shows the result.
+own forward pass on each sequence alone. Every job does the same with its own models' configs before anything
+is placed, and `rayrlhf plan` shows the result.
 
 - **supported packed**: sequences share a stream.
 - **supported one sequence per stream**: right, but slower. Layers carry state from one sequence into the next

@@ -18,6 +18,7 @@ from rayrlhf.data.batch_plan import FixedPlan, PromptPlan, RowOrder, plan_steps
 from rayrlhf.data.packed_order import PackedOrder
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.store import ExampleStore, PromptStore, examples_of, prompts_of
+from rayrlhf.placement.preload import data_task_options
 from rayrlhf.samples import Example, Prompt
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Da
             batch_format="pyarrow",
             num_cpus=0,
             concurrency=FETCH_TASKS,
+            **data_task_options(),
         )
 
 

@@ -38,6 +38,7 @@ from rayrlhf.observe.console import Console
 from rayrlhf.observe.rows import RowsProgress
 from rayrlhf.observe.sinks import Sinks, drain_in_background
 from rayrlhf.placement.plan import plan_generate
+from rayrlhf.placement.process_variables import threads_each
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.deployments import reward_app_names, reward_apps
 from rayrlhf.reward.reading import PromptFormat
@@ -54,7 +55,7 @@ from rayrlhf.runtime.preflight import (
     reward_model_paths,
     try_rewards,
 )
-from rayrlhf.runtime.ray_session import deploy, last_line, wait_for_apps
+from rayrlhf.runtime.ray_session import deploy, wait_for_apps
 from rayrlhf.runtime.reporting import ToBoard
 from rayrlhf.runtime.run import (
     DriverRun,
@@ -62,8 +63,8 @@ from rayrlhf.runtime.run import (
     check_placement,
     placed,
     start_folder,
-    threads_each,
 )
+from rayrlhf.untrusted_text import last_line
 from rayrlhf.usercode import UserCode
 
 GENERATIONS = "generations.jsonl"

@@ -15,13 +15,10 @@ import time
 from typing import Any, NamedTuple
 
 import ray
-from ray import serve
 from ray._raylet import PlacementGroupID  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-from rayrlhf.placement.serve_status import app_statuses
 
 NAMESPACE = "rayrlhf"  # Ray namespace of the named actors of all runs
 WATCH_SECONDS = 1.0
@@ -82,6 +79,10 @@ class Reaper:
 
 def delete_apps(run_id: str) -> None:
     """Delete this run's Serve apps, `<run_id>-<role>`, and wait until their replicas are gone."""
+    # Here, as it takes more than a second of CPU: most processes of a run only register themselves.
+    from ray import serve
+
+    from rayrlhf.placement.serve_status import app_statuses
 
     def mine() -> list[str]:
         return [name for name in app_statuses() if name.startswith(f"{run_id}-")]

@@ -3,64 +3,26 @@
 Ray Train has no public API for an existing placement group: it creates its own, which would separate the
 trainer from the engines that share its GPUs. This subclass overrides five internals of Ray 2.60 (pinned;
 tests/placement has a contract test that fails when one of them changes):
-`DataParallelTrainer._initialize_and_run_controller` and `._create_default_callbacks`,
-`TrainController.worker_group_cls`, `WorkerGroup._create_placement_group` and `._create_workers`.
+`DataParallelTrainer._initialize_and_run_controller` and `._create_default_callbacks`, and with
+`slot_controller` `TrainController.worker_group_cls`, `WorkerGroup._create_placement_group` and
+`._create_workers`.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]
-from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import (
-    DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
-    get_env_vars_to_propagate,
-)
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
-from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
-from ray.util.placement_group import PlacementGroup
 
+from rayrlhf.placement.slot_controller import SlotController, SlotScalingConfig, controller_runtime_env
 from rayrlhf.placement.slots import Slots
 
 CONTROLLER_SECONDS = 60.0
 TRAINERS = ("actor", "critic")  # roles trained by this trainer
-
-
-@dataclass
-class SlotScalingConfig(ScalingConfig):
-    group: PlacementGroup | None = None
-    bundles: tuple[int, ...] = ()  # bundle of each worker, by rank
-
-
-class _BorrowedGroup(DefaultPlacementGroupHandle):
-    def shutdown(self) -> None:
-        """Keep the group: it belongs to the run, and a restarting worker group needs it."""
-
-
-class _SlotWorkerGroup(WorkerGroup):
-    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
-        return _BorrowedGroup(scaling_config.group)
-
-    def _create_workers(
-        self, num_workers: int, placement_group: Any, resources_per_worker: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not args and kwargs.get("placement_group_bundle_indices") is None:
-            scaling: Any = self._train_run_context.scaling_config
-            bundles: tuple[int, ...] = scaling.bundles
-            kwargs["placement_group_bundle_indices"] = list(bundles[:num_workers])
-        return super()._create_workers(num_workers, placement_group, resources_per_worker, *args, **kwargs)
-
-
-class _SlotController(TrainController):
-    worker_group_cls = _SlotWorkerGroup
 
 
 class SlotTorchTrainer(TorchTrainer):
@@ -81,17 +43,13 @@ class SlotTorchTrainer(TorchTrainer):
         ]
 
     def _initialize_and_run_controller(self, **controller_arguments: Any) -> Any:
-        env_vars = get_env_vars_to_propagate()
-        env_vars.setdefault(
-            RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
-        )
         driver_node = ray.get_runtime_context().get_node_id()
         controller: Any = (
-            ray.remote(_SlotController)
+            ray.remote(SlotController)
             .options(
                 num_cpus=0,
                 label_selector={RAY_NODE_ID_KEY: driver_node},
-                runtime_env={"env_vars": env_vars},
+                runtime_env=controller_runtime_env(),
             )
             .remote(**controller_arguments)
         )

@@ -17,6 +17,7 @@ from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.observe.step_rows import json_line
 from rayrlhf.placement.plan import plan_placement
+from rayrlhf.placement.process_variables import threads_each
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.slots import Slots
 from rayrlhf.placement.trainer import SlotTorchTrainer
@@ -30,6 +31,7 @@ from rayrlhf.policy.prompt_streams import Stores, prepare_stores, training_strea
 from rayrlhf.reward.deployments import reward_app_names
 from rayrlhf.reward.reading import PromptFormat
 from rayrlhf.runtime.adapter_sync import adapter_sync
+from rayrlhf.runtime.local_ray import LocalRay
 from rayrlhf.runtime.model_checks import check_adapters, warn_invalid_generation_config
 from rayrlhf.runtime.node_monitor import nodes_watched
 from rayrlhf.runtime.preflight import (
@@ -52,7 +54,6 @@ from rayrlhf.runtime.run import (
     named_actor,
     placed,
     start_folder,
-    threads_each,
 )
 from rayrlhf.runtime.run_summary import write_summary
 from rayrlhf.runtime.scratch import locked_scratch
@@ -62,9 +63,9 @@ from rayrlhf.weights.store import Event, WeightStore
 CRITIC_FOLDER = "critic_trainer"  # Ray Train's folder of a separate critic; its shards are in another folder
 
 
-def run_policy(config: PolicyRunConfig) -> int:
+def run_policy(config: PolicyRunConfig, started: LocalRay | None = None) -> int:
     """Run a policy job; returns the exit code of `DriverRun`."""
-    with DriverRun(config) as run:
+    with DriverRun(config, started) as run:
         config = run.pinned(config)
         prepared = check_before_ray(config)
         check_resume(config)

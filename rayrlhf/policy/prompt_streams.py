@@ -115,10 +115,10 @@ def training_streams(job: PolicyJob, stores: Stores, *, storage: Path) -> dict[s
         config.data.shuffle,
     )
 
+    path = stores.train.path  # `Stores` would bring this module, and all that it imports, to the controller
+
     def train() -> Any:
-        return prompt_dataset(
-            stores.train.path, batches, min(newest_first_prompt_batch(storage), len(batches) - 1)
-        )
+        return prompt_dataset(path, batches, min(newest_first_prompt_batch(storage), len(batches) - 1))
 
     streams: dict[str, Any] = {"train": train}
     if stores.held_out is not None and job.num_eval_prompts:

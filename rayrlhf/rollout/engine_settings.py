@@ -8,8 +8,8 @@ import torch
 
 from rayrlhf.config.model import ENGINE_LORA_RANKS, LoraConfig, ModelConfig
 from rayrlhf.config.rollout import EngineConfig
-from rayrlhf.hub.access import offline_variable
 from rayrlhf.models.load import resolve_dtype
+from rayrlhf.placement.process_variables import cpu_engine_variables, engine_variables
 from rayrlhf.rollout.engine import EngineSettings
 
 KV_BLOCK_TOKENS = 32
@@ -46,13 +46,7 @@ def engine_settings(
         # The engine's log-probabilities must be those the trainer computes: at the sampling temperature.
         "logprobs_mode": "processed_logprobs",
     }
-    env_vars = {
-        **offline_variable(),
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
+    env_vars = engine_variables()
     if adapter is not None:
         engine_args |= {
             "enable_lora": True,
@@ -86,12 +80,7 @@ def engine_settings(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens),
         }
-        env_vars |= {
-            "OMP_NUM_THREADS": str(rollout.num_threads or threads),
-            "KMP_BLOCKTIME": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" binds every engine of a node to the same core
-            "TORCH_COMPILE_DISABLE": "1",  # saves a 20 s compilation at the first request
-        }
+        env_vars |= cpu_engine_variables(rollout.num_threads or threads)
     return EngineSettings(
         engine_args=engine_args,
         env_vars=env_vars,

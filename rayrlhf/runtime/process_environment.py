@@ -12,8 +12,9 @@ def set_process_environment() -> None:
     Ray reads its variables when it starts. DeepSpeed, which transformers imports, selects its accelerator at
     import.
     """
-    # Reports are polled; at the default interval each costs two seconds.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    # Reports are polled; at the default interval each costs two seconds. Each poll takes controller and
+    # worker some milliseconds of CPU.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

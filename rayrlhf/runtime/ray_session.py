@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -18,8 +18,8 @@ from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatus
 
 from rayrlhf.placement.serve_status import app_statuses
-from rayrlhf.runtime.cleanup import name_session, start_watchdog
-from rayrlhf.runtime.local_ray import private_ray
+from rayrlhf.runtime.local_ray import LocalRay, is_local, local_ray
+from rayrlhf.untrusted_text import last_line
 
 POLL_SECONDS = 0.25
 HEALTH_SECONDS = 2.0
@@ -31,38 +31,40 @@ class DeploymentFailed(RuntimeError):
 
 
 @contextmanager
-def ray_session(namespace: str) -> Iterator[str]:
+def ray_session(namespace: str, started: LocalRay | None = None) -> Iterator[str]:
     """Join the cluster of RAY_ADDRESS (set for a submitted job), or start a local Ray that only this user can
     reach, and stop it afterwards.
 
-    In a process where Ray already runs (a notebook, a test), that Ray is used and kept. Yields text for the
-    console.
+    In a process where Ray already runs (a notebook, a test, or `started` by `launch`), that Ray is used and
+    kept. Yields text for the console.
     """
-    if ray.is_initialized():
-        yield "using the Ray of this process"
-        return
     address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = (
-        {"address": address} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
-    )
-    watchdog = None if address else start_watchdog()
-    try:
-        with nullcontext([]) if address not in (None, "", "local") else private_ray() as warnings:
-            ray.init(**options, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
-        if watchdog is not None:
-            name_session(watchdog, ray.get_runtime_context().get_session_name())
+    with ExitStack() as stack:
+        if started is None and not ray.is_initialized():
+            if is_local(address):
+                started = stack.enter_context(local_ray(namespace))
+            else:
+                stack.enter_context(_joined(address, namespace))
+        elif started is None:
+            yield "using the Ray of this process"
+            return
         for name in ("ray.serve", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         DataContext.get_current().enable_progress_bars = False
         resources = ray.cluster_resources()
-        where = f"joined the cluster at {address}" if address else "started a local Ray"
+        where = f"joined the cluster at {address}" if started is None else "started a local Ray"
         size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+        warnings = [] if started is None else started.warnings
         yield "\n".join([f"{where}: {size}", *(f"warning: {warning}" for warning in warnings)])
+
+
+@contextmanager
+def _joined(address: str | None, namespace: str) -> Iterator[None]:
+    try:
+        ray.init(address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+        yield
     finally:
         ray.shutdown()
-        if watchdog is not None:
-            watchdog.terminate()
-            watchdog.wait()
 
 
 def start_serve(**options: Any) -> None:
@@ -181,9 +183,3 @@ def _report_health(
             elif status == ApplicationStatus.RUNNING and name in unhealthy:
                 unhealthy.discard(name)
                 say(f"{role} is complete again")
-
-
-def last_line(text: str) -> str:
-    """The last line of a traceback: its message."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"

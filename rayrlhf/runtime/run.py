@@ -4,11 +4,11 @@ here.
 
 from __future__ import annotations
 
-import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -28,13 +28,14 @@ from rayrlhf.config.base import ConfigError
 from rayrlhf.config.common import DrivenConfig, JobConfig
 from rayrlhf.config.parse import dump_resolved
 from rayrlhf.data.rows.row import DataError
-from rayrlhf.hub.access import offline_variable
 from rayrlhf.hub.hub_errors import HubError
 from rayrlhf.observe.board import Board
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.wandb_access import check_wandb
 from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
+from rayrlhf.placement.preload import is_enabled, prestart
 from rayrlhf.placement.preset import with_preset
+from rayrlhf.placement.process_variables import trainer_variables
 from rayrlhf.placement.reaper import NAMESPACE, delete_apps, start_reaper, unregister_workers
 from rayrlhf.placement.slots import (
     PlacementError,
@@ -50,20 +51,24 @@ from rayrlhf.runtime.architecture_checks import check_architectures
 from rayrlhf.runtime.file_checks import check_files
 from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, pin, shared_access
 from rayrlhf.runtime.interrupted import resume_message
+from rayrlhf.runtime.local_ray import LocalRay
 from rayrlhf.runtime.prefix_checks import with_prefixes_shared
 from rayrlhf.runtime.preflight import InputError, check_precision
 from rayrlhf.runtime.process_environment import set_process_environment
 from rayrlhf.runtime.ray_messages import RAY_LOG, ray_messages_in
-from rayrlhf.runtime.ray_session import DeploymentFailed, last_line, ray_session
+from rayrlhf.runtime.ray_session import DeploymentFailed, ray_session
 from rayrlhf.runtime.results import RunResult, Stopped
 from rayrlhf.runtime.run_lock import run_lock
 from rayrlhf.runtime.worker_failures import WorkerFailures
 from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
-from rayrlhf.untrusted_text import guard_terminal, traceback_text
+from rayrlhf.untrusted_text import guard_terminal, last_line, traceback_text
 
 INPUT_ERRORS = (ConfigError, InputError, DataError, RewardError, PlacementError, HubError)
 
 C = TypeVar("C", bound=DrivenConfig)
+
+LIGHT_ACTORS = 7  # board, reaper, controller, and those of Ray Train and Ray Data
+SERVE_ACTORS = 4  # weight store, Serve's controller, and a replica each of engines and rewards
 
 
 class RunFailed(RuntimeError):
@@ -92,10 +97,12 @@ class DriverRun:
     Exit codes: 0 done, 2 bad input, 1 anything else, 130 interrupted, 143 stopped by SIGTERM.
     """
 
-    def __init__(self, config: DrivenConfig) -> None:
+    def __init__(self, config: DrivenConfig, started: LocalRay | None = None) -> None:
+        """`started`: the Ray that `launch` has started for this job."""
         guard_terminal()
         set_process_environment()
         self.config = config
+        self.started = started
         self.console = Console(config.observe.console)
         self.exit_code = 0
         self._previous = signal.getsignal(signal.SIGTERM)
@@ -122,19 +129,23 @@ class DriverRun:
         with (
             run_lock(run_path) as warning,
             ray_messages_in(run_path / RAY_LOG),
-            ray_session(NAMESPACE) as where,
+            ray_session(NAMESPACE, self.started) as where,
             shared_access(config),
         ):
             signal.signal(signal.SIGTERM, self._stop)  # after ray.init, which installs its own handler
             if warning is not None:
                 self.console.say(f"warning: {warning}")
             self.console.say(where)
+            if self.started is not None and is_enabled():
+                prestart({}, LIGHT_ACTORS + (SERVE_ACTORS if hasattr(config, "rollout") else 0))
             yield
 
     def finished(self, run_path: Path) -> None:
         self.console.summary(run_path)
 
     def __enter__(self) -> Self:
+        if self.started is not None:  # ray.init has installed its own handler
+            signal.signal(signal.SIGTERM, self._stop)
         return self
 
     def __exit__(
@@ -256,7 +267,7 @@ def named_actor(actor_class: type, name: str, **arguments: Any) -> Any:
 
 
 def make_trainer(
-    worker: Callable[[], RunResult | Stopped | None],
+    worker: partial[RunResult | Stopped | None],
     config: JobConfig,
     slots: Slots,
     *,
@@ -278,7 +289,9 @@ def make_trainer(
             storage_path=str(config.run.path),
             failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            worker_runtime_env={"env_vars": _worker_environment(threads)},
+            worker_runtime_env={
+                "env_vars": trainer_variables(threads, worker.func.__module__, on_gpu=slots.have_gpus)
+            },
             callbacks=[
                 WorkerFailures(
                     board,
@@ -303,21 +316,6 @@ def fit(trainer: SlotTorchTrainer) -> Any:
     if isinstance(result, Stopped):
         raise RunFailed(result.reason)
     return result
-
-
-def threads_each(processes: int) -> int:
-    """Threads per process when `processes` processes share all cores of a node."""
-    return max(1, (os.cpu_count() or 1) // processes)
-
-
-def _worker_environment(threads: int) -> dict[str, str]:
-    return {
-        **offline_variable(),
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(threads),
-        "KMP_BLOCKTIME": "1",  # threads of a waiting role must not spin on cores that the other needs
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-    }
 
 
 class _StopOnSignal:

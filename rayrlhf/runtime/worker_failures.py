@@ -9,8 +9,8 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
-from rayrlhf.runtime.ray_session import last_line
 from rayrlhf.runtime.reporting import Reporter
+from rayrlhf.untrusted_text import last_line
 
 ESCAPE_CODES = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours the tracebacks of other processes
 

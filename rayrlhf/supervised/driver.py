@@ -30,6 +30,8 @@ from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.plan import plan_supervised
+from rayrlhf.placement.process_variables import threads_each
+from rayrlhf.runtime.local_ray import LocalRay
 from rayrlhf.runtime.model_checks import check_models, warn_invalid_generation_config
 from rayrlhf.runtime.preflight import check_model
 from rayrlhf.runtime.ray_session import deploy, watched
@@ -43,7 +45,6 @@ from rayrlhf.runtime.run import (
     make_trainer,
     placed,
     start_folder,
-    threads_each,
 )
 from rayrlhf.runtime.run_summary import write_supervised_summary
 from rayrlhf.runtime.scratch import locked_scratch
@@ -57,9 +58,9 @@ SAMPLE_ROWS = 1024  # of the training data, from which a reward model's score no
 START_SECONDS = 600.0  # for a served teacher to start
 
 
-def run_supervised(config: SupervisedConfig) -> int:
+def run_supervised(config: SupervisedConfig, started: LocalRay | None = None) -> int:
     """Run a supervised job; returns the exit code of `DriverRun`."""
-    with DriverRun(config) as run:
+    with DriverRun(config, started) as run:
         config = run.pinned(config)
         for key, path in _model_paths(config):
             check_model(key, path)
@@ -248,8 +249,10 @@ def _streams(
             budget_tokens=config.train.max_tokens_per_micro_batch,
         )
 
+    train_store = stores.train  # `Stores` would bring this module, and all that it imports, to the controller
+
     def train() -> Any:
-        return stream(stores.train, order, min(newest_step(storage), len(order) - 1))
+        return stream(train_store, order, min(newest_step(storage), len(order) - 1))
 
     def once(store: ExampleStore, rows: np.ndarray) -> Callable[[], Any]:
         return lambda: stream(store, each_once(rows, job.rows_per_pass))

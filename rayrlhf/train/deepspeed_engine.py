@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.adapters import Weight, adapter_weights, weights_of
+from rayrlhf.train import collectives
 
 # On a CPU, DeepSpeed compiles a shared-memory collective at first use (about a minute); use gloo instead.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -96,6 +97,10 @@ def make_engine(module: nn.Module, train: OptimizerConfig, *, lr: float | None, 
         config=deepspeed_config(train, lr=lr, dtype=dtype, num_parameters=num_parameters),
         model_parameters=trainable,
     )
+    if train.zero_stage == 0 and collectives.world_size() == 1:
+        # After every backward pass the engine would copy all gradients into a buffer and back, for an
+        # all-reduce over a single rank. Under ZeRO the optimizer takes its gradients from the reduction.
+        engine.enable_backward_allreduce = False
     return engine
 
 

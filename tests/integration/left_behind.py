@@ -14,7 +14,7 @@ from ray import serve
 from ray.util import placement_group_table
 from ray.util.state import list_actors
 
-OURS = ("Board", "WeightStore", "Reaper", "EngineActor", "_SlotController", "RayTrainWorker")
+OURS = ("Board", "WeightStore", "Reaper", "EngineActor", "SlotController", "RayTrainWorker")
 
 
 SECONDS = 20.0  # for one look; Ray's own calls have no deadline

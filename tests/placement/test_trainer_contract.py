@@ -21,6 +21,7 @@ from ray.train.v2._internal.execution.worker_group import placement_group_handle
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from rayrlhf.placement import slot_controller
 from rayrlhf.placement import trainer as ours
 
 LOOK = "Ray Train has changed: see {}, then rayrlhf/placement/trainer.py, which overrides it"
@@ -89,14 +90,14 @@ def test_the_controller_makes_its_worker_group_from_the_class_attribute() -> Non
     look = LOOK.format("TrainController.worker_group_cls")
     assert TrainController.worker_group_cls is WorkerGroup, look
     assert calls(TrainController, "self.worker_group_cls.create("), look
-    assert ours._SlotController.worker_group_cls is ours._SlotWorkerGroup
+    assert slot_controller.SlotController.worker_group_cls is slot_controller.SlotWorkerGroup
 
 
 def test_the_worker_group_creates_its_placement_group() -> None:
     look = LOOK.format("WorkerGroup._create_placement_group")
     expected = ["self", "scaling_config", "worker_group_context"]
     assert list(parameters(WorkerGroup._create_placement_group)) == expected, look
-    assert list(parameters(ours._SlotWorkerGroup._create_placement_group)) == expected
+    assert list(parameters(slot_controller.SlotWorkerGroup._create_placement_group)) == expected
     assert calls(WorkerGroup, "self._create_placement_group("), look
 
 
@@ -120,7 +121,7 @@ def test_a_borrowed_group_is_used_but_never_removed(monkeypatch: pytest.MonkeyPa
     removed: list[Any] = []
     monkeypatch.setattr(placement_group_handle, "remove_placement_group", removed.append)
     group: Any = SimpleNamespace(ready=lambda: "a ref", wait=lambda timeout_seconds: True)
-    handle = ours._BorrowedGroup(group)
+    handle = slot_controller._BorrowedGroup(group)
     assert handle.placement_group is group and handle.ready() == "a ref" and handle.wait(1)
     handle.shutdown()
     assert removed == []
@@ -136,7 +137,7 @@ def test_workers_run_on_the_bundles_of_their_slots(monkeypatch: pytest.MonkeyPat
         bundles.append(signature.bind(*arguments, **keywords).arguments["placement_group_bundle_indices"])
 
     monkeypatch.setattr(WorkerGroup, "_create_workers", create)
-    group = object.__new__(ours._SlotWorkerGroup)
+    group = object.__new__(slot_controller.SlotWorkerGroup)
     scaling = ours.SlotScalingConfig(num_workers=3, bundles=(4, 0, 2))
     monkeypatch.setattr(group, "_train_run_context", SimpleNamespace(scaling_config=scaling), raising=False)
     resources = {"CPU": 1.0}

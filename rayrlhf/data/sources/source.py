@@ -19,6 +19,7 @@ from rayrlhf.data.rows.row import DataError, RawRow, columns_to_json
 from rayrlhf.data.sources.files import DataFile, Split, resolve_source
 from rayrlhf.data.sources.hub_files import shared_copy
 from rayrlhf.data.sources.readers import Chunk, plan_chunks, read_chunk
+from rayrlhf.placement.preload import data_task_options
 
 # A fraction of a CPU, so that reading continues on clusters with few and partly occupied CPUs.
 READ_TASK_CPUS = 0.5
@@ -54,7 +55,7 @@ def read_sources(
             f"data.{split} holds no rows: {', '.join(s.path for s in sources) or 'no source is given'}"
         )
     dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks))
-    return dataset.flat_map(_rows_of_chunk, num_cpus=READ_TASK_CPUS)
+    return dataset.flat_map(_rows_of_chunk, num_cpus=READ_TASK_CPUS, **data_task_options())
 
 
 def _rows_of_chunk(described: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from ray.data import Dataset
 from rayrlhf.data.row_filter import Tally
 from rayrlhf.data.sources.source import READ_TASK_CPUS, ordered_and_quiet
 from rayrlhf.data.store import ArrowRows
+from rayrlhf.placement.preload import data_task_options
 
 RENDER_BATCH_ROWS = 256
 
@@ -35,7 +36,11 @@ def spooled(
     try:
         with ordered_and_quiet(), pa.OSFile(str(spool_path), "wb") as sink:
             rendered = read().map_batches(
-                stage, batch_size=batch_rows, batch_format="pyarrow", num_cpus=READ_TASK_CPUS
+                stage,
+                batch_size=batch_rows,
+                batch_format="pyarrow",
+                num_cpus=READ_TASK_CPUS,
+                **data_task_options(),
             )
             with pa.ipc.new_file(sink, schema) as writer:
                 for batch in rendered.iter_batches(batch_size=None, batch_format="pyarrow"):
