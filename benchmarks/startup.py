@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=float, default=240.0, help="until a job's first step")
     parser.add_argument("--out", type=Path, default=RESULTS / "startup", help="without suffix")
     options = parser.parse_args()
-    where = machine(0) | {"command": ".venv/bin/python -m benchmarks.startup"}
+    where: dict[str, Any] = machine(0) | {"command": ".venv/bin/python -m benchmarks.startup"}
     where["versions"] |= {"ray": version("ray")}
     from tests.tiny_model import make_tiny_model
 

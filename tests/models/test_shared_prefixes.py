@@ -197,8 +197,8 @@ def test_the_keys_that_the_varlen_kernel_gets(monkeypatch: pytest.MonkeyPatch, w
         torch.randn(1, heads, len(inputs[0]), 8, generator=generator, dtype=torch.float64)
         for heads in (4, 2, 2)
     )
-    layer = nn.Module()
-    layer.num_key_value_groups = 2  # pyright: ignore[reportAttributeAccessIssue]
+    layer: Any = nn.Module()
+    layer.num_key_value_groups = 2
     wanted, _ = varlen_sdpa(layer, query, key, value, sliding_window=window, cu_seq_lens_q=inputs[2])
     share = Share.of(inputs[2], len(inputs[0]), None, prefixes)
     q, k, v = (each[:, :, prefixes.tokens] for each in (query, key, value))
