@@ -77,7 +77,12 @@ class Result(NamedTuple):
     prefix_share: float
 
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "head_dim": 8,
+}
 
 
 def policy_of(seed: int, *, experts: bool = False) -> PolicyModel:
