@@ -18,7 +18,8 @@ COMPUTES_BATCHES = ("model.path", "critic.path", "ref.path")  # models that get 
 
 def with_prefixes_shared(config: C, say: Callable[[str], None]) -> C:
     """The config; without train.share_prefixes where a training job's results would not be the same."""
-    if not isinstance(config, PolicyRunConfig | SupervisedConfig) or not config.train.share_prefixes:
+    is_training = isinstance(config, (PolicyRunConfig, SupervisedConfig))
+    if not is_training or not config.train.share_prefixes:
         return config
     reason = why_not(config, list(judge(config)))
     if not reason:

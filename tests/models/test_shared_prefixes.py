@@ -198,8 +198,8 @@ def test_the_keys_that_the_varlen_kernel_gets(monkeypatch: pytest.MonkeyPatch, w
         for heads in (4, 2, 2)
     )
     query, key, value = (each[:, :, prefixes.rows] for each in (q, k, v))  # equal in a prefix
-    layer = nn.Module()
-    layer.num_key_value_groups = 2  # pyright: ignore[reportAttributeAccessIssue]
+    layer: Any = nn.Module()
+    layer.num_key_value_groups = 2
     wanted, _ = varlen_sdpa(layer, query, key, value, sliding_window=window, cu_seq_lens_q=inputs[2])
     share = Share.of(inputs[2], len(inputs[0]), None, prefixes)
     named = attention.prefix_inputs(inputs[0], inputs[1], share)
