@@ -88,7 +88,7 @@ EXPERTS: dict[str, Any] = {
 def policy_of(seed: int, *, experts: bool = False) -> PolicyModel:
     torch.manual_seed(seed)
     causal_lm: Any = (
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=8))
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS))
         if experts
         else LlamaForCausalLM(LlamaConfig(**SIZES))
     )
