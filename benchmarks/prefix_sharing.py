@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time of one update with and without shared prefixes.")
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--objective", choices=["GRPO", "DPO"], help="only this one")
     options = parser.parse_args()
     os.environ |= {
         "DS_ACCELERATOR": "cpu",
@@ -146,8 +147,9 @@ def main() -> None:
     policy = load_policy(model, options.model, device=torch.device("cpu"), chunk_tokens=256)
     train = TrainConfig(num_steps=10, zero_stage=0)
     learner = Learner(policy, train, lr=0.0, dtype=torch.float32, name="actor")
-    compare("GRPO", learner, grpo_term, options.rounds)
-    compare("DPO", learner, dpo_term, options.rounds)
+    for name, term in {"GRPO": grpo_term, "DPO": dpo_term}.items():
+        if options.objective in (None, name):
+            compare(name, learner, term, options.rounds)
     dist.destroy_process_group()
 
 

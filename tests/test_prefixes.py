@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -10,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.cloudpickle import dumps, loads  # pyright: ignore[reportPrivateImportUsage]
 
 from rayrlhf.batch import (
     PackedBatch,
@@ -117,7 +117,7 @@ def test_a_batch_keeps_its_prefixes() -> None:
         values,
         replace(batch, is_padding=False),
     ):
-        again: PackedBatch = loads(dumps(other))
+        again: PackedBatch = pickle.loads(pickle.dumps(other))
         assert again.prefixes is not None
         assert torch.equal(again.prefixes.rows, batch.prefixes.rows)
         assert again.prefixes.lengths == batch.prefixes.lengths

@@ -18,16 +18,14 @@ COMPUTES_BATCHES = ("model.path", "critic.path", "ref.path")  # models that get 
 
 def with_prefixes_shared(config: C, say: Callable[[str], None]) -> C:
     """The config; without train.share_prefixes where a training job's results would not be the same."""
-    training: Any = config
-    is_training = isinstance(training, PolicyRunConfig | SupervisedConfig)
-    if not is_training or not training.train.share_prefixes:
+    is_training = isinstance(config, (PolicyRunConfig, SupervisedConfig))
+    if not is_training or not config.train.share_prefixes:
         return config
-    reason = why_not(training, list(judge(training)))
+    reason = why_not(config, list(judge(config)))
     if not reason:
         return config
     say(f"train.share_prefixes=false: {reason}")
-    without = training.train.model_copy(update={"share_prefixes": False})
-    return training.model_copy(update={"train": without})
+    return config.model_copy(update={"train": config.train.model_copy(update={"share_prefixes": False})})
 
 
 def why_not(config: Any, models: Sequence[Judged]) -> str:

@@ -193,15 +193,15 @@ def test_the_keys_that_the_varlen_kernel_gets(monkeypatch: pytest.MonkeyPatch, w
     monkeypatch.setattr(attention, "flash_attention_forward", kernel)
     inputs, prefixes = stream()
     generator = torch.Generator().manual_seed(1)
-    query, key, value = (
-        torch.randn(1, heads, len(inputs[0]), 8, generator=generator, dtype=torch.float64)
+    q, k, v = (
+        torch.randn(1, heads, prefixes.num_rows, 8, generator=generator, dtype=torch.float64)
         for heads in (4, 2, 2)
     )
+    query, key, value = (each[:, :, prefixes.rows] for each in (q, k, v))  # equal in a prefix
     layer: Any = nn.Module()
     layer.num_key_value_groups = 2
     wanted, _ = varlen_sdpa(layer, query, key, value, sliding_window=window, cu_seq_lens_q=inputs[2])
     share = Share.of(inputs[2], len(inputs[0]), None, prefixes)
-    q, k, v = (each[:, :, prefixes.tokens] for each in (query, key, value))
     named = attention.prefix_inputs(inputs[0], inputs[1], share)
     flash, _ = flash_with_prefixes(layer, q, k, v, sliding_window=window, **named)
     ours, _ = varlen_sdpa(layer, q, k, v, sliding_window=window, **named)
