@@ -276,7 +276,9 @@ def engine(
     weights = shape.parameters * size // tensor_parallel
     working = (f"engine weights: {_count(shape.parameters)} x {size} B" + divided(tensor_parallel, "GPUs"),)
     if cpu_kv_bytes is not None:
-        held = {"weights": weights, "kv_cache": cpu_kv_bytes, "buffers": of_adapter}
+        packed = (shape.linear_parameters + shape.vision_parameters) * size // tensor_parallel
+        working += (f"engine's packed copies of its matrices: {packed / 2**30:.1f} GiB",)
+        held = {"weights": weights, "kv_cache": cpu_kv_bytes, "buffers": of_adapter + packed}
         return Bytes(_positive(held), {}, working)
     temporaries = ENGINE_BATCH_TOKENS * _forward_numbers(shape) * size
     if shape.vision is not None:  # a batch of image tokens alone, before the language model reads them

@@ -108,6 +108,15 @@ class ModelShape:
         return self.vocabulary * self.hidden
 
     @property
+    def linear_parameters(self) -> int:
+        """Elements of the language model's matrices, with those of the head and without experts."""
+        of_all = self.layers * self.attention_matrices + self.embedding_parameters
+        if not self.experts:
+            return of_all + self.layers * self.mlp_matrices
+        dense = self.dense_layers * self.dense_intermediate + self.expert_layers * self.shared_expert
+        return of_all + 3 * self.hidden * dense
+
+    @property
     def vision_parameters(self) -> int:
         return self.vision.parameters if self.vision is not None else 0
 

@@ -247,7 +247,8 @@ def test_engines_fill_their_share_with_cache() -> None:
     cpu = memory.engine(
         SHAPE, size=4, tensor_parallel=1, capacity_bytes=None, utilization=0.5, cpu_kv_bytes=1000
     )
-    assert cpu.device == {"weights": 4 * COUNT, "kv_cache": 1000}
+    # Packed copies of ten layers' projections, and of the head.
+    assert cpu.device == {"weights": 4 * COUNT, "kv_cache": 1000, "buffers": 4 * (10 * 90_000 + 100_000)}
     capacity = {"capacity_bytes": 24 * gib, "utilization": 0.5}
     adapted = memory.engine(SHAPE, size=2, tensor_parallel=2, adapter=Adapter(8), **capacity).device
     assert adapted["buffers"] - held["buffers"] == 2 * 128_000 == held["kv_cache"] - adapted["kv_cache"]
