@@ -18,14 +18,17 @@ COMPUTES_BATCHES = ("model.path", "critic.path", "ref.path")  # models that get 
 
 def with_prefixes_shared(config: C, say: Callable[[str], None]) -> C:
     """The config; without train.share_prefixes where a training job's results would not be the same."""
-    is_training = isinstance(config, (PolicyRunConfig, SupervisedConfig))
-    if not is_training or not config.train.share_prefixes:
+    if not _is_training(config) or not config.train.share_prefixes:
         return config
     reason = why_not(config, list(judge(config)))
     if not reason:
         return config
     say(f"train.share_prefixes=false: {reason}")
     return config.model_copy(update={"train": config.train.model_copy(update={"share_prefixes": False})})
+
+
+def _is_training(config: Any) -> bool:
+    return isinstance(config, PolicyRunConfig | SupervisedConfig)
 
 
 def why_not(config: Any, models: Sequence[Judged]) -> str:
