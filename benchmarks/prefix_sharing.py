@@ -121,6 +121,7 @@ def compare(name: str, learner: Learner, term: Callable[[bool], Term], rounds: i
             start = time.perf_counter()
             learner.update(terms[share], step=0)
             taken.append(time.perf_counter() - start)
+            print(f"{name}: {taken[-1]:.2f} s {'with' if share else 'without'} sharing", flush=True)
     without, with_ = (statistics.median(seconds[share]) for share in (False, True))
     num_tokens, num_rows = rows(terms[True].batches)
     print(
