@@ -4,7 +4,8 @@ vLLM itself packs the weights of a linear layer once, in place of the parameter.
 them: a layer whose parameter is empty cannot be loaded or verified, and the head of a model with tied
 embeddings is not processed again after a reload. Here the parameters stay as they are, and packed copies are
 made from them after every load, when a layer is first used. Decoding 1 to 64 sequences spends most of its
-time in these products, which take 0.4 to 0.7 of their time over unpacked weights.
+time in these products; over packed weights they took 0.33 to 0.69 of the time for 1 to 48 rows, 0.81 for 64
+(SmolLM2-135M in fp32, two AVX2 cores).
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ CASES = [
         "update and, for ours, the push of the weights to the engine.",
         differs="TRL generates with transformers' generate in the trainer's process (its vLLM modes do "
         "not run on CPUs); ours with a vLLM engine in a separate process, the two alternating on the "
-        "same cores.",
+        "same cores, and trains on each group's prompt once.",
     ),
     Case(
         name="grpo-async",

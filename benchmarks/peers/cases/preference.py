@@ -58,7 +58,8 @@ SHARED = (
     "checkpointing of activations."
 )
 DIFFERS = (
-    "TRL pads the 16 sequences to the longest; ours packs them into micro-batches of at most 2,048 tokens."
+    "TRL pads the 16 sequences to the longest; ours packs them into micro-batches of at most 2,048 tokens, "
+    "and computes a prompt that a pair shares once."
 )
 CASES = [
     Case(

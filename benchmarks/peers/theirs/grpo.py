@@ -9,29 +9,17 @@ from datasets import load_dataset
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 from benchmarks.peers.theirs.rewards import variety
-from benchmarks.peers.theirs.steps import StepTimes, parse, use_threads
+from benchmarks.peers.theirs.steps import StepTimes, parse, trainer_arguments, use_threads
 
 
 def main() -> None:
     options = parse(group=int, batch=int, accumulate=int, response=int, threads=int)
     use_threads(options.threads)
     config = GRPOConfig(
-        output_dir=str(options.answer.with_suffix("")),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulate,
         num_generations=options.group,
         max_completion_length=options.response,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to=[],
-        logging_steps=1,
-        disable_tqdm=True,
-        learning_rate=1e-6,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        **trainer_arguments(options, learning_rate=1e-6),
     )
     times = StepTimes()
     trainer = GRPOTrainer(

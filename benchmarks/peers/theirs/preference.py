@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from datasets import load_dataset
 
-from benchmarks.peers.theirs.steps import StepTimes, parse, use_threads
+from benchmarks.peers.theirs.steps import StepTimes, parse, trainer_arguments, use_threads
 
 
 def main() -> None:
     options = parse(job=str, batch=int, length=int, threads=int, precompute=int)
     use_threads(options.threads)
-    shared = {
-        "output_dir": str(options.answer.with_suffix("")),
-        "max_steps": options.steps,
-        "per_device_train_batch_size": options.batch,
-        "max_length": options.length,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-        "report_to": [],
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "learning_rate": 1e-5,
-        "model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"},
-    }
+    shared = trainer_arguments(options, learning_rate=1e-5) | {"max_length": options.length}
     rows = load_dataset("json", data_files=options.data, split="train")
     times = StepTimes()
     if options.job == "dpo":

@@ -9,7 +9,7 @@ import torch
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
-from benchmarks.peers.theirs.steps import StepTimes, parse, use_threads
+from benchmarks.peers.theirs.steps import StepTimes, parse, trainer_arguments, use_threads
 
 RANK = 16
 
@@ -18,22 +18,10 @@ def main() -> None:
     options = parse(packing=int, batch=int, accumulate=int, length=int, threads=int, lora=int)
     use_threads(options.threads)
     config = SFTConfig(
-        output_dir=str(options.answer.with_suffix("")),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulate,
         packing=bool(options.packing),
         max_length=options.length,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to=[],
-        logging_steps=1,
-        disable_tqdm=True,
-        learning_rate=1e-4 if options.lora else 1e-5,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        **trainer_arguments(options, learning_rate=1e-4 if options.lora else 1e-5),
     )
     peft: Any = None
     if options.lora:

@@ -25,6 +25,25 @@ def parse(**more: type) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def trainer_arguments(options: argparse.Namespace, *, learning_rate: float) -> dict[str, Any]:
+    """Arguments of every trainer of TRL: fp32 on CPUs, nothing saved, no activations checkpointed."""
+    return {
+        "output_dir": str(options.answer.with_suffix("")),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.batch,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "learning_rate": learning_rate,
+        "model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"},
+    }
+
+
 class StepTimes(TrainerCallback):
     """The end of each optimizer step; `tokens` holds the real tokens of each, padding left out."""
 
