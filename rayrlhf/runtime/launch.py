@@ -7,15 +7,28 @@ Importing torch, transformers, DeepSpeed and vLLM takes each process five to fif
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
+
+from rayrlhf.untrusted_text import write_line
+
+INTERRUPTED = 130
 
 
 def launch(driver: str, config: Any) -> int:
     """Run a job's driver, "module:function", and return its exit code. Without RAY_ADDRESS it gets a local
     Ray, whose processes start while the driver imports its modules and checks the job.
     """
+    try:
+        return _launch(driver, config)
+    except KeyboardInterrupt:  # the driver itself handles those that come later
+        write_line("interrupted before the run began", sys.stderr)
+        return INTERRUPTED
+
+
+def _launch(driver: str, config: Any) -> int:
     with ExitStack() as stack:
         started = None
         from rayrlhf.runtime.local_ray import is_local, local_ray  # imports ray
