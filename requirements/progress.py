@@ -87,7 +87,10 @@ class Progress:
 
     def _show(self, written: int) -> None:
         minutes, seconds = divmod(int(self.seconds), 60)
-        text = f"  {minutes}:{seconds:02d}  {written / 1e9:.1f} GB written, {self.tail(1).strip()}"
+        text = f"  {minutes}:{seconds:02d}  {written / 1e9:.1f} GB written"
+        last = self.tail(1).strip()
+        if not last.startswith("$ "):  # the command itself, which has said nothing yet
+            text += f", {last}"
         width = shutil.get_terminal_size().columns - 1
         if self._terminal:
             print(f"\r\033[K{text[:width]}", end="", flush=True)
