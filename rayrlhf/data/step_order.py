@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, islice
 
 import numpy as np
@@ -92,11 +93,26 @@ def _epochs(num_rows: int, total_rows: int | None, seed: int, shuffle: bool) -> 
 def _filled(
     order: RowOrder, num_tokens: np.ndarray, budget_tokens: int, world_size: int
 ) -> Iterator[tuple[list[int], Packs | None]]:
-    """The steps of `order`, with rows exchanged among the whole steps of an epoch so that they pack."""
+    """The steps of `order`, with rows exchanged among the whole steps of an epoch so that they pack.
+
+    They are chosen from whole epochs, however many steps the run has, so that a longer one begins with them.
+    """
+    num_epochs = -(-order.total_rows // order.num_rows)
+    of_epochs = _filled_epochs(
+        replace(order, total_rows=num_epochs * order.num_rows), num_tokens, budget_tokens, world_size
+    )
+    for step, (rows, packs) in zip(range(len(order)), of_epochs, strict=False):
+        size = min(order.samples_per_step, order.total_rows - step * order.samples_per_step)
+        yield (rows, packs) if size == len(rows) else (rows[:size], None)
+
+
+def _filled_epochs(
+    order: RowOrder, num_tokens: np.ndarray, budget_tokens: int, world_size: int
+) -> Iterator[tuple[list[int], Packs | None]]:
     step, per_step = 0, order.samples_per_step
     while step < len(order):
         epoch = step * per_step // order.num_rows
-        stop = min((epoch + 1) * order.num_rows, order.total_rows) // per_step
+        stop = (epoch + 1) * order.num_rows // per_step
         if step < stop:
             yield from counted_steps(
                 np.concatenate(order[step:stop]),

@@ -154,6 +154,16 @@ def test_steps_of_samples_are_97_percent_full_without_bias(
     assert means.std() < 1.1 * natural and np.abs(means - lengths.mean()).max() < 3 * natural
 
 
+def test_by_samples_a_longer_run_begins_alike() -> None:
+    lengths = log_normal(1000)
+    by_samples = {"budget": 1024, "samples_per_step": 64, "fill_micro_batches": True}
+    whole = ordered(lengths, num_steps=40, **by_samples)  # two and a half epochs
+    exchanged = RowOrder(1000, 64, 40 * 64, 5)
+    assert any(one != other.tolist() for one, other in zip(steps_of(whole), exchanged, strict=True))
+    for num_steps in (1, 2, 7, 16, 31):
+        assert steps_of(ordered(lengths, num_steps=num_steps, **by_samples)) == steps_of(whole)[:num_steps]
+
+
 def test_steps_of_samples_that_cannot_be_filled_keep_their_order() -> None:
     lengths = log_normal(4000)  # 16 of 200 tokens: a fifth of what four ranks hold
     size = {"samples_per_step": 16, "num_workers": 4}
@@ -181,7 +191,10 @@ def test_exchanging_rows_changes_no_number_and_no_epoch(
     ours, theirs = (np.concatenate(steps_of(order)) for order in (filled, plain))
     for start in range(0, len(theirs), len(lengths)):
         part = slice(start, start + len(lengths))
-        assert sorted(ours[part].tolist()) == sorted(theirs[part].tolist())
+        if len(theirs[part]) == len(lengths):
+            assert sorted(ours[part].tolist()) == sorted(theirs[part].tolist())
+        else:  # the run ends within this epoch: its rows may be some that a longer run exchanged for others
+            assert len(set(ours[part].tolist())) == len(theirs[part])
     if samples <= len(lengths):
         assert all(max(Counter(step).values()) == 1 for step in steps_of(filled))
 
