@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all without any")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side (3)")
     parser.add_argument(
-        "--steps", type=int, default=2, help="measured steps of a run, after one of warm-up (2)"
+        "--steps", type=int, default=2, help="measured steps of a run, after two of warm-up (2)"
     )
     parser.add_argument("--sides", nargs="+", help="of a case only these; the others keep what they had")
     parser.add_argument("--quick", action="store_true", help="--pairs 1 --steps 1")

@@ -128,7 +128,8 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
         roles = _supervised_roles(config, shapes, precision)
     else:
         roles = _generation_roles(config, shapes, precision, gpu)
-    sleeps = isinstance(config, PolicyRunConfig) and config.engines_sleep
+    # On CPUs trainers are not offloaded, and malloc keeps what a sleeping engine frees.
+    sleeps = on_gpu and isinstance(config, PolicyRunConfig) and config.engines_sleep
     kv = None
     if "rollout" in roles:
         width = spec.of("rollout").width

@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from vllm import SamplingParams
@@ -25,6 +26,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from rayrlhf.data.images import image_reader
 from rayrlhf.hub.local import local_folder
 from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.rollout.process_groups import groups_of_one_rank_are_shared
 from rayrlhf.rollout.vllm_adapter import switch_scheduled
 from rayrlhf.rollout.vllm_images import ENGINE_ARGS, check_expanded, prompt_with, replace_torchvision
 from rayrlhf.rollout.vllm_routes import every_token
@@ -40,29 +42,38 @@ class Stepper:
     """All calls into the engine run on its thread; callers await the result."""
 
     def __init__(self, engine_args: dict[str, Any], *, router_replay: bool = False) -> None:
-        """`router_replay`: outputs have the experts of each token, in the layers that have experts."""
-        folder = local_folder(engine_args["model"])
-        vision = image_reader(folder, engine_args.get("trust_remote_code", False), 0.0)
-        self._image_token_id = None if vision is None else vision.image_token_id
-        if vision is not None:
-            replace_torchvision()
-            engine_args = ENGINE_ARGS | engine_args
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                **{**engine_args, "model": folder},
-                worker_extension_cls="rayrlhf.rollout.vllm_worker.WorkerExtension",
-                weight_transfer_config=WeightTransferConfig(backend=BUCKETS),
-            ),
-            enable_multiprocessing=False,
-        )
-        self._moe_layers: list[int] = self._engine.collective_rpc("moe_layers")[0] if router_replay else []
+        """`router_replay`: outputs have the experts of each token, in the layers that have experts.
+
+        Built by the thread that steps it. Each thread that computes with OpenMP has a team of threads of its
+        own; with a second one in the process, libgomp counts more threads than cores, and its workers sleep
+        after each parallel region instead of spinning until the next: a decode step took 1.8 times as long.
+        """
         self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._waiting: dict[str, Future[RequestOutput]] = {}
         self._paused = False
         self._adapter: LoRARequest | None = None  # of all requests; None: the base model alone
         self._num_adapters = 0
         self._failure: BaseException | None = None
-        threading.Thread(target=self._run, daemon=True, name="vllm-step").start()
+        built: Future[None] = Future()
+        build = partial(self._build, engine_args, router_replay=router_replay)
+        threading.Thread(target=self._run, args=(build, built), daemon=True, name="vllm-step").start()
+        built.result()
+
+    def _build(self, engine_args: dict[str, Any], *, router_replay: bool) -> None:
+        folder = local_folder(engine_args["model"])
+        vision = image_reader(folder, engine_args.get("trust_remote_code", False), 0.0)
+        self._image_token_id = None if vision is None else vision.image_token_id
+        if vision is not None:
+            replace_torchvision()
+            engine_args = ENGINE_ARGS | engine_args
+        arguments = EngineArgs(
+            **{**engine_args, "model": folder},
+            worker_extension_cls="rayrlhf.rollout.vllm_worker.WorkerExtension",
+            weight_transfer_config=WeightTransferConfig(backend=BUCKETS),
+        )
+        with groups_of_one_rank_are_shared():
+            self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+        self._moe_layers: list[int] = self._engine.collective_rpc("moe_layers")[0] if router_replay else []
 
     async def stream(
         self,
@@ -240,7 +251,13 @@ class Stepper:
             routes = routes[:, self._moe_layers]
         completion.routed_experts = every_token(routes, len(prompt_ids) + len(completion.token_ids))
 
-    def _run(self) -> None:
+    def _run(self, build: Callable[[], None], built: Future[None]) -> None:
+        try:
+            build()
+        except BaseException as failure:
+            built.set_exception(failure)
+            return
+        built.set_result(None)
         try:
             while True:
                 self._run_commands()

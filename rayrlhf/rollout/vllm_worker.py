@@ -170,7 +170,8 @@ class WorkerExtension:
 
         All weights are pushed before the next generation, or, if pushes are of adapters alone, only these:
         then the weights are kept in host memory. On a GPU this is vLLM's sleep level 2, which keeps only the
-        buffers, or 1. Its CPU worker has no sleep mode, so storages are emptied in place.
+        buffers, or 1. Its CPU worker has no sleep mode, so storages are emptied in place; malloc keeps them
+        for the next load (`placement.process_variables.memory_allocation`).
         """
         worker: Any = self
         keeps_weights = worker.vllm_config.lora_config is not None

@@ -77,18 +77,20 @@ def test_rows_are_the_same_each_time_and_vary_in_length() -> None:
 def test_a_jobs_metrics_become_a_rate_and_are_held_against_the_clock() -> None:
     rows = [
         {"time/step": 9.0, "data/tokens": 50.0, "time/update": 5.0, "loss/model": 3.0},
+        {"time/step": 8.0, "data/tokens": 50.0, "time/update": 4.0, "loss/model": 2.5},
         {"time/step": 2.0, "data/tokens": 100.0, "time/update": 1.0, "loss/model": 2.0},
         {"time/step": 3.0, "data/tokens": 300.0, "time/update": 2.0, "loss/model": 1.0},
     ]
-    # The first step began 30 - 9 s after the command; the two measured ones took 36 - 30 s by the clock.
-    lines = [Line(seconds, f"  0:30 step {i}/3  loss 1.0") for i, seconds in enumerate((30.0, 32.5, 36.0), 1)]
+    # The first step began 30 - 9 s after the command; the two measured ones took 44 - 38 s by the clock.
+    stamps = (30.0, 38.0, 40.5, 44.0)
+    lines = [Line(seconds, f"  0:30 step {i}/4  loss 1.0") for i, seconds in enumerate(stamps, 1)]
     ran = Ran([Line(1.0, "started a local Ray"), *lines], 40.0, 0.0, 7)
     found = from_steps(rows, ran, parts=["time/update"])
     assert found.value == pytest.approx(400 / 5)
     assert found.startup_seconds == pytest.approx(21.0)
     assert found.parts == {"time/update": pytest.approx(1.5)}
     assert found.notes == {"wall_over_metrics": pytest.approx(6 / 5)}
-    assert found.losses == [3.0, 2.0, 1.0]
+    assert found.losses == [3.0, 2.5, 2.0, 1.0]
     assert from_steps(rows, ran, per_second=False).value == pytest.approx(2.5)
 
 

@@ -15,7 +15,7 @@ from benchmarks.peers.arithmetic import steady_rate
 from benchmarks.peers.measure import Ran, run_command
 from jobs.demo.model import REPOSITORY
 
-WARMUP_STEPS = 1  # on every side
+WARMUP_STEPS = 2  # on every side: they touch the memory of all later ones for the first time
 STEP_LINE = re.compile(r"\bstep (\d+)/\d+\b")
 OURS, CONTROL, TRL = "ours", "control", "TRL"
 
