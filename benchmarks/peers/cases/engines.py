@@ -12,6 +12,7 @@ from benchmarks.peers.arithmetic import steady_rate
 from benchmarks.peers.cases import policy
 from benchmarks.peers.cases.case import OURS, WARMUP_STEPS, Case, Measured, Setting
 from benchmarks.peers.measure import Ran
+from rayrlhf.placement.process_variables import memory_allocation
 
 BARE, COPY = "vLLM alone", "memcpy"
 
@@ -26,7 +27,10 @@ def measure_mine(
     config["placement"] = {"preset": "disaggregated", "cpus_per_slot": 0.5}
     file, answer = setting.folder / f"{name}.yaml", setting.folder / f"{name}.json"
     file.write_text(json.dumps(config))
-    command = [sys.executable, "-m", f"benchmarks.peers.mine.{module}", *words, str(file), str(answer)]
+    # The process that pushes stands for a trainer, so it has a trainer's malloc.
+    variables = [f"{name}={value}" for name, value in memory_allocation().items()]
+    python = ["env", *variables, sys.executable, "-m", f"benchmarks.peers.mine.{module}"]
+    command = [*python, *words, str(file), str(answer)]
     ran = setting.run([*command, str(setting.num_steps), str(setting.threads)], name)
     return json.loads(answer.read_text()), ran
 

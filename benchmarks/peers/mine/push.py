@@ -23,7 +23,7 @@ from benchmarks.peers.mine.engines import read_config, running_engines  # noqa: 
 from rayrlhf.models.checkpoint_tensors import checkpoint_tensors  # noqa: E402
 from rayrlhf.weights.sync import WeightSync  # noqa: E402
 
-ROUTE: Any = "gloo"  # what rollout.weight_sync.backend: auto takes on CPUs
+ROUTE: Any = "object_store"  # what rollout.weight_sync.backend: auto takes on CPUs
 
 
 def main() -> None:
