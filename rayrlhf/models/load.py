@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from rayrlhf.config.model import ModelConfig, TrainedModelConfig
 from rayrlhf.hub.local import local_folder
 from rayrlhf.models.attention import attention_implementation, has_chunks
+from rayrlhf.models.cpu_products import Products, use_fastest_products
 from rayrlhf.models.distill import DistillModel, TeacherModel
 from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
 from rayrlhf.models.logprobs import PolicyModel, logit_scaling
@@ -34,10 +35,17 @@ from rayrlhf.models.vision import VisionInputs, freeze_tower, is_vision_language
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower."""
+    """`auto` is bfloat16 on a GPU and float32 on a CPU, of which `choose_products` may round factors."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def choose_products(config: ModelConfig, path: str, device: torch.device) -> Products | None:
+    """Set how this process multiplies fp32 matrices; None where the weights are not fp32 by `auto`."""
+    if config.dtype != "auto" or device.type != "cpu":
+        return None
+    return use_fastest_products(_architecture(config, path))
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -240,9 +248,8 @@ def _streams_and_options(
     config: ModelConfig, path: str, device: torch.device, *, head: Head = "policy"
 ) -> tuple[Streams, dict[str, Any]]:
     """The streams with which the model is correct, and its load options. Raises `ValueError` if none."""
-    found = AutoConfig.from_pretrained(
-        local_folder(path, weights=False), trust_remote_code=config.trust_remote_code
-    )
+    choose_products(config, path, device)
+    found = _architecture(config, path)
     # For any length: the driver has checked the run's lengths (runtime.architecture_checks).
     verdict = verdict_of(found, longest=0, head=head, trust_remote_code=config.trust_remote_code)
     if verdict.streams is None:
@@ -260,3 +267,8 @@ def _streams_and_options(
         "attn_implementation": vision_attention(attention) if is_vision_language(found) else attention,
         "trust_remote_code": config.trust_remote_code,
     }
+
+
+def _architecture(config: ModelConfig, path: str) -> Any:
+    folder = local_folder(path, weights=False)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -38,7 +39,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Pending(Protocol[Result_co]):
-    """Result of a critic call that may still be running."""
+    """Result of a call to a separate model, which may still be running."""
 
     def result(self) -> Result_co: ...
 
@@ -119,10 +120,13 @@ class Ref:
 
     model: Reference
     temperature: float
+    thread: Executor | None = None  # of a served one, which computes while the actor does
 
-    def logprobs(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+    def start_logprobs(self, batches: Sequence[PackedBatch]) -> Pending[list[Tensor]]:
         """Log-probabilities [T] of each micro-batch's tokens."""
-        return self.model.logprobs(batches, self.temperature)
+        if self.thread is None:
+            return Done(self.model.logprobs(batches, self.temperature))
+        return self.thread.submit(self.model.logprobs, batches, self.temperature)
 
 
 class Critic(Protocol):
@@ -200,17 +204,17 @@ def infer(
     mini_batches: Sequence[MiniBatch], actor: Actor | None, ref: Ref | None, critic: Critic | None
 ) -> list[MiniBatch]:
     """Add old log-probabilities, reference log-probabilities and values to the step's mini-batches, for the
-    models that are given. Collective.
+    models that are given: separate ones while the actor computes. Collective.
     """
 
     def inferred(batches: MiniBatch) -> list[PolicyBatch]:
-        values = critic.start_values(batches) if critic is not None else None
-        old = actor.logprobs(batches) if actor is not None else [None] * len(batches)
-        reference = ref.logprobs(batches) if ref is not None else [None] * len(batches)
-        predicted = values.result() if values is not None else [None] * len(batches)
+        none: Pending[list[None]] = Done([None] * len(batches))
+        values = critic.start_values(batches) if critic is not None else none
+        reference = ref.start_logprobs(batches) if ref is not None else none
+        old = actor.logprobs(batches) if actor is not None else none.result()
         return [
             replace(batch, old_logprobs=o, ref_logprobs=r, values=v)
-            for batch, o, r, v in zip(batches, old, reference, predicted, strict=True)
+            for batch, o, r, v in zip(batches, old, reference.result(), values.result(), strict=True)
         ]
 
     return map_over_step(mini_batches, inferred)

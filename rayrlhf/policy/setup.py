@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -438,7 +439,8 @@ def _reference(job: PolicyJob, actor: Actor) -> Ref | None:
     if not job.config.ref_is_served:
         return Ref(make_reference(job.config, actor), temperature)
     handle = serve.get_app_handle(job.ref_app)
-    return Ref(ServedReference(handle, timeout_seconds=job.config.rollout.timeout_seconds), temperature)
+    served = ServedReference(handle, timeout_seconds=job.config.rollout.timeout_seconds)
+    return Ref(served, temperature, ThreadPoolExecutor(1, thread_name_prefix="reference"))
 
 
 def _collector(job: PolicyJob) -> Collector:

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from rayrlhf.config.common import JobConfig
+from rayrlhf.models.load import choose_products
 from rayrlhf.observe.metric_keys import Timer
 from rayrlhf.placement.reaper import register_worker
 from rayrlhf.reward.client import RewardFailure
@@ -161,5 +162,9 @@ def start_worker(
     register_worker(run_id, "actor", ranks.rank)
     torch.set_num_threads(threads)
     torch.manual_seed(config.run.seed)  # the same on all ranks
+    reporter = Reporter(board, ranks.rank)
+    products = choose_products(config.model, config.model.path, ranks.device)
+    if products is not None and products.bf16:
+        reporter.say(0, f"{products}")
     checkpoints = Checkpoints(scratch_of(Path(config.run.path), run_id), fixed)
-    return Progress(config, ranks, Reporter(board, ranks.rank), checkpoints)
+    return Progress(config, ranks, reporter, checkpoints)

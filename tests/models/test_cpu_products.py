@@ -1,0 +1,105 @@
+"""Products of fp32 matrices in bf16: measured, chosen where they are faster, and how far they are off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.models import cpu_products, load
+from rayrlhf.models.cpu_products import has_bf16_units, products_in, use_fastest_products
+
+CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96)
+
+
+def precision() -> str:
+    backend: Any = torch.backends.mkldnn
+    return backend.matmul.fp32_precision
+
+
+@pytest.fixture(autouse=True)
+def precision_is_restored() -> Iterator[None]:
+    cpu_products.measure_products.cache_clear()
+    with products_in(precision()):
+        yield
+    cpu_products.measure_products.cache_clear()
+
+
+def pretend_units(monkeypatch: pytest.MonkeyPatch, bf16_seconds: float) -> None:
+    """A CPU that multiplies in fp32 in one second, and factors that were rounded to bf16 in so many."""
+
+    def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        if precision() != "bf16":
+            return call(), 1.0
+        with Rounded():
+            return call(), bf16_seconds
+
+    monkeypatch.setattr(cpu_products, "has_bf16_units", lambda: True)
+    monkeypatch.setattr(cpu_products, "_timed", timed)
+
+
+class Rounded(torch.overrides.TorchFunctionMode):
+    """Rounds the factors of `@` to bf16, as oneDNN does."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.matmul or function is Tensor.__matmul__:
+            args = tuple(each.bfloat16().float() for each in args)
+        return function(*args, **(kwargs or {}))
+
+
+def test_faster_products_are_chosen_and_their_deviation_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_units(monkeypatch, bf16_seconds=0.25)
+    products = use_fastest_products(CONFIG, rows=256)
+    assert products.bf16 and precision() == "bf16"
+    assert products.speedup == 4.0
+    # Numbers in [1, 2) are rounded to multiples of 2^-7: the error is 2^-8 / sqrt(3) in the mean square, and
+    # 0.73 of that relative to numbers spread evenly over their logarithm; both factors are rounded.
+    assert products.deviation == pytest.approx(2**0.5 * 2**-8 / 3**0.5 * 0.73, rel=0.1)
+    assert "4.0 x as fast as fp32" in str(products) and "model.dtype=float32" in str(products)
+
+
+def test_products_that_are_hardly_faster_stay_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_units(monkeypatch, bf16_seconds=0.8)
+    before = precision()
+    assert not use_fastest_products(CONFIG, rows=256).bf16
+    assert precision() == before
+
+
+def test_without_units_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_units(monkeypatch, bf16_seconds=0.1)
+    monkeypatch.setattr(cpu_products, "has_bf16_units", lambda: False)
+    before = precision()
+    assert not use_fastest_products(CONFIG).bf16
+    assert precision() == before
+
+
+def test_only_auto_on_a_cpu_may_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    pretend_units(monkeypatch, bf16_seconds=0.1)
+    path = f"{tmp_path}"
+    before = precision()
+    for dtype in ("float32", "bfloat16"):
+        assert load.choose_products(ModelConfig(path=path, dtype=dtype), path, torch.device("cpu")) is None
+    assert load.choose_products(ModelConfig(path=path), path, torch.device("cuda")) is None
+    assert precision() == before
+    products = load.choose_products(ModelConfig(path=path), path, torch.device("cpu"))
+    assert products is not None and products.bf16 and precision() == "bf16"
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this CPU has no bf16 units")
+def test_this_cpus_products_are_off_by_a_rounding() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 512, requires_grad=True), torch.randn(384, 512, requires_grad=True)
+    exact = x @ weight.t()
+    wanted = torch.autograd.grad(exact.square().sum(), (x, weight))
+    with products_in("bf16"):
+        rounded = x @ weight.t()
+        found = torch.autograd.grad(rounded.square().sum(), (x, weight))
+    assert rounded.dtype == torch.float32
+    for one, other in [(rounded, exact), *zip(found, wanted, strict=True)]:
+        assert 0 < float((one - other).std() / other.std()) < 0.01
