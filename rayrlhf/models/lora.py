@@ -17,6 +17,7 @@ from rayrlhf.models.adapter_format import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from rayrlhf.models.adapters import EXPERT_ADAPTERS, TrainedAdapter, not_adapted
 from rayrlhf.models.expert_adapters import add_expert_adapters
 from rayrlhf.models.experts import moe_layers
+from rayrlhf.models.lora_linear import fuse_adapted_layers
 from rayrlhf.models.quiet_peft import LoraConfig as PeftConfig
 from rayrlhf.models.quiet_peft import inject_adapter_in_model
 
@@ -33,6 +34,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(lora, exclude_modules=not_adapted(model)), model)
+        fuse_adapted_layers(model)
         if lora.experts:
             add_expert_adapters(model, lora)
 

@@ -15,9 +15,11 @@ from peft import (  # noqa: E402
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
 
 __all__ = [
     "LoraConfig",
+    "LoraLinear",
     "PeftConfig",
     "PeftModel",
     "get_peft_model",
