@@ -15,9 +15,7 @@ class ModelConfig(Section):
     path: str = Field(min_length=1)
     """Folder of the actor's Hugging Face checkpoint, or a hub id: owner/name, or owner/name@revision."""
     dtype: Dtype = "auto"
-    """Dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU, where auto also rounds the
-    factors of matrix products to bf16 if the CPU has units for it and is faster that way; the run says so.
-    """
+    """Dtype of the weights; auto is bfloat16 on a GPU, float32 on a CPU (with bf16 products if faster)."""
     attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
     """Attention kernel; auto is FlashAttention-2 on a GPU that has it, per-sequence SDPA elsewhere."""
     trust_remote_code: bool = False
