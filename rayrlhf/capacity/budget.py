@@ -128,7 +128,7 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
         roles = _supervised_roles(config, shapes, precision)
     else:
         roles = _generation_roles(config, shapes, precision, gpu)
-    # On CPUs trainers are not offloaded, and malloc keeps what a sleeping engine frees.
+    # On CPUs trainers are not offloaded.
     sleeps = on_gpu and isinstance(config, PolicyRunConfig) and config.engines_sleep
     kv = None
     if "rollout" in roles:

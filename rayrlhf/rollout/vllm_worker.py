@@ -6,6 +6,7 @@ import registers the transfer backend. Only the modules `rollout.vllm_*` may imp
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,8 +171,8 @@ class WorkerExtension:
 
         All weights are pushed before the next generation, or, if pushes are of adapters alone, only these:
         then the weights are kept in host memory. On a GPU this is vLLM's sleep level 2, which keeps only the
-        buffers, or 1. Its CPU worker has no sleep mode, so storages are emptied in place; malloc keeps them
-        for the next load (`placement.process_variables.memory_allocation`).
+        buffers, or 1. Its CPU worker has no sleep mode, so storages are emptied in place, and malloc, which
+        keeps freed memory (`placement.process_variables.memory_allocation`), is asked to give it back.
         """
         worker: Any = self
         keeps_weights = worker.vllm_config.lora_config is not None
@@ -184,6 +185,7 @@ class WorkerExtension:
             "kv_cache": _empty(worker.model_runner.kv_caches),
         }
         copies = worker.weight_transfer_engine.packed.reset()
+        _trim()
         return copies + sum(size for part in self.emptied.values() for _, size in part)
 
     def reacquire_memory(self, part: str) -> None:
@@ -197,6 +199,13 @@ class WorkerExtension:
             return
         for storage, size in self.emptied.pop(part):
             storage.resize_(size)
+
+
+def _trim() -> None:
+    """Give freed memory back to the kernel; only glibc's malloc keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _empty(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
