@@ -1,6 +1,6 @@
 """rayrlhf measured next to its peers, on the CPUs of one machine: `make bench`, or one case of it.
 
-    make bench                                           every case, about 90 minutes on two idle cores
+    make bench                                           every case, about 150 minutes on two idle cores
     make bench BENCH_ARGS="--quick"                      one short pair each
     make bench BENCH_ARGS="sft-packed dpo --pairs 3"     these
 
