@@ -46,8 +46,8 @@ class Stepper:
 
         Built by the thread that steps it. Each thread that computes with OpenMP has a team of threads of its
         own; with a second one in the process, libgomp counts more threads than cores, and its workers sleep
-        after each parallel region instead of spinning until the next. A rollout of 2,048 tokens on two cores took
-        18 s with two teams and 13 to 15 s with one.
+        after each parallel region instead of spinning until the next. A rollout of 2,048 tokens on two
+        cores took 18 s with two teams and 13 to 15 s with one.
         """
         self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._waiting: dict[str, Future[RequestOutput]] = {}
