@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 
+from rayrlhf.models.cpu_products import exactly
+
 if TYPE_CHECKING:
     from rayrlhf.models.parallel import Share
     from rayrlhf.prefixes import SharedPrefixes
@@ -65,29 +67,33 @@ def varlen_sdpa(
     reach = Reach(sliding_window, chunk_size(module))
     share: Share | None = kwargs.get("sequence_share")
     if share is None:
-        lengths = cu_seqlens.diff().tolist()
-        parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-        outputs = [_attend(q, k, v, reach, options) for q, k, v in parts]
+        attend = partial(_of_sequences, lengths=cu_seqlens.diff().tolist())
     else:
         share.num_attended += 1
-        if share.prefixes is None:
-            outputs = _of_share(query, key, value, share, reach, options)
-        else:
-            attend = partial(_of_prefixes, prefixes=share.prefixes, reach=reach, options=options)
-            outputs = _keeping_few_keys(share.prefixes, attend, query, key, value)
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+        attend = partial(_of_share, share=share)
+        if share.prefixes is not None:
+            attend = partial(_keeping_few_keys, share.prefixes, partial(_of_prefixes, prefixes=share.prefixes))
+    outputs = exactly(partial(attend, reach=reach, options=options), query, key, value)
+    return outputs.transpose(1, 2).contiguous(), None
+
+
+def _of_sequences(
+    query: Tensor, key: Tensor, value: Tensor, *, lengths: list[int], reach: Reach, options: dict[str, Any]
+) -> Tensor:
+    parts = zip(*(each.split(lengths, 2) for each in (query, key, value)), strict=True)
+    return torch.cat([_attend(q, k, v, reach, options) for q, k, v in parts], 2)
 
 
 def _of_share(
-    query: Tensor, key: Tensor, value: Tensor, share: Share, reach: Reach, options: dict[str, Any]
-) -> list[Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, *, share: Share, reach: Reach, options: dict[str, Any]
+) -> Tensor:
     """Each run of held tokens attends to its sequence, from the sequence's start to itself."""
     keys, values = share.gathered(key, value)
     outputs = []
     for q, piece in zip(query.split([p.stop - p.first for p in share.pieces], 2), share.pieces, strict=True):
         k, v = keys[:, :, piece.start : piece.stop], values[:, :, piece.start : piece.stop]
         outputs.append(_attend(q, k, v, reach, options))
-    return outputs
+    return torch.cat(outputs, 2)
 
 
 def _of_prefixes(
@@ -98,7 +104,7 @@ def _of_prefixes(
     prefixes: SharedPrefixes,
     reach: Reach,
     options: dict[str, Any],
-) -> list[Tensor]:
+) -> Tensor:
     """Each segment attends to the prefix that it continues and to itself."""
     lengths = list(prefixes.lengths)
     queries, keys, values = (each.split(lengths, 2) for each in (query, key, value))
@@ -108,16 +114,18 @@ def _of_prefixes(
         if prefix >= 0:
             k, v = torch.cat([keys[prefix], k], 2), torch.cat([values[prefix], v], 2)
         outputs.append(_attend(queries[index], k, v, reach, options))
-    return outputs
+    return torch.cat(outputs, 2)
 
 
-def _keeping_few_keys(prefixes: SharedPrefixes, attend: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`attend(*inputs)`, which copies each prefix's keys and values for every sequence. For the backward pass
+def _keeping_few_keys(
+    prefixes: SharedPrefixes, attend: Callable[..., Any], *inputs: Tensor, **options: Any
+) -> Any:
+    """`attend`, which copies each prefix's keys and values for every sequence. For the backward pass
     the copies are kept only if they are few: micro-batches are sized by their rows.
     """
     if len(prefixes.key_rows) <= MOST_KEYS_PER_ROW * prefixes.num_rows or not torch.is_grad_enabled():
-        return attend(*inputs)
-    return checkpoint(attend, *inputs, use_reentrant=False)
+        return attend(*inputs, **options)
+    return checkpoint(attend, *inputs, use_reentrant=False, **options)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, reach: Reach, options: dict[str, Any]) -> Tensor:

@@ -101,6 +101,35 @@ def products_in(precision: str) -> Iterator[None]:
         _MKLDNN.matmul.fp32_precision = before
 
 
+def exactly(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`call(*inputs)` with all products in fp32, in its backward pass, too.
+
+    For attention: its kernel multiplies blocks of few rows, which take up to five times as long if each is
+    rounded first. Under activation checkpointing, `inputs` and the result stay in memory.
+    """
+    if _MKLDNN.matmul.fp32_precision != "bf16" or not all(each.device.type == "cpu" for each in inputs):
+        return call(*inputs)
+    return _Exactly.apply(call, *inputs)
+
+
+class _Exactly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        wanted = any(ctx.needs_input_grad[1:])
+        with products_in("ieee"), torch.set_grad_enabled(wanted):
+            ctx.inputs = [each.detach().requires_grad_(each.requires_grad) for each in inputs]
+            ctx.output = call(*ctx.inputs)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        inputs, output = ctx.inputs, ctx.output
+        ctx.inputs = ctx.output = None  # the graph outlives this call
+        with products_in("ieee"):
+            grads = iter(torch.autograd.grad(output, [i for i in inputs if i.requires_grad], grad))
+        return None, *(next(grads) if each.requires_grad else None for each in inputs)
+
+
 def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
     started = time.perf_counter()
     result = call()

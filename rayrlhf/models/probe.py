@@ -22,6 +22,7 @@ from transformers.integrations import deepspeed as zero3
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.models.attention import VARLEN_SDPA, attending_layers
+from rayrlhf.models.cpu_products import products_in
 from rayrlhf.models.logprobs import PolicyModel
 from rayrlhf.models.parallel import PackedModel
 from rayrlhf.models.small_copy import LENGTHS, VOCABULARY, randomize, small_config
@@ -70,7 +71,8 @@ def verdict_of(
     """Probe a model with this config for a run whose longest sequence has `longest` tokens (None: any)."""
     key = (config.to_json_string(use_diff=False), longest_kind(config, longest), head)
     if key not in _known:
-        with silent(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        # TOLERANCE is one of fp32: this process may multiply with factors rounded to bf16.
+        with silent(), products_in("ieee"), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(SEED)
             _known[key] = _judge(config, longest, head, trust_remote_code)
     return _known[key]
