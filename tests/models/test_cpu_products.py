@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
-from rayrlhf.models import cpu_products, load
-from rayrlhf.models.cpu_products import has_bf16_units, products_in, use_fastest_products
+from rayrlhf.models import cpu_products, load, probe
+from rayrlhf.models.attention import packed_inputs, varlen_sdpa
+from rayrlhf.models.cpu_products import exactly, has_bf16_units, products_in, use_fastest_products
 
 CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96)
 
@@ -103,3 +105,60 @@ def test_this_cpus_products_are_off_by_a_rounding() -> None:
     assert rounded.dtype == torch.float32
     for one, other in [(rounded, exact), *zip(found, wanted, strict=True)]:
         assert 0 < float((one - other).std() / other.std()) < 0.01
+
+
+class Recorded(torch.autograd.Function):
+    """2 x; notes how each pass multiplies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, noted: list[str]) -> Tensor:
+        noted.append(precision())
+        ctx.noted = noted
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.noted.append(precision())
+        return 2 * grad, None
+
+
+@pytest.mark.parametrize("around", ["bf16", "ieee"])
+def test_exactly_is_the_call_itself_in_fp32(around: str) -> None:
+    """(2 x) y + x with x = 3, y = 5: 33, and the derivatives 2 y + 1 and 2 x; z takes no part."""
+    x, y = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    frozen, noted = torch.tensor(1.0), []
+    with products_in(around):
+        found = exactly(lambda a, b, c: Recorded.apply(a, noted) * b + a * c, x, y, frozen)
+        found.backward()
+        assert precision() == around
+    assert (found.item(), x.grad, y.grad) == (33.0, 11.0, 6.0)
+    assert noted == ["ieee", "ieee"] and frozen.grad is None
+
+
+def test_exactly_without_gradients() -> None:
+    with products_in("bf16"), torch.no_grad():
+        found = exactly(lambda a: a * 2, torch.ones(2, requires_grad=True))
+    assert found.tolist() == [2, 2] and not found.requires_grad
+
+
+def test_attention_is_computed_in_fp32() -> None:
+    lengths = [5, 3]
+    inputs = packed_inputs(torch.zeros(8), position_ids_of(lengths), cu_seqlens_of(lengths))
+    found = []
+    for precision_of_layers in ("ieee", "bf16"):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, heads, 8, 16, requires_grad=True) for heads in (4, 4, 4))
+        with products_in(precision_of_layers):
+            output, _ = varlen_sdpa(torch.nn.Module(), q, k, v, **inputs)
+            output.square().sum().backward()
+        found.append([output, q.grad, k.grad, v.grad])
+    for exact, other in zip(*found, strict=True):
+        assert torch.equal(exact, other)
+
+
+def test_the_probe_compares_fp32_with_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that rounds factors took every model for one that needs a stream per sequence."""
+    monkeypatch.setattr(probe, "_known", {})
+    monkeypatch.setattr(probe, "_judge", lambda *_: precision())
+    with products_in("bf16"):
+        assert probe.verdict_of(CONFIG, longest=10) == "ieee"
