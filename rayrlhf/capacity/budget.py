@@ -129,7 +129,7 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     else:
         roles = _generation_roles(config, shapes, precision, gpu)
     # On CPUs trainers are not offloaded.
-    sleeps = on_gpu and isinstance(config, PolicyRunConfig) and config.engines_sleep
+    sleeps = on_gpu and isinstance(config, PolicyRunConfig) and config.engines_sleep(on_gpu=on_gpu)
     kv = None
     if "rollout" in roles:
         width = spec.of("rollout").width
@@ -197,7 +197,7 @@ def _policy_roles(
     engine = _engine(config, shape, precision, gpu, travelling)
     if travelling is not None:
         engine += Bytes({}, {"adapter": travelling.parameters(shape) * precision.weights})
-        if config.engines_sleep and precision.on_gpu:
+        if precision.on_gpu and config.engines_sleep(on_gpu=True):
             # Pushes are of adapters alone, so a sleeping engine keeps the base in host memory.
             engine += Bytes({}, {"sleeping weights": engine.device["weights"]})
     roles = {"actor": actor, **roles, "rollout": engine}

@@ -476,12 +476,14 @@ class PolicyRunConfig(Section):
             return not self.placement.together("actor", "ref")
         return self.ref.location == "serve"
 
-    @property
-    def engines_sleep(self) -> bool:
-        """Whether engines and trainers time-share the memory of their slots (hybrid engine)."""
+    def engines_sleep(self, *, on_gpu: bool) -> bool:
+        """Whether engines and trainers time-share the memory of their slots (hybrid engine).
+
+        On CPUs the memory plan counts both: to give memory back and touch it again would only take time.
+        """
         if self.rollout.sleep != "auto":
             return self.rollout.sleep
-        return self.rollout.max_staleness is None and self.engines_share_with_trainers
+        return on_gpu and self.rollout.max_staleness is None and self.engines_share_with_trainers
 
     @property
     def engines_share_with_trainers(self) -> bool:

@@ -181,7 +181,7 @@ class RolloutConfig(EngineConfig):
     environment: EnvironmentConfig | None = None
     """Multi-turn episodes with your environment; null is one response per prompt."""
     sleep: Annotated[bool | Literal["auto"], Wanted("true, false or auto")] = "auto"
-    """Engines release their memory while trainers work; auto: those that share slots with a trainer."""
+    """Engines release their memory while trainers work; auto: those that share GPUs with a trainer."""
     router_replay: bool = False
     """Train with the experts that the engine chose for each token (mixtures of experts, arXiv 2510.11370)."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()

@@ -72,7 +72,9 @@ def varlen_sdpa(
         share.num_attended += 1
         attend = partial(_of_share, share=share)
         if share.prefixes is not None:
-            attend = partial(_keeping_few_keys, share.prefixes, partial(_of_prefixes, prefixes=share.prefixes))
+            attend = partial(
+                _keeping_few_keys, share.prefixes, partial(_of_prefixes, prefixes=share.prefixes)
+            )
     outputs = exactly(partial(attend, reach=reach, options=options), query, key, value)
     return outputs.transpose(1, 2).contiguous(), None
 

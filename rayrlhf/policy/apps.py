@@ -33,7 +33,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 weight_store=job.weight_store,
                 on_gpu=slots.have_gpus,
                 threads=threads,
-                sleeps=config.engines_sleep,
+                sleeps=job.engines_sleep,
                 router_replay=config.rollout.router_replay,
                 adapter=job.adapter,
             ),

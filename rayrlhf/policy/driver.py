@@ -155,7 +155,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             critic = _critic_trainer(job, slots)
             stack.enter_context(train_concurrently(critic, role="critic", give_up=trainer.abort))
         result = fit(trainer)
-        if config.engines_sleep:
+        if job.engines_sleep:
             _write_trace(job, run_path)
     write_summary(result, run_path, num_samples=config.eval.show_samples)
     return run_path
@@ -200,6 +200,7 @@ def _make_job(
         num_eval_prompts=stores.num_eval_prompts(config),
         # Trainers and engines alternate in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(num_trained),
+        engines_sleep=config.engines_sleep(on_gpu=slots.have_gpus),
         weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
         adapter=adapter_sync(config).adapter,
         fixed=fixed,

@@ -168,7 +168,7 @@ class Run:
         yield from self.progress.steps()
 
     def start_training(self) -> None:
-        if self.config.engines_sleep:
+        if self.colocation.engines_sleep:
             with self.progress.phase("engines_sleep"):
                 self.colocation.start_training(self.actor, self.critic)
             freed = {"rollout/freed_bytes": float(self.colocation.freed_bytes)}
@@ -349,7 +349,7 @@ def set_up(job: PolicyJob) -> Run:
     )
     ranks = progress.ranks
     weights = _weight_sync(job, ranks)
-    colocation = Colocation(weights, ranks, engines_sleep=config.engines_sleep)
+    colocation = Colocation(weights, ranks, engines_sleep=job.engines_sleep)
     colocation.before_loading()
     critic_is_local = config.needs_critic and not config.critic_is_separate
     progress.say("loading the actor" + (" and the critic" if critic_is_local else ""))

@@ -14,6 +14,7 @@ from rayrlhf.rollout.engine import EngineSettings
 
 KV_BLOCK_TOKENS = 32
 PREFILL_TOKENS = 4096  # per step of a CPU engine
+MAY_ROUND_PRODUCTS = "may_round_products"  # of a CPU engine: in `additional_config`
 
 
 def engine_settings(
@@ -80,6 +81,8 @@ def engine_settings(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens),
         }
+        if rollout.dtype == model.dtype == "auto":  # as trainers: models.load.choose_products
+            engine_args["additional_config"] = {MAY_ROUND_PRODUCTS: True}
         env_vars |= cpu_engine_variables(rollout.num_threads or threads)
     return EngineSettings(
         engine_args=engine_args,

@@ -24,6 +24,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from rayrlhf.models.cpu_products import use_fastest_products
+from rayrlhf.rollout.engine_settings import MAY_ROUND_PRODUCTS
 from rayrlhf.rollout.vllm_adapter import (
     AdapterUpdate,
     multiply_all_tokens_at_once,
@@ -71,7 +73,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.packed = PackedLinears(model)
+        self.packed = PackedLinears(model, rounds=_rounds_products(vllm_config))
         self.packed.reset()
 
     def init_transfer_engine(self, init_info: BucketInit) -> None:
@@ -113,6 +115,12 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         link, self.link = self.link, None
         if link is not None:
             link.end("an engine shut down")
+
+
+def _rounds_products(vllm_config: Any) -> bool:
+    """Set the process's products to bf16 where these are allowed and faster."""
+    allowed = current_platform.is_cpu() and vllm_config.additional_config.get(MAY_ROUND_PRODUCTS, False)
+    return allowed and use_fastest_products(vllm_config.model_config.hf_config).bf16
 
 
 class WorkerExtension:

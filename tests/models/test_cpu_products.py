@@ -16,7 +16,7 @@ from rayrlhf.models import cpu_products, load, probe
 from rayrlhf.models.attention import packed_inputs, varlen_sdpa
 from rayrlhf.models.cpu_products import exactly, has_bf16_units, products_in, use_fastest_products
 
-CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96)
+CONFIG = LlamaConfig(hidden_size=256, intermediate_size=384)
 
 
 def precision() -> str:
@@ -78,6 +78,11 @@ def test_without_units_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     before = precision()
     assert not use_fastest_products(CONFIG).bf16
     assert precision() == before
+
+
+def test_small_models_stay_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_units(monkeypatch, bf16_seconds=0.1)
+    assert not use_fastest_products(LlamaConfig(hidden_size=64, intermediate_size=4096)).bf16
 
 
 def test_only_auto_on_a_cpu_may_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -186,8 +186,8 @@ def test_all_roles_of_a_slot_fit_on_its_gpu(preset: str, num_models: int) -> Non
 )
 def test_engines_sleep_where_a_trainer_needs_their_memory(roles: list[str], sleep: bool) -> None:
     placement = {"preset": "pools", "pools": [{"name": "a", "roles": roles}]}
-    assert make_config(placement=placement).engines_sleep is sleep
-    assert not make_config(placement=placement, rollout={"max_staleness": 1}).engines_sleep
+    assert make_config(placement=placement).engines_sleep(on_gpu=True) is sleep
+    assert not make_config(placement=placement, rollout={"max_staleness": 1}).engines_sleep(on_gpu=True)
 
 
 def test_a_role_is_found_by_name() -> None:

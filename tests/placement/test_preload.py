@@ -21,19 +21,20 @@ from rayrlhf.runtime.local_ray import local_ray
 
 class Actor:
     def about(self):
-        return "rayrlhf.capacity.gpu_types" in sys.modules, psutil.Process().create_time()
+        return "rayrlhf.capacity.gpu_types" in sys.modules, os.getpid()
 
 def processes():
     return psutil.Process().children(recursive=True)
 
-def is_there():
+def preloaded():
+    found = []
     for process in processes():
         try:
             if "gpu_types" in process.environ().get("RAYRLHF_PRELOAD_MODULE", ""):
-                return True
+                found.append(process.pid)
         except psutil.Error:
             continue  # it has just ended
-    return False
+    return found
 
 def start(variables):
     actor = ray.remote(Actor).options(num_cpus=0, runtime_env={"env_vars": variables}).remote()
@@ -42,13 +43,13 @@ def start(variables):
 with local_ray("test"):
     variables = preloading("rayrlhf.capacity.gpu_types") | {"ROLE": "trainer"}
     prestart(variables, 1)
-    while not is_there():
+    while not preloaded():
         time.sleep(0.2)
     time.sleep(1)
-    asked = time.time()
+    before = preloaded()
     first, second = start(variables), start(variables)
     services = [" ".join(p.cmdline()) for p in processes()]
-print(json.dumps({"asked": asked, "first": first, "second": second, "services": services}))
+print(json.dumps({"before": before, "first": first, "second": second, "services": services}))
 """
 
 
@@ -78,9 +79,9 @@ def test_an_actor_gets_the_process_that_was_started_for_it() -> None:
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
-    imported, created = seen["first"]
-    assert imported and created < seen["asked"], "started before it was asked for"
-    imported, created = seen["second"]
-    assert imported and created > seen["asked"], "there was one only; the next actor's imports it, too"
+    imported, process = seen["first"]
+    assert imported and [process] == seen["before"], "started before it was asked for"
+    imported, process = seen["second"]
+    assert imported and process not in seen["before"], "there was one only; the next actor's imports it, too"
     for service in ("monitor.py", "log_monitor.py", "dashboard/dashboard.py"):
         assert not any(service in command for command in seen["services"]), f"{service} is not needed"

@@ -72,7 +72,7 @@ def test_the_shortest_grpo_fits_one_gpu_or_two_cores(
     assert (config.placement.preset, plan_placement(config).num_slots) == (preset, slots)
     assert config.rollout.group_size == 8
     if preset == "colocate_all":
-        assert config.engines_sleep and not config.ref_is_served
+        assert config.engines_sleep(on_gpu=gpus > 0) is (gpus > 0) and not config.ref_is_served
 
 
 def test_a_given_preset_is_kept_and_a_contradicting_one_is_not_chosen(tmp_path: Path) -> None:

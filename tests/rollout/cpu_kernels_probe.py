@@ -53,6 +53,37 @@ def products() -> dict[str, Any]:
     }
 
 
+def rounded() -> dict[str, Any] | None:
+    """Layers whose factors are rounded to bf16; None on a CPU without units for that."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    from rayrlhf.models.cpu_products import has_bf16_units
+    from rayrlhf.rollout.vllm_cpu_kernels import PackedLinears
+
+    if not has_bf16_units():
+        return None
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise AssertionError("not replaced")
+
+    layer = Linear(plain)
+    head: Any = VocabParallelEmbedding.__new__(VocabParallelEmbedding)  # without vLLM's groups of ranks
+    nn.Module.__init__(head)
+    head.weight, head.cpu_linear = layer.weight, plain
+    packed = PackedLinears(nn.ModuleList([layer, head]), rounds=True)
+    packed.reset()
+    x, bias = torch.randn(7, 32), torch.randn(48)
+    y = layer(x, bias)
+    wanted = F.linear(x.bfloat16().float(), layer.weight.bfloat16().float(), bias)
+    error = float(((y - wanted).abs() / (wanted - bias).abs().clamp(min=1e-3)).max())
+    return {
+        "error": error,
+        "dtype": str(y.dtype),
+        "head": head.cpu_linear is F.linear,
+        "halves": packed.reset() * 2 == layer.weight.nbytes,
+    }
+
+
 def norms() -> list[float]:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.layernorm import RMSNorm
@@ -74,4 +105,4 @@ def norms() -> list[float]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     with torch.no_grad():
-        print(json.dumps(products() | {"norms": norms()}), flush=True)
+        print(json.dumps(products() | {"rounded": rounded(), "norms": norms()}), flush=True)

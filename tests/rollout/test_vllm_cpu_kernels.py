@@ -35,5 +35,14 @@ def test_only_layers_that_were_used_have_a_copy(probed: dict[str, Any]) -> None:
     assert probed["freed"] == [0, 2 * probed["one"]]
 
 
+def test_rounded_products_are_off_by_the_rounding_of_their_factors_and_output(probed: dict[str, Any]) -> None:
+    found = probed["rounded"]
+    if found is None:
+        pytest.skip("this CPU has no bf16 units")
+    assert found["error"] < 2**-8 and found["dtype"] == "torch.float32"  # of the output: half of 2^-7
+    assert found["halves"]
+    assert found["head"], "logits are not rounded"
+
+
 def test_fused_norms_equal_vllms_own(probed: dict[str, Any]) -> None:
     assert max(probed["norms"]) < 1e-5

@@ -8,16 +8,19 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.arithmetic import steady_rate
 from benchmarks.peers.measure import Ran, run_command
 from jobs.demo.model import REPOSITORY
+from rayrlhf.models.cpu_products import has_bf16_units
 
 WARMUP_STEPS = 2  # on every side: they touch the memory of all later ones for the first time
 STEP_LINE = re.compile(r"\bstep (\d+)/\d+\b")
 OURS, CONTROL, TRL = "ours", "control", "TRL"
+BF16 = ", bf16"  # of a peer that autocasts
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,13 @@ class Case:
     ideal: float | None = None  # of the ratio
 
 
+def both_precisions(side: str, run: Callable[..., Measured]) -> dict[str, Side]:
+    """A peer in fp32 and, on CPUs with units for it, with bf16 autocast. Ours chooses by itself (model.dtype:
+    auto).
+    """
+    return {side: run} | ({side + BF16: partial(run, bf16=True)} if has_bf16_units() else {})
+
+
 def environment(threads: int) -> dict[str, str]:
     """Of every measured command: as many threads on both sides, no network."""
     kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONHOME")}
@@ -133,7 +143,13 @@ def from_steps(
 
 
 def run_script(
-    setting: Setting, name: str, module: str, options: Mapping[str, Any], *, per_second: bool = True
+    setting: Setting,
+    name: str,
+    module: str,
+    options: Mapping[str, Any],
+    *,
+    per_second: bool = True,
+    bf16: bool = False,
 ) -> Measured:
     """A script of `theirs/` in the peers' environment; the same numbers from its answer."""
     answer = setting.folder / f"{name}.json"
@@ -143,6 +159,7 @@ def run_script(
         "answer": answer,
         "steps": setting.num_steps,
         "threads": setting.threads,
+        "bf16": int(bf16),
     }
     for key, value in {**shared, **options}.items():
         command += [f"--{key}", str(value)]

@@ -22,6 +22,7 @@ def measure_mine(
 ) -> tuple[Any, Ran]:
     """A script of `mine/`, which gets a run's config; its answer."""
     config = policy.config(setting)
+    config["model"]["dtype"] = "float32"  # vLLM alone would not round products
     config["run"] = {"name": name, "dir": str(setting.folder / "runs")}
     config["rollout"]["num_engines"] = num_engines
     config["placement"] = {"preset": "disaggregated", "cpus_per_slot": 0.5}

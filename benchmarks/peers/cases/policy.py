@@ -17,6 +17,7 @@ from benchmarks.peers.cases.case import (
     Case,
     Measured,
     Setting,
+    both_precisions,
     from_steps,
     run_job,
     run_script,
@@ -85,7 +86,7 @@ def ours(setting: Setting, name: str, **changes: dict[str, Any]) -> Measured:
     return replace(measured, startup_seconds=max(stamps, default=None))
 
 
-def trl_grpo(setting: Setting, name: str) -> Measured:
+def trl_grpo(setting: Setting, name: str, *, bf16: bool = False) -> Measured:
     batch = 8  # TRL's default; a step is all samples
     options = {
         "model": model(setting),
@@ -95,7 +96,7 @@ def trl_grpo(setting: Setting, name: str) -> Measured:
         "accumulate": NUM_PROMPTS * GROUP_SIZE // batch,
         "response": RESPONSE_TOKENS,
     }
-    return run_script(setting, name, "grpo", options, per_second=False)
+    return run_script(setting, name, "grpo", options, per_second=False, bf16=bf16)
 
 
 def ours_ppo(setting: Setting, name: str) -> Measured:
@@ -108,7 +109,7 @@ def ours_ppo(setting: Setting, name: str) -> Measured:
     )
 
 
-def ppo_control(setting: Setting, name: str) -> Measured:
+def ppo_control(setting: Setting, name: str, *, bf16: bool = False) -> Measured:
     options = {
         "model": model(setting),
         "data": data(setting),
@@ -116,7 +117,7 @@ def ppo_control(setting: Setting, name: str) -> Measured:
         "response": RESPONSE_TOKENS,
         "micro": 8,
     }
-    return run_script(setting, name, "ppo", options, per_second=False)
+    return run_script(setting, name, "ppo", options, per_second=False, bf16=bf16)
 
 
 def slow_reward(setting: Setting, name: str, *, ahead: bool, with_latency: bool = True) -> Measured:
@@ -152,7 +153,7 @@ CASES = [
         title="GRPO, 8 prompts x 4 samples x 64 tokens",
         unit="s per step",
         higher_is_better=False,
-        sides={OURS: ours, TRL: trl_grpo},
+        sides={OURS: ours, **both_precisions(TRL, trl_grpo)},
         peer=TRL,
         compared="The same prompts, responses of exactly 64 tokens (no end of text before), no KL, one "
         "update per batch, a reward that counts distinct characters. A step is generation, rewards, "
@@ -184,7 +185,7 @@ CASES = [
         title="PPO with a critic, 8 prompts x 64 tokens",
         unit="s per step",
         higher_is_better=False,
-        sides={OURS: ours_ppo, CONTROL: ppo_control},
+        sides={OURS: ours_ppo, **both_precisions(CONTROL, ppo_control)},
         peer=CONTROL,
         compared="Actor, critic, reference and reward function; GAE, KL in the reward, one update of "
         "each per batch, responses of exactly 64 tokens.",

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import workloads
-from benchmarks.peers.cases.case import OURS, TRL, Case, Measured, Setting, from_steps, run_job, run_script
+from benchmarks.peers.cases.case import (
+    OURS,
+    TRL,
+    Case,
+    Measured,
+    Setting,
+    both_precisions,
+    from_steps,
+    run_job,
+    run_script,
+)
 
 PAIRS_PER_STEP = 8  # TRL's default batch
 MEAN_WORDS = 40
@@ -42,7 +52,7 @@ def ours(setting: Setting, name: str, *, job: str, precompute: bool = False) -> 
     return from_steps(*run_job(setting, name, job, config), parts=["time/update", "data/fill"])
 
 
-def trl(setting: Setting, name: str, *, job: str, precompute: bool = False) -> Measured:
+def trl(setting: Setting, name: str, *, job: str, precompute: bool = False, bf16: bool = False) -> Measured:
     options = {
         "data": data(setting),
         "job": job,
@@ -50,7 +60,7 @@ def trl(setting: Setting, name: str, *, job: str, precompute: bool = False) -> M
         "length": MAX_TOKENS,
         "precompute": int(precompute),
     }
-    return run_script(setting, name, "preference", options)
+    return run_script(setting, name, "preference", options, bf16=bf16)
 
 
 SHARED = (
@@ -67,7 +77,7 @@ CASES = [
         title="DPO, reference computed in every step",
         unit="real tokens/s",
         higher_is_better=True,
-        sides={OURS: partial(ours, job="dpo"), TRL: partial(trl, job="dpo")},
+        sides={OURS: partial(ours, job="dpo"), **both_precisions(TRL, partial(trl, job="dpo"))},
         peer=TRL,
         compared=SHARED,
         differs=DIFFERS,
@@ -79,7 +89,7 @@ CASES = [
         higher_is_better=True,
         sides={
             OURS: partial(ours, job="dpo", precompute=True),
-            TRL: partial(trl, job="dpo", precompute=True),
+            **both_precisions(TRL, partial(trl, job="dpo", precompute=True)),
         },
         peer=TRL,
         compared=SHARED + " The time of computing it is part of neither.",
@@ -91,7 +101,7 @@ CASES = [
         title="Reward model (Bradley-Terry)",
         unit="real tokens/s",
         higher_is_better=True,
-        sides={OURS: partial(ours, job="rm"), TRL: partial(trl, job="rm")},
+        sides={OURS: partial(ours, job="rm"), **both_precisions(TRL, partial(trl, job="rm"))},
         peer=TRL,
         compared=SHARED,
         differs=DIFFERS,

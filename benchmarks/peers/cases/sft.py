@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.peers.cases.case import (
     Case,
     Measured,
     Setting,
+    both_precisions,
     from_steps,
     run_job,
     run_script,
@@ -24,6 +26,7 @@ MICRO_BATCH_TOKENS = 2048  # all of a step's conversations
 MEAN_WORDS = 90
 NUM_ROWS = 400
 LORA_RANK = 16
+OURS_FP32 = "ours, fp32"
 
 
 def data(setting: Setting) -> Path:
@@ -31,8 +34,8 @@ def data(setting: Setting) -> Path:
     return workloads.write(workloads.conversations(NUM_ROWS, mean_words=MEAN_WORDS), path)
 
 
-def ours(setting: Setting, name: str, *, lora: bool = False) -> Measured:
-    model: dict[str, Any] = {"path": str(setting.model)}
+def ours(setting: Setting, name: str, *, lora: bool = False, dtype: str = "auto") -> Measured:
+    model: dict[str, Any] = {"path": str(setting.model), "dtype": dtype}
     if lora:
         model["lora"] = {"rank": LORA_RANK, "alpha": 2 * LORA_RANK}
     config = {
@@ -52,7 +55,7 @@ def ours(setting: Setting, name: str, *, lora: bool = False) -> Measured:
     return from_steps(*run_job(setting, name, "sft", config), parts=["time/update", "data/fill"])
 
 
-def trl(setting: Setting, name: str, *, packing: bool, lora: bool = False) -> Measured:
+def trl(setting: Setting, name: str, *, packing: bool, lora: bool = False, bf16: bool = False) -> Measured:
     options = {
         "data": data(setting),
         "packing": int(packing),
@@ -61,7 +64,7 @@ def trl(setting: Setting, name: str, *, packing: bool, lora: bool = False) -> Me
         "length": LENGTH,
         "lora": LORA_RANK if lora else 0,
     }
-    return run_script(setting, name, "sft", options)
+    return run_script(setting, name, "sft", options, bf16=bf16)
 
 
 def control(setting: Setting, name: str) -> Measured:
@@ -80,8 +83,9 @@ CASES = [
         higher_is_better=True,
         sides={
             OURS: ours,
-            TRL: lambda setting, name: trl(setting, name, packing=True),
+            **both_precisions(TRL, partial(trl, packing=True)),
             CONTROL: control,
+            OURS_FP32: partial(ours, dtype="float32"),
         },
         peer=TRL,
         compared=SHARED,
@@ -97,7 +101,7 @@ CASES = [
         title="SFT, each with its default batches",
         unit="real tokens/s",
         higher_is_better=True,
-        sides={OURS: ours, TRL: lambda setting, name: trl(setting, name, packing=False)},
+        sides={OURS: ours, **both_precisions(TRL, partial(trl, packing=False))},
         peer=TRL,
         compared=SHARED + " 8 conversations per step on both sides.",
         differs="TRL pads 8 conversations to the longest; ours packs.",
@@ -109,8 +113,8 @@ CASES = [
         unit="real tokens/s",
         higher_is_better=True,
         sides={
-            OURS: lambda setting, name: ours(setting, name, lora=True),
-            TRL: lambda setting, name: trl(setting, name, packing=True, lora=True),
+            OURS: partial(ours, lora=True),
+            **both_precisions(TRL, partial(trl, packing=True, lora=True)),
         },
         peer=TRL,
         compared=SHARED,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.peers.theirs.steps import StepTimes, parse, use_threads
+from benchmarks.peers.theirs.steps import StepTimes, autocast, parse, use_threads
 
 
 def main() -> None:
@@ -28,7 +28,8 @@ def main() -> None:
     for _ in range(options.steps):
         total = 0.0
         for block in islice(blocks, options.accumulate):
-            loss = model(input_ids=block, labels=block, use_cache=False).loss / options.accumulate
+            with autocast(options):
+                loss = model(input_ids=block, labels=block, use_cache=False).loss / options.accumulate
             loss.backward()
             total += float(loss.detach())
             times.current += block.numel()

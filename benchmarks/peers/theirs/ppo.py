@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from benchmarks.peers.theirs.rewards import variety
-from benchmarks.peers.theirs.steps import StepTimes, parse, use_threads
+from benchmarks.peers.theirs.steps import StepTimes, autocast, parse, use_threads
 
 KL_COEF, GAMMA, LAMBDA, CLIP, VALUE_CLIP = 0.01, 1.0, 0.95, 0.2, 0.2
 LR, CRITIC_LR, MAX_GRAD_NORM = 1e-6, 1e-5, 1.0
@@ -53,12 +53,14 @@ def main() -> None:
     for step in range(options.steps):
         marks = [time.perf_counter()]
         prompts = tokenizer(list(islice(texts, options.prompts)), return_tensors="pt", padding=True)
-        ids, mask = generate(actor, prompts, options.response, tokenizer.pad_token_id)
+        with autocast(options):
+            ids, mask = generate(actor, prompts, options.response, tokenizer.pad_token_id)
         rewards = torch.tensor(variety(responses=tokenizer.batch_decode(ids[:, -options.response :])))
         marks.append(time.perf_counter())
-        batch = experience(actor, ref, critic, ids, mask, rewards, options.response, options.micro)
+        with autocast(options):
+            batch = experience(actor, ref, critic, ids, mask, rewards, options.response, options.micro)
         marks.append(time.perf_counter())
-        update(actor, critic, optimizers, batch, options.micro)
+        update(actor, critic, optimizers, batch, options)
         marks.append(time.perf_counter())
         if step > 0:
             for name, start, end in zip(parts, marks, marks[1:], strict=False):
@@ -98,17 +100,20 @@ def experience(
     return Experience(ids, mask, logprobs, ref_logprobs, values, whitened, returns)
 
 
-def update(actor: Any, critic: Any, optimizers: list[Any], batch: Experience, micro: int) -> None:
+def update(actor: Any, critic: Any, optimizers: list[Any], batch: Experience, options: Any) -> None:
     """One optimizer step of each, over micro-batches."""
-    parts = [Experience(*rows) for rows in zip(*(field.split(micro) for field in batch), strict=True)]
+    parts = [Experience(*rows) for rows in zip(*(field.split(options.micro) for field in batch), strict=True)]
     length = batch.logprobs.shape[1]
     for part in parts:
-        ratio = (response_logprobs(actor, part.ids, part.mask, length) - part.logprobs).exp()
+        with autocast(options):
+            logprobs = response_logprobs(actor, part.ids, part.mask, length)
+        ratio = (logprobs - part.logprobs).exp()
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
         loss = -torch.minimum(ratio * part.advantages, clipped * part.advantages).mean()
         (loss / len(parts)).backward()
     for part in parts:
-        values = response_values(critic, part.ids, part.mask, length)
+        with autocast(options):
+            values = response_values(critic, part.ids, part.mask, length)
         near = part.values + (values - part.values).clamp(-VALUE_CLIP, VALUE_CLIP)
         loss = 0.5 * torch.maximum((values - part.returns) ** 2, (near - part.returns) ** 2).mean()
         (loss / len(parts)).backward()
@@ -121,14 +126,14 @@ def update(actor: Any, critic: Any, optimizers: list[Any], batch: Experience, mi
 def response_logprobs(model: Any, ids: Tensor, mask: Tensor, length: int) -> Tensor:
     """[B, R]"""
     logits = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False).logits
-    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     return logprobs[:, -length:]
 
 
 def response_values(critic: Any, ids: Tensor, mask: Tensor, length: int) -> Tensor:
     """[B, R]: of the state before each response token."""
     values = critic(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False).logits
-    return values[:, -length - 1 : -1, 0]
+    return values[:, -length - 1 : -1, 0].float()
 
 
 def _positions(mask: Tensor) -> Tensor:

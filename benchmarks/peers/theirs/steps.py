@@ -20,19 +20,20 @@ def parse(**more: type) -> argparse.Namespace:
     parser.add_argument("--data", required=True)
     parser.add_argument("--answer", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--bf16", type=int, required=True)  # autocast
     for name, kind in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, required=True)
     return parser.parse_args()
 
 
 def trainer_arguments(options: argparse.Namespace, *, learning_rate: float) -> dict[str, Any]:
-    """Arguments of every trainer of TRL: fp32 on CPUs, nothing saved, no activations checkpointed."""
+    """Arguments of every trainer of TRL: fp32 weights, nothing saved, no activations checkpointed."""
     return {
         "output_dir": str(options.answer.with_suffix("")),
         "max_steps": options.steps,
         "per_device_train_batch_size": options.batch,
         "gradient_checkpointing": False,
-        "bf16": False,
+        "bf16": bool(options.bf16),
         "use_cpu": True,
         "dataloader_pin_memory": False,
         "save_strategy": "no",
@@ -94,6 +95,11 @@ def real_tokens(inputs: Any) -> int:
     if inputs.get("attention_mask") is not None:
         return int(inputs["attention_mask"].sum())
     return int(inputs["input_ids"].numel())
+
+
+def autocast(options: argparse.Namespace) -> torch.autocast:
+    """For a plain loop, what TRL's `bf16` is."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(options.bf16))
 
 
 def use_threads(count: int) -> None:
