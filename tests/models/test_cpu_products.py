@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
@@ -167,3 +168,24 @@ def test_the_probe_compares_fp32_with_fp32(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(probe, "_judge", lambda *_: precision())
     with products_in("bf16"):
         assert probe.verdict_of(CONFIG, longest=10) == "ieee"
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_exactly_with_activation_checkpointing(where: str) -> None:
+    """exp(sin x)² + x: the recomputed values are those of the first pass."""
+    x = torch.linspace(-1, 1, 7, requires_grad=True)
+
+    def call(a: Tensor) -> Tensor:
+        return a.sin().exp()
+
+    def layer(a: Tensor) -> Tensor:
+        if where == "inside":
+            return exactly(lambda b: checkpoint(call, b, use_reentrant=False), a).square() + a
+        return exactly(call, a).square() + a
+
+    with products_in("bf16"):
+        found = layer(x) if where == "inside" else checkpoint(layer, x, use_reentrant=False)
+        found.sum().backward()
+    expected = 2 * x.sin().exp() ** 2 * x.cos() + 1
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected.detach())
