@@ -19,6 +19,7 @@ from rayrlhf.config.adapter_push import why_adapters_are_merged
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.model import ENGINE_LORA_RANKS, LoraConfig, TrainedModelConfig
 from rayrlhf.config.policy import PolicyRunConfig
+from rayrlhf.config.rollout import GPU_BATCH_TOKENS
 from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.placement.plan import PlacementSpec, kind_of, plan_job
 
@@ -133,7 +134,8 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     kv = None
     if "rollout" in roles:
         width = spec.of("rollout").width
-        kv = memory.kv_bytes_per_token(shapes.of(config.model.path), size, width)
+        kv_size = 1 if config.rollout.cache_is_fp8 else size  # pyright: ignore[reportAttributeAccessIssue]
+        kv = memory.kv_bytes_per_token(shapes.of(config.model.path), kv_size, width)
     return Budget(
         spec=spec,
         roles=roles,
@@ -257,6 +259,7 @@ def _served_ref(config: PolicyRunConfig, shape: ModelShape, precision: Precision
             tensor_parallel=config.ref.tensor_parallel,
             capacity_bytes=gpu.memory_bytes if gpu else None,
             utilization=config.rollout.gpu_memory_utilization,
+            batch_tokens=GPU_BATCH_TOKENS,
             cpu_kv_bytes=None if precision.on_gpu else config.rollout.kv_cache_bytes,
         )
     tokens = config.train.max_tokens_per_micro_batch
@@ -276,6 +279,7 @@ def _engine(
         tensor_parallel=config.rollout.tensor_parallel,
         capacity_bytes=gpu.memory_bytes if gpu else None,
         utilization=config.rollout.gpu_memory_utilization,
+        batch_tokens=config.rollout.batch_tokens,
         cpu_kv_bytes=None if precision.on_gpu else config.rollout.kv_cache_bytes,
         adapter=adapter,
     )

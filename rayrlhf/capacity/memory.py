@@ -23,7 +23,6 @@ MAX_BUCKET_NUMEL = 200_000_000  # train.engine's limit of a communication buffer
 MAX_LIVE_NUMEL = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 MAX_STEP_NUMEL = 1_000_000_000  # DeepSpeed's sub_group_size, of ZeRO-3
 NF4_BITS = 4.127  # per weight, with double quantisation of blocks of 64 (arXiv 2305.14314)
-ENGINE_BATCH_TOKENS = 8_192  # of vLLM's scheduler on a GPU
 PIXEL_CACHE_BYTES = 256 << 20  # models.vision's limit of the pixel values of images seen before
 ENGINE_RUNTIME_BYTES = 3 * 2**29  # CUDA context and graphs: an estimate
 
@@ -266,11 +265,13 @@ def engine(
     tensor_parallel: int,
     capacity_bytes: int | None,
     utilization: float,
+    batch_tokens: int,
     cpu_kv_bytes: int | None = None,
     adapter: Adapter | None = None,
 ) -> Bytes:
     """A vLLM engine on one of its GPUs (or a CPU, with a cache of `cpu_kv_bytes`): it takes `utilization` of
-    the GPU, and the cache gets what weights and temporaries leave. `adapter`: has buffers on every GPU.
+    the GPU, and the cache gets what weights and temporaries leave. `batch_tokens`: of one step on a GPU;
+    `adapter`: has buffers on every GPU.
     """
     of_adapter = adapter.parameters(shape) * size if adapter is not None else 0
     weights = shape.parameters * size // tensor_parallel
@@ -280,9 +281,9 @@ def engine(
         working += (f"engine's packed copies of its matrices: {packed / 2**30:.1f} GiB",)
         held = {"weights": weights, "kv_cache": cpu_kv_bytes, "buffers": of_adapter + packed}
         return Bytes(_positive(held), {}, working)
-    temporaries = ENGINE_BATCH_TOKENS * _forward_numbers(shape) * size
+    temporaries = batch_tokens * _forward_numbers(shape) * size
     if shape.vision is not None:  # a batch of image tokens alone, before the language model reads them
-        patches = ENGINE_BATCH_TOKENS * shape.vision.patches_per_token
+        patches = batch_tokens * shape.vision.patches_per_token
         temporaries = max(temporaries, patches * shape.vision.forward_bytes(size))
     buffers = temporaries // tensor_parallel + of_adapter + ENGINE_RUNTIME_BYTES
     if capacity_bytes is None:

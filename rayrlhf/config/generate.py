@@ -53,7 +53,7 @@ def _several_samples_differ(rollout: SampledConfig) -> Problem | None:
 class SampledConfig(EngineConfig):
     """`rollout` of jobs that write responses instead of updating a policy with them: they may be greedy."""
 
-    checks = (_several_samples_differ,)
+    checks = (*EngineConfig.checks, _several_samples_differ)
 
 
 class GenerateSection(Section):

@@ -129,6 +129,47 @@ def _only_the_pool_oversamples(rollout: RolloutConfig) -> Problem | None:
     )
 
 
+GPU_BATCH_TOKENS = 8_192  # vLLM's own default of an engine that is not its `LLM` is 2,048
+# Arguments of vLLM that follow from keys, and these keys; "" if nothing can be chosen.
+SET_BY_KEYS = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "rollout.dtype",
+    "seed": "run.seed",
+    "max_model_len": "the lengths of prompts and responses",
+    "max_num_seqs": "rollout.max_concurrent_requests",
+    "tensor_parallel_size": "rollout.tensor_parallel",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "rollout.kv_cache_bytes",
+    "enable_sleep_mode": "rollout.sleep",
+    "enable_return_routed_experts": "rollout.router_replay",
+    "enable_lora": "model.lora",
+    "max_loras": "model.lora",
+    "max_lora_rank": "model.lora.rank",
+    "lora_target_modules": "model.lora.target_modules",
+    "distributed_executor_backend": "placement",
+    "data_parallel_size": "rollout.num_engines",
+    "logprobs_mode": "",
+    "worker_extension_cls": "",
+    "weight_transfer_config": "",
+    "additional_config": "",
+}
+
+
+def _keys_are_not_bypassed(rollout: EngineConfig) -> Problem | None:
+    for name, value in rollout.engine_args.items():
+        if (key := SET_BY_KEYS.get(name)) is None:
+            continue
+        return Problem(
+            f"engine_args.{name}",
+            got=f"{value}",
+            wanted="arguments that rayrlhf does not set itself",
+            fix=f"remove it: it follows from {key}" if key else "remove it: training depends on its value",
+        )
+    return None
+
+
 class EngineConfig(Section):
     """Engines and sampling: the fields of every job that generates."""
 
@@ -154,6 +195,19 @@ class EngineConfig(Section):
     """Deadline of one generation request, retries included."""
     start_timeout_seconds: PositiveNumber = 600
     """Deadline for all engines to start."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Other arguments of vLLM's EngineArgs, for example {max_num_batched_tokens: 16384}."""
+
+    checks = (_keys_are_not_bypassed,)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens that a GPU engine computes in one step."""
+        return self.engine_args.get("max_num_batched_tokens") or GPU_BATCH_TOKENS
+
+    @property
+    def cache_is_fp8(self) -> bool:
+        return f"{self.engine_args.get('kv_cache_dtype')}".startswith("fp8")
 
 
 def _asleep_engines_have_no_work(rollout: RolloutConfig) -> Problem | None:
@@ -187,7 +241,7 @@ class RolloutConfig(EngineConfig):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """How new weights reach the engines."""
 
-    checks = (_only_the_pool_oversamples, _asleep_engines_have_no_work)
+    checks = (*EngineConfig.checks, _only_the_pool_oversamples, _asleep_engines_have_no_work)
 
     @property
     def max_response_tokens(self) -> int:

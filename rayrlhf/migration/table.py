@@ -39,6 +39,7 @@ EPOCHS_IN_STEPS = "policy runs count steps: epochs x prompts / rollout.prompts_p
 PLACED = "roles are placed by placement.preset; sizes are train.num_workers and rollout.num_engines"
 ALWAYS = "leave it out: it is always so"
 NO_SUCH = "leave it out: there is no such setting"
+OF_VLLM = "arguments of vLLM's EngineArgs, by vLLM's names"
 FILTERS = "data.on_long_prompt=drop; longer prompts are an error otherwise"
 DATA = "ours is a path or a list of paths"
 WHOLE = "not in policy runs, which train on full distributions: eval.sampling and other jobs may filter"
@@ -374,6 +375,11 @@ VERL = _words(
     (ROLLOUT + "tensor_model_parallel_size", "rollout.tensor_parallel"),
     (ROLLOUT + "max_num_seqs", "rollout.max_concurrent_requests"),
     (ROLLOUT + "free_cache_engine", "rollout.sleep"),
+    (ROLLOUT + "max_num_batched_tokens", "rollout.engine_args", OF_VLLM),
+    (ROLLOUT + "enable_chunked_prefill", "rollout.engine_args", OF_VLLM),
+    (ROLLOUT + "enable_prefix_caching", "rollout.engine_args", OF_VLLM),
+    (ROLLOUT + "enforce_eager", "rollout.engine_args", OF_VLLM),
+    (ROLLOUT + "engine_kwargs.vllm", "rollout.engine_args", OF_VLLM),
     (ROLLOUT + "log_prob_micro_batch_size_per_gpu", "train.max_tokens_per_micro_batch", BY_TOKENS),
     (ROLLOUT + "val_kwargs.n", "eval.samples_per_prompt"),
     (ROLLOUT + "val_kwargs.temperature", "eval.sampling.temperature"),

@@ -83,7 +83,7 @@ def _reference(config: PolicyRunConfig, slots: Slots, *, threads: int) -> Any:
         )
     settings = engine_settings(
         config.model.model_copy(update={"path": path}),
-        config.rollout.model_copy(update={"tensor_parallel": config.ref.tensor_parallel}),
+        config.rollout.model_copy(update={"tensor_parallel": config.ref.tensor_parallel, "engine_args": {}}),
         seed=config.run.seed,
         max_model_tokens=max_model_tokens(config) + 1,  # scoring generates one token
         weight_store=None,

@@ -60,6 +60,7 @@ def engine_settings(
         engine_args |= {
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             "enable_sleep_mode": sleeps,
+            "max_num_batched_tokens": rollout.batch_tokens,
         }
         if router_replay:  # only vLLM's second model runner returns routes
             engine_args |= {"enable_return_routed_experts": True}
@@ -85,7 +86,7 @@ def engine_settings(
             engine_args["additional_config"] = {MAY_ROUND_PRODUCTS: True}
         env_vars |= cpu_engine_variables(rollout.num_threads or threads)
     return EngineSettings(
-        engine_args=engine_args,
+        engine_args=engine_args | rollout.engine_args,
         env_vars=env_vars,
         weight_store=weight_store,
         rpc_timeout_seconds=rollout.timeout_seconds,

@@ -47,6 +47,7 @@ from rayrlhf.placement.slots import (
 )
 from rayrlhf.placement.trainer import SlotTorchTrainer, slot_scaling
 from rayrlhf.reward.items import RewardError
+from rayrlhf.rollout.engine_arguments import check_engine_args
 from rayrlhf.runtime.architecture_checks import check_architectures
 from rayrlhf.runtime.file_checks import check_files
 from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, pin, shared_access
@@ -219,6 +220,7 @@ def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console)
     """
     gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     check_precision(config, on_gpu=gpus > 0)
+    check_engine_args(config, on_gpu=gpus > 0)
     for line in budget_lines(config, on_gpu=gpus > 0):
         console.say(line)
     check_fits(spec, gpus)

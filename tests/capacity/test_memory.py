@@ -237,7 +237,8 @@ def plain_with_checkpointing() -> Activations:
 
 def test_engines_fill_their_share_with_cache() -> None:
     gib = 2**30
-    held = memory.engine(SHAPE, size=2, tensor_parallel=2, capacity_bytes=24 * gib, utilization=0.5).device
+    capacity: dict[str, Any] = {"capacity_bytes": 24 * gib, "utilization": 0.5, "batch_tokens": 8192}
+    held = memory.engine(SHAPE, size=2, tensor_parallel=2, **capacity).device
     assert held["weights"] == COUNT
     # 8,192 tokens of a batch: (2 x 200 + 4 x 100) x 2 bytes on two GPUs, and 1.5 GiB for CUDA.
     assert held["buffers"] == 8192 * 800 + 3 * gib // 2
@@ -245,13 +246,21 @@ def test_engines_fill_their_share_with_cache() -> None:
     # Keys and values of ten layers, five heads of ten on two GPUs: three heads on the fuller one.
     assert memory.kv_bytes_per_token(SHAPE, 2, 2) == 2 * 10 * 3 * 10 * 2
     cpu = memory.engine(
-        SHAPE, size=4, tensor_parallel=1, capacity_bytes=None, utilization=0.5, cpu_kv_bytes=1000
+        SHAPE,
+        size=4,
+        tensor_parallel=1,
+        capacity_bytes=None,
+        utilization=0.5,
+        batch_tokens=8192,
+        cpu_kv_bytes=1000,
     )
     # Packed copies of ten layers' projections, and of the head.
     assert cpu.device == {"weights": 4 * COUNT, "kv_cache": 1000, "buffers": 4 * (10 * 90_000 + 100_000)}
-    capacity = {"capacity_bytes": 24 * gib, "utilization": 0.5}
     adapted = memory.engine(SHAPE, size=2, tensor_parallel=2, adapter=Adapter(8), **capacity).device
     assert adapted["buffers"] - held["buffers"] == 2 * 128_000 == held["kv_cache"] - adapted["kv_cache"]
+    capacity["batch_tokens"] = 16384
+    wider = memory.engine(SHAPE, size=2, tensor_parallel=2, **capacity).device
+    assert wider["buffers"] - held["buffers"] == 8192 * 800
 
 
 def test_communication_buffers() -> None:

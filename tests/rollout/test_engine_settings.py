@@ -39,3 +39,19 @@ def test_an_engine_rounds_products_where_its_trainer_may(
     found = arguments(model, rollout, on_gpu=on_gpu)
     assert found.get("additional_config", {}).get(MAY_ROUND_PRODUCTS, False) is may
     assert found["dtype"] == ("bfloat16" if on_gpu else "float32")
+
+
+def test_arguments_of_the_user_go_to_vllm() -> None:
+    rollout = EngineConfig(engine_args={"block_size": 64, "max_num_batched_tokens": 512})
+    for on_gpu in (False, True):
+        found = engine_settings(
+            ModelConfig(path="m"),
+            rollout,
+            seed=0,
+            max_model_tokens=256,
+            weight_store=None,
+            on_gpu=on_gpu,
+            threads=1,
+        ).engine_args
+        assert (found["block_size"], found["max_num_batched_tokens"]) == (64, 512)
+    assert arguments("auto", "auto", on_gpu=True)["max_num_batched_tokens"] == 8192, "as in the plan"
