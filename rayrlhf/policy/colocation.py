@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from rayrlhf.train.collectives import Ranks
+from rayrlhf.train.offload import release_cached_memory
 from rayrlhf.weights.sync import WeightSync
 
 Pushed = TypeVar("Pushed")
@@ -59,6 +60,10 @@ class Colocation:
         self.ranks.barrier()
         self.weights.engines_wake("weights")
         pushed = push()
+        # The push has gathered parameters and filled buckets. The engines' cache is mapped at fixed addresses
+        # and needs all of its memory at once.
+        release_cached_memory()
+        self.ranks.barrier()
         self.weights.engines_wake("kv_cache")
         self.trainer_has_memory = False
         return pushed

@@ -7,6 +7,7 @@ offloaded here.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,18 @@ def reload_states(engine: Any) -> None:
     if stage in (0, 3) and not engine.zero_use_cpu_optimizer():
         for tensor in _own_states(engine):
             tensor.data = tensor.data.to(engine.device)
+
+
+def release_cached_memory() -> None:
+    """Give back to the GPU what this process no longer uses: blocks that torch caches for later tensors, and
+    memory of others that was mapped for a transfer.
+    """
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.ipc_collect()
+    torch.cuda.empty_cache()
 
 
 def _weights_are_on_host(engine: Any) -> bool:

@@ -124,6 +124,7 @@ def check_turns(trace: Path) -> None:
 
 # How weights travel, in the place of the object store.
 ROUTES = {"disaggregated": "gloo", "colocate_all": "ipc"}
+SHARED = ("colocate_all", "pools")  # the actor shares its slots with the engines
 ALWAYS = ("colocate_all",)  # all roles share; `make test-long` runs all and compares their numbers
 
 
@@ -138,8 +139,10 @@ def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
     numbers: dict[str, list[dict[str, float]]],
     tmp_path: Path,
 ) -> None:
-    route = {"weight_sync": {"backend": ROUTES.get(preset, "auto")}}
-    config = preset_run(tmp_path / "run", models, preset, rollout=route)
+    rollout: dict[str, Any] = {"weight_sync": {"backend": ROUTES.get(preset, "auto")}}
+    if preset in SHARED:
+        rollout["sleep"] = True  # what auto is on GPUs
+    config = preset_run(tmp_path / "run", models, preset, rollout=rollout)
     done = run_on(cluster, config)
     assert done.returncode == 0, done.stdout + done.stderr
     placement = json.loads((Path(config.run.path) / "placement.json").read_text())
@@ -156,7 +159,7 @@ def test_everybody_sits_on_the_plans_slots_and_the_numbers_are_the_same(
     }
     assert locations == wanted
 
-    if preset in ("colocate_all", "pools"):  # where the actor shares its slots with the engines
+    if preset in SHARED:
         check_turns(Path(config.run.path) / "turns.jsonl")
     numbers[preset] = metrics_of(config)
     assert [row["rollout/weight_sync_fallbacks"] for row in numbers[preset]] == [0, 0]

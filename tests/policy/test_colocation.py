@@ -1,0 +1,73 @@
+"""In which order trainers and engines give each other the memory of their slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rayrlhf.policy import colocation
+from rayrlhf.policy.colocation import Colocation
+
+
+class Recorder:
+    """Stands for the weights' sender, the ranks and a model; notes the calls."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+        self.device = type("Device", (), {"type": "cuda"})
+
+    def engines_sleep(self) -> int:
+        self.events.append("engines sleep")
+        return 7
+
+    def engines_wake(self, part: str) -> None:
+        self.events.append(f"engines wake {part}")
+
+    def record(self, what: str) -> None:
+        pass
+
+    def barrier(self) -> None:
+        self.events.append("barrier")
+
+    def offload(self) -> None:
+        self.events.append("offload")
+
+    def reload(self) -> None:
+        self.events.append("reload")
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(colocation, "release_cached_memory", lambda: found.append("release"))
+    return found
+
+
+def turns(events: list[str], *, engines_sleep: bool) -> tuple[Colocation, Any]:
+    recorder: Any = Recorder(events)
+    return Colocation(recorder, recorder, engines_sleep=engines_sleep), recorder
+
+
+def test_the_cache_wakes_after_every_rank_has_given_back_what_the_push_took(events: list[str]) -> None:
+    found, model = turns(events, engines_sleep=True)
+    assert found.start_rollouts(lambda: events.append("push"), model, None) is None
+    assert events == [
+        *("offload", "barrier", "engines wake weights"),
+        *("push", "release", "barrier", "engines wake kv_cache"),
+    ]
+
+
+def test_models_come_back_after_the_engines_have_given_their_memory(events: list[str]) -> None:
+    found, model = turns(events, engines_sleep=True)
+    found.start_training(model, None)
+    found.start_training(model, None)
+    assert events == ["engines sleep", "barrier", "reload"], "only once"
+    assert found.freed_bytes == 7
+
+
+def test_engines_that_stay_awake_only_get_the_weights(events: list[str]) -> None:
+    found, model = turns(events, engines_sleep=False)
+    found.before_loading()
+    assert found.start_rollouts(lambda: 5, model) == 5
+    assert events == []
