@@ -291,11 +291,11 @@ async def _fetch(buckets: Sequence[Bucket]) -> Fetched:
 
 def _generation(output: Any) -> Generation:
     completion = output.outputs[0]
-    logprobs = [
-        at[token].logprob for token, at in zip(completion.token_ids, completion.logprobs, strict=True)
-    ]
+    token_ids, logprobs = list(completion.token_ids), list(completion.logprobs.logprobs)
+    if len(logprobs) != len(token_ids):
+        raise ValueError(f"the engine returned {len(logprobs)} log-probabilities of {len(token_ids)} tokens")
     return Generation(
-        token_ids=list(completion.token_ids),
+        token_ids=token_ids,
         text=completion.text,
         logprobs=logprobs,
         truncated=completion.finish_reason == "length",

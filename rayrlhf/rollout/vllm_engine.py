@@ -29,6 +29,7 @@ from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.rollout.process_groups import groups_of_one_rank_are_shared
 from rayrlhf.rollout.vllm_adapter import switch_scheduled
 from rayrlhf.rollout.vllm_images import ENGINE_ARGS, check_expanded, prompt_with, replace_torchvision
+from rayrlhf.rollout.vllm_outputs import flat, leave_out_token_texts
 from rayrlhf.rollout.vllm_routes import every_token
 from rayrlhf.rollout.vllm_worker import BUCKETS
 from rayrlhf.samples import EncodedImage
@@ -72,6 +73,7 @@ class Stepper:
             worker_extension_cls="rayrlhf.rollout.vllm_worker.WorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=BUCKETS),
         )
+        leave_out_token_texts()
         with groups_of_one_rank_are_shared():
             self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         self._moe_layers: list[int] = self._engine.collective_rpc("moe_layers")[0] if router_replay else []
@@ -89,7 +91,7 @@ class Stepper:
 
         def enqueue() -> dict[str, Future[RequestOutput]]:
             prompt = self._prompt(prompt_ids, images)
-            return dict(self._enqueue(prompt, SamplingParams(**params)) for params in sampling)
+            return dict(self._enqueue(prompt, flat(params)) for params in sampling)
 
         futures = await self._on_thread(enqueue)
         waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures.values())}
