@@ -28,7 +28,7 @@ from rayrlhf.isolation.frames import CodeError, CodeTimeout, ProcessDied
 from rayrlhf.isolation.output import OutputLog
 from rayrlhf.isolation.pool import ProcessPool
 from rayrlhf.isolation.process import CodeProcess, Hosted
-from rayrlhf.placement.serve_status import of_this_replica
+from rayrlhf.placement.serve_status import failed_starts, of_this_replica
 from rayrlhf.rollout.client import RetryPolicy
 from rayrlhf.rollout.engine import Generation
 from rayrlhf.samples import Prompt
@@ -278,6 +278,6 @@ def environment_deployment(setup: EnvironmentSetup) -> Any:
         max_ongoing_requests=MAX_EPISODES,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=failed_starts(setup.rollout.environment.num_replicas),
     )
     return deployment.bind(setup)

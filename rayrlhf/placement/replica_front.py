@@ -8,6 +8,7 @@ from typing import Any
 from ray import serve
 
 from rayrlhf.placement.replica import SlotChild
+from rayrlhf.placement.serve_status import failed_starts
 from rayrlhf.placement.slots import Slots
 
 
@@ -54,6 +55,6 @@ def proxy_deployment(spec: ActorSpec, *, num_replicas: int, slots: Slots) -> Any
         health_check_period_s=2,
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=failed_starts(num_replicas),
     )
     return deployment.bind(spec, slots)

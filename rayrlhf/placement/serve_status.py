@@ -1,4 +1,4 @@
-"""Status of the applications on this cluster's Serve."""
+"""Status of the applications on this cluster's Serve, and of their replicas."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def app_statuses() -> dict[str, Any]:
     """
     client: Any = _get_global_client(raise_if_no_controller_running=False)
     return {} if client is None else {status.name: status for status in client.list_serve_statuses()}
+
+
+def failed_starts(num_replicas: int) -> int:
+    """Failed starts until Serve gives a deployment up (`max_constructor_retry_count`). It counts those of all
+    replicas together: of eight engines, two that fail once each must not end a run.
+    """
+    return 2 * num_replicas
 
 
 def of_this_replica(log: Path | None) -> Path | None:

@@ -21,7 +21,7 @@ from rayrlhf.isolation.frames import CodeError, ProcessDied
 from rayrlhf.isolation.output import OutputLog
 from rayrlhf.isolation.pool import ProcessPool
 from rayrlhf.isolation.process import Hosted
-from rayrlhf.placement.serve_status import of_this_replica
+from rayrlhf.placement.serve_status import failed_starts, of_this_replica
 from rayrlhf.reward.items import (
     LARGEST_REWARD,
     Failure,
@@ -161,6 +161,6 @@ def function_deployment(
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=failed_starts(num_replicas),
     )
     return deployment.bind(hosted, label_key, name, log, say)

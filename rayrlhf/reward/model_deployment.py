@@ -9,6 +9,7 @@ from ray import serve
 
 from rayrlhf.config.reward import ModelSource
 from rayrlhf.placement.replica import SlotChild
+from rayrlhf.placement.serve_status import failed_starts
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.batching import Batcher
 from rayrlhf.reward.items import Failure, ScoreItem
@@ -80,6 +81,6 @@ def replica_deployment(replica: type[ModelReward], source: ModelSource, argument
         health_check_period_s=5,
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=failed_starts(source.num_replicas),
     )
     return deployment.bind(*arguments)

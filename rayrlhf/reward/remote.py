@@ -22,6 +22,7 @@ from multidict import CIMultiDict
 from ray import serve
 
 from rayrlhf.config.reward import RemoteSource
+from rayrlhf.placement.serve_status import failed_starts
 from rayrlhf.reward.batching import Batcher
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem, checked_reward
 from rayrlhf.secrets import masked, references, remember, remember_all, resolve
@@ -261,6 +262,6 @@ def remote_deployment(source: RemoteSource, *, label_key: str | None) -> Any:
         max_ongoing_requests=1024,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=failed_starts(source.num_replicas),
     )
     return deployment.bind(source, label_key, resolved_source(source))

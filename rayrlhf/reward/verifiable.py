@@ -15,6 +15,7 @@ from rayrlhf.isolation.frames import CodeError, CodeTimeout, ProcessDied
 from rayrlhf.isolation.output import OutputLog
 from rayrlhf.isolation.pool import ProcessPool
 from rayrlhf.isolation.process import Hosted
+from rayrlhf.placement.serve_status import failed_starts
 from rayrlhf.reward.graders import import_reasoning_gym
 from rayrlhf.reward.items import Failure, RewardError, ScoreItem, Unverified
 from rayrlhf.samples import Prompt
@@ -184,7 +185,7 @@ def verifiable_deployment(source: VerifiableSource, *, label_key: str | None) ->
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=failed_starts(source.num_replicas),
     )
     return deployment.bind(source, label_key)
 

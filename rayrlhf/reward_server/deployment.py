@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 
 from rayrlhf.config.serve_reward import ServedFunction, ServedModel, ServerConfig
 from rayrlhf.placement.reaper import HEAD_NODE
+from rayrlhf.placement.serve_status import failed_starts
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.functions import function_deployment, hosted_function
 from rayrlhf.reward.items import Failure, checked_reward, last_message
@@ -300,7 +301,7 @@ def server_app(sources: list[Served], config: ServerConfig, slots: Slots | None,
         ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},  # the server's address is there
         health_check_period_s=5,
         graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=failed_starts(config.num_replicas),
     )
     handles = [_scorer(served, index, slots, config) for index, served in enumerate(sources)]
     return deployment.bind(sources, handles, config, token)

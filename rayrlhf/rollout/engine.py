@@ -20,6 +20,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError
 
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.replica import SlotChild
+from rayrlhf.placement.serve_status import failed_starts
 from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.samples import EncodedImage
@@ -392,16 +393,18 @@ class RolloutReplica:
 
 def rollout_deployment(settings: EngineSettings, slots: Slots, *, num_engines: int, max_requests: int) -> Any:
     """The bound deployment for `serve.run`; the number of replicas is fixed, and each runs on the slot of its
-    rank.
+    rank. `max_requests`: that an engine computes at once.
     """
     deployment = serve.deployment(RolloutReplica).options(
         name="rollout",
         num_replicas=num_engines,
-        max_ongoing_requests=max_requests,
+        # Those of the next half wait in vLLM's queue instead of Serve's router, which looks again after up to
+        # half a second.
+        max_ongoing_requests=2 * max_requests,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=2,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=failed_starts(num_engines),
     )
     return deployment.bind(settings, slots)
