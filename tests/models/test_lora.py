@@ -86,7 +86,7 @@ def whole(model: Any) -> dict[str, torch.Tensor]:
 def test_a_model_of_merged_weights_computes_the_same(tiny_model: str) -> None:
     model, merged = adapted(plain(tiny_model)), plain(tiny_model)
     merged.load_state_dict(whole(model))
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3, 1e-2])
@@ -196,7 +196,7 @@ def test_an_export_holds_the_merged_model_and_the_adapter_alone(
     export = tmp_path / "export"
     export_causal_lm(model, whole(model), make_tokenizer(), export, adapter=trained(model, tiny_model))
     loaded = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=5e-5)
     again = tmp_path / "again"
     assert merge_lora([str(export / "adapter"), str(again)]) == 0, capsys.readouterr().err
     assert files(again).keys() == files(export).keys()
