@@ -53,6 +53,11 @@ def markdown(results: Results) -> str:
             f"{WARMUP_STEPS}; tokens are real ones, without padding. Memory is the peak of all processes "
             "of a run, Ray's included, with shared memory counted once.",
             "",
+            "Peers compute in fp32 and, in rows with “bf16”, on CPUs that have units for it, with bf16 "
+            "autocast. Ours has its default, `model.dtype: auto`: on such CPUs the factors of matrix "
+            "products are rounded to bf16, and all else is fp32; “ours, fp32” rounds nothing, and is to be "
+            "compared with TRL's own row without “bf16”.",
+            "",
             "| case | side | value | runs | times as fast | share of the product limit | start | peak "
             "memory |",
             "|---|---|---:|---:|---:|---:|---:|---:|",

@@ -21,7 +21,7 @@ PLAIN = {"bool": bool, "int": int, "float": float, "str": str}
 # On CPUs; each with the reason.
 FIXED_ON_CPUS = {
     "enable_chunked_prefill": "vLLM's CPU engine cannot continue a seeded request's prompt in a second step",
-    "enforce_eager": "compilation takes longer there than most runs' rollouts",
+    "enforce_eager": "torch.compile is off in engines on CPUs",
 }
 
 

@@ -86,7 +86,8 @@ def engine_settings(
             engine_args["additional_config"] = {MAY_ROUND_PRODUCTS: True}
         env_vars |= cpu_engine_variables(rollout.num_threads or threads)
     return EngineSettings(
-        engine_args=engine_args | rollout.engine_args,
+        # null is as if it were left out: vLLM's own default would not be the plan's.
+        engine_args=engine_args | {k: v for k, v in rollout.engine_args.items() if v is not None},
         env_vars=env_vars,
         weight_store=weight_store,
         rpc_timeout_seconds=rollout.timeout_seconds,

@@ -42,7 +42,9 @@ def test_an_engine_rounds_products_where_its_trainer_may(
 
 
 def test_arguments_of_the_user_go_to_vllm() -> None:
-    rollout = EngineConfig(engine_args={"block_size": 64, "max_num_batched_tokens": 512})
+    rollout = EngineConfig(
+        engine_args={"block_size": 64, "max_num_batched_tokens": 512, "cpu_offload_gb": None}
+    )
     for on_gpu in (False, True):
         found = engine_settings(
             ModelConfig(path="m"),
@@ -54,4 +56,5 @@ def test_arguments_of_the_user_go_to_vllm() -> None:
             threads=1,
         ).engine_args
         assert (found["block_size"], found["max_num_batched_tokens"]) == (64, 512)
+        assert "cpu_offload_gb" not in found, "null is as if it were left out"
     assert arguments("auto", "auto", on_gpu=True)["max_num_batched_tokens"] == 8192, "as in the plan"
