@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rayrlhf.models.cpu_products import casts_factors
+
 # Weight rows per matrix product of the gradient, if it must be cast to a wider dtype before it is added.
 VOCABULARY_BLOCK = 8192
+ROUNDED_BLOCK = 2048  # the same, if factors are cast to bf16
 # Matrix products are efficient with many rows; the element-wise operations after them are as fast with few,
 # and then need only this fraction of a second block.
 SPARE_SHARE = 4
@@ -144,6 +147,8 @@ class ProjectionGradients:
         dtype: torch.dtype,  # of the sums
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
+        casts = casts_factors() and weight.dtype == torch.float32
+        self.rounded = weight.to(torch.bfloat16) if casts else None
         self.of_hidden = torch.empty_like(hidden) if needed[0] else None
         self.of_weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
         self.of_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
@@ -152,11 +157,25 @@ class ProjectionGradients:
         """`grad` [n, V]: gradient of the projection's output at `rows`."""
         if self.of_bias is not None:
             self.of_bias += grad.sum(0)
+        if self.rounded is not None:
+            self._add_rounded(rows, grad, self.rounded)
+            return
         grad = grad.to(self.weight.dtype)
         if self.of_hidden is not None:
             torch.mm(grad, self.weight, out=self.of_hidden[rows])
         if self.of_weight is not None:
             add_product_(self.of_weight, grad.T, self.hidden[rows])
+
+    def _add_rounded(self, rows: slice, grad: Tensor, weight: Tensor) -> None:
+        """Products of bf16 blocks that stay in the cache until their results are added in fp32."""
+        hidden = self.hidden[rows].to(torch.bfloat16)
+        of_hidden = None if self.of_hidden is None else self.of_hidden[rows].zero_()
+        for block in slices(0, len(weight), ROUNDED_BLOCK):
+            of_logits = grad[:, block].to(torch.bfloat16)
+            if of_hidden is not None:
+                of_hidden += of_logits @ weight[block]
+            if self.of_weight is not None:
+                self.of_weight[block] += of_logits.T @ hidden
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the dtypes of the inputs."""

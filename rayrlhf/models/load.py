@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,12 +25,12 @@ from transformers.models.auto.modeling_auto import (
 from rayrlhf.config.model import ModelConfig, TrainedModelConfig
 from rayrlhf.hub.local import local_folder
 from rayrlhf.models.attention import attention_implementation, has_chunks
-from rayrlhf.models.cpu_products import Products, use_fastest_products
+from rayrlhf.models.cpu_products import Products, cast_linear_layers, use_fastest_products
 from rayrlhf.models.distill import DistillModel, TeacherModel
 from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
 from rayrlhf.models.logprobs import PolicyModel, logit_scaling
 from rayrlhf.models.probe import Head, rope_limits, verdict_of
-from rayrlhf.models.streams import Streams, with_streams
+from rayrlhf.models.streams import M, Streams, with_streams
 from rayrlhf.models.vision import VisionInputs, freeze_tower, is_vision_language, vision_attention
 
 
@@ -56,12 +56,12 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> PolicyModel:
     """The actor or the reference, in training mode (`from_pretrained` alone leaves a model in eval mode)."""
-    streams, options = _streams_and_options(config, path, device)
+    way = _way_to_compute(config, path, device)
     vision = VisionInputs.of(path, trust_remote_code=config.trust_remote_code)
     kind = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
-    policy = PolicyModel(kind.from_pretrained(local_folder(path), **options), chunk_tokens=chunk_tokens)
+    policy = PolicyModel(kind.from_pretrained(local_folder(path), **way.options), chunk_tokens=chunk_tokens)
     policy.vision = vision
-    return with_streams(policy, streams).train()
+    return way.prepare(policy).train()
 
 
 def load_student(
@@ -74,31 +74,31 @@ def load_student(
     beta: float = 0.5,
 ) -> DistillModel:
     """A language model to distil into, in training mode; `divergence` is one of `DISTILL_LOSSES`."""
-    streams, options = _streams_and_options(config, path, device)
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
+    way = _way_to_compute(config, path, device)
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **way.options)
     student = DistillModel(causal_lm, chunk_tokens=chunk_tokens, divergence=divergence, beta=beta)
-    return with_streams(student, streams).train()
+    return way.prepare(student).train()
 
 
 def load_teacher(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> TeacherModel:
     """A language model to distil from: frozen and in eval mode."""
-    streams, options = _streams_and_options(config, path, device)
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
-    return with_streams(TeacherModel(causal_lm, chunk_tokens=chunk_tokens), streams)
+    way = _way_to_compute(config, path, device)
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **way.options)
+    return way.prepare(TeacherModel(causal_lm, chunk_tokens=chunk_tokens))
 
 
 def load_critic(config: ModelConfig, path: str, *, device: torch.device) -> ValueModel:
     """A critic from a language model (a new head, all values 0) or from a reward model (its score head)."""
-    decoder, head, streams = _decoder_and_head(config, path, device)
+    decoder, head, way = _decoder_and_head(config, path, device)
     critic = ValueModel(decoder, head)
     critic.vision = VisionInputs.of(path, trust_remote_code=config.trust_remote_code)
-    return with_streams(critic, streams).train()
+    return way.prepare(critic).train()
 
 
 def load_scorer(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
     """A decoder-style reward model (`AutoModelForSequenceClassification`, one label), in eval mode."""
-    decoder, head, streams = _decoder_and_head(config, path, device)
-    return with_streams(ScoreModel(decoder, head), streams).eval()
+    decoder, head, way = _decoder_and_head(config, path, device)
+    return way.prepare(ScoreModel(decoder, head)).eval()
 
 
 def load_reward_model(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
@@ -111,8 +111,8 @@ def load_reward_model(config: ModelConfig, path: str, *, device: torch.device) -
             f"{path}: transformers has no decoder-style sequence classifier for this architecture, "
             "so a reward model made from it could not be exported; choose another checkpoint"
         )
-    decoder, head, streams = _decoder_and_head(config, path, device)
-    return with_streams(ScoreModel(decoder, head), streams).train()
+    decoder, head, way = _decoder_and_head(config, path, device)
+    return way.prepare(ScoreModel(decoder, head)).train()
 
 
 def load_step_model(
@@ -134,21 +134,21 @@ def load_step_model(
             f"{path}: transformers has no decoder-style token classifier for this architecture, "
             "so a process reward model made from it could not be exported; choose another checkpoint"
         )
-    streams, options = _streams_and_options(config, path, device, head="values")
+    way = _way_to_compute(config, path, device, head="values")
     if _is_made_for(path, "ForTokenClassification", trust_remote_code=config.trust_remote_code):
-        model = AutoModelForTokenClassification.from_pretrained(local_folder(path), **options)
+        model = AutoModelForTokenClassification.from_pretrained(local_folder(path), **way.options)
         if model.config.num_labels != 2:
             raise ValueError(
                 f"{path} has {model.config.num_labels} labels; "
                 "a process reward model needs exactly 2, (bad, good)"
             )
-        return with_streams(StepModel(model.base_model, model.score), streams).train()
+        return way.prepare(StepModel(model.base_model, model.score)).train()
     if reward_token_ids is None:
-        decoder = AutoModel.from_pretrained(local_folder(path), **options)
-        return with_streams(StepModel(decoder, _zero_step_head(decoder)), streams).train()
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **options)
+        decoder = AutoModel.from_pretrained(local_folder(path), **way.options)
+        return way.prepare(StepModel(decoder, _zero_step_head(decoder))).train()
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **way.options)
     model = StepModel(causal_lm.base_model, step_head_of(causal_lm, reward_token_ids))
-    return with_streams(model, streams).train()
+    return way.prepare(model).train()
 
 
 def adapt(config: TrainedModelConfig, model: Any, *, device: torch.device, seed: int) -> None:
@@ -187,19 +187,19 @@ def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
 
 def _decoder_and_head(
     config: ModelConfig, path: str, device: torch.device
-) -> tuple[nn.Module, nn.Linear, Streams]:
-    streams, options = _streams_and_options(config, path, device, head="values")
+) -> tuple[nn.Module, nn.Linear, WayToCompute]:
+    way = _way_to_compute(config, path, device, head="values")
     if is_sequence_classifier(path, trust_remote_code=config.trust_remote_code):
-        model = AutoModelForSequenceClassification.from_pretrained(local_folder(path), **options)
+        model = AutoModelForSequenceClassification.from_pretrained(local_folder(path), **way.options)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"{path} has {model.config.num_labels} labels; a reward model or critic needs exactly 1"
             )
-        return model.base_model, model.score, streams
-    decoder = AutoModel.from_pretrained(local_folder(path), **options)
-    head = nn.Linear(decoder.config.get_text_config().hidden_size, 1, bias=False, dtype=options["dtype"])
+        return model.base_model, model.score, way
+    decoder = AutoModel.from_pretrained(local_folder(path), **way.options)
+    head = nn.Linear(decoder.config.get_text_config().hidden_size, 1, bias=False, dtype=way.options["dtype"])
     nn.init.zeros_(head.weight)
-    return decoder, head, streams
+    return decoder, head, way
 
 
 def _zero_step_head(decoder: Any) -> nn.Linear:
@@ -244,11 +244,25 @@ def _is_made_for(path: str, suffix: str, *, trust_remote_code: bool) -> bool:
     return any(name.endswith(suffix) for name in architectures)
 
 
-def _streams_and_options(
+class WayToCompute(NamedTuple):
+    """How a model is computed in this process."""
+
+    streams: Streams
+    casts: bool  # whether its linear layers cast the factors of their products
+    options: dict[str, Any]  # of `from_pretrained`
+
+    def prepare(self, model: M) -> M:
+        """Set the loaded model to it; returns the model."""
+        if self.casts:
+            cast_linear_layers(model)
+        return with_streams(model, self.streams)
+
+
+def _way_to_compute(
     config: ModelConfig, path: str, device: torch.device, *, head: Head = "policy"
-) -> tuple[Streams, dict[str, Any]]:
-    """The streams with which the model is correct, and its load options. Raises `ValueError` if none."""
-    choose_products(config, path, device)
+) -> WayToCompute:
+    """A way in which the model is correct. Raises `ValueError` if there is none."""
+    products = choose_products(config, path, device)
     found = _architecture(config, path)
     # For any length: the driver has checked the run's lengths (runtime.architecture_checks).
     verdict = verdict_of(found, longest=0, head=head, trust_remote_code=config.trust_remote_code)
@@ -262,11 +276,12 @@ def _streams_and_options(
     if has_chunks(found):  # FlashAttention's kernels do not support chunks
         kernel = "sdpa"
     attention = streams.attention or attention_implementation(kernel, device)
-    return streams, {
+    options = {
         "dtype": resolve_dtype(config.dtype, device),
         "attn_implementation": vision_attention(attention) if is_vision_language(found) else attention,
         "trust_remote_code": config.trust_remote_code,
     }
+    return WayToCompute(streams, products is not None and products.casts, options)
 
 
 def _architecture(config: ModelConfig, path: str) -> Any:

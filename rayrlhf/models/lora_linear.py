@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rayrlhf.models.adapters import ADAPTER
+from rayrlhf.models.cpu_products import CastLinear, cast_product, casts_factors
 from rayrlhf.models.quiet_peft import LoraLinear
 
 
@@ -29,7 +30,7 @@ class AdaptedProduct(torch.autograd.Function):
     | a, b | [r, in], [out, r] | yes |
     | y | [N, out] | |
 
-    All have one dtype. With low = x·aᵀ and g = dy: d low = s·g·b, dx = g·W + d low·a, da = d lowᵀ·x and
+    All have one dtype; products with the weight may be computed as `CastLinear` does. With low = x·aᵀ and g = dy: d low = s·g·b, dx = g·W + d low·a, da = d lowᵀ·x and
     db = s·gᵀ·low.
     """
 
@@ -37,11 +38,12 @@ class AdaptedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
+        casts = casts_factors() and x.dtype == torch.float32
         low = x @ a.t()
-        y = F.linear(x, weight, bias)
+        y = cast_product(x, weight.t(), bias) if casts else F.linear(x, weight, bias)
         y.addmm_(low, b.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.casts = scaling, casts
         return y
 
     @staticmethod
@@ -49,7 +51,9 @@ class AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, a, b, low = ctx.saved_tensors
         of_low = (grad @ b).mul_(ctx.scaling)
-        of_x = (grad @ weight).addmm_(of_low, a) if ctx.needs_input_grad[0] else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (cast_product(grad, weight) if ctx.casts else grad @ weight).addmm_(of_low, a)
         of_a = of_low.t() @ x if ctx.needs_input_grad[3] else None
         of_b = (grad.t() @ low).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
         return of_x, None, None, of_a, of_b, None
@@ -91,5 +95,5 @@ class FusedLinear(LoraLinear):
 def fuse_adapted_layers(model: nn.Module) -> None:
     """Let PEFT's layers over plain linear ones compute as `FusedLinear`; quantised layers stay."""
     for module in model.modules():
-        if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
+        if type(module) is LoraLinear and type(module.base_layer) in (nn.Linear, CastLinear):
             module.__class__ = FusedLinear

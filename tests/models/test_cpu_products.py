@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,17 @@ from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.models import cpu_products, load, probe
 from rayrlhf.models.attention import packed_inputs, varlen_sdpa
-from rayrlhf.models.cpu_products import exactly, has_bf16_units, products_in, use_fastest_products
+from rayrlhf.models.cpu_products import (
+    CastLinear,
+    cast_linear_layers,
+    casts_factors,
+    exactly,
+    has_bf16_units,
+    products_in,
+    use_fastest_products,
+)
+from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
+from rayrlhf.models.lora_linear import AdaptedProduct
 
 CONFIG = LlamaConfig(hidden_size=256, intermediate_size=384)
 
@@ -33,14 +44,19 @@ def precision_is_restored() -> Iterator[None]:
     cpu_products.measure_products.cache_clear()
 
 
-def pretend_units(monkeypatch: pytest.MonkeyPatch, bf16_seconds: float) -> None:
-    """A CPU that multiplies in fp32 in one second, and factors that were rounded to bf16 in so many."""
+def pretend_units(
+    monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, cast_seconds: float | None = None
+) -> None:
+    """A CPU that multiplies in fp32 in one second, and factors that were rounded to bf16 in so many: by
+    oneDNN, or by casts (three times as many, unless said otherwise).
+    """
+    seconds = {"ieee": 1.0, "bf16": bf16_seconds}
 
     def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        if precision() != "bf16":
-            return call(), 1.0
-        with Rounded():
-            return call(), bf16_seconds
+        if call.__name__ == "layer_with_casts":
+            return call(), 3 * bf16_seconds if cast_seconds is None else cast_seconds
+        with Rounded() if precision() == "bf16" else nullcontext():
+            return call(), seconds[precision()]
 
     monkeypatch.setattr(cpu_products, "has_bf16_units", lambda: True)
     monkeypatch.setattr(cpu_products, "_timed", timed)
@@ -66,11 +82,27 @@ def test_faster_products_are_chosen_and_their_deviation_is_known(monkeypatch: py
     assert "4.0 x as fast as fp32" in str(products) and "model.dtype=float32" in str(products)
 
 
+def test_casts_where_onednn_does_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_units(monkeypatch, bf16_seconds=0.9, cast_seconds=0.5)
+    products = use_fastest_products(CONFIG, rows=256)
+    assert products.bf16 and products.casts and casts_factors()
+    assert products.speedup == 2.0
+    assert products.deviation == pytest.approx(3**0.5 * 2**-8 / 3**0.5 * 0.73, rel=0.1), "and the result"
+    assert "by casts: 2.0 x as fast as fp32" in str(products)
+
+
+def test_casts_that_are_hardly_faster_than_onednn_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_units(monkeypatch, bf16_seconds=0.5, cast_seconds=0.45)
+    products = use_fastest_products(CONFIG, rows=256)
+    assert products.bf16 and not products.casts and not casts_factors()
+
+
 def test_products_that_are_hardly_faster_stay_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_units(monkeypatch, bf16_seconds=0.8)
     before = precision()
-    assert not use_fastest_products(CONFIG, rows=256).bf16
-    assert precision() == before
+    products = use_fastest_products(CONFIG, rows=256)
+    assert not products.bf16 and not products.casts
+    assert precision() == before and not casts_factors()
 
 
 def test_without_units_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +131,15 @@ def test_only_auto_on_a_cpu_may_round(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert products is not None and products.bf16 and precision() == "bf16"
 
 
+def assert_off_by_roundings(found: list[Any], wanted: list[Any], *, least: float) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32 and one.shape == other.shape
+        assert least < float((one - other).detach().std() / other.detach().std()) < 0.01
+
+
 @pytest.mark.skipif(not has_bf16_units(), reason="this CPU has no bf16 units")
-def test_this_cpus_products_are_off_by_a_rounding() -> None:
+def test_this_cpus_products_are_off_by_a_rounding_at_most() -> None:
+    """With AVX512-BF16 alone, oneDNN rounds nothing."""
     torch.manual_seed(0)
     x, weight = torch.randn(256, 512, requires_grad=True), torch.randn(384, 512, requires_grad=True)
     exact = x @ weight.t()
@@ -108,9 +147,81 @@ def test_this_cpus_products_are_off_by_a_rounding() -> None:
     with products_in("bf16"):
         rounded = x @ weight.t()
         found = torch.autograd.grad(rounded.square().sum(), (x, weight))
-    assert rounded.dtype == torch.float32
-    for one, other in [(rounded, exact), *zip(found, wanted, strict=True)]:
-        assert 0 < float((one - other).std() / other.std()) < 0.01
+    assert_off_by_roundings([rounded, *found], [exact, *wanted], least=0.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_cast_layer_is_the_layer_with_rounded_factors(bias: bool, frozen: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(128, 96, bias=bias)
+    if frozen:
+        layer.weight.requires_grad_(False)
+    x = torch.randn(2, 64, 128, requires_grad=True)
+    wanted_of = [x, *(each for each in layer.parameters() if each.requires_grad)]
+
+    def results() -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.square().sum(), wanted_of)]
+
+    exact = results()
+    cast_linear_layers(layer)
+    assert all(map(torch.equal, results(), exact)), "until the process casts"
+    with products_in("bf16", casts=True):
+        rounded = results()
+        assert_off_by_roundings(rounded, exact, least=0.001)
+        bf16 = [each.bfloat16() for each in (x, layer.weight)]
+        expected = (bf16[0] @ bf16[1].t()).float()
+        torch.testing.assert_close(rounded[0], expected if layer.bias is None else expected + layer.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), rounded[0])
+        halves = layer.to(torch.float64)(x.double())
+        assert halves.dtype == torch.float64
+        layer.float()
+        with products_in("ieee"):
+            assert all(map(torch.equal, results(), exact))
+
+
+def test_narrow_layers_and_other_kinds_stay() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(64, 64), torch.nn.Linear(64, 1), torch.nn.Bilinear(64, 64, 64)])
+    cast_linear_layers(model)
+    assert [type(each) for each in model] == [CastLinear, torch.nn.Linear, torch.nn.Bilinear]
+
+
+def test_the_heads_gradients_by_casts() -> None:
+    """The log-probabilities themselves stay exact; with chunks and a vocabulary that is no multiple of one."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 64, requires_grad=True), torch.randn(5000, 64, requires_grad=True)
+    targets = torch.randint(0, 5000, (50,))
+
+    def results() -> list[Tensor]:
+        logprobs, entropy = FusedLogprobs.apply(hidden, weight, None, targets, LogitScaling(), 20)
+        grads = torch.autograd.grad(logprobs.sum() + entropy.sum(), (hidden, weight))
+        return [logprobs, entropy, *grads]
+
+    exact = results()
+    with products_in("ieee", casts=True):
+        found = results()
+    assert all(map(torch.equal, found[:2], exact[:2]))
+    assert_off_by_roundings(found[2:], exact[2:], least=0.0005)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_adapted_layers_by_casts(bias: bool) -> None:
+    """The product with the frozen weight is rounded, those of the adapter are not."""
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(size, requires_grad=True) for size in [(32, 128), (4, 128), (96, 4)])
+    weight, offset = torch.randn(96, 128), torch.randn(96) if bias else None
+
+    def results() -> list[Tensor]:
+        y = AdaptedProduct.apply(x, weight, offset, a, b, 0.5)
+        return [y, *torch.autograd.grad(y.sum(), (x, a, b))]
+
+    exact = results()
+    with products_in("ieee", casts=True):
+        found = results()
+    assert_off_by_roundings(found[:2], exact[:2], least=0.0005)
+    assert all(map(torch.equal, found[2:], exact[2:])), "sums of y do not depend on W x"
 
 
 class Recorded(torch.autograd.Function):
