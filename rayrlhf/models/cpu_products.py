@@ -1,8 +1,8 @@
 """Matrix products of fp32 models on CPUs with bf16 units (AVX512-BF16, AMX).
 
 Weights, gradients, optimizer states and activations stay fp32. There are two ways to round the factors of a
-product to bf16 (8 bits of mantissa) and sum in fp32. With AMX, oneDNN does it inside an fp32 product, and does
-not round the result; with AVX512-BF16 alone it stays in fp32. There, linear layers cast their factors,
+product to bf16 (8 bits of mantissa) and sum in fp32. With AMX, oneDNN does it inside an fp32 product, and
+does not round the result; with AVX512-BF16 alone it stays in fp32. There, linear layers cast their factors,
 multiply bf16 tensors, and cast the result back, which rounds the result, too (1.8 x fp32 on Zen 4). Autocast,
 in contrast, also rounds what lies between the products. Chosen for `model.dtype: auto` alone, and only where
 products of the model's own shapes are faster that way.
@@ -45,8 +45,9 @@ class Products(NamedTuple):
             return "matrix products in fp32"
         way = ", by casts" if self.casts else ""
         return (
-            f"matrix products in bf16 with sums in fp32{way}: {self.speedup:.1f} x as fast as fp32 on this CPU, "
-            f"deviation {self.deviation:.2%} (model.dtype=float32 turns it off)"
+            f"matrix products in bf16 with sums in fp32{way}: "
+            f"{self.speedup:.1f} x as fast as fp32 on this CPU, deviation {self.deviation:.2%} "
+            "(model.dtype=float32 turns it off)"
         )
 
 

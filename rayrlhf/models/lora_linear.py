@@ -30,8 +30,8 @@ class AdaptedProduct(torch.autograd.Function):
     | a, b | [r, in], [out, r] | yes |
     | y | [N, out] | |
 
-    All have one dtype; products with the weight may be computed as `CastLinear` does. With low = x·aᵀ and g = dy: d low = s·g·b, dx = g·W + d low·a, da = d lowᵀ·x and
-    db = s·gᵀ·low.
+    All have one dtype; products with the weight may be computed as `CastLinear` does. With low = x·aᵀ and
+    g = dy: d low = s·g·b, dx = g·W + d low·a, da = d lowᵀ·x and db = s·gᵀ·low.
     """
 
     @staticmethod

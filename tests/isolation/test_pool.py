@@ -49,7 +49,10 @@ def with_pool(body: Callable[[ProcessPool], Awaitable[Any]], *arguments: Any, **
 def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):  # The second, where the process ends between open and read.
+    except (
+        FileNotFoundError,
+        ProcessLookupError,
+    ):  # The second, where the process ends between open and read.
         return False
     return state != "Z"
 

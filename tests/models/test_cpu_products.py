@@ -183,13 +183,15 @@ def test_a_cast_layer_is_the_layer_with_rounded_factors(bias: bool, frozen: bool
 
 
 def test_narrow_layers_and_other_kinds_stay() -> None:
-    model = torch.nn.ModuleList([torch.nn.Linear(64, 64), torch.nn.Linear(64, 1), torch.nn.Bilinear(64, 64, 64)])
+    model = torch.nn.ModuleList(
+        [torch.nn.Linear(64, 64), torch.nn.Linear(64, 1), torch.nn.Bilinear(64, 64, 64)]
+    )
     cast_linear_layers(model)
     assert [type(each) for each in model] == [CastLinear, torch.nn.Linear, torch.nn.Bilinear]
 
 
 def test_the_heads_gradients_by_casts() -> None:
-    """The log-probabilities themselves stay exact; with chunks and a vocabulary that is no multiple of one."""
+    """The log-probabilities stay exact. Neither the rows nor the vocabulary are multiples of a block."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(50, 64, requires_grad=True), torch.randn(5000, 64, requires_grad=True)
     targets = torch.randint(0, 5000, (50,))
