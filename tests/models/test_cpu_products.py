@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -45,20 +45,24 @@ def precision_is_restored() -> Iterator[None]:
 
 
 def pretend_units(
-    monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, cast_seconds: float | None = None
+    monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, *, onednn_rounds: bool = True
 ) -> None:
-    """A CPU that multiplies in fp32 in one second, and factors that were rounded to bf16 in so many: by
-    oneDNN, or by casts (three times as many, unless said otherwise).
+    """A CPU that multiplies in fp32 in one second, and factors that were rounded to bf16 in so many. The first
+    two times another process delays it.
     """
-    seconds = {"ieee": 1.0, "bf16": bf16_seconds}
+    delays = iter([1.0, 1.0])
 
     def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        if call.__name__ == "layer_with_casts":
-            return call(), 3 * bf16_seconds if cast_seconds is None else cast_seconds
-        with Rounded() if precision() == "bf16" else nullcontext():
-            return call(), seconds[precision()]
+        is_rounded = call.__name__ == "layer_with_casts" or precision() == "bf16"
+        return call(), (bf16_seconds if is_rounded else 1.0) + next(delays, 0.0)
+
+    @contextmanager
+    def products(name: str) -> Iterator[None]:
+        with products_in(name), Rounded() if onednn_rounds and name == "bf16" else nullcontext():
+            yield
 
     monkeypatch.setattr(cpu_products, "has_bf16_units", lambda: True)
+    monkeypatch.setattr(cpu_products, "products_in", products)
     monkeypatch.setattr(cpu_products, "_timed", timed)
 
 
@@ -74,7 +78,7 @@ class Rounded(torch.overrides.TorchFunctionMode):
 def test_faster_products_are_chosen_and_their_deviation_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_units(monkeypatch, bf16_seconds=0.25)
     products = use_fastest_products(CONFIG, rows=256)
-    assert products.bf16 and precision() == "bf16"
+    assert products.bf16 and not products.casts and precision() == "bf16" and not casts_factors()
     assert products.speedup == 4.0
     # Numbers in [1, 2) are rounded to multiples of 2^-7: the error is 2^-8 / sqrt(3) in the mean square, and
     # 0.73 of that relative to numbers spread evenly over their logarithm; both factors are rounded.
@@ -83,18 +87,12 @@ def test_faster_products_are_chosen_and_their_deviation_is_known(monkeypatch: py
 
 
 def test_casts_where_onednn_does_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_units(monkeypatch, bf16_seconds=0.9, cast_seconds=0.5)
+    pretend_units(monkeypatch, bf16_seconds=0.5, onednn_rounds=False)
     products = use_fastest_products(CONFIG, rows=256)
     assert products.bf16 and products.casts and casts_factors()
     assert products.speedup == 2.0
     assert products.deviation == pytest.approx(3**0.5 * 2**-8 / 3**0.5 * 0.73, rel=0.1), "and the result"
     assert "by casts: 2.0 x as fast as fp32" in str(products)
-
-
-def test_casts_that_are_hardly_faster_than_onednn_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_units(monkeypatch, bf16_seconds=0.5, cast_seconds=0.45)
-    products = use_fastest_products(CONFIG, rows=256)
-    assert products.bf16 and not products.casts and not casts_factors()
 
 
 def test_products_that_are_hardly_faster_stay_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
