@@ -47,8 +47,8 @@ def precision_is_restored() -> Iterator[None]:
 def pretend_units(
     monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, *, onednn_rounds: bool = True
 ) -> None:
-    """A CPU that multiplies in fp32 in one second, and factors that were rounded to bf16 in so many. The first
-    two times another process delays it.
+    """A CPU that multiplies in fp32 in one second, and factors that were rounded to bf16 in so many; another
+    process delays it the first two times.
     """
     delays = iter([1.0, 1.0])
 
