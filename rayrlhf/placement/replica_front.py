@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 
+from rayrlhf.placement.memory_turns import loading_turn
 from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.serve_status import failed_starts
 from rayrlhf.placement.slots import Slots
@@ -28,15 +29,16 @@ class ProxyReplica:
     """The Serve replica; `ask` calls a method of the actor."""
 
     async def __init__(self, spec: ActorSpec, slots: Slots) -> None:
-        self.child = SlotChild(
-            spec.role,
-            spec.actor_class,
-            *spec.arguments,
-            slots=slots,
-            env_vars=spec.env_vars,
-            timeout_seconds=spec.timeout_seconds,
-        )
-        await self.child.call("ready", timeout_seconds=spec.start_timeout_seconds)
+        async with loading_turn(slots, spec.role, serve.get_replica_context().rank.rank):
+            self.child = SlotChild(
+                spec.role,
+                spec.actor_class,
+                *spec.arguments,
+                slots=slots,
+                env_vars=spec.env_vars,
+                timeout_seconds=spec.timeout_seconds,
+            )
+            await self.child.call("ready", timeout_seconds=spec.start_timeout_seconds)
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         return await self.child.call(method, *arguments)

@@ -46,6 +46,7 @@ class Slots:
     group: PlacementGroup
     gpus_per_slot: int
     table: tuple[Slot, ...]  # in slot order
+    memory_turns: str | None = None  # actor with the turns on shared GPUs (`memory_turns`); None: no turns
 
     def unit(self, role: str, unit: int) -> tuple[Slot, ...]:
         """The slots of one unit of a role: several for a tensor-parallel engine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,8 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
         checkpoint_version = 0 if config.model.quantization is None else -1
         _scoped_actor(stack, WeightStore, f"{run_id}-weights", checkpoint_version=checkpoint_version)
         job = _make_job(config, run_id, stores, slots, fixed)
+        if job.engines_sleep:
+            slots = replace(slots, memory_turns=job.weight_store)
         trainer = make_trainer(
             partial(policy_worker, job),
             config,

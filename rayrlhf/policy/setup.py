@@ -471,6 +471,7 @@ def _weight_sync(job: PolicyJob, ranks: Ranks) -> WeightSync:
         num_engines=job.config.rollout.num_engines,
         bucket_bytes=settings.bucket_bytes,
         timeout_seconds=settings.timeout_seconds,
+        start_timeout_seconds=job.config.rollout.start_timeout_seconds,
         gathered=gathered,
         gather=ranks.gather,
     )

@@ -8,6 +8,7 @@ from typing import Any
 from ray import serve
 
 from rayrlhf.config.reward import ModelSource
+from rayrlhf.placement.memory_turns import loading_turn
 from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.serve_status import failed_starts
 from rayrlhf.placement.slots import Slots
@@ -45,16 +46,17 @@ class ModelReward:
     async def __init__(
         self, role: str, source: ModelSource, prompt_format: PromptFormat | None, slots: Slots
     ) -> None:
-        self.model = SlotChild(
-            role,
-            self.ACTOR,
-            source,
-            prompt_format,
-            slots=slots,
-            env_vars={"TOKENIZERS_PARALLELISM": "false"},
-            timeout_seconds=600,
-        )
-        await self.model.call("ready", timeout_seconds=600)
+        async with loading_turn(slots, role, serve.get_replica_context().rank.rank):
+            self.model = SlotChild(
+                role,
+                self.ACTOR,
+                source,
+                prompt_format,
+                slots=slots,
+                env_vars={"TOKENIZERS_PARALLELISM": "false"},
+                timeout_seconds=600,
+            )
+            await self.model.call("ready", timeout_seconds=600)
         # One batch at a time: two concurrent ones would only alternate on the model.
         self.batcher = Batcher[ScoreItem, float | Failure](self._score_batch, max_batch=MAX_BATCH)
 

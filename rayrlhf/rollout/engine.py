@@ -18,6 +18,7 @@ import ray
 from ray import serve
 from ray.exceptions import ActorUnavailableError, ObjectLostError
 
+from rayrlhf.placement.memory_turns import Stage, lease_of
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.replica import SlotChild
 from rayrlhf.placement.serve_status import failed_starts
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 EXIT_SECONDS = 0.2
 RETRY_SECONDS = 0.2
-MEMORY_POLL_SECONDS = 0.5
 Fetched = Sequence[tuple[Sequence[TensorSlice], Any]]  # buckets with their bytes, or None for those of a link
 WEIGHTS_INVALID = -1  # load was interrupted or memory released: reload whatever is latest
 
@@ -73,6 +73,7 @@ class EngineActor:
         self.transfer_group: TransferGroup | None = None  # the last one joined
         self.updating = asyncio.Lock()
         self.released: set[str] = set()  # parts of the memory (`Part`) that the sleeping engine has released
+        self.lease: str | None = None  # name of its lease; None: no engine of the run ever sleeps
 
     async def owns_memory(self) -> bool:
         """False while colocated trainers own the GPU memory."""
@@ -89,8 +90,12 @@ class EngineActor:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def start(self, name: str) -> int:
-        """Build the engine, pull the latest weights and generate once to warm it up.
+    async def start(self, name: str, lease: str | None = None) -> int:
+        """Build the engine, pull the latest weights and generate once to warm it up. Afterwards it sleeps if
+        it is the trainers' turn.
+
+        Args:
+            lease: name of its lease, in the stage "starting".
 
         Returns:
             The weight version it holds.
@@ -99,7 +104,7 @@ class EngineActor:
             Stepper,  # vllm takes seconds to import: only here, where it runs
         )
 
-        self.name = name
+        self.name, self.lease = name, lease
         self.stepper = Stepper(self.settings.engine_args, router_replay=self.settings.router_replay)
         self.devices = await self.stepper.device_keys()
         if self.weight_store is not None:
@@ -108,9 +113,15 @@ class EngineActor:
         params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
         async for _ in self.stepper.stream([1, 2, 3], [params]):
             pass
-        if not await self.owns_memory():
+        if await self.owns_memory():
+            await self._move_to("awake")
+        else:
             await self.sleep()
         return self.version
+
+    async def _move_to(self, stage: Stage) -> None:
+        if self.lease is not None:
+            await self._call_store("move_turn_to", self.lease, stage)
 
     async def generate(
         self,
@@ -240,13 +251,17 @@ class EngineActor:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def sleep(self) -> int:
-        """Release weights and cache; returns the freed bytes. Raises `RuntimeError` while requests run."""
+        """Release weights and cache; returns the freed bytes. Requests that still run fail: nobody waits for
+        them (those of a trainer that died, or that are past their deadline).
+        """
         async with self.updating:
             if self.released:
+                await self._move_to("asleep")  # a store that was restarted took it for awake
                 return 0
             freed = await self.stepper.release_memory()
             self.released = {"weights", "kv_cache"}
             self.publication = WEIGHTS_INVALID
+            await self._move_to("asleep")
             await self._record(f"asleep, {freed} bytes freed")
             return freed
 
@@ -259,6 +274,7 @@ class EngineActor:
                 raise RuntimeError(
                     "cannot wake the cache before weights are pushed: a sleeping engine keeps none"
                 )
+            await self._move_to("awake")
             await self.stepper.reacquire_memory(part)
             self.released.remove(part)
             await self._record(f"awake: {part}")
@@ -330,11 +346,12 @@ class RolloutReplica:
             env_vars=settings.env_vars,
             timeout_seconds=settings.rpc_timeout_seconds,
         )
-        # No deadline here: the trainers' own deadlines end their phase, or the run.
-        while not await self.engine.call("owns_memory"):
-            await asyncio.sleep(MEMORY_POLL_SECONDS)
-        name = f"engine {self.engine.rank}"
-        await self.engine.call("start", name, timeout_seconds=settings.start_timeout_seconds)
+        name, lease = f"engine {self.engine.rank}", lease_of(slots, "rollout", self.engine.rank)
+        if lease is not None:
+            await lease.claim("starting")
+        await self.engine.call(
+            "start", name, lease and lease.name, timeout_seconds=settings.start_timeout_seconds
+        )
 
     async def generate(
         self,

@@ -25,7 +25,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from rayrlhf.data.images import image_reader
 from rayrlhf.hub.local import local_folder
-from rayrlhf.rollout.failures import EngineDied
+from rayrlhf.rollout.failures import EngineAsleep, EngineDied
 from rayrlhf.rollout.process_groups import groups_of_one_rank_are_shared
 from rayrlhf.rollout.vllm_adapter import switch_scheduled
 from rayrlhf.rollout.vllm_images import ENGINE_ARGS, check_expanded, prompt_with, replace_torchvision
@@ -132,16 +132,13 @@ class Stepper:
         await self._on_thread(go)
 
     async def release_memory(self) -> int:
-        """Stop stepping and free weights and cache; returns the freed bytes. Raises `RuntimeError` while
-        requests run.
+        """Stop stepping, fail what still runs with `EngineAsleep`, and free weights and cache; returns the freed
+        bytes.
         """
 
         def release() -> list[int]:
-            if self._waiting:
-                raise RuntimeError(
-                    f"{len(self._waiting)} requests are running: an engine can only sleep without requests"
-                )
             self._paused = True
+            self._fail_waiting(EngineAsleep("the engine was put to sleep: it is the trainers' turn"))
             self._reset_caches()
             return self._engine.collective_rpc("release_memory")
 
@@ -236,6 +233,13 @@ class Stepper:
         given: Any = prompt  # one of vLLM's typed dictionaries
         self._engine.add_request(request_id, given, params, lora_request=self._adapter)
         return request_id, future
+
+    def _fail_waiting(self, error: Exception) -> None:
+        waiting = dict(self._waiting)
+        self._abort(list(waiting))
+        for future in waiting.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def _abort(self, request_ids: list[str]) -> None:
         aborted = [i for i in request_ids if self._waiting.pop(i, None) is not None]

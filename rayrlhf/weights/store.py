@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import ray
 from ray import ObjectRef
+
+from rayrlhf.placement.memory_turns import MemoryTurns, Stage, TurnsNotKnown
 
 MAX_EVENTS = 10_000
 Part = Literal["weights", "kv_cache"]  # part of an engine's memory
@@ -96,7 +99,9 @@ class WeightStore:
         """
         self.checkpoint_version = checkpoint_version
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self.state: StoreState | None = None if self._is_restarted() else self._first(0)
+        is_restarted = self._is_restarted()
+        self.state: StoreState | None = None if is_restarted else self._first(0)
+        self.turns = MemoryTurns(is_restarted=is_restarted)
 
     def _is_restarted(self) -> bool:
         if not ray.is_initialized():
@@ -153,6 +158,27 @@ class WeightStore:
 
     def engines_own_memory(self) -> bool:
         return self.current().engines_own_memory
+
+    # Of engines and of models that share GPUs with them: `placement.memory_turns`.
+
+    def claim_turn(self, name: str, slots: Sequence[int], stage: Stage) -> bool:
+        """`MemoryTurns.claim`, and False for engines while trainers own the memory."""
+        if self.state is None:
+            raise TurnsNotKnown("the weight store's state has not been restored yet")
+        is_engine = stage == "starting"
+        return (self.state.engines_own_memory or not is_engine) and self.turns.claim(name, slots, stage)
+
+    def renew_turn(self, name: str, slots: Sequence[int], stage: Stage) -> None:
+        self.turns.renew(name, slots, stage)
+
+    def move_turn_to(self, name: str, stage: Stage) -> None:
+        self.turns.move_to(name, stage)
+
+    def end_turn(self, name: str) -> None:
+        self.turns.end(name)
+
+    def engines_up(self) -> dict[str, Stage]:
+        return self.turns.engines_up()
 
     def record(self, who: str, what: str) -> None:
         self.events.append(Event(time.time(), who, what))

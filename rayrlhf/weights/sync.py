@@ -10,6 +10,7 @@ sent through it first (`weights.direct`), and the published ones serve the engin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from rayrlhf.models.adapters import AdapterMatrix
 from rayrlhf.models.checkpoint_tensors import CheckpointTensors
+from rayrlhf.placement.memory_turns import POLL_SECONDS, Stage, TurnsNotKnown
 from rayrlhf.weights.buckets import GatheredTensor, Group, Sendable, flatten, lay_out, plan_buckets
 from rayrlhf.weights.checksum import checksum
 from rayrlhf.weights.direct import DirectSender
@@ -55,11 +57,14 @@ class WeightSync:
         num_engines: int,
         bucket_bytes: int,
         timeout_seconds: float,
+        start_timeout_seconds: float,
         gathered: Gathered,
         gather: Callable[[list[Any]], list[Any]],
     ) -> None:
         """
         Args:
+            timeout_seconds: of a call to all engines.
+            start_timeout_seconds: of an engine's start, during which it cannot be put to sleep.
             gathered: context manager that all-gathers partitioned parameters (ZeRO-3).
             gather: concatenates the ranks' lists (all-gather).
         """
@@ -70,6 +75,7 @@ class WeightSync:
         self.num_engines = num_engines
         self.bucket_bytes = bucket_bytes
         self.timeout_seconds = timeout_seconds
+        self.start_timeout_seconds = start_timeout_seconds
         self.gathered = gathered
         self.direct: DirectSender | None = None
         if route != "object_store":
@@ -253,18 +259,42 @@ class WeightSync:
             self.publishing = None
 
     def engines_sleep(self) -> int:
-        """Give the memory to the trainers: every running engine frees its weights and cache.
+        """Give the memory to the trainers: every engine frees its weights and cache.
 
-        Engines that start meanwhile wait until `engines_wake`. Raises `TimeoutError` like `push`.
+        Engines that have not begun to start wait until `engines_wake`; those that are starting measure the
+        free memory and cannot be interrupted, so they are waited for.
 
         Returns:
             Freed bytes on rank 0; 0 on other ranks.
+
+        Raises:
+            TimeoutError: like `push`, and if an engine still holds memory after `start_timeout_seconds`.
         """
         if self.weight_store is None:
             return 0
         self.weight_store.set_engines_own_memory(False)
-        answers = self._call_engines("putting the engines to sleep", "sleep")
-        return sum(answer["freed_bytes"] for answer in answers)
+        deadline = time.monotonic() + self.start_timeout_seconds
+        freed = 0
+        while True:
+            answers = self._call_engines("putting the engines to sleep", "sleep")
+            freed += sum(answer["freed_bytes"] for answer in answers)
+            up = self._engines_up()
+            if up is not None and not up:
+                return freed
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"GPU memory is not free: after rollout.start_timeout_seconds="
+                    f"{self.start_timeout_seconds:g} these engines still hold theirs: {up}"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _engines_up(self) -> dict[str, Stage] | None:
+        """Engines that hold memory; None while that is not known."""
+        assert self.weight_store is not None
+        try:
+            return self.weight_store.call("engines_up")
+        except TurnsNotKnown:
+            return None
 
     def engines_wake(self, part: Part) -> None:
         """Give the memory to the engines, in two stages: `weights`, to be pushed then, and `kv_cache`."""

@@ -8,6 +8,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,8 @@ class Engines:
             placement={"preset": "disaggregated", "cpus_per_slot": 0.5},
         )
         self.job = PolicyJob(config, f"sync-{os.getpid()}", (), 0, 1)
-        self.slots = create_slots(plan_placement(config), gpus_per_slot=0, run_id="sync", timeout_seconds=60)
+        slots = create_slots(plan_placement(config), gpus_per_slot=0, run_id="sync", timeout_seconds=60)
+        self.slots = replace(slots, memory_turns=self.job.weight_store)
         self.hub: Any = (
             ray.remote(WeightStore)
             .options(name=self.job.weight_store, namespace=NAMESPACE, num_cpus=0)
@@ -90,6 +92,7 @@ class Engines:
             num_engines=NUM_ENGINES,
             bucket_bytes=100_000,  # several buckets, and parameters larger than one
             timeout_seconds=60,
+            start_timeout_seconds=120,
             gathered=lambda _: nullcontext(),
             gather=lambda items: items,
         )
@@ -267,7 +270,14 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
     hub_trace = functools.partial(ray.get, timeout=30)
     already = len(hub_trace(engines.hub.trace.remote()))
 
+    # A request that nobody waits for any more, as of a trainer that died, stops no engine from sleeping.
+    endless = GREEDY | {"max_tokens": 400}
+    running = [engines.handle.complete.remote(PROMPT, endless, engines.version) for _ in range(40)]
+    time.sleep(0.3)
     freed = engines.sync.engines_sleep()
+    for request in running:
+        with pytest.raises(Exception, match="EngineAsleep|cannot generate while the engine sleeps"):
+            request.result(timeout_s=60)
     after = [psutil.Process(pid).memory_info().rss for pid in engine_pids]
     # The tied model's weights and the whole cache, of both engines; of the cache only what was written to was
     # ever resident.
@@ -299,6 +309,7 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
     engines.sync.engines_sleep()
     os.kill(described[0]["pid"], signal.SIGKILL)
     time.sleep(5)
+    assert engines.sync.engines_sleep() == 0, "nobody holds memory, and nobody starts meanwhile"
     engines.sync.engines_wake("weights")
     engines.change_weights()
     engines.sync.engines_wake("kv_cache")
