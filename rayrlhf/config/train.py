@@ -189,7 +189,7 @@ class OptimizerConfig(Section):
     """Rows of logits in memory at once."""
     num_threads: Count | None = None
     """Threads of a CPU worker; the node's cores divided by its workers when left out."""
-    collective_timeout_seconds: Count = 600
+    collective_timeout_seconds: Count = 900
     """Deadline of a collective between workers."""
     max_failures: NaturalNumber = 1
     """How often crashed workers are restarted from the newest checkpoint."""

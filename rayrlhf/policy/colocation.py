@@ -25,16 +25,19 @@ class Colocation:
     `engines_sleep` nothing happens except the push.
     """
 
-    def __init__(self, weights: WeightSync, ranks: Ranks, *, engines_sleep: bool) -> None:
+    def __init__(self, weights: WeightSync, ranks: Ranks, *, engines_sleep: bool, on_gpu: bool) -> None:
         self.weights = weights
         self.ranks = ranks
         self.engines_sleep = engines_sleep
+        self.on_gpu = on_gpu
         self.trainer_has_memory = False
         self.freed_bytes = 0  # by the engines, when rank 0 last put them to sleep
 
     def before_loading(self) -> None:
-        """Put engines to sleep while models are loaded. On a CPU both are loaded at once: memory suffices."""
-        if self.engines_sleep and self.ranks.device.type == "cuda":
+        """Put engines to sleep while models are loaded, after those that are starting are up. On a CPU both
+        are loaded at once: memory suffices.
+        """
+        if self.engines_sleep and self.on_gpu:
             self._put_engines_to_sleep()
 
     def start_training(self, *models: Offloaded | None) -> None:

@@ -202,6 +202,7 @@ def _make_job(
         num_eval_prompts=stores.num_eval_prompts(config),
         # Trainers and engines alternate in a synchronous loop, so each kind may use all cores of its node.
         threads_per_worker=config.train.num_threads or threads_each(num_trained),
+        on_gpu=slots.have_gpus,
         engines_sleep=config.engines_sleep(on_gpu=slots.have_gpus),
         weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),
         adapter=adapter_sync(config).adapter,

@@ -18,6 +18,7 @@ class PolicyJob:
     reward_apps: tuple[RewardApp, ...]
     num_eval_prompts: int  # 0 = no evaluation
     threads_per_worker: int
+    on_gpu: bool = False
     engines_sleep: bool = False  # while trainers have the memory of their slots
     weight_route: Route = "object_store"
     adapter: LoraConfig | None = None  # that weight pushes send alone; None: they send all weights

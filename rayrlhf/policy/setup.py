@@ -349,7 +349,7 @@ def set_up(job: PolicyJob) -> Run:
     )
     ranks = progress.ranks
     weights = _weight_sync(job, ranks)
-    colocation = Colocation(weights, ranks, engines_sleep=job.engines_sleep)
+    colocation = Colocation(weights, ranks, engines_sleep=job.engines_sleep, on_gpu=job.on_gpu)
     colocation.before_loading()
     critic_is_local = config.needs_critic and not config.critic_is_separate
     progress.say("loading the actor" + (" and the critic" if critic_is_local else ""))

@@ -132,8 +132,8 @@ class Stepper:
         await self._on_thread(go)
 
     async def release_memory(self) -> int:
-        """Stop stepping, fail what still runs with `EngineAsleep`, and free weights and cache; returns the freed
-        bytes.
+        """Stop stepping, fail running requests with `EngineAsleep`, and free weights and cache; returns the
+        freed bytes.
         """
 
         def release() -> list[int]:

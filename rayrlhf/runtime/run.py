@@ -22,6 +22,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rayrlhf.capacity.budget import budget_lines
+from rayrlhf.capacity.deadlines import with_deadlines
 from rayrlhf.capacity.gpu_types import Gpu
 from rayrlhf.capacity.micro_batch import keys_sized_by_plan, sized_for_gpu, sized_for_host
 from rayrlhf.config.base import ConfigError
@@ -189,7 +190,9 @@ def start_folder(config: Any) -> Path:
 
 
 def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C:
-    """Fill in the settings that depend on the cluster: which roles share slots, and micro-batch sizes."""
+    """Fill in the settings that depend on the cluster: which roles share slots, micro-batch sizes, and
+    deadlines. Raises `ConfigError`.
+    """
     gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     total: Any = ray.cluster_resources()
     found = with_preset(
@@ -200,14 +203,18 @@ def fitted(config: C, plan: Callable[[C], PlacementSpec], console: Console) -> C
             f"placement.preset=auto: {found.placement.preset}, {slots_in_words(plan(found).num_slots)}"
         )
     left = keys_sized_by_plan(found, on_gpu=gpus > 0)
-    memory = gpu_memory_bytes() if left and gpus else None
-    if memory is not None:
+    memory = gpu_memory_bytes() if gpus else None
+    if left and memory is not None:
         found = sized_for_gpu(found, Gpu("GPU", memory, 0.0, 0.0))
     elif left and not gpus and len(ray.nodes()) == 1:
         found = sized_for_host(found, psutil.virtual_memory().total)
     for key in left:
         section, _, name = key.partition(".")
         console.say(f"{key}={getattr(getattr(found, section), name)}, as it is not set")
+    gpu = None if memory is None else Gpu("GPU", memory, 0.0, 0.0)
+    found, lines = with_deadlines(found, on_gpu=gpus > 0, gpu=gpu)
+    for line in lines:
+        console.say(line)
     return found
 
 

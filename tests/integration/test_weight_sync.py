@@ -276,7 +276,7 @@ def test_sleeping_engines_give_memory_back_and_wake_with_the_weights_they_are_gi
     time.sleep(0.3)
     freed = engines.sync.engines_sleep()
     for request in running:
-        with pytest.raises(Exception, match="EngineAsleep|cannot generate while the engine sleeps"):
+        with pytest.raises(Exception, match=r"EngineAsleep|cannot generate while the engine sleeps"):
             request.result(timeout_s=60)
     after = [psutil.Process(pid).memory_info().rss for pid in engine_pids]
     # The tied model's weights and the whole cache, of both engines; of the cache only what was written to was

@@ -218,7 +218,7 @@ def run_of(
         kl=make_kl_controller(config.algorithm),
         weights=weights,
         weight_route="object_store",
-        colocation=Colocation(weights, ranks, engines_sleep=False),
+        colocation=Colocation(weights, ranks, engines_sleep=False, on_gpu=False),
         push_check=PushCheck(config.model.path, config.rollout.weight_sync.max_logprob_jump),
         mismatch_alarm=MismatchAlarm(config.rollout.weight_sync.logprob_diff_alarm),
         random_states=RandomStates(config.run.seed, rank=0, world_size=1),

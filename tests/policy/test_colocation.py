@@ -15,7 +15,6 @@ class Recorder:
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
-        self.device = type("Device", (), {"type": "cuda"})
 
     def engines_sleep(self) -> int:
         self.events.append("engines sleep")
@@ -44,9 +43,9 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def turns(events: list[str], *, engines_sleep: bool) -> tuple[Colocation, Any]:
+def turns(events: list[str], *, engines_sleep: bool, on_gpu: bool = True) -> tuple[Colocation, Any]:
     recorder: Any = Recorder(events)
-    return Colocation(recorder, recorder, engines_sleep=engines_sleep), recorder
+    return Colocation(recorder, recorder, engines_sleep=engines_sleep, on_gpu=on_gpu), recorder
 
 
 def test_the_cache_wakes_after_every_rank_has_given_back_what_the_push_took(events: list[str]) -> None:
@@ -71,3 +70,12 @@ def test_engines_that_stay_awake_only_get_the_weights(events: list[str]) -> None
     found.before_loading()
     assert found.start_rollouts(lambda: 5, model) == 5
     assert events == []
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_models_are_loaded_in_the_trainers_turn(events: list[str], on_gpu: bool) -> None:
+    found, model = turns(events, engines_sleep=True, on_gpu=on_gpu)
+    found.before_loading()
+    assert events == (["engines sleep", "barrier"] if on_gpu else [])
+    found.start_training(model)
+    assert events[:2] == ["engines sleep", "barrier"] and len(events) == (2 if on_gpu else 3)

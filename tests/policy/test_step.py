@@ -200,7 +200,7 @@ def run_loop(
         kl=kl,
         weights=pushes,
         weight_route="object_store",
-        colocation=Colocation(pushes, ranks, engines_sleep=False),
+        colocation=Colocation(pushes, ranks, engines_sleep=False, on_gpu=False),
         push_check=PushCheck(config.model.path, limit=None),
         mismatch_alarm=MismatchAlarm(limit=None),
         random_states=random_states,

@@ -1,0 +1,46 @@
+"""The control flow of GPUs on a machine without one, and a ledger of the memory that every role takes.
+
+With the variable RAYRLHF_PRETEND_GPU (JSON of `Settings`) and `site/` on PYTHONPATH, every process of a
+cluster pretends: its counted GPUs have UUIDs and a size, vLLM's engine is one that starts slowly and has no
+model, and trainers, engines and served models report what they take and give back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+VARIABLE = "RAYRLHF_PRETEND_GPU"
+REPOSITORY = Path(__file__).parents[3]
+GIB = 2**30
+
+# Chosen so that everything fits in its turn, and no two turns fit at once.
+CAPACITY = 80 * GIB
+ENGINE_SHARE = 0.5  # of the capacity: weights and cache
+ENGINE_CONTEXT = 2 * GIB  # which a sleeping engine keeps
+ENGINE_WEIGHTS = 16 * GIB
+ENGINE_CACHE = int(CAPACITY * ENGINE_SHARE) - ENGINE_WEIGHTS
+TRAINER_WEIGHTS = 16 * GIB
+TRAINER_STATES = 38 * GIB  # optimizer states and gradients
+PUSH_BUFFERS = 8 * GIB  # buckets and gathered weights, in the allocator's cache
+SERVED_MODEL = 8 * GIB  # a reward model, or a reference
+
+
+@dataclass(frozen=True)
+class Settings:
+    folder: str  # of the ledger
+    start_seconds: float = 20.0  # of an engine
+    load_seconds: float = 2.0  # of any other model
+    request_seconds: float = 0.3
+
+    def environment(self) -> dict[str, str]:
+        """Variables of a cluster and its driver that pretend."""
+        site = Path(__file__).parent / "site"
+        path = os.pathsep.join([str(site), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, VARIABLE: json.dumps(asdict(self)), "PYTHONPATH": path}
+
+
+def settings() -> Settings:
+    return Settings(**json.loads(os.environ[VARIABLE]))
