@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.placement.assign import BundleLocation, assign_bundles
 from rayrlhf.placement.plan import PlacementSpec, shortfall, slots_in_words
+from rayrlhf.untrusted_text import last_line
 
 RELEASE_SECONDS = 2.5
 NVIDIA_SMI_SECONDS = 20.0
@@ -149,7 +151,9 @@ def refresh_slots(slots: Slots, *, timeout_seconds: float) -> Slots:
 
 
 def probe(group: PlacementGroup, gpus_per_slot: int, *, timeout_seconds: float) -> list[BundleLocation]:
-    """Node and GPU of every bundle of the group. Raises `GetTimeoutError` at the deadline."""
+    """Node and GPU of every bundle of the group. Raises `GetTimeoutError` at the deadline, and
+    `PlacementError` for a GPU without a working driver.
+    """
     probes = [
         _own_location.options(
             num_gpus=0.01 if gpus_per_slot else 0,
@@ -157,7 +161,12 @@ def probe(group: PlacementGroup, gpus_per_slot: int, *, timeout_seconds: float) 
         ).remote()
         for index in range(len(group.bundle_specs))
     ]
-    return [BundleLocation(*location) for location in ray.get(probes, timeout=timeout_seconds)]
+    try:
+        return [BundleLocation(*location) for location in ray.get(probes, timeout=timeout_seconds)]
+    except RayTaskError as error:
+        if isinstance(error.cause, PlacementError):
+            raise PlacementError(f"{error.cause}") from error
+        raise
 
 
 @ray.remote(num_cpus=0)
@@ -173,7 +182,9 @@ def _uuid(gpu: str) -> str | None:
 
 
 def _nvidia_smi(query: str, *options: str) -> str:
-    """Output of the query, without units; empty without an NVIDIA driver."""
+    """Output of the query, without units; empty without an NVIDIA driver. Raises `PlacementError` if it does
+    not answer.
+    """
     command = ["nvidia-smi", *options, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(
@@ -181,6 +192,12 @@ def _nvidia_smi(query: str, *options: str) -> str:
         ).stdout
     except FileNotFoundError:
         return ""
+    except subprocess.SubprocessError as error:
+        said = (getattr(error, "stderr", None) or getattr(error, "stdout", None) or f"{error}").strip()
+        raise PlacementError(
+            f"{' '.join(command)} failed on {socket.gethostname()}: {last_line(said)}. Fix: the node's NVIDIA "
+            "driver, or leave the node out of the cluster"
+        ) from error
 
 
 def gpu_memory_bytes() -> int | None:

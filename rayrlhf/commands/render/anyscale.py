@@ -7,6 +7,9 @@ from typing import Any
 from rayrlhf.commands.render.rendering import EXCLUDED, Rendering, commented, to_yaml
 
 
+WAIT_FOR_NODES = "python -m rayrlhf.commands.render.wait_for_nodes"
+
+
 def render_anyscale(job: Rendering) -> str:
     notes = ["anyscale job submit -f this.yaml, in the root of the repository."]
     if job.secrets:
@@ -22,7 +25,8 @@ def anyscale_job(job: Rendering) -> dict[str, Any]:
     overrides = job.run_dir(anyscale.storage)
     described: dict[str, Any] = {
         "name": job.name,
-        "entrypoint": " ".join([job.command, *overrides]),
+        # The entrypoint starts with the head, before the workers have joined.
+        "entrypoint": f"{WAIT_FOR_NODES} {job.nodes.count + 1} && {' '.join([job.command, *overrides])}",
         "image_uri": launch.image,
         "working_dir": ".",
         "excludes": [pattern.strip("/") for pattern in EXCLUDED],

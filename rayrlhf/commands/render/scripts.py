@@ -149,17 +149,19 @@ clean_up() {{
 trap clean_up EXIT
 trap 'exit 143' TERM
 
+# srun does not take the CPUs per task from sbatch: without them a step may be bound to one core.
+whole_node=(--nodes=1 --ntasks=1 --overlap --cpus-per-task="${{SLURM_CPUS_PER_TASK:-{cpus}}}")
 # The ports of workers begin above those of Ray's services.
 common=(--num-cpus={cpus} --num-gpus={gpus} --min-worker-port=20000 --max-worker-port=29999 --block)
-srun --nodes=1 --ntasks=1 --overlap -w "$head" \\
+srun "${{whole_node[@]}}" -w "$head" \\
   ray start --head --node-ip-address="$address" --port={port} --dashboard-port={services} "${{common[@]}}" &
 steps+=($!)
 for node in "${{nodes[@]:1}}"; do
-  srun --nodes=1 --ntasks=1 --overlap -w "$node" ray start --address="$RAY_ADDRESS" "${{common[@]}}" &
+  srun "${{whole_node[@]}}" -w "$node" ray start --address="$RAY_ADDRESS" "${{common[@]}}" &
   steps+=($!)
 done
 
 python -m rayrlhf.commands.render.wait_for_nodes {num_nodes}
 
-srun --nodes=1 --ntasks=1 --overlap -w "$head" \\
+srun "${{whole_node[@]}}" -w "$head" \\
 {command}"""

@@ -1,4 +1,6 @@
-"""Waits for N nodes of the cluster at RAY_ADDRESS: `python -m rayrlhf.commands.render.wait_for_nodes N`."""
+"""`python -m rayrlhf.commands.render.wait_for_nodes N`: wait for N nodes of the cluster at RAY_ADDRESS, or of
+this node's cluster.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import ray
 
 TIMEOUT_SECONDS = 600.0
 POLL_SECONDS = 2.0
+ADDRESS = os.environ.get("RAY_ADDRESS", "auto")
 
 
 def main(words: list[str]) -> int:
@@ -20,7 +23,7 @@ def main(words: list[str]) -> int:
     while time.monotonic() < deadline:
         alive = _alive()
         if alive != joined:
-            print(f"{alive} of {wanted} nodes have joined {os.environ['RAY_ADDRESS']}", flush=True)
+            print(f"{alive} of {wanted} nodes have joined {ADDRESS}", flush=True)
             joined = alive
         if alive >= wanted:
             return 0
@@ -33,7 +36,7 @@ def _alive() -> int:
     """0 while the head does not answer yet."""
     if not ray.is_initialized():
         try:
-            ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=ADDRESS, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError:
             return 0
     return sum(bool(node["Alive"]) for node in ray.nodes())

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[3]
 SHIMS = {
     "scontrol": 'printf "%s\\n" node1 node2 node3',
     # Runs the command behind its own options: here, wherever -w says.
-    "srun": 'while [[ $1 == -* ]]; do if [ "$1" = -w ]; then export ON=$2; shift; fi; shift; done; exec "$@"',
+    "srun": 'echo "srun $*" >> "$LOG"; while [[ $1 == -* ]]; do if [ "$1" = -w ]; then export ON=$2; shift; fi; shift; done; exec "$@"',
     "hostname": "echo 10.0.0.1 fe80::1",
     "ray": 'echo "$ON: ray $*" >> "$LOG"; stat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$LOG"; exec sleep 60',
     # Waiting for the nodes takes as long as they need to write.
@@ -51,6 +51,7 @@ def test_head_workers_job_and_clean_up(
             "PATH": f"{shims}:{os.environ['PATH']}",
             "SLURM_JOB_NODELIST": "node[1-3]",
             "SLURM_JOB_ID": "7",
+            "SLURM_CPUS_PER_TASK": "96",
             "LOG": str(log),
         },
         capture_output=True,
@@ -58,11 +59,15 @@ def test_head_workers_job_and_clean_up(
         timeout=30,
     )
     assert done.returncode == exit_code, done.stderr
-    log_lines = log.read_text().splitlines()
+    lines = log.read_text().splitlines()
+    steps = [line for line in lines if line.startswith("srun ") and " hostname " not in line]
+    log_lines = [line for line in lines if not line.startswith("srun ")]
     heads = [line for line in log_lines if line.startswith("node1: ray start --head")]
     workers = {line.split(":")[0] for line in log_lines if "ray start --address=10.0.0.1:6379" in line}
     assert len(heads) == 1 and "--port=6379" in heads[0] and workers == {"node2", "node3"}
     assert all("--num-gpus=3" in line for line in log_lines if "ray start" in line)
+    assert len(steps) == 4, "a head, two workers, the driver"
+    assert all(" --cpus-per-task=96 " in step for step in steps), "else a step may be bound to one core"
     assert log_lines.count("600") == 3, "every node reads a token that other users cannot"
     commands = [line for line in log_lines if line.startswith("python ")]
     assert commands[0] == "python -m rayrlhf.commands.render.wait_for_nodes 3"
