@@ -195,8 +195,8 @@ def _nvidia_smi(query: str, *options: str) -> str:
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", None) or getattr(error, "stdout", None) or f"{error}").strip()
         raise PlacementError(
-            f"{' '.join(command)} failed on {socket.gethostname()}: {last_line(said)}. Fix: the node's NVIDIA "
-            "driver, or leave the node out of the cluster"
+            f"{' '.join(command)} failed on {socket.gethostname()}: {last_line(said)}. "
+            "Fix: repair the node's NVIDIA driver, or leave the node out of the cluster"
         ) from error
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from rayrlhf.commands.render.rendering import EXCLUDED, Rendering, commented, to_yaml
 
-
 WAIT_FOR_NODES = "python -m rayrlhf.commands.render.wait_for_nodes"
 
 

@@ -16,7 +16,8 @@ REPOSITORY = Path(__file__).parents[3]
 SHIMS = {
     "scontrol": 'printf "%s\\n" node1 node2 node3',
     # Runs the command behind its own options: here, wherever -w says.
-    "srun": 'echo "srun $*" >> "$LOG"; while [[ $1 == -* ]]; do if [ "$1" = -w ]; then export ON=$2; shift; fi; shift; done; exec "$@"',
+    "srun": 'echo "srun $*" >> "$LOG"; '
+    'while [[ $1 == -* ]]; do if [ "$1" = -w ]; then export ON=$2; shift; fi; shift; done; exec "$@"',
     "hostname": "echo 10.0.0.1 fe80::1",
     "ray": 'echo "$ON: ray $*" >> "$LOG"; stat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$LOG"; exec sleep 60',
     # Waiting for the nodes takes as long as they need to write.
