@@ -24,6 +24,7 @@ from rayrlhf.config.supervised import SupervisedConfig
 from rayrlhf.placement.plan import PlacementSpec, kind_of, plan_job
 
 STATES = ("weights", "gradients", "optimizer", "buffers")
+PUBLICATIONS = 2  # of the weights in the object store: engines may still read the old ones
 PHASES = ("training", "weight sync", "rollout")
 SCORERS = ("rm", "prm")  # jobs whose model has no language-model head
 
@@ -59,6 +60,7 @@ class Budget:
     host_bytes: tuple[int, ...]  # of every slot
     gpu: Gpu | None
     kv_bytes_per_token: int | None = None
+    published_bytes: int = 0  # of the weights on their way to the engines, once
 
     @property
     def peak_bytes(self) -> tuple[int, ...]:
@@ -123,14 +125,17 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     shapes = _Shapes()
     if split := list(split_problems(config, shapes.of)):
         raise ConfigError(split)
+    published = 0
     if isinstance(config, PolicyRunConfig):
-        roles = _policy_roles(config, shapes, precision, gpu)
+        roles, published = _policy_roles(config, shapes, precision, gpu)
     elif isinstance(config, SupervisedConfig):
         roles = _supervised_roles(config, shapes, precision)
     else:
         roles = _generation_roles(config, shapes, precision, gpu)
     # On CPUs trainers are not offloaded.
     sleeps = on_gpu and isinstance(config, PolicyRunConfig) and config.engines_sleep(on_gpu=on_gpu)
+    if sleeps:
+        roles = {role: _with_sleeping_states(role, each) for role, each in roles.items()}
     kv = None
     if "rollout" in roles:
         width = spec.of("rollout").width
@@ -140,7 +145,8 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
         spec=spec,
         roles=roles,
         phases=_phases(spec, roles, sleeps=sleeps),
-        host_bytes=_per_slot(spec, {role: each.host_total for role, each in roles.items()}),
+        host_bytes=_host_bytes(spec, roles, published),
+        published_bytes=published,
         gpu=gpu,
         kv_bytes_per_token=kv,
     )
@@ -148,7 +154,8 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
 
 def _policy_roles(
     config: PolicyRunConfig, shapes: _Shapes, precision: Precision, gpu: Gpu | None
-) -> dict[str, Bytes]:
+) -> tuple[dict[str, Bytes], int]:
+    """Of every role, and of one publication of the weights."""
     train, shape = config.train, shapes.of(config.model.path)
     actor = memory.trainer(
         shape,
@@ -194,8 +201,7 @@ def _policy_roles(
     pushed = shape.parameters
     if travelling is not None and not travelling.quantized:
         pushed = travelling.parameters(shape)  # of a quantised model the base is sent too, once
-    # Weights in transfer to the engines are in the object store once.
-    actor += Bytes({}, {"weight sync": pushed * precision.weights // train.num_workers})
+    published = pushed * precision.weights
     engine = _engine(config, shape, precision, gpu, travelling)
     if travelling is not None:
         engine += Bytes({}, {"adapter": travelling.parameters(shape) * precision.weights})
@@ -203,7 +209,7 @@ def _policy_roles(
             # Pushes are of adapters alone, so a sleeping engine keeps the base in host memory.
             engine += Bytes({}, {"sleeping weights": engine.device["weights"]})
     roles = {"actor": actor, **roles, "rollout": engine}
-    return roles | _reward_roles(config.reward, shapes, precision)
+    return roles | _reward_roles(config.reward, shapes, precision), published
 
 
 def _adapter(config: Any) -> Adapter | None:
@@ -359,6 +365,21 @@ def _phases(spec: PlacementSpec, roles: Mapping[str, Bytes], *, sleeps: bool) ->
         phase: _per_slot(spec, {role: held(role, each, phase) for role, each in roles.items()})
         for phase in PHASES
     }
+
+
+def _with_sleeping_states(role: str, held: Bytes) -> Bytes:
+    """A trainer's optimizer states are in host memory while engines work; its gradients are freed."""
+    if kind_of(role) not in ("actor", "critic") or not held.device.get("optimizer"):
+        return held
+    return held + Bytes({}, {"sleeping states": held.device["optimizer"]})
+
+
+def _host_bytes(spec: PlacementSpec, roles: Mapping[str, Bytes], published: int) -> tuple[int, ...]:
+    """The first trainer publishes weights, on its node; the old ones stay until the new ones are there."""
+    sizes = list(_per_slot(spec, {role: each.host_total for role, each in roles.items()}))
+    if published:
+        sizes[spec.of("actor").slots[0]] += PUBLICATIONS * published
+    return tuple(sizes)
 
 
 def _per_slot(spec: PlacementSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

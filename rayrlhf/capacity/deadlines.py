@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rayrlhf.capacity.budget import Budget, budget_of
 from rayrlhf.capacity.gpu_types import Gpu
@@ -45,6 +45,15 @@ class Rollout:
         return f"{responses}, {self.at_once:,} at once"
 
 
+def deadlines_left_out(config: Any) -> list[str]:
+    """The keys that `with_deadlines` may set."""
+    if not isinstance(config, PolicyRunConfig):
+        return []
+    keys = [f"rollout.{RESPONSES}", f"rollout.{START}"]
+    left = [key for key in keys if key.partition(".")[2] not in config.rollout.model_fields_set]
+    return left + [f"train.{COLLECTIVE}"] * (COLLECTIVE not in config.train.model_fields_set)
+
+
 def with_deadlines(config: C, *, on_gpu: bool, gpu: Gpu | None = None) -> tuple[C, list[str]]:
     """The config with the deadlines that were left out, and a line for each that is not the default's.
 
@@ -53,13 +62,13 @@ def with_deadlines(config: C, *, on_gpu: bool, gpu: Gpu | None = None) -> tuple[
     """
     if not isinstance(config, PolicyRunConfig):
         return config, []
-    budget = _budget(config, gpu)
+    budget = _budget(config, on_gpu=on_gpu, gpu=gpu)
     rollout = rollout_of(config, budget.tokens_in_flight if budget is not None else None)
     weights = 0 if budget is None else budget.roles["rollout"].device.get("weights", 0)
     # Of a tensor-parallel engine every slot loads its share, from the same files.
     loading = weights * config.rollout.tensor_parallel / 1e9 * LOAD_SECONDS_PER_GB
     slow = rollout.seconds(SLOW_ON_GPU if on_gpu else SLOW_ON_CPU)
-    given, trained = config.rollout.model_fields_set, config.train.model_fields_set
+    left = deadlines_left_out(config)
     lines: list[str] = []
 
     def left_out(key: str, default: float, wanted: float, why: str) -> float:
@@ -70,19 +79,19 @@ def with_deadlines(config: C, *, on_gpu: bool, gpu: Gpu | None = None) -> tuple[
         return 60.0 * minutes
 
     responses, start = config.rollout.timeout_seconds, config.rollout.start_timeout_seconds
-    if RESPONSES not in given:
+    if f"rollout.{RESPONSES}" in left:
         responses = left_out(f"rollout.{RESPONSES}", responses, slow, f"{rollout}")
     elif responses < rollout.seconds(FASTEST):
         raise ConfigError([_too_short(responses, rollout)])
-    if START not in given:
+    if f"rollout.{START}" in left:
         why = f"an engine loads {weights * config.rollout.tensor_parallel / 1e9:.0f} GB"
         start = left_out(f"rollout.{START}", start, loading, why)
     longest = max(responses, start) + SLACK_SECONDS
     collective = config.train.collective_timeout_seconds
-    if COLLECTIVE not in trained:
+    if f"train.{COLLECTIVE}" in left:
         why = "ranks wait for each other's rollouts and for engines that start"
         collective = int(left_out(f"train.{COLLECTIVE}", collective, longest, why))
-    elif collective < (least := responses if RESPONSES in given else rollout.seconds(FASTEST)):
+    elif collective < (least := rollout.seconds(FASTEST) if f"rollout.{RESPONSES}" in left else responses):
         raise ConfigError([_collective(collective, least, rollout)])
     changed = config.model_copy(
         update={
@@ -104,9 +113,10 @@ def rollout_of(config: PolicyRunConfig, tokens_in_flight: int | None) -> Rollout
     return Rollout(math.ceil(requests / rollout.num_engines), at_once, rollout.max_response_tokens)
 
 
-def _budget(config: PolicyRunConfig, gpu: Gpu | None) -> Budget | None:
+def _budget(config: PolicyRunConfig, *, on_gpu: bool, gpu: Gpu | None) -> Budget | None:
+    placement = config.placement.model_copy(update={"gpus_per_slot": int(on_gpu)})
     try:
-        return budget_of(config, gpu=gpu)
+        return budget_of(config.model_copy(update={"placement": placement}), gpu=gpu)
     except ShapeUnknown:
         return None
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from rich.table import Table
 
 from rayrlhf.capacity.advice import Fix, Suggestion, fixes, suggest
-from rayrlhf.capacity.budget import Budget, WhatIf, budget_of
+from rayrlhf.capacity.budget import PUBLICATIONS, Budget, WhatIf, budget_of
 from rayrlhf.capacity.gpu_types import GIB, Gpu, parse_gpus
 from rayrlhf.capacity.memory import KINDS
 from rayrlhf.capacity.micro_batch import sized_for_gpu
@@ -184,6 +184,11 @@ class _Plan:
         hosts = [sum(budget.host_bytes[i : i + node]) for i in range(0, len(budget.host_bytes), node)]
         if any(hosts):
             yield f"Host memory of the fullest node ({slots_in_words(node)} each): {_gib(max(hosts))} GiB."
+        if budget.published_bytes:
+            yield (
+                f"Of it, on the first trainer's node: {PUBLICATIONS} x {_gib(budget.published_bytes)} GiB of "
+                "weights on their way to the engines."
+            )
 
     def _show_fixes(self, config: Any) -> None:
         found = fixes(config, self.load, self.judge)
@@ -264,6 +269,7 @@ def _as_json(budget: Budget) -> dict[str, Any]:
         "usable_bytes": budget.gpu.usable_bytes if budget.gpu else None,
         "fits": budget.fits,
         "tokens_in_flight": budget.tokens_in_flight,
+        "published_bytes": budget.published_bytes,
     }
 
 

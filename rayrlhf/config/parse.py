@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -61,11 +61,18 @@ def load_or_exit(schema: type[S], argv: Sequence[str]) -> S:
         sys.exit(2)
 
 
-def dump_resolved(config: Section) -> str:
+def dump_resolved(config: Section, *, without: Iterable[str] = ()) -> str:
     """The whole configuration as YAML, defaults included; loading it gives an equal one. Literal secrets are
     `***`, with which it cannot be loaded; `${VARIABLE}` stays.
+
+    Args:
+        without: keys to leave out, such as train.max_tokens_per_micro_batch.
     """
-    return write_tree(masked_tree(config.model_dump(mode="json")))
+    tree = masked_tree(config.model_dump(mode="json"))
+    for key in without:
+        section, _, name = key.rpartition(".")
+        del tree[section][name]
+    return write_tree(tree)
 
 
 def _program() -> str:

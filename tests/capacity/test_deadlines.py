@@ -56,7 +56,7 @@ def test_rounds_of_an_engine(tmp_path: Path, model: str) -> None:
 def test_deadlines_that_were_left_out_follow_from_the_rollout(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deadlines, "_budget", lambda *_: None)
+    monkeypatch.setattr(deadlines, "_budget", lambda *_, **__: None)
     config = long_run(tmp_path, model, max_concurrent_requests=13)
     changed, lines = with_deadlines(config, on_gpu=True)
     # 40 rounds x 32,768 tokens x 0.03 s = 39,321.6 s, in whole minutes; collectives wait two minutes more.
@@ -85,7 +85,7 @@ def test_an_engine_that_loads_long_may_start_long(
 
     engine = SimpleNamespace(device={"weights": 17_637_500_000})
     budget = SimpleNamespace(tokens_in_flight=None, roles={"rollout": engine})
-    monkeypatch.setattr(deadlines, "_budget", lambda *_: budget)
+    monkeypatch.setattr(deadlines, "_budget", lambda *_, **__: budget)
     config = tiny_run(tmp_path, model, rollout={"tensor_parallel": 8})
     changed, lines = with_deadlines(config, on_gpu=True)
     assert changed.rollout.start_timeout_seconds == 1440
@@ -96,7 +96,7 @@ def test_an_engine_that_loads_long_may_start_long(
 def test_a_deadline_that_no_engine_meets_is_refused(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deadlines, "_budget", lambda *_: None)
+    monkeypatch.setattr(deadlines, "_budget", lambda *_, **__: None)
     config = long_run(tmp_path, model, timeout_seconds=600, max_concurrent_requests=13)
     with pytest.raises(ConfigError) as refused:
         with_deadlines(config, on_gpu=True)

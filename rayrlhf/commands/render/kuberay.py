@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+from rayrlhf.commands.render.host_memory import check_host_memory
 from rayrlhf.commands.render.kuberay_rules import broken_rules
 from rayrlhf.commands.render.rendering import Rendering, commented, to_yaml
 from rayrlhf.config.base import ConfigError, Problem
@@ -41,6 +42,8 @@ def render_kuberay(job: Rendering) -> str:
 
 
 def rayjob(job: Rendering) -> dict[str, Any]:
+    """Raises `ConfigError` if the pods' memory is less than the plan."""
+    check_host_memory(job.config)
     launch, kuberay = job.config.launch, job.config.launch.kuberay
     command = job.command_with(f"{CONFIG_FOLDER}/job.yaml", *job.run_dir(kuberay.mount_path))
     spec: dict[str, Any] = {

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from rayrlhf.capacity.deadlines import deadlines_left_out
+from rayrlhf.capacity.micro_batch import keys_sized_by_plan
 from rayrlhf.commands.render.sizing import Nodes, nodes_of
 from rayrlhf.config.base import ConfigError, Problem
 from rayrlhf.config.job_kinds import script_of
@@ -50,8 +52,12 @@ class Rendering:
 
     @property
     def resolved(self) -> str:
-        """The whole config, without the values that only launchers read."""
-        return dump_resolved(self.config.model_copy(update={"launch": type(self.config.launch)()}))
+        """The whole config, without the values that only launchers read, and without those that were left out
+        for the driver to set.
+        """
+        config, on_gpu = self.config, self.nodes.gpus > 0
+        left = [*keys_sized_by_plan(config, on_gpu=on_gpu), *deadlines_left_out(config)]
+        return dump_resolved(config.model_copy(update={"launch": type(config.launch)()}), without=left)
 
     def run_dir(self, root: str) -> list[str]:
         """An override that puts a relative run.dir under storage that all nodes share."""

@@ -43,8 +43,8 @@ def nodes_of(config: Any) -> Nodes:
             fix="set launch.gpus_per_node, or placement.gpus_per_slot to 0",
         )
         raise ConfigError([problem])
-    specs = [plan_job(part) for part in _parts(config)] or [_served_models(config)]
-    per_node = min(_slots_of_a_node(spec, launch, on_gpu=on_gpu) for spec in specs)
+    specs = [plan_job(part) for part in parts_of(config)] or [_served_models(config)]
+    per_node = min(slots_of_a_node(spec, launch, on_gpu=on_gpu) for spec in specs)
     num_slots = max(spec.num_slots for spec in specs)
     return Nodes(
         count=math.ceil(num_slots / per_node),
@@ -56,7 +56,7 @@ def nodes_of(config: Any) -> Nodes:
     )
 
 
-def _parts(config: Any) -> list[Any]:
+def parts_of(config: Any) -> list[Any]:
     """The jobs that need slots one after the other: the stages of a chain, or the job itself."""
     if isinstance(config, ServeRewardConfig):
         return []
@@ -75,7 +75,7 @@ def _served_models(config: ServeRewardConfig) -> PlacementSpec:
     return place(units or {"score": Units(1)}, config.placement)
 
 
-def _slots_of_a_node(spec: PlacementSpec, launch: LaunchConfig, *, on_gpu: bool) -> int:
+def slots_of_a_node(spec: PlacementSpec, launch: LaunchConfig, *, on_gpu: bool) -> int:
     by_cpu = int(launch.cpus_per_node // spec.cpus_per_slot)
     slots = min(by_cpu, launch.gpus_per_node) if on_gpu else by_cpu
     widest = max(plan.width for plan in spec.roles)

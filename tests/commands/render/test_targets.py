@@ -214,6 +214,14 @@ def test_scripts_are_sound_bash(target: str, config: str) -> None:
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def test_what_the_driver_sets_by_the_cluster_stays_open() -> None:
+    argv = ["jobs/configs/ppo-8x-gpu.yaml", "rollout.start_timeout_seconds=900"]
+    resolved = yaml.safe_load(rendering_of(load_any(argv), argv).resolved)
+    assert "collective_timeout_seconds" not in resolved["train"]
+    assert "timeout_seconds" not in resolved["rollout"]
+    assert resolved["rollout"]["start_timeout_seconds"] == 900
+
+
 def test_chains_are_sized_by_their_largest_stage() -> None:
     """Seven engines and a reward model generate; eight workers train."""
     config = load_any(["jobs/configs/rejection_sampling-8x-gpu.yaml"])
