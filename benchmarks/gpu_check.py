@@ -94,12 +94,13 @@ def packed_attention(device: str) -> dict[str, Any]:
 
 
 def update(device: str) -> dict[str, Any]:
-    """Tokens per second of the learner, and offloading between updates changes no bit."""
+    """Tokens per second of the learner; offloading between updates changes no loss."""
     import torch
     import torch.distributed as dist
 
     from rayrlhf.config.train import TrainConfig
     from rayrlhf.models.load import checkpoint_activations
+    from rayrlhf.train import process_group
     from rayrlhf.train.learner import Learner
 
     on_gpu = device == "cuda"
@@ -109,7 +110,8 @@ def update(device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group("nccl" if on_gpu else "gloo", init_method=store, rank=0, world_size=1)
+        backend = process_group.ON_GPUS if on_gpu else process_group.ON_CPUS
+        dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
         for stage in (2, 3):
             losses: dict[bool, list[float]] = {}
             for offloading in (False, True):
@@ -139,7 +141,10 @@ def update(device: str) -> dict[str, Any]:
                 del learner, module
                 if on_gpu:
                     torch.cuda.empty_cache()
-            assert losses[True] == losses[False], (stage, losses)
+            # On a GPU the backward pass of attention adds in any order.
+            for kept, offloaded in zip(losses[False], losses[True], strict=True):
+                bound = 1e-3 * abs(kept) if on_gpu else 0.0
+                assert abs(kept - offloaded) <= bound, (stage, losses)
         dist.destroy_process_group()
     if on_gpu:
         name = torch.cuda.get_device_name()
@@ -302,16 +307,20 @@ def ppo(device: str) -> dict[str, Any]:
         subprocess.run([sys.executable, "jobs/ppo.py", str(path)], check=True, timeout=SECONDS)
         seconds = time.perf_counter() - started
         steps = json.loads((Path(config.run.path) / "summary.json").read_text())["steps"]
-        trace = (Path(config.run.path) / "turns.jsonl").read_text().splitlines()
-    assert steps == 3 and len(trace) == 3 * 6
+        lines = (Path(config.run.path) / "turns.jsonl").read_text().splitlines()
+        events = [json.loads(line)["what"] for line in lines]
+    # In every step engines sleep, and wake with its weights; on a GPU they sleep once more, while models load.
+    for what in ("optimizer and gradients reloaded", "awake: weights", "awake: kv_cache"):
+        assert events.count(what) >= 3, events
+    assert steps == 3 and all(f"loaded version {version}" in events for version in (1, 2, 3)), events
     return {"steps": steps, "seconds": round(seconds, 1)}
 
 
 CHECKS = {
     "fused_head": Check(fused_head, ()),
     "packed_attention": Check(packed_attention, ()),
-    "update": Check(update, ("deepspeed", "ray")),
-    "links": Check(links, ("ray",)),
+    "update": Check(update, ("deepspeed",)),
+    "links": Check(links, ()),
     "engine": Check(engine, ("vllm", "ray")),
     "ppo": Check(ppo, ("vllm", "ray", "deepspeed")),
 }

@@ -62,6 +62,7 @@ from rayrlhf.runtime.ray_session import DeploymentFailed, ray_session
 from rayrlhf.runtime.results import RunResult, Stopped
 from rayrlhf.runtime.run_lock import run_lock
 from rayrlhf.runtime.worker_failures import WorkerFailures
+from rayrlhf.train import process_group
 from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
 from rayrlhf.untrusted_text import guard_terminal, last_line, traceback_text
 
@@ -291,7 +292,8 @@ def make_trainer(
         worker,
         scaling_config=slot_scaling(slots, role),
         torch_config=TorchConfig(
-            backend="nccl" if slots.have_gpus else "gloo", timeout_s=config.train.collective_timeout_seconds
+            backend=process_group.ON_GPUS if slots.have_gpus else process_group.ON_CPUS,
+            timeout_s=config.train.collective_timeout_seconds,
         ),
         run_config=RunConfig(
             name=folder,

@@ -1,6 +1,10 @@
 """Collectives over the process group that Ray Train set up.
 
 Loops pass a `Ranks` object to the code that communicates; tests pass simulated ranks instead.
+
+These collectives are of a few numbers and of Python objects, and go through host memory (gloo). A rank waits in
+them for others whose rollouts still run: with NCCL it would wait in a kernel, on a GPU on which an engine may
+still generate for the others.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from torch import Tensor
 
 from rayrlhf.algorithms.metrics import Max, Metrics
 
+HOST = torch.device("cpu")
+
 
 def device() -> torch.device:
     """The device of this rank's tensors: its GPU, or the CPU."""
@@ -24,7 +30,7 @@ def device() -> torch.device:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Element-wise sum over ranks, as a new tensor on the caller's device."""
-    total = values.detach().to(device(), copy=True)
+    total = values.detach().to(HOST, copy=True)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.to(values.device)
@@ -40,7 +46,7 @@ def sum_metrics(sums: dict[str, float]) -> dict[str, float]:
 def max_over_ranks(value: float) -> float:
     if not dist.is_initialized():
         return value
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=device())
+    tensor = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
 
@@ -59,23 +65,20 @@ def exchange(outgoing: list[list[Any]]) -> list[Any]:
     if world_size() == 1:
         return outgoing[0]
     packets = [_to_bytes(items) for items in outgoing]
-    sizes = [torch.empty(world_size(), dtype=torch.int64, device=device()) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([packet.numel() for packet in packets], device=device()))
-    incoming = [
-        torch.empty(int(sizes[sender][rank()]), dtype=torch.uint8, device=device())
-        for sender in range(world_size())
-    ]
+    sizes = [torch.empty(world_size(), dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([packet.numel() for packet in packets]))
+    incoming = [torch.empty(int(sizes[sender][rank()]), dtype=torch.uint8) for sender in range(world_size())]
     others = [other for other in range(world_size()) if other != rank()]
     transfers = [dist.P2POp(dist.isend, packets[other], other) for other in others]
     transfers += [dist.P2POp(dist.irecv, incoming[other], other) for other in others]
     for transfer in dist.batch_isend_irecv(transfers):
         transfer.wait()
     incoming[rank()] = packets[rank()]
-    return [item for packet in incoming for item in pickle.loads(packet.cpu().numpy().tobytes())]
+    return [item for packet in incoming for item in pickle.loads(packet.numpy().tobytes())]
 
 
 def _to_bytes(items: list[Any]) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(items)), dtype=torch.uint8).to(device())
+    return torch.frombuffer(bytearray(pickle.dumps(items)), dtype=torch.uint8)
 
 
 def rank() -> int:

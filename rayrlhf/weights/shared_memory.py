@@ -7,7 +7,6 @@ import os
 import weakref
 from typing import Any
 
-import ray
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
@@ -20,6 +19,8 @@ def device_key(device: torch.device) -> str:
     """Process-independent identifier of the device's memory: the GPU's UUID, or Ray's node id on CPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_properties(device).uuid)
+    import ray  # seconds, and not everywhere installed where GPUs are checked
+
     return ray.get_runtime_context().get_node_id()
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,11 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
-from rayrlhf.weights.store import AdapterSpec, TensorSlice
 from rayrlhf.weights.transfer_failure import TransferFailed
 from rayrlhf.weights.transfer_store import Address, Member
+
+if TYPE_CHECKING:
+    from rayrlhf.weights.store import AdapterSpec, TensorSlice  # which imports Ray
 
 Backend = Literal["gloo", "nccl", "ipc"]
 POLL_SECONDS = 0.001
