@@ -298,7 +298,7 @@ def ppo(device: str) -> dict[str, Any]:
             Path(folder),
             model,
             train={"num_steps": 3, "zero_stage": 2},
-            rollout={"gpu_memory_utilization": 0.3},
+            rollout={"gpu_memory_utilization": 0.3, "sleep": True},
             placement={"preset": "colocate_all", "gpus_per_slot": 1 if on_gpu else 0},
         )
         path = Path(folder) / "config.yaml"
@@ -309,7 +309,7 @@ def ppo(device: str) -> dict[str, Any]:
         steps = json.loads((Path(config.run.path) / "summary.json").read_text())["steps"]
         lines = (Path(config.run.path) / "turns.jsonl").read_text().splitlines()
         events = [json.loads(line)["what"] for line in lines]
-    # In every step engines sleep, and wake with its weights; on a GPU they sleep once more, while models load.
+    # In every step engines sleep, and wake with its weights; on a GPU they also sleep while models load.
     for what in ("optimizer and gradients reloaded", "awake: weights", "awake: kv_cache"):
         assert events.count(what) >= 3, events
     assert steps == 3 and all(f"loaded version {version}" in events for version in (1, 2, 3)), events

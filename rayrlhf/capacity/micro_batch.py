@@ -1,7 +1,8 @@
 """Fills in settings that were left out and depend on device memory, by the memory plan. Pure.
 
-These are `train.max_tokens_per_micro_batch`, and `rollout.gpu_memory_utilization` where an engine shares GPUs
-with a trainer, whose weights stay in GPU memory during rollout.
+These are `train.max_tokens_per_micro_batch`, `train.logprob_chunk_tokens`, and
+`rollout.gpu_memory_utilization` where an engine shares GPUs with a trainer, whose weights stay in GPU memory
+during rollout.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from rayrlhf.capacity.model_shape import ShapeUnknown
 from rayrlhf.config.policy import PolicyRunConfig
 
 C = TypeVar("C", bound=Any)
-TOKENS, SHARE = "max_tokens_per_micro_batch", "gpu_memory_utilization"
+TOKENS, SHARE, CHUNK = "max_tokens_per_micro_batch", "gpu_memory_utilization", "logprob_chunk_tokens"
 # Larger ones are hardly faster: matrices of this many rows saturate any GPU.
 SIZES = (16384, 8192, 4096, 2048, 1024, 512, 256)
 SHARES = (0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25)
+# Rows of the head at once on a GPU: its fp32 weight gradient [V, H] is read and written once per chunk.
+GPU_CHUNK = 2048
 MARGIN = 0.95  # of a GPU's usable memory that a plan may fill: it is accurate within a few percent
 HOST_SHARE = 0.5  # of a machine's memory, for the slots of a run on CPUs
 
@@ -26,8 +29,11 @@ HOST_SHARE = 0.5  # of a machine's memory, for the slots of a run on CPUs
 def keys_sized_by_plan(config: Any, *, on_gpu: bool) -> list[str]:
     """The keys that were left out and that the driver sets by the memory plan."""
     found = []
-    if "train" in type(config).model_fields and TOKENS not in config.train.model_fields_set:
-        found.append(f"train.{TOKENS}")
+    if "train" in type(config).model_fields:
+        if TOKENS not in config.train.model_fields_set:
+            found.append(f"train.{TOKENS}")
+        if on_gpu and CHUNK not in config.train.model_fields_set:
+            found.append(f"train.{CHUNK}")
     shares = isinstance(config, PolicyRunConfig) and config.engines_share_with_trainers
     if on_gpu and shares and SHARE not in config.rollout.model_fields_set:
         found.append(f"rollout.{SHARE}")
@@ -68,8 +74,11 @@ def _candidates(config: C, gpu: Gpu | None) -> Iterator[C]:
     for share in shares:
         for size in sizes:
             changes: dict[str, Any] = {}
-            if size is not None:
-                changes["train"] = config.train.model_copy(update={TOKENS: size})
+            of_train: dict[str, int] = {} if size is None else {TOKENS: size}
+            if f"train.{CHUNK}" in left:
+                of_train[CHUNK] = GPU_CHUNK
+            if of_train:
+                changes["train"] = config.train.model_copy(update=of_train)
             if share is not None:
                 changes["rollout"] = config.rollout.model_copy(update={SHARE: share})
             yield config.model_copy(update=changes)

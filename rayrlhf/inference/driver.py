@@ -38,7 +38,7 @@ from rayrlhf.observe.console import Console
 from rayrlhf.observe.rows import RowsProgress
 from rayrlhf.observe.sinks import Sinks, drain_in_background
 from rayrlhf.placement.plan import plan_generate
-from rayrlhf.placement.process_variables import threads_each
+from rayrlhf.placement.process_variables import threads_of
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.deployments import reward_app_names, reward_apps
 from rayrlhf.reward.reading import PromptFormat
@@ -272,7 +272,7 @@ def _apps(job: GenerateJob, slots: Slots, functions: dict[int, UserCode]) -> dic
             max_model_tokens=config.data.max_prompt_tokens + rollout.sampling.max_new_tokens,
             weight_store=None,
             on_gpu=slots.have_gpus,
-            threads=threads_each(rollout.num_engines),
+            threads=threads_of(slots, "rollout"),
         )
         apps[job.rollout_app] = rollout_deployment(
             settings,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from rayrlhf.hub.access import offline_variable
 from rayrlhf.placement.preload import preloading
+
+if TYPE_CHECKING:
+    from rayrlhf.placement.slots import Slots
 
 # Threads of a waiting role must not spin on cores that another role needs.
 BLOCK_TIME = {"KMP_BLOCKTIME": "1"}
@@ -14,6 +19,18 @@ BLOCK_TIME = {"KMP_BLOCKTIME": "1"}
 def threads_each(processes: int) -> int:
     """Threads per process when `processes` processes share all cores of a node."""
     return max(1, (os.cpu_count() or 1) // processes)
+
+
+def threads_of(slots: Slots, *roles: str) -> int:
+    """Threads of each process of these roles, which compute at the same time: a slot's CPUs with GPUs, and
+    else an equal share of the cores of the node that has most of them.
+    """
+    if slots.have_gpus:
+        return max(1, int(slots.spec.cpus_per_slot))
+    nodes = Counter(
+        slots.of(role, unit).node for role in roles for unit in range(len(slots.spec.of(role).units))
+    )
+    return threads_each(max(nodes.values()))
 
 
 def trainer_variables(threads: int, loop: str, *, on_gpu: bool) -> dict[str, str]:

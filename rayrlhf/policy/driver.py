@@ -17,7 +17,7 @@ from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.observe.step_rows import json_line
 from rayrlhf.placement.plan import plan_placement
-from rayrlhf.placement.process_variables import threads_each
+from rayrlhf.placement.process_variables import threads_of
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.slots import Slots
 from rayrlhf.placement.trainer import SlotTorchTrainer
@@ -123,7 +123,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             threads=job.threads_per_worker,
             datasets=training_streams(job, stores, storage=run_path / TRAIN_FOLDER),
         )
-        apps = run_apps(job, slots, prepared, threads=threads_each(config.rollout.num_engines))
+        apps = run_apps(job, slots, prepared, threads=threads_of(slots, "rollout"))
         critics = f", {config.num_critic_workers} x critic" if config.critic_is_separate else ""
         console.say(
             f"starting {config.train.num_workers} x actor{critics}, {config.rollout.num_engines} x vLLM "
@@ -194,14 +194,14 @@ def _critic_trainer(job: PolicyJob, slots: Slots) -> SlotTorchTrainer:
 def _make_job(
     config: PolicyRunConfig, run_id: str, stores: Stores, slots: Slots, fixed: dict[str, Any]
 ) -> PolicyJob:
-    num_trained = config.train.num_workers + (config.num_critic_workers if config.critic_is_separate else 0)
+    trained = ("actor", "critic") if config.critic_is_separate else ("actor",)
     return PolicyJob(
         config=config,
         run_id=run_id,
         reward_apps=reward_app_names(config.reward, run_id),
         num_eval_prompts=stores.num_eval_prompts(config),
         # Trainers and engines alternate in a synchronous loop, so each kind may use all cores of its node.
-        threads_per_worker=config.train.num_threads or threads_each(num_trained),
+        threads_per_worker=config.train.num_threads or threads_of(slots, *trained),
         on_gpu=slots.have_gpus,
         engines_sleep=config.engines_sleep(on_gpu=slots.have_gpus),
         weight_route=weight_route(config, slots.spec, have_gpus=slots.have_gpus),

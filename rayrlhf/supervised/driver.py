@@ -30,7 +30,7 @@ from rayrlhf.observe.board import Report
 from rayrlhf.observe.console import Console
 from rayrlhf.observe.sinks import drain_in_background, make_sinks
 from rayrlhf.placement.plan import plan_supervised
-from rayrlhf.placement.process_variables import threads_each
+from rayrlhf.placement.process_variables import threads_of
 from rayrlhf.runtime.local_ray import LocalRay
 from rayrlhf.runtime.model_checks import check_models, warn_invalid_generation_config
 from rayrlhf.runtime.preflight import check_model
@@ -108,7 +108,7 @@ def _train(config: SupervisedConfig, console: Console) -> Path:
         job = SupervisedJob(
             config=config,
             run_id=run_id,
-            threads_per_worker=config.train.num_threads or threads_each(config.train.num_workers),
+            threads_per_worker=config.train.num_threads or threads_of(slots, "actor"),
             num_rows=len(stores.train),
             order=order,
             has_eval=stores.held_out is not None,

@@ -2,9 +2,9 @@
 
 Loops pass a `Ranks` object to the code that communicates; tests pass simulated ranks instead.
 
-These collectives are of a few numbers and of Python objects, and go through host memory (gloo). A rank waits in
-them for others whose rollouts still run: with NCCL it would wait in a kernel, on a GPU on which an engine may
-still generate for the others.
+These collectives are of a few numbers and of Python objects, and go through host memory (gloo). A rank waits
+in them for others whose rollouts still run: with NCCL it would wait in a kernel, on a GPU on which an engine
+may still generate for the others.
 """
 
 from __future__ import annotations

@@ -109,17 +109,20 @@ def test_micro_batches_are_as_large_as_the_gpu_holds(gpu: str, tmp_path: Path) -
     size = sized_for_gpu(config, device).train.max_tokens_per_micro_batch
 
     def room(tokens: int) -> bool:
-        train = config.train.model_copy(update={"max_tokens_per_micro_batch": tokens})
+        sizes = {"max_tokens_per_micro_batch": tokens, "logprob_chunk_tokens": 2048}
+        train = config.train.model_copy(update=sizes)
         budget = budget_of(config.model_copy(update={"train": train}), gpu=device)
         return max(budget.peak_bytes) <= 0.95 * device.usable_bytes
 
     assert size >= longest_sample(config) == 512 and room(size)
     assert size == 16384 or not room(2 * size)
+    assert sized_for_gpu(config, device).train.logprob_chunk_tokens == 2048
 
 
 def test_a_given_size_is_kept(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, **SEVEN_B)
-    tree = shortest(tmp_path, train={"num_steps": 1, "max_tokens_per_micro_batch": 5000})
+    given = {"max_tokens_per_micro_batch": 5000, "logprob_chunk_tokens": 64}
+    tree = shortest(tmp_path, train={"num_steps": 1, **given})
     config = PolicyRunConfig.model_validate(tree)
     assert sized_for_gpu(config, parse_gpus("1xH200-141")[1]) is config
 
@@ -148,6 +151,7 @@ def test_micro_batches_fit_the_memory_of_a_machine_without_gpus(tmp_path: Path) 
     sizes = [
         sized_for_host(config, memory * GIB).train.max_tokens_per_micro_batch for memory in (256, 24, 16)
     ]
+    assert sized_for_host(config, 24 * GIB).train.logprob_chunk_tokens == 256, "of a CPU's cache"
     assert sizes[0] == 16384 and sizes == sorted(sizes, reverse=True) and sizes[2] < 8192
     assert sizes[2] >= longest_sample(config) == 1024 + 256
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from rayrlhf.placement.process_variables import memory_allocation, trainer_variables
+from rayrlhf.config.placement import PlacementConfig
+from rayrlhf.placement.plan import Units, place
+from rayrlhf.placement.process_variables import memory_allocation, threads_of, trainer_variables
+from rayrlhf.placement.slots import Slot, Slots
 
 # In a thread, as Ray Train runs a worker's function: other threads' arenas keep no large pieces.
 FAULTS_OF_A_SECOND_STEP = """
@@ -47,3 +51,28 @@ def test_a_trainers_memory_is_kept_for_the_next_step(monkeypatch: pytest.MonkeyP
 def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
     assert memory_allocation() == {}
+
+
+def slots_of(units: dict[str, int], nodes: list[str], *, gpus: bool) -> Slots:
+    spec = place({role: Units(count) for role, count in units.items()}, PlacementConfig(cpus_per_slot=6.5))
+    group: Any = None
+    table = tuple(
+        Slot(i, node, "0" if gpus else None, f"GPU-{i}" if gpus else None) for i, node in enumerate(nodes)
+    )
+    return Slots("run", spec, group, int(gpus), table)
+
+
+def test_threads_are_shared_by_the_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers on node a, one on b, an engine on b; the driver's node has 24 cores, as the others."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    slots = slots_of({"actor": 3, "rollout": 1}, ["a", "a", "b", "b"], gpus=False)
+    assert threads_of(slots, "actor") == 12
+    assert threads_of(slots, "rollout") == 24
+    assert threads_of(slots, "actor", "rollout") == 12
+
+
+def test_on_gpus_a_process_has_the_cores_of_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the driver's node has: here one core."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    slots = slots_of({"actor": 2, "rollout": 1}, ["a", "a", "b"], gpus=True)
+    assert threads_of(slots, "actor") == threads_of(slots, "rollout") == 6
