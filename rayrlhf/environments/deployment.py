@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -247,8 +248,10 @@ class EnvironmentReplica:
         *,
         own_process: bool,
     ) -> tuple[Episode, bool]:
+        session = uuid.uuid4().hex  # its turns go to one engine, which has their prefix in its cache
+
         async def complete(prompt_ids: list[int], params: dict[str, Any]) -> Generation:
-            return await self._complete(prompt_ids, params, min_version)
+            return await self._complete(prompt_ids, params, min_version, session)
 
         try:
             async with self.environments.episode(own_process=own_process) as environment:
@@ -257,12 +260,15 @@ class EnvironmentReplica:
         except EnvironmentFailure as error:  # no process starts
             return Episode.failed(str(error)), False
 
-    async def _complete(self, prompt_ids: list[int], params: dict[str, Any], min_version: int) -> Generation:
+    async def _complete(
+        self, prompt_ids: list[int], params: dict[str, Any], min_version: int, session: str
+    ) -> Generation:
         """One response from the engines; retried on another engine if the first dies."""
         retry_policy = RetryPolicy("engine", "rollout.timeout_seconds", self.setup.rollout.timeout_seconds)
         if self._engines is None:  # not in the constructor: the engines' app may start later
             self._engines = serve.get_app_handle(self.setup.rollout_app)
-        return await retry_policy.call(lambda: self._engines.complete.remote(prompt_ids, params, min_version))
+        engine = self._engines.options(session_id=session)
+        return await retry_policy.call(lambda: engine.complete.remote(prompt_ids, params, min_version))
 
     def __del__(self) -> None:  # Serve calls it when the replica shuts down
         if hasattr(self, "pool"):

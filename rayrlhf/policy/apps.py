@@ -40,6 +40,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
             slots,
             num_engines=config.rollout.num_engines,
             max_requests=config.rollout.max_concurrent_requests,
+            sessions=config.rollout.environment is not None,
         )
     }
     apps |= reward_apps(

@@ -17,6 +17,7 @@ import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import ActorUnavailableError, ObjectLostError
+from ray.serve.config import RequestRouterConfig
 
 from rayrlhf.placement.memory_turns import Stage, lease_of
 from rayrlhf.placement.reaper import NAMESPACE
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 EXIT_SECONDS = 0.2
 RETRY_SECONDS = 0.2
 Fetched = Sequence[tuple[Sequence[TensorSlice], Any]]  # buckets with their bytes, or None for those of a link
+STICKY_ROUTER = "rayrlhf.rollout.sticky_router.StickyRouter"
 WEIGHTS_INVALID = -1  # load was interrupted or memory released: reload whatever is latest
 
 
@@ -408,16 +410,24 @@ class RolloutReplica:
         await self.engine.call("check")
 
 
-def rollout_deployment(settings: EngineSettings, slots: Slots, *, num_engines: int, max_requests: int) -> Any:
+def rollout_deployment(
+    settings: EngineSettings, slots: Slots, *, num_engines: int, max_requests: int, sessions: bool = False
+) -> Any:
     """The bound deployment for `serve.run`; the number of replicas is fixed, and each runs on the slot of its
-    rank. `max_requests`: that an engine computes at once.
+    rank.
+
+    Args:
+        max_requests: that an engine computes at once.
+        sessions: requests with a `session_id` go to the engine of the session's first (`StickyRouter`).
     """
+    router = RequestRouterConfig(request_router_class=STICKY_ROUTER) if sessions else RequestRouterConfig()
     deployment = serve.deployment(RolloutReplica).options(
         name="rollout",
         num_replicas=num_engines,
         # Those of the next half wait in vLLM's queue instead of Serve's router, which looks again after up to
         # half a second.
         max_ongoing_requests=2 * max_requests,
+        request_router_config=router,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2,
         health_check_timeout_s=30,
