@@ -101,11 +101,24 @@ LoraSync = Annotated[
 ]
 
 
+RunningRequests = Annotated[
+    Literal["recompute", "keep"],
+    Meanings(
+        {
+            "recompute": "their keys and values are computed again with the new weights",
+            "keep": "they go on with what the old weights computed, which costs nothing",
+        }
+    ),
+]
+
+
 class WeightSyncConfig(Section):
     backend: Literal["auto", "nccl", "ipc", "gloo", "object_store"] = "auto"
     """Weight transfer: nccl between GPUs, ipc within shared slots, gloo or object_store through hosts."""
     bucket_bytes: Count = 134_217_728
     """Size of one transfer, in bytes."""
+    running: RunningRequests = "recompute"
+    """What a push does to requests that an engine computes meanwhile (with rollout.max_staleness)."""
     lora: LoraSync = "auto"
     """What a push sends with model.lora: a few megabytes of adapters, or all weights."""
     timeout_seconds: PositiveNumber = 300

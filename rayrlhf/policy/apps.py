@@ -35,6 +35,7 @@ def run_apps(job: PolicyJob, slots: Slots, prepared: Prepared, *, threads: int) 
                 threads=threads,
                 sleeps=job.engines_sleep,
                 router_replay=config.rollout.router_replay,
+                keeps_cache=config.rollout.weight_sync.running == "keep",
                 adapter=job.adapter,
             ),
             slots,

@@ -59,6 +59,7 @@ class EngineSettings:
     rpc_timeout_seconds: float
     start_timeout_seconds: float
     router_replay: bool = False  # generations have `routed_experts`
+    keeps_cache: bool = False  # of running requests, over pushes
 
 
 class EngineActor:
@@ -107,7 +108,11 @@ class EngineActor:
         )
 
         self.name, self.lease = name, lease
-        self.stepper = Stepper(self.settings.engine_args, router_replay=self.settings.router_replay)
+        self.stepper = Stepper(
+            self.settings.engine_args,
+            router_replay=self.settings.router_replay,
+            keeps_cache=self.settings.keeps_cache,
+        )
         self.devices = await self.stepper.device_keys()
         if self.weight_store is not None:
             self.version = min(0, (await self._call_store("latest")).version)

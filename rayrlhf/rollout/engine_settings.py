@@ -28,6 +28,7 @@ def engine_settings(
     threads: int,
     sleeps: bool = False,
     router_replay: bool = False,
+    keeps_cache: bool = False,
     adapter: LoraConfig | None = None,
 ) -> EngineSettings:
     """
@@ -35,6 +36,7 @@ def engine_settings(
         weight_store: name of the weight store's actor; None: the engines keep the weights of the checkpoint.
         sleeps: engines release their memory while trainers use it.
         router_replay: generations have the experts of each token.
+        keeps_cache: running requests go on with keys and values of the weights before a push.
         adapter: that pushes send alone, its target modules named: vLLM would otherwise adapt more layers.
     """
     engine_args: dict[str, Any] = {
@@ -93,6 +95,7 @@ def engine_settings(
         rpc_timeout_seconds=rollout.timeout_seconds,
         start_timeout_seconds=rollout.start_timeout_seconds,
         router_replay=router_replay,
+        keeps_cache=keeps_cache,
     )
 
 

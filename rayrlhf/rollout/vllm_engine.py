@@ -42,17 +42,24 @@ Result = TypeVar("Result")
 class Stepper:
     """All calls into the engine run on its thread; callers await the result."""
 
-    def __init__(self, engine_args: dict[str, Any], *, router_replay: bool = False) -> None:
-        """`router_replay`: outputs have the experts of each token, in the layers that have experts.
-
-        Built by the thread that steps it. Each thread that computes with OpenMP has a team of threads of its
+    def __init__(
+        self, engine_args: dict[str, Any], *, router_replay: bool = False, keeps_cache: bool = False
+    ) -> None:
+        """Built by the thread that steps it. Each thread that computes with OpenMP has a team of threads of its
         own; with a second one in the process, libgomp counts more threads than cores, and its workers sleep
         after each parallel region instead of spinning until the next. A rollout of 2,048 tokens on two
         cores took 18 s with two teams and 13 to 15 s with one.
+
+        Args:
+            router_replay: outputs have the experts of each token, in the layers that have experts.
+            keeps_cache: requests that run while weights are loaded go on with the keys and values that the
+                old weights computed; new ones share none of these. Not of models with vision.
         """
         self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._waiting: dict[str, Future[RequestOutput]] = {}
         self._paused = False
+        self._keeps_cache = keeps_cache
+        self._num_updates = 0  # of the weights, or of the adapter
         self._adapter: LoRARequest | None = None  # of all requests; None: the base model alone
         self._num_adapters = 0
         self._failure: BaseException | None = None
@@ -66,6 +73,7 @@ class Stepper:
         vision = image_reader(folder, engine_args.get("trust_remote_code", False), 0.0)
         self._image_token_id = None if vision is None else vision.image_token_id
         if vision is not None:
+            self._keeps_cache = False  # running requests may still need images that old weights encoded
             replace_torchvision()
             engine_args = ENGINE_ARGS | engine_args
         arguments = EngineArgs(
@@ -109,13 +117,15 @@ class Stepper:
                 self._commands.put((lambda: self._abort(unfinished), Future()))
 
     async def pause(self) -> None:
-        """Stop stepping; running requests keep their tokens but lose their cache, which was computed with the
-        old weights.
+        """Stop stepping for an update of the weights. Running requests keep their tokens and, with
+        `keeps_cache`, what the old weights computed of them.
         """
 
         def stop() -> None:
             self._paused = True
-            self._reset_caches()
+            self._num_updates += 1
+            if not self._keeps_cache:
+                self._reset_caches()
 
         await self._on_thread(stop)
 
@@ -220,7 +230,10 @@ class Stepper:
 
     def _prompt(self, prompt_ids: list[int], images: Sequence[EncodedImage]) -> dict[str, Any]:
         if not images:
-            return {"prompt_token_ids": prompt_ids}
+            prompt: dict[str, Any] = {"prompt_token_ids": prompt_ids}
+            if self._keeps_cache:  # prefixes that other weights computed have another salt
+                prompt["cache_salt"] = f"{self._num_updates}"
+            return prompt
         if self._image_token_id is None:
             raise ValueError("the engine's model has no vision, but the prompt has images")
         return prompt_with(prompt_ids, images, self._image_token_id)

@@ -31,7 +31,9 @@ def _finish(done: asyncio.Future[None]) -> None:
 class Stepper:
     """The methods of the real one that a run of all weights calls."""
 
-    def __init__(self, engine_args: dict[str, Any], *, router_replay: bool = False) -> None:
+    def __init__(
+        self, engine_args: dict[str, Any], *, router_replay: bool = False, keeps_cache: bool = False
+    ) -> None:
         wanted = int(CAPACITY * ENGINE_SHARE)
         with ledger().measured(this_gpu(), ENGINE, wanted=wanted):
             take(ENGINE, "context", ENGINE_CONTEXT)
