@@ -1,4 +1,4 @@
-"""Serve's router of multi-turn rollouts: turns of an episode go to the engine that has cached their prefix."""
+"""Serve's router of multi-turn rollouts: turns of an episode go to the engine that cached their prefix."""
 
 from __future__ import annotations
 
