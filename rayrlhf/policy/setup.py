@@ -168,6 +168,8 @@ class Run:
         yield from self.progress.steps()
 
     def start_training(self) -> None:
+        """Called before the weights change."""
+        self.weights.weights_change()
         if self.colocation.engines_sleep:
             with self.progress.phase("engines_sleep"):
                 self.colocation.start_training(self.actor, self.critic)
@@ -472,6 +474,7 @@ def _weight_sync(job: PolicyJob, ranks: Ranks) -> WeightSync:
         bucket_bytes=settings.bucket_bytes,
         timeout_seconds=settings.timeout_seconds,
         start_timeout_seconds=job.config.rollout.start_timeout_seconds,
+        partitioned=job.config.train.zero_stage == 3,
         gathered=gathered,
         gather=ranks.gather,
     )

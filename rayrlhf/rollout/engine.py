@@ -115,7 +115,8 @@ class EngineActor:
         )
         self.devices = await self.stepper.device_keys()
         if self.weight_store is not None:
-            self.version = min(0, (await self._call_store("latest")).version)
+            first: Publication = await self._call_store("latest")
+            self.version = min(0, first.version) if first.number == 0 else 0  # of the checkpoint
         await self.catch_up(0)
         params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
         async for _ in self.stepper.stream([1, 2, 3], [params]):
@@ -145,29 +146,58 @@ class EngineActor:
             yield index, _generation(output)
 
     async def catch_up(self, at_least: int) -> int:
-        """Load the latest published weights unless they are already loaded.
+        """Load the latest published weights unless they are already loaded. Waits for a version that has been
+        announced: until it is published, or arrives directly.
 
         Returns:
             The version the engine then holds.
 
         Raises:
-            RuntimeError: if no version >= `at_least` has been published, or if the engine sleeps.
+            RuntimeError: if no version >= `at_least` is published in time, or if the engine sleeps.
         """
-        async with self.updating:
-            self._require_weights_memory()
-            publication, base, buckets = await self._fetch_newer(at_least)
-            if buckets:
-                await self.stepper.pause()
-                if base:
-                    assert publication.base is not None
-                    await self._load_weights(base, publication.version)
-                    self.base = publication.base.number
-                await self._load(publication, buckets)
+        deadline = time.monotonic() + self.settings.start_timeout_seconds
+        while True:
+            async with self.updating:
+                self._require_weights_memory()
+                waits = await self._load_newer(at_least, in_time=time.monotonic() < deadline)
+                if not waits:
+                    break
+            await asyncio.sleep(RETRY_SECONDS)
         if self.version < at_least:
             raise RuntimeError(
                 f"version {at_least} was requested, but the latest published version is {self.version}"
             )
         return self.version
+
+    async def _load_newer(self, at_least: int, *, in_time: bool) -> bool:
+        """Load what is published and newer; returns whether to wait for `at_least` to be published.
+
+        Buckets are lost when their trainer dies; it publishes the version it resumes from after its restart.
+        """
+        if self.weight_store is None:
+            return False
+        publication: Publication = await self._call_store("latest")
+        held = WEIGHTS_INVALID if self.publication == WEIGHTS_INVALID else self.version
+        if held < at_least and publication.version < at_least:
+            return in_time and await self._call_store("is_coming", at_least)
+        if publication.number <= self.publication:
+            return False
+        base = publication.base
+        missing = [] if base is None or base.number == self.base else base.buckets
+        try:
+            base_buckets, buckets = await _fetch(missing), await _fetch(publication.buckets)
+        except ObjectLostError:
+            if not in_time:
+                raise
+            return True
+        if buckets:
+            await self.stepper.pause()
+            if base_buckets:
+                assert base is not None
+                await self._load_weights(base_buckets, publication.version)
+                self.base = base.number
+            await self._load(publication, buckets)
+        return False
 
     async def receive(self, push: DirectPush, replica: int) -> None:
         """Load weights that the trainers push directly.
@@ -230,33 +260,6 @@ class EngineActor:
             await self.stepper.load_bucket(slices, flat)
         await self.stepper.finish_weight_update(version)
 
-    async def _fetch_newer(self, at_least: int) -> tuple[Publication, Fetched, Fetched]:
-        """Fetch the latest publication, the buckets of its base and its own to this node; of these only what
-        is not loaded already.
-
-        Waits while the requested version is being published. Buckets are lost when their trainer dies; it
-        publishes the version it resumes from after its restart, and this waits for that as well.
-        """
-        if self.weight_store is None:
-            return Publication(0, 0, []), [], []
-        deadline = time.monotonic() + self.settings.start_timeout_seconds
-        while True:
-            publication: Publication = await self._call_store("latest")
-            in_time = time.monotonic() < deadline
-            if publication.version < at_least and in_time and await self._call_store("is_coming", at_least):
-                pass
-            elif publication.number <= self.publication:
-                return publication, [], []
-            else:
-                base = publication.base
-                missing = [] if base is None or base.number == self.base else base.buckets
-                try:
-                    return publication, await _fetch(missing), await _fetch(publication.buckets)
-                except ObjectLostError:
-                    if not in_time:
-                        raise
-            await asyncio.sleep(RETRY_SECONDS)
-
     async def sleep(self) -> int:
         """Release weights and cache; returns the freed bytes. Requests that still run fail: nobody waits for
         them (those of a trainer that died, or that are past their deadline).
@@ -293,7 +296,7 @@ class EngineActor:
         if not await self.owns_memory():
             raise RuntimeError("cannot generate while the engine sleeps: the trainers own its memory")
         await self.wake("weights")
-        await self.catch_up(0)
+        await self.catch_up(await self._call_store("newest_version"))
         await self.wake("kv_cache")
 
     async def _record(self, what: str) -> None:

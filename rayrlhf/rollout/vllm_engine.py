@@ -45,10 +45,10 @@ class Stepper:
     def __init__(
         self, engine_args: dict[str, Any], *, router_replay: bool = False, keeps_cache: bool = False
     ) -> None:
-        """Built by the thread that steps it. Each thread that computes with OpenMP has its own team of threads;
-        with a second one in the process, libgomp counts more threads than cores, and its workers sleep after
-        each parallel region instead of spinning until the next. A rollout of 2,048 tokens on two cores took
-        18 s with two teams and 13 to 15 s with one.
+        """Built by the thread that steps it. Each thread that computes with OpenMP has a team of others; with
+        a second team in the process, libgomp counts more threads than cores, and its workers sleep after each
+        parallel region instead of spinning until the next. A rollout of 2,048 tokens on two cores took 18 s
+        with two teams and 13 to 15 s with one.
 
         Args:
             router_replay: outputs have the experts of each token, in the layers that have experts.

@@ -99,6 +99,7 @@ class WeightStore:
         """
         self.checkpoint_version = checkpoint_version
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.wanted = False  # an engine waits for what is announced
         is_restarted = self._is_restarted()
         self.state: StoreState | None = None if is_restarted else self._first(0)
         self.turns = MemoryTurns(is_restarted=is_restarted)
@@ -135,20 +136,38 @@ class WeightStore:
         return self.state
 
     def announce(self, version: int) -> int:
-        """Announce a publication; returns its number. A version lower than the previous one comes from a
-        trainer that was restarted from its last checkpoint.
+        """Announce a push; returns its number. A version that is not higher than the previous one is from a
+        trainer that was restarted from its last checkpoint: what it had published is no longer the policy.
         """
-        number = 1 + max(self.current().announced[0], self.latest().number)
-        self.state = self.current()._replace(announced=(number, version))
+        latest = self.latest()
+        number = 1 + max(self.current().announced[0], latest.number)
+        if version <= latest.version and latest.number > 0:
+            latest = Publication(latest.number, -1, [])
+        self.state = self.current()._replace(announced=(number, version), publication=latest)
         return number
 
     def publish(self, publication: Publication) -> None:
         self.state = self.current()._replace(publication=publication)
 
     def is_coming(self, version: int) -> bool:
-        """Whether a publication of at least that version is announced but not published yet."""
+        """Whether a publication of at least that version is announced but not published yet: an engine that
+        asks needs it (`take_wanted`).
+        """
         number, announced = self.current().announced
-        return announced >= version and number > self.latest().number
+        is_coming = announced >= version and number > self.latest().number
+        self.wanted = self.wanted or is_coming
+        return is_coming
+
+    def newest_version(self) -> int:
+        """Of what has been pushed or published."""
+        number, announced = self.current().announced
+        return announced if number > self.latest().number else self.latest().version
+
+    def take_wanted(self) -> bool:
+        """Whether an engine has asked for what is announced since the last call."""
+        self.current()
+        wanted, self.wanted = self.wanted, False
+        return wanted
 
     def latest(self) -> Publication:
         return self.current().publication

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -21,7 +22,11 @@ class StoreClient:
     Engines wait for that, as they wait for announced weights.
     """
 
-    def __init__(self, weight_store: Any, timeout_seconds: float) -> None:
+    def __init__(
+        self, weight_store: Any, timeout_seconds: float, on_wanted: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_wanted`: called in a thread when an engine waits for what has been announced."""
+        self.on_wanted = on_wanted
         self.weight_store = weight_store
         self.timeout_seconds = timeout_seconds
         self.state: StoreState | None = None  # None: these workers have published nothing yet
@@ -51,7 +56,8 @@ class StoreClient:
 
     def announce(self, version: int) -> int:
         number: int = self.call("announce", version)
-        self._update_copy(announced=(number, version))
+        with self._lock:
+            self.state = StoreState(*self.call("current"))
         return number
 
     def publish(self, publication: Publication) -> None:
@@ -80,10 +86,11 @@ class StoreClient:
         self.num_restored += 1
 
     def _watch(self) -> None:
-        """Restores the store while no trainer calls it: engines may be waiting for it."""
+        """Restores the store while no trainer calls it, and publishes: engines may be waiting for it."""
         while not self._stop.wait(POLL_SECONDS):
             try:
-                self.call("ping")
+                if self.call("take_wanted"):
+                    self.on_wanted()
             except GetTimeoutError:
                 continue  # slow, or restarting
             except RayActorError:

@@ -1,19 +1,24 @@
 """Weight sync from trainer to engines, by policy version.
 
-The trainer flattens its parameters into buckets of raw bytes, puts each into the object store and publishes
-the list under a version number; replicas pull. So a replica that was down during a push gets the same
-weights, by the same code, after its restart. If a direct backend reaches the running engines, the buckets are
-sent through it first (`weights.direct`), and the published ones serve the engines it did not reach.
+The trainer flattens its parameters into buckets of raw bytes. A direct backend sends them to the engines that
+run (`weights.direct`). Where there is none, or where it does not reach an engine, they are put into the
+object store and published as a list under a version number; replicas pull. So a replica that was down during
+a push gets the same weights, by the same code, after its restart: it asks for the version that a request
+needs, and the trainers publish what they have pushed, unless they have begun to change it; then the next push
+reaches the replica. With weights that are partitioned over the ranks (ZeRO-3), rank 0 alone has nothing to
+publish later: every push is published.
 
 `push` sends all weights; `push_adapter` a LoRA adapter, which engines add to the checkpoint they have loaded.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
@@ -39,6 +44,17 @@ MAX_PENDING_COPIES = 2  # buckets that wait to be put into the object store
 Gathered = Callable[[list[Tensor]], AbstractContextManager[None]]
 
 
+@dataclass(frozen=True)
+class Pushed:
+    """A push of rank 0."""
+
+    number: int
+    version: int
+    plan: Sequence[tuple[Group, list[TensorSlice]]]
+    adapter: AdapterSpec | None
+    verify: bool
+
+
 class PushDiffers(RuntimeError):
     """After a push, an engine does not hold the trainer's tensors."""
 
@@ -60,15 +76,19 @@ class WeightSync:
         start_timeout_seconds: float,
         gathered: Gathered,
         gather: Callable[[list[Any]], list[Any]],
+        partitioned: bool = True,
     ) -> None:
         """
         Args:
+            partitioned: no rank has whole weights.
             timeout_seconds: of a call to all engines.
             start_timeout_seconds: of an engine's start, during which it cannot be put to sleep.
             gathered: context manager that all-gathers partitioned parameters (ZeRO-3).
             gather: concatenates the ranks' lists (all-gather).
         """
-        self.weight_store = StoreClient(weight_store, timeout_seconds) if rank == 0 else None
+        self.weight_store = (
+            StoreClient(weight_store, timeout_seconds, self._publish_pushed) if rank == 0 else None
+        )
         self.gather = gather
         self.engines = engines
         self.rank = rank
@@ -91,14 +111,17 @@ class WeightSync:
         self.publishing: Future[None] | None = None
         self.base: Base | None = None  # of the adapters, once it has been sent
         self.pending_copies: list[Future[Bucket]] = []
+        self.partitioned = partitioned
+        self.pushed: Pushed | None = None  # by rank 0, not published, and unchanged since
+        self.pushed_lock = threading.Lock()
 
     def needs_push(self, version: int) -> bool:
         """True if engines may hold a different version, as after a restart of the trainer, or are asleep and
         hold no weights.
         """
         states: list[StoreState] = [] if self.weight_store is None else [self.weight_store.call("current")]
-        latest, _, awake = self.gather(states)[0]
-        return version > 0 or latest.number > 0 or latest.version < version or not awake
+        latest, (number, _), awake = self.gather(states)[0]
+        return version > 0 or max(number, latest.number) > 0 or latest.version < version or not awake
 
     def push(self, weights: Iterable[CheckpointTensors], version: int, *, verify: bool = False) -> str | None:
         """Load these weights as `version` into every running engine.
@@ -174,6 +197,7 @@ class WeightSync:
         verify: bool = False,
     ) -> str | None:
         plan = [(group, lay_out(group)) for group in plan_buckets(tensors, self.bucket_bytes)]
+        self.weights_change()
         number = self._announce(version)
         direct = self.direct
         if base is not None and self.base is None:
@@ -182,21 +206,48 @@ class WeightSync:
         reached_all = direct is not None and direct.start(
             number, version, [slices for _, slices in plan], adapter, verify=verify
         )
+        # An adapter is small, and its matrices are scaled copies.
+        at_once = not reached_all or self.partitioned or adapter is not None
         copies: list[Future[Bucket]] = []
         for group, slices in plan:
             with self.gathered([part for tensors in group for part in tensors.parts]):
                 flat = direct.send(group, slices) if direct is not None else None
-                if self.rank == 0:
+                if self.rank == 0 and at_once:
                     copies.append(self._copy(group, slices, flat))
         problem = direct.finish() if direct is not None else None
-        if self.rank == 0:
-            self.publishing = self.copier.submit(self._publish, number, version, copies, adapter, verify)
-            self.pending_copies = []
-            if not reached_all or problem is not None:
-                self._wait_until_published()
-                # Engines that are starting or dead now pull this version before they become healthy.
-                self._call_engines(f"weight sync of version {version}", "catch_up", version)
+        if self.rank != 0:
+            return problem
+        pushed = Pushed(number, version, plan, adapter, verify)
+        if not at_once and problem is None:
+            self.pushed = pushed
+            return None
+        if not at_once:
+            copies = [self._copy(group, slices, None) for group, slices in plan]
+        self.publishing = self.copier.submit(self._publish, pushed, copies)
+        self.pending_copies = []
+        if not reached_all or problem is not None:
+            self._wait_until_published()
+            # Engines that are starting or dead now pull this version before they become healthy.
+            self._call_engines(f"weight sync of version {version}", "catch_up", version)
         return problem
+
+    def weights_change(self) -> None:
+        """To be called before the weights change: what was pushed cannot be published after that. Waits for
+        a publication that has begun.
+        """
+        with self.pushed_lock:
+            self.pushed = None
+
+    def _publish_pushed(self) -> None:
+        """Publish what was pushed, for an engine that it has not reached; in the store client's thread."""
+        with self.pushed_lock:
+            pushed, self.pushed = self.pushed, None
+            if pushed is None:
+                return
+            buckets = [
+                (slices, ray.put(flatten(group, slices).cpu().numpy())) for group, slices in pushed.plan
+            ]
+            self._publish(pushed, buckets)
 
     def drain_store_restarts(self) -> int:
         """Number of times the weight store was restored since the last call; 0 on ranks other than 0."""
@@ -240,16 +291,11 @@ class WeightSync:
                     copies.append(self._copy(group, lay_out(group), None))
         return [copy.result() for copy in copies]
 
-    def _publish(
-        self,
-        number: int,
-        version: int,
-        copies: Sequence[Future[Bucket]],
-        adapter: AdapterSpec | None,
-        verify: bool,
-    ) -> None:
-        buckets = [copy.result() for copy in copies]
-        publication = Publication(number, version, buckets, adapter, self.base, verify)
+    def _publish(self, pushed: Pushed, copies: Sequence[Future[Bucket] | Bucket]) -> None:
+        buckets = [copy.result() if isinstance(copy, Future) else copy for copy in copies]
+        publication = Publication(
+            pushed.number, pushed.version, buckets, pushed.adapter, self.base, pushed.verify
+        )
         assert self.weight_store is not None
         self.weight_store.publish(publication)
 

@@ -95,6 +95,7 @@ class Engines:
             start_timeout_seconds=120,
             gathered=lambda _: nullcontext(),
             gather=lambda items: items,
+            partitioned=False,
         )
         self.version = 0
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -204,11 +205,39 @@ def test_every_engine_serves_the_newest_weights_even_after_it_was_killed(engines
 
     victim = engines.kill_one()
     engines.change_weights()  # while one replica is down
-    alive = engines.wait_until_all_run(without=victim)
-    assert {d["version"] for d in alive} == {engines.version}, "it must come back with the newest weights"
+    engines.wait_until_all_run(without=victim)
     answers = engines.ask_all()
+    assert {d["version"] for d in engines.describe()} == {engines.version}, "it must have the newest weights"
     assert [a.token_ids for a in answers] == [engines.expected()] * NUM_ENGINES
     assert {v for a in answers for v in a.policy_versions} == {engines.version}
+
+
+def test_what_a_push_has_delivered_is_published_for_an_engine_that_asks(engines: Engines) -> None:
+    if engines.route == "object_store":
+        pytest.skip("every push is published")
+    assert engines.change_weights() is None
+
+    def latest() -> int:
+        publication: Any = ray.get(engines.hub.latest.remote(), timeout=30)
+        return publication.version
+
+    assert latest() < engines.version, "nobody needs a copy in the object store"
+    victim = engines.kill_one()
+    engines.wait_until_all_run(without=victim)
+    assert [a.token_ids for a in engines.ask_all()] == [engines.expected()] * NUM_ENGINES
+    assert latest() == engines.version
+
+    # Trainers that have begun to change the weights have nothing to publish: the next push is awaited.
+    assert engines.change_weights() is None
+    engines.sync.weights_change()
+    victim = engines.kill_one()
+    engines.wait_until_all_run(without=victim)
+    waiting = engines.handle.broadcast("complete", PROMPT, GREEDY, engines.version)
+    time.sleep(3)
+    assert latest() < engines.version
+    assert engines.change_weights() is None
+    versions = [{*answer.policy_versions} for answer in waiting.results(timeout_s=60)]
+    assert {engines.version} in versions, "the engine that was started again"
 
 
 def test_a_response_goes_on_with_new_weights_where_the_old_ones_stopped(engines: Engines) -> None:

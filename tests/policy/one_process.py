@@ -125,6 +125,8 @@ class Weights:
     def num_refused_connections(self) -> int:
         return 0
 
+    def weights_change(self) -> None: ...
+
     def drain_store_restarts(self) -> int:
         return 0
 
