@@ -1,6 +1,7 @@
-"""Attention over packed sequences: FlashAttention's varlen kernel if available, else SDPA per sequence.
+"""Attention over packed sequences: FlashAttention's varlen kernel if the package is installed, torch's own
+(`torch.nn.attention.varlen`) on other GPUs, else SDPA per sequence.
 
-Both take the same arguments, so a model is called the same way on every device. A packed stream must never
+All take the same arguments, so a model is called the same way on every device. A packed stream must never
 use a plain dense mask: transformers derives a block-diagonal mask from restarting `position_ids` only under
 conditions that are easy to miss, and otherwise silently lets sequences attend to each other.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from rayrlhf.prefixes import SharedPrefixes
 
 VARLEN_SDPA = "varlen_sdpa"
+VARLEN = "varlen"  # torch's kernel where it computes what the layer needs, else as VARLEN_SDPA
+LARGEST_HEAD = 256  # of that kernel
 MOST_KEYS_PER_ROW = 2  # kept for the backward pass; a key and value take a few percent of a row's activations
 
 
@@ -190,6 +194,59 @@ class Block(NamedTuple):
     start: int
 
 
+def varlen(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, T, head_dim]
+    key: Tensor,  # [1, kv_heads, T, head_dim]
+    value: Tensor,  # [1, kv_heads, T, head_dim]
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`varlen_sdpa` by one call of torch's kernel for all sequences; also of shared prefixes."""
+    share: Share | None = kwargs.get("sequence_share")
+    if kwargs.get("s_aux") is not None or not _kernel_computes(module, query, share, kwargs):
+        return varlen_sdpa(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    ends, key_ends = (kwargs[f"cu_seq_lens_{side}"].to(torch.int32) for side in "qk")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if share is not None and share.prefixes is not None:
+            key, value = (each[:, :, share.prefixes.key_rows] for each in (key, value))
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))  # [tokens, heads, head_dim]
+        return varlen_attn(
+            q,
+            k,
+            v,
+            ends,
+            key_ends,
+            kwargs["max_length_q"],
+            kwargs["max_length_k"],
+            scale=kwargs.get("scaling"),
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=q.size(1) != k.size(1),
+        )[None]
+
+    if share is None:
+        return attend(query, key, value), None
+    share.num_attended += 1
+    assert share.prefixes is not None
+    return _keeping_few_keys(share.prefixes, attend, query, key, value), None
+
+
+def _kernel_computes(module: nn.Module, query: Tensor, share: Share | None, options: dict[str, Any]) -> bool:
+    """Whether torch's varlen kernel has all that this call needs."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.size(-1) <= LARGEST_HEAD
+        and query.size(-1) % 8 == 0
+        and options.get("softcap") is None
+        and not (module.training and options.get("dropout"))
+        and chunk_size(module) is None
+        and (share is None or share.prefixes is not None)
+    )
+
+
 class Reach(NamedTuple):
     """How far back a layer's tokens attend: `window` tokens with themselves, or to the start of the chunk."""
 
@@ -265,19 +322,31 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
 
 AttentionInterface.register(VARLEN_SDPA, varlen_sdpa)
 AttentionMaskInterface.register(VARLEN_SDPA, _no_mask)
+AttentionInterface.register(VARLEN, varlen)
+AttentionMaskInterface.register(VARLEN, _no_mask)
 # Under transformers' own name, by which it loads the kernel; without shared prefixes it is transformers'.
 AttentionInterface.register("flash_attention_2", flash_with_prefixes)
 
 
 def attention_implementation(requested: str, device: torch.device) -> str:
     """transformers' name for `model.attention` on this device."""
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    has_flash = device.type == "cuda" and _flash_attention_is_installed()
     if requested == "flash_attention_2" and not has_flash:
         raise ValueError(
             "model.attention=flash_attention_2 needs a CUDA GPU and the flash-attn package; "
             "use model.attention=auto"
         )
-    return "flash_attention_2" if has_flash and requested != "sdpa" else VARLEN_SDPA
+    if requested == "sdpa" or device.type != "cuda":
+        return VARLEN_SDPA
+    return "flash_attention_2" if has_flash else VARLEN
+
+
+def _flash_attention_is_installed() -> bool:
+    """FlashAttention 2 and 3 have this module; FlashAttention 4 is another package of the same name."""
+    try:
+        return importlib.util.find_spec("flash_attn.flash_attn_interface") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def packed_inputs(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:

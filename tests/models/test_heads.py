@@ -29,7 +29,7 @@ from transformers import (
 from rayrlhf.algorithms.advantages import gae
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import ModelConfig
-from rayrlhf.models.attention import VARLEN_SDPA, attention_implementation, packed_inputs
+from rayrlhf.models.attention import VARLEN, VARLEN_SDPA, attention_implementation, packed_inputs
 from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
 from rayrlhf.models.load import (
     has_packed_scorer,
@@ -273,9 +273,18 @@ def test_flash_attention_needs_a_gpu() -> None:
 
 
 def test_flash_attention_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flash_attn" or None)
+    assert attention_implementation("auto", CUDA) == VARLEN, "torch's own, without the package"
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: name == "flash_attn.flash_attn_interface" or None
+    )
     assert attention_implementation("auto", CUDA) == "flash_attention_2"
     assert attention_implementation("sdpa", CUDA) == VARLEN_SDPA
+
+
+def test_flash_attention_4_is_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert attention_implementation("auto", CUDA) == VARLEN
 
 
 def decoder_of(config: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.config.model import LoraConfig
 from rayrlhf.models import attention
-from rayrlhf.models.attention import VARLEN_SDPA, Reach, flash_with_prefixes, varlen_sdpa
+from rayrlhf.models.attention import VARLEN_SDPA, Reach, flash_with_prefixes, varlen, varlen_sdpa
 from rayrlhf.models.experts import Replay, moe_layers
 from rayrlhf.models.heads import ScoreModel, StepModel, ValueModel
 from rayrlhf.models.load import checkpoint_activations
@@ -190,7 +191,21 @@ def test_the_keys_that_the_varlen_kernel_gets(monkeypatch: pytest.MonkeyPatch, w
         assert named["max_length_k"] == int(named["cu_seq_lens_k"].diff().max())
         return reference_varlen(q, k, v, named["cu_seq_lens_q"], named["cu_seq_lens_k"], window), None
 
+    def torchs_kernel(
+        q: Tensor, k: Tensor, v: Tensor, ends: Tensor, key_ends: Tensor, max_q: int, max_k: int, **named: Any
+    ) -> Tensor:
+        assert max_q == int(ends.diff().max()) and max_k == int(key_ends.diff().max())
+        assert named == {
+            "scale": None,
+            "window_size": (-1 if window is None else window - 1, 0),  # those before the token itself
+            "enable_gqa": True,
+        }
+        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+        return reference_varlen(q, k, v, ends, key_ends, window)[0]
+
     monkeypatch.setattr(attention, "flash_attention_forward", kernel)
+    monkeypatch.setattr(attention, "varlen_attn", torchs_kernel)
+    monkeypatch.setattr(attention, "_kernel_computes", lambda *_: True)
     inputs, prefixes = stream()
     generator = torch.Generator().manual_seed(1)
     q, k, v = (
@@ -205,9 +220,35 @@ def test_the_keys_that_the_varlen_kernel_gets(monkeypatch: pytest.MonkeyPatch, w
     named = attention.prefix_inputs(inputs[0], inputs[1], share)
     flash, _ = flash_with_prefixes(layer, q, k, v, sliding_window=window, **named)
     ours, _ = varlen_sdpa(layer, q, k, v, sliding_window=window, **named)
-    assert share.num_attended == 2
-    for found in (flash, ours):
+    by_torch, _ = varlen(layer, q, k, v, sliding_window=window, **named)
+    assert share.num_attended == 3
+    for found in (flash, ours, by_torch):
         torch.testing.assert_close(found[:, prefixes.rows], wanted, rtol=1e-9, atol=1e-9)
+    alone = attention.packed_inputs(*inputs[:3])
+    found, _ = varlen(layer, query, key, value, sliding_window=window, **alone)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_what_torchs_kernel_does_not_compute_is_left_to_sdpa() -> None:
+    """As on a CPU: the same call, the same numbers."""
+    inputs, prefixes = stream()
+    share = Share.of(inputs[2], len(inputs[0]), None, prefixes)
+    named = attention.prefix_inputs(inputs[0], inputs[1], share)
+    q, k, v = (torch.randn(1, heads, prefixes.num_rows, 8) for heads in (4, 2, 2))
+    layer: Any = nn.Module()
+    layer.num_key_value_groups = 2
+    for options in ({}, {"softcap": 5.0}, {"sliding_window": 4}):
+        wanted, _ = varlen_sdpa(layer, q, k, v, **options, **named)
+        found, _ = varlen(layer, q, k, v, **options, **named)
+        assert torch.equal(found, wanted)
+
+    def computes(head: int = 64, dtype: torch.dtype = torch.bfloat16, **options: Any) -> bool:
+        query: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, size=lambda _: head)
+        return attention._kernel_computes(layer.eval(), query, None, options)
+
+    assert computes() and computes(256) and computes(sliding_window=4, dropout=0.1)
+    assert not computes(dtype=torch.float32) and not computes(softcap=5.0)
+    assert not computes(512) and not computes(60)
 
 
 def test_chunks_count_from_the_start_of_the_sequence() -> None:
