@@ -17,7 +17,7 @@ class ModelConfig(Section):
     dtype: Dtype = "auto"
     """Dtype of the weights; auto is bfloat16 on a GPU, float32 on a CPU (with bf16 products if faster)."""
     attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
-    """Attention kernel; auto is FlashAttention-2 where installed, else torch's varlen kernel; on CPUs SDPA."""
+    """Attention kernel; auto: FlashAttention-2 where installed, else torch's varlen kernel; SDPA on CPUs."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the checkpoint; only for checkpoints whose code you have read."""
 
