@@ -122,6 +122,12 @@ class KubeRayConfig(Section):
     """Its mount path; a relative run.dir is below it."""
     service_account: ResourceName | None = None
     """Service account of the pods."""
+    image_pull_secrets: list[ResourceName] = Field(default_factory=list)
+    """Secrets with which the image is pulled."""
+    rdma: dict[str, Count] = Field(default_factory=dict)
+    """RDMA devices of a GPU pod by their resource, for example {rdma/ib: 8}; it may then lock memory."""
+    host_network: bool = False
+    """GPU pods use their node's network, for fabrics that are not in a pod's."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the GPU nodes."""
     gpu_taint: str | None = "nvidia.com/gpu"

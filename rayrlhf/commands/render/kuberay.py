@@ -99,6 +99,7 @@ def _pod(job: Rendering, role: str, cpus: int, memory: str, *, gpus: int) -> dic
     resources: dict[str, Any] = {"cpu": str(cpus), "memory": memory}
     if gpus:
         resources["nvidia.com/gpu"] = str(gpus)
+        resources |= {name: str(count) for name, count in kuberay.rdma.items()}
     mounts = [
         {"name": "shared-memory", "mountPath": "/dev/shm"},
         {"name": "shared", "mountPath": kuberay.mount_path},
@@ -117,12 +118,19 @@ def _pod(job: Rendering, role: str, cpus: int, memory: str, *, gpus: int) -> dic
         "resources": {"requests": resources, "limits": resources},
         "volumeMounts": mounts,
     }
-    if job.secrets:
-        container["env"] = [
-            {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
-            for variable, (name, key) in job.secrets.items()
-        ]
+    if gpus and kuberay.rdma:
+        container["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
+    container["env"] = [
+        {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
+        for variable, (name, key) in job.secrets.items()
+    ]
+    if "HF_HOME" not in {*job.env, *job.secrets}:  # one cache of the hub for all pods, and for the next run
+        container["env"].append({"name": "HF_HOME", "value": f"{kuberay.mount_path}/huggingface"})
     pod: dict[str, Any] = {"containers": [container], "volumes": volumes}
+    if kuberay.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in kuberay.image_pull_secrets]
+    if gpus and kuberay.host_network:
+        pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     if role == "head" and kuberay.submission_mode == "SidecarMode":
         pod["restartPolicy"] = "Never"
     if kuberay.service_account is not None:

@@ -86,6 +86,22 @@ def test_a_rayjob_by_hand() -> None:
     assert {"name": "config", "mountPath": "/etc/rayrlhf"} in head["volumeMounts"]
 
 
+def test_pods_of_a_cluster_with_rdma_and_a_private_image() -> None:
+    changes = ["image_pull_secrets=[pull]", "rdma={rdma/ib: 8}", "host_network=true"]
+    spec = rayjob(PPO, *(f"launch.kuberay.{change}" for change in changes))["spec"]["rayClusterSpec"]
+    [workers], head = spec["workerGroupSpecs"], spec["headGroupSpec"]
+    pods = [each["template"]["spec"] for each in (workers, head)]
+    assert [pod["imagePullSecrets"] for pod in pods] == [[{"name": "pull"}]] * 2
+    [worker], [driver] = (pod["containers"] for pod in pods)
+    assert worker["resources"]["limits"]["rdma/ib"] == "8"
+    assert worker["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
+    assert (pods[0]["hostNetwork"], pods[0]["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert "rdma/ib" not in driver["resources"]["limits"] and "hostNetwork" not in pods[1]
+    assert {"name": "HF_HOME", "value": "/shared/huggingface"} in worker["env"]
+    own = rayjob(PPO, "launch.env={HF_HOME: /cache}")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert own["template"]["spec"]["containers"][0]["env"] == []
+
+
 def test_the_shipped_config_is_the_resolved_one(tmp_path: Path) -> None:
     [config_map, _] = yaml.safe_load_all(render("kuberay", PPO, "train.lr=1e-7"))
     (tmp_path / "job.yaml").write_text(config_map["data"]["job.yaml"])
