@@ -198,6 +198,7 @@ def test_secrets_are_named_in_a_manifest_and_never_written() -> None:
                 "name": "WANDB_API_KEY",
                 "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "WANDB_API_KEY"}},
             },
+            {"name": "HF_HOME", "value": "/shared/huggingface"},
         ]
     assert "HF_TOKEN" not in manifest["spec"]["runtimeEnvYAML"]
 
