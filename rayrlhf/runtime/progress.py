@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import ray.train
 import torch
 
 from rayrlhf.config.common import JobConfig
@@ -57,6 +58,17 @@ class Checkpoints:
     scratch: Path  # of this start of the run
     fixed: dict[str, Any] = field(default_factory=dict)  # config values required for resuming
 
+    def node_to_be_reclaimed(self) -> str | None:
+        """Notice that a worker's node is about to be taken away (a spot instance, maintenance); None without
+        one. Collective.
+        """
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return None
+        seconds = "" if info.deadline_ms is None else f" in {info.deadline_ms / 1000 - time.time():.0f} s"
+        ranks = ", ".join(map(str, info.preempted_ranks))
+        return f"the node of rank {ranks} is to be taken away{seconds}"
+
     def restore(self, saved: Sequence[Saved]) -> LoopState:
         return restore(saved)
 
@@ -73,6 +85,7 @@ class Progress:
         self.reporter = reporter
         self.checkpoints = checkpoints
         self.state = LoopState()
+        self.saved_on_notice = False
         self.timer = Timer()
         self.started = self.step_started = self.saved_at = time.perf_counter()
 
@@ -89,7 +102,14 @@ class Progress:
         return self.state.step >= self.config.train.total_steps
 
     def checkpoint_is_due(self) -> bool:
-        """According to `checkpoint.every_steps`; with "auto", by rank 0's clock for all ranks. Collective."""
+        """According to `checkpoint.every_steps`; with "auto", by rank 0's clock for all ranks. Also, once,
+        when a node is about to be taken away. Collective.
+        """
+        notice = self.checkpoints.node_to_be_reclaimed()
+        if notice is not None and not self.saved_on_notice:
+            self.saved_on_notice = True
+            self.announce(f"{notice}: saving a checkpoint, from which the run goes on with another node")
+            return True
         every_steps = self.config.checkpoint.every_steps
         if every_steps != "auto":
             return self.is_due(every_steps)

@@ -162,6 +162,9 @@ class NoCheckpoints(Checkpoints):
     def restore(self, saved: Sequence[Saved]) -> LoopState:
         return LoopState()
 
+    def node_to_be_reclaimed(self) -> str | None:
+        return None
+
     def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[Path]) -> None:
         pass
 

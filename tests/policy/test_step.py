@@ -133,6 +133,9 @@ class InMemory:
 
     def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[Path]) -> None: ...
 
+    def node_to_be_reclaimed(self) -> str | None:
+        return None
+
 
 class Pushes:
     """Weight transfer to engines that always have the newest weights: what each version is."""

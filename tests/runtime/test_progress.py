@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import PreemptionInfo
 
 from rayrlhf.reward.client import RewardFailure
-from rayrlhf.runtime.progress import AUTO_CHECKPOINT_SECONDS, Progress, stops_cleanly
+from rayrlhf.runtime.progress import AUTO_CHECKPOINT_SECONDS, Checkpoints, Progress, stops_cleanly
 from rayrlhf.runtime.results import Stopped
 from rayrlhf.train.checkpoint import LoopState
 from rayrlhf.train.collectives import Ranks
@@ -32,6 +36,10 @@ class Kept:
 
     def __init__(self) -> None:
         self.saved: list[LoopState] = []
+        self.notice: str | None = None
+
+    def node_to_be_reclaimed(self) -> str | None:
+        return self.notice
 
     def restore(self, saved: Any) -> LoopState:
         return LoopState(step=3, seconds_total=100.0)
@@ -97,6 +105,33 @@ def test_what_is_due() -> None:
         due += [step] if run.checkpoint_is_due() else []
     assert due == [2, 4, 6]
     assert not run.is_due(None) and run.is_due(3)
+
+
+@pytest.mark.parametrize("every_steps", [None, 100, "auto"])
+def test_a_node_that_is_to_be_taken_away_is_a_reason_to_save_once(every_steps: Any) -> None:
+    kept = Kept()
+    run = progress(checkpoints=kept, checkpoint={"every_steps": every_steps})
+    run.state.step = 1
+    assert not run.checkpoint_is_due()
+    kept.notice = "the node of rank 1 is to be taken away in 90 s"
+    assert run.checkpoint_is_due() and not run.checkpoint_is_due()
+    log: Any = run.reporter
+    assert log.lines == [
+        "the node of rank 1 is to be taken away in 90 s: saving a checkpoint, from which the run goes on "
+        "with another node"
+    ]
+
+
+def test_rays_notice_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(Path("scratch"))
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: None)
+    assert checkpoints.node_to_be_reclaimed() is None
+    info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [3, 2], "b": [7]})
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: info)
+    assert checkpoints.node_to_be_reclaimed() == "the node of rank 2, 3, 7 is to be taken away"
+    soon = replace(info, deadline_ms=int((time.time() + 90) * 1000))
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: soon)
+    assert "is to be taken away in 9" in f"{checkpoints.node_to_be_reclaimed()}"
 
 
 def test_with_auto_the_clock_of_rank_0_decides() -> None:
