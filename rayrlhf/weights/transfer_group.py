@@ -18,6 +18,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -200,8 +201,11 @@ class GroupLink:
         self.connection = connection
         self.device = device if transfer_group.backend == "nccl" else torch.device("cpu")
         self.sending: tuple[Any, Tensor] | None = None  # (work, bucket) in flight; keeps the bucket alive
+        self.rank = rank
+        self.others = {other: name for other, name in transfer_group.names().items() if other != rank}
+        self.is_connected = False  # to the other members, which happens in the first broadcast
         connection.member.post(f"joined/{rank}")
-        self._wait_for_all(transfer_group, rank)
+        self._wait_for_all()
         self.store = GroupStore(connection)  # the process group calls it but holds no reference
         try:
             self.group: Any = _group(self.store, transfer_group, rank, connection.member.local_host())
@@ -212,23 +216,28 @@ class GroupLink:
                 connection.end(f"the process group could not be created: {error}")
             ) from error
 
-    def _wait_for_all(self, transfer_group: TransferGroup, rank: int) -> None:
+    def _wait_for_all(self) -> None:
         """Only the trainer waits for every member: the number of messages stays linear in the group size."""
         member = self.connection.member
-        joined = {f"joined/{other}": name for other, name in transfer_group.names().items() if other != rank}
-        wanted = joined.keys() if rank == 0 else {"all joined"}
+        joined = {f"joined/{other}" for other in self.others}
+        wanted = joined if self.rank == 0 else {"all joined"}
         for key in wanted:
             member.ask(key)
         try:
             self.connection.wait(lambda: wanted <= member.values.keys(), "all members to join")
         except TransferFailed as error:
-            for key in joined:
-                member.ask(key)
-            member.pump(ANSWER_SECONDS)
-            missing = [name for key, name in joined.items() if key not in member.values]
-            raise TransferFailed(f"{error}; missing: {', '.join(dict.fromkeys(missing))}") from None
-        if rank == 0:
+            raise TransferFailed(f"{error}; missing: {self._without('joined')}") from None
+        if self.rank == 0:
             member.post("all joined")
+
+    def _without(self, what: str) -> str:
+        """Names of the members that have not posted `what`."""
+        member = self.connection.member
+        for other in self.others:
+            member.ask(f"{what}/{other}")
+        member.pump(ANSWER_SECONDS)
+        missing = [name for other, name in self.others.items() if f"{what}/{other}" not in member.values]
+        return ", ".join(dict.fromkeys(missing)) or "nobody"
 
     def buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -254,7 +263,10 @@ class GroupLink:
     def end(self, reason: str) -> None:
         self.connection.end(reason)
         if self.group is not None and self.device.type == "cuda":
-            self.group.abort()
+            if self.is_connected:
+                self.group.abort()
+            else:  # it may block as long as the broadcast that connects
+                threading.Thread(target=self.group.abort, daemon=True).start()
             _ABORTED.append(self.store)
         # Closing the connections unblocks members that wait inside a collective. Gloo first waits for its own
         # pending work, so this runs in a thread.
@@ -266,9 +278,38 @@ class GroupLink:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         try:
-            return self.group.broadcast([flat], options)
+            if self.is_connected:
+                return self.group.broadcast([flat], options)
+            return self._connect(lambda: self.group.broadcast([flat], options))
+        except TransferFailed:
+            raise
         except RuntimeError as error:
             raise self._broken(error) from error
+
+    def _connect(self, broadcast: Callable[[], Any]) -> Any:
+        """The first broadcast, in which NCCL blocks the calling thread until every member has called it, for
+        ever if one does not: in a thread that is left behind at the deadline.
+        """
+        member, outcome = self.connection.member, Future[Any]()
+        member.post(f"connecting/{self.rank}")
+
+        def call() -> None:
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                outcome.set_result(broadcast())
+                member.post(f"connected/{self.rank}")
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=call, daemon=True, name="connect").start()
+        try:
+            self.connection.wait(outcome.done, "the members to connect")
+        except TransferFailed as error:
+            not_begun, not_connected = self._without("connecting"), self._without("connected")
+            raise TransferFailed(f"{error}; not begun: {not_begun}; not connected: {not_connected}") from None
+        self.is_connected = True
+        return outcome.result()
 
     def _finish(self, work: Any) -> None:
         """Waits on the host, also for NCCL: a stream that waits for a dead peer would wait forever."""

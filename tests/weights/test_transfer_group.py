@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rayrlhf.weights import transfer_group as transfer_group_module
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
 from rayrlhf.weights.transfer_failure import TransferFailed
 from rayrlhf.weights.transfer_group import Backend, Link, Receiver, TransferGroup, abort_transfer, join
@@ -139,6 +141,39 @@ def test_members_that_do_not_join_are_named() -> None:
         members.run(send, 0).result(30)
     with pytest.raises(TransferFailed, match="engine 2"):
         first.result(30)
+
+
+class Hung:
+    """Stands for NCCL's group: its first broadcast blocks until every member has called it."""
+
+    def __init__(self, barrier: threading.Event) -> None:
+        self.barrier = barrier
+
+    def broadcast(self, tensors: list[Tensor], options: Any) -> Any:
+        self.barrier.wait(60)
+
+
+def test_a_broadcast_that_never_connects_has_a_deadline_and_names_who_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engine 2's second worker has joined, and dies before it calls NCCL."""
+    never = threading.Event()
+    monkeypatch.setattr(transfer_group_module, "_group", lambda *_: Hung(never))
+    members = Members("gloo", seconds=1.0)
+    others = [members.run(receive, rank) for rank in (1, 2)]
+    silent = members.run(lambda link: never.wait(10), 3)
+    started = time.monotonic()
+    with pytest.raises(TransferFailed) as failed:
+        members.run(send, 0).result(30)
+    assert time.monotonic() - started < 10
+    assert "timed out after 1 s waiting for the members to connect" in str(failed.value)
+    assert "not begun: engine 2;" in str(failed.value)
+    assert "not connected: engine 0, engine 2" in str(failed.value)
+    for other in others:
+        with pytest.raises(TransferFailed, match="waiting for the members to connect"):
+            other.result(30)
+    never.set()
+    silent.result(30)
 
 
 def test_a_buffer_without_reader_has_a_deadline() -> None:
