@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
+from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import TypeVar
 
 T = TypeVar("T")
+MOST_MERGED_SUMS = 1_000_000  # items x parts of the differencing method, of 0.4 us each
 Members = tuple[int, ...]  # indices of the items in a part
 # Per part, heaviest first: minus its excess over the lightest; and its members.
 Partition = tuple[tuple[int, ...], tuple[Members, ...]]
@@ -95,7 +96,9 @@ def balanced_partition(sizes: Sequence[int], parts: int) -> list[list[int]]:
     partitions with the largest spread are merged, the heaviest part of one with the lightest of the other,
     until one is left: n - 1 merges of `parts` sums each. The largest sum is at most 4/3 - 1/(3·parts) of the
     best possible (Michiels et al. 2007, Theory Comput. Syst. 41) and usually much closer; sums never differ
-    by more than the largest size.
+    by more than the largest size. With many items and parts, whose merges take n · `parts` steps (13 s for
+    64,000 items and 512 parts), items go to the lightest part in the order of their sizes instead (Graham 1969,
+    the same bounds): then there are hundreds of small ones per part, which even the sums out.
 
     Every index occurs once, ascending within a part; parts are ordered by their first index and empty ones,
     if there are fewer items than parts, are last. The order of `sizes` does not change the sums. Raises
@@ -106,6 +109,8 @@ def balanced_partition(sizes: Sequence[int], parts: int) -> list[list[int]]:
     for index, size in enumerate(sizes):
         if size < 0:
             raise ValueError(f"item {index} has the size {size}; wanted at least 0")
+    if len(sizes) * parts > MOST_MERGED_SUMS:
+        return _in_order_of_index(_longest_first(sizes, parts))
     # The heap orders partitions by their spread, then by their other sums. Indices are compared only if all
     # sums are equal, and then the order has no effect on the sums.
     no_members: Members = ()
@@ -116,8 +121,21 @@ def balanced_partition(sizes: Sequence[int], parts: int) -> list[list[int]]:
     heapify(partitions)
     while len(partitions) > 1:
         heappush(partitions, _merge(heappop(partitions), heappop(partitions)))
-    members = partitions[0][1] if partitions else [no_members] * parts
+    return _in_order_of_index(partitions[0][1] if partitions else [no_members] * parts)
+
+
+def _in_order_of_index(members: Iterable[Iterable[int]]) -> list[list[int]]:
     return sorted((sorted(part) for part in members), key=lambda part: (not part, part))
+
+
+def _longest_first(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    members: list[list[int]] = [[] for _ in range(parts)]
+    lightest = [(0, part) for part in range(parts)]  # a heap
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        total, part = lightest[0]
+        members[part].append(index)
+        heapreplace(lightest, (total + sizes[index], part))
+    return members
 
 
 def _merge(one: Partition, other: Partition) -> Partition:

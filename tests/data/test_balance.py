@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayrlhf.data import packing
 from rayrlhf.data.packing import balanced_partition
 
 
@@ -101,6 +102,22 @@ def test_evener_than_the_greedy_method(parts: int) -> None:
         spreads.append(sums[-1] - sums[0])
         greedy.append(greedy_sums[-1] - greedy_sums[0])
     assert np.mean(spreads) < np.mean(greedy) / 2
+
+
+def test_the_greedy_method_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8, 7, 6 to a part each, 5 to that of 6, 4 to that of 7."""
+    monkeypatch.setattr(packing, "MOST_MERGED_SUMS", 0)
+    assert balanced_partition([8, 7, 6, 5, 4], 3) == [[0], [1, 4], [2, 3]]
+    assert balanced_partition([3, 9], 4) == [[0], [1], [], []]
+
+
+def test_a_huge_step_takes_no_time() -> None:
+    """512 workers and 128 samples of each: a step of 1,000 GPUs."""
+    sizes = np.random.default_rng(0).integers(1, 4097, 512 * 128).tolist()
+    start = time.perf_counter()
+    sums = sums_of(sizes, balanced_partition(sizes, 512))
+    assert time.perf_counter() - start < 5  # 0.1 s; the rest is for a busy machine
+    assert sums[-1] - sums[0] <= 0.001 * sums[0]
 
 
 def test_a_large_step_takes_no_time() -> None:
