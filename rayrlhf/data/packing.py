@@ -97,8 +97,8 @@ def balanced_partition(sizes: Sequence[int], parts: int) -> list[list[int]]:
     until one is left: n - 1 merges of `parts` sums each. The largest sum is at most 4/3 - 1/(3·parts) of the
     best possible (Michiels et al. 2007, Theory Comput. Syst. 41) and usually much closer; sums never differ
     by more than the largest size. With many items and parts, whose merges take n · `parts` steps (13 s for
-    64,000 items and 512 parts), items go to the lightest part in the order of their sizes instead (Graham 1969,
-    the same bounds): then there are hundreds of small ones per part, which even the sums out.
+    64,000 items and 512 parts), items go to the lightest part in the order of their sizes instead (Graham
+    1969, the same bounds): then there are hundreds of small ones per part, which even the sums out.
 
     Every index occurs once, ascending within a part; parts are ordered by their first index and empty ones,
     if there are fewer items than parts, are last. The order of `sizes` does not change the sums. Raises

@@ -9,7 +9,7 @@ from ray import serve
 
 from rayrlhf.placement.memory_turns import loading_turn
 from rayrlhf.placement.replica import SlotChild
-from rayrlhf.placement.serve_status import failed_starts
+from rayrlhf.placement.serve_status import failed_starts, health_check_period
 from rayrlhf.placement.slots import Slots
 
 
@@ -54,7 +54,7 @@ def proxy_deployment(spec: ActorSpec, *, num_replicas: int, slots: Slots) -> Any
         num_replicas=num_replicas,
         max_ongoing_requests=64,
         ray_actor_options={"num_cpus": 0},
-        health_check_period_s=2,
+        health_check_period_s=health_check_period(num_replicas),
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=failed_starts(num_replicas),

@@ -26,6 +26,11 @@ def failed_starts(num_replicas: int) -> int:
     return 2 * num_replicas
 
 
+def health_check_period(num_replicas: int, least: float = 2.0) -> float:
+    """Seconds between health checks of a replica: Serve's one controller makes all of them, 50 per second."""
+    return max(least, num_replicas / 50)
+
+
 def of_this_replica(log: Path | None) -> Path | None:
     """Log file of this replica: rank 0 writes to `log`, rank 1 to `<stem>-1.log`, and so on."""
     if log is None:

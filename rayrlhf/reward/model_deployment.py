@@ -10,7 +10,7 @@ from ray import serve
 from rayrlhf.config.reward import ModelSource
 from rayrlhf.placement.memory_turns import loading_turn
 from rayrlhf.placement.replica import SlotChild
-from rayrlhf.placement.serve_status import failed_starts
+from rayrlhf.placement.serve_status import failed_starts, health_check_period
 from rayrlhf.placement.slots import Slots
 from rayrlhf.reward.batching import Batcher
 from rayrlhf.reward.items import Failure, ScoreItem
@@ -80,7 +80,7 @@ def replica_deployment(replica: type[ModelReward], source: ModelSource, argument
         num_replicas=source.num_replicas,
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0},
-        health_check_period_s=5,
+        health_check_period_s=health_check_period(source.num_replicas, least=5),
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=failed_starts(source.num_replicas),

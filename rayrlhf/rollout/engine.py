@@ -22,7 +22,7 @@ from ray.serve.config import RequestRouterConfig
 from rayrlhf.placement.memory_turns import Stage, lease_of
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.replica import SlotChild
-from rayrlhf.placement.serve_status import failed_starts
+from rayrlhf.placement.serve_status import failed_starts, health_check_period
 from rayrlhf.placement.slots import Slots
 from rayrlhf.rollout.failures import EngineDied
 from rayrlhf.samples import EncodedImage
@@ -437,7 +437,7 @@ def rollout_deployment(
         max_ongoing_requests=2 * max_requests,
         request_router_config=router,
         ray_actor_options={"num_cpus": 0},
-        health_check_period_s=2,
+        health_check_period_s=health_check_period(num_engines),
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=2,
         max_constructor_retry_count=failed_starts(num_engines),

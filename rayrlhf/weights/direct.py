@@ -22,6 +22,7 @@ from rayrlhf.weights.transfer_store import LOOPBACK, TransferStore
 
 Answers = list[dict[str, Any]]
 LIVENESS_SECONDS = 2.0  # interval of liveness checks, for engines whose death does not break a connection
+RECEIVERS_PER_SECOND = 50  # that are asked whether they live
 MAX_FAILURES = 2  # consecutive ones, after which all pushes go through the object store
 
 
@@ -191,7 +192,8 @@ class DirectSender:
 
     def _monitor_receivers(self, transfer_group: TransferGroup, store: TransferStore) -> None:
         """End the transfer when a receiver dies: some links would only notice at their deadline."""
-        while not self.finished.wait(LIVENESS_SECONDS):
+        period = max(LIVENESS_SECONDS, len(transfer_group.receivers) / RECEIVERS_PER_SECOND)
+        while not self.finished.wait(period):
             try:
                 answers = self.call_engines("checking that the engines are alive", "describe")
             except TimeoutError:  # alive but slow: its link has its own deadline
