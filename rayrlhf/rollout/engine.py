@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,8 @@ class EngineActor:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def start(self, name: str, lease: str | None = None) -> int:
-        """Build the engine, pull the latest weights and generate once to warm it up. Afterwards it sleeps if
-        it is the trainers' turn.
+        """Build the engine, load what is published and generate once to warm it up. Afterwards it sleeps if it
+        is the trainers' turn. It waits for no weights: trainers may wait until it is up (`engines_sleep`).
 
         Args:
             lease: name of its lease, in the stage "starting".
@@ -117,7 +118,9 @@ class EngineActor:
         if self.weight_store is not None:
             first: Publication = await self._call_store("latest")
             self.version = min(0, first.version) if first.number == 0 else 0  # of the checkpoint
-        await self.catch_up(0)
+        with suppress(ObjectLostError):  # of a trainer that died: the first request waits for its successor
+            async with self.updating:
+                await self._load_newer(0, in_time=False)
         params = {"max_tokens": 2, "temperature": 1.0, "logprobs": 0}
         async for _ in self.stepper.stream([1, 2, 3], [params]):
             pass
