@@ -95,8 +95,8 @@ class EngineActor:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def start(self, name: str, lease: str | None = None) -> int:
-        """Build the engine, load what is published and generate once to warm it up. Afterwards it sleeps if it
-        is the trainers' turn. It waits for no weights: trainers may wait until it is up (`engines_sleep`).
+        """Build the engine, load what is published and generate once to warm it up. Afterwards it sleeps if
+        it is the trainers' turn. It waits for no weights: trainers may wait for it (`engines_sleep`).
 
         Args:
             lease: name of its lease, in the stage "starting".
