@@ -40,6 +40,7 @@ def main() -> None:
             num_engines=config.rollout.num_engines,
             bucket_bytes=config.rollout.weight_sync.bucket_bytes,
             timeout_seconds=config.rollout.weight_sync.timeout_seconds,
+            start_timeout_seconds=config.rollout.start_timeout_seconds,
             gathered=lambda _: nullcontext(),
             gather=lambda items: items,
         )
