@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rayrlhf.data.rows.row import DataError
+from rayrlhf.data.sources.remote import is_url, local_copy
 
 Split = Literal["train", "eval"]
 
@@ -50,11 +51,11 @@ class DataFile:
 def resolve_source(source: str, split: Split, split_name: str | None = None) -> list[DataFile]:
     """The files of `type@path`, or of a bare path whose suffix determines the type, sorted by name.
 
-    The path may be a file, a glob, or a folder. All files of a folder are read unless they are named after
-    splits: then `train` uses train.* and `eval` uses test.*, else eval.*, else validation.*; or the split
-    `split_name`. `owner/name`, also with /configuration and :split, is a data set of the Hugging Face hub if
-    there is no such path; its availability is checked when it is read. Raises `DataError` if nothing matches,
-    listing what exists instead.
+    The path may be a URL (`sources.remote`), which is copied first; a file, a glob, or a folder. All files of
+    a folder are read unless they are named after splits: then `train` uses train.* and `eval` uses test.*,
+    else eval.*, else validation.*; or the split `split_name`. `owner/name`, also with /configuration and
+    :split, is a data set of the Hugging Face hub if there is no such path; its availability is checked when
+    it is read. Raises `DataError` if nothing matches, listing what exists instead.
     """
     names = SPLIT_NAMES[split] if split_name is None else (split_name,)
     if source.startswith("hub@"):
@@ -77,6 +78,8 @@ def hub_id_of(source: str) -> str | None:
     """The id with its suffixes, if a source is a data set of the hub, else None."""
     if source.startswith("hub@"):
         return source[4:] if HUB_ID.fullmatch(source[4:]) else None
+    if is_url(source.rpartition("@")[2]) or is_url(source):
+        return None
     type_, path = _type_and_path(source)
     return source if type_ is None and not os.path.exists(path) and _is_hub_id(source) else None
 
@@ -127,8 +130,8 @@ def _type_and_path(source: str) -> tuple[str | None, str]:
         near = difflib.get_close_matches(head, TYPES, n=1)
         hint = f"did you mean {near[0]}@{tail}?" if near else f"the types are: {', '.join(TYPES)}"
         raise DataError(f"{source}: unknown type {head!r}; {hint}")
-    if re.match(r"[a-z][a-z0-9+.-]*://", path):
-        raise DataError(f"{source}: wanted a local or mounted path, not a URL; copy or mount the data first")
+    if is_url(path):
+        return type_, local_copy(source, path)
     if not path:
         raise DataError(f"{source!r} names no path; wanted type@path, such as jsonl@data/train.jsonl")
     return type_, os.path.abspath(os.path.expanduser(path))

@@ -111,8 +111,8 @@ def test_a_typo_in_the_path_is_answered_with_what_is_there(folder):
         ("jsnl@x", r"unknown type 'jsnl'; did you mean jsonl@x\?"),
         ("zip@x", "unknown type 'zip'; the types are: jsonl, json, csv, parquet, arrow, dataset"),
         ("jsonl@", "names no path"),
-        ("s3://bucket/x.jsonl", "not a URL"),
-        ("jsonl@https://host/x.jsonl", "not a URL"),
+        ("file:///no/such/x.jsonl", "no such file, folder or match"),
+        ("jsonl@file:///no/such/x.jsonl", "no such file, folder or match"),
     ],
 )
 def test_sources_that_cannot_be_meant(source, reason):
