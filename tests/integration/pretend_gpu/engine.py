@@ -74,6 +74,8 @@ class Stepper:
             )
 
     async def release_memory(self) -> int:
+        if self.running:
+            ledger().note(this_gpu(), ENGINE, "fails requests")
         for request in self.running:
             request.set_exception(EngineAsleep("asleep"))
         return sum(give(ENGINE, what) for what in ("kv_cache", "weights"))

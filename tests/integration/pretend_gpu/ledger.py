@@ -60,6 +60,10 @@ class Ledger:
             measuring[:] = [each for each in measuring if each["pid"] != os.getpid()]
             self._note(gpu, who, "has measured", held)
 
+    def note(self, gpu: str, who: str, what: str) -> None:
+        with self._open(gpu) as (held, _):
+            self._note(gpu, who, what, held)
+
     def events(self) -> list[dict[str, Any]]:
         return _lines(self.folder / "events.jsonl")
 
