@@ -22,7 +22,7 @@ from rayrlhf.weights.buckets import flatten, lay_out, plan_buckets
 from tests.tiny_model import make_tiny_model
 
 PROMPT = [1, *range(20, 90)]
-COUNT = 200
+COUNT = 400
 PARAMS = {"max_tokens": COUNT, "temperature": 0.0, "ignore_eos": True, "logprobs": 0}
 
 
@@ -69,7 +69,7 @@ async def probe(folder: str) -> dict[str, Any]:
     before, _ = greedy(model, PROMPT, COUNT)
     assert list((await generated()).token_ids) == before  # and the prompt is in the prefix cache
     running = asyncio.ensure_future(generated())
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     torch.manual_seed(1)
     with torch.no_grad():
