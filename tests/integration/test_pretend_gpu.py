@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NUM_ENGINES, NUM_TRAINERS, NUM_STEPS = 8, 2, 3
 RUN_SECONDS = 600
-REQUEST_SECONDS = 5.0
 
 
 def config_of(folder: Path) -> Any:
@@ -68,7 +67,8 @@ def trainer_pid(run_path: Path) -> int:
 def test_the_sum_never_exceeds_a_gpu_and_nothing_loads_while_an_engine_measures(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     ledger = Ledger(tmp_path / "ledger", CAPACITY)
-    environment = Settings(folder=str(ledger.folder), request_seconds=REQUEST_SECONDS).environment()
+    settings = Settings(folder=str(ledger.folder))
+    environment = settings.environment()
     file, log = tmp_path / "config.yaml", tmp_path / "log"
     file.write_text(dump_resolved(config))
     with (
@@ -83,9 +83,11 @@ def test_the_sum_never_exceeds_a_gpu_and_nothing_loads_while_an_engine_measures(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        # A trainer dies while its requests run: the next one finds them still running.
+        # A trainer dies while its requests run: its successor finds them still running.
         wait_for_line(log, "step 1/3", run)
-        time.sleep(REQUEST_SECONDS / 2)
+        settings.endless.touch()  # the second sample of each group
+        time.sleep(2 * settings.request_seconds)
+        settings.endless.unlink()
         os.kill(trainer_pid(Path(config.run.path)), signal.SIGKILL)
         assert run.wait(RUN_SECONDS) == 0, log.read_text()
     assert ledger.problems() == []

@@ -33,7 +33,12 @@ class Settings:
     folder: str  # of the ledger
     start_seconds: float = 20.0  # of an engine
     load_seconds: float = 2.0  # of any other model
-    request_seconds: float = 0.3
+    request_seconds: float = 2.0
+
+    @property
+    def endless(self) -> Path:
+        """While this file exists, requests that begin do not end by themselves."""
+        return Path(self.folder) / "endless"
 
     def environment(self) -> dict[str, str]:
         """Variables of a cluster and its driver that pretend."""

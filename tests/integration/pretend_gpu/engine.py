@@ -51,7 +51,8 @@ class Stepper:
         for index, params in enumerate(sampling):
             done = loop.create_future()
             self.running.add(done)
-            loop.call_later(settings().request_seconds, _finish, done)
+            if not settings().endless.exists():
+                loop.call_later(settings().request_seconds, _finish, done)
             try:
                 await done
             finally:
