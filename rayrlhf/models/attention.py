@@ -213,7 +213,7 @@ def varlen(
         if share is not None and share.prefixes is not None:
             key, value = (each[:, :, share.prefixes.key_rows] for each in (key, value))
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))  # [tokens, heads, head_dim]
-        return varlen_attn(
+        output: Any = varlen_attn(  # a tuple, if more were asked for
             q,
             k,
             v,
@@ -224,7 +224,8 @@ def varlen(
             scale=kwargs.get("scaling"),
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=q.size(1) != k.size(1),
-        )[None]
+        )
+        return output[None]
 
     if share is None:
         return attend(query, key, value), None

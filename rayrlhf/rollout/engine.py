@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 EXIT_SECONDS = 0.2
 RETRY_SECONDS = 0.2
 Fetched = Sequence[tuple[Sequence[TensorSlice], Any]]  # buckets with their bytes, or None for those of a link
-STICKY_ROUTER = "rayrlhf.rollout.sticky_router.StickyRouter"
+STICKY_ROUTER: Any = "rayrlhf.rollout.sticky_router.StickyRouter"
 WEIGHTS_INVALID = -1  # load was interrupted or memory released: reload whatever is latest
 
 
