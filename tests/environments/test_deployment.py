@@ -65,7 +65,12 @@ class Engines:
     def __init__(self, *failures: Exception) -> None:
         self.failures = list(failures)
         self.requests: list[tuple[list[int], dict[str, Any], int]] = []
+        self.sessions: list[str] = []  # of each request
         self.complete = self
+
+    def options(self, *, session_id: str) -> Engines:
+        self.sessions.append(session_id)
+        return self
 
     def remote(self, prompt_ids: list[int], params: dict[str, Any], min_version: int) -> Any:
         self.requests.append((prompt_ids, params, min_version))
@@ -118,6 +123,14 @@ def test_a_turn_whose_engine_dies_is_retried(make_replica: Any) -> None:
     assert (episode.reward, episode.num_turns, set(episode.policy_versions)) == (3.0, 3, {5})
     # The same tokens with the same seed: only the turn is restarted, not the episode.
     assert disturbed.requests == [undisturbed.requests[0], *undisturbed.requests]
+
+
+def test_the_turns_of_an_episode_have_a_session_of_their_own(make_replica: Any) -> None:
+    engines = Engines()
+    for steps in (3, 2):
+        played(make_replica(engines), steps=steps)
+    first, second = set(engines.sessions[:3]), set(engines.sessions[3:])
+    assert len(engines.sessions) == 5 and len(first) == len(second) == 1 and first != second
 
 
 def test_a_request_that_kills_engines_is_not_retried_forever(make_replica: Any) -> None:
