@@ -114,15 +114,15 @@ def _folder_of(path: str) -> str:
 
 
 def _copy(files: Any, paths: Sequence[str], names: Sequence[str], cache: Path, folder: Path) -> None:
-    """Copy into a folder beside, which then gets the name: an interrupted copy is never used."""
+    """Copy into another folder, which then gets the name: an interrupted copy is never used."""
     from concurrent.futures import ThreadPoolExecutor
 
     cache.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=cache.parent, prefix=f"{cache.name}-"))
+    partial = Path(tempfile.mkdtemp(dir=cache.parent, prefix=f"{cache.name}-"))
     try:
 
         def copy(path: str, name: str) -> None:
-            target = beside / folder.name / name
+            target = partial / folder.name / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with files.open_input_stream(path) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
@@ -130,9 +130,9 @@ def _copy(files: Any, paths: Sequence[str], names: Sequence[str], cache: Path, f
         with ThreadPoolExecutor(COPY_THREADS) as pool:
             list(pool.map(copy, paths, names))
         try:
-            beside.rename(cache)
+            partial.rename(cache)
         except OSError:
             if not cache.exists():  # another process was faster
                 raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
