@@ -34,6 +34,7 @@ MAKERS = {
     "rayrlhf/models/merge.py": "",
     "jobs/demo/model.py": "",
     "rayrlhf/models/lora.py": "writes into the folder of export.py",
+    "rayrlhf/data/sources/remote.py": "a cache in the user's own folder",
 }
 
 
