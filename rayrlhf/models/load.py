@@ -56,12 +56,12 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def load_policy(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> PolicyModel:
     """The actor or the reference, in training mode (`from_pretrained` alone leaves a model in eval mode)."""
-    way = _way_to_compute(config, path, device)
+    setup = _load_setup(config, path, device)
     vision = VisionInputs.of(path, trust_remote_code=config.trust_remote_code)
     kind = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
-    policy = PolicyModel(kind.from_pretrained(local_folder(path), **way.options), chunk_tokens=chunk_tokens)
+    policy = PolicyModel(kind.from_pretrained(local_folder(path), **setup.options), chunk_tokens=chunk_tokens)
     policy.vision = vision
-    return way.prepare(policy).train()
+    return setup.prepare(policy).train()
 
 
 def load_student(
@@ -74,31 +74,31 @@ def load_student(
     beta: float = 0.5,
 ) -> DistillModel:
     """A language model to distil into, in training mode; `divergence` is one of `DISTILL_LOSSES`."""
-    way = _way_to_compute(config, path, device)
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **way.options)
+    setup = _load_setup(config, path, device)
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **setup.options)
     student = DistillModel(causal_lm, chunk_tokens=chunk_tokens, divergence=divergence, beta=beta)
-    return way.prepare(student).train()
+    return setup.prepare(student).train()
 
 
 def load_teacher(config: ModelConfig, path: str, *, device: torch.device, chunk_tokens: int) -> TeacherModel:
     """A language model to distil from: frozen and in eval mode."""
-    way = _way_to_compute(config, path, device)
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **way.options)
-    return way.prepare(TeacherModel(causal_lm, chunk_tokens=chunk_tokens))
+    setup = _load_setup(config, path, device)
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **setup.options)
+    return setup.prepare(TeacherModel(causal_lm, chunk_tokens=chunk_tokens))
 
 
 def load_critic(config: ModelConfig, path: str, *, device: torch.device) -> ValueModel:
     """A critic from a language model (a new head, all values 0) or from a reward model (its score head)."""
-    decoder, head, way = _decoder_and_head(config, path, device)
+    decoder, head, setup = _decoder_and_head(config, path, device)
     critic = ValueModel(decoder, head)
     critic.vision = VisionInputs.of(path, trust_remote_code=config.trust_remote_code)
-    return way.prepare(critic).train()
+    return setup.prepare(critic).train()
 
 
 def load_scorer(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
     """A decoder-style reward model (`AutoModelForSequenceClassification`, one label), in eval mode."""
-    decoder, head, way = _decoder_and_head(config, path, device)
-    return way.prepare(ScoreModel(decoder, head)).eval()
+    decoder, head, setup = _decoder_and_head(config, path, device)
+    return setup.prepare(ScoreModel(decoder, head)).eval()
 
 
 def load_reward_model(config: ModelConfig, path: str, *, device: torch.device) -> ScoreModel:
@@ -111,8 +111,8 @@ def load_reward_model(config: ModelConfig, path: str, *, device: torch.device) -
             f"{path}: transformers has no decoder-style sequence classifier for this architecture, "
             "so a reward model made from it could not be exported; choose another checkpoint"
         )
-    decoder, head, way = _decoder_and_head(config, path, device)
-    return way.prepare(ScoreModel(decoder, head)).train()
+    decoder, head, setup = _decoder_and_head(config, path, device)
+    return setup.prepare(ScoreModel(decoder, head)).train()
 
 
 def load_step_model(
@@ -134,21 +134,21 @@ def load_step_model(
             f"{path}: transformers has no decoder-style token classifier for this architecture, "
             "so a process reward model made from it could not be exported; choose another checkpoint"
         )
-    way = _way_to_compute(config, path, device, head="values")
+    setup = _load_setup(config, path, device, head="values")
     if _is_made_for(path, "ForTokenClassification", trust_remote_code=config.trust_remote_code):
-        model = AutoModelForTokenClassification.from_pretrained(local_folder(path), **way.options)
+        model = AutoModelForTokenClassification.from_pretrained(local_folder(path), **setup.options)
         if model.config.num_labels != 2:
             raise ValueError(
                 f"{path} has {model.config.num_labels} labels; "
                 "a process reward model needs exactly 2, (bad, good)"
             )
-        return way.prepare(StepModel(model.base_model, model.score)).train()
+        return setup.prepare(StepModel(model.base_model, model.score)).train()
     if reward_token_ids is None:
-        decoder = AutoModel.from_pretrained(local_folder(path), **way.options)
-        return way.prepare(StepModel(decoder, _zero_step_head(decoder))).train()
-    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **way.options)
+        decoder = AutoModel.from_pretrained(local_folder(path), **setup.options)
+        return setup.prepare(StepModel(decoder, _zero_step_head(decoder))).train()
+    causal_lm = AutoModelForCausalLM.from_pretrained(local_folder(path), **setup.options)
     model = StepModel(causal_lm.base_model, step_head_of(causal_lm, reward_token_ids))
-    return way.prepare(model).train()
+    return setup.prepare(model).train()
 
 
 def adapt(config: TrainedModelConfig, model: Any, *, device: torch.device, seed: int) -> None:
@@ -187,19 +187,21 @@ def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
 
 def _decoder_and_head(
     config: ModelConfig, path: str, device: torch.device
-) -> tuple[nn.Module, nn.Linear, WayToCompute]:
-    way = _way_to_compute(config, path, device, head="values")
+) -> tuple[nn.Module, nn.Linear, LoadSetup]:
+    setup = _load_setup(config, path, device, head="values")
     if is_sequence_classifier(path, trust_remote_code=config.trust_remote_code):
-        model = AutoModelForSequenceClassification.from_pretrained(local_folder(path), **way.options)
+        model = AutoModelForSequenceClassification.from_pretrained(local_folder(path), **setup.options)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"{path} has {model.config.num_labels} labels; a reward model or critic needs exactly 1"
             )
-        return model.base_model, model.score, way
-    decoder = AutoModel.from_pretrained(local_folder(path), **way.options)
-    head = nn.Linear(decoder.config.get_text_config().hidden_size, 1, bias=False, dtype=way.options["dtype"])
+        return model.base_model, model.score, setup
+    decoder = AutoModel.from_pretrained(local_folder(path), **setup.options)
+    head = nn.Linear(
+        decoder.config.get_text_config().hidden_size, 1, bias=False, dtype=setup.options["dtype"]
+    )
     nn.init.zeros_(head.weight)
-    return decoder, head, way
+    return decoder, head, setup
 
 
 def _zero_step_head(decoder: Any) -> nn.Linear:
@@ -244,24 +246,22 @@ def _is_made_for(path: str, suffix: str, *, trust_remote_code: bool) -> bool:
     return any(name.endswith(suffix) for name in architectures)
 
 
-class WayToCompute(NamedTuple):
-    """How a model is computed in this process."""
+class LoadSetup(NamedTuple):
+    """How a model is loaded and computed in this process."""
 
     streams: Streams
     casts: bool  # whether its linear layers cast the factors of their products
     options: dict[str, Any]  # of `from_pretrained`
 
     def prepare(self, model: M) -> M:
-        """Set the loaded model to it; returns the model."""
+        """Apply it to the loaded model; returns the model."""
         if self.casts:
             cast_linear_layers(model)
         return with_streams(model, self.streams)
 
 
-def _way_to_compute(
-    config: ModelConfig, path: str, device: torch.device, *, head: Head = "policy"
-) -> WayToCompute:
-    """A way in which the model is correct. Raises `ValueError` if there is none."""
+def _load_setup(config: ModelConfig, path: str, device: torch.device, *, head: Head = "policy") -> LoadSetup:
+    """How the model is loaded and computed correctly. Raises `ValueError` if it cannot be."""
     products = choose_products(config, path, device)
     found = _architecture(config, path)
     # For any length: the driver has checked the run's lengths (runtime.architecture_checks).
@@ -281,7 +281,7 @@ def _way_to_compute(
         "attn_implementation": vision_attention(attention) if is_vision_language(found) else attention,
         "trust_remote_code": config.trust_remote_code,
     }
-    return WayToCompute(streams, products is not None and products.casts, options)
+    return LoadSetup(streams, products is not None and products.casts, options)
 
 
 def _architecture(config: ModelConfig, path: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -122,7 +122,8 @@ class Lease:
     async def end(self) -> None:
         if self.renewal is not None:
             self.renewal.cancel()
-        await self.store.end_turn.remote(self.name)
+        with suppress(RayActorError):  # restarting or dead: the lease expires
+            await self.store.end_turn.remote(self.name)
 
     async def _granted(self, stage: Stage) -> bool:
         try:

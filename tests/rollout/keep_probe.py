@@ -36,6 +36,12 @@ def greedy(model: Any, ids: list[int], count: int, cache: Any = None) -> tuple[l
     return ids[len(ids) - count :], cache
 
 
+def _num_generated(stepper: Any) -> int:
+    """Tokens of the running request so far."""
+    requests = stepper._engine.engine_core.engine_core.scheduler.requests.values()
+    return max((request.num_output_tokens for request in requests), default=0)
+
+
 async def probe(folder: str) -> dict[str, Any]:
     path = make_tiny_model(folder)
     settings = engine_settings(
@@ -69,7 +75,8 @@ async def probe(folder: str) -> dict[str, Any]:
     before, _ = greedy(model, PROMPT, COUNT)
     assert list((await generated()).token_ids) == before  # and the prompt is in the prefix cache
     running = asyncio.ensure_future(generated())
-    await asyncio.sleep(0.1)
+    while await stepper._on_thread(lambda: _num_generated(stepper)) < COUNT // 10:
+        await asyncio.sleep(0.001)
     old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     torch.manual_seed(1)
     with torch.no_grad():
@@ -85,12 +92,12 @@ async def probe(folder: str) -> dict[str, Any]:
     _, cache = greedy(model, PROMPT, kept)
     model.load_state_dict(new, strict=False)
     expected, _ = greedy(model, PROMPT + before[:kept], COUNT - kept, cache)
-    anew, _ = greedy(model, PROMPT + before[:kept], COUNT - kept)
+    recomputed, _ = greedy(model, PROMPT + before[:kept], COUNT - kept)
     return {
         "kept": kept,
         "of_old": list(output.token_ids[:kept]) == before[:kept],
         "goes_on": list(output.token_ids[kept:]) == expected,
-        "differs": expected != anew,
+        "differs": expected != recomputed,
         "new_request": list((await generated()).token_ids) == greedy(model, PROMPT, COUNT)[0],
     }
 
