@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field
 
@@ -11,6 +12,7 @@ from rayrlhf.config.base import NaturalNumber, Section, Wanted
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.train import CheckpointConfig, OptimizerConfig
+from rayrlhf.storage.urls import is_url, joined
 
 
 class RunSection(Section):
@@ -21,7 +23,9 @@ class RunSection(Section):
     ]
     """Name of the run; the same name resumes it."""
     dir: str = "runs"
-    """Parent folder of the run folders."""
+    """Parent of the run folders: a folder that all nodes share, or a URL such as s3://bucket/runs."""
+    local_dir: str = "~/.cache/rayrlhf/runs"
+    """With a URL as run.dir: parent of each node's own copies, which has room for a checkpoint."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of data order, sampling and initialisation."""
     resume: Literal["auto", "never"] = "auto"
@@ -29,8 +33,23 @@ class RunSection(Section):
 
     @property
     def path(self) -> str:
-        """The run folder: everything that the run writes is in it."""
-        return str(Path(self.dir) / self.name)
+        """The run folder: everything that the run writes is in it. With a URL as `dir`, this node's copy."""
+        if not is_url(self.dir):
+            return str(Path(self.dir) / self.name)
+        parent = hashlib.sha256(self.dir.encode()).hexdigest()[:12]  # equal names in two buckets
+        return str(Path(self.local_dir).expanduser() / parent / self.name)
+
+    @property
+    def url(self) -> str | None:
+        """The run folder's URL; None if all nodes share a folder."""
+        return joined(self.dir, self.name) if is_url(self.dir) else None
+
+    def absolute(self) -> Self:
+        """With absolute paths, because workers have other working directories."""
+        if is_url(self.dir):
+            local_dir = str(Path(self.local_dir).expanduser().resolve())
+            return self.model_copy(update={"local_dir": local_dir})
+        return self.model_copy(update={"dir": str(Path(self.dir).resolve())})
 
 
 # What may differ from the run that is resumed, if the user allows it; runtime.resume has the keys.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
 
+from rayrlhf.storage.run_file import RunFile
+
+ROWS_FILE, ENDS_FILE = "order.npy", "order-ends.npy"
+Files = tuple[RunFile, RunFile]
 MAX_ROWS = 1 << 26  # of a run, repeats included: half a gigabyte, mapped by workers, and minutes of planning
 AT_FETCH = -1  # micro-batch of the rows of a step that is packed when it is fetched
 
@@ -22,10 +26,10 @@ class PackedOrder(Sequence[np.ndarray]):
     ([4, 2, 0], [[4, 2], [0]], None)
     """
 
-    def __init__(self, rows: np.ndarray, ends: np.ndarray, path: Path | None = None) -> None:
+    def __init__(self, rows: np.ndarray, ends: np.ndarray, files: Files | None = None) -> None:
         self.rows = rows  # [2, rows] int32: row ids, and each one's micro-batch within its step or AT_FETCH
         self.ends = ends  # [steps + 1] int64: where each step begins and the last one ends
-        self.path = path
+        self.files = files  # of rows and ends
 
     @classmethod
     def of(cls, steps: Iterable[tuple[Sequence[int], Sequence[Sequence[int]] | None]]) -> Self:
@@ -39,25 +43,27 @@ class PackedOrder(Sequence[np.ndarray]):
         both = np.stack([np.frombuffer(part, dtype=np.int32) for part in (row_ids, packs_of_rows)])
         return cls(both, np.frombuffer(ends, dtype=np.int64))
 
-    def saved(self, path: str | os.PathLike[str]) -> Self:
-        """The same in a file: what is sent to tasks and workers is its path. They must be able to read it."""
-        file = Path(path).absolute()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for part, values in ((file, self.rows), (_ends_of(file), self.ends)):
-            partial = part.with_suffix(".partial.npy")
+    def saved(self, folder: Path, share: Callable[[str], RunFile] | None = None) -> Self:
+        """The same in two files: what is sent to tasks and workers are their paths.
+
+        `share` is called with the name of each file, and returns where all nodes find it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, values in ((ROWS_FILE, self.rows), (ENDS_FILE, self.ends)):
+            partial = folder / f".{name}.partial.npy"
             np.save(partial, values)
-            partial.rename(part)
-        return type(self).open(file)
+            partial.rename(folder / name)
+        share = share or (lambda name: RunFile(str(folder.absolute() / name)))
+        return type(self).open(share(ROWS_FILE), share(ENDS_FILE))
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        file = Path(path)
-        return cls(np.load(file, mmap_mode="r"), np.load(_ends_of(file)), file)
+    def open(cls, rows: RunFile, ends: RunFile) -> Self:
+        return cls(np.load(os.fspath(rows), mmap_mode="r"), np.load(os.fspath(ends)), (rows, ends))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.path is None:
+        if self.files is None:
             return type(self), (self.rows, self.ends)
-        return type(self).open, (self.path,)
+        return type(self).open, self.files
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -96,7 +102,3 @@ class PackedOrder(Sequence[np.ndarray]):
     def most_rows(self) -> int:
         """Rows of the largest step."""
         return int(np.diff(self.ends).max())
-
-
-def _ends_of(file: Path) -> Path:
-    return file.with_name(f"{file.stem}-ends.npy")

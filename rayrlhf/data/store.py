@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from rayrlhf.data.rows.row import DataError
 from rayrlhf.samples import EncodedImage, Example, Prompt, TokenSequence
+from rayrlhf.storage.run_file import RunFile
 
 IMAGE_FIELDS = [  # in the order of their tokens, the same in every sequence of a row
     pa.field("images", pa.list_(pa.large_binary())),  # as in their files
@@ -52,7 +53,7 @@ class ArrowRows:
     """Random access to rows of an Arrow IPC file without reading the rest."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
         self.schema = reader.schema
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
@@ -101,26 +102,31 @@ class RowStore:
 
     KIND: ClassVar[str] = "a row"  # kind of row, for messages
 
-    def __init__(self, path: Path, rows: ArrowRows) -> None:
+    def __init__(self, file: str | os.PathLike[str], rows: ArrowRows) -> None:
         metadata = rows.schema.metadata or {}
-        self.path = path.absolute()
+        self.file = file if isinstance(file, RunFile) else RunFile(os.path.abspath(file))
+        self.path = Path(self.file.path)
         self.counts: dict[str, int] = json.loads(metadata[COUNTS_KEY])
         self.fingerprint = metadata[FINGERPRINT_KEY].decode()
         self._rows = rows
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, file: str | os.PathLike[str]) -> Self:
         """Memory-maps the store. Raises `DataError` if there is none."""
         try:
-            return cls(Path(path), ArrowRows(path))
+            return cls(file, ArrowRows(file))
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise DataError(f"{path} is not {cls.KIND} store ({error!r}); prepare the data again") from error
+            raise DataError(f"{file} is not {cls.KIND} store ({error!r}); prepare the data again") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self.path,)  # a worker maps the file itself; rows are not serialised
+        return type(self).open, (self.file,)  # a worker maps the file itself; rows are not serialised
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def stored(self, file: RunFile) -> Self:
+        """The same rows where all nodes find them."""
+        return type(self)(file, self._rows)
 
     @property
     def row_bytes(self) -> int:

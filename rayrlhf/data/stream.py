@@ -6,7 +6,6 @@ packed micro-batches. Ray Data carries the plan out, and the workers check that 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from rayrlhf.data.rows.row import DataError
 from rayrlhf.data.store import ExampleStore, PromptStore, examples_of, prompts_of
 from rayrlhf.placement.preload import data_task_options
 from rayrlhf.samples import Example, Prompt
+from rayrlhf.storage.run_file import RunFile
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -35,21 +35,21 @@ MAX_BLOCK_ROWS = 65_536  # of such a run
 
 
 def prompt_dataset(
-    store_path: str | os.PathLike[str], plan: PromptPlan | FixedPlan, start_step: int = 0
+    store: RunFile, plan: PromptPlan | FixedPlan, start_step: int = 0
 ) -> Dataset:
     """The plan from `start_step`, as a data set whose blocks `streaming_split` assigns to ranks round-robin.
 
     Columns: `step`, `rank`, `slot` (0 … prompts_per_step - 1, a prompt's slot for any number of workers) and
-    those of the store. The store must be readable on all nodes that run the tasks. Pass it to a trainer as a
+    those of the store. Pass it to a trainer as a
     function, which Ray Train calls whenever it starts a worker group, so that a restart begins at its
     checkpoint's step; and with `DataConfig(execution_options=ExecutionOptions(preserve_order=True))`, since
     Ray Train drops the option of the data set. Raises `ValueError` if no step is left.
     """
     if not 0 <= start_step < len(plan):
         raise ValueError(f"start_step={start_step} of a plan with {len(plan)} steps")
-    row_bytes = PromptStore.open(store_path).row_bytes
+    row_bytes = PromptStore.open(store).row_bytes
     blocks = step_ranges(start_step, len(plan), plan.world_size, plan.prompts_per_step, row_bytes)
-    return fetched(blocks, partial(_fetch_prompts, os.path.abspath(store_path), plan))
+    return fetched(blocks, partial(_fetch_prompts, store, plan))
 
 
 def step_ranges(
@@ -95,7 +95,7 @@ def fetched(blocks: list[pa.Table], fetch: Callable[[pa.Table], pa.Table]) -> Da
         )
 
 
-def _fetch_prompts(store_path: str, plan: PromptPlan | FixedPlan, block: pa.Table) -> pa.Table:
+def _fetch_prompts(store: RunFile, plan: PromptPlan | FixedPlan, block: pa.Table) -> pa.Table:
     """The store's rows for the slots of a rank in the steps of a block."""
     [(first, last, rank)] = zip(*block.to_pydict().values(), strict=True)
     row_ids = plan.rows(first, last)[:, rank]
@@ -105,7 +105,7 @@ def _fetch_prompts(store_path: str, plan: PromptPlan | FixedPlan, block: pa.Tabl
         "rank": np.full(num_steps * per_rank, rank, dtype=np.int64),
         "slot": np.tile(np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64), num_steps),
     }
-    rows = PromptStore.open(store_path).take(row_ids.reshape(-1).tolist())
+    rows = PromptStore.open(store).take(row_ids.reshape(-1).tolist())
     for name, values in columns.items():
         rows = rows.append_column(name, pa.array(values))
     return rows
@@ -138,7 +138,7 @@ def iter_prompts(
 
 
 def example_dataset(
-    store_path: str | os.PathLike[str],
+    store: RunFile,
     order: Sequence[np.ndarray],
     start_step: int = 0,
     *,
@@ -153,12 +153,12 @@ def example_dataset(
     """
     if not 0 <= start_step < len(order):
         raise ValueError(f"no step from start_step={start_step}")
-    row_bytes = ExampleStore.open(store_path).row_bytes
+    row_bytes = ExampleStore.open(store).row_bytes
     most_rows = order.most_rows if isinstance(order, RowOrder | PackedOrder) else len(order[0])
     blocks = step_ranges(start_step, len(order), world_size, most_rows, row_bytes)
     fetch = partial(
         _fetch_examples,
-        os.path.abspath(store_path),
+        store,
         order,
         world_size=world_size,
         budget_tokens=budget_tokens,
@@ -167,11 +167,11 @@ def example_dataset(
 
 
 def _fetch_examples(
-    store_path: str, order: Sequence[np.ndarray], block: pa.Table, *, world_size: int, budget_tokens: int
+    file: RunFile, order: Sequence[np.ndarray], block: pa.Table, *, world_size: int, budget_tokens: int
 ) -> pa.Table:
     """The rows of a rank for the steps of a block: each column of the store becomes a list per step."""
     [(first, last, rank)] = zip(*block.to_pydict().values(), strict=True)
-    store = ExampleStore.open(store_path)
+    store = ExampleStore.open(file)
     plans = plan_steps(
         order, store.num_tokens, world_size=world_size, budget_tokens=budget_tokens, start=first, stop=last
     )

@@ -44,7 +44,10 @@ from rayrlhf.reward.deployments import reward_app_names, reward_apps
 from rayrlhf.reward.reading import PromptFormat
 from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.rollout.engine_settings import engine_settings
-from rayrlhf.runtime.fingerprint import check_identity, without_operational_keys, write_atomically
+from rayrlhf.runtime.fingerprint import check_identity, without_operational_keys
+from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.folder import DATA_FOLDER, run_folder
+from rayrlhf.storage.run_file import run_file
 from rayrlhf.runtime.preflight import (
     InputError,
     absolute,
@@ -104,7 +107,7 @@ def _check(config: GenerateRunConfig) -> dict[int, UserCode]:
 def with_absolute_paths(config: GenerateRunConfig) -> GenerateRunConfig:
     """Resolve relative paths: workers run in other working directories."""
     changes: dict[str, Any] = {
-        "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())}),
+        "run": config.run.absolute(),
         "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
     }
     if config.generate.output is not None:
@@ -145,7 +148,7 @@ def _run(config: GenerateRunConfig, functions: dict[int, UserCode], console: Con
             prompt_format=_prompt_format(config),
         )
     shards = plan_shards(config.generate.num_rows or len(store), config.generate.rows_per_shard)
-    folder = ShardFolder(run_path / "shards")
+    folder = ShardFolder(run_folder(config.run, "shards"))
     pace = Pace(time.monotonic())
     if pending := folder.pending(shards):
         _answer_all(config, functions, store, folder, shards, pending, pace, console)
@@ -162,12 +165,12 @@ def _prepare_rows(config: GenerateRunConfig, run_path: Path, console: Console) -
         config.data.train,
         config.data,
         config.model.path,
-        run_path / "data" / "rows.arrow",
+        run_path / DATA_FOLDER / "rows.arrow",
         config.run.seed,
         trust_remote_code=config.model.trust_remote_code,
     )
     console.say("rows: " + ", ".join(f"{n} {what}" for what, n in store.counts.items() if n))
-    return store
+    return store.stored(run_file(config.run, f"{DATA_FOLDER}/rows.arrow"))
 
 
 def _identity(config: GenerateRunConfig, store: PromptStore) -> dict[str, Any]:
@@ -227,7 +230,7 @@ def _answer_all(
             config=config,
             run_id=run_id,
             reward_apps=reward_app_names(config.reward, run_id) if config.reward else (),
-            store_path=store.path,
+            store=store.file,
             folder=folder,
             num_workers=num_workers(config, len(pending)),
         )

@@ -17,7 +17,8 @@ from rayrlhf.inference.driver import GENERATIONS, SUMMARY, run_generate
 from rayrlhf.inference.select import Chosen
 from rayrlhf.inference.shards import json_line, read_rows
 from rayrlhf.observe.console import Console
-from rayrlhf.runtime.fingerprint import check_identity, without_operational_keys, write_atomically
+from rayrlhf.runtime.fingerprint import check_identity, without_operational_keys
+from rayrlhf.storage.atomic import write_atomically
 from rayrlhf.runtime.model_checks import check_adapters
 from rayrlhf.runtime.preflight import (
     absolute,
@@ -87,7 +88,7 @@ def _check(config: AnyChain) -> None:
 
 def with_absolute_paths(config: AnyChain) -> AnyChain:
     changes = {
-        "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())}),
+        "run": config.run.absolute(),
         "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
         "reward": absolute_rewards(config.reward),
     }

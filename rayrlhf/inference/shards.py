@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -12,8 +11,8 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.runtime.fingerprint import write_atomically
 from rayrlhf.samples import Prompt, Sample
+from rayrlhf.storage.folder import Folder
 
 PROMPT_TOKENS, RESPONSE_TOKENS = "prompt_tokens", "response_tokens"
 # Columns that are added to a row; with several samples all but the first three are lists.
@@ -57,25 +56,27 @@ def rows_of(shard: Shard, first_row: int, num_stored: int) -> list[int]:
 class ShardFolder:
     """Folder with the files of finished shards."""
 
-    path: Path
-
-    def file(self, shard: Shard) -> Path:
-        return self.path / f"{shard.index:06d}.jsonl"
+    folder: Folder
 
     def pending(self, shards: Sequence[Shard]) -> list[Shard]:
-        return [shard for shard in shards if not self.file(shard).is_file()]
+        finished = self.folder.sizes().keys()
+        return [shard for shard in shards if _file_of(shard) not in finished]
 
     def write(self, shard: Shard, rows: Sequence[dict[str, Any]]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file(shard), "".join(json_line(row) for row in rows))
+        self.folder.write(_file_of(shard), "".join(json_line(row) for row in rows))
+
+    def read(self, shard: Shard) -> bytes:
+        found = self.folder.read(_file_of(shard))
+        if found is None:
+            raise FileNotFoundError(f"{self.folder}/{_file_of(shard)}")
+        return found
 
     def remove(self) -> None:
-        for file in self.path.glob("*"):
-            file.unlink()
-        for file in self.path.glob(".*.partial"):  # left by a start that was killed while writing
-            file.unlink()
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rmdir()
+        self.folder.parent.remove(self.folder.name)
+
+
+def _file_of(shard: Shard) -> str:
+    return f"{shard.index:06d}.jsonl"
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -93,7 +94,7 @@ def merge(folder: ShardFolder, shards: Sequence[Shard], output: Path) -> None:
     partial = output.with_name(f".{output.name}.partial")
     with partial.open("wb") as merged:
         for shard in shards:
-            merged.write(folder.file(shard).read_bytes())
+            merged.write(folder.read(shard))
         merged.flush()
         os.fsync(merged.fileno())
     os.replace(partial, output)

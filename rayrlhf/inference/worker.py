@@ -24,6 +24,7 @@ from rayrlhf.reward.deployments import RewardApp
 from rayrlhf.rollout.background import Background
 from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.samples import Prompt, Sample
+from rayrlhf.storage.run_file import RunFile
 
 RETRY_SECONDS = 1.0
 RESULT_SCHEMA = pa.schema(
@@ -47,7 +48,7 @@ class GenerateJob:
     config: GenerateRunConfig
     run_id: str
     reward_apps: tuple[RewardApp, ...]
-    store_path: Path
+    store: RunFile
     folder: ShardFolder
     num_workers: int
 
@@ -165,7 +166,7 @@ class ShardWorker:
         return pa.Table.from_pylist(results, RESULT_SCHEMA)
 
     def _answer(self, shard: Shard) -> dict[str, Any]:
-        store = PromptStore.open(self.job.store_path)
+        store = PromptStore.open(self.job.store)
         prompts = prompts_of(store.take(rows_of(shard, self.section.first_row, len(store))))
         answered = self.background.run(self._all(prompts))
         failures = [outcome for outcome in answered if isinstance(outcome, str)]

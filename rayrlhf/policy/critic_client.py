@@ -19,15 +19,16 @@ from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.policy.actor_critic import Pending, value_batch
 from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Kind, Part, Request
 from rayrlhf.policy.losses import ValueObjective
+from rayrlhf.train.checkpoint import checkpoint_name
 from rayrlhf.train.collectives import Ranks
 
-SHARDS = "critic"  # folder in the run's folder, next to the actor's checkpoints
+SHARDS = "critic"  # in the run's folder, next to the folder of the actor's checkpoints
 STEP_FILE = "critic.json"  # in the actor's checkpoint: which critic checkpoint belongs to it
 
 
-def critic_folder(config: PolicyRunConfig, step: int) -> Path:
-    """Folder of the critic's shards at a step."""
-    return Path(config.run.path) / SHARDS / f"step_{step:06d}"
+def critic_folder(step: int) -> str:
+    """Name of the folder, in the run's, of the critic's shards at a step."""
+    return f"{SHARDS}/{checkpoint_name(step)}"
 
 
 @dataclass(frozen=True)

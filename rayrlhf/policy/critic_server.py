@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ from rayrlhf.policy.actor_critic import LocalCritic, make_critic
 from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Part, Request
 from rayrlhf.policy.critic_client import critic_folder
 from rayrlhf.policy.job import PolicyJob
+from rayrlhf.storage.folder import on_this_node, run_folder
 from rayrlhf.train import collectives, manifest
 
 
@@ -81,7 +82,7 @@ class CriticWorker:
                 self._save(request.step)
             case "load":
                 self.is_fresh = False
-                self.critic.load(critic_folder(self.config, request.step))
+                self.critic.load(on_this_node(self.config.run, critic_folder(request.step)))
             case "offload":
                 self.critic.offload()
             case "reload":
@@ -120,8 +121,10 @@ class CriticWorker:
 
     def _save(self, step: int) -> None:
         """Save atomically. One more checkpoint is kept than of the actor, whose own is committed later."""
-        folder = critic_folder(self.config, step)
-        own = folder.parent / f".{folder.name}-rank-{self.rank:04d}"
+        name = critic_folder(step)
+        folder = run_folder(self.config.run, name)
+        parent = (Path(self.config.run.path) / name).parent
+        own = parent / f".{folder.name}-rank-{self.rank:04d}"
         shutil.rmtree(own, ignore_errors=True)  # of workers that died
         own.mkdir(parents=True)
         self.critic.save(own)
@@ -129,9 +132,9 @@ class CriticWorker:
         if self.rank > 0:
             return
         kept = self.config.checkpoint.keep + 1
-        for old in sorted(folder.parent.glob("step_??????"))[:-kept]:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(old)
+        steps = [each for each in folder.parent.folders() if each.startswith("step_")]
+        for old in steps[:-kept]:
+            folder.parent.remove(old)
 
 
 def _padding() -> ValueBatch:

@@ -57,6 +57,7 @@ from rayrlhf.runtime.run import (
 )
 from rayrlhf.runtime.run_summary import write_summary
 from rayrlhf.runtime.scratch import locked_scratch
+from rayrlhf.storage.folder import run_folder
 from rayrlhf.weights.backend import ROUTE_DESCRIPTIONS, weight_route
 from rayrlhf.weights.store import Event, WeightStore
 
@@ -121,7 +122,7 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
             slots,
             board=job.board,
             threads=job.threads_per_worker,
-            datasets=training_streams(job, stores, storage=run_path / TRAIN_FOLDER),
+            datasets=training_streams(job, stores, storage=run_folder(config.run, TRAIN_FOLDER)),
         )
         apps = run_apps(job, slots, prepared, threads=threads_of(slots, "rollout"))
         critics = f", {config.num_critic_workers} x critic" if config.critic_is_separate else ""

@@ -17,6 +17,8 @@ from rayrlhf.data.store import PromptStore
 from rayrlhf.data.stream import prompt_dataset, step_ranges
 from rayrlhf.policy.evaluate import eval_plan
 from rayrlhf.policy.job import PolicyJob
+from rayrlhf.storage.folder import DATA_FOLDER, Folder
+from rayrlhf.storage.run_file import run_file
 from rayrlhf.train.checkpoint import newest_first_prompt_batch, newest_step
 
 
@@ -51,14 +53,14 @@ def prepare_stores(config: PolicyRunConfig, run_path: Path, say: Callable[[str],
             sources,
             data,
             config.model.path,
-            run_path / "data" / f"{name}.arrow",
+            run_path / DATA_FOLDER / f"{name}.arrow",
             config.run.seed,
             split=split,
             trust_remote_code=config.model.trust_remote_code,
             as_texts=as_texts,
         )
         say(f"{name} prompts: " + ", ".join(f"{n} {what}" for what, n in store.counts.items() if n))
-        return store
+        return store.stored(run_file(config.run, f"{DATA_FOLDER}/{name}.arrow"))
 
     data = config.data
     train = prepare("train", data.train, data)
@@ -97,7 +99,7 @@ def num_prompt_batches(config: PolicyRunConfig) -> int:
     return config.train.num_steps * per_step + ahead
 
 
-def training_streams(job: PolicyJob, stores: Stores, *, storage: Path) -> dict[str, Any]:
+def training_streams(job: PolicyJob, stores: Stores, *, storage: Folder) -> dict[str, Any]:
     """Ray Data sets by name, for a trainer, as functions that create them. They are called whenever the
     workers (re)start, so that a resumed stream starts at its position.
     """
@@ -115,18 +117,18 @@ def training_streams(job: PolicyJob, stores: Stores, *, storage: Path) -> dict[s
         config.data.shuffle,
     )
 
-    path = stores.train.path  # `Stores` would bring this module, and all that it imports, to the controller
+    file = stores.train.file  # `Stores` would bring this module, and all that it imports, to the controller
 
     def train() -> Any:
-        return prompt_dataset(path, batches, min(newest_first_prompt_batch(storage), len(batches) - 1))
+        return prompt_dataset(file, batches, min(newest_first_prompt_batch(storage), len(batches) - 1))
 
     streams: dict[str, Any] = {"train": train}
     if stores.held_out is not None and job.num_eval_prompts:
         held_out, plan = stores.held_out, FixedPlan(eval_plan(job.num_eval_prompts, workers))
-        streams["eval"] = lambda: prompt_dataset(held_out.path, plan, 0)
+        streams["eval"] = lambda: prompt_dataset(held_out.file, plan, 0)
     if stores.texts is not None:
         assert config.data.ptx is not None
         texts, steps = stores.texts, config.train.num_steps
         order = PromptPlan(len(texts), config.data.ptx.texts_per_step, steps, workers, seed)
-        streams["ptx"] = lambda: prompt_dataset(texts.path, order, min(newest_step(storage), steps - 1))
+        streams["ptx"] = lambda: prompt_dataset(texts.file, order, min(newest_step(storage), steps - 1))
     return streams

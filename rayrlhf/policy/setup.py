@@ -47,6 +47,7 @@ from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.rollout.engine_settings import engine_dtype
 from rayrlhf.runtime.progress import Progress, start_worker
 from rayrlhf.runtime.results import RunResult
+from rayrlhf.storage.folder import stored
 from rayrlhf.samples import Prompt, Sample
 from rayrlhf.train.checkpoint import Saved
 from rayrlhf.train.collectives import Ranks
@@ -287,7 +288,7 @@ class Run:
             state.kl_controller = self.kl.state_dict()
             state.reward_normalizers = self.rewards.combiner.state_dict()
             state.first_prompt_batch = int(self.ranks.min(self.prompts.next_batch))
-            elsewhere = [critic_folder(self.config, state.step)] if self.config.critic_is_separate else []
+            elsewhere = [critic_folder(state.step)] if self.config.critic_is_separate else []
             self.progress.save(self.saved, elsewhere)
 
     def evaluate(self, when: str) -> dict[str, Any]:
@@ -340,7 +341,7 @@ class Run:
         path = Path(self.config.run.path) / name
         with self.progress.phase("export"):
             export_actor(self.actor, self.config, path)
-        return str(path)
+            return stored(self.config.run, name, write=self.ranks.rank == 0)
 
 
 def set_up(job: PolicyJob) -> Run:

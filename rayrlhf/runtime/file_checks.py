@@ -27,9 +27,12 @@ from rayrlhf.data.sources.files import Split, resolve_source
 from rayrlhf.models.folder import Kind, folder_problems, has_chat_template, reader_problems
 from rayrlhf.models.weight_files import BrokenFile
 from rayrlhf.runtime.length_checks import length_problems, length_warnings
+from rayrlhf.storage.folder import RemoteFolder
+from rayrlhf.storage.urls import has_credentials, without_credentials
 
 S = TypeVar("S", bound=Section)
 MIN_FREE_BYTES = 64 * 2**20  # for logs and metrics; an export needs the model's size in addition
+WRITE_TEST = ".write-test"
 ROOM_FOR_NAMES = 512  # in a run's folder, in bytes
 NEW_HEADS = ("rm", "prm")  # jobs that start from a language model or a reward model
 
@@ -161,14 +164,16 @@ def _run_folder(config: Any) -> Iterator[Problem]:
     run = getattr(config, "run", None)
     if run is None:
         return
-    if "\0" in run.dir or run.dir.startswith("~") or "://" in run.dir:
+    if "\0" in run.dir or run.dir.startswith("~"):
         yield Problem(
             "run.dir",
             got=repr(run.dir),
-            wanted="a folder's path (~ is not expanded, and a URL is no folder)",
-            fix="write the path in full; storage that all nodes share is mounted as a folder",
+            wanted="a folder's path (~ is not expanded), or a URL",
+            fix="write the path in full",
         )
         return
+    if run.url is not None:
+        yield from _run_url(config, run.url)
     path = Path(run.path).absolute()
     try:
         existing = path
@@ -194,6 +199,38 @@ def _run_folder(config: Any) -> Iterator[Problem]:
             got=f"{existing} has {free / 2**30:.1f} GiB free",
             wanted=f"{needed / 2**30:.1f} GiB at least, for the export and the logs",
             fix="make room, or choose a run.dir on another disk",
+        )
+
+
+def _run_url(config: Any, url: str) -> Iterator[Problem]:
+    """Problems of a run's folder in an object store."""
+    if hasattr(config, "num_rounds"):
+        yield Problem(
+            "run.dir",
+            got=config.run.dir,
+            wanted="a folder that all nodes share: each round trains the model that the one before has written",
+            fix="mount such storage and name its path",
+        )
+        return
+    if has_credentials(url):
+        yield Problem(
+            "run.dir",
+            got=without_credentials(config.run.dir),
+            wanted="a URL without credentials, which the run would write into its folder",
+            fix="set them in the environment (AWS_ACCESS_KEY_ID, …) or in the provider's own file",
+        )
+        return
+    try:
+        folder = RemoteFolder(url)
+        folder.write(WRITE_TEST, "")
+        folder.remove(WRITE_TEST)
+    except (OSError, ValueError, ImportError) as error:
+        yield Problem(
+            "run.dir",
+            got=f"{config.run.dir}: {error!s:.300}",
+            wanted="a bucket that can be written to, of a known scheme",
+            fix="check the name, the credentials in the environment and, for other servers than the "
+            "provider's own, AWS_ENDPOINT_URL",
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rayrlhf.runtime.preflight import InputError
+from rayrlhf.storage.atomic import write_atomically
 
 MISSING = "nothing"
 # Keys that may change between starts, because they do not affect the rows.
@@ -91,13 +91,3 @@ def _leaves(tree: Any, at: str = "") -> dict[str, Any]:
 
 def _show(leaves: Mapping[str, Any], key: str) -> str:
     return json.dumps(leaves[key], ensure_ascii=False) if key in leaves else MISSING
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it once complete; safe with concurrent writers."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

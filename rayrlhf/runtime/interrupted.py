@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.common import DrivenConfig
+from rayrlhf.storage.folder import run_folder
 from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
 
 AGAIN = "the same command"
@@ -17,7 +17,7 @@ def resume_message(config: DrivenConfig) -> str:
     checkpoint = getattr(any_config, "checkpoint", None)
     if checkpoint is None:  # batch inference and chains: finished parts are in the run's folder
         return f"{AGAIN} resumes with the unfinished parts"
-    step = newest_step(Path(config.run.path) / TRAIN_FOLDER)
+    step = newest_step(run_folder(config.run, TRAIN_FOLDER))
     if step:
         total = any_config.train.num_steps
         return f"{AGAIN} resumes from step {step}" + (f" of {total}" if total else "")

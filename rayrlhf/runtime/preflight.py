@@ -192,9 +192,7 @@ def with_absolute_paths(config: PolicyRunConfig) -> PolicyRunConfig:
     """The config with absolute paths of the run's and the models' folders, because workers have other working
     directories.
     """
-    changes: dict[str, Any] = {
-        "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
-    }
+    changes: dict[str, Any] = {"run": config.run.absolute()}
     for section in ("model", "critic", "ref"):
         part = getattr(config, section)
         if part is not None and part.path is not None:

@@ -21,7 +21,8 @@ from rayrlhf.reward.client import RewardFailure
 from rayrlhf.runtime.reporting import Reporter
 from rayrlhf.runtime.results import RunResult, Stopped
 from rayrlhf.runtime.scratch import scratch_of
-from rayrlhf.train.checkpoint import LoopState, Saved, restore, save
+from rayrlhf.storage.folder import Folder, run_folder
+from rayrlhf.train.checkpoint import TRAIN_FOLDER, LoopState, Saved, restore, save
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.manifest import DamagedCheckpoint
 
@@ -55,6 +56,7 @@ def stops_cleanly(
 class Checkpoints:
     """Saves and restores this rank's checkpoints under Ray Train."""
 
+    storage: Folder
     scratch: Path  # of this start of the run
     fixed: dict[str, Any] = field(default_factory=dict)  # config values required for resuming
 
@@ -72,8 +74,8 @@ class Checkpoints:
     def restore(self, saved: Sequence[Saved]) -> LoopState:
         return restore(saved)
 
-    def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[Path]) -> None:
-        save(state, saved, self.scratch, fixed=self.fixed, elsewhere=elsewhere)
+    def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[str]) -> None:
+        save(state, saved, self.storage, self.scratch, fixed=self.fixed, elsewhere=elsewhere)
 
 
 class Progress:
@@ -122,8 +124,8 @@ class Progress:
         if self.state.step:
             self.announce(f"resuming after step {self.state.step}")
 
-    def save(self, saved: Sequence[Saved], elsewhere: Sequence[Path] = ()) -> None:
-        """Save a checkpoint. Collective. `elsewhere`: folders outside it that belong to it."""
+    def save(self, saved: Sequence[Saved], elsewhere: Sequence[str] = ()) -> None:
+        """Save a checkpoint. Collective. `elsewhere`: other folders in the run's that belong to it."""
         self.keep_time()
         self.checkpoints.save(self.state, saved, elsewhere)
         self.saved_at = time.perf_counter()
@@ -186,5 +188,7 @@ def start_worker(
     products = choose_products(config.model, config.model.path, ranks.device)
     if products is not None and products.bf16:
         reporter.say(0, f"{products}")
-    checkpoints = Checkpoints(scratch_of(Path(config.run.path), run_id), fixed)
+    checkpoints = Checkpoints(
+        run_folder(config.run, TRAIN_FOLDER), scratch_of(Path(config.run.path), run_id), fixed
+    )
     return Progress(config, ranks, reporter, checkpoints)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import xxhash
 from rayrlhf.config.common import JobConfig
 from rayrlhf.runtime.fingerprint import without_operational_keys
 from rayrlhf.runtime.preflight import InputError
+from rayrlhf.storage.folder import Folder, run_folder
+from rayrlhf.train.checkpoint import TRAIN_FOLDER
 from rayrlhf.train.find import Found, Search, search, write_record
 
-CHECKPOINTS = "checkpoints"  # Ray Train's folder in the run's folder
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a large file, for its fingerprint
 Say = Callable[[str], None]
 
@@ -156,8 +156,8 @@ def select_checkpoint(config: JobConfig, say: Say) -> Found | None:
     if newest is not None and (later or found.record_problem):
         say(f"resuming from step {newest.step}, the newest intact checkpoint")
     for name in found.damaged.keys() - later.keys():  # superseded by a newer one
-        shutil.rmtree(storage / name, ignore_errors=True)
-    if storage.is_dir():
+        storage.remove(name)
+    if storage.exists():
         write_record(storage, found)
     return newest
 
@@ -185,10 +185,10 @@ def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | No
     """
     saved = found.metrics.get("fixed")
     if saved is None:
-        if any(found.folder.glob("*/layout.json")):
+        if any(name.endswith("/layout.json") for name in found.folder.sizes()):
             return [f"the settings of {found.folder.name} are not recorded, so they are not compared"]
         raise InputError(
-            f"the checkpoint of step {found.step} in {config.run.path} was saved by an earlier version, "
+            f"the checkpoint of step {found.step} in {config.run.url or config.run.path} was saved by an earlier version, "
             "which this one cannot resume. Fix: choose another run.name, and start from that run's export"
         )
     now = fixed_values(config, prepared)
@@ -201,7 +201,7 @@ def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | No
     refused = [key for key in changed if FIXED[key] not in config.run.allow_changes]
     if refused:
         raise InputError(
-            f"{config.run.path} holds a checkpoint of step {found.step} that was trained with other "
+            f"{config.run.url or config.run.path} holds a checkpoint of step {found.step} that was trained with other "
             "settings:\n" + "\n".join(f"  {changed[key]}. Fix: {_fix(key)}" for key in refused)
         )
     return list(changed.values())
@@ -228,7 +228,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_policy(config: JobConfig, found: Search) -> None:
-    path = config.run.path
+    path = config.run.url or config.run.path
     if config.run.resume == "never" and (found.whole or found.damaged):
         step = "damaged checkpoints" if found.newest is None else f"a checkpoint of step {found.newest.step}"
         raise InputError(
@@ -243,5 +243,5 @@ def _check_policy(config: JobConfig, found: Search) -> None:
         )
 
 
-def _storage(config: JobConfig) -> Path:
-    return Path(config.run.path) / CHECKPOINTS
+def _storage(config: JobConfig) -> Folder:
+    return run_folder(config.run, TRAIN_FOLDER)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import signal
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,7 @@ from rayrlhf.runtime.file_checks import check_files
 from rayrlhf.runtime.hub_models import fetch_here, fetch_on_nodes, pin, shared_access
 from rayrlhf.runtime.interrupted import resume_message
 from rayrlhf.runtime.local_ray import LocalRay
+from rayrlhf.runtime.mirror import Mirror, mirror_of
 from rayrlhf.runtime.prefix_checks import with_prefixes_shared
 from rayrlhf.runtime.preflight import InputError, check_precision
 from rayrlhf.runtime.process_environment import set_process_environment
@@ -62,6 +63,8 @@ from rayrlhf.runtime.ray_session import DeploymentFailed, ray_session
 from rayrlhf.runtime.results import RunResult, Stopped
 from rayrlhf.runtime.run_lock import run_lock
 from rayrlhf.runtime.worker_failures import WorkerFailures
+from rayrlhf.storage.file_systems import file_system
+from rayrlhf.storage.folder import run_folder
 from rayrlhf.train import process_group
 from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
 from rayrlhf.untrusted_text import guard_terminal, last_line, traceback_text
@@ -106,6 +109,7 @@ class DriverRun:
         set_process_environment()
         self.config = config
         self.started = started
+        self.mirror: Mirror | None = None
         self.console = Console(config.observe.console)
         self.exit_code = 0
         self._previous = signal.getsignal(signal.SIGTERM)
@@ -115,6 +119,9 @@ class DriverRun:
         """The config with hub ids pinned to commits. Raises one of `INPUT_ERRORS` for unusable files."""
         check_files(config)
         check_wandb(config)
+        self.mirror = mirror_of(config.run)
+        if self.mirror is not None:
+            self.mirror.fetch(self.console.say)
         return pin(config, self.console.say)
 
     def check_models(self, config: C) -> C:
@@ -131,6 +138,7 @@ class DriverRun:
         run_path = Path(config.run.path)
         with (
             run_lock(run_path) as warning,
+            nullcontext() if self.mirror is None else self.mirror.running(self.console.say),
             ray_messages_in(run_path / RAY_LOG),
             ray_session(NAMESPACE, self.started) as where,
             shared_access(config),
@@ -156,6 +164,8 @@ class DriverRun:
     ) -> bool:
         try:
             code = None if error is None else self._explain(error)
+            if self.mirror is not None and self.mirror.copied:  # what explains the error
+                self.mirror.close(self.console.say)
         finally:
             signal.signal(signal.SIGTERM, self._previous)
         if code is None:
@@ -297,7 +307,7 @@ def make_trainer(
         ),
         run_config=RunConfig(
             name=folder,
-            storage_path=str(config.run.path),
+            **_storage(config),
             failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             worker_runtime_env={
@@ -308,13 +318,21 @@ def make_trainer(
                     board,
                     role=role,
                     max_failures=config.train.max_failures,
-                    saved_step=newest_step(Path(config.run.path) / folder),
+                    saved_step=newest_step(run_folder(config.run, folder)),
                 )
             ],
         ),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     )
+
+
+def _storage(config: JobConfig) -> dict[str, Any]:
+    """Ray Train's arguments for the run's folder."""
+    if config.run.url is None:
+        return {"storage_path": config.run.path}
+    files, path = file_system(config.run.url)  # opened here: Ray knows only the schemes of Arrow
+    return {"storage_path": path, "storage_filesystem": files}
 
 
 def fit(trainer: SlotTorchTrainer) -> Any:

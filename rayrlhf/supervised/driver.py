@@ -51,6 +51,8 @@ from rayrlhf.runtime.scratch import locked_scratch
 from rayrlhf.supervised.job import SupervisedJob
 from rayrlhf.supervised.loop import supervised_worker
 from rayrlhf.supervised.reference_table import RefTable, is_whole, table_path
+from rayrlhf.storage.folder import DATA_FOLDER, Folder, run_folder
+from rayrlhf.storage.run_file import fetched, run_file
 from rayrlhf.train.checkpoint import newest_step
 from rayrlhf.train.frozen_server import teacher_deployment
 
@@ -94,7 +96,7 @@ def _train(config: SupervisedConfig, console: Console) -> Path:
     warn_invalid_generation_config(config.model, console.say)
     stores = _prepare_stores(config, run_path, console.say)
     fixed = check_unchanged(config, newest, {"data.train": stores.train.fingerprint}, console.say)
-    order = _order(config, stores.train, run_path, console.say)
+    order = _order(config, stores.train, console.say)
     config = config.model_copy(update={"train": config.train.with_steps(len(stores.train), len(order))})
     start_folder(config)  # now with the number of steps
     with (
@@ -122,7 +124,7 @@ def _train(config: SupervisedConfig, console: Console) -> Path:
             slots,
             board=job.board,
             threads=job.threads_per_worker,
-            datasets=_streams(job, stores, needed, run_path / TRAIN_FOLDER),
+            datasets=_streams(job, stores, needed, run_folder(config.run, TRAIN_FOLDER)),
         )
         console.say(f"starting {config.train.num_workers} x trainer")
         if isinstance(config, KdRunConfig) and config.teacher.location == "serve":
@@ -157,19 +159,19 @@ def _prepare_stores(config: SupervisedConfig, run_path: Path, say: Callable[[str
             config.data.sources_of(split),
             config.data,
             config.model.path,
-            run_path / "data" / f"{split}.arrow",
+            run_path / DATA_FOLDER / f"{split}.arrow",
             config.run.seed,
             split=split,
             trust_remote_code=config.model.trust_remote_code,
         )
         say(f"{split} samples: " + ", ".join(f"{n} {what}" for what, n in store.counts.items() if n))
-        return store
+        return store.stored(run_file(config.run, f"{DATA_FOLDER}/{split}.arrow"))
 
     return Stores(train=prepare("train"), held_out=prepare("eval") if config.data.has_eval else None)
 
 
 def _order(
-    config: SupervisedConfig, store: ExampleStore, run_path: Path, say: Callable[[str], None]
+    config: SupervisedConfig, store: ExampleStore, say: Callable[[str], None]
 ) -> StepOrder:
     """The rows of every training step; warns of steps that cannot be as they are wanted."""
     train = config.train
@@ -193,7 +195,12 @@ def _order(
             f"warning: data.train has {int(num_tokens.sum())} tokens, fewer than train.tokens_per_step="
             f"{train.tokens_per_step}: a step has all samples once"
         )
-    return order.saved(run_path / "data" / "order.npy") if isinstance(order, PackedOrder) else order
+    return _saved(order, config) if isinstance(order, PackedOrder) else order
+
+
+def _saved(order: PackedOrder, config: SupervisedConfig) -> PackedOrder:
+    folder = Path(config.run.path) / DATA_FOLDER
+    return order.saved(folder, lambda name: run_file(config.run, f"{DATA_FOLDER}/{name}"))
 
 
 def _held_out_rows(config: SupervisedConfig, stores: Stores) -> np.ndarray:
@@ -217,7 +224,8 @@ def _ref_tables(
     tables: dict[str, RefTable] = {}
     for split, store in stores.by_split():
         rows = needed[split]()
-        file = table_path(run_path / "data", split, store.fingerprint, rows, path)
+        table = table_path(run_path / DATA_FOLDER, split, store.fingerprint, rows, path)
+        file = fetched(config.run, f"{DATA_FOLDER}/{table.name}")
         if file.is_file() and not is_whole(file):
             say(f"warning: {file.name} is damaged: the reference is computed again")
             file.unlink()
@@ -232,7 +240,7 @@ def _num_sampled(config: SupervisedConfig, stores: Stores) -> int:
 
 
 def _streams(
-    job: SupervisedJob, stores: Stores, needed: Mapping[str, Callable[[], np.ndarray]], storage: Path
+    job: SupervisedJob, stores: Stores, needed: Mapping[str, Callable[[], np.ndarray]], storage: Folder
 ) -> dict[str, Any]:
     """Ray Data sets by name, for the trainer, as functions that create them. They are called whenever the
     workers (re)start, so that a resumed stream starts at its position.
@@ -242,7 +250,7 @@ def _streams(
 
     def stream(store: ExampleStore, steps: Sequence[np.ndarray], start: int = 0) -> Any:
         return example_dataset(
-            store.path,
+            store.file,
             steps,
             start,
             world_size=config.train.num_workers,
@@ -280,9 +288,7 @@ def with_absolute_paths(config: SupervisedConfig) -> SupervisedConfig:
     """The config with absolute paths of the run's and the models' folders, because workers have other working
     directories.
     """
-    changes: dict[str, Any] = {
-        "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
-    }
+    changes: dict[str, Any] = {"run": config.run.absolute()}
     for key, path in _model_paths(config):
         section = key.partition(".")[0]
         if Path(path).is_dir():  # a hub id is kept

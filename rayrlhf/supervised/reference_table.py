@@ -78,15 +78,15 @@ class FrozenReference:
         self,
         split: str,
         path: Path,
-        steps: Iterable[tuple[int, list[list[Example]]]],
+        steps: Iterable[tuple[int, list[list[Example]]]] | None,
         on_progress: Callable[[int], None],
     ) -> None:
-        """Load the split's table from `path`, or compute it in one pass over the rows that are needed.
-        Collective.
+        """Load the split's table from `path`, or compute it in one pass over the rows that are needed, `steps`,
+        and rank 0 saves it. Collective.
 
         `on_progress` is called with the number of rows that this rank has done.
         """
-        if path.is_file():
+        if steps is None:
             self.tables[split] = torch.from_numpy(np.load(path, allow_pickle=False))
             return
         self.model = self.model or self._load()

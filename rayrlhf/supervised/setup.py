@@ -25,6 +25,8 @@ from rayrlhf.supervised.prm import StepRewardTask
 from rayrlhf.supervised.rm import RewardModelTask
 from rayrlhf.supervised.sft import SftTask
 from rayrlhf.supervised.task import MicroBatches, Task, TaskSetting
+from rayrlhf.storage.folder import DATA_FOLDER, stored
+from rayrlhf.storage.run_file import fetched, run_file
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.random_states import RandomStates
 
@@ -65,14 +67,18 @@ class SupervisedRun:
             return
         with self.progress.phase("reference"):
             for split, (file, num_rows) in self.job.ref_tables.items():
-                steps = () if Path(file).is_file() else self.stream(f"ref_{split}", 0)
+                path = fetched(self.config.run, f"{DATA_FOLDER}/{Path(file).name}")
+                is_there = self.ranks.min(float(path.is_file())) > 0
+                steps = None if is_there else self.stream(f"ref_{split}", 0)
                 total = f"{-(-num_rows // self.ranks.world_size)} samples ({split})"
                 reference.fill(
                     split,
-                    Path(file),
+                    path,
                     steps,
                     lambda done, total=total: self.progress.say(f"reference {done}/{total}"),
                 )
+                if not is_there and self.ranks.rank == 0:
+                    run_file(self.config.run, f"{DATA_FOLDER}/{path.name}")
             reference.forget_model()
 
     def steps(self) -> Iterator[tuple[int, list[list[Example]]]]:
@@ -205,7 +211,7 @@ class SupervisedRun:
         path = Path(self.config.run.path) / name
         with self.progress.phase("export"):
             self.task.export(path)
-        return str(path)
+            return stored(self.config.run, name, write=self.ranks.rank == 0)
 
 
 def set_up(job: SupervisedJob) -> SupervisedRun:

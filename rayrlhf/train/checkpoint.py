@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,12 +12,14 @@ from typing import Any, Protocol
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
+from rayrlhf.storage.folder import Folder, LocalFolder, RemoteFolder
 from rayrlhf.train import collectives, manifest
 
 STATE_FILE = "state.json"
 TRAIN_FOLDER = "checkpoints"  # Ray Train's storage, in the run's folder
 RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's own list of checkpoints
 ELSEWHERE = "elsewhere"  # manifest key: folders outside the checkpoint, relative to the folder of checkpoints
+PARENT = "../"  # … so that they begin with this
 
 
 class Saved(Protocol):
@@ -53,32 +54,32 @@ class LoopState:
 def save(
     state: LoopState,
     saved: Sequence[Saved],
+    storage: Folder,
     scratch: Path,
     *,
     fixed: Mapping[str, Any],
-    elsewhere: Sequence[Path] = (),
+    elsewhere: Sequence[str] = (),
 ) -> None:
-    """Write a checkpoint into the run's storage atomically. Collective.
+    """Write a checkpoint atomically. Collective.
 
     Args:
-        fixed: config values with which alone the checkpoint can be resumed.
-        elsewhere: folders outside the checkpoint that belong to it and have their own manifest.
+        storage: Ray Train's folder of checkpoints.
         scratch: folder used by this start only; files left there by workers that died are removed.
+        fixed: config values with which alone the checkpoint can be resumed.
+        elsewhere: folders outside the checkpoint that belong to it and have their own manifest, as names in
+            the run's folder.
     """
     own = _own_folder(scratch, state.step)
     for item in saved:
         item.save(own)
     if collectives.rank() == 0:
         (own / STATE_FILE).write_text(json.dumps(asdict(state)))
-    context: Any = ray.train.get_context().get_storage()
-    storage = Path(context.experiment_fs_path)
-    folder = storage / checkpoint_name(state.step)
+    folder = storage.child(checkpoint_name(state.step))
     metrics = {"step": state.step, "first_prompt_batch": state.first_prompt_batch, "fixed": dict(fixed)}
-    paths = [os.path.relpath(path, storage) for path in elsewhere]
-    manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: paths})
+    manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: [PARENT + name for name in elsewhere]})
     ray.train.report(
         metrics,
-        checkpoint=Checkpoint.from_directory(str(folder)),
+        checkpoint=_of_ray(folder),
         checkpoint_dir_name=folder.name,
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is in the storage already
     )
@@ -86,14 +87,22 @@ def save(
         clear(scratch)
 
 
+def _of_ray(folder: Folder) -> Checkpoint:
+    if isinstance(folder, RemoteFolder):
+        return Checkpoint(folder.path, folder.files)
+    return Checkpoint.from_directory(str(folder))
+
+
 def _own_folder(scratch: Path, step: int) -> Path:
     """Create an empty folder for this rank."""
+    of_rank = f"-rank-{collectives.rank():04d}"
     if collectives.rank() == 0:
         clear(scratch)
-        scratch.mkdir(parents=True, exist_ok=True)
     collectives.max_over_ranks(0.0)  # barrier: no rank writes before the folder is cleared
-    own = scratch / f"{checkpoint_name(step)}-rank-{collectives.rank():04d}"
-    own.mkdir()
+    for left in scratch.glob(f"*{of_rank}"):  # on a disk of its node's own, which rank 0 does not see
+        shutil.rmtree(left, ignore_errors=True)
+    own = scratch / f"{checkpoint_name(step)}{of_rank}"
+    own.mkdir(parents=True)
     return own
 
 
@@ -128,8 +137,9 @@ def _check(folder: Path) -> None:
     """
     from rayrlhf.train.safe_load import unsafe_files  # here, because it imports DeepSpeed: not on the driver
 
-    found = manifest.read(folder) if collectives.rank() == 0 else None
-    why = found and manifest.damage(folder, found["files"], full=False)
+    local = LocalFolder(folder)
+    found = manifest.read(local) if collectives.rank() == 0 else None
+    why = found and manifest.damage(local, found["files"], full=False)
     [why, *_] = collectives.gather_lists([why])
     if why:
         fix = "Fix: the same command resumes from the newest intact checkpoint"
@@ -157,21 +167,21 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def newest_step(storage: Path) -> int:
+def newest_step(storage: Folder) -> int:
     """The step of the newest committed checkpoint under a Ray Train run's folder; 0 when there is none."""
     return _newest_metrics(storage)["step"]
 
 
-def newest_first_prompt_batch(storage: Path) -> int:
+def newest_first_prompt_batch(storage: Folder) -> int:
     """The prompt batch at which the newest committed checkpoint resumes; 0 when there is none."""
     metrics = _newest_metrics(storage)
     return metrics["first_prompt_batch"] if "first_prompt_batch" in metrics else metrics["first_draw"]
 
 
-def _newest_metrics(storage: Path) -> dict[str, Any]:
+def _newest_metrics(storage: Folder) -> dict[str, Any]:
     """Metrics reported with the newest checkpoint, from Ray Train's own record, which the driver has repaired
     (`train.find`).
     """
-    record = storage / RECORD
-    newest = json.loads(record.read_text()).get("latest_checkpoint_result") if record.is_file() else None
+    record = storage.read(RECORD)
+    newest = json.loads(record).get("latest_checkpoint_result") if record else None
     return newest["metrics"] if newest else {"step": 0, "first_prompt_batch": 0}

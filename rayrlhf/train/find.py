@@ -8,7 +8,6 @@ rewritten from them.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 import ray
 
+from rayrlhf.storage.folder import Folder
 from rayrlhf.train import manifest
-from rayrlhf.train.checkpoint import ELSEWHERE, RECORD, STATE_FILE
+from rayrlhf.train.checkpoint import ELSEWHERE, PARENT, RECORD, STATE_FILE
 
 NAME = re.compile(r"step_(\d{6,})")
 
@@ -27,7 +27,7 @@ class Found:
     """An intact checkpoint."""
 
     step: int
-    folder: Path
+    folder: Folder
     metrics: dict[str, Any]  # as reported with it: step, first_prompt_batch, and perhaps fixed
     has_manifest: bool
 
@@ -45,7 +45,7 @@ class Search:
         return self.whole[0] if self.whole else None
 
 
-def search(storage: Path, *, full: bool = False, say: manifest.Say | None = None) -> Search:
+def search(storage: Folder, *, full: bool = False, say: manifest.Say | None = None) -> Search:
     """Check every checkpoint in Ray Train's folder.
 
     Args:
@@ -54,15 +54,14 @@ def search(storage: Path, *, full: bool = False, say: manifest.Say | None = None
     """
     recorded, problem = _recorded(storage)
     found = Search(record_problem=problem)
-    names = {path.name: path for path in storage.glob("step_*") if path.is_dir() and _step(path.name)}
-    every: set[str] = names.keys() | (recorded or {}).keys()
+    names = set(filter(_step, storage.folders()))
+    every: set[str] = names | (recorded or {}).keys()
     for name in sorted(every, key=_step, reverse=True):
-        folder = names.get(name)
-        if folder is None:
+        if name not in names:
             found.damaged[name] = f"the folder is gone ({RECORD} names it)"
             continue
         try:
-            whole = _check_folder(folder, recorded, full=full and not found.whole, say=say)
+            whole = _check_folder(storage.child(name), recorded, full=full and not found.whole, say=say)
         except ValueError as error:
             found.damaged[name] = str(error)
             continue
@@ -77,27 +76,27 @@ def _step(name: str) -> int:
 
 
 def _check_folder(
-    folder: Path, recorded: dict[str, dict[str, Any]] | None, *, full: bool, say: manifest.Say | None
+    folder: Folder, recorded: dict[str, dict[str, Any]] | None, *, full: bool, say: manifest.Say | None
 ) -> Found | None:
     """None for a checkpoint that was never finished. Raises `ValueError` saying what is damaged."""
     about = manifest.read(folder)
     step = _step(folder.name)
     if about is None:
-        if recorded is not None and folder.name not in recorded:
-            return None  # by a version that had Ray Train copy checkpoints: the copy was interrupted
-        _raise(manifest.damage_without_manifest(folder))
+        if folder.is_remote or (recorded is not None and folder.name not in recorded):
+            return None  # its upload was interrupted, or the copy of a version that had Ray Train copy it
+        _raise(manifest.damage_without_manifest(Path(str(folder))))
         metrics = _metrics_of_state(folder) | (recorded or {}).get(folder.name, {})
         return Found(step, folder, metrics, has_manifest=False)
     _raise(manifest.damage(folder, about["files"], full=full, say=say))
     for name in about.get(ELSEWHERE, []):
-        _check_elsewhere(folder.parent / name, full=full, say=say)
+        _check_elsewhere(folder.parent.parent.child(name.removeprefix(PARENT)), full=full, say=say)
     return Found(step, folder, about["metrics"], has_manifest=True)
 
 
-def _check_elsewhere(folder: Path, *, full: bool, say: manifest.Say | None) -> None:
+def _check_elsewhere(folder: Folder, *, full: bool, say: manifest.Say | None) -> None:
     """Check a folder outside the checkpoint that belongs to it. Raises `ValueError`."""
     where = f"{folder.parent.name}/{folder.name}"
-    if not folder.is_dir():
+    if not folder.exists():
         raise ValueError(f"{where}, which belongs to it, is gone")
     about = manifest.read(folder)
     if about is None:
@@ -111,22 +110,22 @@ def _raise(problem: str | None) -> None:
         raise ValueError(problem)
 
 
-def _metrics_of_state(folder: Path) -> dict[str, Any]:
+def _metrics_of_state(folder: Folder) -> dict[str, Any]:
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
+        state = json.loads(folder.read(STATE_FILE) or "")
         first = state.get("first_prompt_batch", state.get("first_draw", 0))
         return {"step": state["step"], "first_prompt_batch": first}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{STATE_FILE} cannot be read ({error!r})") from error
 
 
-def _recorded(storage: Path) -> tuple[dict[str, dict[str, Any]] | None, str | None]:
+def _recorded(storage: Folder) -> tuple[dict[str, dict[str, Any]] | None, str | None]:
     """The metrics of the checkpoints in Ray Train's record, by folder name; or None and what is wrong."""
-    path = storage / RECORD
-    if not path.is_file():
-        return None, f"{RECORD} is missing" if any(storage.glob("step_*")) else None
     try:
-        record = json.loads(path.read_text())
+        text = storage.read(RECORD)
+        if text is None:
+            return None, f"{RECORD} is missing" if any(map(_step, storage.folders())) else None
+        record = json.loads(text)
         results = [*record["checkpoint_results"]]
         if record["latest_checkpoint_result"] is not None:
             results.append(record["latest_checkpoint_result"])
@@ -135,7 +134,7 @@ def _recorded(storage: Path) -> tuple[dict[str, dict[str, Any]] | None, str | No
         return None, f"{RECORD} cannot be read ({error!r})"
 
 
-def write_record(storage: Path, found: Search) -> None:
+def write_record(storage: Folder, found: Search) -> None:
     """Rewrite Ray Train's record from the intact checkpoints if it differs. When more than `checkpoint.keep`
     are recorded, Ray Train removes the oldest at its next save.
     """
@@ -144,7 +143,7 @@ def write_record(storage: Path, found: Search) -> None:
     if problem is None and list(recorded or {}) == names and (not names or _is_of_this_ray(storage)):
         return
     if not names:
-        (storage / RECORD).unlink(missing_ok=True)
+        storage.remove(RECORD)
         return
     results = [
         {"version": 0, "checkpoint_dir_name": checkpoint.folder.name, "metrics": checkpoint.metrics}
@@ -162,11 +161,9 @@ def write_record(storage: Path, found: Search) -> None:
         "timed_out_validation_checkpoint_dir_names": [],
         "failed_validation_checkpoint_dir_names": [],
     }
-    partial = storage / f".{RECORD}.partial"
-    partial.write_text(json.dumps(record))
-    os.replace(partial, storage / RECORD)
+    storage.write(RECORD, json.dumps(record))
 
 
-def _is_of_this_ray(storage: Path) -> bool:
+def _is_of_this_ray(storage: Folder) -> bool:
     """Whether the installed Ray wrote the record: Ray Train refuses another version's."""
-    return json.loads((storage / RECORD).read_text()).get("ray_version") == ray.__version__
+    return json.loads(storage.read(RECORD) or "{}").get("ray_version") == ray.__version__

@@ -18,14 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
-import xxhash
-
+from rayrlhf.storage.folder import Folder, LocalFolder, RemoteFolder
 from rayrlhf.train import collectives
 
 MANIFEST = "manifest.json"
 VERSION = 1
 SMALL_BYTES = 2**20  # up to here, checking a file's contents costs no more than opening it
-PIECE_BYTES = 2**22
 READERS = min(8, os.cpu_count() or 1)
 PROGRESS_SECONDS = 10.0
 
@@ -43,31 +41,40 @@ class File(TypedDict):
 
 def files_of(folder: Path) -> dict[str, File]:
     """Every file below `folder`, by its relative path."""
-    return {
-        path.relative_to(folder).as_posix(): File(bytes=path.stat().st_size, xxh3=checksum(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    local = LocalFolder(folder)
+    return {name: File(bytes=size, xxh3=local.checksum(name)) for name, size in local.sizes().items()}
 
 
-def checksum(path: Path, on_read: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """Hash of a file's contents; `on_read` is called with the number of bytes of each piece read."""
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            on_read(count)
-    return digest.hexdigest()
-
-
-def commit(own: Path, folder: Path, about: Mapping[str, Any]) -> None:
-    """Move the files of every rank's `own` folder into `folder`, atomically, with a manifest. Collective.
+def commit(own: Path, folder: Folder, about: Mapping[str, Any]) -> None:
+    """Bring the files of every rank's `own` folder into `folder`, with a manifest: all, or none that a reader
+    regards as a checkpoint. Collective.
 
     Args:
-        own: this rank's folder; those of all ranks have one parent, on the file system of `folder`.
+        own: this rank's folder; those of all ranks have one parent, on the file system of a local `folder`.
         about: further fields of the manifest.
     """
+    if isinstance(folder, RemoteFolder):
+        _upload(own, folder, about)
+    else:
+        _move(own, Path(str(folder)), about)
+    collectives.max_over_ranks(0.0)  # barrier: all can read it
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def _upload(own: Path, folder: RemoteFolder, about: Mapping[str, Any]) -> None:
+    """The manifest comes last: a folder without one is no checkpoint."""
+    files = files_of(own)
+    if collectives.rank() == 0:
+        folder.parent.remove(folder.name)  # damaged, or of workers that died before it was complete
+    collectives.max_over_ranks(0.0)  # barrier: nothing is removed from here on
+    folder.upload(own, files)
+    everything = _of_all_ranks(files)
+    if collectives.rank() == 0:
+        folder.write(MANIFEST, _text(everything, about))
+
+
+def _move(own: Path, folder: Path, about: Mapping[str, Any]) -> None:
+    """The folder gets its name when it is complete."""
     rank = collectives.rank()
     files = files_of(own)
     partial = own.parent / f"{folder.name}.partial"
@@ -79,33 +86,41 @@ def commit(own: Path, folder: Path, about: Mapping[str, Any]) -> None:
         target = partial / name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(own / name, target)
-    everything = {name: file for part in collectives.gather_lists([files]) for name, file in part.items()}
+    everything = _of_all_ranks(files)
     if rank == 0:
-        _write(partial, everything, about)
+        _write(partial / MANIFEST, _text(everything, about))
         if folder.exists():  # damaged, or of workers that died before reporting it to Ray Train
             shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         os.rename(partial, folder)
-    collectives.max_over_ranks(0.0)  # barrier: the folder has its final name
-    shutil.rmtree(own, ignore_errors=True)
 
 
-def _write(folder: Path, files: Mapping[str, File], about: Mapping[str, Any]) -> None:
-    with (folder / MANIFEST).open("w") as file:
-        json.dump({"version": VERSION, **about, "files": dict(sorted(files.items()))}, file, indent=1)
+def _of_all_ranks(files: Mapping[str, File]) -> dict[str, File]:
+    return {name: file for part in collectives.gather_lists([files]) for name, file in part.items()}
+
+
+def _text(files: Mapping[str, File], about: Mapping[str, Any]) -> str:
+    return json.dumps({"version": VERSION, **about, "files": dict(sorted(files.items()))}, indent=1)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest; None in a checkpoint of a version that wrote none. Raises `ValueError` if invalid."""
-    path = folder / MANIFEST
+def read(folder: Folder) -> dict[str, Any] | None:
+    """The manifest; None in a checkpoint of a version that wrote none, and in an object store if the
+    checkpoint is not complete. Raises `ValueError` if invalid.
+    """
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
+        text = folder.read(MANIFEST)
+        found = None if text is None else json.loads(text)
     except (ValueError, OSError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+    if text is None:
+        return None
     files = found.get("files") if isinstance(found, dict) else None
     if not isinstance(files, dict) or not all(map(_is_file, files.values())):
         raise ValueError(f"{MANIFEST} has no list of files")
@@ -118,38 +133,37 @@ def _is_file(entry: Any) -> bool:
     )
 
 
-def damage(folder: Path, files: Mapping[str, File], *, full: bool, say: Say | None = None) -> str | None:
+def damage(folder: Folder, files: Mapping[str, File], *, full: bool, say: Say | None = None) -> str | None:
     """Compare a checkpoint with its manifest: sizes of all files, and contents of the small ones.
 
     Args:
-        full: also compare the contents of the large files.
+        full: also compare the contents of the large files, unless they would have to be downloaded.
         say: receives a progress line when that takes long.
 
     Returns:
         What is wrong; None if the checkpoint is intact.
     """
+    sizes = folder.sizes()
     for name, file in files.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in sizes:
             return f"{name} is missing"
-        size = path.stat().st_size
-        if size != file["bytes"]:
-            return f"{name} has {size:,} bytes of {file['bytes']:,}"
+        if sizes[name] != file["bytes"]:
+            return f"{name} has {sizes[name]:,} bytes of {file['bytes']:,}"
     small = [name for name, file in files.items() if file["bytes"] <= SMALL_BYTES]
-    big = [name for name in files if full and name not in set(small)]
+    big = [name for name in files if full and not folder.is_remote and name not in set(small)]
     return _first_changed(folder, files, small) or _first_changed(folder, files, big, say)
 
 
 def _first_changed(
-    folder: Path, files: Mapping[str, File], names: list[str], say: Say | None = None
+    folder: Folder, files: Mapping[str, File], names: list[str], say: Say | None = None
 ) -> str | None:
     progress = _Progress(folder.name, sum(files[name]["bytes"] for name in names), say)
 
     def look(name: str) -> str | None:
         try:
-            same = checksum(folder / name, progress.add) == files[name]["xxh3"]
+            same = folder.checksum(name, progress.add) == files[name]["xxh3"]
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            return f"{name} cannot be read ({error.strerror or error})"
         return None if same else f"{name} has other contents than were saved"
 
     with ThreadPoolExecutor(READERS) as pool:  # hashing and reading both release the GIL

@@ -23,6 +23,7 @@ from rayrlhf.inference.shards import (
     tally_file,
 )
 from rayrlhf.inference.worker import too_many
+from rayrlhf.storage.folder import LocalFolder
 from tests.samples import make_prompt, make_sample
 
 
@@ -46,10 +47,11 @@ def test_rows_wrap_around_after_the_last() -> None:
 
 
 def test_what_is_done_is_what_has_its_name(tmp_path: Path) -> None:
-    folder, shards = ShardFolder(tmp_path / "shards"), plan_shards(6, 2)
+    path, shards = tmp_path / "shards", plan_shards(6, 2)
+    folder = ShardFolder(LocalFolder(path))
     folder.write(shards[2], [{"row_id": 4}, {"row_id": 5}])
     folder.write(shards[0], [{"row_id": 0}, {"row_id": 1}])
-    (folder.path / ".000001.jsonl.7.ab.partial").write_text('{"row_id"')  # killed while it wrote
+    (path / ".000001.jsonl.7.ab.partial").write_text('{"row_id"')  # killed while it wrote
     assert folder.pending(shards) == [shards[1]]
     folder.write(shards[1], [{"row_id": 2}, {"row_id": 3}])
     assert folder.pending(shards) == []
@@ -57,7 +59,7 @@ def test_what_is_done_is_what_has_its_name(tmp_path: Path) -> None:
     merge(folder, shards, output)
     assert [json.loads(line)["row_id"] for line in output.read_text().splitlines()] == list(range(6))
     folder.remove()
-    assert not folder.path.exists()
+    assert not path.exists()
 
 
 PROMPT = make_prompt([5, 6, 7], row_id=3, topic="é", note=[1])

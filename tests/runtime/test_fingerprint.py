@@ -11,9 +11,9 @@ from rayrlhf.runtime.fingerprint import (
     check_identity,
     differences,
     without_operational_keys,
-    write_atomically,
 )
 from rayrlhf.runtime.preflight import InputError
+from rayrlhf.storage.atomic import write_atomically
 
 IDENTITY: dict[str, Any] = {"run": {"seed": 0}, "reward": None, "stop": [], "sources": [{"weight": 1.0}]}
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from rayrlhf.data.rows.row import DataError
-from rayrlhf.data.sources.remote import is_url, local_copy
+from rayrlhf.data.sources.remote import local_copy
+from rayrlhf.storage.urls import is_url
 
 Split = Literal["train", "eval"]
 

@@ -1,8 +1,4 @@
-"""Data behind URLs such as s3://bucket/train.jsonl: copied once into this machine's cache.
-
-Arrow's file systems know s3, gs, abfs and hdfs, with the credentials of their usual environment variables and
-files; other schemes are those of installed fsspec packages.
-"""
+"""Data behind URLs such as s3://bucket/train.jsonl: copied once into this machine's cache."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,15 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.data.rows.row import DataError
+from rayrlhf.storage.file_systems import file_system
+from rayrlhf.storage.urls import has_credentials, without_credentials
 
 CACHE = Path("~/.cache/rayrlhf/data")  # or RAYRLHF_DATA_CACHE
-URL = re.compile(r"[a-z][a-z0-9+.-]*://")
-CREDENTIALS = re.compile(r"://[^/]*@")
 COPY_THREADS = 8
-
-
-def is_url(path: str) -> bool:
-    return URL.match(path) is not None
 
 
 def local_copy(source: str, url: str) -> str:
@@ -41,9 +32,9 @@ def local_copy(source: str, url: str) -> str:
     Raises:
         DataError: if there is nothing, nothing can be read, or the URL has a password.
     """
-    if CREDENTIALS.search(url):
+    if has_credentials(url):
         raise DataError(
-            f"{CREDENTIALS.sub('://***@', source)}: the URL has credentials, which the run would write into "
+            f"{without_credentials(source)}: the URL has credentials, which the run would write into "
             "its folder; set them in the environment (AWS_ACCESS_KEY_ID, …) or in the provider's own file"
         )
     try:
@@ -90,19 +81,11 @@ def _found(url: str) -> tuple[Any, str, list[Any]]:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    from pyarrow import fs
-
     pattern = ""
     if glob.has_magic(url):  # not in a URI as Arrow parses it
         head = _folder_of(url)
         url, pattern = head, url[len(head) :]
-    try:
-        files, path = fs.FileSystem.from_uri(url)
-    except ValueError:  # not a scheme of Arrow
-        from fsspec.core import url_to_fs
-
-        other, path = url_to_fs(url)
-        files = fs.PyFileSystem(fs.FSSpecHandler(other))
+    files, path = file_system(url)
     return files, path + pattern
 
 
