@@ -44,6 +44,11 @@ class RunSection(Section):
         """The run folder's URL; None if all nodes share a folder."""
         return joined(self.dir, self.name) if is_url(self.dir) else None
 
+    @property
+    def place(self) -> str:
+        """Where users find the run's files: its URL or its path."""
+        return self.url or self.path
+
     def absolute(self) -> Self:
         """With absolute paths, because workers have other working directories."""
         if is_url(self.dir):

@@ -34,9 +34,7 @@ MAX_LONG_BLOCKS = 65_536
 MAX_BLOCK_ROWS = 65_536  # of such a run
 
 
-def prompt_dataset(
-    store: RunFile, plan: PromptPlan | FixedPlan, start_step: int = 0
-) -> Dataset:
+def prompt_dataset(store: RunFile, plan: PromptPlan | FixedPlan, start_step: int = 0) -> Dataset:
     """The plan from `start_step`, as a data set whose blocks `streaming_split` assigns to ranks round-robin.
 
     Columns: `step`, `rank`, `slot` (0 … prompts_per_step - 1, a prompt's slot for any number of workers) and

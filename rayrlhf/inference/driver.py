@@ -45,9 +45,6 @@ from rayrlhf.reward.reading import PromptFormat
 from rayrlhf.rollout.engine import rollout_deployment
 from rayrlhf.rollout.engine_settings import engine_settings
 from rayrlhf.runtime.fingerprint import check_identity, without_operational_keys
-from rayrlhf.storage.atomic import write_atomically
-from rayrlhf.storage.folder import DATA_FOLDER, run_folder
-from rayrlhf.storage.run_file import run_file
 from rayrlhf.runtime.preflight import (
     InputError,
     absolute,
@@ -67,6 +64,9 @@ from rayrlhf.runtime.run import (
     placed,
     start_folder,
 )
+from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.folder import DATA_FOLDER, run_folder
+from rayrlhf.storage.run_file import run_file
 from rayrlhf.untrusted_text import last_line
 from rayrlhf.usercode import UserCode
 

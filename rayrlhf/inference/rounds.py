@@ -18,7 +18,6 @@ from rayrlhf.inference.select import Chosen
 from rayrlhf.inference.shards import json_line, read_rows
 from rayrlhf.observe.console import Console
 from rayrlhf.runtime.fingerprint import check_identity, without_operational_keys
-from rayrlhf.storage.atomic import write_atomically
 from rayrlhf.runtime.model_checks import check_adapters
 from rayrlhf.runtime.preflight import (
     absolute,
@@ -28,6 +27,7 @@ from rayrlhf.runtime.preflight import (
     reward_model_paths,
 )
 from rayrlhf.runtime.run import DriverRun, RunFailed, StageFailed, start_folder
+from rayrlhf.storage.atomic import write_atomically
 from rayrlhf.supervised.driver import run_supervised
 
 Choose = Callable[[Iterable[dict[str, Any]]], Chosen]

@@ -133,9 +133,10 @@ class Console:
         if self.progress is not None:
             self.progress.update(self.task, completed=report.step)
 
-    def summary(self, run_path: Path) -> None:
+    def summary(self, run_path: Path, place: str | None = None) -> None:
+        """`place`: where users find the run's folder, if not at `run_path`."""
         self.close()
-        show_summary(run_path, self.rich)
+        show_summary(run_path, self.rich, place=place)
 
     def close(self) -> None:
         if self.progress is not None:

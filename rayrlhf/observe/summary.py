@@ -16,6 +16,7 @@ from rich.text import Text
 
 from rayrlhf.data.images import FAMILIES as VISION_FAMILIES
 from rayrlhf.observe.answers import chain_summary, generation_summary
+from rayrlhf.storage.urls import is_url
 from rayrlhf.terminal import make_console
 from rayrlhf.untrusted_text import one_line, visible
 
@@ -24,8 +25,11 @@ LOG_WIDTH = 110  # where the output is not a terminal
 SAMPLE_CHARACTERS = 4_000  # of a prompt or a response; rollouts.jsonl and eval/ have all of it
 
 
-def show_summary(run_path: Path, console: Console | None = None) -> None:
-    """Print the summary of the run in `run_path`. Raises `FileNotFoundError` when there is none."""
+def show_summary(run_path: Path, console: Console | None = None, *, place: str | None = None) -> None:
+    """Print the summary of the run in `run_path`. Raises `FileNotFoundError` when there is none.
+
+    `place`: where users find the run's folder, if not at `run_path`.
+    """
     summary = json.loads((run_path / "summary.json").read_text())
     console = console or make_console(log_width=LOG_WIDTH)
     console.print()
@@ -44,10 +48,11 @@ def show_summary(run_path: Path, console: Console | None = None) -> None:
     console.print()
     console.print(phases_table(summary))
     if summary["export"]:
-        opened_by = OPENED_BY.get(summary.get("job", "")) or _opened_by(Path(summary["export"]))
-        text = f"The trained model, for {opened_by}.from_pretrained: {summary['export']}"
+        opened_by = OPENED_BY.get(summary.get("job", "")) or _opened_by(run_path / "export")
+        once = ", once it is copied to a disk" if is_url(summary["export"]) else ""
+        text = f"The trained model, for {opened_by}.from_pretrained{once}: {summary['export']}"
         console.print(Text(visible(text)), soft_wrap=True)
-    line = f"Metrics, rollouts and the resolved config: {run_path}"
+    line = f"Metrics, rollouts and the resolved config: {place or run_path}"
     console.print(Text(visible(line)), soft_wrap=True)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rayrlhf.algorithms.metrics import Metrics
 from rayrlhf.batch import PackedBatch, PolicyBatch, tokens_of
-from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.policy.actor_critic import Pending, value_batch
 from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Kind, Part, Request
 from rayrlhf.policy.losses import ValueObjective

@@ -47,8 +47,8 @@ from rayrlhf.rollout.client import RolloutClient
 from rayrlhf.rollout.engine_settings import engine_dtype
 from rayrlhf.runtime.progress import Progress, start_worker
 from rayrlhf.runtime.results import RunResult
-from rayrlhf.storage.folder import stored
 from rayrlhf.samples import Prompt, Sample
+from rayrlhf.storage.folder import stored
 from rayrlhf.train.checkpoint import Saved
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.deepspeed_engine import gathered

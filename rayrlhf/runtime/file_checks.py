@@ -208,7 +208,7 @@ def _run_url(config: Any, url: str) -> Iterator[Problem]:
         yield Problem(
             "run.dir",
             got=config.run.dir,
-            wanted="a folder that all nodes share: each round trains the model that the one before has written",
+            wanted="a folder that all nodes share: a round trains the model that the one before has written",
             fix="mount such storage and name its path",
         )
         return

@@ -97,7 +97,10 @@ class Mirror:
             self.copy_changes()
             self._write_owner(ended=True)
         except OSError as error:
-            say(f"warning: {self.remote} cannot be written to: the run's last files are in {self.path} ({error})")
+            say(
+                f"warning: {self.remote} cannot be written to, so the last files of the run are only in "
+                f"{self.path}: {error}"
+            )
 
     def copy_changes(self) -> list[str]:
         """Upload what has changed since the last call, and remove what is gone; returns their names."""

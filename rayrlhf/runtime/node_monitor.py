@@ -12,10 +12,10 @@ from typing import Any
 
 import ray
 
-from rayrlhf.storage.atomic import write_atomically
 from rayrlhf.observe.console import Console
 from rayrlhf.placement.reaper import worker_locations
 from rayrlhf.placement.slots import PlacementError, Slots, refresh_slots
+from rayrlhf.storage.atomic import write_atomically
 
 JOIN_SECONDS = 60.0
 LOOK_SECONDS = 1.0

@@ -188,7 +188,7 @@ def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | No
         if any(name.endswith("/layout.json") for name in found.folder.sizes()):
             return [f"the settings of {found.folder.name} are not recorded, so they are not compared"]
         raise InputError(
-            f"the checkpoint of step {found.step} in {config.run.url or config.run.path} was saved by an earlier version, "
+            f"the checkpoint of step {found.step} in {config.run.place} was saved by an earlier version, "
             "which this one cannot resume. Fix: choose another run.name, and start from that run's export"
         )
     now = fixed_values(config, prepared)
@@ -201,7 +201,7 @@ def check_same(config: JobConfig, found: Found, prepared: Mapping[str, str] | No
     refused = [key for key in changed if FIXED[key] not in config.run.allow_changes]
     if refused:
         raise InputError(
-            f"{config.run.url or config.run.path} holds a checkpoint of step {found.step} that was trained with other "
+            f"{config.run.place} holds a checkpoint of step {found.step} that was trained with other "
             "settings:\n" + "\n".join(f"  {changed[key]}. Fix: {_fix(key)}" for key in refused)
         )
     return list(changed.values())
@@ -228,7 +228,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_policy(config: JobConfig, found: Search) -> None:
-    path = config.run.url or config.run.path
+    path = config.run.place
     if config.run.resume == "never" and (found.whole or found.damaged):
         step = "damaged checkpoints" if found.newest is None else f"a checkpoint of step {found.newest.step}"
         raise InputError(

@@ -152,7 +152,7 @@ class DriverRun:
             yield
 
     def finished(self, run_path: Path) -> None:
-        self.console.summary(run_path)
+        self.console.summary(run_path, self.config.run.url)
 
     def __enter__(self) -> Self:
         if self.started is not None:  # ray.init has installed its own handler

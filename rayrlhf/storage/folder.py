@@ -233,7 +233,7 @@ class RemoteFolder:
         _in_threads(copy, names)
 
     def download(self, names: Iterable[str], folder: Path) -> None:
-        """Copy files into a local folder, several at a time, each complete or not at all. Raises `OSError`."""
+        """Copy files into a local folder, several at a time, each whole or not at all. Raises `OSError`."""
 
         def copy(name: str) -> None:
             target = folder / name

@@ -48,11 +48,11 @@ from rayrlhf.runtime.run import (
 )
 from rayrlhf.runtime.run_summary import write_supervised_summary
 from rayrlhf.runtime.scratch import locked_scratch
+from rayrlhf.storage.folder import DATA_FOLDER, Folder, run_folder
+from rayrlhf.storage.run_file import fetched, run_file
 from rayrlhf.supervised.job import SupervisedJob
 from rayrlhf.supervised.loop import supervised_worker
 from rayrlhf.supervised.reference_table import RefTable, is_whole, table_path
-from rayrlhf.storage.folder import DATA_FOLDER, Folder, run_folder
-from rayrlhf.storage.run_file import fetched, run_file
 from rayrlhf.train.checkpoint import newest_step
 from rayrlhf.train.frozen_server import teacher_deployment
 
@@ -170,9 +170,7 @@ def _prepare_stores(config: SupervisedConfig, run_path: Path, say: Callable[[str
     return Stores(train=prepare("train"), held_out=prepare("eval") if config.data.has_eval else None)
 
 
-def _order(
-    config: SupervisedConfig, store: ExampleStore, say: Callable[[str], None]
-) -> StepOrder:
+def _order(config: SupervisedConfig, store: ExampleStore, say: Callable[[str], None]) -> StepOrder:
     """The rows of every training step; warns of steps that cannot be as they are wanted."""
     train = config.train
     # KTO's second response is not trained on, and has micro-batches of its own.

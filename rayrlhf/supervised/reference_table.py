@@ -81,8 +81,8 @@ class FrozenReference:
         steps: Iterable[tuple[int, list[list[Example]]]] | None,
         on_progress: Callable[[int], None],
     ) -> None:
-        """Load the split's table from `path`, or compute it in one pass over the rows that are needed, `steps`,
-        and rank 0 saves it. Collective.
+        """Load the split's table from `path`, or compute it in a pass over the rows that are needed, `steps`,
+        and save it there on rank 0. Collective.
 
         `on_progress` is called with the number of rows that this rank has done.
         """

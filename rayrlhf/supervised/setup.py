@@ -16,6 +16,8 @@ from rayrlhf.data.stream import iter_examples
 from rayrlhf.runtime.progress import Progress, start_worker
 from rayrlhf.runtime.results import RunResult
 from rayrlhf.samples import Example
+from rayrlhf.storage.folder import DATA_FOLDER, stored
+from rayrlhf.storage.run_file import fetched, run_file
 from rayrlhf.supervised.dpo import PreferenceTask
 from rayrlhf.supervised.evaluate import Evaluation, evaluation_of, is_better
 from rayrlhf.supervised.job import SupervisedJob
@@ -25,8 +27,6 @@ from rayrlhf.supervised.prm import StepRewardTask
 from rayrlhf.supervised.rm import RewardModelTask
 from rayrlhf.supervised.sft import SftTask
 from rayrlhf.supervised.task import MicroBatches, Task, TaskSetting
-from rayrlhf.storage.folder import DATA_FOLDER, stored
-from rayrlhf.storage.run_file import fetched, run_file
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.random_states import RandomStates
 

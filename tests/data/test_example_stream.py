@@ -63,7 +63,7 @@ def test_ranks_get_their_part_of_an_order_that_is_kept(
     size = {"tokens_per_step": 20, "max_tokens_per_micro_batch": 10, "num_epochs": 2}
     order = step_order(SupervisedTrainConfig.model_validate(size), store.num_tokens, seed=4, shuffle=True)
     assert isinstance(order, PackedOrder) and len(order) >= 4
-    check_fetched(store, pickle.loads(pickle.dumps(order.saved(tmp_path / "order.npy"))), world_size, start)
+    check_fetched(store, pickle.loads(pickle.dumps(order.saved(tmp_path))), world_size, start)
 
 
 def check_fetched(store: ExampleStore, order: StepOrder, world_size: int, start: int) -> None:
@@ -72,7 +72,7 @@ def check_fetched(store: ExampleStore, order: StepOrder, world_size: int, start:
     blocks = step_ranges(start, len(order), world_size, order.most_rows)
     for rank in range(world_size):
         mine = [block for block in blocks if block["rank"][0].as_py() == rank]
-        shard = FakeShard([_fetch_examples(str(store.path), order, block, **pack) for block in mine])
+        shard = FakeShard([_fetch_examples(store.file, order, block, **pack) for block in mine])
         found = list(iter_examples(cast(Any, shard), rank, start))
         assert [step for step, _ in found] == list(range(start, len(order)))
         rows = [[[example.row_id for example in batch] for batch in batches] for _, batches in found]

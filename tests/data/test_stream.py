@@ -188,7 +188,7 @@ def test_a_worker_notices_what_is_not_as_planned(
 
 def test_there_must_be_a_step_left(store: PromptStore) -> None:
     with pytest.raises(ValueError, match="start_step=2 of a plan with 2 steps"):
-        prompt_dataset(store.path, PromptPlan(50, 4, 2, 2, seed=0), start_step=2)
+        prompt_dataset(store.file, PromptPlan(50, 4, 2, 2, seed=0), start_step=2)
 
 
 @pytest.mark.ray
@@ -212,7 +212,7 @@ def test_two_workers_get_the_plan(
                 for step, prompts in iter_prompts(shard, rank, 3, start_step)
             ]
 
-    shards = prompt_dataset(store.path, plan, start_step).streaming_split(2, equal=True)
+    shards = prompt_dataset(store.file, plan, start_step).streaming_split(2, equal=True)
     workers = [Worker.remote() for _ in shards]
     reads = [
         worker.read.remote(shard, rank)

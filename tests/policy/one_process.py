@@ -23,6 +23,7 @@ from rayrlhf.reward.client import RewardClient
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.runtime.progress import Checkpoints, Progress
 from rayrlhf.samples import Prompt, Sample
+from rayrlhf.storage.folder import LocalFolder
 from rayrlhf.train.checkpoint import LoopState, Saved
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.random_states import RandomStates
@@ -165,7 +166,7 @@ class NoCheckpoints(Checkpoints):
     def node_to_be_reclaimed(self) -> str | None:
         return None
 
-    def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[Path]) -> None:
+    def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[str]) -> None:
         pass
 
 
@@ -197,7 +198,8 @@ def run_of(
     """A run that is set up by hand, as `setup.set_up` does under Ray."""
     torch.manual_seed(config.run.seed)
     ranks, reports, engine = Ranks(), Reports(), (engine_of or Engine)(config)
-    progress = Progress(config, ranks, reports, NoCheckpoints(Path("nowhere")))  # pyright: ignore[reportArgumentType]
+    checkpoints = NoCheckpoints(LocalFolder(Path("nowhere")), Path("nowhere"))
+    progress = Progress(config, ranks, reports, checkpoints)  # pyright: ignore[reportArgumentType]
     actor = make_actor(config)
     critic = make_critic(config) if config.needs_critic else None
     ref = Ref(make_reference(config, actor), actor.temperature) if config.needs_ref else None

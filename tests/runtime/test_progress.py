@@ -13,6 +13,7 @@ from ray.train import PreemptionInfo
 from rayrlhf.reward.client import RewardFailure
 from rayrlhf.runtime.progress import AUTO_CHECKPOINT_SECONDS, Checkpoints, Progress, stops_cleanly
 from rayrlhf.runtime.results import Stopped
+from rayrlhf.storage.folder import LocalFolder
 from rayrlhf.train.checkpoint import LoopState
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.manifest import DamagedCheckpoint
@@ -123,7 +124,7 @@ def test_a_node_that_is_to_be_taken_away_is_a_reason_to_save_once(every_steps: A
 
 
 def test_rays_notice_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = Checkpoints(Path("scratch"))
+    checkpoints = Checkpoints(LocalFolder(Path("checkpoints")), Path("scratch"))
     monkeypatch.setattr("ray.train.get_preemption_info", lambda: None)
     assert checkpoints.node_to_be_reclaimed() is None
     info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [3, 2], "b": [7]})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rayrlhf.storage.folder import LocalFolder
 from rayrlhf.train import manifest
 from rayrlhf.train.checkpoint import ELSEWHERE, STATE_FILE, LoopState, checkpoint_name
 from rayrlhf.train.find import search, write_record
@@ -33,8 +34,8 @@ def leave_checkpoint(
     torch.save({"module": {"weight": torch.full((400_000,), float(step))}}, engine / "model_states.pt")
     metrics = {"step": step, first: step, "fixed": fixed if fixed is not None else {}}
     folder = storage / checkpoint_name(step)
-    manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: list(elsewhere)})
-    write_record(storage, search(storage))
+    manifest.commit(own, LocalFolder(folder), {"metrics": metrics, ELSEWHERE: list(elsewhere)})
+    write_record(LocalFolder(storage), search(LocalFolder(storage)))
     return folder
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray.train
 
+from rayrlhf.storage.folder import LocalFolder
 from rayrlhf.train.checkpoint import (
     LoopState,
     checkpoint_name,
@@ -30,18 +31,18 @@ def result(step: int) -> dict[str, Any]:
 
 def test_the_newest_committed_step(tmp_path: Path) -> None:
     snapshot(tmp_path, checkpoint_results=[result(8), result(12)], latest_checkpoint_result=result(12))
-    assert newest_step(tmp_path) == 12
+    assert newest_step(LocalFolder(tmp_path)) == 12
 
 
 @pytest.mark.parametrize("fields", [{"checkpoint_results": []}, {"latest_checkpoint_result": None}])
 def test_a_run_that_has_saved_nothing_yet(fields: dict[str, Any], tmp_path: Path) -> None:
     snapshot(tmp_path, **fields)
-    assert newest_step(tmp_path) == 0
+    assert newest_step(LocalFolder(tmp_path)) == 0
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    assert newest_step(tmp_path) == 0
-    assert newest_step(tmp_path / "missing") == 0
+    assert newest_step(LocalFolder(tmp_path)) == 0
+    assert newest_step(LocalFolder(tmp_path / "missing")) == 0
 
 
 def test_ray_still_writes_what_is_read(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_ray_still_writes_what_is_read(tmp_path: Path) -> None:
         failed_validation_checkpoint_dir_names=[],
     )
     (tmp_path / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_text(state.json())
-    assert newest_step(tmp_path) == 5
+    assert newest_step(LocalFolder(tmp_path)) == 5
 
 
 def test_names_sort_by_step() -> None:
@@ -97,4 +98,4 @@ def test_a_run_goes_on_from_checkpoints_of_both_versions(
     checkpoint = ray.train.Checkpoint.from_directory(str(folder))
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: checkpoint)
     assert restore([]) == LoopState(step=5, first_prompt_batch=5)
-    assert newest_first_prompt_batch(tmp_path / "checkpoints") == 5
+    assert newest_first_prompt_batch(LocalFolder(tmp_path / "checkpoints")) == 5

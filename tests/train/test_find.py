@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 
+from rayrlhf.storage.folder import LocalFolder
 from rayrlhf.train import manifest
 from rayrlhf.train.checkpoint import RECORD, newest_first_prompt_batch, newest_step
 from rayrlhf.train.find import search, write_record
@@ -25,7 +26,7 @@ def storage(tmp_path: Path) -> Path:
 
 
 def steps(storage: Path, *, full: bool = True) -> list[int]:
-    return [found.step for found in search(storage, full=full).whole]
+    return [found.step for found in search(LocalFolder(storage), full=full).whole]
 
 
 def rays_own_reading(storage: Path) -> tuple[list[str], str | None]:
@@ -45,11 +46,14 @@ def rays_own_reading(storage: Path) -> tuple[list[str], str | None]:
 
 
 def test_whole_ones_are_found_newest_first(storage: Path) -> None:
-    found = search(storage, full=True)
+    found = search(LocalFolder(storage), full=True)
     assert [whole.step for whole in found.whole] == [4, 2] and not found.damaged
     assert found.record_problem is None
-    assert newest_step(storage) == newest_first_prompt_batch(storage) == 4
-    assert search(storage / "missing") == search(storage.parent / "scratch") and steps(storage / "none") == []
+    assert newest_step(LocalFolder(storage)) == newest_first_prompt_batch(LocalFolder(storage)) == 4
+    assert (
+        search(LocalFolder(storage / "missing")) == search(LocalFolder(storage.parent / "scratch"))
+        and steps(storage / "none") == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,11 +79,11 @@ def test_29_a_damaged_record_of_ray_train_is_made_again(content: bytes | None, s
     """
     record = storage / RECORD
     record.unlink() if content is None else record.write_bytes(content)
-    found = search(storage, full=True)
+    found = search(LocalFolder(storage), full=True)
     assert [whole.step for whole in found.whole] == [4, 2] and not found.damaged
     assert found.record_problem and RECORD in found.record_problem
-    write_record(storage, found)
-    assert newest_step(storage) == 4 and search(storage).record_problem is None
+    write_record(LocalFolder(storage), found)
+    assert newest_step(LocalFolder(storage)) == 4 and search(LocalFolder(storage)).record_problem is None
     assert rays_own_reading(storage) == (["step_000002", "step_000004"], "step_000004")
 
 
@@ -87,10 +91,10 @@ def test_29_a_record_that_names_a_folder_that_is_gone(storage: Path) -> None:
     import shutil
 
     shutil.rmtree(storage / "step_000004")
-    found = search(storage, full=True)
+    found = search(LocalFolder(storage), full=True)
     assert found.damaged == {"step_000004": f"the folder is gone ({RECORD} names it)"}
-    write_record(storage, found)
-    assert newest_step(storage) == 2 and not search(storage).damaged
+    write_record(LocalFolder(storage), found)
+    assert newest_step(LocalFolder(storage)) == 2 and not search(LocalFolder(storage)).damaged
     assert rays_own_reading(storage) == (["step_000002"], "step_000002")
 
 
@@ -105,10 +109,10 @@ def test_29_a_record_that_names_a_folder_that_is_gone(storage: Path) -> None:
 )
 def test_29_a_cut_file_costs_the_newest_one_alone(name: str, problem: str, storage: Path) -> None:
     cut(storage / "step_000004" / name)
-    found = search(storage)
+    found = search(LocalFolder(storage))
     assert [whole.step for whole in found.whole] == [2]
     assert list(found.damaged) == ["step_000004"] and found.damaged["step_000004"].startswith(problem)
-    write_record(storage, found)
+    write_record(LocalFolder(storage), found)
     assert rays_own_reading(storage) == (["step_000002"], "step_000002")
 
 
@@ -128,9 +132,9 @@ def test_one_that_ray_train_has_not_heard_of_counts(storage: Path) -> None:
     del record["checkpoint_results"][-1]
     record["latest_checkpoint_result"] = record["checkpoint_results"][-1]
     (storage / RECORD).write_text(json.dumps(record))
-    assert newest_step(storage) == 4
-    write_record(storage, search(storage))
-    assert newest_step(storage) == 6
+    assert newest_step(LocalFolder(storage)) == 4
+    write_record(LocalFolder(storage), search(LocalFolder(storage)))
+    assert newest_step(LocalFolder(storage)) == 6
 
 
 def test_what_lies_elsewhere_belongs_to_it(storage: Path) -> None:
@@ -141,9 +145,9 @@ def test_what_lies_elsewhere_belongs_to_it(storage: Path) -> None:
         leave_checkpoint(storage, step, elsewhere=(f"../critic/step_{step:06d}",))
     assert steps(storage) == [8, 6, 4, 2]
     cut(critics[1] / "state.json")
-    assert "critic/step_000008: state.json has" in search(storage).damaged["step_000008"]
+    assert "critic/step_000008: state.json has" in search(LocalFolder(storage)).damaged["step_000008"]
     (critics[0] / manifest.MANIFEST).unlink()
-    found = search(storage)
+    found = search(LocalFolder(storage))
     assert [whole.step for whole in found.whole] == [4, 2]
     assert "critic/step_000006, which belongs to it, has no manifest" in found.damaged["step_000006"]
 
@@ -153,17 +157,17 @@ def test_checkpoints_of_a_version_without_manifests(storage: Path) -> None:
     for step in (2, 4):
         (storage / f"step_{step:06d}" / manifest.MANIFEST).unlink()
     (storage / "step_000006").mkdir()
-    found = search(storage, full=True)
+    found = search(LocalFolder(storage), full=True)
     assert [(whole.step, whole.has_manifest) for whole in found.whole] == [(4, False), (2, False)]
     assert found.whole[0].metrics == {"step": 4, "first_prompt_batch": 4, "fixed": {}} and not found.damaged
     cut(storage / "step_000004" / "actor" / "engine" / "model_states.pt")
-    assert search(storage).damaged == {
+    assert search(LocalFolder(storage)).damaged == {
         "step_000004": "actor/engine/model_states.pt is truncated, or not a tensor file"
     }
     # Without Ray Train's record it is unknown which checkpoints were finished, and what a checkpoint was
     # trained with.
     (storage / RECORD).unlink()
-    found = search(storage)
+    found = search(LocalFolder(storage))
     assert [whole.metrics for whole in found.whole] == [{"step": 2, "first_prompt_batch": 2}]
     assert found.damaged.keys() == {"step_000004", "step_000006"}
     assert "state.json cannot be read" in found.damaged["step_000006"]
@@ -171,26 +175,26 @@ def test_checkpoints_of_a_version_without_manifests(storage: Path) -> None:
 
 def test_checkpoints_of_a_version_that_says_first_draw(storage: Path) -> None:
     leave_checkpoint(storage, 6, first="first_draw")
-    assert newest_step(storage) == newest_first_prompt_batch(storage) == 6
+    assert newest_step(LocalFolder(storage)) == newest_first_prompt_batch(LocalFolder(storage)) == 6
     assert steps(storage) == [6, 4, 2]
     # Without Ray Train's record its manifest says it, and without a manifest its state.
     (storage / RECORD).unlink()
-    write_record(storage, search(storage))
-    assert newest_step(storage) == newest_first_prompt_batch(storage) == 6
+    write_record(LocalFolder(storage), search(LocalFolder(storage)))
+    assert newest_step(LocalFolder(storage)) == newest_first_prompt_batch(LocalFolder(storage)) == 6
     (storage / RECORD).unlink()
     (storage / "step_000006" / manifest.MANIFEST).unlink()
-    found = search(storage)
+    found = search(LocalFolder(storage))
     assert found.whole[0].metrics == {"step": 6, "first_prompt_batch": 6}
 
 
 def test_the_record_of_another_ray_is_made_again(storage: Path) -> None:
     record = storage / RECORD
     record.write_text(record.read_text().replace(ray.__version__, "2.59.0"))
-    write_record(storage, search(storage))
+    write_record(LocalFolder(storage), search(LocalFolder(storage)))
     assert json.loads(record.read_text())["ray_version"] == ray.__version__
 
 
 def test_a_sound_record_is_left_alone(storage: Path) -> None:
     before = (storage / RECORD).stat()
-    write_record(storage, search(storage))
+    write_record(LocalFolder(storage), search(LocalFolder(storage)))
     assert (storage / RECORD).stat() == before

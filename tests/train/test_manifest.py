@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rayrlhf.storage.folder import LocalFolder
 from rayrlhf.train import manifest
 
 # xxh3's 128 bits of nothing: the first test vector of its specification's reference implementation.
@@ -19,14 +20,14 @@ def committed(folder: Path) -> Path:
     (own / "state.json").write_text("{}")
     (own / "empty").write_bytes(b"")
     (own / "actor" / "big.pt").write_bytes(bytes(range(256)) * 8192)  # 2 MiB
-    manifest.commit(own, folder / "step_000004", {"metrics": {"step": 4}})
+    manifest.commit(own, LocalFolder(folder / "step_000004"), {"metrics": {"step": 4}})
     assert not own.exists() and not list((folder / "scratch").iterdir())
     return folder / "step_000004"
 
 
 def test_sizes_and_checksums_of_every_file(tmp_path: Path) -> None:
     folder = committed(tmp_path)
-    found = manifest.read(folder)
+    found = manifest.read(LocalFolder(folder))
     assert found is not None and found["metrics"] == {"step": 4}
     assert {name: file["bytes"] for name, file in found["files"].items()} == {
         "actor/big.pt": 2 * 2**20,
@@ -34,7 +35,7 @@ def test_sizes_and_checksums_of_every_file(tmp_path: Path) -> None:
         "state.json": 2,
     }
     assert found["files"]["empty"]["xxh3"] == XXH3_OF_NOTHING
-    assert manifest.damage(folder, found["files"], full=True) is None
+    assert manifest.damage(LocalFolder(folder), found["files"], full=True) is None
 
 
 def test_a_folder_of_that_name_is_replaced(tmp_path: Path) -> None:
@@ -59,13 +60,14 @@ def test_damage_is_seen(
     name: str, change: bytes | None, problem: str, seen_without_reading: bool, tmp_path: Path
 ) -> None:
     folder = committed(tmp_path)
-    files = (manifest.read(folder) or {})["files"]
+    files = (manifest.read(LocalFolder(folder)) or {})["files"]
     if change is None:
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(change)
-    assert manifest.damage(folder, files, full=True) == problem
-    assert manifest.damage(folder, files, full=False) == (problem if seen_without_reading else None)
+    local = LocalFolder(folder)
+    assert manifest.damage(local, files, full=True) == problem
+    assert manifest.damage(local, files, full=False) == (problem if seen_without_reading else None)
 
 
 @pytest.mark.parametrize(
@@ -75,22 +77,22 @@ def test_a_damaged_manifest_is_damage(text: str, tmp_path: Path) -> None:
     folder = committed(tmp_path)
     (folder / manifest.MANIFEST).write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json (cannot be read|has no list of files)"):
-        manifest.read(folder)
+        manifest.read(LocalFolder(folder))
 
 
 def test_a_long_check_reports_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = committed(tmp_path)
     monkeypatch.setattr(manifest, "PROGRESS_SECONDS", -1.0)
     lines: list[str] = []
-    files = (manifest.read(folder) or {})["files"]
-    assert manifest.damage(folder, files, full=True, say=lines.append) is None
+    files = (manifest.read(LocalFolder(folder)) or {})["files"]
+    assert manifest.damage(LocalFolder(folder), files, full=True, say=lines.append) is None
     assert lines == ["checking step_000004: 0.0 of 0.0 GB"]
 
 
 def test_old_checkpoints_are_checked_for_truncated_files(tmp_path: Path) -> None:
     folder = committed(tmp_path)
     (folder / manifest.MANIFEST).unlink()
-    assert manifest.read(folder) is None
+    assert manifest.read(LocalFolder(folder)) is None
     assert manifest.damage_without_manifest(folder) == "actor/big.pt is truncated, or not a tensor file"
     (folder / "actor" / "big.pt").unlink()
     assert manifest.damage_without_manifest(folder) is None

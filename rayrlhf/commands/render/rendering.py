@@ -18,6 +18,7 @@ from rayrlhf.config.parse import dump_resolved
 from rayrlhf.config.yaml_tree import read_tree
 from rayrlhf.placement.plan import slots_in_words
 from rayrlhf.secrets import is_secret_name, secrets_in
+from rayrlhf.storage.urls import is_url
 
 ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=([^\s;]+)")  # in a line of shell
 EXCLUDED = ("/.venv/", "/.git/", "/runs/", "/models/", "wandb/")  # of an uploaded working directory
@@ -62,7 +63,7 @@ class Rendering:
     def run_dir(self, root: str) -> list[str]:
         """An override that puts a relative run.dir under storage that all nodes share."""
         run = getattr(self.config, "run", None)
-        if run is None or run.dir.startswith("/"):
+        if run is None or run.dir.startswith("/") or is_url(run.dir):
             return []
         return [f"run.dir={root.rstrip('/')}/{run.dir}"]
 
@@ -156,4 +157,4 @@ def paths_of(argv: tuple[str, ...]) -> dict[str, str]:
     for index, source in enumerate((tree.get("reward") or {}).get("sources", [])):
         if isinstance(source.get("path"), str):
             found[f"reward.sources.{index}.path"] = source["path"]
-    return found
+    return {key: path for key, path in found.items() if not is_url(path.rpartition("@")[2])}

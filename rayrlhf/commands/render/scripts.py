@@ -9,6 +9,7 @@ import shlex
 from rayrlhf.commands.render.rendering import EXCLUDED, Rendering, commented, paths_of
 from rayrlhf.config.job_kinds import script_of
 from rayrlhf.placement.plan import DATA_CPUS
+from rayrlhf.storage.urls import is_url
 
 START = "#!/usr/bin/env bash\n"
 # An existing path becomes absolute; a hub id, and a path of other machines, are unchanged.
@@ -78,7 +79,7 @@ def _command(job: Rendering, root: str) -> str:
         else:
             given.append(f'"{key}=$(absolute {shlex.quote(path)})"')
     run = getattr(job.config, "run", None)
-    if run is not None and not run.dir.startswith("/"):
+    if run is not None and not run.dir.startswith("/") and not is_url(run.dir):
         given.append(f'"run.dir={root}/{run.dir}"')
     return "  " + " \\\n  ".join(given) + "\n"
 
