@@ -409,6 +409,8 @@ class CheckpointConfig(Section):
     """Save every n steps; auto: 15 minutes after the last save; null: at the end only."""
     keep: Count = 2
     """How many checkpoints are kept."""
+    optimizer: bool = True
+    """Save optimizer states; false: weights alone, a seventh of the size, and moments restart from zero."""
     export: bool = True
     """Write the trained model as a Hugging Face folder at the end."""
     best: bool = True

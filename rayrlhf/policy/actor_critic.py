@@ -241,6 +241,7 @@ def make_actor(config: PolicyRunConfig) -> Actor:
         name="actor",
         first_step=config.algorithm.critic_warmup_steps,
         aux_loss_coef=config.model.aux_loss_coef,
+        saves_optimizer=config.checkpoint.optimizer,
     )
     return Actor(learner, temperature=config.rollout.sampling.temperature)
 
@@ -259,8 +260,15 @@ def make_critic(config: PolicyRunConfig) -> LocalCritic:
     if config.train.gradient_checkpointing:
         checkpoint_activations(model.decoder)
     set_sequence_group(model, config.model, config.train)
-    coef = config.model.aux_loss_coef
-    learner = Learner(model, config.train, lr=critic.lr, dtype=dtype, name="critic", aux_loss_coef=coef)
+    learner = Learner(
+        model,
+        config.train,
+        lr=critic.lr,
+        dtype=dtype,
+        name="critic",
+        aux_loss_coef=config.model.aux_loss_coef,
+        saves_optimizer=config.checkpoint.optimizer,
+    )
     return LocalCritic(learner)
 
 

@@ -122,11 +122,13 @@ class Progress:
         """Load the newest checkpoint, if there is one. Collective."""
         self.state = self.checkpoints.restore(saved)
         if self.state.step:
-            self.announce(f"resuming after step {self.state.step}")
+            without = "" if self.state.has_optimizer else "; the optimizer's moments start from zero"
+            self.announce(f"resuming after step {self.state.step}{without}")
 
     def save(self, saved: Sequence[Saved], elsewhere: Sequence[str] = ()) -> None:
         """Save a checkpoint. Collective. `elsewhere`: other folders in the run's that belong to it."""
         self.keep_time()
+        self.state.has_optimizer = self.config.checkpoint.optimizer
         self.checkpoints.save(self.state, saved, elsewhere)
         self.saved_at = time.perf_counter()
 

@@ -71,6 +71,7 @@ class Task:
             dtype=self.dtype,
             name="model",
             aux_loss_coef=self.config.model.aux_loss_coef,
+            saves_optimizer=self.config.checkpoint.optimizer,
         )
 
     # Defined by subclasses

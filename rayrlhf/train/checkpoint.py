@@ -42,6 +42,7 @@ class LoopState:
     eval_before: dict[str, Any] = field(default_factory=dict)  # the evaluation before the first step
     seconds_per_phase: dict[str, float] = field(default_factory=dict)
     seconds_total: float = 0.0
+    has_optimizer: bool = True  # whether the shards have the optimizer's states
 
     def add_seconds(self, timed: dict[str, float]) -> None:
         """Add a timer's `time/<phase>` seconds, except the whole step's, which contains its phases."""

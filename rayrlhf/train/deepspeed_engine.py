@@ -129,15 +129,17 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 @contextmanager
-def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
+def gathered(parameters: Sequence[Tensor], *, changed_by: int | None = None) -> Iterator[None]:
     """In this context the parameters hold their full tensors on every rank (a no-op below ZeRO-3).
     Collective.
+
+    `changed_by`: the rank whose changes all ranks get under ZeRO-3; without one, changes are lost.
     """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield
         return
-    with GatheredParameters(partitioned):
+    with GatheredParameters(partitioned, modifier_rank=changed_by):
         yield
 
 

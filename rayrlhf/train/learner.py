@@ -15,7 +15,7 @@ from rayrlhf.batch import PackedBatch
 from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.train import OptimizerConfig
 from rayrlhf.models.adapters import TrainedAdapter, not_adapted
-from rayrlhf.train import collectives
+from rayrlhf.train import collectives, trained_weights
 from rayrlhf.train import frozen_checksums as frozen
 from rayrlhf.train.deepspeed_engine import adapter_state_dict, full_state_dict, make_engine
 from rayrlhf.train.expert_balance import ExpertBalance, ExpertLoad
@@ -53,12 +53,15 @@ class Learner:
         name: str,
         first_step: int = 0,
         aux_loss_coef: float = 0.0,
+        saves_optimizer: bool = True,
     ) -> None:
         """
         Args:
             first_step: the first step of the run that trains this module; its schedule starts there.
             aux_loss_coef: of the balance loss of a mixture of experts.
+            saves_optimizer: whether its checkpoints have the optimizer's states.
         """
+        self.saves_optimizer = saves_optimizer
         self.name = name
         self.first_step = first_step
         self.base_lr = lr
@@ -209,12 +212,17 @@ class Learner:
         return TrainedAdapter(model.lora, model.path, state, not_adapted(submodule))
 
     def save(self, folder: Path) -> None:
-        """Save this rank's shard of the trained parameters and optimizer states. Collective."""
+        """Save this rank's shard of the trained parameters and optimizer states, or the weights alone.
+        Collective.
+        """
         shards = folder / self.name
-        with frozen.left_out(self.module):
-            self.engine.save_checkpoint(
-                str(shards), tag=TAG, save_latest=False, exclude_frozen_parameters=True
-            )
+        if self.saves_optimizer:
+            with frozen.left_out(self.module):
+                self.engine.save_checkpoint(
+                    str(shards), tag=TAG, save_latest=False, exclude_frozen_parameters=True
+                )
+        else:
+            trained_weights.save(self.module, shards)
         sums = frozen.bit_sums(self.module)
         if collectives.rank() == 0:
             write_layout(shards, self.train.zero_stage, sums, self.bad_steps_in_a_row)
@@ -229,6 +237,9 @@ class Learner:
         layout = read_layout(shards)
         frozen.check(layout["frozen"], self.module)
         self.bad_steps_in_a_row = layout.get("bad_steps_in_a_row", 0)
+        if trained_weights.has_weights(shards):
+            trained_weights.load(self.engine, shards)
+            return
         if layout["workers"] == collectives.world_size() or not _has_shards(shards):
             with only_tensors(shards):
                 path, _ = self.engine.load_checkpoint(str(shards), tag=TAG, custom_load_fn=frozen.load)

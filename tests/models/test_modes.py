@@ -32,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MAKERS = {
     "rayrlhf/models/export.py": "",
     "rayrlhf/models/merge.py": "",
+    "rayrlhf/train/trained_weights.py": "",
     "jobs/demo/model.py": "",
     "rayrlhf/models/lora.py": "writes into the folder of export.py",
     "rayrlhf/data/sources/remote.py": "a cache in the user's own folder",
