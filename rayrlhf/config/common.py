@@ -25,7 +25,7 @@ class RunSection(Section):
     dir: str = "runs"
     """Parent of the run folders: a folder that all nodes share, or a URL such as s3://bucket/runs."""
     local_dir: str = "~/.cache/rayrlhf/runs"
-    """With a URL as run.dir: parent of each node's own copies, which has room for a checkpoint."""
+    """On each node's disk: the run's copy, with a URL as run.dir, and shards on their way to storage."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of data order, sampling and initialisation."""
     resume: Literal["auto", "never"] = "auto"
@@ -34,8 +34,11 @@ class RunSection(Section):
     @property
     def path(self) -> str:
         """The run folder: everything that the run writes is in it. With a URL as `dir`, this node's copy."""
-        if not is_url(self.dir):
-            return str(Path(self.dir) / self.name)
+        return str(Path(self.dir) / self.name) if self.url is None else self.local_path
+
+    @property
+    def local_path(self) -> str:
+        """The run's folder on this node's own disk."""
         parent = hashlib.sha256(self.dir.encode()).hexdigest()[:12]  # equal names in two buckets
         return str(Path(self.local_dir).expanduser() / parent / self.name)
 
@@ -51,10 +54,9 @@ class RunSection(Section):
 
     def absolute(self) -> Self:
         """With absolute paths, because workers have other working directories."""
-        if is_url(self.dir):
-            local_dir = str(Path(self.local_dir).expanduser().resolve())
-            return self.model_copy(update={"local_dir": local_dir})
-        return self.model_copy(update={"dir": str(Path(self.dir).resolve())})
+        local_dir = str(Path(self.local_dir).expanduser().resolve())
+        dir_ = self.dir if is_url(self.dir) else str(Path(self.dir).resolve())
+        return self.model_copy(update={"dir": dir_, "local_dir": local_dir})
 
 
 # What may differ from the run that is resumed, if the user allows it; runtime.resume has the keys.

@@ -411,6 +411,8 @@ class CheckpointConfig(Section):
     """How many checkpoints are kept."""
     optimizer: bool = True
     """Save optimizer states; false: weights alone, a seventh of the size, and moments restart from zero."""
+    asynchronous: bool = False
+    """Write shards to run.local_dir, and copy or upload them while training goes on."""
     export: bool = True
     """Write the trained model as a Hugging Face folder at the end."""
     best: bool = True

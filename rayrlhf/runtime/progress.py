@@ -20,9 +20,9 @@ from rayrlhf.placement.reaper import register_worker
 from rayrlhf.reward.client import RewardFailure
 from rayrlhf.runtime.reporting import Reporter
 from rayrlhf.runtime.results import RunResult, Stopped
-from rayrlhf.runtime.scratch import scratch_of
+from rayrlhf.runtime.scratch import own_scratch, scratch_of
 from rayrlhf.storage.folder import Folder, run_folder
-from rayrlhf.train.checkpoint import TRAIN_FOLDER, LoopState, Saved, restore, save
+from rayrlhf.train.checkpoint import TRAIN_FOLDER, LoopState, Saved, Saving, restore
 from rayrlhf.train.collectives import Ranks
 from rayrlhf.train.manifest import DamagedCheckpoint
 
@@ -59,6 +59,8 @@ class Checkpoints:
     storage: Folder
     scratch: Path  # of this start of the run
     fixed: dict[str, Any] = field(default_factory=dict)  # config values required for resuming
+    own_disk: Path | None = None  # scratch of this node, for checkpoints that are completed in the background
+    pending: Saving | None = None
 
     def node_to_be_reclaimed(self) -> str | None:
         """Notice that a worker's node is about to be taken away (a spot instance, maintenance); None without
@@ -75,7 +77,25 @@ class Checkpoints:
         return restore(saved)
 
     def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[str]) -> None:
-        save(state, saved, self.storage, self.scratch, fixed=self.fixed, elsewhere=elsewhere)
+        """Collective. With `own_disk`, training goes on while the files are copied or uploaded."""
+        self.finish()
+        self.pending = Saving(
+            state,
+            saved,
+            self.storage,
+            self.scratch,
+            fixed=self.fixed,
+            elsewhere=elsewhere,
+            own_disk=self.own_disk,
+        )
+        if self.own_disk is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Complete the checkpoint that is being saved. Collective."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.finish()
 
 
 class Progress:
@@ -107,6 +127,9 @@ class Progress:
         """According to `checkpoint.every_steps`; with "auto", by rank 0's clock for all ranks. Also, once,
         when a node is about to be taken away. Collective.
         """
+        pending = self.checkpoints.pending
+        if pending is not None and self.ranks.min(float(pending.is_ready)) > 0:
+            self.checkpoints.finish()
         notice = self.checkpoints.node_to_be_reclaimed()
         if notice is not None and not self.saved_on_notice:
             self.saved_on_notice = True
@@ -130,9 +153,12 @@ class Progress:
         self.keep_time()
         self.state.has_optimizer = self.config.checkpoint.optimizer
         self.checkpoints.save(self.state, saved, elsewhere)
+        if self.saved_on_notice:  # there may be no next step
+            self.checkpoints.finish()
         self.saved_at = time.perf_counter()
 
     def result(self, *, after: dict[str, Any], export: str | None) -> RunResult:
+        self.checkpoints.finish()
         self.keep_time()
         self.reporter.flush()
         state = self.state
@@ -190,7 +216,11 @@ def start_worker(
     products = choose_products(config.model, config.model.path, ranks.device)
     if products is not None and products.bf16:
         reporter.say(0, f"{products}")
+    own_disk = own_scratch(Path(config.run.local_path), run_id)
     checkpoints = Checkpoints(
-        run_folder(config.run, TRAIN_FOLDER), scratch_of(Path(config.run.path), run_id), fixed
+        run_folder(config.run, TRAIN_FOLDER),
+        scratch_of(Path(config.run.path), run_id),
+        fixed,
+        own_disk if config.checkpoint.asynchronous else None,
     )
     return Progress(config, ranks, reporter, checkpoints)

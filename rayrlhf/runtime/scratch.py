@@ -23,6 +23,17 @@ def scratch_of(run_path: Path, run_id: str) -> Path:
     return run_path / FOLDER / run_id
 
 
+def own_scratch(local_path: Path, run_id: str) -> Path:
+    """Scratch folder on this node's own disk; those of earlier starts of the run, which left them, are
+    removed.
+    """
+    folder = scratch_of(local_path, run_id)
+    for entry in folder.parent.glob("rayrlhf-*"):
+        if not entry.name.startswith(run_id):
+            shutil.rmtree(entry, ignore_errors=True)
+    return folder
+
+
 @contextmanager
 def locked_scratch(run_path: Path, run_id: str) -> Iterator[None]:
     """Lock the scratch folder of this start, after removing abandoned ones; removes it on exit.

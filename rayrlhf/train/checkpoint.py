@@ -52,40 +52,60 @@ class LoopState:
                 self.seconds_per_phase[phase] = self.seconds_per_phase.get(phase, 0.0) + seconds
 
 
-def save(
-    state: LoopState,
-    saved: Sequence[Saved],
-    storage: Folder,
-    scratch: Path,
-    *,
-    fixed: Mapping[str, Any],
-    elsewhere: Sequence[str] = (),
-) -> None:
-    """Write a checkpoint atomically. Collective.
-
-    Args:
-        storage: Ray Train's folder of checkpoints.
-        scratch: folder used by this start only; files left there by workers that died are removed.
-        fixed: config values with which alone the checkpoint can be resumed.
-        elsewhere: folders outside the checkpoint that belong to it and have their own manifest, as names in
-            the run's folder.
+class Saving:
+    """A checkpoint that is being saved: this rank's shards are written, and are brought into the storage in
+    the background. Both calls are collective.
     """
-    own = _own_folder(scratch, state.step)
-    for item in saved:
-        item.save(own)
-    if collectives.rank() == 0:
-        (own / STATE_FILE).write_text(json.dumps(asdict(state)))
-    folder = storage.child(checkpoint_name(state.step))
-    metrics = {"step": state.step, "first_prompt_batch": state.first_prompt_batch, "fixed": dict(fixed)}
-    manifest.commit(own, folder, {"metrics": metrics, ELSEWHERE: [PARENT + name for name in elsewhere]})
-    ray.train.report(
-        metrics,
-        checkpoint=_of_ray(folder),
-        checkpoint_dir_name=folder.name,
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is in the storage already
-    )
-    if collectives.rank() == 0:
-        clear(scratch)
+
+    def __init__(
+        self,
+        state: LoopState,
+        saved: Sequence[Saved],
+        storage: Folder,
+        scratch: Path,
+        *,
+        fixed: Mapping[str, Any],
+        elsewhere: Sequence[str] = (),
+        own_disk: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            storage: Ray Train's folder of checkpoints.
+            scratch: folder used by this start only, on the file system of a local `storage`; files left there
+                by workers that died are removed.
+            fixed: config values with which alone the checkpoint can be resumed.
+            elsewhere: folders outside the checkpoint that belong to it and have their own manifest, as names
+                in the run's folder.
+            own_disk: such a folder on this node's own disk, to write the shards to first.
+        """
+        own = _own_folder(own_disk or scratch, state.step)
+        for item in saved:
+            item.save(own)
+        if collectives.rank() == 0:
+            (own / STATE_FILE).write_text(json.dumps(asdict(state)))
+        self.scratch = scratch
+        self.folder = storage.child(checkpoint_name(state.step))
+        first = state.first_prompt_batch
+        self.metrics = {"step": state.step, "first_prompt_batch": first, "fixed": dict(fixed)}
+        about = {"metrics": self.metrics, ELSEWHERE: [PARENT + name for name in elsewhere]}
+        self.commit = manifest.Commit(own, self.folder, about, staging=scratch)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `finish` would not wait for this rank's files."""
+        return self.commit.is_ready
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is complete, and report it to Ray Train."""
+        self.commit.finish()
+        ray.train.report(
+            self.metrics,
+            checkpoint=_of_ray(self.folder),
+            checkpoint_dir_name=self.folder.name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is in the storage already
+        )
+        if collectives.rank() == 0:
+            clear(self.scratch)
 
 
 def _of_ray(folder: Folder) -> Checkpoint:

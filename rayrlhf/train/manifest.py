@@ -46,61 +46,75 @@ def files_of(folder: Path) -> dict[str, File]:
 
 
 def commit(own: Path, folder: Folder, about: Mapping[str, Any]) -> None:
-    """Bring the files of every rank's `own` folder into `folder`, with a manifest: all, or none that a reader
-    regards as a checkpoint. Collective.
+    """Bring the files of every rank's `own` folder into `folder`, with a manifest. Collective.
+
+    The folders `own` of all ranks have one parent, on the file system of a local `folder`.
+    """
+    Commit(own, folder, about, staging=own.parent).finish()
+
+
+class Commit:
+    """Brings the files of every rank's `own` folder into `folder`, with a manifest: all, or none that readers
+    regard as a checkpoint. They are hashed and copied in a thread, between two collective calls, the
+    construction and `finish`.
 
     Args:
-        own: this rank's folder; those of all ranks have one parent, on the file system of a local `folder`.
         about: further fields of the manifest.
+        staging: where a local `folder` is assembled, on its file system and the same for all ranks. Files
+            that are on it are moved, others copied.
     """
-    if isinstance(folder, RemoteFolder):
-        _upload(own, folder, about)
-    else:
-        _move(own, Path(str(folder)), about)
-    collectives.max_over_ranks(0.0)  # barrier: all can read it
-    shutil.rmtree(own, ignore_errors=True)
 
+    def __init__(self, own: Path, folder: Folder, about: Mapping[str, Any], *, staging: Path) -> None:
+        self.own, self.folder, self.about = own, folder, about
+        self.partial = staging / f"{folder.name}.partial"
+        if collectives.rank() == 0:
+            if isinstance(folder, RemoteFolder):
+                folder.parent.remove(folder.name)  # damaged, or of workers that died before it was complete
+            else:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                self.partial.mkdir(parents=True)
+        collectives.max_over_ranks(0.0)  # barrier: from here on, nothing is removed
+        self._thread = ThreadPoolExecutor(1)
+        self._files = self._thread.submit(self._transfer)
 
-def _upload(own: Path, folder: RemoteFolder, about: Mapping[str, Any]) -> None:
-    """The manifest comes last: a folder without one is no checkpoint."""
-    files = files_of(own)
-    if collectives.rank() == 0:
-        folder.parent.remove(folder.name)  # damaged, or of workers that died before it was complete
-    collectives.max_over_ranks(0.0)  # barrier: nothing is removed from here on
-    folder.upload(own, files)
-    everything = _of_all_ranks(files)
-    if collectives.rank() == 0:
-        folder.write(MANIFEST, _text(everything, about))
+    def _transfer(self) -> dict[str, File]:
+        files = files_of(self.own)
+        if isinstance(self.folder, RemoteFolder):
+            self.folder.upload(self.own, files)
+            return files
+        for name in files:
+            target = self.partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(self.own / name, target)
+        return files
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `finish` would not wait for this rank's files."""
+        return self._files.done()
 
-def _move(own: Path, folder: Path, about: Mapping[str, Any]) -> None:
-    """The folder gets its name when it is complete."""
-    rank = collectives.rank()
-    files = files_of(own)
-    partial = own.parent / f"{folder.name}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    collectives.max_over_ranks(0.0)  # barrier: the folder exists
-    for name in files:
-        target = partial / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(own / name, target)
-    everything = _of_all_ranks(files)
-    if rank == 0:
-        _write(partial / MANIFEST, _text(everything, about))
-        if folder.exists():  # damaged, or of workers that died before reporting it to Ray Train
-            shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(partial, folder)
+    def finish(self) -> None:
+        """Wait for the files of all ranks, and make them a checkpoint. Collective. Raises `OSError`."""
+        everything = _of_all_ranks(self._files.result())
+        self._thread.shutdown()
+        if collectives.rank() == 0:
+            text = json.dumps({"version": VERSION, **self.about, "files": everything}, indent=1)
+            if isinstance(self.folder, RemoteFolder):
+                self.folder.write(MANIFEST, text)  # the last file: a folder without one is no checkpoint
+            else:
+                _write(self.partial / MANIFEST, text)
+                folder = Path(str(self.folder))
+                if folder.exists():  # damaged, or of workers that died before reporting it to Ray Train
+                    shutil.rmtree(folder)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(self.partial, folder)
+        collectives.max_over_ranks(0.0)  # barrier: all can read it
+        shutil.rmtree(self.own, ignore_errors=True)
 
 
 def _of_all_ranks(files: Mapping[str, File]) -> dict[str, File]:
-    return {name: file for part in collectives.gather_lists([files]) for name, file in part.items()}
-
-
-def _text(files: Mapping[str, File], about: Mapping[str, Any]) -> str:
-    return json.dumps({"version": VERSION, **about, "files": dict(sorted(files.items()))}, indent=1)
+    gathered = {name: file for part in collectives.gather_lists([files]) for name, file in part.items()}
+    return dict(sorted(gathered.items()))
 
 
 def _write(path: Path, text: str) -> None:

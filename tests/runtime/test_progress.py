@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,13 @@ class Kept:
 
     def __init__(self) -> None:
         self.saved: list[LoopState] = []
+        self.pending: Any = None
+        self.completed = 0
         self.notice: str | None = None
+
+    def finish(self) -> None:
+        self.completed += 1
+        self.pending = None
 
     def node_to_be_reclaimed(self) -> str | None:
         return self.notice
@@ -141,6 +148,21 @@ def test_with_auto_the_clock_of_rank_0_decides() -> None:
     alone.saved_at -= AUTO_CHECKPOINT_SECONDS
     assert alone.checkpoint_is_due()
     assert progress(RankZeroSaysYes(), checkpoint={"every_steps": "auto"}).checkpoint_is_due()
+
+
+def test_one_in_the_background_is_completed_as_soon_as_all_ranks_are_ready() -> None:
+    kept = Kept()
+    run = progress(checkpoints=kept, checkpoint={"every_steps": None})
+    kept.pending = SimpleNamespace(is_ready=False)
+    assert not run.checkpoint_is_due() and kept.completed == 0
+    kept.pending = SimpleNamespace(is_ready=True)
+    assert not run.checkpoint_is_due() and kept.completed == 1 and kept.pending is None
+    run.checkpoint_is_due()
+    assert kept.completed == 1
+    run.save([])
+    assert kept.completed == 1, "it goes on in the background"
+    run.result(after={}, export=None)
+    assert kept.completed == 2
 
 
 def test_the_clocks_go_on_over_a_restart() -> None:

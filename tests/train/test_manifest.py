@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,37 @@ def committed(folder: Path) -> Path:
     manifest.commit(own, LocalFolder(folder / "step_000004"), {"metrics": {"step": 4}})
     assert not own.exists() and not list((folder / "scratch").iterdir())
     return folder / "step_000004"
+
+
+def test_files_are_copied_in_the_background_from_a_nodes_own_disk(tmp_path: Path) -> None:
+    own, staging = tmp_path / "disk/own", tmp_path / "storage/scratch"
+    (own / "deep").mkdir(parents=True)
+    (own / "deep/a.bin").write_bytes(b"a" * 100)
+    folder = LocalFolder(tmp_path / "storage/step_000001")
+    pending = manifest.Commit(own, folder, {"metrics": {}}, staging=staging)
+    deadline = time.monotonic() + 20
+    while not pending.is_ready:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not folder.exists(), "it is no checkpoint before all ranks have finished"
+    pending.finish()
+    assert folder.sizes().keys() == {"deep/a.bin", "manifest.json"} and not own.exists()
+    assert manifest.damage(folder, (manifest.read(folder) or {})["files"], full=True) is None
+
+
+def test_a_copy_that_fails_makes_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a").write_text("a")
+
+    def move(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(manifest.shutil, "move", move)
+    pending = manifest.Commit(own, LocalFolder(tmp_path / "step_000001"), {}, staging=tmp_path)
+    with pytest.raises(OSError, match="disk full"):
+        pending.finish()
+    assert not (tmp_path / "step_000001").exists()
 
 
 def test_sizes_and_checksums_of_every_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of weights alone: the weights come back to the bit, and training goes on as from a new start."""
+"""Checkpoints of weights alone: they come back to the bit, and training goes on as from a new start."""
 
 from __future__ import annotations
 
