@@ -93,7 +93,7 @@ def test_ppo_reads_from_saves_to_resumes_from_and_exports_to_a_bucket(
     assert second.returncode == 0, second.stdout + second.stderr
     assert "resuming after step 2" in second.stdout and "files of this run fetched" in second.stdout
     lines = [json.loads(line) for line in (folder.read("metrics.jsonl") or b"").splitlines()]
-    assert [line["step"] for line in lines if "loss/policy" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "loss/actor" in line] == [1, 2, 3]
     assert folder.child("checkpoints").folders() == ["step_000002", "step_000003"], "checkpoint.keep=2"
     exported.download(exported.sizes(), tmp_path / "after-3")
     before, after = weights(tmp_path / "after-2"), weights(tmp_path / "after-3")
