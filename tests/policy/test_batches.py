@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,9 +20,9 @@ from rayrlhf.observe.metric_keys import METRICS
 from rayrlhf.policy.batches import (
     MiniBatch,
     Packing,
-    SampleSize,
     add_advantages,
     balance_and_pack,
+    size_table,
     with_group_advantages,
     with_token_advantages,
 )
@@ -169,10 +170,8 @@ class OneOf(Ranks):
         return len(self.by_rank)
 
     def gather(self, items: list[Any]) -> list[Any]:
-        everyone = [
-            [((s.group_id, s.sample_index), SampleSize.of(s)) for s in samples] for samples in self.by_rank
-        ]
-        assert items == [everyone[self.rank]]
+        everyone = [size_table(samples) for samples in self.by_rank]
+        assert np.array_equal(items, [everyone[self.rank]])
         return everyone
 
     def exchange(self, outgoing: list[list[Any]]) -> list[Any]:
