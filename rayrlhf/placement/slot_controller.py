@@ -21,6 +21,8 @@ from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.placement.preload import is_enabled
 
+POLLS_PER_SECOND = 64
+
 
 @dataclass
 class SlotScalingConfig(ScalingConfig):
@@ -49,6 +51,20 @@ class SlotWorkerGroup(WorkerGroup):
 
 class SlotController(TrainController):
     worker_group_cls = SlotWorkerGroup
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        workers = self._train_run_context.scaling_config.num_workers
+        assert isinstance(workers, int), "slots are fixed"
+        self._health_check_interval_s = poll_interval(workers, least=self._health_check_interval_s)
+
+
+def poll_interval(num_workers: int, *, least: float) -> float:
+    """Seconds between polls of all workers: the controller makes one call per worker, 64 per second at most.
+
+    A checkpoint's report, and the death of a worker, wait for the next poll: 8 s with 512 workers.
+    """
+    return max(least, num_workers / POLLS_PER_SECOND)
 
 
 def train_variables() -> dict[str, str]:

@@ -1,11 +1,11 @@
 """TorchTrainer whose workers run on given slots of the run's placement group.
 
 Ray Train has no public API for an existing placement group: it creates its own, which would separate the
-trainer from the engines that share its GPUs. This subclass overrides five internals of Ray 2.60 (pinned;
+trainer from the engines that share its GPUs. This subclass overrides six internals of Ray 2.60 (pinned;
 tests/placement has a contract test that fails when one of them changes):
 `DataParallelTrainer._initialize_and_run_controller` and `._create_default_callbacks`, and with
-`slot_controller` `TrainController.worker_group_cls`, `WorkerGroup._create_placement_group` and
-`._create_workers`.
+`slot_controller` `TrainController.worker_group_cls` and `._health_check_interval_s`,
+`WorkerGroup._create_placement_group` and `._create_workers`.
 """
 
 from __future__ import annotations

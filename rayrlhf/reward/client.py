@@ -14,7 +14,6 @@ from typing import Any
 from rayrlhf.config.reward import RewardConfig
 from rayrlhf.reward.items import (
     Failure,
-    NotRetryable,
     RewardError,
     ScoreItem,
     Unverified,
@@ -116,7 +115,7 @@ class RewardClient:
             )
         except Exception as error:
             # User code or a foreign server: whatever it raises, the samples count as failed, with the reason.
-            return [Failure(self._reason(error), final=isinstance(error, NotRetryable))] * len(samples)
+            return [Failure(self._reason(error))] * len(samples)
         if len(answers) != len(samples):
             return [Failure(f"returned {len(answers)} rewards for {len(samples)} responses")] * len(samples)
         return answers

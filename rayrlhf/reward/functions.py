@@ -25,7 +25,6 @@ from rayrlhf.placement.serve_status import failed_starts, of_this_replica
 from rayrlhf.reward.items import (
     LARGEST_REWARD,
     Failure,
-    NotRetryable,
     RewardError,
     ScoreItem,
     checked_reward,
@@ -128,18 +127,20 @@ class FunctionReward:
         except CodeError as error:
             raise RewardError(_with_name(self.text, error)) from error
 
-    async def score(self, items: list[ScoreItem]) -> list[float | None]:
-        """One call of the function per request, so that an exception fails no other request. Raises
-        `RewardError`; `NotRetryable` if the call ended the function's process.
+    async def score(self, items: list[ScoreItem]) -> list[float | Failure | None]:
+        """One call of the function per sample: one that is slow, raises or ends the function's process costs
+        no other sample its reward.
         """
-        prompts, responses = [item.prompt for item in items], [item.response for item in items]
-        arguments = arguments_for(prompts, responses, self.label_key)
+        return list(await asyncio.gather(*map(self._score_one, items)))
+
+    async def _score_one(self, item: ScoreItem) -> float | Failure | None:
+        arguments = arguments_for([item.prompt], [item.response], self.label_key)
         try:
-            return await self.pool.call("score", arguments, len(items))
-        except ProcessDied as error:
-            raise NotRetryable(_with_name(self.text, error)) from error
+            [reward] = await self.pool.call("score", arguments, 1)
         except CodeError as error:
-            raise RewardError(_with_name(self.text, error)) from error
+            # Asked again, a sample that ends the process would cost another one.
+            return Failure(_with_name(self.text, error), final=isinstance(error, ProcessDied))
+        return reward
 
     def __del__(self) -> None:  # Serve calls it when the replica ends
         if hasattr(self, "pool"):

@@ -16,10 +16,6 @@ class RewardError(ValueError):
     """A reward source that cannot be used, or that violates the contract."""
 
 
-class NotRetryable(RewardError):
-    """A request that must not be retried: it would end the process again."""
-
-
 def last_message(error: BaseException) -> str:
     """The last line of an error's message. Ray wraps what a replica raised, with a traceback; a `RewardError`
     is already a single sentence.

@@ -24,7 +24,9 @@ from torch import Tensor
 from rayrlhf.algorithms.metrics import Max, Metrics
 
 HOST = torch.device("cpu")
-RING_BYTES = 2**20  # from here on the bytes cost more than the hops: a ring sends each twice, pairs log2 times
+RING_BYTES = (
+    2**20
+)  # from here on the bytes cost more than the hops: a ring sends each twice, pairs log2 times
 T = TypeVar("T")
 
 

@@ -1,4 +1,4 @@
-"""The five internals of Ray Train that rayrlhf.placement.trainer overrides exist and are called as expected.
+"""The six internals of Ray Train that rayrlhf.placement.trainer overrides exist and are called as expected.
 
 When one of these fails after an upgrade of Ray: read the named method in the new Ray, change the override in
 rayrlhf/placement/trainer.py, then this test, and then move the pin of ray in pyproject.toml.
@@ -91,6 +91,27 @@ def test_the_controller_makes_its_worker_group_from_the_class_attribute() -> Non
     assert TrainController.worker_group_cls is WorkerGroup, look
     assert calls(TrainController, "self.worker_group_cls.create("), look
     assert slot_controller.SlotController.worker_group_cls is slot_controller.SlotWorkerGroup
+
+
+def test_the_controller_polls_its_workers_in_an_interval_that_is_an_attribute() -> None:
+    look = LOOK.format("TrainController._poll_workers")
+    assert calls(TrainController.__init__, "self._health_check_interval_s = float("), look
+    assert calls(TrainController._poll_workers, "await asyncio.sleep(remaining_time)"), look
+    assert calls(TrainController._poll_workers, "poll_status(timeout=self._health_check_interval_s)"), look
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 0.5), (32, 0.5), (64, 1.0), (128, 2.0), (512, 8.0)])
+def test_many_workers_are_polled_less_often(
+    workers: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(controller: Any, context: Any) -> None:
+        controller._train_run_context = context
+        controller._health_check_interval_s = 0.5
+
+    monkeypatch.setattr(TrainController, "__init__", init)
+    context = SimpleNamespace(scaling_config=ScalingConfig(num_workers=workers))
+    controller = slot_controller.SlotController(context)  # pyright: ignore[reportArgumentType]
+    assert controller._health_check_interval_s == seconds
 
 
 def test_the_worker_group_creates_its_placement_group() -> None:

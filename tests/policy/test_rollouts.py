@@ -55,10 +55,10 @@ class Rewards:
     """Scores a response by its own number."""
 
     def __init__(self) -> None:
-        self.scored: list[str] = []
+        self.requests: list[list[str]] = []
 
     async def score(self, samples: list[Sample]) -> list[Sample]:
-        self.scored += [sample.response for sample in samples]
+        self.requests.append([sample.response for sample in samples])
         return [replace(sample, source_rewards=(float(sample.response),)) for sample in samples]
 
 
@@ -85,18 +85,20 @@ def test_samples_come_in_the_order_of_their_prompts() -> None:
     assert done == [1, 2, 3]
 
 
-def test_a_sample_is_scored_before_its_group_is_through() -> None:
+def test_a_group_is_one_request_and_is_scored_while_others_are_generated() -> None:
     class LastOneWaits(Rollouts):
-        """The second sample of a group comes only when the first has been scored."""
+        """The last prompt's group is generated only when the others have been scored."""
 
         async def samples(self, prompt: Prompt, **call: Any) -> AsyncIterator[Sample]:
             async for sample in super().samples(prompt, **call):
-                yield sample
-                while sample.response not in rewards.scored:
+                while prompt.row_id == 2 and len(rewards.requests) < 2:
                     await asyncio.sleep(0.001)
+                yield sample
 
     rewards = Rewards()
     assert len(collected(LastOneWaits(), rewards)) == 6
+    assert sorted(rewards.requests) == [["00", "01"], ["10", "11"], ["20", "21"]]
+    assert rewards.requests[2] == ["20", "21"]
 
 
 def test_a_request_that_fails_for_good_ends_the_step() -> None:

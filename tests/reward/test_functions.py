@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rayrlhf.isolation.output import OutputLog
 from rayrlhf.reward import functions
 from rayrlhf.reward.function_host import call_function, narrow
 from rayrlhf.reward.functions import FunctionReward, arguments_for, hosted_function, try_function
-from rayrlhf.reward.items import NotRetryable, RewardError, ScoreItem
+from rayrlhf.reward.items import Failure, RewardError, ScoreItem
 from rayrlhf.usercode import UserCode, find_user_code
 from tests.samples import make_prompt
 
@@ -266,7 +267,7 @@ def test_a_replica_scores(reward_file: Path) -> None:
         ScoreItem(prompt, response, [1]) for prompt, response in zip(PROMPTS, ["ab1", "--"], strict=True)
     ]
 
-    async def scored() -> list[float | None]:
+    async def scored() -> list[float | Failure | None]:
         replica = await make_replica(find_user_code(f"{reward_file}:letters", "function"))
         try:
             return await replica.score(items)
@@ -353,15 +354,38 @@ def test_in_a_replica_a_call_that_ends_the_process_costs_itself(tmp_path: Path) 
     async def main() -> list[Any]:
         replica = await make_replica(find_user_code(f"{path}:score", "function"))
         try:
-            asked = [replica.score([ScoreItem(PROMPTS[0], r, [1])]) for r in ("a", "die", "b")]
-            return list(await asyncio.gather(*asked, return_exceptions=True))
+            return list(await replica.score([ScoreItem(PROMPTS[0], r, [1]) for r in ("a", "die", "b")]))
         finally:
             await replica.pool.kill()
 
-    first, died, last = asyncio.run(main())
-    assert (first, last) == ([1.0], [1.0])
-    assert isinstance(died, NotRetryable)
-    assert str(died) == f"{path}:score: it ended its own process with exit code 0"
+    died = Failure(f"{path}:score: it ended its own process with exit code 0", final=True)
+    assert asyncio.run(main()) == [1.0, died, 1.0]
+
+
+def test_in_a_replica_a_sample_that_fails_costs_its_group_nothing(tmp_path: Path) -> None:
+    """Nor do slow ones wait for each other."""
+    path = tmp_path / "picky.py"
+    path.write_text(
+        "import time\n"
+        "def score(responses):\n"
+        "    [response] = responses\n"
+        "    time.sleep(0.5)\n"
+        "    return [1 / len(response)]\n"
+    )
+
+    async def main() -> tuple[list[Any], float]:
+        replica = await make_replica(find_user_code(f"{path}:score", "function"))
+        try:
+            started = time.monotonic()
+            found = await replica.score([ScoreItem(PROMPTS[0], r, [1]) for r in ("ab", "", *"abcdef")])
+            return list(found), time.monotonic() - started
+        finally:
+            await replica.pool.kill()
+
+    [first, failed, *rest], seconds = asyncio.run(main())
+    assert (first, rest) == (0.5, [1.0] * 6)
+    assert isinstance(failed, Failure) and "raised ZeroDivisionError" in failed.reason and not failed.final
+    assert seconds < 3.0, "one after the other they take 4 s"
 
 
 @pytest.mark.parametrize("value", ["float('inf')", "-float('inf')", "1e30", "1e19"])

@@ -28,7 +28,9 @@ def results_of(rank: int, size: int, out: str) -> None:
     ranks = Ranks()
     tenths = torch.tensor([0.1 * (rank + 1), float(rank)], dtype=torch.float64)
     large = torch.full((collectives.RING_BYTES // 4,), float(rank + 1), dtype=torch.float32)
-    metrics = Metrics({"a": Max(float(rank)), "b": Mean(float(rank), 2.0), "c": Max(-1.0 - rank), "d": Sum(1.0)})
+    metrics = Metrics(
+        {"a": Max(float(rank)), "b": Mean(float(rank), 2.0), "c": Max(-1.0 - rank), "d": Sum(1.0)}
+    )
     outgoing: list[list[Any]] = [[(rank, other)] * ((rank + other) % 3) for other in range(size)]
     result = {
         "sum": ranks.sum_tensor(tenths),
