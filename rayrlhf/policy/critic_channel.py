@@ -1,22 +1,26 @@
 """Ray actor that relays calls of the actor's workers to a critic in a separate trainer, in one order.
 
 A call is passed to the critic once every actor rank has posted its part, and then to every critic rank, so
-that the ranks of a side never run different calls, also after a restart. A restart of the critic loses its
-training since the last checkpoint: it invalidates the actor's session, and the actor's workers restart from
-that checkpoint too. A restart of the actor opens a new session, and the critic follows its first call. When
-the channel's own process dies, both sides restart from the checkpoint.
+that the ranks of a side never run different calls, also after a restart. Each critic rank gets its share of
+the micro-batches alone; these and the values are references, whose content does not pass through here.
+
+A restart of the critic loses its training since the last checkpoint: it invalidates the actor's session, and
+the actor's workers restart from that checkpoint too. A restart of the actor opens a new session, and the
+critic follows its first call. When the channel's own process dies, both sides restart from the checkpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from ray import ObjectRef
-from torch import Tensor
 
 from rayrlhf.algorithms.metrics import Metrics
+from rayrlhf.data.packing import balanced_partition
 from rayrlhf.policy.losses import ValueObjective
 
 NEXT_SECONDS = 30.0  # a critic rank that waits for a call repeats its request after this long
@@ -39,11 +43,18 @@ class Part(NamedTuple):
     num_tokens: int
 
 
+class Share(NamedTuple):
+    """A critic rank's micro-batches of a call."""
+
+    parts: dict[int, Part]  # by their numbers in the call
+    num_batches: int  # to compute: equally many on every rank, the rest is padding
+
+
 @dataclass(frozen=True)
 class Answer:
     """Answer of one critic rank, or the merged answer of all of them to an actor rank."""
 
-    values: dict[int, Tensor] = field(default_factory=dict)  # [T] each, by micro-batch number
+    values: dict[int, ObjectRef] = field(default_factory=dict)  # of a tensor [T], by micro-batch number
     metrics: Metrics = field(default_factory=Metrics)  # over all critic ranks, from rank 0
 
 
@@ -65,19 +76,32 @@ class Call:
         self.answers: dict[int, Answer] = {}  # by critic rank
         self.done = asyncio.Event()
         self.failure: Failure | None = None
+        self._shares: list[Share] = []
 
-    @property
-    def all_parts(self) -> list[Part]:
-        return [part for rank in sorted(self.parts) for part in self.parts[rank]]
+    def share(self, rank: int, world_size: int) -> Share:
+        """The micro-batches of a critic rank, balanced by their tokens."""
+        if len(self._shares) != world_size:
+            parts = [part for other in sorted(self.parts) for part in self.parts[other]]
+            numbers = balanced_partition([part.num_tokens for part in parts], world_size)
+            most = max(map(len, numbers))
+            self._shares = [Share({i: parts[i] for i in of_rank}, most) for of_rank in numbers]
+        return self._shares[rank]
 
     def answer_for(self, rank: int) -> Answer:
         """The values of this actor rank's micro-batches, numbered in the order in which it posted them."""
-        first = sum(len(parts) for other, parts in self.parts.items() if other < rank)
-        values = {
-            number: tensor for answer in self.answers.values() for number, tensor in answer.values.items()
-        }
-        mine = {i: values[first + i] for i in range(len(self.parts[rank])) if first + i in values}
+        first = self._first[rank]
+        mine = {i: self._values[first + i] for i in range(len(self.parts[rank])) if first + i in self._values}
         return Answer(mine, self.answers[0].metrics)
+
+    @cached_property
+    def _first(self) -> dict[int, int]:
+        """By actor rank, the number of its first micro-batch."""
+        firsts = accumulate((len(self.parts[rank]) for rank in sorted(self.parts)), initial=0)
+        return dict(zip(sorted(self.parts), firsts, strict=False))
+
+    @cached_property
+    def _values(self) -> dict[int, ObjectRef]:
+        return {number: ref for answer in self.answers.values() for number, ref in answer.values.items()}
 
     def fail(self, failure: Failure) -> None:
         self.failure = failure
@@ -136,10 +160,8 @@ class CriticChannel:
             self.fail("RuntimeError", "the critic's workers were restarted")
         self.fetched = dict.fromkeys(range(world_size), 0)
 
-    async def next(self, started: int, rank: int) -> tuple[Request, list[Part]] | None:
-        """The next call and its micro-batches in the order of the actor's ranks; None after `NEXT_SECONDS`
-        without one.
-        """
+    async def next(self, started: int, rank: int) -> tuple[Request, Share] | None:
+        """The next call and this rank's micro-batches of it; None after `NEXT_SECONDS` without one."""
         if started != self.critic_started:
             other = "newer critic workers have taken over" if self.critic_started >= 0 else CHANNEL_DIED
             raise CriticFailed(f"RuntimeError: {other}")
@@ -154,7 +176,7 @@ class CriticChannel:
         self.fetched[rank] = index + 1
         call = self.calls[index]
         assert call is not None, "a call is answered only after all ranks have fetched it"
-        return call.request, call.all_parts
+        return call.request, call.share(rank, self.critic_size)
 
     async def answer(self, started: int, rank: int, answer: Answer) -> None:
         """Answer the call that this rank fetched last."""

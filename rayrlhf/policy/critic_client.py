@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError
 from torch import Tensor
 
 from rayrlhf.algorithms.metrics import Metrics
@@ -37,8 +37,12 @@ class _Values:
     batches: Sequence[PackedBatch]
 
     def result(self) -> list[Tensor]:
-        answer = self.critic.wait(self.ref, "values")
-        return [answer.values[i].to(batch.loss_mask.device) for i, batch in enumerate(self.batches)]
+        refs = self.critic.wait(self.ref, "values").values
+        try:
+            values: list[Tensor] = ray.get([refs[i] for i in range(len(self.batches))])
+        except ObjectLostError as error:
+            raise CriticFailed("RuntimeError: a worker of the critic died with its values") from error
+        return [v.to(batch.loss_mask.device) for v, batch in zip(values, self.batches, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray import ObjectRef
 from ray.exceptions import ActorUnavailableError
-from torch import Tensor
 
 from rayrlhf.batch import ValueBatch, pack_values, padding_tokens
-from rayrlhf.data.packing import balanced_partition
 from rayrlhf.placement.reaper import NAMESPACE, register_worker
 from rayrlhf.policy.actor_critic import LocalCritic, make_critic
-from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Part, Request
+from rayrlhf.policy.critic_channel import CHANNEL_DIED, Answer, CriticFailed, Request, Share
 from rayrlhf.policy.critic_client import critic_folder
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.storage.folder import on_this_node, run_folder
@@ -28,8 +27,8 @@ def critic_loop(job: PolicyJob) -> None:
     """Answer calls until the actor's workers send "stop". Runs on every critic worker, under Ray Train."""
     w = CriticWorker(job)
     try:
-        for request, parts in w.requests():
-            w.answer(w.run(request, parts))
+        for request, share in w.requests():
+            w.answer(w.run(request, share))
     except BaseException as failure:
         w.report_failure(failure)
         raise
@@ -53,7 +52,7 @@ class CriticWorker:
         torch.manual_seed(self.config.run.seed)
         return make_critic(self.config)
 
-    def requests(self) -> Iterator[tuple[Request, list[Part]]]:
+    def requests(self) -> Iterator[tuple[Request, Share]]:
         """Iterate over the calls, up to and excluding "stop", which is answered here."""
         while True:
             call = self._ask("next", self.rank)
@@ -64,19 +63,18 @@ class CriticWorker:
                 return
             yield call
 
-    def run(self, request: Request, parts: Sequence[Part]) -> Answer:
+    def run(self, request: Request, share: Share) -> Answer:
         match request.kind:
             case "begin":
                 if not self.is_fresh:
                     self.critic = self._fresh()
                     self.is_fresh = True
             case "values":
-                return Answer(values=self._values(parts))
+                return Answer(values=self._values(share))
             case "update":
                 assert request.objective is not None
                 self.is_fresh = False
-                batches = [batch for _, batch in self._mine(parts)]
-                metrics = self.critic.update(batches, request.objective, step=request.step)
+                metrics = self.critic.update(self._batches(share), request.objective, step=request.step)
                 return Answer(metrics=metrics)
             case "save":
                 self._save(request.step)
@@ -104,20 +102,15 @@ class CriticWorker:
     def report_failure(self, failure: BaseException) -> None:
         self.channel.fail.remote(type(failure).__name__, str(failure))
 
-    def _values(self, parts: Sequence[Part]) -> dict[int, Tensor]:
-        mine = self._mine(parts)
-        values = self.critic.values([batch for _, batch in mine])
-        return {number: v.cpu() for (number, _), v in zip(mine, values, strict=True) if number is not None}
+    def _values(self, share: Share) -> dict[int, ObjectRef]:
+        values = self.critic.values(self._batches(share))
+        return {number: ray.put(v.cpu()) for number, v in zip(share.parts, values, strict=False)}
 
-    def _mine(self, parts: Sequence[Part]) -> list[tuple[int | None, ValueBatch]]:
-        """This rank's micro-batches with their numbers, equally many on every rank; padding has no number."""
-        shares = balanced_partition([part.num_tokens for part in parts], self.world_size)
-        mine = shares[self.rank]
-        fetched: list[ValueBatch] = ray.get([parts[number].batch for number in mine])
-        batches: list[tuple[int | None, ValueBatch]] = list(zip(mine, fetched, strict=True))
-        missing = max(map(len, shares)) - len(mine)
-        batches += [(None, _padding())] * missing
-        return [(number, batch.to(collectives.device())) for number, batch in batches]
+    def _batches(self, share: Share) -> list[ValueBatch]:
+        """This rank's micro-batches in the order of their numbers, then padding."""
+        batches: list[ValueBatch] = ray.get([part.batch for part in share.parts.values()])
+        batches += [_padding() for _ in range(share.num_batches - len(batches))]
+        return [batch.to(collectives.device()) for batch in batches]
 
     def _save(self, step: int) -> None:
         """Save atomically. One more checkpoint is kept than of the actor, whose own is committed later."""

@@ -6,9 +6,9 @@ These collectives are of a few numbers and of Python objects, and go through hos
 in them for others whose rollouts still run: with NCCL it would wait in a kernel, on a GPU on which an engine
 may still generate for the others.
 
-gloo's own all-reduce and all-gather are rings: a message passes every rank, once or twice, one after the other
-(1,022 hops for 512 ranks). Here the ranks swap messages in pairs, with rank ^ 1, ^ 2, ^ 4, …: 9 rounds for 512
-(recursive doubling: Thakur et al. 2005, Int. J. High Perform. Comput. Appl. 19, section 4).
+gloo's own all-reduce and all-gather are rings, in which a message passes every rank once or twice: 1,022 hops
+for 512 ranks. Here the ranks swap messages in pairs, with rank ^ 1, ^ 2, ^ 4, …: 9 rounds for 512 (recursive
+doubling: Thakur et al. 2005, Int. J. High Perform. Comput. Appl. 19, section 4).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def exchange(outgoing: list[list[Any]]) -> list[Any]:
 
 
 def _reduced(values: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """All ranks' values combined by a commutative function, which makes the result the same on all of them."""
+    """All ranks' values combined by a commutative function: so the result is the same on all of them."""
     return _combined(values, combine, _swapped) if world_size() > 1 else values
 
 

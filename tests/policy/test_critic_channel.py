@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from ray.exceptions import ActorUnavailableError
 
 from rayrlhf.algorithms.metrics import Metrics, Sum
-from rayrlhf.policy.critic_channel import Answer, CriticChannel, CriticFailed, Kind, Part, Request
+from rayrlhf.policy.critic_channel import Answer, CriticChannel, CriticFailed, Kind, Part, Request, Share
 from rayrlhf.policy.critic_client import RemoteCritic
 
 OF_RANK_0 = Metrics({"loss/critic_bad_steps": Sum(4.0)})
@@ -43,8 +42,8 @@ class Actor:
 async def fetch(channel: CriticChannel, started: int, rank: int) -> tuple[str, list[Any]]:
     call = await asyncio.wait_for(channel.next(started, rank), 5)
     assert call is not None
-    request, parts = call
-    return request.kind, [p.batch for p in parts]
+    request, share = call
+    return request.kind, [part.batch for part in share.parts.values()]
 
 
 async def refused(asked: asyncio.Task[Answer]) -> str:
@@ -63,15 +62,45 @@ def test_a_call_is_delivered_when_all_actor_ranks_have_posted_and_to_all_critic_
         await asyncio.sleep(0.01)
         assert not waiting.done(), "rank 0 of the actor has not posted"
         first = actor.ask(0, "values", "a", "b")
-        assert await waiting == ("values", ["a", "b", "c"])
-        assert await fetch(channel, 10, 1) == ("values", ["a", "b", "c"])
-        # Critic rank 0 has worked on parts 0 and 2, rank 1 on part 1.
-        numbers = [torch.tensor([float(i)]) for i in range(3)]
-        await channel.answer(10, 0, Answer({0: numbers[0], 2: numbers[2]}, OF_RANK_0))
+        assert await waiting == ("values", ["a"])
+        assert await fetch(channel, 10, 1) == ("values", ["b", "c"])
+        # Here references to the values are their names.
+        values: list[Any] = ["of a", "of b", "of c"]
+        await channel.answer(10, 0, Answer({0: values[0]}, OF_RANK_0))
         assert not first.done()
-        await channel.answer(10, 1, Answer({1: numbers[1]}, Metrics({"loss/critic_bad_steps": Sum(5.0)})))
-        assert await first == Answer({0: numbers[0], 1: numbers[1]}, OF_RANK_0)
-        assert await late == Answer({0: numbers[2]}, OF_RANK_0)
+        await channel.answer(
+            10, 1, Answer({1: values[1], 2: values[2]}, Metrics({"loss/critic_bad_steps": Sum(5.0)}))
+        )
+        assert await first == Answer({0: values[0], 1: values[1]}, OF_RANK_0)
+        assert await late == Answer({0: values[2]}, OF_RANK_0)
+
+    asyncio.run(body())
+
+
+def test_critic_ranks_get_balanced_shares_and_as_many_micro_batches_each() -> None:
+    """Not all 4,096 of them, which the channel would serialise 512 times."""
+
+    async def body() -> None:
+        channel = CriticChannel()
+        await channel.join(10, 2)
+        tokens = [60, 20, 20, 30]
+        parts = [Part(part("").batch, num_tokens=count) for count in tokens]
+        asked = [
+            asyncio.ensure_future(
+                channel.ask(1, 2, 0, rank, Request("values"), parts[2 * rank : 2 * rank + 2])
+            )
+            for rank in range(2)
+        ]
+        await asyncio.sleep(0)
+        shares: list[Share] = []
+        for rank in range(2):
+            call = await channel.next(10, rank)
+            assert call is not None
+            shares.append(call[1])
+        assert [list(share.parts) for share in shares] == [[0], [1, 2, 3]]
+        assert [share.num_batches for share in shares] == [3, 3]
+        channel.fail("RuntimeError", "over")
+        await asyncio.gather(*asked, return_exceptions=True)
 
     asyncio.run(body())
 
@@ -182,7 +211,7 @@ def test_a_call_that_one_critic_rank_has_fetched_reaches_the_other_after_a_resta
         await asyncio.sleep(0)
         begun = Actor(channel, started=3).ask(0, "begin")
         await asyncio.sleep(0)
-        assert await fetch(channel, 10, 1) == ("update", ["a"])
+        assert await fetch(channel, 10, 1) == ("update", [])
         for rank in (0, 1):
             await channel.answer(10, rank, Answer())
         assert "taken over" in await refused(lost), "half a call goes with the workers that made it"
