@@ -225,7 +225,7 @@ class EngineActor:
                 from rayrlhf.weights.transfer_group import abort_transfer  # imports torch
 
                 self.transfer_group = None
-                await asyncio.to_thread(abort_transfer, transfer_group, f"{self.name}: {error}")
+                await asyncio.to_thread(abort_transfer, transfer_group, f"{self.name}: {error}", replica)
                 await self.stepper.leave()
                 raise
 

@@ -17,8 +17,16 @@ from rayrlhf.weights.buckets import Group, fill, size_of
 from rayrlhf.weights.shared_memory import device_key
 from rayrlhf.weights.store import AdapterSpec, TensorSlice
 from rayrlhf.weights.transfer_failure import TransferFailed
-from rayrlhf.weights.transfer_group import Backend, DirectPush, Link, Receiver, TransferGroup, join
-from rayrlhf.weights.transfer_store import LOOPBACK, TransferStore
+from rayrlhf.weights.transfer_group import (
+    Backend,
+    DirectPush,
+    Link,
+    Receiver,
+    TransferGroup,
+    abort_transfer,
+    join,
+)
+from rayrlhf.weights.transfer_store import LOOPBACK, Address, TransferStore
 
 Answers = list[dict[str, Any]]
 LIVENESS_SECONDS = 2.0  # interval of liveness checks, for engines whose death does not break a connection
@@ -60,12 +68,16 @@ class DirectSender:
         # Nodes of the trainers that join the transfer group.
         self.nodes = {node for _, node in locations} if backend == "ipc" else {locations[0][1]}
         self.sends = rank == 0 if backend != "ipc" else devices.index(self.key) == rank
+        self.node_of = dict(locations)
+        nodes = [node for _, node in locations]
+        self.opens_store = rank == 0 if backend != "ipc" else nodes.index(nodes[rank]) == rank
         self.link: Link | None = None
         self.transfer_group: TransferGroup | None = None
         self.transfer_store: TransferStore | None = None
-        self.refused = 0  # unauthorised connections to previous transfer stores
+        self.refused = 0  # unauthorised connections to this rank's previous transfer stores
+        self.num_refused_connections = 0  # by all ranks' stores, over the run, as of the last push
         self.failures = 0
-        self.push: DirectPush | None = None
+        self.is_pushing = False
         self.problem: str | None = None
         self.answers: Future[Answers] | None = None
         self.requests = ThreadPoolExecutor(2, thread_name_prefix="direct-push")
@@ -85,30 +97,30 @@ class DirectSender:
         Returns:
             True if this push reaches all running engines directly.
         """
-        push: DirectPush | None = None
+        receivers: dict[int, Receiver] = {}
         reaches_all, problem = False, None
         if self.rank == 0 and self.failures < MAX_FAILURES:
             try:
                 receivers, reaches_all = self._receivers()
-                if receivers:
-                    group = self._transfer_group(receivers)
-                    push = DirectPush(group, number, version, tuple(map(tuple, buckets)), adapter, verify)
-            except (TimeoutError, TransferFailed) as error:
+            except TimeoutError as error:
                 problem = str(error)
-        [(push, reaches_all, problem), *_] = self.gather([(push, reaches_all, problem)])
+        [(receivers, reaches_all, problem), *_] = self.gather([(receivers, reaches_all, problem)])
         self.problem = problem
-        self.push = push
-        if push is None:
+        self.is_pushing = bool(receivers)
+        if not receivers:
+            return False
+        try:
+            transfer_group = self._form_group(receivers)
+        except TransferFailed as error:  # on every rank
+            self.problem = str(error)
             return False
         if self.rank == 0:
             self.finished.clear()
+            push = DirectPush(transfer_group, number, version, tuple(map(tuple, buckets)), adapter, verify)
             self.answers = self.requests.submit(self._request_receive, push)
-            assert self.transfer_store is not None
-            self.requests.submit(self._monitor_receivers, push.transfer_group, self.transfer_store)
-        if push.transfer_group != self.transfer_group:
-            self.link, self.transfer_group = None, push.transfer_group
-        if self.link is None and self._has_readers(push.transfer_group):
-            self._try(self._join, push.transfer_group)
+            self.requests.submit(self._monitor_receivers, transfer_group)
+        if self.link is None and self._has_readers(transfer_group):
+            self._try(self._join, transfer_group)
         return reaches_all
 
     def send(self, group: Group, slices: Sequence[TensorSlice]) -> Tensor | None:
@@ -117,7 +129,7 @@ class DirectSender:
         Returns:
             The bucket's bytes, for callers that need a copy; None if this rank sent nothing.
         """
-        if self.push is None or self.link is None or self.problem is not None:
+        if not self.is_pushing or self.link is None or self.problem is not None:
             return None
         flat = self.link.buffer(size_of(slices))
         fill(flat, group, slices)
@@ -135,14 +147,16 @@ class DirectSender:
                 self.problem = self.problem or str(error)
             self.finished.set()
             self.answers = None
-        self.problem = next(filter(None, self.gather([self.problem])), None)
-        if self.problem or self.push is not None:
+        found = self.gather([(self.problem, self._num_refused())])
+        self.problem = next((problem for problem, _ in found if problem), None)
+        self.num_refused_connections = sum(refused for _, refused in found)
+        if self.problem or self.is_pushing:
             self.failures = self.failures + 1 if self.problem else 0
         if self.problem:
             self._leave(self.problem)
         return self.problem
 
-    def num_refused_connections(self) -> int:
+    def _num_refused(self) -> int:
         """Connections refused by this rank's transfer stores, over the run."""
         return self.refused + (self.transfer_store.refused if self.transfer_store is not None else 0)
 
@@ -162,14 +176,35 @@ class DirectSender:
         }
         return reachable, reachable == running
 
-    def _transfer_group(self, receivers: dict[int, Receiver]) -> TransferGroup:
-        """The current group if its receivers are the same, otherwise a new one."""
+    def _form_group(self, receivers: dict[int, Receiver]) -> TransferGroup:
+        """The current group if its receivers are the same, otherwise a new one. Collective.
+
+        Raises:
+            TransferFailed: on every rank, if a store could not be opened on one of them.
+        """
         if self.transfer_group is not None and self.transfer_group.receivers == receivers:
             return self.transfer_group
         self._leave("the set of running engines changed")
-        nodes = self.nodes | {receiver.node for receiver in receivers.values()}
-        self.transfer_store = TransferStore(LOOPBACK if len(nodes) == 1 else ray.util.get_node_ip_address())
-        return TransferGroup(self.backend, self.transfer_store.address, receivers, self.timeout_seconds)
+        opened: list[tuple[str, Address | None, str]] = []  # node, address, problem
+        if self.opens_store:
+            nodes = self.nodes | {receiver.node for receiver in receivers.values()}
+            try:
+                self.transfer_store = TransferStore(
+                    LOOPBACK if len(nodes) == 1 else ray.util.get_node_ip_address()
+                )
+                opened = [(self.node_of[self.key], self.transfer_store.address, "")]
+            except TransferFailed as error:
+                opened = [(self.node_of[self.key], None, str(error))]
+        opened = self.gather(opened)
+        if problem := next((problem for _, _, problem in opened if problem), None):
+            raise TransferFailed(problem)
+        address_of = {node: address for node, address, _ in opened if address is not None}
+        stores: dict[str, Address] = {}
+        if self.backend == "ipc":
+            stores = {device: address_of[node] for device, node in self.node_of.items()}
+        first = next(iter(address_of.values()))  # rank 0's
+        self.transfer_group = TransferGroup(self.backend, first, receivers, self.timeout_seconds, stores)
+        return self.transfer_group
 
     def _has_readers(self, transfer_group: TransferGroup) -> bool:
         """Whether any engine receives what this rank sends."""
@@ -190,7 +225,7 @@ class DirectSender:
         what = f"direct push of version {push.version} by {self.backend}"
         return self.call_engines(what, "receive", push)
 
-    def _monitor_receivers(self, transfer_group: TransferGroup, store: TransferStore) -> None:
+    def _monitor_receivers(self, transfer_group: TransferGroup) -> None:
         """End the transfer when a receiver dies: some links would only notice at their deadline."""
         period = max(LIVENESS_SECONDS, len(transfer_group.receivers) / RECEIVERS_PER_SECOND)
         while not self.finished.wait(period):
@@ -202,7 +237,7 @@ class DirectSender:
             receivers = transfer_group.receivers.items()
             dead = [replica for replica, receiver in receivers if pids.get(replica) != receiver.pid]
             if dead:
-                store.end(f"engine {dead[0]} died")
+                abort_transfer(transfer_group, f"engine {dead[0]} died", dead[0])
                 return
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:

@@ -254,8 +254,8 @@ class WeightSync:
         return 0 if self.weight_store is None else self.weight_store.drain_restored()
 
     def num_refused_connections(self) -> int:
-        """Unauthorised connections refused by this rank's transfer stores, over the run."""
-        return self.direct.num_refused_connections() if self.direct is not None else 0
+        """Unauthorised connections refused by all ranks' transfer stores, over the run."""
+        return self.direct.num_refused_connections if self.direct is not None else 0
 
     def close(self) -> None:
         self._wait_until_published()

@@ -2,7 +2,8 @@
 
 Rank 0 of the trainers opens a small key-value store that only group members can read and write
 (`weights.transfer_store`) and sends its address to the engines. Members use it for rendezvous and to report
-failures, so that no member waits for a dead peer. Two kinds of link carry buckets:
+failures, so that no member waits for a dead peer. By IPC each bucket takes some messages and stays on its
+node, and so do they: every node has a store. Two kinds of link carry buckets:
 
 * `GroupLink`: rank 0 broadcasts to all workers of all engines, by NCCL between GPUs or gloo between hosts.
 * `IpcLink`: every trainer fills a buffer that the engine on its own device reads in place, by CUDA IPC on a
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -57,9 +58,14 @@ class TransferGroup:
     """Members of direct pushes: trainers have rank 0, engine workers the other ranks."""
 
     backend: Backend
-    address: Address  # of its store; also identifies the group
+    address: Address  # of its store, or of rank 0's; also identifies the group
     receivers: Mapping[int, Receiver]  # by replica rank
     timeout_seconds: float
+    stores: Mapping[str, Address] = field(default_factory=dict)  # of a node, by device key; without IPC none
+
+    def store_of(self, device: str) -> Address:
+        """Address of the store that members on this device use."""
+        return self.stores.get(device, self.address)
 
     @property
     def size(self) -> int:
@@ -123,17 +129,20 @@ def join(transfer_group: TransferGroup, *, rank: int, device: torch.device, key:
         TransferFailed: names the members that did not join.
     """
     connection = Connection(
-        Member(transfer_group.address, transfer_group.timeout_seconds), transfer_group.timeout_seconds
+        Member(transfer_group.store_of(key), transfer_group.timeout_seconds), transfer_group.timeout_seconds
     )
     if transfer_group.backend == "ipc":
         return IpcLink(connection, device, key, rank=rank, readers=transfer_group.readers(key))
     return GroupLink(connection, transfer_group, rank, device)
 
 
-def abort_transfer(transfer_group: TransferGroup, reason: str) -> None:
-    """End the transfer for all members; callable without having joined. No-op if the store is unreachable."""
-    with contextlib.suppress(TransferFailed):
-        Connection(Member(transfer_group.address, ABORT_CONNECT_SECONDS), 0).end(reason)
+def abort_transfer(transfer_group: TransferGroup, reason: str, replica: int) -> None:
+    """End the transfer for all members that share a store with an engine; callable without having joined.
+    No-op for a store that is unreachable.
+    """
+    for address in {transfer_group.store_of(device) for device in transfer_group.receivers[replica].devices}:
+        with contextlib.suppress(TransferFailed):
+            Connection(Member(address, ABORT_CONNECT_SECONDS), 0).end(reason)
 
 
 class Connection:

@@ -116,11 +116,11 @@ def test_a_member_that_fails_unblocks_the_others_immediately(backend: Backend) -
 def test_a_member_that_never_joined_can_end_the_transfer(backend: Backend) -> None:
     members = Members(backend)
     sender = members.run(send, 0)
-    abort_transfer(members.transfer_group, "engine 2: asleep")
+    abort_transfer(members.transfer_group, "engine 2: asleep", 2)
     with pytest.raises(TransferFailed, match="engine 2: asleep"):
         sender.result(30)
     members.store.close()
-    abort_transfer(members.transfer_group, "too late")  # the store is closed
+    abort_transfer(members.transfer_group, "too late", 2)  # the store is closed
 
 
 def test_a_transfer_ends_when_the_sender_is_gone() -> None:
