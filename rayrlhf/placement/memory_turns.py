@@ -21,12 +21,21 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from rayrlhf.placement.reaper import NAMESPACE
 from rayrlhf.placement.slots import Slots
 
-LEASE_SECONDS = 15.0  # that a lease lasts without a renewal
 RENEW_SECONDS = 3.0
+RENEWALS_PER_SECOND = 40  # of all leases together, by the one store; 512 engines renew theirs every 13 s
+LEASE_SECONDS = 15.0  # that a lease lasts without a renewal, or five times their interval if that is longer
 POLL_SECONDS = 0.5
 
 # "starting", "awake" and "asleep" are stages of engines, "loading" is that of other models.
 Stage = Literal["starting", "awake", "asleep", "loading"]
+
+
+def renewal_seconds(num_engines: int) -> float:
+    return max(RENEW_SECONDS, num_engines / RENEWALS_PER_SECOND)
+
+
+def lease_seconds(num_engines: int) -> float:
+    return max(LEASE_SECONDS, 5 * renewal_seconds(num_engines))
 
 
 class TurnsNotKnown(RuntimeError):
@@ -45,10 +54,21 @@ class Holder:
 class MemoryTurns:
     """The leases of a run, by name."""
 
-    def __init__(self, *, is_restarted: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        """`is_restarted`: there may be leases that are not known until they are renewed."""
+    def __init__(
+        self,
+        num_engines: int = 1,
+        *,
+        is_restarted: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            num_engines: of the run, which determine how long a lease lasts.
+            is_restarted: there may be leases that are not known until they are renewed.
+        """
         self.clock = clock
-        self.complete_from = clock() + LEASE_SECONDS if is_restarted else clock()
+        self.seconds = lease_seconds(num_engines)
+        self.complete_from = clock() + self.seconds if is_restarted else clock()
         self._holders: dict[str, Holder] = {}
 
     def claim(self, name: str, slots: Sequence[int], stage: Stage) -> bool:
@@ -67,13 +87,13 @@ class MemoryTurns:
             if other != name
         ):
             return False
-        self._holders[name] = Holder(tuple(slots), stage, self.clock() + LEASE_SECONDS)
+        self._holders[name] = Holder(tuple(slots), stage, self.clock() + self.seconds)
         return True
 
     def renew(self, name: str, slots: Sequence[int], stage: Stage) -> None:
         """Prolong a lease; one that is not known is taken to be in `stage`."""
         known = self._holders.get(name, Holder(tuple(slots), stage, 0.0))
-        self._holders[name] = replace(known, expires=self.clock() + LEASE_SECONDS)
+        self._holders[name] = replace(known, expires=self.clock() + self.seconds)
 
     def move_to(self, name: str, stage: Stage) -> None:
         """The holder has reached this stage. A lease that is not known will be renewed."""
@@ -104,9 +124,10 @@ class MemoryTurns:
 class Lease:
     """One process's lease, on the slots of one unit of a role."""
 
-    def __init__(self, store: Any, name: str, slots: Sequence[int]) -> None:
+    def __init__(self, store: Any, name: str, slots: Sequence[int], num_engines: int = 1) -> None:
         """`store`: the actor with the methods of `MemoryTurns` (`weights.store.WeightStore`)."""
         self.store = store
+        self.renewal_seconds = renewal_seconds(num_engines)
         self.name = name
         self.slots = tuple(slots)
         self.renewal: asyncio.Task[None] | None = None
@@ -134,7 +155,7 @@ class Lease:
     async def _renew(self, stage: Stage) -> None:
         """`stage`: of a lease that a restarted store does not know; the one in which it holds most memory."""
         while True:
-            await asyncio.sleep(RENEW_SECONDS)
+            await asyncio.sleep(self.renewal_seconds)
             try:
                 await self.store.renew_turn.remote(self.name, self.slots, stage)
             except ActorUnavailableError:
@@ -150,7 +171,8 @@ def lease_of(slots: Slots, role: str, rank: int) -> Lease | None:
     store = ray.get_actor(slots.memory_turns, namespace=NAMESPACE)
     # A replica that is started again is another holder: its predecessor's memory is freed by its death.
     name = f"{role} {rank} (started {time.time():.3f})"
-    return Lease(store, name, [slot.bundle for slot in slots.unit(role, rank)])
+    num_engines = len(slots.spec.of("rollout").units)
+    return Lease(store, name, [slot.bundle for slot in slots.unit(role, rank)], num_engines)
 
 
 @asynccontextmanager

@@ -112,7 +112,13 @@ def _train(config: PolicyRunConfig, prepared: Prepared, console: Console) -> Pat
     ):
         # Engines load model.path, whose weights are not exactly those of a policy quantized to 4 bits.
         checkpoint_version = 0 if config.model.quantization is None else -1
-        _scoped_actor(stack, WeightStore, f"{run_id}-weights", checkpoint_version=checkpoint_version)
+        _scoped_actor(
+            stack,
+            WeightStore,
+            f"{run_id}-weights",
+            checkpoint_version=checkpoint_version,
+            num_engines=config.rollout.num_engines,
+        )
         job = _make_job(config, run_id, stores, slots, fixed)
         if job.engines_sleep:
             slots = replace(slots, memory_turns=job.weight_store)

@@ -130,9 +130,13 @@ class EngineActor:
             await self.sleep()
         return self.version
 
-    async def _move_to(self, stage: Stage) -> None:
+    async def _move_to(self, stage: Stage, what: str | None = None) -> None:
+        """Move the lease to a stage and record what has happened, in one call."""
         if self.lease is not None:
-            await self._call_store("move_turn_to", self.lease, stage)
+            event = None if what is None else (self.name, what)
+            await self._call_store("move_turn_to", self.lease, stage, event)
+        elif what is not None:
+            await self._record(what)
 
     async def generate(
         self,
@@ -274,8 +278,7 @@ class EngineActor:
             freed = await self.stepper.release_memory()
             self.released = {"weights", "kv_cache"}
             self.publication = WEIGHTS_INVALID
-            await self._move_to("asleep")
-            await self._record(f"asleep, {freed} bytes freed")
+            await self._move_to("asleep", f"asleep, {freed} bytes freed")
             return freed
 
     async def wake(self, part: Part) -> None:
@@ -287,7 +290,8 @@ class EngineActor:
                 raise RuntimeError(
                     "cannot wake the cache before weights are pushed: a sleeping engine keeps none"
                 )
-            await self._move_to("awake")
+            if "weights" in self.released:
+                await self._move_to("awake")
             await self.stepper.reacquire_memory(part)
             self.released.remove(part)
             await self._record(f"awake: {part}")

@@ -161,7 +161,8 @@ def add_up(metrics: Metrics) -> Metrics:
     in_order = [(key, metrics[key]) for key in sorted(metrics)]
     addends = [number for _, metric in in_order if not isinstance(metric, Max) for number in metric.addends()]
     totals = iter(sum_over_ranks(torch.tensor(addends, dtype=torch.float64)).tolist())
-    maxima = iter(_max_over_ranks([metric.result() for _, metric in in_order if isinstance(metric, Max)]))
+    values = [metric.result() for _, metric in in_order if isinstance(metric, Max)]
+    maxima = iter(_max_over_ranks(values) if values else [])
     added = Metrics()
     for key, metric in in_order:
         if isinstance(metric, Max):

@@ -91,9 +91,10 @@ class WeightStore:
     died and Ray restarted it, its methods raise `StoreNotRestored` until `restore` is called.
     """
 
-    def __init__(self, *, checkpoint_version: int = 0) -> None:
+    def __init__(self, *, checkpoint_version: int = 0, num_engines: int = 1) -> None:
         """
         Args:
+            num_engines: of the run.
             checkpoint_version: version of the checkpoint that engines load; -1 if the checkpoint is not yet
                 the policy and version 0 is still to be published.
         """
@@ -102,7 +103,7 @@ class WeightStore:
         self.wanted = False  # an engine waits for what is announced
         is_restarted = self._is_restarted()
         self.state: StoreState | None = None if is_restarted else self._first(0)
-        self.turns = MemoryTurns(is_restarted=is_restarted)
+        self.turns = MemoryTurns(num_engines, is_restarted=is_restarted)
 
     def _is_restarted(self) -> bool:
         if not ray.is_initialized():
@@ -190,8 +191,11 @@ class WeightStore:
     def renew_turn(self, name: str, slots: Sequence[int], stage: Stage) -> None:
         self.turns.renew(name, slots, stage)
 
-    def move_turn_to(self, name: str, stage: Stage) -> None:
+    def move_turn_to(self, name: str, stage: Stage, event: tuple[str, str] | None = None) -> None:
+        """`event`: to be recorded as well, who and what."""
         self.turns.move_to(name, stage)
+        if event is not None:
+            self.record(*event)
 
     def end_turn(self, name: str) -> None:
         self.turns.end(name)

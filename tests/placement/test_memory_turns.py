@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from rayrlhf.placement import memory_turns
-from rayrlhf.placement.memory_turns import LEASE_SECONDS, Lease, MemoryTurns, TurnsNotKnown
+from rayrlhf.placement.memory_turns import (
+    LEASE_SECONDS,
+    Lease,
+    MemoryTurns,
+    TurnsNotKnown,
+    renewal_seconds,
+)
 from rayrlhf.weights.store import Publication, StoreState, WeightStore
 
 
@@ -51,6 +57,27 @@ def test_engines_hold_memory_until_they_are_asleep_or_gone() -> None:
     assert turns.engines_up() == {}, "engine 1 died: nothing renews its lease"
     turns.move_to("engine 0", "awake")
     assert turns.engines_up() == {"engine 0": "awake"}
+
+
+@pytest.mark.parametrize(("engines", "interval", "lease"), [(1, 3, 15), (64, 3, 15), (512, 12.8, 64)])
+def test_many_engines_renew_their_leases_less_often(engines: int, interval: float, lease: float) -> None:
+    assert renewal_seconds(engines) == interval
+    clock = Clock()
+    turns = MemoryTurns(engines, clock=clock)
+    turns.claim("engine 0", [0], "starting")
+    clock.now += lease - 0.1
+    assert turns.engines_up() == {"engine 0": "starting"}
+    clock.now += 0.1
+    assert turns.engines_up() == {}
+
+
+def test_a_move_and_its_event_are_one_call() -> None:
+    store = WeightStore(num_engines=512)
+    store.claim_turn("engine 0", [0], "starting")
+    store.move_turn_to("engine 0", "asleep", ("engine 0", "asleep, 7 bytes freed"))
+    assert store.engines_up() == {}
+    [event] = store.trace()
+    assert (event.who, event.what) == ("engine 0", "asleep, 7 bytes freed")
 
 
 def test_a_store_that_was_restarted_waits_for_renewals() -> None:
