@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from rayrlhf.placement.memory_turns import RENEW_SECONDS, renewal_seconds
@@ -43,6 +43,15 @@ class Row(NamedTuple):
     in_total: bool = True
 
 
+def pair(values: Iterable[float]) -> tuple[float, float]:
+    before, after = values
+    return before, after
+
+
+def same(value: float) -> tuple[float, float]:
+    return value, value
+
+
 def rows(w: int, u: Units) -> list[Row]:
     """`w`: workers, and engines; 128 samples per worker."""
     samples, rounds = SAMPLES_PER_WORKER * w, math.ceil(math.log2(w))
@@ -50,24 +59,21 @@ def rows(w: int, u: Units) -> list[Row]:
     balancing = u[f"balancing_{w}"]
     hops = 2 * (w - 1)
     rings = u["all_reduces_before"] * hops, u["gathers"] * hops
-    pairs = u["all_reduces"] * rounds, u["gathers"] * rounds
+    swaps = u["all_reduces"] * rounds, u["gathers"] * rounds
     ring_cpu = rings[0] * u["ring_hop"] + rings[1] * u["ring_gather_hop"]
-    pair_cpu = pairs[0] * u["swap_round"] + pairs[1] * u["gather_round"]
+    pair_cpu = swaps[0] * u["swap_round"] + swaps[1] * u["gather_round"]
     pickles = SAMPLES_PER_WORKER * u["pickled_sample"]
     polled = w * 2 * 1000 * PUSH_SECONDS * u["tcp_store_request"]
     served = min(w, NODE) * BUCKETS * u["transfer_store_bucket"]
     commands = w * (BROADCASTS * u["broadcast_replica"] + u["broadcast_push_replica"])
-    liveness_before = int(PUSH_SECONDS / 2) * w * u["broadcast_replica"]
-    liveness = (
-        int(PUSH_SECONDS / max(LIVENESS_SECONDS, w / RECEIVERS_PER_SECOND)) * w * u["broadcast_replica"]
-    )
-    store_calls = [w * calls * u["store_call"] for calls in STORE_CALLS]
-    renewals = [
-        w * STEP_SECONDS / seconds * u["store_call"] for seconds in (RENEW_SECONDS, renewal_seconds(w))
-    ]
-    polls = w * STEP_SECONDS * u["train_poll"]
+    periods = 2.0, max(LIVENESS_SECONDS, w / RECEIVERS_PER_SECOND)
+    with_liveness = pair(commands + int(PUSH_SECONDS / each) * w * u["broadcast_replica"] for each in periods)
+    store_calls = pair(w * calls * u["store_call"] for calls in STORE_CALLS)
+    intervals = RENEW_SECONDS, renewal_seconds(w)
+    renewals = pair(w * STEP_SECONDS / each * u["store_call"] for each in intervals)
+    polls = pair(w * STEP_SECONDS / each * u["train_poll"] for each in (0.1, poll_interval(w, least=0.5)))
     loop = STEP_SECONDS * (u["controller_idle"] + w * u["controller_replica"])
-    checks = STEP_SECONDS * u["health_check"]
+    checks = pair(w * STEP_SECONDS / each * u["health_check"] for each in (2.0, health_check_period(w)))
     alone = SAMPLES_PER_WORKER * SOURCES
     groups = SAMPLES_PER_WORKER // GROUP_SIZE
     to_source = SAMPLES_PER_WORKER * NODE, groups * NODE  # requests to a replica of a source, one per node
@@ -78,43 +84,28 @@ def rows(w: int, u: Units) -> list[Row]:
         Row(
             "numbers and objects between workers",
             "every worker",
-            (ring_cpu + sum(rings) * HOP_SECONDS, pair_cpu + sum(pairs) * HOP_SECONDS),
+            (ring_cpu + sum(rings) * HOP_SECONDS, pair_cpu + sum(swaps) * HOP_SECONDS),
             (ring_cpu, pair_cpu),
         ),
-        Row("samples between workers", "every worker", (pickles, pickles), (pickles, pickles)),
+        Row("samples between workers", "every worker", same(pickles), same(pickles)),
         Row(
             "store of a push by IPC",
             "worker 0, or one per node",
             (max(0.0, polled - PUSH_SECONDS), served),
             (polled, served),
         ),
-        Row(
-            "commands to the engines",
-            "worker 0",
-            (commands + liveness_before, commands + liveness),
-            (commands + liveness_before, commands + liveness),
-        ),
+        Row("commands to the engines", "worker 0", with_liveness, with_liveness),
         Row(
             "weight store",
             "its actor",
-            (store_calls[0], store_calls[1]),
+            store_calls,
             (store_calls[0] + renewals[0], store_calls[1] + renewals[1]),
         ),
-        Row(
-            "polls of the workers",
-            "Train's controller",
-            (0, 0),
-            (10 * polls, polls / poll_interval(w, least=0.5)),
-        ),
-        Row(
-            "health checks",
-            "Serve's controller",
-            (0, 0),
-            (checks * w / 2, checks * w / health_check_period(w)),
-        ),
-        Row("its control loop", "Serve's controller", (0, 0), (loop, loop)),
-        Row("reports", "the board", (0, 0), (REPORTS * u["board_report"],) * 2),
-        Row("rollout requests", "every worker", (0, 0), (groups * u["stream_caller"],) * 2),
+        Row("polls of the workers", "Train's controller", (0, 0), polls),
+        Row("health checks", "Serve's controller", (0, 0), checks),
+        Row("its control loop", "Serve's controller", (0, 0), same(loop)),
+        Row("reports", "the board", (0, 0), same(REPORTS * u["board_report"])),
+        Row("rollout requests", "every worker", (0, 0), same(groups * u["stream_caller"])),
         Row(
             "reward requests",
             "every worker",

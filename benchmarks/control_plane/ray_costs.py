@@ -96,7 +96,7 @@ def mailbox() -> dict[str, float]:
     """
     channel: Any = ray.remote(CriticChannel).options(num_cpus=0, max_concurrency=1000).remote()
     ray.get(channel.join.remote(1, RANKS))
-    actors = [ray.remote(Ranks).options(num_cpus=0).remote() for _ in range(2)]
+    actors: list[Any] = [ray.remote(Ranks).options(num_cpus=0).remote() for _ in range(2)]
     cpu, half = Cpu(pid_of(channel)), RANKS // 2
     found: list[float] = []
     number = 0
@@ -147,7 +147,7 @@ class FakeWorker:
 
 def train_polls() -> float:
     """CPU of Ray Train's controller per worker and poll: its own code, with workers that do nothing."""
-    actors = [ray.remote(FakeWorker).options(num_cpus=0).remote() for _ in range(WORKERS)]
+    actors: list[Any] = [ray.remote(FakeWorker).options(num_cpus=0).remote() for _ in range(WORKERS)]
     group: Any = SimpleNamespace(_world_rank_to_ongoing_poll={}, _worker_health_check_timeout_s=600.0)
     group.get_workers = lambda: [SimpleNamespace(actor=actor) for actor in actors]
     group._get_poll_tasks = lambda: WorkerGroup._get_poll_tasks(group)

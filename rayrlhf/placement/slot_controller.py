@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.placement.preload import is_enabled
 
-POLLS_PER_SECOND = 64
+POLLS_PER_SECOND = 50
 
 
 @dataclass
@@ -60,9 +60,9 @@ class SlotController(TrainController):
 
 
 def poll_interval(num_workers: int, *, least: float) -> float:
-    """Seconds between polls of all workers: the controller makes one call per worker, 64 per second at most.
+    """Seconds between polls of all workers: the controller makes one call per worker, 50 per second at most.
 
-    A checkpoint's report, and the death of a worker, wait for the next poll: 8 s with 512 workers.
+    A checkpoint's report, and the death of a worker, wait for the next poll: 10 s with 512 workers.
     """
     return max(least, num_workers / POLLS_PER_SECOND)
 
