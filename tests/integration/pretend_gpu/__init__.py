@@ -3,6 +3,10 @@
 With the variable RAYRLHF_PRETEND_GPU (JSON of `Settings`) and `site/` on PYTHONPATH, every process of a
 cluster pretends: its counted GPUs have UUIDs and a size, vLLM's engine is one that starts slowly and has no
 model, and trainers, engines and served models report what they take and give back.
+
+The start is put into the order that is hardest for the turns (`install`): engines come while the reference
+loads, and the reward model and the trainers while all engines measure their memory, however long the
+processes take to get there.
 """
 
 from __future__ import annotations
@@ -24,20 +28,25 @@ ENGINE_WEIGHTS = 16 * GIB
 ENGINE_CACHE = int(CAPACITY * ENGINE_SHARE) - ENGINE_WEIGHTS
 TRAINER_WEIGHTS = 16 * GIB
 TRAINER_STATES = 38 * GIB  # optimizer states and gradients
-PUSH_BUFFERS = 8 * GIB  # buckets and gathered weights, in the allocator's cache
+PUSH_BUFFERS = 24 * GIB  # buckets and gathered weights, in the allocator's cache
 SERVED_MODEL = 8 * GIB  # a reward model, or a reference
 
 
 @dataclass(frozen=True)
 class Settings:
     folder: str  # of the ledger
-    start_seconds: float = 20.0  # of an engine
-    load_seconds: float = 2.0  # of any other model
+    num_engines: int
+    start_seconds: float = 5.0  # of an engine, at least
+    load_seconds: float = 2.0  # of any other model, at least
+    linger_seconds: float = (
+        5.0  # that a load or a start goes on after the last of those it waits for has come
+    )
+    patience_seconds: float = 240.0  # with those
     request_seconds: float = 2.0
 
     @property
     def endless(self) -> Path:
-        """While this file exists, requests that begin do not end by themselves."""
+        """Requests that run while this file exists never end by themselves."""
         return Path(self.folder) / "endless"
 
     def environment(self) -> dict[str, str]:

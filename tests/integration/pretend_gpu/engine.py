@@ -1,14 +1,24 @@
-"""In the place of rayrlhf.rollout.vllm_engine: an engine without a model, with vLLM's turns of memory."""
+"""In the place of vLLM's LLMEngine and its worker: no model, but vLLM's turns of memory and its requests.
+
+The product's own `Stepper` steps it.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from rayrlhf.rollout.failures import EngineAsleep
+import torch
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
+
+from rayrlhf.weights.buckets import size_of
+from rayrlhf.weights.shared_memory import device_key
+from rayrlhf.weights.transfer_group import join
 from tests.integration.pretend_gpu import (
     CAPACITY,
     ENGINE_CACHE,
@@ -17,113 +27,145 @@ from tests.integration.pretend_gpu import (
     ENGINE_WEIGHTS,
     settings,
 )
-from tests.integration.pretend_gpu.install import give, ledger, take, this_gpu
+from tests.integration.pretend_gpu.install import give, ledger, take, this_gpu, wait_for
 
 ENGINE = "engine"
 SIZES = {"weights": ENGINE_WEIGHTS, "kv_cache": ENGINE_CACHE}
+STEP_SECONDS = 0.05
+DEVICE = torch.device("cpu")
 
 
-def _finish(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)
+@dataclass
+class Request:
+    prompt_ids: list[int]
+    num_tokens: int
+    number: int
+    ends: float
 
 
-class Stepper:
-    """The methods of the real one that a run of all weights calls."""
+class Engine:
+    """The methods of LLMEngine that `Stepper` calls in a run of all weights."""
 
-    def __init__(
-        self, engine_args: dict[str, Any], *, router_replay: bool = False, keeps_cache: bool = False
-    ) -> None:
-        wanted = int(CAPACITY * ENGINE_SHARE)
-        with ledger().measured(this_gpu(), ENGINE, wanted=wanted):
+    @classmethod
+    def from_engine_args(cls, arguments: Any, *, enable_multiprocessing: bool) -> Engine:
+        return cls()
+
+    def __init__(self) -> None:
+        gpu = this_gpu()
+        with ledger().measured(gpu, ENGINE, wanted=int(CAPACITY * ENGINE_SHARE)):
+            ledger().arrive("engine that measures", gpu)
             take(ENGINE, "context", ENGINE_CONTEXT)
             take(ENGINE, "weights", ENGINE_WEIGHTS)
             time.sleep(settings().start_seconds)
+            wait_for(gpu, ENGINE, "trainer", "reward model")
         take(ENGINE, "kv_cache", ENGINE_CACHE)
-        self.running: set[asyncio.Future[None]] = set()
+        self.worker = Worker(self)
+        self.requests: dict[str, Request] = {}
+        self.num_requests = 0
         self.version = "default"
-        self.link: Any = None
 
-    async def stream(
-        self, prompt_ids: list[int], sampling: list[dict[str, Any]], images: Sequence[Any] = ()
-    ) -> AsyncIterator[tuple[int, Any]]:
-        loop = asyncio.get_running_loop()
-        for index, params in enumerate(sampling):
-            done = loop.create_future()
-            self.running.add(done)
-            if not settings().endless.exists():
-                loop.call_later(settings().request_seconds, _finish, done)
-            try:
-                await done
-            finally:
-                self.running.discard(done)
-            count = params["max_tokens"]
-            yield (
-                index,
-                SimpleNamespace(
-                    outputs=[
-                        SimpleNamespace(
-                            token_ids=[7 + index] * count,
-                            logprobs=SimpleNamespace(logprobs=[-5.0] * count),
-                            text="a" * (index + 1),
-                            finish_reason="length",
-                            weight_versions=[SimpleNamespace(version=self.version, start=0, end=count)],
-                            routed_experts=None,
-                        )
-                    ]
-                ),
-            )
+    def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        return [getattr(self.worker, method)(*args, **(kwargs or {}))]
 
-    async def release_memory(self) -> int:
-        if self.running:
-            ledger().note(this_gpu(), ENGINE, "fails requests")
-        for request in self.running:
-            request.set_exception(EngineAsleep("asleep"))
-        return sum(give(ENGINE, what) for what in ("kv_cache", "weights"))
-
-    async def reacquire_memory(self, part: str) -> None:
-        take(ENGINE, part, SIZES[part])
-
-    async def pause(self) -> None:
-        pass
-
-    async def resume(self) -> None:
-        pass
-
-    async def device_keys(self) -> list[str]:
-        import torch
-
-        from rayrlhf.weights.shared_memory import device_key
-
-        return [device_key(torch.device("cpu"))]
-
-    async def join(self, transfer_group: Any, first_rank: int) -> None:
-        import torch
-
-        from rayrlhf.weights.transfer_group import join
-
-        [key] = await self.device_keys()
-        self.link = await asyncio.to_thread(
-            join, transfer_group, rank=first_rank, device=torch.device("cpu"), key=key
+    def add_request(
+        self, request_id: str, prompt: Any, params: SamplingParams, *, lora_request: None = None
+    ) -> None:
+        self.num_requests += 1
+        assert params.max_tokens is not None
+        ends = time.monotonic() + settings().request_seconds
+        self.requests[request_id] = Request(
+            prompt["prompt_token_ids"], params.max_tokens, self.num_requests, ends
         )
 
-    async def leave(self) -> None:
+    def abort_request(self, request_ids: Sequence[str]) -> None:
+        aborted = [self.requests.pop(each) for each in request_ids if each in self.requests]
+        if any(request.ends == math.inf for request in aborted):
+            ledger().note(this_gpu(), ENGINE, "aborted endless requests")
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> list[RequestOutput]:
+        time.sleep(STEP_SECONDS)
+        if self.requests and self.worker.released:
+            self.worker.problem(f"computes without its {' and '.join(sorted(self.worker.released))}")
+        if self.requests and settings().endless.exists():
+            for request in self.requests.values():
+                request.ends = math.inf
+            ledger().arrive("endless request", this_gpu())
+        done = [each for each, request in self.requests.items() if request.ends <= time.monotonic()]
+        return [self._output(each, self.requests.pop(each)) for each in done]
+
+    def _output(self, request_id: str, request: Request) -> RequestOutput:
+        count, variant = request.num_tokens, request.number % 2  # samples of a group differ
+        completion = CompletionOutput(
+            index=0,
+            text="a" * (1 + variant),
+            token_ids=[7 + variant] * count,
+            cumulative_logprob=None,
+            logprobs=SimpleNamespace(logprobs=[-5.0] * count),  # pyright: ignore[reportArgumentType]
+            finish_reason="length",
+            weight_versions=[WeightVersionSpan(self.version, 0, count)],
+        )
+        return RequestOutput(request_id, None, request.prompt_ids, None, [completion], finished=True)
+
+    def reset_prefix_cache(self, *, reset_running_requests: bool) -> None:
+        pass
+
+    def set_weight_version(self, version: str) -> None:
+        self.version = version
+
+
+class Worker:
+    """The methods of vLLM's worker, and of `WorkerExtension`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.released: set[str] = set()
+        self.link: Any = None
+
+    def problem(self, what: str) -> None:
+        ledger().problem(this_gpu(), f"{ENGINE} {what}")
+
+    def release_memory(self) -> int:
+        if self.engine.requests:
+            self.problem(f"releases its memory while {len(self.engine.requests)} requests run")
+        self.released = set(SIZES)
+        return sum(give(ENGINE, what) for what in SIZES)
+
+    def reacquire_memory(self, part: str) -> None:
+        take(ENGINE, part, SIZES[part])
+        self.released.remove(part)
+
+    def device_key(self) -> str:
+        return device_key(DEVICE)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        rank = init_info["first_rank"]
+        self.link = join(init_info["transfer_group"], rank=rank, device=DEVICE, key=self.device_key())
+
+    def leave_transfer_group(self) -> None:
         link, self.link = self.link, None
         if link is not None:
             link.end("left")
 
-    async def start_weight_update(self, *, verify: bool = False) -> None:
+    def record_arrivals(self, *, verify: bool) -> None:
         pass
 
-    async def load_bucket(self, slices: Sequence[Any], bucket: Any = None) -> None:
-        if bucket is None:
-            from rayrlhf.weights.buckets import size_of
+    def start_weight_update(self) -> None:
+        if "weights" in self.released:
+            self.problem("loads weights without their memory")
 
-            await asyncio.to_thread(self.link.receive, size_of(slices))
-            await asyncio.to_thread(self.link.release)
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if update_info["bucket"] is None:
+            self.link.receive(size_of(update_info["slices"]))
+            self.link.release()
 
-    async def finish_weight_update(self, version: int) -> None:
-        self.version = str(version)
-
-    def raise_if_dead(self) -> None:
+    def finish_weight_update(self) -> None:
         pass

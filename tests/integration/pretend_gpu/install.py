@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +22,7 @@ from tests.integration.pretend_gpu import (
 )
 from tests.integration.pretend_gpu.ledger import Ledger
 
-ENGINE_MODULE = "rayrlhf.rollout.vllm_engine"
+POLL_SECONDS = 0.2
 
 
 def ledger() -> Ledger:
@@ -35,7 +34,11 @@ def this_gpu() -> str:
     import ray
 
     context = ray.get_runtime_context()
-    return f"{context.get_node_id()[:6]}-gpu{context.get_accelerator_ids()['GPU'][0]}"
+    return gpu_name(context.get_node_id(), context.get_accelerator_ids()["GPU"][0])
+
+
+def gpu_name(node: str, gpu: str | None) -> str:
+    return f"{node[:6]}-gpu{gpu}"
 
 
 def take(who: str, what: str, num_bytes: int) -> None:
@@ -44,6 +47,26 @@ def take(who: str, what: str, num_bytes: int) -> None:
 
 def give(who: str, what: str) -> int:
     return ledger().give(this_gpu(), who, what)
+
+
+def wait_for(gpu: str, who: str, *others: str, count: int = 1) -> None:
+    """Wait for the arrival of `count` of each of the others, and a little longer."""
+    for other in others:
+        for seconds in until(lambda other=other: ledger().arrived(other) >= count, gpu, who, other):
+            time.sleep(seconds)
+    time.sleep(settings().linger_seconds)
+
+
+def until(condition: Callable[[], bool], gpu: str, who: str, other: str) -> Iterator[float]:
+    """Seconds to wait before the condition is looked at again. That it never holds is a problem: without it
+    nothing is tested.
+    """
+    deadline = time.monotonic() + settings().patience_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            ledger().problem(gpu, f"{who} waited {settings().patience_seconds:g} s in vain for {other}")
+            return
+        yield POLL_SECONDS
 
 
 def install() -> None:
@@ -62,10 +85,51 @@ def _run(module: Any) -> None:
     module.TorchConfig = lambda backend, **options: config(backend="gloo", **options)
 
 
+def _memory_turns(module: Any) -> None:
+    """Engines claim their turn when the reference has begun to load."""
+    claim = module.Lease.claim
+
+    async def claims(self: Any, stage: str) -> None:
+        if stage == "starting":
+            for seconds in until(lambda: ledger().arrived("reference") > 0, "?", self.name, "reference"):
+                await asyncio.sleep(seconds)
+        await claim(self, stage)
+
+    module.Lease.claim = claims
+
+
+def _rollout_engine(module: Any) -> None:
+    """An engine's process has imported what it needs before its turn, so that nothing lies between the
+    permission to start and the start.
+    """
+
+    def ready() -> None:
+        import rayrlhf.rollout.vllm_engine  # noqa: F401
+
+        ledger().arrive("engine", this_gpu())
+
+    before(module.EngineActor, "__init__", ready)
+
+
+def _vllm_engine(module: Any) -> None:
+    from tests.integration.pretend_gpu.engine import Engine
+
+    module.LLMEngine = Engine
+
+
+def _trainer_arrives() -> None:
+    """A trainer comes when all engines measure."""
+    gpu, other = this_gpu(), "engine that measures"
+    for seconds in until(lambda: ledger().arrived(other) >= settings().num_engines, gpu, "trainer", other):
+        time.sleep(seconds)
+    ledger().arrive("trainer", gpu)
+
+
 def _setup(module: Any) -> None:
     make_actor = module.make_actor
 
     def loaded(config: Any) -> Any:
+        _trainer_arrives()
         take("trainer", "weights", TRAINER_WEIGHTS)
         take("trainer", "states", TRAINER_STATES)
         time.sleep(settings().load_seconds)
@@ -80,6 +144,7 @@ def _learner(module: Any) -> None:
 
 
 def _sync(module: Any) -> None:
+    before(module.WeightSync, "engines_sleep", _trainer_arrives)
     before(module.WeightSync, "_push", lambda: take("trainer", "push buffers", PUSH_BUFFERS))
 
 
@@ -87,12 +152,41 @@ def _colocation(module: Any) -> None:
     module.release_cached_memory = lambda: give("trainer", "push buffers")
 
 
-def _served(who: str, name: str, module: Any) -> None:
+def _reward_model(module: Any) -> None:
+    """A replica that comes while the engine on its GPU measures."""
+    start = module.ModelReward.__init__
+
+    async def starts(self: Any, role: str, source: Any, prompt_format: Any, slots: Any) -> None:
+        from ray import serve
+
+        slot = slots.of(role, serve.get_replica_context().rank.rank)
+        gpu, other = gpu_name(slot.node, slot.gpu), "engine that measures"
+        for seconds in until(lambda: ledger().arrived(other, gpu) > 0, gpu, "reward model", other):
+            await asyncio.sleep(seconds)
+        ledger().arrive("reward model", gpu)
+        await start(self, role, source, prompt_format, slots)
+
+    module.ModelReward.__init__ = starts
+
     def load() -> None:
-        take(who, "model", SERVED_MODEL)
+        take("reward model", "model", SERVED_MODEL)
         time.sleep(settings().load_seconds)
 
-    before(getattr(module, name), "__init__", load)
+    before(module.ScoreActor, "__init__", load)
+
+
+def _reference(module: Any) -> None:
+    """A model that loads until all engines want to start."""
+
+    def load() -> None:
+        gpu = this_gpu()
+        take("reference", "half of the model", SERVED_MODEL // 2)
+        ledger().arrive("reference", gpu)
+        time.sleep(settings().load_seconds)
+        wait_for(gpu, "reference", "engine", count=settings().num_engines)
+        take("reference", "model", SERVED_MODEL // 2)
+
+    before(module.ReferenceActor, "__init__", load)
 
 
 def before(owner: type, name: str, call: Callable[[], Any]) -> None:
@@ -109,13 +203,16 @@ def before(owner: type, name: str, call: Callable[[], Any]) -> None:
 
 CHANGES: dict[str, Callable[[Any], None]] = {
     "rayrlhf.placement.slots": _slots,
+    "rayrlhf.placement.memory_turns": _memory_turns,
     "rayrlhf.runtime.run": _run,
+    "rayrlhf.rollout.engine": _rollout_engine,
+    "rayrlhf.rollout.vllm_engine": _vllm_engine,
     "rayrlhf.policy.setup": _setup,
     "rayrlhf.train.learner": _learner,
     "rayrlhf.weights.sync": _sync,
     "rayrlhf.policy.colocation": _colocation,
-    "rayrlhf.reward.model_deployment": functools.partial(_served, "reward model", "ScoreActor"),
-    "rayrlhf.train.frozen_server": functools.partial(_served, "reference", "ReferenceActor"),
+    "rayrlhf.reward.model_deployment": _reward_model,
+    "rayrlhf.train.frozen_server": _reference,
 }
 
 
@@ -123,8 +220,6 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname == ENGINE_MODULE:
-            return importlib.util.spec_from_file_location(fullname, Path(__file__).parent / "engine.py")
         if fullname not in CHANGES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)

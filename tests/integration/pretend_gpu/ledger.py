@@ -51,7 +51,7 @@ class Ledger:
             free = self.capacity - _sum(held)
             if free < wanted:
                 self._problem(
-                    gpu, f"{who} starts and wants {wanted >> 30} GiB; free are {free >> 30}: {held}"
+                    gpu, f"{who} starts and wants {wanted >> 30} GiB; free are {free >> 30}: {_text(held)}"
                 )
             measuring.append({"pid": os.getpid(), "who": who})
             self._note(gpu, who, "measures", held)
@@ -63,6 +63,26 @@ class Ledger:
     def note(self, gpu: str, who: str, what: str) -> None:
         with self._open(gpu) as (held, _):
             self._note(gpu, who, what, held)
+
+    def problem(self, gpu: str, problem: str) -> None:
+        with self._open(gpu):
+            self._problem(gpu, problem)
+
+    def arrive(self, who: str, gpu: str) -> None:
+        """Somebody is where others wait for it; once per GPU."""
+        with self._open(gpu) as (held, _):
+            file = self._arrivals(who) / gpu
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+                self._note(gpu, who, "arrived", held)
+
+    def arrived(self, who: str, gpu: str = "*") -> int:
+        """On how many GPUs, or whether on this one."""
+        return len(list(self._arrivals(who).glob(gpu)))
+
+    def _arrivals(self, who: str) -> Path:
+        return self.folder / "arrived" / who
 
     def events(self) -> list[dict[str, Any]]:
         return _lines(self.folder / "events.jsonl")
@@ -90,8 +110,7 @@ class Ledger:
 
     def _check_sum(self, gpu: str, held: list[dict[str, Any]]) -> None:
         if _sum(held) > self.capacity:
-            listed = ", ".join(f"{e['who']}'s {e['what']} {e['bytes'] >> 30}" for e in held)
-            self._problem(gpu, f"{_sum(held) >> 30} GiB of {self.capacity >> 30} are taken: {listed}")
+            self._problem(gpu, f"{_sum(held) >> 30} GiB of {self.capacity >> 30} are taken: {_text(held)}")
 
     def _problem(self, gpu: str, problem: str) -> None:
         self._append("problems.jsonl", {"problem": f"{gpu}: {problem}"})
@@ -107,6 +126,10 @@ class Ledger:
 
 def _sum(held: list[dict[str, Any]]) -> int:
     return sum(each["bytes"] for each in held)
+
+
+def _text(held: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{each['who']}'s {each['what']} {each['bytes'] >> 30}" for each in held)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
