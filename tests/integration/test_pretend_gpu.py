@@ -91,7 +91,8 @@ def test_the_sum_never_exceeds_a_gpu_and_nothing_loads_while_an_engine_measures(
         settings.endless.unlink()
         os.kill(trainer_pid(Path(config.run.path)), signal.SIGKILL)
         assert run.wait(RUN_SECONDS) == 0, log.read_text()
-    assert ledger.problems() == []
+    problems = ledger.problems()
+    assert not problems, "\n".join(problems)
     counts = Counter((event["who"], event["what"]) for event in ledger.events())
     print(counts)
     assert counts["engine", "has measured"] == NUM_ENGINES, "none failed and started again"

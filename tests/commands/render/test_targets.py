@@ -165,6 +165,8 @@ def test_every_rule_of_the_operator(changes: dict[str, Any], rule: str) -> None:
         (["launch.env_from_secret.HF_TOKEN=hf_AbCdEf"], "launch.env_from_secret.HF_TOKEN"),
         (["launch.env_from_secret.A=b", "launch.env.A=c"], "launch.env_from_secret.A"),
         (["launch.kuberay.auth=disabled", "launch.kuberay.auth_secret=mine"], "launch.kuberay.auth_secret"),
+        (["launch.memory_per_node=64Gi"], "launch.memory_per_node"),
+        (["launch.shared_memory=8Gi"], "launch.shared_memory"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(
@@ -222,6 +224,16 @@ def test_where_a_launcher_has_no_place_for_secrets_the_file_says_so(target: str)
 @pytest.mark.parametrize("config", SHIPPED)
 def test_anyscale_takes_every_shipped_config(config: str) -> None:
     jsonschema.validate(yaml.safe_load(render("anyscale", config)), schema("anyscale/job.schema.json"))
+
+
+def test_an_anyscale_job_begins_when_its_nodes_are_there() -> None:
+    """Its entrypoint starts with the head, and a driver refuses a cluster that is too small."""
+    job = yaml.safe_load(render("anyscale", "jobs/configs/ppo-70b-16x-a100-80.yaml"))
+    [workers] = job["compute_config"]["worker_nodes"]
+    assert workers["min_nodes"] == workers["max_nodes"] == 2
+    wait, _, command = job["entrypoint"].partition(" && ")
+    assert wait == "python -m rayrlhf.commands.render.wait_for_nodes 3", "the head is a node, too"
+    assert command.startswith("python jobs/ppo.py jobs/configs/ppo-70b-16x-a100-80.yaml ")
 
 
 @pytest.mark.parametrize("target", ["local", "ray-job", "slurm"])
