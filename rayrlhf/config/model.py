@@ -25,6 +25,11 @@ class ModelConfig(Section):
     def attention_kernel(self) -> str:
         return self.attention
 
+    @property
+    def compiles(self) -> bool:
+        """Whether its decoder layers are compiled."""
+        return False
+
 
 ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's buffers; it also takes 1
 
@@ -87,6 +92,8 @@ class TrainedModelConfig(ModelConfig):
     freeze_vision: bool = False
     """Keep the vision tower of a vision-language model as it is; adapters never are in it."""
 
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: fewer, fused kernels, after a minute of compilation."""
     sequence_parallel: Count = 1
     """Neighbouring workers that split the tokens of each micro-batch; for sequences too long for one."""
 
@@ -95,6 +102,10 @@ class TrainedModelConfig(ModelConfig):
     @property
     def attention_kernel(self) -> str:
         return self.attention if self.sequence_parallel == 1 else "sdpa"
+
+    @property
+    def compiles(self) -> bool:
+        return self.compile
 
     @property
     def loads_in_parts(self) -> bool:
@@ -131,6 +142,19 @@ def sequences_are_shared(model: TrainedModelConfig, num_workers: int, key: str) 
         got=f"{model.sequence_parallel} with {key}={num_workers}",
         wanted=f"a divisor of {key}: groups of that many workers split their sequences",
         fix=f"set {key} to a multiple of {model.sequence_parallel}, or lower model.sequence_parallel",
+    )
+
+
+def compiled_weights_are_whole(model: TrainedModelConfig, zero_stage: int) -> Problem | None:
+    """A problem if compiled layers would have partitioned weights."""
+    if not model.compile or zero_stage < 3:
+        return None
+    return Problem(
+        "model.compile",
+        got=f"true with train.zero_stage={zero_stage}",
+        wanted="false: ZeRO-3 gathers and releases the weights of each module in hooks, which would split a "
+        "compiled layer at every module",
+        fix="set train.zero_stage to 2, or remove model.compile",
     )
 
 

@@ -17,6 +17,7 @@ from rayrlhf.config.model import (
     CriticConfig,
     RefConfig,
     TrainedModelConfig,
+    compiled_weights_are_whole,
     reference_is_quantized,
     sequences_are_shared,
 )
@@ -328,6 +329,10 @@ def _vllm_scores_at_temperature_one(config: PolicyRunConfig) -> Problem | None:
     )
 
 
+def _compiled_weights_are_whole(config: PolicyRunConfig) -> Problem | None:
+    return compiled_weights_are_whole(config.model, config.train.zero_stage)
+
+
 def _sleeping_engines_share(config: PolicyRunConfig) -> Problem | None:
     if config.rollout.sleep is not True or config.engines_share_with_trainers:
         return None
@@ -398,6 +403,7 @@ class PolicyRunConfig(Section):
         _ref_has_the_weights_of_the_start,
         _ref_replicas_are_used,
         _workers_share_sequences,
+        _compiled_weights_are_whole,
         _policies_have_no_dropout,
         _vllm_scores_at_temperature_one,
         _sleeping_engines_share,

@@ -62,6 +62,8 @@ class ModelSource(Source):
     """Tokens per forward pass."""
     dtype: Dtype = "auto"
     """Dtype of its weights."""
+    compile: bool = False
+    """Compile each of its decoder layers with torch.compile."""
     read_at: Literal["auto", "answer_end", "template_end"] = "auto"
     """Token at which it was trained; auto: as recorded in rayrlhf's exports, else template_end."""
 

@@ -22,7 +22,12 @@ from rayrlhf.config.learning_rates import (
     SftTrainConfig,
     with_lora_lr,
 )
-from rayrlhf.config.model import TrainedModelConfig, reference_is_quantized, sequences_are_shared
+from rayrlhf.config.model import (
+    TrainedModelConfig,
+    compiled_weights_are_whole,
+    reference_is_quantized,
+    sequences_are_shared,
+)
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.config.train import CheckpointConfig, SupervisedEvalConfig
 
@@ -75,6 +80,10 @@ def _workers_share_sequences(config: SupervisedConfig) -> Problem | None:
     return sequences_are_shared(config.model, config.train.num_workers, "train.num_workers")
 
 
+def _compiled_weights_are_whole(config: SupervisedConfig) -> Problem | None:
+    return compiled_weights_are_whole(config.model, config.train.zero_stage)
+
+
 class SupervisedConfig(Section):
     """Fields shared by the supervised jobs; `data` and `train` have a class per job."""
 
@@ -109,6 +118,7 @@ class SupervisedConfig(Section):
         _evaluation_has_samples,
         _metric_is_known,
         _workers_share_sequences,
+        _compiled_weights_are_whole,
         _ref_has_the_weights_of_the_start,
     )
 

@@ -321,12 +321,16 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     """The sequence boundaries are passed as cu_seqlens; no mask may be built in addition."""
 
 
-AttentionInterface.register(VARLEN_SDPA, varlen_sdpa)
+KERNELS: dict[str, Callable[..., Any]] = {
+    VARLEN_SDPA: varlen_sdpa,
+    VARLEN: varlen,
+    # Under transformers' own name, by which it loads the kernel; without shared prefixes it is transformers'.
+    "flash_attention_2": flash_with_prefixes,
+}
+for _name, _kernel in KERNELS.items():
+    AttentionInterface.register(_name, _kernel)
 AttentionMaskInterface.register(VARLEN_SDPA, _no_mask)
-AttentionInterface.register(VARLEN, varlen)
 AttentionMaskInterface.register(VARLEN, _no_mask)
-# Under transformers' own name, by which it loads the kernel; without shared prefixes it is transformers'.
-AttentionInterface.register("flash_attention_2", flash_with_prefixes)
 
 
 def attention_implementation(requested: str, device: torch.device) -> str:

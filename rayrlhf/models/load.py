@@ -252,11 +252,16 @@ class LoadSetup(NamedTuple):
     streams: Streams
     casts: bool  # whether its linear layers cast the factors of their products
     options: dict[str, Any]  # of `from_pretrained`
+    compiles: bool  # whether its decoder layers are compiled
 
     def prepare(self, model: M) -> M:
         """Apply it to the loaded model; returns the model."""
         if self.casts:
             cast_linear_layers(model)
+        if self.compiles:
+            from rayrlhf.models.compiled_layers import compile_layers
+
+            compile_layers(model)
         return with_streams(model, self.streams)
 
 
@@ -269,6 +274,8 @@ def _load_setup(config: ModelConfig, path: str, device: torch.device, *, head: H
     if verdict.streams is None:
         raise ValueError(f"{path}: {verdict.reason}; choose another model")
     streams = verdict.streams
+    if config.compiles:
+        _check_compiled(path, streams, device)
     limits = [limit for _, limit in rope_limits(found)]
     if streams.is_packed and limits:
         streams = Streams(longest_packed=min(limits))
@@ -281,7 +288,19 @@ def _load_setup(config: ModelConfig, path: str, device: torch.device, *, head: H
         "attn_implementation": vision_attention(attention) if is_vision_language(found) else attention,
         "trust_remote_code": config.trust_remote_code,
     }
-    return LoadSetup(streams, products is not None and products.casts, options)
+    return LoadSetup(streams, products is not None and products.casts, options, config.compiles)
+
+
+def _check_compiled(path: str, streams: Streams, device: torch.device) -> None:
+    """Raises `ValueError` if this model's layers, or none on this machine, can be compiled."""
+    from rayrlhf.models.compiled_layers import check_compiler
+
+    check_compiler(on_gpu=device.type == "cuda")
+    if not streams.is_packed:
+        raise ValueError(
+            f"compile=true with {path}: its layers mix tokens in ways of their own, which would be compiled "
+            "for every length again; set model.compile (of a reward model: its source's compile) to false"
+        )
 
 
 def _architecture(config: ModelConfig, path: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
-from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.model import TrainedModelConfig
 from rayrlhf.config.reward import ModelSource
 from rayrlhf.data.packing import micro_batches
 from rayrlhf.data.rows.row import BadRow, DataError
@@ -45,10 +45,15 @@ class RewardModel:
             )
             self.same_tokens = self.tokenizer.get_vocab() == policy.get_vocab()
             self.reading = Reading.of(self.tokenizer, source.read_at, config)
-        model_config = ModelConfig(path=source.path, dtype=source.dtype)
+        model_config = TrainedModelConfig(path=source.path, dtype=source.dtype, compile=source.compile)
         self.packed: ScoreModel | None = None
         if has_packed_scorer(source.path):
             self.packed = load_scorer(model_config, source.path, device=self.device).to(self.device)
+        elif source.compile:
+            raise ValueError(
+                f"compile=true of the reward model {source.path}: encoders are not compiled; "
+                "remove compile from its source in reward.sources"
+            )
         else:
             dtype = resolve_dtype(source.dtype, self.device)
             model = AutoModelForSequenceClassification.from_pretrained(local_folder(source.path), dtype=dtype)

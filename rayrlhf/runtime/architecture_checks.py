@@ -64,6 +64,7 @@ def check_architectures(config: Any, say: Callable[[str], None]) -> None:
             )
         elif not judged.verdict.streams.is_packed:
             say(judged.line())
+            problems += _compiled(config, judged)
         if judged.key == "model.path":
             problems += [*_shared(config, judged), *_rotated_otherwise(config, judged)]
             problems += _routed(config, judged)
@@ -86,6 +87,24 @@ def _shared(config: Any, judged: Judged) -> Iterator[Problem]:
             wanted="1: ranks share a sequence only in layers that attend through our kernel",
             fix="set model.sequence_parallel to 1",
         )
+
+
+def _compiled(config: Any, judged: Judged) -> Iterator[Problem]:
+    """Layers that mix tokens in ways of their own are not compiled."""
+    key = "model.compile"
+    if judged.key.startswith("reward."):
+        key = judged.key.removesuffix("path") + "compile"
+        compiles = config.reward.sources[int(judged.key.split(".")[2])].compile
+    else:
+        compiles = config.model.compiles
+    if not compiles:
+        return
+    yield Problem(
+        key,
+        got=f"true with a {judged.kind} ({judged.key}): {judged.verdict.reason}",
+        wanted="false: these layers would be compiled for every length again",
+        fix=f"remove {key}",
+    )
 
 
 def _routed(config: Any, judged: Judged) -> Iterator[Problem]:

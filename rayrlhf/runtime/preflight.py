@@ -273,3 +273,28 @@ def check_precision(config: Any, *, on_gpu: bool) -> None:
             fix="set model.dtype to bfloat16, or remove train.master_weights",
         )
         raise ConfigError([problem])
+
+
+def check_compilation(config: Any, *, on_gpu: bool) -> None:
+    """Check that kernels for CPUs can be built on this machine, whose image the workers have. What GPUs need
+    is checked by each worker, as a head node often has none. Raises `ConfigError`.
+    """
+    keys = ["model.compile"] if config.model.compiles else []
+    sources = enumerate(config.reward.sources if getattr(config, "reward", None) is not None else ())
+    keys += [f"reward.sources.{i}.compile" for i, source in sources if getattr(source, "compile", False)]
+    if on_gpu or not keys:
+        return
+    from rayrlhf.models.compiled_layers import why_not_compiled  # imports torch
+
+    missing = why_not_compiled(on_gpu=False)
+    if missing is not None:
+        problems = [
+            Problem(
+                key,
+                got=f"true, and this machine does not have {missing}",
+                wanted="a compiler on every node of the run: torch.compile builds its kernels with it",
+                fix=f"install what is missing (apt-get install g++ python3-dev), or set {key} to false",
+            )
+            for key in keys
+        ]
+        raise ConfigError(problems)

@@ -422,6 +422,11 @@ RULES = {
         "model.sequence_parallel",
         ["critic.num_workers=2"],
     ),
+    "compiled layers have whole weights": (
+        ["model.compile=true", "train.zero_stage=3"],
+        "model.compile",
+        ["train.zero_stage=2"],
+    ),
     "shared sequences meet in SDPA": (
         ["model.sequence_parallel=2", "train.num_workers=2", "model.attention=flash_attention_2"],
         "model.attention",

@@ -56,12 +56,19 @@ SHARED: list[dict[str, Any]] = [
     {"zero_stage": 2, "gradient_checkpointing": True},
     {"zero_stage": 3, "offload_params": True},
 ]
+# And with compiled layers.
+COMPILED: list[dict[str, Any]] = [
+    {"zero_stage": 0},
+    {"zero_stage": 1, "gradient_checkpointing": True},
+    {"zero_stage": 2, "overlap_comm": True, "offload_optimizer": True},
+]
 LORA = LoraConfig(rank=4, alpha=8)
 MODELS: dict[str, dict[str, Any]] = {
     "whole": {},
     "adapters": {"lora": LORA},
     "adapters on 4 bits": {"lora": LORA, "quantization": "nf4"},
     "shared": {"sequence_parallel": WORLD_SIZE},
+    "compiled": {"compile": True},
 }
 NUM_STEPS = 5
 LR = 1e-3
@@ -106,10 +113,11 @@ def global_tokens(step: int) -> float:
 
 
 def load(model_path: str, kind: str, chunk_tokens: int, train: TrainConfig | None = None) -> PolicyModel:
-    """`kind` of `MODELS`, as `train` would have it."""
+    """`kind` of `MODELS`, as `train` would have it; without it, nothing is compiled."""
     from rayrlhf.train.deepspeed_engine import loading
 
-    model = TrainedModelConfig(path=model_path, **MODELS[kind])
+    settings = {key: value for key, value in MODELS[kind].items() if train is not None or key != "compile"}
+    model = TrainedModelConfig(path=model_path, **settings)
     cpu = torch.device("cpu")
     with loading(train, torch.float32, in_parts=model.loads_in_parts) if train is not None else nullcontext():
         policy = load_policy(model, model_path, device=cpu, chunk_tokens=chunk_tokens)
@@ -205,7 +213,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def test_two_ranks_equal_plain_adamw(tmp_path: Path, tiny_model: str) -> None:
     """Of a whole model and of adapters, which a frozen one has."""
-    each = zip((VARIANTS, ADAPTED, QUANTIZED, SHARED), MODELS, strict=True)
+    each = zip((VARIANTS, ADAPTED, QUANTIZED, SHARED, COMPILED), MODELS, strict=True)
     variants = [(variant, kind) for of_kind, kind in each for variant in of_kind]
     result = TorchTrainer(
         train,
