@@ -12,7 +12,8 @@ agrees with torch's allocator (benchmarks/planner.py). Per token of a layer, s b
     gated MLP         4 I s           gate, its activation, up, their product (experts: expert_memory)
 
 and outside the layers (4 + 2s) H + s H for the last norm, and 2 D s of cosines and sines. With gradient
-checkpointing a layer keeps its input, s H, and one layer at a time is recomputed.
+checkpointing a layer keeps its input, s H, and one layer at a time is recomputed. With Liger's kernels a norm
+keeps 2 s H, and a gated MLP 3 I s.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass, replace
 
 from rayrlhf.capacity import expert_memory
 from rayrlhf.capacity.model_shape import ModelShape
+
+ON_DEVICE = 2  # inputs of layers on the device, where they are offloaded
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Precision:
 
     weights: int
     on_gpu: bool
+    liger: bool = False  # Liger's norms and gated MLPs
 
 
 def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Adapter | None = None) -> int:
@@ -78,7 +82,7 @@ def layer_activation_bytes(shape: ModelShape, precision: Precision, adapter: Ada
         rank = adapter.rank if adapter is not None and adapter.experts else 0
         mlp = expert_memory.kept_bytes(shape, s, trained=adapter is None, rank=rank)
     else:
-        mlp = 4 * shape.intermediate * s
+        mlp = (3 if precision.liger else 4) * shape.intermediate * s
     return norms + attention + mlp + (adapter.between(shape) * s if adapter is not None else 0)
 
 
@@ -90,7 +94,11 @@ def _dense_layer_saves(shape: ModelShape, size: int, adapter: Adapter | None) ->
 
 
 def _kept_by_norm(precision: Precision, adapter: Adapter | None) -> int:
-    """Bytes per element: the input in fp32, the normalised input if the norm is trained, the output."""
+    """Bytes per element: the input in fp32, the normalised input if the norm is trained, the output. Liger's
+    norms keep the input as it is, and the output.
+    """
+    if precision.liger:
+        return 2 * precision.weights
     return 4 + precision.weights * (2 if adapter is None else 1)
 
 
@@ -109,6 +117,7 @@ class Activations:
     gradients: int  # of the MLP, beyond what it has freed
     gathered: int  # keys and values of a layer, part of `kept` or `recomputed`
     checkpointing: bool
+    offloaded: int = 0  # layers whose inputs are in host memory; not in `layers`
     saved: int = 0  # what layers without experts keep less, of all
     routed: int = 0  # of all routers: logits and choices
     balance: int = 0  # of all routers in the backward pass: gradients by a balance loss
@@ -132,6 +141,13 @@ class Activations:
         held = self.layers * self.kept + self.outside + self.balance + self.recomputed + self.gradients
         return self._shared(held, gathered, tokens, ranks) + self.tower_kept + self.weight_gradient
 
+    def input_bytes(self, tokens: int, ranks: int, *, pinned: bool) -> int:
+        """Of a layer whose input is in host memory. torch's allocator of pinned memory rounds up to powers of
+        two.
+        """
+        size = max(1, tokens // ranks * self.kept)
+        return 1 << (size - 1).bit_length() if pinned else size
+
     @property
     def in_the_tower(self) -> int:
         """Bytes while the vision tower runs: without gradients before the language model, or backwards."""
@@ -147,15 +163,19 @@ def activations(
     precision: Precision,
     *,
     checkpointing: bool,
+    offload: bool = False,
     adapter: Adapter | None = None,
     has_balance_loss: bool = False,
     freeze_vision: bool = False,
     image_tokens: int = 0,
 ) -> Activations:
-    """`image_tokens`: of a micro-batch, each of a different image."""
+    """`image_tokens`: of a micro-batch, each of a different image. With `offload`, the device holds the input
+    of the last layer, or of the one that is recomputed, and one on its way.
+    """
     s, layer = precision.weights, layer_activation_bytes(shape, precision, adapter)
     found = Activations(
-        layers=shape.layers,
+        layers=min(shape.layers, ON_DEVICE) if offload else shape.layers,
+        offloaded=shape.layers - 1 if offload else 0,
         kept=s * shape.hidden if checkpointing else layer,
         last_norm=(_kept_by_norm(precision, adapter) + s) * shape.hidden,
         rotary=2 * s * shape.head_dim,
@@ -199,6 +219,8 @@ def activation_terms(kept: Activations, tokens: int, ranks: int) -> str:
     layers = 1 if kept.checkpointing else kept.layers
     of_layer = kept.kept - (0 if kept.checkpointing else gathered)
     terms = [f"{kept.layers} layers x {of_layer:,} B" + " kept" * kept.checkpointing]
+    if kept.offloaded:
+        terms[0] += " here"
     outside = kept.rotary + (0 if in_layer > at_the_head else kept.last_norm)
     if in_layer > at_the_head:
         if kept.checkpointing:

@@ -121,7 +121,7 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     on_gpu = gpu is not None or config.placement.gpus_per_slot == 1
     dtype = config.model.dtype
     size = 4 if dtype == "float32" or (dtype == "auto" and not on_gpu) else 2
-    precision = Precision(size, on_gpu)
+    precision = Precision(size, on_gpu, liger=config.model.has_liger)
     shapes = _Shapes()
     if split := list(split_problems(config, shapes.of)):
         raise ConfigError(split)

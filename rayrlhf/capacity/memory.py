@@ -136,6 +136,7 @@ def trainer(
         shape,
         precision,
         checkpointing=train.gradient_checkpointing,
+        offload=train.activation_offload,
         adapter=adapter,
         has_balance_loss=has_balance_loss,
         freeze_vision=freeze_vision,
@@ -167,6 +168,11 @@ def trainer(
         # An offloaded optimizer has its gradients on the host: the accumulated ones, and in fp32.
         "optimizer": optimizer + trained * (g + 4) // ranks if train.offload_optimizer else 0,
     }
+    pinned = precision.on_gpu
+    if kept.offloaded:
+        host["offloaded activations"] = kept.offloaded * kept.input_bytes(
+            tokens, sequence_parallel, pinned=pinned
+        )
     if image_tokens:
         host["pixels"] = PIXEL_CACHE_BYTES
     gradients_offloaded = stage == 3 and train.offload_optimizer
@@ -186,6 +192,12 @@ def trainer(
         + _on_host(train.offload_optimizer),
         "activations": activation_terms(kept, tokens, sequence_parallel),
     }
+    if kept.offloaded:
+        size = kept.input_bytes(tokens, sequence_parallel, pinned=pinned)
+        rounded = " (pinned: a power of two)" * pinned
+        working["offloaded activations"] = f"{kept.offloaded} layers x {size:,} B{rounded}" + _on_host(
+            offloaded=True
+        )
     if gradients_offloaded:
         del working["gradients"]
     if shape.vision is not None and image_tokens:

@@ -30,6 +30,11 @@ class ModelConfig(Section):
         """Whether its decoder layers are compiled."""
         return False
 
+    @property
+    def has_liger(self) -> bool:
+        """Whether its norms, rotations and gated MLPs are Liger's."""
+        return False
+
 
 ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's buffers; it also takes 1
 
@@ -80,6 +85,17 @@ def _sequences_are_shared_with_sdpa(model: TrainedModelConfig) -> Problem | None
     )
 
 
+def _fused_once(model: TrainedModelConfig) -> Problem | None:
+    if not model.compile or model.kernels == "none":
+        return None
+    return Problem(
+        "kernels",
+        got=f"{model.kernels} with compile=true",
+        wanted="one of the two: both fuse the same operations",
+        fix="remove model.kernels or model.compile",
+    )
+
+
 class TrainedModelConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train low-rank adapters (arXiv 2106.09685) on a frozen model; null trains all weights."""
@@ -94,10 +110,17 @@ class TrainedModelConfig(ModelConfig):
 
     compile: bool = False
     """Compile each decoder layer with torch.compile: fewer, fused kernels, after a minute of compilation."""
+    kernels: Literal["none", "liger"] = "none"
+    """Fused kernels of norms, rotations and gated MLPs on CUDA GPUs: liger (the package liger-kernel)."""
     sequence_parallel: Count = 1
     """Neighbouring workers that split the tokens of each micro-batch; for sequences too long for one."""
 
-    checks = (_quantized_weights_are_frozen, _experts_are_not_quantized, _sequences_are_shared_with_sdpa)
+    checks = (
+        _quantized_weights_are_frozen,
+        _experts_are_not_quantized,
+        _sequences_are_shared_with_sdpa,
+        _fused_once,
+    )
 
     @property
     def attention_kernel(self) -> str:
@@ -106,6 +129,10 @@ class TrainedModelConfig(ModelConfig):
     @property
     def compiles(self) -> bool:
         return self.compile
+
+    @property
+    def has_liger(self) -> bool:
+        return self.kernels == "liger"
 
     @property
     def loads_in_parts(self) -> bool:

@@ -133,7 +133,19 @@ def _gradients_add_up_in_partitions(train: OptimizerConfig) -> Problem | None:
     )
 
 
+def _offloaded_activations_are_checkpointed(train: OptimizerConfig) -> Problem | None:
+    if not train.activation_offload or train.gradient_checkpointing:
+        return None
+    return Problem(
+        "activation_offload",
+        got="true with gradient_checkpointing=false",
+        wanted="gradient_checkpointing: true: the inputs of checkpointed layers are offloaded",
+        fix="set train.gradient_checkpointing to true, or remove train.activation_offload",
+    )
+
+
 OPTIMIZER_CHECKS = (
+    _offloaded_activations_are_checkpointed,
     _gradients_add_up_in_partitions,
     _bf16_masters_are_partitioned_on_the_device,
     _offload_has_a_partition,
@@ -185,6 +197,8 @@ class OptimizerConfig(Section):
     """Compute tokens that sequences of a micro-batch begin with once: a group's prompt, a pair's."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    activation_offload: bool = False
+    """Keep what checkpointing stores, each layer's input, in host memory until the backward pass."""
     logprob_chunk_tokens: Count = 256
     """Rows of logits in memory at once; left out, 2,048 on GPUs."""
     num_threads: Count | None = None

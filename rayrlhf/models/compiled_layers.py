@@ -23,10 +23,10 @@ import torch
 import torch._dynamo
 from torch import nn
 from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayrlhf.models.attention import KERNELS
 from rayrlhf.models.experts import moe_layers
+from rayrlhf.models.streams import decoder_layers
 
 # Graphs of a piece of a layer in one process: for training and inference, with and without adapters, for the
 # actor, the critic and the reference. torch's default is 8; beyond it, layers silently run as they are.
@@ -58,15 +58,6 @@ def compile_layers(model: nn.Module, *, backend: Backend = "inductor") -> None:
     for layer in layers:
         # Not `layer.compile()`: hooks of the layer stay outside of the graphs.
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
-
-
-def decoder_layers(model: nn.Module) -> list[Any]:
-    """The layers of the language model, without those of a vision tower."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and "visual" not in name.split(".")
-    ]
 
 
 def why_not_compiled(*, on_gpu: bool) -> str | None:

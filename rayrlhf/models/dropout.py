@@ -8,6 +8,7 @@ are trained, whatever the architecture. Adapters have a separate dropout (`model
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -74,4 +75,6 @@ def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Tensor) 
         finally:
             layer.training = True
 
-    return checkpoint(settled, *inputs, use_reentrant=False)
+    offload = getattr(layer, "activation_offload", None)  # rayrlhf.models.activation_offload
+    with offload.hooks() if offload is not None else nullcontext():
+        return checkpoint(settled, *inputs, use_reentrant=False)

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 
 from rayrlhf.config.model import ModelConfig, TrainedModelConfig
 from rayrlhf.hub.local import local_folder
+from rayrlhf.models.activation_offload import offload_activations
 from rayrlhf.models.attention import attention_implementation, has_chunks
 from rayrlhf.models.cpu_products import Products, cast_linear_layers, use_fastest_products
 from rayrlhf.models.distill import DistillModel, TeacherModel
@@ -171,9 +172,15 @@ def is_sequence_classifier(path: str, *, trust_remote_code: bool = False) -> boo
     return _is_made_for(path, "ForSequenceClassification", trust_remote_code=trust_remote_code)
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Activation checkpointing: store only each layer's input, recompute the rest in the backward pass."""
+def checkpoint_activations(model: Any, *, offload: bool = False) -> None:
+    """Activation checkpointing: store only each layer's input, recompute the rest in the backward pass.
+
+    Args:
+        offload: keep these inputs in host memory. Raises `ValueError` like `offload_activations`.
+    """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if offload:
+        offload_activations(model)
 
 
 def has_packed_scorer(path: str, *, trust_remote_code: bool = False) -> bool:
@@ -253,11 +260,16 @@ class LoadSetup(NamedTuple):
     casts: bool  # whether its linear layers cast the factors of their products
     options: dict[str, Any]  # of `from_pretrained`
     compiles: bool  # whether its decoder layers are compiled
+    has_liger: bool  # whether its norms, rotations and gated MLPs are Liger's
 
     def prepare(self, model: M) -> M:
         """Apply it to the loaded model; returns the model."""
         if self.casts:
             cast_linear_layers(model)
+        if self.has_liger:
+            from rayrlhf.models.liger import apply_liger
+
+            apply_liger(model.causal_lm if hasattr(model, "causal_lm") else model.decoder)
         if self.compiles:
             from rayrlhf.models.compiled_layers import compile_layers
 
@@ -276,6 +288,10 @@ def _load_setup(config: ModelConfig, path: str, device: torch.device, *, head: H
     streams = verdict.streams
     if config.compiles:
         _check_compiled(path, streams, device)
+    if config.has_liger:
+        from rayrlhf.models.liger import check_liger
+
+        check_liger(found, device)
     limits = [limit for _, limit in rope_limits(found)]
     if streams.is_packed and limits:
         streams = Streams(longest_packed=min(limits))
@@ -288,7 +304,8 @@ def _load_setup(config: ModelConfig, path: str, device: torch.device, *, head: H
         "attn_implementation": vision_attention(attention) if is_vision_language(found) else attention,
         "trust_remote_code": config.trust_remote_code,
     }
-    return LoadSetup(streams, products is not None and products.casts, options, config.compiles)
+    casts = products is not None and products.casts
+    return LoadSetup(streams, casts, options, config.compiles, config.has_liger)
 
 
 def _check_compiled(path: str, streams: Streams, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayrlhf.models.attention import packed_inputs
 
@@ -44,6 +45,15 @@ def decoder_of(causal_lm: Any) -> Any:
         if isinstance(found, nn.Module) and found is not causal_lm and not isinstance(found, nn.Linear):
             return found
     raise ValueError(f"{type(causal_lm).__name__} has no decoder that could be called without its head")
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The layers of the language model, without those of a vision tower."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and "visual" not in name.split(".")
+    ]
 
 
 def hidden_states(

@@ -231,7 +231,7 @@ def make_actor(config: PolicyRunConfig) -> Actor:
     if config.rollout.router_replay:
         policy.replay = Replay(moe_layers(policy))
     if config.train.gradient_checkpointing:
-        checkpoint_activations(policy.causal_lm)
+        checkpoint_activations(policy.causal_lm, offload=config.train.activation_offload)
     set_sequence_group(policy, config.model, config.train)
     learner = Learner(
         policy,
@@ -258,7 +258,7 @@ def make_critic(config: PolicyRunConfig) -> LocalCritic:
         model = load_critic(config.model, critic.path or config.model.path, device=device)
     adapt(config.model, model.decoder, device=device, seed=config.run.seed)
     if config.train.gradient_checkpointing:
-        checkpoint_activations(model.decoder)
+        checkpoint_activations(model.decoder, offload=config.train.activation_offload)
     set_sequence_group(model, config.model, config.train)
     learner = Learner(
         model,

@@ -275,10 +275,19 @@ def check_precision(config: Any, *, on_gpu: bool) -> None:
         raise ConfigError([problem])
 
 
-def check_compilation(config: Any, *, on_gpu: bool) -> None:
-    """Check that kernels for CPUs can be built on this machine, whose image the workers have. What GPUs need
-    is checked by each worker, as a head node often has none. Raises `ConfigError`.
+def check_kernels(config: Any, *, on_gpu: bool) -> None:
+    """Check model.kernels and model.compile on CPUs: kernels must be built on this machine, whose image the
+    workers have. What GPUs need is checked by each worker, as a head node often has none. Raises
+    `ConfigError`.
     """
+    if config.model.has_liger and not on_gpu:
+        problem = Problem(
+            "model.kernels",
+            got="liger on CPUs",
+            wanted="none: Liger's kernels are made for CUDA GPUs",
+            fix="remove model.kernels; model.compile fuses operations on CPUs",
+        )
+        raise ConfigError([problem])
     keys = ["model.compile"] if config.model.compiles else []
     sources = enumerate(config.reward.sources if getattr(config, "reward", None) is not None else ())
     keys += [f"reward.sources.{i}.compile" for i, source in sources if getattr(source, "compile", False)]

@@ -56,7 +56,7 @@ from rayrlhf.runtime.interrupted import resume_message
 from rayrlhf.runtime.local_ray import LocalRay
 from rayrlhf.runtime.mirror import Mirror, mirror_of
 from rayrlhf.runtime.prefix_checks import with_prefixes_shared
-from rayrlhf.runtime.preflight import InputError, check_compilation, check_precision
+from rayrlhf.runtime.preflight import InputError, check_kernels, check_precision
 from rayrlhf.runtime.process_environment import set_process_environment
 from rayrlhf.runtime.ray_messages import RAY_LOG, ray_messages_in
 from rayrlhf.runtime.ray_session import DeploymentFailed, ray_session
@@ -239,7 +239,7 @@ def check_placement(spec: PlacementSpec, config: DrivenConfig, console: Console)
     gpus = resolve_gpus_per_slot(config.placement.gpus_per_slot)
     check_precision(config, on_gpu=gpus > 0)
     check_engine_args(config, on_gpu=gpus > 0)
-    check_compilation(config, on_gpu=gpus > 0)
+    check_kernels(config, on_gpu=gpus > 0)
     for line in budget_lines(config, on_gpu=gpus > 0):
         console.say(line)
     check_fits(spec, gpus)

@@ -62,7 +62,7 @@ class Task:
             module = self.load_module()
         adapt(self.config.model, self.decoder_of(module), device=self.device, seed=self.config.run.seed)
         if self.config.train.gradient_checkpointing:
-            checkpoint_activations(self.decoder_of(module))
+            checkpoint_activations(self.decoder_of(module), offload=self.config.train.activation_offload)
         set_sequence_group(module, self.config.model, self.config.train)
         self.learner = Learner(
             module,

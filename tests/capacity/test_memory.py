@@ -97,6 +97,19 @@ def test_activations_by_hand() -> None:
     assert kept.at_the_head(1000, ranks=4) == 1000 * (1040 + 10 * 200) // 4
 
 
+def test_offloaded_activations_are_on_the_host() -> None:
+    """All layers' inputs but the last one's; the device holds two of ten, of 1000 tokens x 200 B."""
+    kept = activations(SHAPE, BF16, checkpointing=True, offload=True)
+    assert kept.at_the_head(1000) == 1000 * (1040 + 2 * 200)
+    assert kept.in_the_last_layer(1000) == 1000 * (40 + 2 * 200 + 3848 + 800)
+    settings = {"gradient_checkpointing": True, "max_tokens_per_micro_batch": 1000}
+    own, offloaded = (trainer(config(**settings, activation_offload=each)) for each in (False, True))
+    assert own.device["activations"] - offloaded.device["activations"] == 1000 * 8 * 200
+    assert own.host == {} and offloaded.host == {"offloaded activations": 9 * 2**18}  # 200,000, rounded
+    one = ModelShape(**{**vars(SHAPE), "layers": 1})
+    assert activations(one, BF16, checkpointing=True, offload=True).offloaded == 0
+
+
 def test_the_heads_temporaries_use_the_memory_of_the_recomputed_layer() -> None:
     # A chunk of 256 x 1000 fp32 logits, 1000 x 100 bf16 gradients of the input, 4 x 100,000 of the weight.
     assert memory.head_bytes(SHAPE, 256, BF16, 1000) == (1_024_000 + 200_000 + 400_000, 0)
@@ -149,6 +162,7 @@ def test_adapters_train_alone() -> None:
     [
         {},
         {"zero_stage": 1, "gradient_checkpointing": True},
+        {"zero_stage": 2, "gradient_checkpointing": True, "activation_offload": True},
         {"zero_stage": 2, "offload_optimizer": True},
         {"zero_stage": 3, "master_weights": "bfloat16"},
         {"zero_stage": 3, "offload_optimizer": True, "offload_params": True},
@@ -164,7 +178,7 @@ def test_the_arithmetic_gives_the_reported_bytes(adapter: Adapter | None, change
 
 def _worked_out(terms: str) -> float:
     """The value of "1.1e6 x 12 B (two moments, fp32 weights) / 4 (ZeRO-3 over 4), in host memory"."""
-    formula = re.sub(r"\((two|ZeRO|ranks)[^)]*\)|, in host memory", "", terms).replace(" x ", " * ")
+    formula = re.sub(r"\((two|ZeRO|ranks|pinned)[^)]*\)|, in host memory", "", terms).replace(" x ", " * ")
     formula = re.sub(r"(?<=\d),(?=\d)", "", formula).replace("bits", "/ 8")
     return float(eval(re.sub(r"[a-zA-Z]{2,}|\bB\b", "", formula)))
 

@@ -422,6 +422,16 @@ RULES = {
         "model.sequence_parallel",
         ["critic.num_workers=2"],
     ),
+    "offloaded activations are checkpointed": (
+        ["train.activation_offload=true"],
+        "train.activation_offload",
+        ["train.gradient_checkpointing=true"],
+    ),
+    "operations are fused once": (
+        ["model.compile=true", "model.kernels=liger"],
+        "model.kernels",
+        ["model.compile=false"],
+    ),
     "compiled layers have whole weights": (
         ["model.compile=true", "train.zero_stage=3"],
         "model.compile",

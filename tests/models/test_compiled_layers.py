@@ -18,11 +18,12 @@ from rayrlhf.config.model import LoraConfig, TrainedModelConfig
 from rayrlhf.models import compiled_layers
 from rayrlhf.models.adapters import adapters_off
 from rayrlhf.models.checkpoint_tensors import checkpoint_tensors
-from rayrlhf.models.compiled_layers import compile_layers, decoder_layers, why_not_compiled
+from rayrlhf.models.compiled_layers import compile_layers, why_not_compiled
 from rayrlhf.models.cpu_products import cast_linear_layers, products_in
 from rayrlhf.models.experts import moe_layers, recorded
 from rayrlhf.models.load import adapt, checkpoint_activations, load_policy
 from rayrlhf.models.logprobs import PolicyModel
+from rayrlhf.models.streams import decoder_layers
 from rayrlhf.prefixes import SharedPrefixes
 from tests.tiny_families import make_family
 

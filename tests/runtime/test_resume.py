@@ -10,7 +10,7 @@ import pytest
 from rayrlhf.config.base import ConfigError
 from rayrlhf.config.policy import PolicyRunConfig
 from rayrlhf.config.supervised import SftRunConfig
-from rayrlhf.runtime.preflight import InputError, check_compilation, check_precision
+from rayrlhf.runtime.preflight import InputError, check_kernels, check_precision
 from rayrlhf.runtime.resume import FIXED, check_resume, check_unchanged, fixed_values, select_checkpoint
 from rayrlhf.train import manifest
 from rayrlhf.train.checkpoint import RECORD
@@ -275,9 +275,16 @@ def test_precisions_that_do_not_go_together(
 
 def test_a_machine_that_cannot_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_run(tmp_path, "model", model={"compile": True})
-    check_compilation(config, on_gpu=False)
+    check_kernels(config, on_gpu=False)
     monkeypatch.setattr("rayrlhf.models.compiled_layers._cpp_compiler", lambda: None)
     with pytest.raises(ConfigError, match=r"(?s)model\.compile.*does not have a C\+\+ compiler"):
-        check_compilation(config, on_gpu=False)
-    check_compilation(config, on_gpu=True)  # by the workers
-    check_compilation(tiny_run(tmp_path, "model"), on_gpu=False)
+        check_kernels(config, on_gpu=False)
+    check_kernels(config, on_gpu=True)  # by the workers
+    check_kernels(tiny_run(tmp_path, "model"), on_gpu=False)
+
+
+def test_kernels_for_gpus_are_refused_on_cpus(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, "model", model={"kernels": "liger"})
+    with pytest.raises(ConfigError, match=r"(?s)model\.kernels.*liger on CPUs"):
+        check_kernels(config, on_gpu=False)
+    check_kernels(config, on_gpu=True)

@@ -14,7 +14,7 @@ from rayrlhf.commands.doctor.finding import Finding, fail, ok, warn
 
 # Linked to CUDA in their default builds: with a CPU torch they break every import of transformers.
 CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-OPTIONAL = ("flash-attn", "wandb", "math-verify", "reasoning-gym")
+OPTIONAL = ("flash-attn", "liger-kernel", "wandb", "math-verify", "reasoning-gym")
 
 
 def check_versions() -> Iterator[Finding]:
