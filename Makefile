@@ -5,7 +5,7 @@
 #   make pipeline SFT, a reward model, PPO and DPO in a chain on the same model, on CPU
 #   make test     unit and integration tests (real Ray, Serve, vLLM and DeepSpeed)
 #   make test-long the integration tests that `make test` leaves out for time, a few hours
-#   make gpu-check the CUDA paths on one GPU, and what they reach; without one it says so
+#   make gpu-check the CUDA paths on one GPU, in 15 minutes; GPU_CHECK_ARGS="--device cpu" the same, small, without one
 #   make bench    rayrlhf measured next to TRL and other peers on CPUs, about 90 minutes; BENCH_ARGS="--quick" one short pair
 #   make check    lint, formatting, types, import layers
 #   make rendered the examples of cluster/, from the jobs' own files, and docs/migration.md
@@ -26,6 +26,8 @@ PYTEST_ARGS ?=
 LOCK_ARGS ?=
 # Cases and options of the benchmarks: make bench BENCH_ARGS="sft-packed --pairs 3"
 BENCH_ARGS ?=
+# Options of the GPU check: make gpu-check GPU_CHECK_ARGS="--budget 840 --only cumem"
+GPU_CHECK_ARGS ?=
 export PYTHON LOCK INSTALLER
 
 .PHONY: help install model demo pipeline test test-long gpu-check bench check rendered format lock clean
@@ -62,7 +64,7 @@ check: install
 	$(BIN)/lint-imports
 
 gpu-check:
-	@$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3) -m benchmarks.gpu_check
+	@$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 bench: model
 	@$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)

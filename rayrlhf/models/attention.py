@@ -9,6 +9,7 @@ conditions that are easy to miss, and otherwise silently lets sequences attend t
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 VARLEN_SDPA = "varlen_sdpa"
 VARLEN = "varlen"  # torch's kernel where it computes what the layer needs, else as VARLEN_SDPA
 LARGEST_HEAD = 256  # of that kernel
+ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 goes by the shapes
 MOST_KEYS_PER_ROW = 2  # kept for the backward pass; a key and value take a few percent of a row's activations
 
 
@@ -213,6 +215,7 @@ def varlen(
         if share is not None and share.prefixes is not None:
             key, value = (each[:, :, share.prefixes.key_rows] for each in (key, value))
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))  # [tokens, heads, head_dim]
+        grouped: dict[str, Any] = {"enable_gqa": q.size(1) != k.size(1)} if ASKS_FOR_GQA else {}
         output: Any = varlen_attn(  # a tuple, if more were asked for
             q,
             k,
@@ -223,7 +226,7 @@ def varlen(
             kwargs["max_length_k"],
             scale=kwargs.get("scaling"),
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q.size(1) != k.size(1),
+            **grouped,
         )
         return output[None]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from rayrlhf.train.collectives import Ranks
-from rayrlhf.train.offload import release_cached_memory
+from rayrlhf.train.device_memory import release_cached_memory
 from rayrlhf.weights.sync import WeightSync
 
 Pushed = TypeVar("Pushed")

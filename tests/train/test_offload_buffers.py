@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rayrlhf.train.offload import to_device, to_host
+from rayrlhf.train.device_memory import to_device, to_host
 
 CPU = torch.device("cpu")
 
