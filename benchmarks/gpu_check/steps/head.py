@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.step import GIB, Context, relative_error, seconds_of
+from benchmarks.gpu_check.measure import relative_error, seconds_of
+from benchmarks.gpu_check.step import GIB, Context
 from rayrlhf.models.fused_head import FusedLogprobs, LogitScaling
 
 VOCABULARY = 128_256

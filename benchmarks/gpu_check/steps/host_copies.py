@@ -7,7 +7,8 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.step import GIB, MIB, Context, synchronize
+from benchmarks.gpu_check.measure import synchronize
+from benchmarks.gpu_check.step import GIB, MIB, Context
 from rayrlhf.train.device_memory import to_device, to_host
 
 

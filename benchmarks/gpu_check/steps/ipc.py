@@ -12,8 +12,9 @@ import time
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check.measure import reserved_bytes, seconds_of, synchronize
 from benchmarks.gpu_check.peer import Peer, PeerFailed
-from benchmarks.gpu_check.step import GIB, MIB, Context, reserved_bytes, seconds_of, synchronize
+from benchmarks.gpu_check.step import GIB, MIB, Context
 from rayrlhf.train.device_memory import release_cached_memory
 from rayrlhf.weights.shared_memory import SharedBuffer, attach
 

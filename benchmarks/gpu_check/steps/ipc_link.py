@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.gpu_check.measure import reserved_bytes, synchronize
 from benchmarks.gpu_check.peer import Peer
-from benchmarks.gpu_check.step import GIB, MIB, Context, reserved_bytes, synchronize
+from benchmarks.gpu_check.step import GIB, MIB, Context
 from benchmarks.gpu_check.steps.ipc import LARGEST_WEIGHT, fill
 from rayrlhf.train.device_memory import release_cached_memory
 from rayrlhf.weights.transfer_group import Receiver, TransferGroup, join

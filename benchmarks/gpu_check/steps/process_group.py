@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from benchmarks.gpu_check.step import MIB, Context, synchronize
+from benchmarks.gpu_check.measure import synchronize
+from benchmarks.gpu_check.step import MIB, Context
 from rayrlhf.weights.transfer_group import Backend, TransferGroup, join
 from rayrlhf.weights.transfer_store import TransferStore
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_check.batches import make_batch, make_policy
+from benchmarks.gpu_check.measure import seconds_of
 from benchmarks.gpu_check.shapes import llama, peak_tflops, update_flops
-from benchmarks.gpu_check.step import GIB, Context, seconds_of
+from benchmarks.gpu_check.step import GIB, Context
 from rayrlhf.algorithms.aggregate import aggregate
 from rayrlhf.algorithms.policy_losses import ppo
 from rayrlhf.batch import PolicyBatch

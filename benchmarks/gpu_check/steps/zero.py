@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu_check.batches import make_batch, make_policy
+from benchmarks.gpu_check.measure import synchronize
 from benchmarks.gpu_check.shapes import llama
-from benchmarks.gpu_check.step import GIB, Context, synchronize
+from benchmarks.gpu_check.step import GIB, Context
 from rayrlhf.config.train import TrainConfig
 from rayrlhf.models.attention import attention_implementation
 from rayrlhf.policy.losses import TextObjective, policy_forward
