@@ -71,7 +71,8 @@ TRAINED_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
             n_shared_experts=1,
             num_experts_per_tok=2,
             moe_intermediate_size=64,
-            topk_method="noaux_tc",  # as in the published config; read by vLLM
+            topk_method="noaux_tc",  # as in the published config, like the next; read by vLLM
+            scoring_func="sigmoid",
         ),
     ),
 }

@@ -1,4 +1,4 @@
-"""Faster kernels for vLLM's CPU worker: linear layers over packed weights, and fused RMS norms.
+"""Kernels for vLLM's CPU worker: linear layers over packed weights, fused RMS norms, rotations of MLA.
 
 vLLM itself packs the weights of a linear layer once, in place of the parameter. A push would not reach
 them: a layer whose parameter is empty cannot be loaded or verified, and the head of a model with tied
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from vllm import _custom_ops
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 PACKED_FOR_ROWS = 32  # oneDNN chooses a layout for this number of rows, and uses it for any number
@@ -99,3 +100,19 @@ def fuse_norms() -> None:
         return x, residual
 
     RMSNorm.forward_cpu = forward_cpu
+
+
+def rotate_parts_by_torch() -> None:
+    """Leave rotations of queries [T, heads, part], which are parts of wider ones as in MLA, to torch: vLLM's
+    C kernel rotates other elements than these; before a model is made.
+    """
+    kernel = RotaryEmbedding.forward_cpu
+
+    def forward_cpu(
+        self: RotaryEmbedding, positions: Tensor, query: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.ndim > 2:
+            return self.forward_native(positions, query, key)
+        return kernel(self, positions, query, key)
+
+    RotaryEmbedding.forward_cpu = forward_cpu

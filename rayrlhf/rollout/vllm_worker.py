@@ -32,7 +32,12 @@ from rayrlhf.rollout.vllm_adapter import (
     put_on_adapters,
     take_off_adapters,
 )
-from rayrlhf.rollout.vllm_cpu_kernels import PackedLinears, fuse_norms, keep_parameters
+from rayrlhf.rollout.vllm_cpu_kernels import (
+    PackedLinears,
+    fuse_norms,
+    keep_parameters,
+    rotate_parts_by_torch,
+)
 from rayrlhf.rollout.vllm_reload import Reload, pack_experts_at_every_load
 from rayrlhf.rollout.vllm_routes import RouteRecorder, moe_layers_of
 from rayrlhf.rollout.vllm_verify import Arrivals
@@ -46,6 +51,7 @@ BUCKETS = "rayrlhf_buckets"
 if current_platform.is_cpu():
     keep_parameters()
     fuse_norms()
+    rotate_parts_by_torch()
     pack_experts_at_every_load()
     multiply_all_tokens_at_once()
 

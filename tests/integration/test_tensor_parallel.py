@@ -29,9 +29,5 @@ def test_a_push_is_what_loading_would_have_been(family: str, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(family, found)
-    # vLLM's CPU build computes MLA's attention otherwise than transformers, by nats, before any push, too.
-    exact = family != "deepseek_v3"
     assert found.pop("workers") == 2 and found.pop("tensors") > 10
-    of_transformers = [found.pop("as transformers"), found.pop("others as transformers")]
-    assert all(of_transformers) or not exact
     assert all(found.values()), found

@@ -102,7 +102,44 @@ def norms() -> list[float]:
     return [float((one - other).abs().max()) for one, other in pairs]
 
 
+def rotations() -> dict[str, float]:
+    """Largest difference of our rotation, and of vLLM's kernel, from pairs turned as complex numbers."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
+
+    from rayrlhf.rollout.vllm_cpu_kernels import rotate_parts_by_torch
+
+    kernel = RotaryEmbedding.forward_cpu
+    rotate_parts_by_torch()
+    tokens, heads, other, part = 5, 4, 16, 64
+    positions = torch.arange(tokens)
+    query, key = torch.randn(tokens, heads, other + part), torch.randn(tokens, 1, part)
+    angles = positions[:, None] / 10_000 ** (torch.arange(0, part, 2) / part)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
+
+    wanted = turned(query[..., other:]), turned(key)
+    found: dict[str, float] = {}
+    with set_current_vllm_config(VllmConfig()):
+        of_rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        rope = get_rope(
+            part, max_position=64, rope_parameters=of_rope, is_neox_style=False, dtype=torch.float32
+        )
+        for name, rotate in (("ours", RotaryEmbedding.forward_cpu), ("kernel", kernel)):
+            got = rotate(rope, positions, query.clone()[..., other:], key.clone())
+            found[name] = max(float((a - b.view_as(a)).abs().max()) for a, b in zip(wanted, got, strict=True))
+        flat = torch.randn(tokens, heads * part)
+        same = rope.forward_cpu(positions, flat.clone(), key.flatten(1).clone())[0]
+        found["whole"] = float((turned(flat.view(tokens, heads, part)).flatten(1) - same).abs().max())
+    return found
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     with torch.no_grad():
-        print(json.dumps(products() | {"rounded": rounded(), "norms": norms()}), flush=True)
+        print(
+            json.dumps(products() | {"rounded": rounded(), "norms": norms(), "rotations": rotations()}),
+            flush=True,
+        )

@@ -46,3 +46,9 @@ def test_rounded_products_are_off_by_the_rounding_of_their_factors_and_output(pr
 
 def test_fused_norms_equal_vllms_own(probed: dict[str, Any]) -> None:
     assert max(probed["norms"]) < 1e-5
+
+
+def test_rotations_of_mla_are_right(probed: dict[str, Any]) -> None:
+    """If the kernel's are right one day, ours can go."""
+    assert max(probed["rotations"]["ours"], probed["rotations"]["whole"]) < 1e-5
+    assert probed["rotations"]["kernel"] > 0.1
