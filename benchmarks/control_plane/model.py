@@ -53,7 +53,11 @@ def same(value: float) -> tuple[float, float]:
 
 
 def rows(w: int, u: Units) -> list[Row]:
-    """`w`: workers, and engines; 128 samples per worker."""
+    """`w`: workers, and engines; 128 samples per worker.
+
+    The messages of a bucket pass while the next one is copied, and engines call the weight store while the
+    next ones are called: what exceeds that is on the critical path.
+    """
     samples, rounds = SAMPLES_PER_WORKER * w, math.ceil(math.log2(w))
     differencing = samples * w * u["differencing_per_sum"]
     balancing = u[f"balancing_{w}"]
@@ -65,9 +69,12 @@ def rows(w: int, u: Units) -> list[Row]:
     pickles = SAMPLES_PER_WORKER * u["pickled_sample"]
     polled = w * 2 * 1000 * PUSH_SECONDS * u["tcp_store_request"]
     served = min(w, NODE) * BUCKETS * u["transfer_store_bucket"]
-    commands = w * (BROADCASTS * u["broadcast_replica"] + u["broadcast_push_replica"])
     periods = 2.0, max(LIVENESS_SECONDS, w / RECEIVERS_PER_SECOND)
-    with_liveness = pair(commands + int(PUSH_SECONDS / each) * w * u["broadcast_replica"] for each in periods)
+    pushes = u["broadcast_push_replica"], u["broadcast_reference_replica"]
+    commands = pair(
+        w * ((BROADCASTS + int(PUSH_SECONDS / period)) * u["broadcast_replica"] + push)
+        for period, push in zip(periods, pushes, strict=True)
+    )
     store_calls = pair(w * calls * u["store_call"] for calls in STORE_CALLS)
     intervals = RENEW_SECONDS, renewal_seconds(w)
     renewals = pair(w * STEP_SECONDS / each * u["store_call"] for each in intervals)
@@ -91,14 +98,14 @@ def rows(w: int, u: Units) -> list[Row]:
         Row(
             "store of a push by IPC",
             "worker 0, or one per node",
-            (max(0.0, polled - PUSH_SECONDS), served),
+            (max(0.0, polled - PUSH_SECONDS), max(0.0, served - PUSH_SECONDS)),
             (polled, served),
         ),
-        Row("commands to the engines", "worker 0", with_liveness, with_liveness),
+        Row("commands to the engines", "worker 0", commands, commands),
         Row(
             "weight store",
             "its actor",
-            store_calls,
+            pair(max(0.0, c - made) for c, made in zip(store_calls, commands, strict=True)),
             (store_calls[0] + renewals[0], store_calls[1] + renewals[1]),
         ),
         Row("polls of the workers", "Train's controller", (0, 0), polls),

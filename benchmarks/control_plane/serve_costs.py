@@ -125,6 +125,19 @@ def broadcast(handle: Any, *arguments: Any) -> tuple[float, float]:
     return (time.perf_counter() - wall) / 10 / REPLICAS, (time.process_time() - own) / 10 / REPLICAS
 
 
+def actor_call() -> float:
+    """CPU of the caller per call of an actor, in a round of calls of 16 actors, without Serve."""
+    actors: list[Any] = [ray.remote(Cpu).options(num_cpus=0).remote() for _ in range(16)]
+    ray.get([actor.spent.remote() for actor in actors])
+    start = time.process_time()
+    for _ in range(20):
+        ray.get([actor.spent.remote() for actor in actors])
+    seconds = (time.process_time() - start) / 20 / len(actors)
+    for actor in actors:
+        ray.kill(actor)
+    return seconds
+
+
 def measure() -> dict[str, float]:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=500_000_000)
     serve.start(proxy_location="Disabled")
@@ -139,8 +152,10 @@ def measure() -> dict[str, float]:
     found: dict[str, float] = {"controller_idle": one, "controller_replica": (idle - one) / (REPLICAS - 1)}
     pids = [answer["pid"] for answer in handle.broadcast("describe").results(timeout_s=120)]
     replicas = Cpu(*pids)
+    found["actor_call"] = actor_call()
     _, found["broadcast_replica"] = broadcast(handle, "describe")
     _, found["broadcast_push_replica"] = broadcast(handle, "receive", push_at_scale(512))
+    _, found["broadcast_reference_replica"] = broadcast(handle, "receive", ray.put(push_at_scale(512)))
     found["request_of_one_caller"], found["request_of_one_replica"] = per_call(
         lambda: calls(handle, 1), replicas
     )

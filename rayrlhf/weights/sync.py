@@ -361,8 +361,10 @@ class WeightSync:
         Raises:
             TimeoutError: if it failed on one of them; names the engines on which it succeeded.
         """
+        # Serve serialises arguments anew for every engine: those of a push, for 2 ms.
+        shared = [a if isinstance(a, int | str) else ray.put(a) for a in arguments]
         try:
-            answers: list[Any] = self.engines.broadcast(method, *arguments).results(
+            answers: list[Any] = self.engines.broadcast(method, *shared).results(
                 timeout_s=self.timeout_seconds, return_exceptions=True
             )
         except DeploymentUnavailableError:
