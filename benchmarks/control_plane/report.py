@@ -54,9 +54,9 @@ def page(report: dict[str, Any], tables: dict[int, list[Row]]) -> str:
             f"# The control plane at {', '.join(map(str, SIZES[:-1]))} and {SIZES[-1]} GPUs",
             "",
             f"Seconds of a step of {STEP_SECONDS:g} s, on paper: the unit costs below, measured on CPUs with "
-            "fake replicas and workers, times how often a step with as many workers as engines needs them, with "
-            f"{SAMPLES_PER_WORKER} samples per worker in groups of 8 and two reward sources. No run of this "
-            "size has taken place.",
+            "fake replicas and workers, times how often a step needs them. There are as many workers as "
+            f"engines, {SAMPLES_PER_WORKER} samples per worker in groups of 8 and two reward sources. No run "
+            "of this size has taken place.",
             "",
             f"The target is {TARGET:.0%} of a step, {limit:g} s: of the step itself (critical path) and of "
             "each process. Before is the design of the first version: replicas checked every 2 s, workers "
