@@ -361,7 +361,7 @@ class WeightSync:
         Raises:
             TimeoutError: if it failed on one of them; names the engines on which it succeeded.
         """
-        # Serve serialises arguments anew for every engine: those of a push, for 2 ms.
+        # Serve serialises arguments again for every engine: those of a push take 2 ms.
         shared = [a if isinstance(a, int | str) else ray.put(a) for a in arguments]
         try:
             answers: list[Any] = self.engines.broadcast(method, *shared).results(
