@@ -5,7 +5,7 @@ If engines sleep while trainers work (hybrid engine), the peak of a slot is that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,8 +134,10 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
         roles = _generation_roles(config, shapes, precision, gpu)
     # On CPUs trainers are not offloaded.
     sleeps = on_gpu and isinstance(config, PolicyRunConfig) and config.engines_sleep(on_gpu=on_gpu)
+    offloads = sleeps and config.train.offload_weights_between
     if sleeps:
-        roles = {role: _with_sleeping_states(role, each) for role, each in roles.items()}
+        kinds = ("optimizer", "weights") if offloads else ("optimizer",)
+        roles = {role: _with_sleeping_states(role, each, kinds) for role, each in roles.items()}
     kv = None
     if "rollout" in roles:
         width = spec.of("rollout").width
@@ -144,7 +146,7 @@ def budget_of(config: Any, *, gpu: Gpu | None = None, what_if: WhatIf | None = N
     return Budget(
         spec=spec,
         roles=roles,
-        phases=_phases(spec, roles, sleeps=sleeps),
+        phases=_phases(spec, roles, sleeps=sleeps, offloads_weights=offloads),
         host_bytes=_host_bytes(spec, roles, published),
         published_bytes=published,
         gpu=gpu,
@@ -347,7 +349,9 @@ def _generation_roles(
     return roles | _reward_roles(config.reward, shapes, precision) or {"score": Bytes()}
 
 
-def _phases(spec: PlacementSpec, roles: Mapping[str, Bytes], *, sleeps: bool) -> dict[str, tuple[int, ...]]:
+def _phases(
+    spec: PlacementSpec, roles: Mapping[str, Bytes], *, sleeps: bool, offloads_weights: bool
+) -> dict[str, tuple[int, ...]]:
     if not sleeps:
         return {"always": _per_slot(spec, {role: each.total for role, each in roles.items()})}
 
@@ -358,7 +362,7 @@ def _phases(spec: PlacementSpec, roles: Mapping[str, Bytes], *, sleeps: bool) ->
                 phase, each.total
             )
         if kind_of(role) in ("actor", "critic") and phase != "training":
-            return each.only("weights").total
+            return 0 if offloads_weights and phase == "rollout" else each.only("weights").total
         return each.total
 
     return {
@@ -367,11 +371,12 @@ def _phases(spec: PlacementSpec, roles: Mapping[str, Bytes], *, sleeps: bool) ->
     }
 
 
-def _with_sleeping_states(role: str, held: Bytes) -> Bytes:
-    """A trainer's optimizer states are in host memory while engines work; its gradients are freed."""
-    if kind_of(role) not in ("actor", "critic") or not held.device.get("optimizer"):
+def _with_sleeping_states(role: str, held: Bytes, kinds: Sequence[str]) -> Bytes:
+    """These kinds of a trainer's states are in host memory while engines work; its gradients are freed."""
+    if kind_of(role) not in ("actor", "critic"):
         return held
-    return held + Bytes({}, {"sleeping states": held.device["optimizer"]})
+    size = held.only(*kinds).total
+    return held + Bytes({}, {"sleeping states": size}) if size else held
 
 
 def _host_bytes(spec: PlacementSpec, roles: Mapping[str, Bytes], published: int) -> tuple[int, ...]:

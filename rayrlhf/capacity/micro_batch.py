@@ -2,7 +2,7 @@
 
 These are `train.max_tokens_per_micro_batch`, `train.logprob_chunk_tokens`, and
 `rollout.gpu_memory_utilization` where an engine shares GPUs with a trainer, whose weights stay in GPU memory
-during rollout.
+during rollout, but for `train.offload_weights_between`.
 """
 
 from __future__ import annotations

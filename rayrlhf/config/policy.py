@@ -329,6 +329,27 @@ def _vllm_scores_at_temperature_one(config: PolicyRunConfig) -> Problem | None:
     )
 
 
+def _weights_leave_for_engines(config: PolicyRunConfig) -> Problem | None:
+    key = "train.offload_weights_between"
+    if not config.train.offload_weights_between:
+        return None
+    if config.model.quantization is not None:
+        return Problem(
+            key,
+            got=f"true with model.quantization={config.model.quantization}",
+            wanted="false: weights in 4 bits are read together with constants that stay on the GPU",
+            fix=f"remove {key}",
+        )
+    if config.engines_sleep(on_gpu=True):
+        return None
+    return Problem(
+        key,
+        got="true with engines that do not sleep",
+        wanted="false: only engines that take turns with trainers use the memory that it frees",
+        fix=f"remove {key}, or set placement.preset to colocate_all and rollout.sleep to auto",
+    )
+
+
 def _compiled_weights_are_whole(config: PolicyRunConfig) -> Problem | None:
     return compiled_weights_are_whole(config.model, config.train.zero_stage)
 
@@ -407,6 +428,7 @@ class PolicyRunConfig(Section):
         _policies_have_no_dropout,
         _vllm_scores_at_temperature_one,
         _sleeping_engines_share,
+        _weights_leave_for_engines,
         adapters_can_travel_alone,
     )
 

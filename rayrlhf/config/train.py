@@ -218,11 +218,24 @@ class OptimizerConfig(Section):
         raise NotImplementedError
 
 
+def _weights_between_are_whole(train: TrainConfig) -> Problem | None:
+    if not train.offload_weights_between or train.zero_stage < 3:
+        return None
+    return Problem(
+        "offload_weights_between",
+        got="true with zero_stage=3",
+        wanted="false: each worker has a part of the weights, which offload_params keeps in host memory",
+        fix="remove train.offload_weights_between, or set train.zero_stage to 2",
+    )
+
+
 class TrainConfig(OptimizerConfig):
     num_steps: Count
     """Steps of the run: one batch of rollouts each."""
+    offload_weights_between: bool = False
+    """During rollouts of sleeping engines, keep actor, critic and reference in host memory (ZeRO 0 to 2)."""
 
-    checks = (_warmup_ends, *OPTIMIZER_CHECKS)
+    checks = (_warmup_ends, _weights_between_are_whole, *OPTIMIZER_CHECKS)
 
     @property
     def total_steps(self) -> int:

@@ -100,6 +100,10 @@ class Actor:
         """Free the device for the engines, except for the weights, which are pushed to them next."""
         self.learner.offload()
 
+    def offload_weights(self) -> None:
+        """Free the device of the weights, too, after they were pushed."""
+        self.learner.offload_weights()
+
     def reload(self) -> None:
         self.learner.reload()
 
@@ -121,6 +125,17 @@ class Ref:
     model: Reference
     temperature: float
     thread: Executor | None = None  # of a served one, which computes while the actor does
+
+    def offload(self) -> None:
+        """A reference has nothing but weights."""
+
+    def offload_weights(self) -> None:
+        if isinstance(self.model, LocalReference):
+            self.model.offload_weights()
+
+    def reload(self) -> None:
+        if isinstance(self.model, LocalReference):
+            self.model.reload()
 
     def start_logprobs(self, batches: Sequence[PackedBatch]) -> Pending[list[Tensor]]:
         """Log-probabilities [T] of each micro-batch's tokens."""
@@ -147,6 +162,8 @@ class Critic(Protocol):
         ...
 
     def offload(self) -> None: ...
+
+    def offload_weights(self) -> None: ...
 
     def reload(self) -> None: ...
 
@@ -180,6 +197,9 @@ class LocalCritic:
 
     def offload(self) -> None:
         self.learner.offload()
+
+    def offload_weights(self) -> None:
+        self.learner.offload_weights()
 
     def reload(self) -> None:
         self.learner.reload()

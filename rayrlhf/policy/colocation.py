@@ -17,6 +17,8 @@ class Offloaded(Protocol):
 
     def offload(self) -> None: ...
 
+    def offload_weights(self) -> None: ...
+
     def reload(self) -> None: ...
 
 
@@ -25,11 +27,22 @@ class Colocation:
     `engines_sleep` nothing happens except the push.
     """
 
-    def __init__(self, weights: WeightSync, ranks: Ranks, *, engines_sleep: bool, on_gpu: bool) -> None:
+    def __init__(
+        self,
+        weights: WeightSync,
+        ranks: Ranks,
+        *,
+        engines_sleep: bool,
+        on_gpu: bool,
+        offload_weights: bool = False,
+    ) -> None:
+        """`offload_weights`: during rollouts the trainers' weights are in host memory, too."""
         self.weights = weights
         self.ranks = ranks
         self.engines_sleep = engines_sleep
         self.on_gpu = on_gpu
+        self.offload_weights = offload_weights
+        self.weights_are_on_host = False
         self.trainer_has_memory = False
         self.freed_bytes = 0  # by the engines, when rank 0 last put them to sleep
 
@@ -45,17 +58,21 @@ class Colocation:
         if self.trainer_has_memory:
             return
         self._put_engines_to_sleep()
-        for model in models:
-            if model is not None:
-                model.reload()
+        with self.weights.unread():
+            for model in models:
+                if model is not None:
+                    model.reload()
+        self.weights_are_on_host = False
         self.weights.record("optimizer and gradients reloaded")
 
     def start_rollouts(self, push: Callable[[], Pushed], *models: Offloaded | None) -> Pushed:
-        """Offload the trainer's states except its weights, wake the engines' weights, push, and wake their KV
-        cache.
+        """Offload the trainer's states except its weights, wake the engines' weights, push, offload the
+        trainer's weights if they are to be, and wake the engines' KV cache.
         """
         if not self.engines_sleep:
             return push()
+        if self.weights_are_on_host:  # after a step in which nothing was trained
+            self.start_training(*models)
         for model in models:
             if model is not None:
                 model.offload()
@@ -63,6 +80,13 @@ class Colocation:
         self.ranks.barrier()
         self.weights.engines_wake("weights")
         pushed = push()
+        if self.offload_weights:
+            with self.weights.unread():
+                for model in models:
+                    if model is not None:
+                        model.offload_weights()
+            self.weights_are_on_host = True
+            self.weights.record("weights offloaded")
         # The push has gathered parameters and filled buckets. The engines' cache is mapped at fixed addresses
         # and needs all of its memory at once.
         release_cached_memory()

@@ -26,7 +26,7 @@ from rayrlhf.policy.losses import ValueObjective
 NEXT_SECONDS = 30.0  # a critic rank that waits for a call repeats its request after this long
 CHANNEL_DIED = "the process between actor and critic died, with their pending calls and answers"
 
-Kind = Literal["begin", "load", "values", "update", "save", "offload", "reload", "stop"]
+Kind = Literal["begin", "load", "values", "update", "save", "offload", "offload_weights", "reload", "stop"]
 
 
 @dataclass(frozen=True)

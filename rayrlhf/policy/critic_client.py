@@ -88,6 +88,9 @@ class RemoteCritic:
     def offload(self) -> None:
         self.wait(self._post("offload"), "offload")
 
+    def offload_weights(self) -> None:
+        self.wait(self._post("offload_weights"), "offload_weights")
+
     def reload(self) -> None:
         self.wait(self._post("reload"), "reload")
 

@@ -83,6 +83,8 @@ class CriticWorker:
                 self.critic.load(on_this_node(self.config.run, critic_folder(request.step)))
             case "offload":
                 self.critic.offload()
+            case "offload_weights":
+                self.critic.offload_weights()
             case "reload":
                 self.critic.reload()
             case "stop":

@@ -173,7 +173,7 @@ class Run:
         self.weights.weights_change()
         if self.colocation.engines_sleep:
             with self.progress.phase("engines_sleep"):
-                self.colocation.start_training(self.actor, self.critic)
+                self.colocation.start_training(self.actor, self.critic, self.ref)
             freed = {"rollout/freed_bytes": float(self.colocation.freed_bytes)}
             self.step_metrics |= self.ranks.sum_numbers(freed)
 
@@ -201,7 +201,8 @@ class Run:
     def push_weights(self, version: int) -> None:
         """Push the weights as `version`, the number of completed steps; the engines are awake afterwards."""
         self.progress.state.step = version
-        problem = self.colocation.start_rollouts(lambda: self._push(version), self.actor, self.critic)
+        models = self.actor, self.critic, self.ref
+        problem = self.colocation.start_rollouts(lambda: self._push(version), *models)
         refused = self.weights.num_refused_connections()
         self.step_metrics["rollout/weight_sync_fallbacks"] = float(problem is not None)
         self.step_metrics["rollout/refused_connections"] = float(refused)
@@ -352,7 +353,13 @@ def set_up(job: PolicyJob) -> Run:
     )
     ranks = progress.ranks
     weights = _weight_sync(job, ranks)
-    colocation = Colocation(weights, ranks, engines_sleep=job.engines_sleep, on_gpu=job.on_gpu)
+    colocation = Colocation(
+        weights,
+        ranks,
+        engines_sleep=job.engines_sleep,
+        on_gpu=job.on_gpu,
+        offload_weights=config.train.offload_weights_between,
+    )
     colocation.before_loading()
     critic_is_local = config.needs_critic and not config.critic_is_separate
     progress.say("loading the actor" + (" and the critic" if critic_is_local else ""))

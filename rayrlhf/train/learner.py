@@ -22,6 +22,7 @@ from rayrlhf.train.expert_balance import ExpertBalance, ExpertLoad
 from rayrlhf.train.offload import free_gradients, offload_states, reload_states
 from rayrlhf.train.safe_load import only_tensors
 from rayrlhf.train.sequence_parallel import own_outputs, sequence_ranks, together
+from rayrlhf.train.weight_offload import WeightOffload
 from rayrlhf.train.world_size import TAG, load_universal, read_layout, resized, write_layout
 
 # forward(engine, batch) -> the module's output; loss(output, batch) -> (this micro-batch's share of the
@@ -69,6 +70,7 @@ class Learner:
         self.bad_steps_in_a_row = 0
         self.experts = ExpertBalance.of(module, aux_loss_coef)
         self.engine: Any = make_engine(module, train, lr=lr, dtype=dtype)
+        self.weight_offload = WeightOffload(module, pinned=collectives.device().type == "cuda")
         self._plain_norm = 0.0
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
             # Stage 0 in fp32 uses torch's own optimizer, which neither reports the norm nor skips a step with
@@ -194,8 +196,16 @@ class Learner:
         on_gpu = collectives.device().type == "cuda"
         return offload_states(self.engine) if on_gpu else free_gradients(self.engine)
 
+    def offload_weights(self) -> None:
+        """Keep the weights in host memory until `reload`, in addition to what `offload` has moved. Not on a
+        CPU, and not under ZeRO-3.
+        """
+        if collectives.device().type == "cuda":
+            self.weight_offload.to_host()
+
     def reload(self) -> None:
         if collectives.device().type == "cuda":
+            self.weight_offload.to_device()  # first: DeepSpeed links its states to them
             reload_states(self.engine)
 
     def state_dict(self, submodule: nn.Module, *, on_this_rank: bool) -> dict[str, Tensor]:

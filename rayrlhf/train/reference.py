@@ -18,6 +18,7 @@ from rayrlhf.train.deepspeed_engine import loading, make_engine
 from rayrlhf.train.frozen_server import ask_all, logprobs_of
 from rayrlhf.train.learner import Learner
 from rayrlhf.train.sequence_parallel import own_outputs, set_sequence_group
+from rayrlhf.train.weight_offload import WeightOffload
 
 
 class Reference(Protocol):
@@ -37,6 +38,7 @@ class LocalReference:
         policy.requires_grad_(False)
         set_sequence_group(policy, model, train)
         self.module = policy
+        self.weight_offload = WeightOffload(policy, pinned=device.type == "cuda")
         if train.zero_stage == 3:
             self.policy: Any = make_engine(policy, train, lr=None, dtype=dtype)
         else:
@@ -45,6 +47,14 @@ class LocalReference:
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         return own_outputs(self.module, batches, lambda batch: logprobs_of(self.policy, batch, temperature))
+
+    def offload_weights(self) -> None:
+        """Keep the weights in host memory until `reload`. Not on a CPU, and not under ZeRO-3."""
+        if collectives.device().type == "cuda":
+            self.weight_offload.to_host()
+
+    def reload(self) -> None:
+        self.weight_offload.to_device()
 
 
 class AdaptersOff:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -237,6 +237,12 @@ class WeightSync:
         """
         with self.pushed_lock:
             self.pushed = None
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """In this context no thread reads the weights, so that they can move between device and host."""
+        with self.pushed_lock:
+            yield
 
     def _publish_pushed(self) -> None:
         """Publish what was pushed, for an engine that it has not reached; in the store client's thread."""

@@ -427,6 +427,21 @@ RULES = {
         "train.activation_offload",
         ["train.gradient_checkpointing=true"],
     ),
+    "weights in parts do not leave for engines": (
+        [
+            "train.offload_weights_between=true",
+            "placement.preset=colocate_all",
+            "rollout.sleep=true",
+            "train.zero_stage=3",
+        ],
+        "train.offload_weights_between",
+        ["train.zero_stage=2"],
+    ),
+    "weights leave only for engines that sleep": (
+        ["train.offload_weights_between=true", "placement.preset=disaggregated"],
+        "train.offload_weights_between",
+        ["placement.preset=colocate_all"],
+    ),
     "operations are fused once": (
         ["model.compile=true", "model.kernels=liger"],
         "model.kernels",

@@ -24,11 +24,11 @@ from tests.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-NUM_ENGINES, NUM_TRAINERS, NUM_STEPS = 4, 2, 3
+NUM_ENGINES, NUM_TRAINERS, NUM_STEPS = 8, 2, 3
 RUN_SECONDS = 600
 
 
-def config_of(folder: Path) -> Any:
+def config_of(folder: Path, *, offload_weights: bool) -> Any:
     model = make_tiny_model(folder / "policy")
     reward = make_tiny_model(folder / "reward", seed=1, sequence_classification=True)
     return tiny_run(
@@ -46,7 +46,11 @@ def config_of(folder: Path) -> Any:
             "sampling": {"max_new_tokens": 8},
         },
         placement={"preset": "colocate_all", "cpus_per_slot": 0.25},
-        train={"num_steps": NUM_STEPS, "num_workers": NUM_TRAINERS},
+        train={
+            "num_steps": NUM_STEPS,
+            "num_workers": NUM_TRAINERS,
+            "offload_weights_between": offload_weights,
+        },
         checkpoint={"every_steps": 1, "export": False},
         observe={"console": "lines", "tensorboard": False},
         eval=None,
@@ -65,10 +69,17 @@ def trainer_pid(run_path: Path) -> int:
     return next(worker["pid"] for worker in workers if worker["role"] == "actor")
 
 
-def test_the_sum_never_exceeds_a_gpu_and_nothing_loads_while_an_engine_measures(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
+@pytest.mark.parametrize(
+    "offload_weights, engine_share",
+    # With such engines the trainers' weights must leave the GPU of the served models.
+    [(False, 0.5), pytest.param(True, 0.75, marks=pytest.mark.long)],
+)
+def test_the_sum_never_exceeds_a_gpu_and_nothing_loads_while_an_engine_measures(
+    tmp_path: Path, offload_weights: bool, engine_share: float
+) -> None:
+    config = config_of(tmp_path, offload_weights=offload_weights)
     ledger = Ledger(tmp_path / "ledger", CAPACITY)
-    settings = Settings(folder=str(ledger.folder), num_engines=NUM_ENGINES)
+    settings = Settings(folder=str(ledger.folder), num_engines=NUM_ENGINES, engine_share=engine_share)
     environment = settings.environment()
     file, log = tmp_path / "config.yaml", tmp_path / "log"
     file.write_text(dump_resolved(config))
@@ -97,6 +108,8 @@ def test_the_sum_never_exceeds_a_gpu_and_nothing_loads_while_an_engine_measures(
     print(counts)
     assert counts["engine", "has measured"] == NUM_ENGINES, "none failed and started again"
     assert counts["trainer", "took states"] >= NUM_TRAINERS * (1 + NUM_STEPS)
+    if offload_weights:
+        assert counts["trainer", "gave weights"] >= NUM_TRAINERS * NUM_STEPS
     assert counts["engine", "took kv_cache"] >= NUM_ENGINES * NUM_STEPS
     assert counts["engine", "aborted endless requests"] >= 1, "the trainer must die in a rollout"
     assert counts["reward model", "took model"] >= 1 and counts["reference", "took model"] >= 1

@@ -175,7 +175,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         policy = load(arguments["model"], kind, chunk_tokens=7, train=config)
         has_adapters = "lora" in MODELS[kind]
         loaded = sum(p.numel() for p in policy.parameters() if not has_adapters or not p.requires_grad)
-        in_parts = config.zero_stage == 3 and "quantization" not in MODELS[kind]
+        in_4_bits = "quantization" in MODELS[kind]
+        in_parts = config.zero_stage == 3 and not in_4_bits
         assert (loaded == 0) == in_parts, "under ZeRO-3 no rank holds a whole tensor"
         if config.gradient_checkpointing:
             checkpoint_activations(policy.causal_lm)
@@ -194,7 +195,13 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
             if step == 2:  # engines take their turn
                 offload_states(learner.engine)
                 offload_states(learner.engine)
+                if config.zero_stage < 3 and not in_4_bits:
+                    weights_now = learner.state_dict(learner.module.causal_lm, on_this_rank=True)
+                    assert learner.weight_offload.to_host() > 0
+                    on_host = learner.state_dict(learner.module.causal_lm, on_this_rank=True)
+                    assert all(torch.equal(on_host[name], each) for name, each in weights_now.items())
             if step == 2 or step == 3:  # the second time there is nothing to bring back
+                learner.weight_offload.to_device()
                 reload_states(learner.engine)
         weights = learner.state_dict(learner.module.causal_lm, on_this_rank=collectives.rank() == 0)
         # Without its adapters it is still the model that it was.

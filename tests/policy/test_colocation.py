@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,6 +25,12 @@ class Recorder:
     def engines_wake(self, part: str) -> None:
         self.events.append(f"engines wake {part}")
 
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        self.events.append("unread")
+        yield
+        self.events.append("read")
+
     def record(self, what: str) -> None:
         pass
 
@@ -31,6 +39,9 @@ class Recorder:
 
     def offload(self) -> None:
         self.events.append("offload")
+
+    def offload_weights(self) -> None:
+        self.events.append("offload weights")
 
     def reload(self) -> None:
         self.events.append("reload")
@@ -43,9 +54,12 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def turns(events: list[str], *, engines_sleep: bool, on_gpu: bool = True) -> tuple[Colocation, Any]:
+def turns(
+    events: list[str], *, engines_sleep: bool, on_gpu: bool = True, offload_weights: bool = False
+) -> tuple[Colocation, Any]:
     recorder: Any = Recorder(events)
-    return Colocation(recorder, recorder, engines_sleep=engines_sleep, on_gpu=on_gpu), recorder
+    settings: Any = {"engines_sleep": engines_sleep, "on_gpu": on_gpu, "offload_weights": offload_weights}
+    return Colocation(recorder, recorder, **settings), recorder
 
 
 def test_the_cache_wakes_after_every_rank_has_given_back_what_the_push_took(events: list[str]) -> None:
@@ -57,11 +71,36 @@ def test_the_cache_wakes_after_every_rank_has_given_back_what_the_push_took(even
     ]
 
 
+def test_weights_leave_between_the_push_and_the_cache(events: list[str]) -> None:
+    """While no thread reads them for an engine that starts late."""
+    found, model = turns(events, engines_sleep=True, offload_weights=True)
+    found.before_loading()
+    events.clear()
+    found.start_rollouts(lambda: events.append("push"), model, None)
+    assert events == [
+        *("offload", "barrier", "engines wake weights"),
+        *("push", "unread", "offload weights", "read", "release", "barrier", "engines wake kv_cache"),
+    ]
+    events.clear()
+    found.start_training(model, None)
+    assert events == ["engines sleep", "barrier", "unread", "reload", "read"]
+
+
+def test_weights_come_back_for_a_push_after_a_step_without_training(events: list[str]) -> None:
+    found, model = turns(events, engines_sleep=True, offload_weights=True)
+    found.before_loading()
+    found.start_rollouts(lambda: None, model)
+    events.clear()
+    found.start_rollouts(lambda: events.append("push"), model)
+    assert events[:3] == ["engines sleep", "barrier", "unread"]
+    assert events.index("reload") < events.index("push") < events.index("offload weights")
+
+
 def test_models_come_back_after_the_engines_have_given_their_memory(events: list[str]) -> None:
     found, model = turns(events, engines_sleep=True)
     found.start_training(model, None)
     found.start_training(model, None)
-    assert events == ["engines sleep", "barrier", "reload"], "only once"
+    assert events == ["engines sleep", "barrier", "unread", "reload", "read"], "only once"
     assert found.freed_bytes == 7
 
 
@@ -78,4 +117,4 @@ def test_models_are_loaded_in_the_trainers_turn(events: list[str], on_gpu: bool)
     found.before_loading()
     assert events == (["engines sleep", "barrier"] if on_gpu else [])
     found.start_training(model)
-    assert events[:2] == ["engines sleep", "barrier"] and len(events) == (2 if on_gpu else 3)
+    assert events[:2] == ["engines sleep", "barrier"] and events.count("reload") == (0 if on_gpu else 1)

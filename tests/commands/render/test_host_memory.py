@@ -52,3 +52,21 @@ def test_states_of_sleeping_trainers_are_in_host_memory() -> None:
     shared = budget_of(load_any([*words, "placement.preset=colocate_all"]))
     assert "sleeping states" not in apart.roles["actor"].host
     assert shared.roles["actor"].host["sleeping states"] == shared.roles["actor"].device["optimizer"] > 0
+
+
+def test_weights_that_leave_between_are_in_host_memory() -> None:
+    """And no longer on a GPU during rollouts: those of the actor and of the reference in its workers."""
+    words = ["jobs/configs/grpo-8x-gpu.yaml", "placement.gpus_per_slot=1", "rollout.num_engines=4"]
+    words += ["placement.preset=colocate_all", "train.zero_stage=2", "train.grad_accum_dtype=weights"]
+    stay, leave = (
+        budget_of(load_any([*words, f"train.offload_weights_between={value}"])) for value in ("false", "true")
+    )
+    actor = leave.roles["actor"]
+    weights = actor.device["weights"]
+    assert weights > 2 * 15e9, "two models of 8 billion parameters in bf16"
+    assert actor.host["sleeping states"] - stay.roles["actor"].host["sleeping states"] == weights
+    changes = {
+        phase: [a - b for a, b in zip(sizes, leave.phases[phase], strict=True)]
+        for phase, sizes in stay.phases.items()
+    }
+    assert changes == {"training": [0] * 4, "weight sync": [0] * 4, "rollout": [weights] * 4}

@@ -22,10 +22,8 @@ GIB = 2**30
 
 # Chosen so that everything fits in its turn, and no two turns fit at once.
 CAPACITY = 80 * GIB
-ENGINE_SHARE = 0.5  # of the capacity: weights and cache
 ENGINE_CONTEXT = 2 * GIB  # which a sleeping engine keeps
 ENGINE_WEIGHTS = 16 * GIB
-ENGINE_CACHE = int(CAPACITY * ENGINE_SHARE) - ENGINE_WEIGHTS
 TRAINER_WEIGHTS = 16 * GIB
 TRAINER_STATES = 38 * GIB  # optimizer states and gradients
 PUSH_BUFFERS = 24 * GIB  # buckets and gathered weights, in the allocator's cache
@@ -36,6 +34,7 @@ SERVED_MODEL = 8 * GIB  # a reward model, or a reference
 class Settings:
     folder: str  # of the ledger
     num_engines: int
+    engine_share: float = 0.5  # of the capacity: weights and cache
     start_seconds: float = 5.0  # of an engine, at least
     load_seconds: float = 2.0  # of any other model, at least
     linger_seconds: float = (
@@ -43,6 +42,10 @@ class Settings:
     )
     patience_seconds: float = 240.0  # with those
     request_seconds: float = 2.0
+
+    @property
+    def engine_cache(self) -> int:
+        return int(CAPACITY * self.engine_share) - ENGINE_WEIGHTS
 
     @property
     def endless(self) -> Path:

@@ -21,16 +21,14 @@ from rayrlhf.weights.shared_memory import device_key
 from rayrlhf.weights.transfer_group import join
 from tests.integration.pretend_gpu import (
     CAPACITY,
-    ENGINE_CACHE,
     ENGINE_CONTEXT,
-    ENGINE_SHARE,
     ENGINE_WEIGHTS,
     settings,
 )
 from tests.integration.pretend_gpu.install import give, ledger, take, this_gpu, wait_for
 
 ENGINE = "engine"
-SIZES = {"weights": ENGINE_WEIGHTS, "kv_cache": ENGINE_CACHE}
+SIZES = {"weights": ENGINE_WEIGHTS, "kv_cache": settings().engine_cache}
 STEP_SECONDS = 0.05
 DEVICE = torch.device("cpu")
 
@@ -52,13 +50,13 @@ class Engine:
 
     def __init__(self) -> None:
         gpu = this_gpu()
-        with ledger().measured(gpu, ENGINE, wanted=int(CAPACITY * ENGINE_SHARE)):
+        with ledger().measured(gpu, ENGINE, wanted=int(CAPACITY * settings().engine_share)):
             ledger().arrive("engine that measures", gpu)
             take(ENGINE, "context", ENGINE_CONTEXT)
             take(ENGINE, "weights", ENGINE_WEIGHTS)
             time.sleep(settings().start_seconds)
             wait_for(gpu, ENGINE, "trainer", "reward model")
-        take(ENGINE, "kv_cache", ENGINE_CACHE)
+        take(ENGINE, "kv_cache", settings().engine_cache)
         self.worker = Worker(self)
         self.requests: dict[str, Request] = {}
         self.num_requests = 0

@@ -140,7 +140,13 @@ def _setup(module: Any) -> None:
 
 def _learner(module: Any) -> None:
     before(module.Learner, "offload", lambda: give("trainer", "states"))
-    before(module.Learner, "reload", lambda: take("trainer", "states", TRAINER_STATES))
+    before(module.Learner, "offload_weights", lambda: give("trainer", "weights"))
+
+    def take_all() -> None:  # what it holds it does not take again
+        take("trainer", "weights", TRAINER_WEIGHTS)
+        take("trainer", "states", TRAINER_STATES)
+
+    before(module.Learner, "reload", take_all)
 
 
 def _sync(module: Any) -> None:
