@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from vllm import _custom_ops
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 PACKED_FOR_ROWS = 32  # oneDNN chooses a layout for this number of rows, and uses it for any number

@@ -105,7 +105,8 @@ def norms() -> list[float]:
 def rotations() -> dict[str, float]:
     """Largest difference of our rotation, and of vLLM's kernel, from pairs turned as complex numbers."""
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     from rayrlhf.rollout.vllm_cpu_kernels import rotate_parts_by_torch
 
@@ -128,7 +129,7 @@ def rotations() -> dict[str, float]:
             part, max_position=64, rope_parameters=of_rope, is_neox_style=False, dtype=torch.float32
         )
         for name, rotate in (("ours", RotaryEmbedding.forward_cpu), ("kernel", kernel)):
-            got = rotate(rope, positions, query.clone()[..., other:], key.clone())
+            got: Any = rotate(rope, positions, query.clone()[..., other:], key.clone())
             found[name] = max(float((a - b.view_as(a)).abs().max()) for a, b in zip(wanted, got, strict=True))
         flat = torch.randn(tokens, heads * part)
         same = rope.forward_cpu(positions, flat.clone(), key.flatten(1).clone())[0]
