@@ -103,8 +103,8 @@ def rows(w: int, u: Units) -> list[Row]:
         ),
         Row("commands to the engines", "worker 0", commands, commands),
         Row(
-            "weight store",
-            "its actor",
+            "calls of the weight store",
+            "the weight store",
             pair(max(0.0, c - made) for c, made in zip(store_calls, commands, strict=True)),
             (store_calls[0] + renewals[0], store_calls[1] + renewals[1]),
         ),

@@ -83,7 +83,13 @@ def page(report: dict[str, Any], tables: dict[int, list[Row]]) -> str:
             "Not in the sums: a critic in a trainer of its own, with as many workers; its channel is one "
             "process.",
             "",
+            "## What is left",
+            "",
+            *_left(tables[SIZES[-1]], report, limit),
+            "",
             "## Unit costs, microseconds of CPU",
+            "",
+            "On two cores that were not idle: contended CPU seconds are upper bounds.",
             "",
             "| what | median of three | lowest | highest |",
             "|---|---:|---:|---:|",
@@ -134,6 +140,28 @@ def _processes(of_sizes: dict[int, list[dict[str, float]]], limit: float) -> lis
         cells = (f"**{_seconds(v)}**" if v > limit else _seconds(v) for v in values)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _left(largest: list[Row], report: dict[str, Any], limit: float) -> list[str]:
+    """Remarks on what misses the target at the largest size; none on what meets it."""
+    micro = 1e6 * statistics.median(report["units"]["actor_call"])
+    remarks = {
+        "commands to the engines": "worker 0 calls every engine through Serve, five times per step. A call of "
+        f"an actor without Serve takes {micro:.0f} us; if every worker called the engines of its node, it "
+        "would be eight calls each.",
+        "calls of the weight store": "nothing waits for most of them: engines renew their leases.",
+        "health checks": "nothing waits for them.",
+        "its control loop": "nothing waits for it; Serve looks at every replica ten times per second "
+        "(`RAY_SERVE_CONTROL_LOOP_INTERVAL_S`, in the environment of Serve's controller).",
+        "calls of a separate critic": "every worker of both sides makes its own calls. Up to 32 workers they "
+        "meet the target; beyond that a worker per node should make them.",
+    }
+    missed = [row for row in largest if row.cpu[1] > limit]
+    if unknown := [row.what for row in missed if row.what not in remarks]:
+        raise KeyError(f"no remark on {unknown}")
+    return [
+        f"- {row.what}, {_seconds(row.cpu[1])} s at {SIZES[-1]} GPUs: {remarks[row.what]}" for row in missed
+    ]
 
 
 def _unit(name: str, text: str, runs: list[float]) -> str:
