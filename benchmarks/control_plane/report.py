@@ -146,8 +146,8 @@ def _left(largest: list[Row], report: dict[str, Any], limit: float) -> list[str]
     """Remarks on what misses the target at the largest size; none on what meets it."""
     micro = 1e6 * statistics.median(report["units"]["actor_call"])
     remarks = {
-        "commands to the engines": "worker 0 calls every engine through Serve, five times per step. A call of "
-        f"an actor without Serve takes {micro:.0f} us; if every worker called the engines of its node, it "
+        "commands to the engines": "worker 0 calls every engine through Serve, five times per step. A call "
+        f"of an actor without Serve takes {micro:.0f} us; if every worker called the engines of its node, it "
         "would be eight calls each.",
         "calls of the weight store": "nothing waits for most of them: engines renew their leases.",
         "health checks": "nothing waits for them.",
