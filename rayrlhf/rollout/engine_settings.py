@@ -62,6 +62,7 @@ def engine_settings(
         engine_args |= {
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             "enable_sleep_mode": sleeps,
+            "sleep_mode_offload_cudagraph": sleeps,  # else the pools of graphs stay while trainers work
             "max_num_batched_tokens": rollout.batch_tokens,
         }
         if router_replay:  # only vLLM's second model runner returns routes
