@@ -8,7 +8,8 @@ from rayrlhf.policy.batches import balance_and_pack, with_group_advantages, with
 from rayrlhf.policy.job import PolicyJob
 from rayrlhf.policy.losses import PolicyObjective, ValueObjective, loss_counts
 from rayrlhf.policy.rollouts import collect_groups
-from rayrlhf.policy.setup import Run, set_up
+from rayrlhf.policy.run_state import Run
+from rayrlhf.policy.setup import set_up
 from rayrlhf.runtime.progress import stops_cleanly
 from rayrlhf.runtime.results import RunResult
 

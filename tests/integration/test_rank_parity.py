@@ -21,7 +21,7 @@ from tests.samples import make_prompt, make_sample
 
 if TYPE_CHECKING:
     from rayrlhf.algorithms.metrics import Metrics
-    from rayrlhf.policy.setup import Run
+    from rayrlhf.policy.run_state import Run
 
 NUM_STEPS = 3
 NUM_GROUPS, GROUP_SIZE = 5, 4
@@ -61,7 +61,7 @@ def scripted_run(config: PolicyRunConfig) -> Run:
     from rayrlhf.policy.actor_critic import Ref, make_actor, make_critic, make_kl_controller, make_reference
     from rayrlhf.policy.push_check import MismatchAlarm, PushCheck
     from rayrlhf.policy.rollouts import Rewards, StepGroups
-    from rayrlhf.policy.setup import Run
+    from rayrlhf.policy.run_state import Run
     from rayrlhf.train.collectives import Ranks
 
     class Scripted(Run):

@@ -18,7 +18,8 @@ from rayrlhf.policy.colocation import Colocation
 from rayrlhf.policy.prompt_queue import PromptQueue
 from rayrlhf.policy.push_check import MismatchAlarm, PushCheck
 from rayrlhf.policy.rollouts import Collector, Rewards
-from rayrlhf.policy.setup import Run, Streams, group_source
+from rayrlhf.policy.run_state import Run, Streams
+from rayrlhf.policy.setup import group_source
 from rayrlhf.reward.client import RewardClient
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.runtime.progress import Checkpoints, Progress

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +24,7 @@ from rayrlhf.policy.loop import policy_loop
 from rayrlhf.policy.prompt_queue import PromptQueue
 from rayrlhf.policy.push_check import MismatchAlarm, PushCheck
 from rayrlhf.policy.rollouts import Rewards
-from rayrlhf.policy.setup import Run, Streams
+from rayrlhf.policy.run_state import Run, Streams
 from rayrlhf.reward.combine import RewardCombiner
 from rayrlhf.runtime.progress import Progress
 from rayrlhf.samples import Prompt, Sample
@@ -125,13 +124,17 @@ class Reports:
 class InMemory:
     """Checkpoints: resumes from `state`, and saves nothing."""
 
+    pending = None
+
     def __init__(self, state: LoopState) -> None:
         self.state = state
 
     def restore(self, saved: Sequence[Saved]) -> LoopState:
         return self.state
 
-    def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[Path]) -> None: ...
+    def save(self, state: LoopState, saved: Sequence[Saved], elsewhere: Sequence[str]) -> None: ...
+
+    def finish(self) -> None: ...
 
     def node_to_be_reclaimed(self) -> str | None:
         return None
