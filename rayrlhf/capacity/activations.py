@@ -13,7 +13,7 @@ agrees with torch's allocator (benchmarks/planner.py). Per token of a layer, s b
 
 and outside the layers (4 + 2s) H + s H for the last norm, and 2 D s of cosines and sines. With gradient
 checkpointing a layer keeps its input, s H, and one layer at a time is recomputed. With Liger's kernels a norm
-keeps 2 s H, and a gated MLP 3 I s.
+keeps 2 s H, and a gated MLP 3 I s. Compiled layers keep less, and are counted as if they were not compiled.
 """
 
 from __future__ import annotations

@@ -220,6 +220,30 @@ def test_recorded_routers(folder: Any) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_less_is_kept_for_the_backward_pass(folder: Any) -> None:
+    """So the memory plan, which counts compiled layers as if they were not, plans enough."""
+    kept = []
+    for compiled in (False, True):
+        policy = policy_of(folder("llama")).train()
+        if compiled:  # what the compiler keeps, without its kernels
+            compile_layers(policy, backend="aot_eager_decomp_partition")
+        weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        saved: dict[int, Tensor] = {}
+
+        def save(tensor: Tensor, weights: Any = weights, saved: Any = saved) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        policy(*inputs_of([64, 64]))  # compiles
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            output = policy(*inputs_of([64, 64]))
+        assert output.logprobs.requires_grad
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+    assert 0.5 * kept[0] < kept[1] < 0.9 * kept[0]
+
+
 def test_names_stay(folder: Any) -> None:
     """Of parameters, exports and pushes."""
     eager, compiled = (policy_of(folder("llama"), lora=LORA) for _ in range(2))
