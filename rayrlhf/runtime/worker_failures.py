@@ -23,16 +23,24 @@ class WorkerFailures(UserCallback):
         self.role = role
         self.max_failures = max_failures
         self.saved_step = saved_step  # of the newest checkpoint
-        self.num_failures = 0
+        self.num_failures = 0  # that train.max_failures counts
+        self.preempted: set[str] = set()  # actors whose nodes were taken away after a notice
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if checkpoint is not None:
             self.saved_step = metrics[0].get("step", self.saved_step)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self.num_failures += 1
+        preempted = {
+            actor for actor in map(_preempted_actor, worker_exceptions.values()) if actor is not None
+        }
+        if preempted and preempted <= self.preempted:
+            return  # until the deadline of the notice, each look at the workers finds them again
+        self.preempted |= preempted
+        self.num_failures += not preempted
         reporter = Reporter(self.board, rank=0)
-        reporter.failure(self.saved_step, self.failed_workers(worker_exceptions), self.reaction())
+        then = self.reaction(preempted=bool(preempted))
+        reporter.failure(self.saved_step, self.failed_workers(worker_exceptions), then)
         reporter.flush()  # the controller may end the run next
 
     def failed_workers(self, failures: dict[int, Exception]) -> str:
@@ -47,10 +55,16 @@ class WorkerFailures(UserCallback):
         rank = min(failures)
         return f"{self.role} worker {rank} failed ({_cause(failures[rank])})"
 
-    def reaction(self) -> str:
+    def reaction(self, *, preempted: bool = False) -> str:
+        """`preempted`: Ray Train waits for the deadline of the notice, and restarts as often as needed."""
+        start = f"from step {self.saved_step}" if self.saved_step else "from the beginning, nothing was saved"
+        if preempted:
+            return (
+                f"after the deadline of its notice the workers start again {start} "
+                "(train.max_failures counts only other failures)"
+            )
         if self.num_failures > self.max_failures:
             return f"the run ends: train.max_failures={self.max_failures} restarts are used up"
-        start = f"from step {self.saved_step}" if self.saved_step else "from the beginning, nothing was saved"
         count = f"restart {self.num_failures} of train.max_failures={self.max_failures}"
         return f"the workers start again {start} ({count})"
 
@@ -61,7 +75,15 @@ def _is_death(error: Exception) -> bool:
     )
 
 
+def _preempted_actor(error: Exception) -> str | None:
+    """Id of the worker's actor if it died because its node was taken away after a notice."""
+    death = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else None
+    return f"{death.actor_id}" if isinstance(death, RayActorError) and death.preempted else None
+
+
 def _cause(error: Exception) -> str:
+    if _preempted_actor(error) is not None:
+        return "its node was taken away"
     if isinstance(error, WorkerHealthCheckFailedError):
         text = str(error.health_check_failure)
         if "its node has died" in text or "node was terminated" in text:

@@ -33,6 +33,7 @@ from rayrlhf.placement.plan import plan_supervised
 from rayrlhf.placement.process_variables import threads_of
 from rayrlhf.runtime.local_ray import LocalRay
 from rayrlhf.runtime.model_checks import check_models, warn_invalid_generation_config
+from rayrlhf.runtime.node_monitor import nodes_watched
 from rayrlhf.runtime.preflight import check_model
 from rayrlhf.runtime.ray_session import deploy, watched
 from rayrlhf.runtime.resume import check_resume, check_unchanged, select_checkpoint
@@ -145,8 +146,17 @@ def _train(config: SupervisedConfig, console: Console) -> Path:
                     give_up=trainer.abort,
                 )
             )
-        with drain_in_background(board, sinks):
-            result = fit(trainer)
+        stack.enter_context(drain_in_background(board, sinks))
+        stack.enter_context(
+            nodes_watched(
+                slots,
+                console,
+                run_path,
+                timeout_seconds=config.placement.start_timeout_seconds,
+                give_up=trainer.abort,
+            )
+        )
+        result = fit(trainer)
     write_supervised_summary(result, config, run_path)
     return run_path
 

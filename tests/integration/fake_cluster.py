@@ -1,7 +1,8 @@
 """A cluster of several nodes with counted, not real, GPUs on this machine.
 
 `python -m tests.integration.fake_cluster NODES CPUS GPUS` prints its address, adds a node for each line
-`add`, kills the node of a line `kill ID`, and ends with its input.
+`add`, kills the node of a line `kill ID`, announces with a line `drain ID SECONDS` that a node will be taken
+away, and ends with its input.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +32,10 @@ class FakeCluster:
     def kill_node(self, node: str) -> None:
         """As by a power cut."""
         self._ask(f"kill {node}")
+
+    def announce_removal(self, node: str, seconds: float) -> None:
+        """As by a cloud that takes a spot instance back; the node itself stays until it is killed."""
+        assert self._ask(f"drain {node} {seconds}") == {"accepted": True}
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "RAY_ADDRESS": self.address}
@@ -100,13 +106,17 @@ def serve_commands(nodes: int, cpus: int, gpus: int, environments: list[dict[str
     ]
     try:
         cluster.wait_for_nodes()
-        answer_with({"address": cluster.address})
+        address = str(cluster.address)
+        answer_with({"address": address})
         for line in sys.stdin:
             verb, *words = line.split()
             if verb == "add":
                 added.append(cluster.add_node(num_cpus=cpus, num_gpus=gpus, **limits))
                 cluster.wait_for_nodes()
                 answer_with({"node": added[-1].node_id})
+            elif verb == "drain":
+                node_id, seconds = words
+                answer_with({"accepted": announce_removal(address, node_id, float(seconds))})
             else:
                 [node] = [node for node in added if node.node_id == words[0]]
                 cluster.remove_node(node, allow_graceful=False)
@@ -114,6 +124,20 @@ def serve_commands(nodes: int, cpus: int, gpus: int, environments: list[dict[str
                 answer_with({})
     finally:
         cluster.shutdown()
+
+
+def announce_removal(address: str, node: str, seconds: float) -> bool:
+    """Ray's notice of a preemption: what its autoscaler sends. Returns whether it was accepted."""
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+    from ray.core.generated import autoscaler_pb2
+
+    messages: Any = autoscaler_pb2  # its names are made when it is imported
+    reason = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + seconds) * 1000)
+    accepted, problem = GcsClient(address=address).drain_node(node, reason, "a test", deadline_ms)
+    if not accepted:
+        print(problem, file=sys.stderr)
+    return accepted
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ import pytest
 
 from rayrlhf.config.placement import PlacementConfig
 from rayrlhf.placement.plan import Units, place
-from rayrlhf.placement.process_variables import memory_allocation, threads_of, trainer_variables
+from rayrlhf.placement.process_variables import (
+    engine_variables,
+    memory_allocation,
+    threads_of,
+    trainer_variables,
+)
 from rayrlhf.placement.slots import Slot, Slots
 
 # In a thread, as Ray Train runs a worker's function: other threads' arenas keep no large pieces.
@@ -76,3 +81,14 @@ def test_on_gpus_a_process_has_the_cores_of_its_slot(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     slots = slots_of({"actor": 2, "rollout": 1}, ["a", "a", "b"], gpus=True)
     assert threads_of(slots, "actor") == threads_of(slots, "rollout") == 6
+
+
+def test_workers_and_engines_reach_the_hub_unless_the_driver_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline() -> list[str | None]:
+        workers = trainer_variables(1, "rayrlhf.policy.loop", on_gpu=True), engine_variables()
+        return [variables.get("HF_HUB_OFFLINE") for variables in workers]
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert offline() == [None, None]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert offline() == ["1", "1"]

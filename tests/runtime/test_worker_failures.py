@@ -10,6 +10,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 
+from rayrlhf.runtime import worker_failures
 from rayrlhf.runtime.worker_failures import WorkerFailures
 
 
@@ -45,6 +46,51 @@ def test_a_killed_worker_is_named_and_those_that_fail_for_want_of_it_are_not() -
 )
 def test_how_a_worker_died(text: str, cause: str) -> None:
     assert cause in failures().failed_workers({0: died(text)})
+
+
+class Board:
+    """Stands for the reporter; keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[int, str, str]] = []
+
+    def __call__(self, board: str, rank: int) -> Board:
+        return self
+
+    def failure(self, step: int, what: str, then: str) -> None:
+        self.said.append((step, what, then))
+
+    def flush(self) -> None: ...
+
+
+def test_a_node_that_was_taken_away_is_reported_once_and_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray Train finds the dead worker at every look until the deadline, ten times a second."""
+    board = Board()
+    monkeypatch.setattr(worker_failures, "Reporter", board)
+
+    def taken_away(actor: str) -> Exception:
+        error = ActorDiedError()
+        error.actor_id, error._preempted = actor, True
+        return WorkerHealthCheckFailedError("A worker health check failed.", error)
+
+    reports = failures(max_failures=1)
+    for _ in range(3):
+        others = raised(RuntimeError("Connection closed by peer [127.0.0.1]:4242"))
+        reports.after_exception(None, {0: others, 1: taken_away("a")})
+    assert board.said == [
+        (
+            4,
+            "actor worker 1 died (its node was taken away)",
+            "after the deadline of its notice the workers start again from step 4 (train.max_failures counts "
+            "only other failures)",
+        )
+    ]
+    reports.after_exception(None, {1: taken_away("b")})
+    assert len(board.said) == 2, "its successor's node, too"
+    reports.after_exception(None, {0: died()})
+    assert board.said[-1][2].endswith("(restart 1 of train.max_failures=1)")
 
 
 def test_an_exception_is_its_last_line_without_traceback_or_escape_codes() -> None:

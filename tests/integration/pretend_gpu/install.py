@@ -190,7 +190,7 @@ def _reference(module: Any) -> None:
         ledger().arrive("reference", gpu)
         time.sleep(settings().load_seconds)
         wait_for(gpu, "reference", "engine", count=settings().num_engines)
-        take("reference", "model", SERVED_MODEL // 2)
+        take("reference", "rest of the model", SERVED_MODEL // 2)
 
     before(module.ReferenceActor, "__init__", load)
 
