@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.config.parse import dump_resolved
+from rayrlhf.storage.folder import LocalFolder
 from rayrlhf.train.checkpoint import TRAIN_FOLDER, newest_step
 from tests.integration.fake_cluster import FakeCluster, fake_cluster
 from tests.integration.supervised_data import conversations, write
@@ -75,7 +76,7 @@ def test_a_run_goes_on_from_the_step_of_the_notice(tmp_path: Path, tiny_model: s
         cluster.announce_removal(before[1], NOTICE_SECONDS)
         notice = until(lines, "is to be taken away")
         assert re.search(r"the node of rank 1 is to be taken away in [2-6]\d s: saving a checkpoint", notice)
-        while not (saved := newest_step(run_path / TRAIN_FOLDER)):
+        while not (saved := newest_step(LocalFolder(run_path / TRAIN_FOLDER))):
             assert time.monotonic() < deadline
             until(lines, "step ")
         print(f"saved after step {saved}, {deadline - time.monotonic():.0f} s before the deadline")
