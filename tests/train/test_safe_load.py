@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from rayrlhf.algorithms.metrics import Metrics
@@ -75,16 +73,6 @@ class Trained:
     def load(self, folder: Path) -> None:
         self.learner.load(folder)
         self.average.load(folder)
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ["LOCAL_RANK"] = "0"
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    del os.environ["LOCAL_RANK"]
 
 
 def plant(file: Path, proof: Path) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from rayrlhf.algorithms.metrics import Metrics
@@ -17,15 +14,7 @@ from rayrlhf.config.train import TrainConfig
 from rayrlhf.train.deepspeed_engine import full_state_dict, gathered
 from rayrlhf.train.learner import Learner, Term
 
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ["LOCAL_RANK"] = "0"
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    del os.environ["LOCAL_RANK"]
+pytestmark = pytest.mark.usefixtures("group")
 
 
 def make(stage: int, dtype: torch.dtype, *, saves_optimizer: bool = False, frozen: bool = False) -> Learner:
