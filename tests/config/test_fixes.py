@@ -153,4 +153,5 @@ def test_the_resolved_configuration_reads_the_same_in_yaml_1_1(load: Load, tmp_p
     resolved = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert resolved["rollout"]["sampling"]["stop"] == texts
     assert resolved["run"]["name"] == "1e6" and resolved["train"]["lr"] == 3e-7
-    assert resolved["checkpoint"] == {"every_steps": "auto", "keep": 2, "export": True, "best": True}
+    wanted = {"every_steps": "auto", "keep": 2, "optimizer": True, "asynchronous": False}
+    assert resolved["checkpoint"] == {**wanted, "export": True, "best": True}
