@@ -50,7 +50,7 @@ class Peer:
             raise PeerFailed(f"no answer within {seconds:g} s")
         try:
             is_answer, value = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # the latter if it had not read all
             self.process.join(5)
             raise PeerFailed(f"the other process died, exit status {self.process.exitcode}") from None
         if not is_answer:
@@ -62,7 +62,11 @@ class Peer:
         return self.answer()
 
     def __enter__(self) -> Self:
-        self.answer()
+        try:
+            self.answer()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

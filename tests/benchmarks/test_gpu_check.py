@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.gpu_check import __main__ as gpu_check
@@ -120,6 +121,7 @@ def test_failures_of_a_peer() -> None:
         peer.ask("die")
     with pytest.raises(PeerFailed, match="TypeError"), Peer(Doubler):
         pass
+    assert not [each for each in psutil.Process().children() if each.status() == psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture
