@@ -133,6 +133,15 @@ class FunctionReward:
         """
         return list(await asyncio.gather(*map(self._score_one, items)))
 
+    async def score_together(self, items: list[ScoreItem]) -> list[float | None]:
+        """One call of the function for all samples, of a request to a reward server. Raises `RewardError`."""
+        prompts, responses = [item.prompt for item in items], [item.response for item in items]
+        arguments = arguments_for(prompts, responses, self.label_key)
+        try:
+            return await self.pool.call("score", arguments, len(items))
+        except CodeError as error:
+            raise RewardError(_with_name(self.text, error)) from error
+
     async def _score_one(self, item: ScoreItem) -> float | Failure | None:
         arguments = arguments_for([item.prompt], [item.response], self.label_key)
         try:

@@ -238,7 +238,7 @@ class _Source:
         """Weighted scores. Raises `SourceFailed`, and `BadRequest` if the deployment rejects the request."""
         if not items:
             return []
-        found = await self._ask("score" if self.served.facts is None else "score_texts", items)
+        found = await self._ask("score_together" if self.served.facts is None else "score_texts", items)
         if isinstance(found, BadRequest):
             raise found
         scores = [checked_reward(score) for score in found]

@@ -388,6 +388,23 @@ def test_in_a_replica_a_sample_that_fails_costs_its_group_nothing(tmp_path: Path
     assert seconds < 3.0, "one after the other they take 4 s"
 
 
+def test_a_request_to_a_reward_server_is_one_call(tmp_path: Path) -> None:
+    path = tmp_path / "counting.py"
+    path.write_text("def score(responses):\n    return [len(responses) / len(r) for r in responses]\n")
+
+    async def main() -> list[float | None]:
+        replica = await make_replica(find_user_code(f"{path}:score", "function"))
+        try:
+            rewards = await replica.score_together([ScoreItem(PROMPTS[0], r, [1]) for r in ("a", "ab")])
+            with pytest.raises(RewardError, match="ZeroDivisionError"):
+                await replica.score_together([ScoreItem(PROMPTS[0], r, [1]) for r in ("a", "")])
+            return rewards
+        finally:
+            await replica.pool.kill()
+
+    assert asyncio.run(main()) == [2.0, 1.0]
+
+
 @pytest.mark.parametrize("value", ["float('inf')", "-float('inf')", "1e30", "1e19"])
 def test_a_reward_beyond_the_bound_is_refused_at_the_trial(value: str, tmp_path: Path) -> None:
     """In the run each such sample fails (`test_score`); the trial took it."""
