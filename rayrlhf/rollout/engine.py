@@ -186,7 +186,10 @@ class EngineActor:
         publication: Publication = await self._call_store("latest")
         held = WEIGHTS_INVALID if self.publication == WEIGHTS_INVALID else self.version
         if held < at_least and publication.version < at_least:
-            return in_time and await self._call_store("is_coming", at_least)
+            if await self._call_store("is_coming", at_least):
+                return in_time
+            # It may have been published between the two calls: then it is loaded at the next try.
+            return (await self._call_store("latest")).version >= at_least
         if publication.number <= self.publication:
             return False
         base = publication.base

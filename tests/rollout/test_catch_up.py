@@ -81,6 +81,22 @@ def test_what_was_pushed_is_asked_for_and_awaited() -> None:
     assert len(engine.stepper.loaded) == 1, "what it holds it loads no second time"
 
 
+def test_what_is_published_between_two_questions_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store says that nothing newer is there, and then that nothing is to come: it has just come."""
+    store = WeightStore()
+    engine = engine_of(store)
+    number, is_coming = store.announce(3), store.is_coming
+
+    def just_published(version: int) -> bool:
+        if store.latest().number < number:
+            store.publish(published(number, 3))
+        return is_coming(version)
+
+    monkeypatch.setattr(store, "is_coming", just_published)
+    assert asyncio.run(engine.catch_up(3)) == 3
+    assert engine.stepper.loaded == ["weights of version 3"]
+
+
 def test_a_direct_push_ends_the_wait() -> None:
     """The trainers have begun to change the weights: it is the next version that comes."""
     store = WeightStore()
